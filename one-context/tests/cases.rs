@@ -1,0 +1,67 @@
+//! The files in `cases/`: each `.sh` is a `context.sh` as OpenNebula writes it, the `.json` beside it what must come out.
+
+#![allow(clippy::unwrap_used)]
+
+use one_context::Context;
+use one_context::parse::parse;
+use serde_json::{Map, Value};
+use std::fs;
+use std::path::Path;
+
+/// Name, text and expected values of every case.
+fn cases() -> Vec<(String, Vec<u8>, Map<String, Value>)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
+    let mut cases = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "sh") {
+            let json = fs::read(path.with_extension("json")).unwrap();
+            let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+            cases.push((name, fs::read(&path).unwrap(), serde_json::from_slice(&json).unwrap()));
+        }
+    }
+    assert!(cases.len() >= 2, "the cases are missing");
+    cases
+}
+
+#[test]
+fn every_value_of_every_case_comes_out_as_it_went_in() {
+    for (case, text, expected) in cases() {
+        let context = Context::parse(&text).unwrap();
+        for (name, value) in &expected {
+            assert_eq!(context.bytes(name), Some(value.as_str().unwrap().as_bytes()), "{case}: {name}");
+        }
+        assert_eq!(context.len(), expected.len(), "{case}: {context:?}");
+    }
+}
+
+#[test]
+fn a_case_cut_off_at_any_byte_never_gives_another_value() {
+    for (case, text, _) in cases() {
+        let whole = parse(&text).unwrap();
+        for end in 0..text.len() {
+            match parse(&text[..end]) {
+                Err(error) => assert!(error.is_cut_off(), "{case} at {end}: {error}"),
+                Ok(part) if text[..end].ends_with(b"\n") => {
+                    assert!(whole.starts_with(&part), "{case} at {end}")
+                }
+                // No line break yet: the last value may go on after an escaped quote.
+                Ok(mut part) => {
+                    let Some((name, value)) = part.pop() else {
+                        continue;
+                    };
+                    assert!(whole.starts_with(&part), "{case} at {end}");
+                    assert_eq!(name, whole[part.len()].0, "{case} at {end}");
+                    assert!(whole[part.len()].1.starts_with(&value), "{case} at {end}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_gpu_of_the_q35_case_is_promised() {
+    let (_, text, _) = cases().into_iter().find(|(case, ..)| case == "gpu-q35").unwrap();
+    let promised = Context::parse(&text).unwrap().passthrough_addresses();
+    assert_eq!(promised, [("PCI0_ADDRESS".to_owned(), "01:00.0".to_owned())]);
+}
