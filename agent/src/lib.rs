@@ -1,1 +1,24 @@
-//! x
+//! `supernode-agent`: turns an OpenNebula VM into a Flower SuperNode.
+//!
+//! The way of the data, left to right; the middle is pure, input and output happen at the edges:
+//!
+//! ```text
+//! context files -> Context -> Config ┐
+//! sysfs -> PciFacts ─────────────────┼-> Verdict ┐
+//! child -> ProbeOutcome ─────────────┘           ├-> ContainerSpec -> Engine -> Supervisor
+//! static address -> SuperLink ───────────────────┘
+//! ```
+
+pub mod atomic;
+pub mod boot;
+pub mod cli;
+pub mod config;
+pub mod docker;
+pub mod gpu;
+pub mod journal;
+pub mod plan;
+pub mod settings;
+pub mod site;
+pub mod superlink;
+pub mod supervisor;
+pub mod systemd;

@@ -1,0 +1,91 @@
+//! Replacing a file so that a reader, or a kill at any moment, finds the old content or the new, and nothing else.
+
+use std::ffi::OsString;
+use std::fs::{File, Permissions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+/// New content that lies beside its target, on the disk, and is not yet in its place.
+#[derive(Debug)]
+pub struct Prepared {
+    file: PathBuf,
+    target: PathBuf,
+}
+
+/// Writes `bytes` beside `target`, with the mode and the owner of the file that is there now, else with mode 0644.
+///
+/// # Errors
+/// When the folder or the file cannot be written. Nothing is left behind then.
+pub fn prepare(target: &Path, bytes: &[u8]) -> io::Result<Prepared> {
+    let folder = folder_of(target);
+    std::fs::create_dir_all(folder)?;
+    let mut name = OsString::from(".");
+    name.push(target.file_name().unwrap_or_default());
+    name.push(".supernode-agent");
+    // One fixed name: what a killed run left behind is taken away by the next.
+    let prepared = Prepared { file: folder.join(name), target: target.into() };
+    match std::fs::remove_file(&prepared.file) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = File::options().write(true).create_new(true).mode(0o600).open(&prepared.file)?;
+    match fill(&mut file, target, bytes) {
+        Ok(()) => Ok(prepared),
+        Err(error) => {
+            prepared.discard();
+            Err(error)
+        }
+    }
+}
+
+fn fill(file: &mut File, target: &Path, bytes: &[u8]) -> io::Result<()> {
+    file.write_all(bytes)?;
+    let mode = match target.metadata() {
+        Ok(old) => {
+            std::os::unix::fs::fchown(&*file, Some(old.uid()), Some(old.gid()))?;
+            old.mode() & 0o7777
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => 0o644,
+        Err(error) => return Err(error),
+    };
+    file.set_permissions(Permissions::from_mode(mode))?;
+    file.sync_all()
+}
+
+impl Prepared {
+    /// Puts the content in its place.
+    ///
+    /// # Errors
+    /// When the target cannot be replaced; it is what it was then.
+    pub fn put_in_place(self) -> io::Result<()> {
+        if let Err(error) = std::fs::rename(&self.file, &self.target) {
+            self.discard();
+            return Err(error);
+        }
+        File::open(folder_of(&self.target))?.sync_all()
+    }
+
+    /// Takes the content away again.
+    pub fn discard(self) {
+        let _ = std::fs::remove_file(&self.file);
+    }
+}
+
+/// Replaces `target` by `bytes`, unless that is its content already.
+///
+/// # Errors
+/// When it cannot be written; it is what it was then.
+pub fn replace(target: &Path, bytes: &[u8]) -> io::Result<()> {
+    if std::fs::read(target).is_ok_and(|present| present == bytes) {
+        return Ok(());
+    }
+    prepare(target, bytes)?.put_in_place()
+}
+
+fn folder_of(target: &Path) -> &Path {
+    match target.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    }
+}

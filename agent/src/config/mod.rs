@@ -1,0 +1,445 @@
+//! Context -> Config: every variable checked before anything is done, all errors together.
+
+pub mod values;
+pub mod variables;
+
+use std::fmt;
+use std::path::Path;
+
+use one_context::Context;
+use serde_json::{Map, Value as Json, json};
+
+use crate::gpu::pci::PciAddress;
+use values::{Certificate, DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Version};
+use variables::{Kind, VARIABLES, Value, Variable};
+
+/// The machine-learning framework of the node's image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum Framework {
+    PyTorch,
+    TensorFlow,
+    Sklearn,
+    /// Flower alone: the operator's ClientApp brings what it needs.
+    Base,
+}
+
+impl Framework {
+    fn parse(word: &str) -> Option<Self> {
+        match word.to_ascii_lowercase().as_str() {
+            "pytorch" => Some(Self::PyTorch),
+            "tensorflow" => Some(Self::TensorFlow),
+            "sklearn" => Some(Self::Sklearn),
+            "base" => Some(Self::Base),
+            _ => None,
+        }
+    }
+
+    /// The word for it in `ML_FRAMEWORK` and in the image's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PyTorch => "pytorch",
+            Self::TensorFlow => "tensorflow",
+            Self::Sklearn => "sklearn",
+            Self::Base => "base",
+        }
+    }
+}
+
+impl fmt::Display for Framework {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Least severity that is logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum LogLevel {
+    Debug,
+    Info,
+    Warning,
+    Error,
+}
+
+impl LogLevel {
+    fn parse(word: &str) -> Self {
+        match word {
+            "DEBUG" => Self::Debug,
+            "WARNING" => Self::Warning,
+            "ERROR" => Self::Error,
+            _ => Self::Info,
+        }
+    }
+
+    /// The word for it in `FL_LOG_LEVEL` and `FLWR_LOG_LEVEL`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Debug => "DEBUG",
+            Self::Info => "INFO",
+            Self::Warning => "WARNING",
+            Self::Error => "ERROR",
+        }
+    }
+}
+
+/// A PCI device that OpenNebula passed through: what the cloud promised.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Promised {
+    /// The variable, `PCI<n>_ADDRESS`.
+    pub variable: String,
+    /// Its value as written.
+    pub written: String,
+    /// The address, where the value is one.
+    pub address: Option<PciAddress>,
+}
+
+/// What the image build left behind: the version and the framework of the image that is on the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prebaked {
+    /// Release of Flower.
+    pub version: Version,
+    /// Framework.
+    pub framework: Framework,
+}
+
+/// What the operator wants, checked.
+#[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "each field is the variable of its name, see `variables`")]
+pub struct Config {
+    pub gpu_enabled: bool,
+    pub gpu_required: bool,
+    pub devices: DeviceSelection,
+    pub memory_fraction: Option<Fraction>,
+    pub dcgm_enabled: bool,
+    pub version: Version,
+    pub framework: Framework,
+    pub image: Option<ImageRef>,
+    pub superlink_address: Option<HostPort>,
+    pub node_config: Option<NodeConfig>,
+    pub max_retries: u64,
+    pub max_wait_time: u64,
+    pub isolation: &'static str,
+    pub log_level: LogLevel,
+    pub log_json: bool,
+    pub tls: Option<bool>,
+    pub ca_certificate: Option<Certificate>,
+    pub keepalive_time: u64,
+    pub keepalive_timeout: u64,
+    pub edge_backoff: &'static str,
+    pub edge_max_backoff: u64,
+    /// The passed-through PCI devices that are not NICs.
+    pub promised: Vec<Promised>,
+    /// The image that is on the machine, to fall back on.
+    pub prebaked: Prebaked,
+}
+
+/// What an operator should know although nothing is wrong enough to stop.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Remarks {
+    /// Unknown names: each is a WARNING.
+    pub unknown: Vec<String>,
+    /// Settings that another one makes idle: each is an INFO.
+    pub idle: Vec<String>,
+}
+
+/// Everything that is wrong with the configuration, one line each.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub struct ConfigErrors(pub Vec<String>);
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("\n"))
+    }
+}
+
+impl Default for Prebaked {
+    /// Flower 1.31.0 with PyTorch, which the field's appliance ships.
+    fn default() -> Self {
+        Self { version: Version::of(1, 31, 0), framework: Framework::PyTorch }
+    }
+}
+
+impl Prebaked {
+    /// Reads `PREBAKED_VERSION` and `PREBAKED_FRAMEWORK` in `folder`; without these files Flower 1.31.0 with PyTorch.
+    ///
+    /// # Errors
+    /// Names the file that is there and does not say what it should.
+    pub fn read(folder: &Path) -> Result<Self, ConfigErrors> {
+        let mut errors = Vec::new();
+        let mut content = |name: &str| {
+            let path = folder.join(name);
+            match std::fs::read_to_string(&path) {
+                Ok(text) => Some((path, text.trim().to_owned())),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+                Err(error) => {
+                    errors.push(format!("{}: {error}", path.display()));
+                    None
+                }
+            }
+        };
+        let (version, framework) = (content("PREBAKED_VERSION"), content("PREBAKED_FRAMEWORK"));
+        let mut prebaked = Self::default();
+        if let Some((path, text)) = version {
+            match Version::parse(&text) {
+                Ok(version) => prebaked.version = version,
+                Err(why) => errors.push(format!("{}: {} {why}", path.display(), Kind::Version.shown(&text))),
+            }
+        }
+        if let Some((path, text)) = framework {
+            let kind = Kind::Choice(variables::FRAMEWORKS);
+            match kind.parse(&text) {
+                Ok(_) => prebaked.framework = Framework::parse(&text).unwrap_or(prebaked.framework),
+                Err(why) => errors.push(format!("{}: {} {why}", path.display(), kind.shown(&text))),
+            }
+        }
+        if errors.is_empty() { Ok(prebaked) } else { Err(ConfigErrors(errors)) }
+    }
+}
+
+/// The log's level and whether it is JSON, before the variables are checked: what is wrong about them is logged as well.
+pub fn log_settings(context: &Context) -> (LogLevel, bool) {
+    let found = Found::read(context);
+    found.log_settings()
+}
+
+impl Config {
+    /// Reads every variable of the table out of `context`.
+    ///
+    /// # Errors
+    /// All that is wrong, one line for each variable as the operator wrote it, with its value and what is accepted.
+    pub fn from_context(context: &Context, prebaked: &Prebaked) -> Result<(Self, Remarks), ConfigErrors> {
+        let mut found = Found::read(context);
+        let keepalive_time = found.count("FL_GRPC_KEEPALIVE_TIME").unwrap_or(60);
+        let keepalive_timeout = found.count("FL_GRPC_KEEPALIVE_TIMEOUT").unwrap_or(20);
+        if keepalive_timeout >= keepalive_time && !found.is_wrong("FL_GRPC_KEEPALIVE_") {
+            found.errors.push(format!(
+                "{}: must be less than {}",
+                found.described("FL_GRPC_KEEPALIVE_TIMEOUT", "20"),
+                found.described("FL_GRPC_KEEPALIVE_TIME", "60"),
+            ));
+        }
+        let (log_level, log_json) = found.log_settings();
+        let config = Self {
+            gpu_enabled: found.yes_no("FL_GPU_ENABLED").unwrap_or(false),
+            gpu_required: found.yes_no("FL_GPU_REQUIRED").unwrap_or(false),
+            devices: match found.take("FL_CUDA_VISIBLE_DEVICES") {
+                Some(Value::Devices(devices)) => devices,
+                _ => DeviceSelection::All,
+            },
+            memory_fraction: match found.take("FL_GPU_MEMORY_FRACTION") {
+                Some(Value::Fraction(fraction)) => Some(fraction),
+                _ => None,
+            },
+            dcgm_enabled: found.yes_no("FL_DCGM_ENABLED").unwrap_or(false),
+            version: match found.take("FLOWER_VERSION") {
+                Some(Value::Version(version)) => version,
+                _ => prebaked.version.clone(),
+            },
+            framework: found.choice("ML_FRAMEWORK").and_then(Framework::parse).unwrap_or(prebaked.framework),
+            image: match found.take("FL_SUPERNODE_IMAGE") {
+                Some(Value::Image(image)) => Some(image),
+                _ => None,
+            },
+            superlink_address: match found.take("FL_SUPERLINK_ADDRESS") {
+                Some(Value::HostPort(address)) => Some(address),
+                _ => None,
+            },
+            node_config: match found.take("FL_NODE_CONFIG") {
+                Some(Value::NodeConfig(node_config)) => Some(node_config),
+                _ => None,
+            },
+            max_retries: found.count("FL_MAX_RETRIES").unwrap_or(0),
+            max_wait_time: found.count("FL_MAX_WAIT_TIME").unwrap_or(0),
+            isolation: found.choice("FL_ISOLATION").unwrap_or("subprocess"),
+            log_level,
+            log_json,
+            tls: found.yes_no("FL_TLS_ENABLED"),
+            ca_certificate: match found.take("FL_SSL_CA_CERTFILE") {
+                Some(Value::Certificate(certificate)) => Some(certificate),
+                _ => None,
+            },
+            keepalive_time,
+            keepalive_timeout,
+            edge_backoff: found.choice("FL_EDGE_BACKOFF").unwrap_or("exponential"),
+            edge_max_backoff: found.count("FL_EDGE_MAX_BACKOFF").unwrap_or(300),
+            promised: context
+                .passthrough_addresses()
+                .into_iter()
+                .map(|(variable, written)| Promised { address: PciAddress::parse(&written), variable, written })
+                .collect(),
+            prebaked: prebaked.clone(),
+        };
+        if !found.errors.is_empty() {
+            return Err(ConfigErrors(found.errors));
+        }
+        let remarks = Remarks { unknown: unknown_names(context), idle: idle_settings(&config, &found) };
+        Ok((config, remarks))
+    }
+
+    /// The resolved values, by the variables' names; secrets hidden.
+    pub fn resolved(&self) -> Map<String, Json> {
+        let text = |value: Option<String>| value.map_or(Json::Null, Json::String);
+        let mut map = Map::new();
+        for variable in VARIABLES {
+            let value = match variable.name {
+                "FL_GPU_ENABLED" => json!(self.gpu_enabled),
+                "FL_GPU_REQUIRED" => json!(self.gpu_required),
+                "FL_CUDA_VISIBLE_DEVICES" => json!(self.devices.to_string()),
+                "FL_GPU_MEMORY_FRACTION" => json!(self.memory_fraction.as_ref().map(Fraction::share)),
+                "FL_DCGM_ENABLED" => json!(self.dcgm_enabled),
+                "FLOWER_VERSION" => json!(self.version.to_string()),
+                "ML_FRAMEWORK" => json!(self.framework.name()),
+                "FL_SUPERNODE_IMAGE" => text(self.image.as_ref().map(ImageRef::to_string)),
+                "FL_SUPERLINK_ADDRESS" => text(self.superlink_address.as_ref().map(HostPort::to_string)),
+                "FL_NODE_CONFIG" => text(self.node_config.as_ref().map(NodeConfig::redacted)),
+                "FL_MAX_RETRIES" => json!(self.max_retries),
+                "FL_MAX_WAIT_TIME" => json!(self.max_wait_time),
+                "FL_ISOLATION" => json!(self.isolation),
+                "FL_LOG_LEVEL" => json!(self.log_level.name()),
+                "FL_LOG_FORMAT" => json!(if self.log_json { "json" } else { "text" }),
+                "FL_TLS_ENABLED" => json!(self.tls),
+                "FL_SSL_CA_CERTFILE" => {
+                    json!(self.ca_certificate.as_ref().map(|ca| format!("PEM, {} bytes", ca.pem().len())))
+                }
+                "FL_GRPC_KEEPALIVE_TIME" => json!(self.keepalive_time),
+                "FL_GRPC_KEEPALIVE_TIMEOUT" => json!(self.keepalive_timeout),
+                "FL_EDGE_BACKOFF" => json!(self.edge_backoff),
+                "FL_EDGE_MAX_BACKOFF" => json!(self.edge_max_backoff),
+                _ => continue,
+            };
+            map.insert(variable.name.into(), value);
+        }
+        for promised in &self.promised {
+            map.insert(promised.variable.clone(), json!(promised.written));
+        }
+        map
+    }
+}
+
+/// The variables that are set in a context, with what is wrong about them.
+struct Found {
+    set: Vec<(&'static Variable, Set)>,
+    errors: Vec<String>,
+}
+
+/// A variable that is set: under which name, how it was written, what it is.
+struct Set {
+    name: String,
+    shown: String,
+    value: Value,
+}
+
+impl Found {
+    fn read(context: &Context) -> Self {
+        let mut found = Self { set: Vec::new(), errors: Vec::new() };
+        for variable in VARIABLES {
+            let mut first: Option<Set> = None;
+            for name in variable.names() {
+                let text = match context.text(&name) {
+                    Ok(Some(text)) => text,
+                    Ok(None) => continue,
+                    Err(not_text) => {
+                        found.errors.push(not_text.to_string());
+                        continue;
+                    }
+                };
+                let shown = variable.kind.shown(text);
+                match (variable.kind.parse(text), &first) {
+                    (Err(refusal), _) => found.errors.push(format!("{name}={shown}: {refusal}")),
+                    (Ok(value), Some(first)) if first.value != value => found.errors.push(format!(
+                        "{}={} and {name}={shown}: both are set and differ; set one of them",
+                        first.name, first.shown
+                    )),
+                    (Ok(_), Some(_)) => {}
+                    (Ok(value), None) => first = Some(Set { name, shown, value }),
+                }
+            }
+            found.set.extend(first.map(|set| (variable, set)));
+        }
+        found
+    }
+
+    fn get(&self, name: &str) -> Option<&Set> {
+        self.set.iter().find(|(variable, _)| variable.name == name).map(|(_, set)| set)
+    }
+
+    fn take(&self, name: &str) -> Option<Value> {
+        self.get(name).map(|set| set.value.clone())
+    }
+
+    fn yes_no(&self, name: &str) -> Option<bool> {
+        match self.get(name)?.value {
+            Value::YesNo(switch) => Some(switch),
+            _ => None,
+        }
+    }
+
+    fn count(&self, name: &str) -> Option<u64> {
+        match self.get(name)?.value {
+            Value::Count(count) => Some(count),
+            _ => None,
+        }
+    }
+
+    fn choice(&self, name: &str) -> Option<&'static str> {
+        match self.get(name)?.value {
+            Value::Choice(word) => Some(word),
+            _ => None,
+        }
+    }
+
+    fn log_settings(&self) -> (LogLevel, bool) {
+        let level = self.choice("FL_LOG_LEVEL").map_or(LogLevel::Info, LogLevel::parse);
+        (level, self.choice("FL_LOG_FORMAT") == Some("json"))
+    }
+
+    fn is_wrong(&self, part: &str) -> bool {
+        self.errors.iter().any(|error| error.contains(part))
+    }
+
+    /// `NAME='value'` as the operator wrote it, or the default.
+    fn described(&self, name: &str, default: &str) -> String {
+        match self.get(name) {
+            Some(set) => format!("{}={}", set.name, set.shown),
+            None => format!("{name}='{default}' (the default)"),
+        }
+    }
+}
+
+fn unknown_names(context: &Context) -> Vec<String> {
+    context
+        .names()
+        .filter(|name| name.starts_with("FL_") || name.starts_with("ONEAPP_FL_"))
+        .filter(|name| variables::find(name).is_none())
+        // An unset user input arrives empty, whatever its name.
+        .filter(|name| context.bytes(name).is_some_and(|value| !value.trim_ascii().is_empty()))
+        .map(|name| match variables::nearest(name) {
+            Some(known) => format!("{name} is not a known variable and has no effect: did you mean {known}?"),
+            None => format!("{name} is not a known variable and has no effect"),
+        })
+        .collect()
+}
+
+fn idle_settings(config: &Config, found: &Found) -> Vec<String> {
+    const GPU_ONLY: [&str; 4] =
+        ["FL_GPU_REQUIRED", "FL_CUDA_VISIBLE_DEVICES", "FL_GPU_MEMORY_FRACTION", "FL_DCGM_ENABLED"];
+    const DISCOVERY_ONLY: [&str; 2] = ["FL_EDGE_BACKOFF", "FL_EDGE_MAX_BACKOFF"];
+    let mut idle = Vec::new();
+    let mut note = |names: &[&str], active: bool, why: &str| {
+        for set in names.iter().filter_map(|name| found.get(name)).filter(|_| !active) {
+            let switched_off = set.value == Value::YesNo(false);
+            if !switched_off {
+                idle.push(format!("{} is idle: {why}", set.name));
+            }
+        }
+    };
+    note(&GPU_ONLY, config.gpu_enabled, "FL_GPU_ENABLED is not YES");
+    note(&["FLOWER_VERSION"], config.image.is_none(), "FL_SUPERNODE_IMAGE names the image");
+    let tls_possible = config.tls.unwrap_or(config.superlink_address.is_none());
+    note(&["FL_SSL_CA_CERTFILE"], tls_possible, "FL_TLS_ENABLED is not YES");
+    note(&DISCOVERY_ONLY, config.superlink_address.is_none(), "FL_SUPERLINK_ADDRESS is set, nothing is discovered");
+    let discovered_with_cap = config.edge_backoff == "exponential" || config.superlink_address.is_some();
+    note(&["FL_EDGE_MAX_BACKOFF"], discovered_with_cap, "FL_EDGE_BACKOFF is fixed");
+    idle
+}

@@ -1,0 +1,271 @@
+//! The `nvidia` entry in Docker's daemon.json: a pure edit of the text.
+//!
+//! The text is never written anew: the entry is put in at its place, and every other byte (the order of keys, the
+//! digits of numbers, the indentation) stays what the operator wrote.
+
+use std::fmt;
+
+use serde::de::{Deserializer as _, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+/// The name of the runtime in daemon.json and in a container's `HostConfig.Runtime`.
+pub const RUNTIME_NAME: &str = "nvidia";
+
+/// What became of the text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Merged {
+    /// It has a working entry: nothing to write.
+    Unchanged,
+    /// The new text.
+    Changed(String),
+}
+
+/// Why a daemon.json is not touched.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("line {line}, column {column}: {message}")]
+pub struct Refused {
+    /// Line of the trouble, from 1.
+    pub line: usize,
+    /// Column of the trouble, in characters, from 1.
+    pub column: usize,
+    /// What is wrong there, and what is accepted.
+    pub message: String,
+}
+
+/// Puts the runtime `nvidia` with `runtime_path` into `text`, which is the content of a daemon.json.
+///
+/// An entry that is there stays when `works` says that its path leads to a program; otherwise its path alone is mended,
+/// and only by a path that works.
+///
+/// # Errors
+/// When `text` is not exactly one JSON object, or one whose `runtimes` Docker itself would refuse.
+pub fn merge(text: &str, runtime_path: &str, works: impl Fn(&str) -> bool) -> Result<Merged, Refused> {
+    let document = Object::parse(text, text)?;
+    let Some(runtimes) = document.member("runtimes", text)? else {
+        return Ok(Merged::Changed(document.with_member(text, "runtimes", &runtimes_of(runtime_path))));
+    };
+    // Docker 20.10 dies of a null here when it reloads.
+    if runtimes.get() == "null" {
+        return Ok(Merged::Changed(replaced(text, runtimes, &runtimes_of(runtime_path).render(&document.style(text)))));
+    }
+    let runtimes = Object::parse(runtimes.get(), text)?;
+    let Some(entry) = runtimes.member(RUNTIME_NAME, text)? else {
+        return Ok(Merged::Changed(runtimes.with_member(text, RUNTIME_NAME, &entry_of(runtime_path))));
+    };
+    if entry.get() == "null" {
+        return Ok(Merged::Changed(replaced(text, entry, &entry_of(runtime_path).render(&runtimes.style(text)))));
+    }
+    let fields = Object::parse(entry.get(), text)?;
+    // An entry for containerd's shims (Docker 23 and later) has a type and no path.
+    if fields.member("runtimeType", text)?.is_some() {
+        return Ok(Merged::Unchanged);
+    }
+    let Some(path) = fields.member("path", text)? else {
+        let path = Insert::Text(quoted(runtime_path));
+        return Ok(Merged::Changed(fields.with_member(text, "path", &path)));
+    };
+    let Ok(present) = serde_json::from_str::<String>(path.get()) else {
+        return Err(refused_at(text, path.get(), "the path of the nvidia runtime must be a string"));
+    };
+    if works(&present) || !works(runtime_path) {
+        return Ok(Merged::Unchanged);
+    }
+    Ok(Merged::Changed(replaced(text, path, &quoted(runtime_path))))
+}
+
+/// The text of a daemon.json that has nothing but the entry.
+pub fn fresh(runtime_path: &str) -> String {
+    let mut text = Insert::Object("runtimes", Box::new(runtimes_of(runtime_path))).render(&Style::default());
+    text.push('\n');
+    text
+}
+
+fn runtimes_of(runtime_path: &str) -> Insert {
+    Insert::Object(RUNTIME_NAME, Box::new(entry_of(runtime_path)))
+}
+
+fn entry_of(runtime_path: &str) -> Insert {
+    Insert::Object("path", Box::new(Insert::Text(quoted(runtime_path))))
+}
+
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+/// JSON to be put in: objects of one member, down to a text.
+enum Insert {
+    Text(String),
+    Object(&'static str, Box<Insert>),
+}
+
+/// How the text around an insertion is laid out.
+struct Style {
+    /// One member a line, or all in one line.
+    lines: bool,
+    /// Indentation of the members beside the insertion.
+    indent: String,
+    /// What a deeper level adds.
+    step: String,
+    /// The line break.
+    newline: &'static str,
+}
+
+impl Default for Style {
+    fn default() -> Self {
+        Self { lines: true, indent: String::new(), step: "    ".into(), newline: "\n" }
+    }
+}
+
+impl Insert {
+    /// The JSON of an insertion that stands at `style.indent`.
+    fn render(&self, style: &Style) -> String {
+        match self {
+            Self::Text(text) => text.clone(),
+            Self::Object(key, value) if style.lines => {
+                let inner =
+                    Style { indent: format!("{}{}", style.indent, style.step), step: style.step.clone(), ..*style };
+                let (newline, outer) = (style.newline, &style.indent);
+                format!("{{{newline}{}{}: {}{newline}{outer}}}", inner.indent, quoted(key), value.render(&inner))
+            }
+            Self::Object(key, value) => format!("{{{}: {}}}", quoted(key), value.render(style)),
+        }
+    }
+}
+
+/// An object in the text: its members, duplicates included, as the slices they are.
+struct Object<'t> {
+    raw: &'t str,
+    members: Vec<(String, &'t RawValue)>,
+}
+
+impl<'t> Object<'t> {
+    /// Reads `raw`, a slice of `text`; places in errors are places in `text`.
+    fn parse(raw: &'t str, text: &str) -> Result<Self, Refused> {
+        if !raw.trim_start_matches(JSON_BLANKS).starts_with('{') {
+            let what = if raw.trim_matches(JSON_BLANKS).is_empty() { "nothing" } else { "something else" };
+            let place = raw.trim_start_matches(JSON_BLANKS);
+            return Err(refused_at(text, place, &format!("one JSON object is expected here and {what} is found")));
+        }
+        let mut json = serde_json::Deserializer::from_str(raw);
+        let members = json.deserialize_map(MemberList).and_then(|members| json.end().map(|()| members));
+        members.map(|members| Self { raw, members }).map_err(|error| {
+            let (line, column) = place_of(text, offset_in(text, raw));
+            let column = if error.line() > 1 { error.column() } else { column + error.column().max(1) - 1 };
+            let message = error.to_string();
+            let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
+            Refused { line: line + error.line().max(1) - 1, column: column.max(1), message: message.into() }
+        })
+    }
+
+    fn member(&self, key: &str, text: &str) -> Result<Option<&'t RawValue>, Refused> {
+        let mut found = self.members.iter().filter(|(name, _)| name == key).map(|(_, value)| *value);
+        let first = found.next();
+        match found.next() {
+            Some(second) => Err(refused_at(text, second.get(), &format!("the key {key:?} is there twice"))),
+            None => Ok(first),
+        }
+    }
+
+    /// `text` with one more member at the end of this object.
+    fn with_member(&self, text: &str, key: &str, value: &Insert) -> String {
+        let style = self.style(text);
+        let member = format!("{}: {}", quoted(key), value.render(&style));
+        let at = match self.members.last() {
+            Some((_, last)) => offset_in(text, last.get()) + last.get().len(),
+            None => offset_in(text, self.raw) + self.raw.find('{').map_or(0, |brace| brace + 1),
+        };
+        let (before, after) = text.split_at(at);
+        match (self.members.is_empty(), style.lines) {
+            (false, true) => format!("{before},{}{}{member}{after}", style.newline, style.indent),
+            (false, false) => format!("{before}, {member}{after}"),
+            (true, true) => {
+                // Whatever blanks stood between the braces give way to a member on a line of its own.
+                let outer = style.indent.strip_suffix(style.step.as_str()).unwrap_or_default();
+                let rest = after.trim_start_matches(JSON_BLANKS);
+                format!("{before}{}{}{member}{}{outer}{rest}", style.newline, style.indent, style.newline)
+            }
+            (true, false) => format!("{before}{member}{after}"),
+        }
+    }
+
+    /// The layout of this object's members.
+    fn style(&self, text: &str) -> Style {
+        let newline = if text.contains("\r\n") { "\r\n" } else { "\n" };
+        let start = offset_in(text, self.raw);
+        let outer = indent_of_line(text, start);
+        let one_line = !self.raw.trim_matches(JSON_BLANKS).contains('\n');
+        if self.members.is_empty() {
+            // An empty object says nothing of its own: the text around it does.
+            let whole_document = text.trim_matches(JSON_BLANKS) == self.raw.trim_matches(JSON_BLANKS);
+            let step = if whole_document { "    ".to_owned() } else { step_of(text) };
+            return Style {
+                lines: whole_document || text.trim_matches(JSON_BLANKS).contains('\n'),
+                indent: format!("{outer}{step}"),
+                step,
+                newline,
+            };
+        }
+        let first_key = self.raw.find('"').map_or(start, |quote| start + quote);
+        let indent = indent_of_line(text, first_key);
+        let step =
+            indent.strip_prefix(outer).filter(|step| !step.is_empty()).map_or_else(|| step_of(text), String::from);
+        Style { lines: !one_line, indent: indent.into(), step, newline }
+    }
+}
+
+const JSON_BLANKS: [char; 4] = [' ', '\t', '\n', '\r'];
+
+/// The first indentation in the text, as the step of all.
+fn step_of(text: &str) -> String {
+    text.lines()
+        .map(|line| &line[..line.len() - line.trim_start_matches([' ', '\t']).len()])
+        .find(|indent| !indent.is_empty())
+        .unwrap_or("    ")
+        .into()
+}
+
+/// The blanks at the beginning of the line in which `offset` is.
+fn indent_of_line(text: &str, offset: usize) -> &str {
+    let line = &text[text[..offset].rfind('\n').map_or(0, |at| at + 1)..];
+    &line[..line.len() - line.trim_start_matches([' ', '\t']).len()]
+}
+
+/// Where `slice`, which is a part of `text`, begins in it.
+fn offset_in(text: &str, slice: &str) -> usize {
+    slice.as_ptr().addr() - text.as_ptr().addr()
+}
+
+fn replaced(text: &str, old: &RawValue, new: &str) -> String {
+    let at = offset_in(text, old.get());
+    format!("{}{new}{}", &text[..at], &text[at + old.get().len()..])
+}
+
+fn refused_at(text: &str, slice: &str, message: &str) -> Refused {
+    let (line, column) = place_of(text, offset_in(text, slice));
+    Refused { line, column, message: message.into() }
+}
+
+fn place_of(text: &str, offset: usize) -> (usize, usize) {
+    let before = &text[..offset];
+    let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+    (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
+}
+
+struct MemberList;
+
+impl<'de> Visitor<'de> for MemberList {
+    type Value = Vec<(String, &'de RawValue)>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("one JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut members = Vec::new();
+        while let Some(key) = map.next_key::<String>()? {
+            let value: &'de RawValue = map.next_value()?;
+            members.push((key, value));
+        }
+        Ok(members)
+    }
+}

@@ -1,0 +1,362 @@
+//! Our words over bollard: what the agent asks of a container engine, and answers instead of status codes.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::time::Duration;
+
+use bollard::errors::Error as ApiError;
+use bollard::models::{
+    ContainerCreateBody, DeviceRequest, HostConfig, HostConfigLogConfig, Mount, MountType, RestartPolicy,
+    RestartPolicyNameEnum,
+};
+use bollard::query_parameters::{
+    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, InspectContainerOptions, RemoveContainerOptionsBuilder,
+    StartContainerOptions, StopContainerOptionsBuilder, WaitContainerOptions,
+};
+use bollard::{API_DEFAULT_VERSION, Docker};
+use futures_util::StreamExt as _;
+use tokio::time::Instant;
+
+use crate::config::values::ImageRef;
+use crate::plan::{ContainerSpec, SPEC_HASH_LABEL};
+
+/// How long one call may take, unless it waits for something by its nature.
+const CALL_LIMIT: Duration = Duration::from_secs(120);
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// An engine that has answered.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    docker: Docker,
+}
+
+/// What went wrong with the engine.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// It does not answer.
+    #[error("the Docker engine at {socket} does not answer: {message}")]
+    Unreachable {
+        /// Its socket.
+        socket: String,
+        /// Why.
+        message: String,
+    },
+    /// It refused a call.
+    #[error("Docker refused to {doing} (HTTP {status}): {message}")]
+    Refused {
+        /// What was asked.
+        doing: &'static str,
+        /// The HTTP status.
+        status: u16,
+        /// Docker's own text.
+        message: String,
+    },
+    /// The call failed on the way.
+    #[error("could not {doing}: {message}")]
+    Failed {
+        /// What was asked.
+        doing: &'static str,
+        /// Why.
+        message: String,
+    },
+}
+
+impl EngineError {
+    fn new(doing: &'static str) -> impl Fn(ApiError) -> Self {
+        move |error| match error {
+            ApiError::DockerResponseServerError { status_code, message } => {
+                Self::Refused { doing, status: status_code, message }
+            }
+            error => Self::Failed { doing, message: chain(&error) },
+        }
+    }
+
+    fn is_status(&self, wanted: u16) -> bool {
+        matches!(self, Self::Refused { status, .. } if *status == wanted)
+    }
+}
+
+/// An error with its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+/// What the engine says of itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EngineFacts {
+    /// Its release.
+    pub version: String,
+    /// Its runtimes: name and path, which is empty for a containerd shim.
+    pub runtimes: BTreeMap<String, String>,
+    /// The CDI devices that it has discovered (Docker 28 and later report them).
+    pub cdi_devices: Vec<String>,
+}
+
+/// A container as the engine sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// Whether it runs.
+    pub running: bool,
+    /// The process id of its first process, on the host; 0 where none runs.
+    pub pid: u32,
+    /// The exit code of the last run.
+    pub exit_code: i64,
+    /// Its labels.
+    pub labels: HashMap<String, String>,
+}
+
+impl Container {
+    /// The hash of the specification that it was made from, where it is ours.
+    pub fn spec_hash(&self) -> Option<&str> {
+        self.labels.get(SPEC_HASH_LABEL).map(String::as_str)
+    }
+}
+
+impl Engine {
+    /// Connects once.
+    ///
+    /// # Errors
+    /// When the engine does not answer.
+    pub async fn connect(socket: &Path) -> Result<Self, EngineError> {
+        let path = socket.to_string_lossy();
+        let unreachable =
+            |error: ApiError| EngineError::Unreachable { socket: path.to_string(), message: chain(&error) };
+        let docker =
+            Docker::connect_with_unix(&path, CALL_LIMIT.as_secs(), API_DEFAULT_VERSION).map_err(unreachable)?;
+        let docker = docker.negotiate_version().await.map_err(unreachable)?;
+        Ok(Self { docker })
+    }
+
+    /// Waits for an engine that is still starting, for at most `limit`.
+    ///
+    /// # Errors
+    /// The last failure, when the time is over.
+    pub async fn wait_until_ready(socket: &Path, limit: Duration) -> Result<Self, EngineError> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let attempt = tokio::time::timeout_at(deadline.max(Instant::now() + PAUSE), Self::connect(socket)).await;
+            let error = match attempt {
+                Ok(Ok(engine)) => return Ok(engine),
+                Ok(Err(error)) => error,
+                Err(_) => EngineError::Unreachable {
+                    socket: socket.display().to_string(),
+                    message: format!("no answer within {} s", limit.as_secs()),
+                },
+            };
+            if Instant::now() + PAUSE >= deadline {
+                return Err(error);
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// What the engine says of itself.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub async fn facts(&self) -> Result<EngineFacts, EngineError> {
+        let info = self.docker.info().await.map_err(EngineError::new("describe itself"))?;
+        Ok(EngineFacts {
+            version: info.server_version.unwrap_or_default(),
+            runtimes: info
+                .runtimes
+                .unwrap_or_default()
+                .into_iter()
+                .map(|(name, runtime)| (name, runtime.path.unwrap_or_default()))
+                .collect(),
+            cdi_devices: info
+                .discovered_devices
+                .unwrap_or_default()
+                .into_iter()
+                .filter(|device| device.source.as_deref() == Some("cdi"))
+                .filter_map(|device| device.id)
+                .collect(),
+        })
+    }
+
+    /// Whether the engine has `image`.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub async fn has_image(&self, image: &ImageRef) -> Result<bool, EngineError> {
+        match self.docker.inspect_image(image.as_str()).await.map_err(EngineError::new("look for the image")) {
+            Ok(_) => Ok(true),
+            Err(error) if error.is_status(404) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What `image`, which the engine has, sets the variable `name` to, where it sets it.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub async fn image_variable(&self, image: &ImageRef, name: &str) -> Result<Option<String>, EngineError> {
+        let found = self.docker.inspect_image(image.as_str()).await.map_err(EngineError::new("look at the image"))?;
+        let variables = found.config.and_then(|config| config.env).unwrap_or_default();
+        Ok(variables
+            .iter()
+            .filter_map(|line| line.split_once('='))
+            .find(|(variable, _)| *variable == name)
+            .map(|(_, value)| value.to_owned()))
+    }
+
+    /// Pulls `image`; `progress` hears of it, in a few words, as often as the engine has something to say.
+    ///
+    /// # Errors
+    /// When the image is not to be had.
+    pub async fn pull(&self, image: &ImageRef, mut progress: impl FnMut(String)) -> Result<(), EngineError> {
+        const DOING: &str = "pull the image";
+        let options = CreateImageOptionsBuilder::default().from_image(image.as_str()).build();
+        let mut steps = self.docker.create_image(Some(options), None, None);
+        while let Some(step) = steps.next().await {
+            let step = step.map_err(EngineError::new(DOING))?;
+            if let Some(error) = step.error_detail.and_then(|detail| detail.message) {
+                return Err(EngineError::Failed { doing: DOING, message: error });
+            }
+            let (id, status) = (step.id.unwrap_or_default(), step.status.unwrap_or_default());
+            match step.progress_detail.map(|detail| (detail.current, detail.total)) {
+                Some((Some(current), Some(total))) if total > 0 => {
+                    progress(format!("{status} {id}: {} of {} MiB", current >> 20, total >> 20));
+                }
+                _ => progress(format!("{status} {id}")),
+            }
+        }
+        Ok(())
+    }
+
+    /// The container `name`, where there is one. An id is as good as a name.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub async fn find_container(&self, name: &str) -> Result<Option<Container>, EngineError> {
+        let answer = self.docker.inspect_container(name, None::<InspectContainerOptions>).await;
+        match answer.map_err(EngineError::new("look at the container")) {
+            Ok(found) => {
+                let state = found.state.unwrap_or_default();
+                Ok(Some(Container {
+                    id: found.id.unwrap_or_default(),
+                    running: state.running.unwrap_or(false),
+                    pid: state.pid.and_then(|pid| pid.try_into().ok()).unwrap_or(0),
+                    exit_code: state.exit_code.unwrap_or(0),
+                    labels: found.config.and_then(|config| config.labels).unwrap_or_default(),
+                }))
+            }
+            Err(error) if error.is_status(404) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes the container and answers with its id.
+    ///
+    /// # Errors
+    /// When Docker refuses the specification, or the call fails.
+    pub async fn create(&self, spec: &ContainerSpec) -> Result<String, EngineError> {
+        let options = CreateContainerOptionsBuilder::default().name(&spec.name).build();
+        let created = self.docker.create_container(Some(options), body_of(spec)).await;
+        created.map(|created| created.id).map_err(EngineError::new("create the container"))
+    }
+
+    /// Starts the container; one that runs already is fine.
+    ///
+    /// # Errors
+    /// When Docker refuses to start it, or the call fails.
+    pub async fn start(&self, id: &str) -> Result<(), EngineError> {
+        let started = self.docker.start_container(id, None::<StartContainerOptions>).await;
+        match started.map_err(EngineError::new("start the container")) {
+            Err(error) if !error.is_status(304) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Stops the container, with `grace` between SIGTERM and SIGKILL; one that does not run, or is gone, is fine.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub async fn stop(&self, id: &str, grace: Duration) -> Result<(), EngineError> {
+        let seconds = i32::try_from(grace.as_secs()).unwrap_or(i32::MAX);
+        let options = StopContainerOptionsBuilder::default().t(seconds).build();
+        // The answer comes after the grace: the call has this much more time than others.
+        let patient = self.docker.clone().with_timeout(CALL_LIMIT + grace);
+        match patient.stop_container(id, Some(options)).await.map_err(EngineError::new("stop the container")) {
+            Err(error) if !error.is_status(304) && !error.is_status(404) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes the container, running or not; one that is gone is fine.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub async fn remove(&self, id: &str) -> Result<(), EngineError> {
+        let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
+        match self.docker.remove_container(id, Some(options)).await.map_err(EngineError::new("remove the container")) {
+            Err(error) if !error.is_status(404) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until the container does not run any more and answers with its exit code; `None` when the engine went
+    /// away or the container with it.
+    pub async fn wait(&self, id: &str) -> Option<i64> {
+        match self.docker.wait_container(id, None::<WaitContainerOptions>).next().await {
+            Some(Ok(end)) => Some(end.status_code),
+            // bollard makes an error of every code but 0.
+            Some(Err(ApiError::DockerContainerWaitError { code, .. })) => Some(code),
+            Some(Err(_)) | None => None,
+        }
+    }
+}
+
+fn body_of(spec: &ContainerSpec) -> ContainerCreateBody {
+    let mount = |mount: &crate::plan::MountSpec| Mount {
+        target: Some(mount.target.clone()),
+        source: Some(mount.source.clone()),
+        typ: Some(MountType::BIND),
+        read_only: Some(mount.read_only),
+        ..Mount::default()
+    };
+    ContainerCreateBody {
+        image: Some(spec.image.clone()),
+        cmd: Some(spec.args.clone()),
+        env: Some(spec.env.iter().map(|(name, value)| format!("{name}={value}")).collect()),
+        labels: Some(spec.labels.clone().into_iter().collect()),
+        user: Some(spec.user.clone()),
+        // PID 1 of the container is Docker's init: the signal goes through it.
+        stop_signal: Some("SIGTERM".into()),
+        host_config: Some(HostConfig {
+            runtime: Some(spec.runtime.clone()),
+            device_requests: (!spec.cdi_devices.is_empty()).then(|| {
+                vec![DeviceRequest {
+                    driver: Some("cdi".into()),
+                    device_ids: Some(spec.cdi_devices.clone()),
+                    ..DeviceRequest::default()
+                }]
+            }),
+            mounts: Some(spec.mounts.iter().map(mount).collect()),
+            tmpfs: Some(spec.tmpfs.clone().into_iter().collect()),
+            cap_drop: Some(vec!["ALL".into()]),
+            security_opt: Some(vec!["no-new-privileges".into()]),
+            init: Some(true),
+            pids_limit: Some(spec.pids_limit),
+            shm_size: i64::try_from(spec.shm_size_mib << 20).ok(),
+            log_config: Some(HostConfigLogConfig {
+                typ: Some(spec.log_driver.clone()),
+                config: Some(spec.log_options.clone().into_iter().collect()),
+            }),
+            restart_policy: Some(RestartPolicy { name: Some(RestartPolicyNameEnum::NO), maximum_retry_count: None }),
+            ..HostConfig::default()
+        }),
+        ..ContainerCreateBody::default()
+    }
+}

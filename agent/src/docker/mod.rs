@@ -1,0 +1,5 @@
+//! Docker: our words over its API, and the nvidia runtime in its configuration.
+
+pub mod daemon_json;
+pub mod engine;
+pub mod runtime;

@@ -1,0 +1,230 @@
+//! Making Docker able to hand a GPU over: the runtime entry written, the engine reloaded, the result verified.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::process::Command;
+use tokio::time::Instant;
+
+use super::daemon_json::{self, Merged, RUNTIME_NAME, Refused};
+use super::engine::{Engine, EngineError, EngineFacts};
+use crate::atomic;
+use crate::gpu::reason::{Finding, Reason};
+use crate::gpu::verdict::GpuDevice;
+use crate::settings::{DockerSettings, Injection};
+
+/// A daemon.json above this size is none.
+const LARGEST_DAEMON_JSON_BYTES: u64 = 16 << 20;
+/// How long a reload may take, and then the engine until it lists the runtime.
+const RELOAD_LIMIT: Duration = Duration::from_secs(30);
+const REGISTRATION_LIMIT: Duration = Duration::from_secs(10);
+
+/// How the container gets its GPUs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GpuAccess {
+    /// `HostConfig.Runtime=nvidia`.
+    Runtime,
+    /// These CDI devices.
+    Cdi(Vec<String>),
+}
+
+/// Why daemon.json could not be brought in order.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonJsonError {
+    /// It cannot be read or written.
+    #[error("{path}: cannot {doing}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was being done.
+        doing: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Its content is not touched.
+    #[error("{path}, {source}")]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong where.
+        source: Refused,
+    },
+    /// Somebody else wrote it at the same time.
+    #[error("{path}: it was changed by somebody else meanwhile")]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// Puts the runtime into daemon.json, where it is not there yet. Answers whether the file was written.
+///
+/// # Errors
+/// When the file cannot be read, is not one JSON object, or cannot be written. Then it is what it was.
+pub fn configure_daemon_json(path: &Path, runtime_path: &str) -> Result<bool, DaemonJsonError> {
+    let failed = |doing| move |source| DaemonJsonError::Io { path: path.into(), doing, source };
+    let target = target_of(path).map_err(failed("follow the link"))?;
+    let old = read(&target).map_err(failed("read it"))?;
+    let new = match &old {
+        None => daemon_json::fresh(runtime_path),
+        Some(bytes) => {
+            let text = text_of(bytes).map_err(|source| DaemonJsonError::Refused { path: path.into(), source })?;
+            let merged = daemon_json::merge(text, runtime_path, |program| find_program(program).is_some());
+            match merged.map_err(|source| DaemonJsonError::Refused { path: path.into(), source })? {
+                Merged::Unchanged => return Ok(false),
+                Merged::Changed(new) => new,
+            }
+        }
+    };
+    let prepared = atomic::prepare(&target, new.as_bytes()).map_err(failed("write it"))?;
+    if read(&target).map_err(failed("read it"))? != old {
+        prepared.discard();
+        return Err(DaemonJsonError::Changed { path: path.into() });
+    }
+    prepared.put_in_place().map_err(failed("write it"))?;
+    Ok(true)
+}
+
+/// The file itself, where `path` is a link to it: the link stays.
+fn target_of(path: &Path) -> io::Result<PathBuf> {
+    match path.canonicalize() {
+        Ok(target) => Ok(target),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match path.read_link() {
+            // A link that leads nowhere: the file is made where it points.
+            Ok(target) => Ok(path.parent().unwrap_or(Path::new("/")).join(target)),
+            Err(_) => Ok(path.into()),
+        },
+        Err(error) => Err(error),
+    }
+}
+
+fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut bytes = Vec::new();
+    file.take(LARGEST_DAEMON_JSON_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > LARGEST_DAEMON_JSON_BYTES {
+        return Err(io::Error::other("it is larger than 16 MiB"));
+    }
+    Ok(Some(bytes))
+}
+
+fn text_of(bytes: &[u8]) -> Result<&str, Refused> {
+    std::str::from_utf8(bytes).map_err(|error| {
+        let before = &bytes[..error.valid_up_to()];
+        let line_start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        Refused {
+            line: before.iter().filter(|byte| **byte == b'\n').count() + 1,
+            column: String::from_utf8_lossy(&before[line_start..]).chars().count() + 1,
+            message: "the text is not UTF-8".into(),
+        }
+    })
+}
+
+/// The program that `name` leads to: a path, or a name in PATH and in the folders that services have in theirs.
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    const SERVICE_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    let is_program =
+        |path: &Path| path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.mode() & 0o111 != 0);
+    if name.starts_with('/') {
+        return Some(PathBuf::from(name)).filter(|path| is_program(path));
+    }
+    if name.is_empty() || name.contains('/') {
+        return None;
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(std::env::split_paths(SERVICE_PATH))
+        .map(|folder| folder.join(name))
+        .find(|candidate| is_program(candidate))
+}
+
+/// Which way the GPUs go into the container: what `injection` says, or CDI where Docker reports each of them.
+pub fn choose_access(injection: Injection, devices: &[GpuDevice], engine: Option<&EngineFacts>) -> GpuAccess {
+    const KIND: &str = "nvidia.com/gpu=";
+    let reported = |name: &str| engine.is_some_and(|facts| facts.cdi_devices.iter().any(|device| device == name));
+    let by_uuid = |device: &GpuDevice| format!("{KIND}{}", device.uuid);
+    let resolved: Option<Vec<String>> = devices
+        .iter()
+        .map(|device| {
+            // nvidia-ctk names whole cards by index, by UUID, or by both.
+            let by_index = format!("{KIND}{}", device.index);
+            let is_card = device.uuid.starts_with("GPU-");
+            Some(by_uuid(device))
+                .filter(|name| reported(name))
+                .or_else(|| Some(by_index).filter(|name| is_card && reported(name)))
+        })
+        .collect();
+    match (injection, resolved) {
+        (Injection::Runtime, _) | (Injection::Auto, None) => GpuAccess::Runtime,
+        (Injection::Auto | Injection::Cdi, Some(names)) => GpuAccess::Cdi(names),
+        (Injection::Cdi, None) => GpuAccess::Cdi(devices.iter().map(by_uuid).collect()),
+    }
+}
+
+/// Sees to it that Docker has the nvidia runtime: written into daemon.json, taken up by a reload, listed by the engine.
+///
+/// # Errors
+/// The finding with which the node goes to the CPU.
+pub async fn ensure_runtime(engine: &Engine, facts: &EngineFacts, settings: &DockerSettings) -> Result<(), Finding> {
+    if let Some(path) = facts.runtimes.get(RUNTIME_NAME) {
+        // An entry without a path is one for a containerd shim.
+        return if path.is_empty() || find_program(path).is_some() {
+            Ok(())
+        } else {
+            Err(Finding::new(
+                Reason::RuntimeMissing,
+                format!("Docker's nvidia runtime is {path}, and there is no such program"),
+            ))
+        };
+    }
+    if find_program(&settings.runtime_path).is_none() {
+        return Err(Finding::new(
+            Reason::RuntimeMissing,
+            format!("{} is not installed on this machine", settings.runtime_path),
+        ));
+    }
+    let not_configured = |what: String| Finding::new(Reason::RuntimeNotConfigured, what);
+    let written = configure_daemon_json(&settings.daemon_json, &settings.runtime_path)
+        .map_err(|error| not_configured(error.to_string()))?;
+    let file = settings.daemon_json.display();
+    if written {
+        tracing::info!("wrote the nvidia runtime into {file}");
+    }
+    reload(&settings.reload_command).await.map_err(|why| {
+        not_configured(format!("Docker could not be reloaded after {file} got the nvidia runtime: {why}"))
+    })?;
+    let deadline = Instant::now() + REGISTRATION_LIMIT;
+    loop {
+        match engine.facts().await {
+            Ok(facts) if facts.runtimes.contains_key(RUNTIME_NAME) => return Ok(()),
+            answer if Instant::now() >= deadline => {
+                let why = answer.err().map_or(String::new(), |error: EngineError| format!(" ({error})"));
+                return Err(not_configured(format!(
+                    "{file} has the nvidia runtime, and Docker did not register it after the reload{why}"
+                )));
+            }
+            _ => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
+
+async fn reload(command: &[String]) -> Result<(), String> {
+    let Some((program, arguments)) = command.split_first() else {
+        return Err("docker.reload_command is empty".into());
+    };
+    let line = command.join(" ");
+    let running = Command::new(program).args(arguments).stdin(std::process::Stdio::null()).kill_on_drop(true).output();
+    match tokio::time::timeout(RELOAD_LIMIT, running).await {
+        Ok(Ok(output)) if output.status.success() => Ok(()),
+        Ok(Ok(output)) => Err(format!("{line}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim())),
+        Ok(Err(error)) => Err(format!("{line}: {error}")),
+        Err(_) => Err(format!("{line} did not end within {} s", RELOAD_LIMIT.as_secs())),
+    }
+}

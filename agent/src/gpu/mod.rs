@@ -1,0 +1,71 @@
+//! The GPU: what is present (sysfs), what was promised (context), what the driver says (NVML), and what follows from it.
+
+pub mod nvml;
+pub mod pci;
+pub mod probe;
+pub mod reason;
+pub mod verdict;
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::config::Config;
+use crate::settings::GpuSettings;
+use pci::PciFacts;
+use probe::ProbeOutcome;
+use reason::Reason;
+use verdict::Verdict;
+
+/// How often a driver that is still coming is looked for.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// The verdict and what it rests on.
+#[derive(Debug)]
+pub struct Detection {
+    /// What sysfs said.
+    pub facts: PciFacts,
+    /// What the probe said, where it was asked.
+    pub outcome: Option<ProbeOutcome>,
+    /// What follows.
+    pub verdict: Verdict,
+}
+
+/// Finds out whether a GPU can be used. While the device is there and only the driver is still missing, it is looked
+/// for again, for at most `wait`.
+///
+/// sysfs comes first, and NVML is not called at all where sysfs has decided: called as root on a machine without a
+/// driver it would create device nodes.
+pub async fn detect_gpus(config: &Config, settings: &GpuSettings, wait: Duration) -> Detection {
+    let deadline = Instant::now() + wait;
+    loop {
+        let detection = detect_once(config, settings).await;
+        if !may_come(&detection.verdict) || Instant::now() + PAUSE > deadline {
+            return detection;
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+async fn detect_once(config: &Config, settings: &GpuSettings) -> Detection {
+    if !config.gpu_enabled {
+        return Detection { facts: pci::read_facts(&settings.sysfs), outcome: None, verdict: Verdict::not_wanted() };
+    }
+    let facts = pci::read_facts(&settings.sysfs);
+    if let Some(verdict) = verdict::before_the_probe(config, &facts) {
+        return Detection { facts, outcome: None, verdict };
+    }
+    let outcome = probe::probe(&settings.nvml_library, settings.probe_timeout).await;
+    let verdict = verdict::after_the_probe(config, &facts, &outcome);
+    Detection { facts, outcome: Some(outcome), verdict }
+}
+
+/// Whether waiting may change the verdict: the device is there, the driver is on its way or may be.
+fn may_come(verdict: &Verdict) -> bool {
+    match verdict {
+        Verdict::Cpu { finding: Some(finding) } => {
+            matches!(finding.reason, Reason::DriverNotLoaded | Reason::DriverNotReady)
+        }
+        _ => false,
+    }
+}

@@ -1,0 +1,269 @@
+//! The probe, from inside: the child process that loads libnvidia-ml, asks it, and prints what it said as JSON.
+//! It runs alone so that a library that hangs or crashes takes nobody along; see [`super::probe`] for the outside.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use nvml_wrapper::enum_wrappers::device::{EccCounter, MemoryError};
+use nvml_wrapper::enums::device::SampleValue;
+use nvml_wrapper::error::NvmlError;
+use nvml_wrapper::structs::device::FieldId;
+use nvml_wrapper::{Device, Nvml};
+use serde::{Deserialize, Serialize};
+
+use super::pci::PciAddress;
+
+/// What the child answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProbeAnswer {
+    /// NVML answered.
+    Driver(DriverReport),
+    /// NVML could not be asked.
+    Failed {
+        /// What failed.
+        fault: Fault,
+        /// The version of the library, as its file's name gives it.
+        library_version: Option<String>,
+    },
+}
+
+/// The driver and its GPUs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DriverReport {
+    /// The kernel driver's version.
+    pub driver_version: Option<String>,
+    /// The GPUs, by NVML's index.
+    pub gpus: Vec<ProbedGpu>,
+}
+
+/// One GPU as NVML describes it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbedGpu {
+    /// NVML's index.
+    pub index: u32,
+    /// `GPU-…`.
+    pub uuid: Option<String>,
+    /// The product's name.
+    pub name: Option<String>,
+    /// Where it is, in NVML's spelling.
+    pub pci_address: Option<String>,
+    /// All of its memory, in MiB.
+    pub memory_mib: Option<u64>,
+    /// `n` of `/dev/nvidia<n>`.
+    pub minor: Option<u32>,
+    /// Set when the card is in MIG mode: its instances.
+    pub mig: Option<Vec<ProbedMig>>,
+    /// A call that failed in a way that makes the GPU unusable.
+    pub fault: Option<Fault>,
+    /// Hardware faults that NVML reports with success.
+    pub ailments: Vec<String>,
+}
+
+/// A MIG instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbedMig {
+    /// `MIG-…`.
+    pub uuid: String,
+    /// The instance's name.
+    pub name: Option<String>,
+    /// The instance's memory, in MiB.
+    pub memory_mib: Option<u64>,
+}
+
+/// A call that failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fault {
+    /// NVML's function, or `dlopen`.
+    pub call: String,
+    /// How it failed.
+    pub kind: FaultKind,
+    /// The text of the library or of the loader.
+    pub text: String,
+}
+
+/// How a call failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FaultKind {
+    /// The library cannot be loaded.
+    Library,
+    /// The library has no such function.
+    Symbol,
+    /// NVML's return code (nvml.h, `nvmlReturn_t`).
+    Code(u32),
+}
+
+impl Fault {
+    fn new(call: &str, error: NvmlError) -> Self {
+        let text = error.to_string();
+        let kind = match error {
+            NvmlError::LibloadingError(_) => FaultKind::Library,
+            NvmlError::FailedToLoadSymbol(_) => FaultKind::Symbol,
+            error => FaultKind::Code(error.into()),
+        };
+        Self { call: call.into(), kind, text }
+    }
+
+    /// Whether a getter that is good to have may fail like this on a healthy GPU: not every card, driver or container
+    /// gives every value. Anything else means that the GPU does not answer as it should.
+    fn is_harmless(&self) -> bool {
+        const NOT_SUPPORTED: u32 = 3;
+        const NO_PERMISSION: u32 = 4;
+        const NOT_FOUND: u32 = 6;
+        const FUNCTION_NOT_FOUND: u32 = 13;
+        const NO_DATA: u32 = 21;
+        const ARGUMENT_VERSION_MISMATCH: u32 = 25;
+        matches!(
+            self.kind,
+            FaultKind::Symbol
+                | FaultKind::Code(
+                    NOT_SUPPORTED
+                        | NO_PERMISSION
+                        | NOT_FOUND
+                        | FUNCTION_NOT_FOUND
+                        | NO_DATA
+                        | ARGUMENT_VERSION_MISMATCH
+                )
+        )
+    }
+}
+
+/// Asks NVML and prints the answer on the standard output: all that the child process does.
+///
+/// # Errors
+/// When the answer cannot be written.
+pub fn answer_on_stdout(library: &str) -> std::io::Result<()> {
+    let answer = ask(library);
+    let mut out = std::io::stdout().lock();
+    serde_json::to_writer(&mut out, &answer)?;
+    out.write_all(b"\n")?;
+    out.flush()
+}
+
+fn ask(library: &str) -> ProbeAnswer {
+    match report(library) {
+        Ok(report) => ProbeAnswer::Driver(report),
+        Err(fault) => ProbeAnswer::Failed { fault, library_version: library_version(library) },
+    }
+}
+
+fn report(library: &str) -> Result<DriverReport, Fault> {
+    let nvml = Nvml::builder().lib_path(library.as_ref()).init().map_err(|error| {
+        let call = if matches!(error, NvmlError::LibloadingError(_)) { "dlopen" } else { "nvmlInit_v2" };
+        Fault::new(call, error)
+    })?;
+    let count = nvml.device_count().map_err(|error| Fault::new("nvmlDeviceGetCount_v2", error))?;
+    let report = DriverReport {
+        driver_version: nvml.sys_driver_version().ok(),
+        gpus: (0..count).map(|index| describe(&nvml, index)).collect(),
+    };
+    // nvmlShutdown could hang or crash with the answer not yet given; the end of the process does its work.
+    std::mem::forget(nvml);
+    Ok(report)
+}
+
+fn describe(nvml: &Nvml, index: u32) -> ProbedGpu {
+    let mut gpu = ProbedGpu { index, ..ProbedGpu::default() };
+    if let Err(fault) = fill_in(nvml, &mut gpu) {
+        gpu.fault = Some(fault);
+    }
+    gpu
+}
+
+fn fill_in(nvml: &Nvml, gpu: &mut ProbedGpu) -> Result<(), Fault> {
+    let device = nvml.device_by_index(gpu.index).map_err(|error| Fault::new("nvmlDeviceGetHandleByIndex_v2", error))?;
+    // Without these two the GPU can neither be handed over nor be told from another: they are needed.
+    let pci = device.pci_info().map_err(|error| Fault::new("nvmlDeviceGetPciInfo_v3", error))?;
+    gpu.pci_address = Some(PciAddress::parse(&pci.bus_id).map_or(pci.bus_id, |address| address.to_string()));
+    gpu.uuid = Some(device.uuid().map_err(|error| Fault::new("nvmlDeviceGetUUID", error))?);
+    // These are good to have.
+    gpu.name = optional("nvmlDeviceGetName", device.name())?;
+    gpu.minor = optional("nvmlDeviceGetMinorNumber", device.minor_number())?;
+    gpu.memory_mib = optional("nvmlDeviceGetMemoryInfo_v2", device.memory_info())?.map(|memory| memory.total >> 20);
+    gpu.mig = mig_instances(&device)?;
+    gpu.ailments = ailments(&device)?;
+    Ok(())
+}
+
+fn optional<T>(call: &str, answer: Result<T, NvmlError>) -> Result<Option<T>, Fault> {
+    match answer {
+        Ok(value) => Ok(Some(value)),
+        Err(error) => {
+            let fault = Fault::new(call, error);
+            if fault.is_harmless() { Ok(None) } else { Err(fault) }
+        }
+    }
+}
+
+fn mig_instances(device: &Device<'_>) -> Result<Option<Vec<ProbedMig>>, Fault> {
+    const ENABLED: u32 = 1;
+    let mode = optional("nvmlDeviceGetMigMode", device.mig_mode())?;
+    if mode.is_none_or(|mode| mode.current != ENABLED) {
+        return Ok(None);
+    }
+    let slots = optional("nvmlDeviceGetMaxMigDeviceCount", device.mig_device_count())?.unwrap_or(0);
+    let mut instances = Vec::new();
+    for slot in 0..slots {
+        // A slot without an instance answers NOT_FOUND.
+        let Some(instance) = optional("nvmlDeviceGetMigDeviceHandleByIndex", device.mig_device_by_index(slot))? else {
+            continue;
+        };
+        instances.push(ProbedMig {
+            uuid: instance.uuid().map_err(|error| Fault::new("nvmlDeviceGetUUID", error))?,
+            name: optional("nvmlDeviceGetName", instance.name())?,
+            memory_mib: optional("nvmlDeviceGetMemoryInfo_v2", instance.memory_info())?
+                .map(|memory| memory.total >> 20),
+        });
+    }
+    Ok(Some(instances))
+}
+
+fn ailments(device: &Device<'_>) -> Result<Vec<String>, Fault> {
+    let mut ailments = Vec::new();
+    let ecc = device.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile);
+    match optional("nvmlDeviceGetTotalEccErrors", ecc)? {
+        None | Some(0) => {}
+        Some(count) => ailments.push(format!("{count} uncorrectable ECC errors since the driver was loaded")),
+    }
+    if row_remap_failed(device)? {
+        ailments.push("a faulty memory row could not be remapped".into());
+    }
+    Ok(ailments)
+}
+
+fn row_remap_failed(device: &Device<'_>) -> Result<bool, Fault> {
+    /// NVML_FI_DEV_REMAPPED_FAILURE of nvml.h.
+    const REMAPPED_FAILURE: FieldId = FieldId(145);
+    const CALL: &str = "nvmlDeviceGetFieldValues";
+    let Some(samples) = optional(CALL, device.field_values_for(&[REMAPPED_FAILURE]))? else {
+        return Ok(false);
+    };
+    for sample in samples.into_iter().flatten() {
+        if let Some(value) = optional(CALL, sample.value)? {
+            return Ok(matches!(value, SampleValue::U32(1..) | SampleValue::U64(1..) | SampleValue::I64(1..)));
+        }
+    }
+    Ok(false)
+}
+
+/// The version of the library from its file's name: `libnvidia-ml.so.1` is a link to `libnvidia-ml.so.<version>`.
+/// NVML itself does not tell it once `nvmlInit` has failed.
+fn library_version(library: &str) -> Option<String> {
+    // Where Debian, Ubuntu, Red Hat and NVIDIA's own installer put it.
+    const FOLDERS: [&str; 5] = [
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib/x86_64-linux-gnu/nvidia/current",
+        "/usr/lib/aarch64-linux-gnu",
+        "/usr/lib64",
+        "/usr/lib",
+    ];
+    let file = if library.contains('/') {
+        PathBuf::from(library)
+    } else {
+        FOLDERS.iter().map(|folder| Path::new(folder).join(library)).find(|path| path.exists())?
+    };
+    let file = file.canonicalize().ok()?;
+    let (_, version) = file.file_name()?.to_str()?.split_once(".so.")?;
+    version.contains('.').then(|| version.to_owned())
+}

@@ -1,0 +1,196 @@
+//! What sysfs says about NVIDIA display devices and their driver, and nothing that needs the driver itself.
+//! Facts of the layout: Linux, Documentation/ABI/testing/sysfs-bus-pci.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Serialize, Serializer};
+
+/// The PCI vendor number of NVIDIA (pci.ids).
+const NVIDIA: u32 = 0x10de;
+/// The PCI class of display controllers (pci.ids): VGA 0300, 3D 0302, other 0380.
+const DISPLAY: u32 = 0x03;
+
+/// A PCI address: domain, bus, device, function.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PciAddress {
+    domain: u32,
+    bus: u8,
+    device: u8,
+    function: u8,
+}
+
+impl PciAddress {
+    /// Reads an address as OpenNebula (`01:00.0`), sysfs (`0000:01:00.0`) and NVML (`00000000:01:00.0`) write it.
+    pub fn parse(text: &str) -> Option<Self> {
+        let hex = |digits: &str, lengths: std::ops::RangeInclusive<usize>| {
+            (lengths.contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_hexdigit()))
+                .then(|| u32::from_str_radix(digits, 16).ok())
+                .flatten()
+        };
+        let mut parts = text.split(':').collect::<Vec<_>>();
+        let (device, function) = parts.pop()?.split_once('.')?;
+        let bus = hex(parts.pop()?, 2..=2)?;
+        let domain = match parts.pop() {
+            Some(digits) => hex(digits, 4..=8)?,
+            None => 0,
+        };
+        let (device, function) = (hex(device, 2..=2)?, hex(function, 1..=1)?);
+        (parts.is_empty() && device < 32 && function < 8).then_some(Self {
+            domain,
+            bus: bus as u8,
+            device: device as u8,
+            function: function as u8,
+        })
+    }
+}
+
+impl fmt::Display for PciAddress {
+    /// As sysfs and lspci -D write it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04x}:{:02x}:{:02x}.{:x}", self.domain, self.bus, self.device, self.function)
+    }
+}
+
+impl fmt::Debug for PciAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl Serialize for PciAddress {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// A device on the PCI bus of this VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PciDevice {
+    /// Where it is.
+    pub address: PciAddress,
+    /// Vendor number, `10de` is NVIDIA.
+    #[serde(serialize_with = "as_hex4")]
+    pub vendor: u32,
+    /// Device number, where sysfs gives one.
+    #[serde(serialize_with = "as_optional_hex4")]
+    pub device: Option<u32>,
+    /// Class, subclass and programming interface, one byte each.
+    #[serde(serialize_with = "as_hex6")]
+    pub class: u32,
+    /// The kernel driver that is bound to it.
+    pub driver: Option<String>,
+}
+
+fn as_hex4<S: Serializer>(number: &u32, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{number:04x}"))
+}
+
+fn as_optional_hex4<S: Serializer>(number: &Option<u32>, serializer: S) -> Result<S::Ok, S::Error> {
+    match number {
+        Some(number) => as_hex4(number, serializer),
+        None => serializer.serialize_none(),
+    }
+}
+
+fn as_hex6<S: Serializer>(number: &u32, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{number:06x}"))
+}
+
+impl PciDevice {
+    /// Whether it is a GPU of NVIDIA: vendor 10de, class 03xx.
+    pub fn is_nvidia_display(&self) -> bool {
+        self.vendor == NVIDIA && self.class >> 16 == DISPLAY
+    }
+
+    /// `vendor:device, class cccc`, as lspci -nn gives them.
+    pub fn ids(&self) -> String {
+        let device = self.device.map_or("????".into(), |device| format!("{device:04x}"));
+        format!("{:04x}:{device}, class {:04x}", self.vendor, self.class >> 8)
+    }
+}
+
+/// What sysfs said.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct PciFacts {
+    /// Every PCI device, by address.
+    pub devices: Vec<PciDevice>,
+    /// The version of the loaded `nvidia` module, where one is loaded.
+    pub module_version: Option<String>,
+    /// The module's state while it is not yet `live` (`coming`, `going`).
+    pub module_pending: Option<String>,
+    /// What could not be read, with the reason: a verdict on such facts says so.
+    pub unreadable: Vec<String>,
+}
+
+impl PciFacts {
+    /// The GPUs of NVIDIA among the devices.
+    pub fn gpus(&self) -> impl Iterator<Item = &PciDevice> {
+        self.devices.iter().filter(|device| device.is_nvidia_display())
+    }
+
+    /// The device at `address`.
+    pub fn at(&self, address: PciAddress) -> Option<&PciDevice> {
+        self.devices.iter().find(|device| device.address == address)
+    }
+}
+
+/// Reads the facts below `sysfs` (normally `/sys`). What cannot be read is listed in the answer; nothing is guessed.
+pub fn read_facts(sysfs: &Path) -> PciFacts {
+    let mut facts = PciFacts::default();
+    let bus = sysfs.join("bus/pci/devices");
+    match std::fs::read_dir(&bus) {
+        Ok(entries) => {
+            for entry in entries.flatten() {
+                let Some(address) = entry.file_name().to_str().and_then(PciAddress::parse) else {
+                    continue;
+                };
+                match read_device(address, &entry.path()) {
+                    Ok(device) => facts.devices.push(device),
+                    Err(failure) => facts.unreadable.push(failure),
+                }
+            }
+            facts.devices.sort_by_key(|device| device.address);
+        }
+        // A machine without a PCI bus has no such folder; one that has it and does not show it is another thing.
+        Err(error) if error.kind() == io::ErrorKind::NotFound && sysfs.is_dir() => {}
+        Err(error) => facts.unreadable.push(format!("{}: {error}", bus.display())),
+    }
+    let module = sysfs.join("module/nvidia");
+    facts.module_version = read_optional(&module.join("version"), &mut facts.unreadable);
+    facts.module_pending =
+        read_optional(&module.join("initstate"), &mut facts.unreadable).filter(|state| state != "live");
+    facts
+}
+
+fn read_device(address: PciAddress, folder: &Path) -> Result<PciDevice, String> {
+    let number = |name: &str| {
+        let path = folder.join(name);
+        let text = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let digits = text.trim().trim_start_matches("0x");
+        u32::from_str_radix(digits, 16).map_err(|_| format!("{}: not a hexadecimal number", path.display()))
+    };
+    let driver_link = folder.join("driver");
+    let driver = match std::fs::read_link(&driver_link) {
+        Ok(target) => last_part(target),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(format!("{}: {error}", driver_link.display())),
+    };
+    Ok(PciDevice { address, vendor: number("vendor")?, device: number("device").ok(), class: number("class")?, driver })
+}
+
+fn last_part(target: PathBuf) -> Option<String> {
+    target.file_name().map(|name| name.to_string_lossy().into_owned())
+}
+
+fn read_optional(path: &Path, unreadable: &mut Vec<String>) -> Option<String> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Some(text.trim().to_owned()).filter(|text| !text.is_empty()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => {
+            unreadable.push(format!("{}: {error}", path.display()));
+            None
+        }
+    }
+}

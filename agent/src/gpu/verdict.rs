@@ -1,0 +1,483 @@
+//! The verdict: a pure function of the configuration, the facts of the machine and the answer of the probe.
+
+use serde::Serialize;
+use serde_json::{Value as Json, json};
+
+use super::nvml::{DriverReport, Fault, FaultKind, ProbeAnswer, ProbedGpu};
+use super::pci::{PciAddress, PciFacts};
+use super::probe::ProbeOutcome;
+use super::reason::{Finding, Reason};
+use crate::config::values::{DeviceName, DeviceSelection};
+use crate::config::{Config, Framework};
+
+/// What the node runs on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// These GPUs.
+    Gpu {
+        /// The devices for the container, at least one.
+        devices: Vec<GpuDevice>,
+        /// Selected or promised devices that are not among them, each a WARNING.
+        missing: Vec<String>,
+    },
+    /// The CPU.
+    Cpu {
+        /// Why, where a GPU was wanted.
+        finding: Option<Finding>,
+    },
+}
+
+/// A GPU, or a MIG instance of one, that the container gets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct GpuDevice {
+    /// NVML's index of the card.
+    pub index: u32,
+    /// `GPU-…` or `MIG-…`.
+    pub uuid: String,
+    /// The product's name.
+    pub name: Option<String>,
+    /// Where the card is, in sysfs' spelling.
+    pub pci_address: String,
+    /// Memory of the card or of the instance, in MiB.
+    pub memory_mib: Option<u64>,
+    /// `n` of the card's `/dev/nvidia<n>`.
+    #[serde(skip)]
+    pub minor: Option<u32>,
+}
+
+impl Verdict {
+    /// The CPU, because nobody wanted a GPU: no warning.
+    pub fn not_wanted() -> Self {
+        Self::Cpu { finding: None }
+    }
+
+    /// The CPU, for this reason.
+    pub fn cpu(finding: Finding) -> Self {
+        Self::Cpu { finding: Some(finding) }
+    }
+
+    /// The devices of a GPU verdict; none on the CPU.
+    pub fn devices(&self) -> &[GpuDevice] {
+        match self {
+            Self::Gpu { devices, .. } => devices,
+            Self::Cpu { .. } => &[],
+        }
+    }
+
+    /// `cuda` or `cpu`, as PyTorch names them.
+    pub fn device(&self) -> &'static str {
+        match self {
+            Self::Gpu { .. } => "cuda",
+            Self::Cpu { .. } => "cpu",
+        }
+    }
+
+    /// The form of `plan --json` and `gpu --json`.
+    pub fn to_json(&self) -> Json {
+        match self {
+            Self::Gpu { devices, missing } => json!({"device": "cuda", "devices": devices, "missing": missing}),
+            Self::Cpu { finding: None } => json!({"device": "cpu", "reason": null}),
+            Self::Cpu { finding: Some(finding) } => json!({
+                "device": "cpu",
+                "reason": finding.reason,
+                "summary": finding.summary,
+                "fix": finding.fix(),
+                "pci_address": finding.pci_address,
+                "gpu_uuid": finding.gpu_uuid,
+            }),
+        }
+    }
+}
+
+/// What can be said without the driver. `None`: ask it.
+pub fn before_the_probe(config: &Config, facts: &PciFacts) -> Option<Verdict> {
+    if !config.gpu_enabled {
+        return Some(Verdict::not_wanted());
+    }
+    let finding = if config.framework == Framework::Sklearn {
+        Some(Finding::new(Reason::FrameworkWithoutGpu, "scikit-learn (ML_FRAMEWORK=sklearn) has no GPU build"))
+    } else if config.devices == DeviceSelection::None {
+        Some(Finding::new(
+            Reason::DeviceSelectionEmpty,
+            format!("FL_CUDA_VISIBLE_DEVICES='none' selects no GPU; {}", present_gpus(facts)),
+        ))
+    } else {
+        without_driver(config, facts)
+    };
+    finding.map(|finding| Verdict::cpu(with_unreadable(finding, facts)))
+}
+
+fn present_gpus(facts: &PciFacts) -> String {
+    let present: Vec<String> = facts.gpus().map(|gpu| format!("{} ({})", gpu.address, gpu.ids())).collect();
+    if present.is_empty() { "this VM has no NVIDIA GPU".into() } else { format!("this VM has {}", present.join(", ")) }
+}
+
+/// A verdict that rests on a failed read says so.
+fn with_unreadable(mut finding: Finding, facts: &PciFacts) -> Finding {
+    if !facts.unreadable.is_empty() {
+        finding.summary = format!("{} (could not be read: {})", finding.summary, facts.unreadable.join("; "));
+    }
+    finding
+}
+
+/// The promised devices that are not there as GPUs, each in a sentence.
+fn broken_promises(config: &Config, facts: &PciFacts) -> Vec<(String, String)> {
+    config
+        .promised
+        .iter()
+        .filter_map(|promised| {
+            let place = promised.address.map_or_else(|| promised.written.clone(), |address| address.to_string());
+            let promise =
+                format!("OpenNebula passed {place} to this VM ({}='{}')", promised.variable, promised.written);
+            let what = match promised.address {
+                None => "and that is not a PCI address".to_owned(),
+                Some(address) => match facts.at(address) {
+                    None => "and there is no device at that address".to_owned(),
+                    Some(device) if device.is_nvidia_display() => return None,
+                    Some(device) => format!("and the device there is not an NVIDIA GPU ({})", device.ids()),
+                },
+            };
+            Some((place, format!("{promise}, {what}")))
+        })
+        .collect()
+}
+
+fn without_driver(config: &Config, facts: &PciFacts) -> Option<Finding> {
+    if facts.gpus().next().is_none() {
+        let broken = broken_promises(config, facts);
+        let Some((place, _)) = broken.first() else {
+            return Some(Finding::new(
+                Reason::GpuNotPresent,
+                "this VM has no NVIDIA GPU on its PCI bus (vendor 10de, class 03xx), and the context has no PCI<n>_ADDRESS of one",
+            ));
+        };
+        let place = place.clone();
+        let sentences: Vec<String> = broken.into_iter().map(|(_, sentence)| sentence).collect();
+        return Some(Finding {
+            pci_address: Some(place),
+            ..Finding::new(Reason::GpuNotPassedThrough, sentences.join("; "))
+        });
+    }
+    if facts.gpus().any(|gpu| gpu.driver.as_deref() == Some("nvidia")) {
+        return None;
+    }
+    let foreign = facts.gpus().find_map(|gpu| gpu.driver.as_deref().map(|driver| (gpu, driver)));
+    if let Some((gpu, driver)) = foreign {
+        return Some(Finding {
+            pci_address: Some(gpu.address.to_string()),
+            ..Finding::new(
+                Reason::WrongDriver,
+                format!("the GPU {} ({}) is bound to the driver {driver}, not to nvidia", gpu.address, gpu.ids()),
+            )
+        });
+    }
+    let gpu = facts.gpus().next()?;
+    let module = match (&facts.module_version, &facts.module_pending) {
+        (_, Some(state)) => format!("the nvidia module is still {state}"),
+        (Some(version), None) => format!("the nvidia module {version} is loaded and has not taken it"),
+        (None, None) => "the nvidia module is not loaded".into(),
+    };
+    Some(Finding {
+        pci_address: Some(gpu.address.to_string()),
+        ..Finding::new(
+            Reason::DriverNotLoaded,
+            format!("no driver is bound to the GPU {} ({}): {module}", gpu.address, gpu.ids()),
+        )
+    })
+}
+
+/// What follows from the driver's answer, once [`before_the_probe`] had nothing to say.
+pub fn after_the_probe(config: &Config, facts: &PciFacts, outcome: &ProbeOutcome) -> Verdict {
+    let finding = match outcome {
+        ProbeOutcome::Answered(ProbeAnswer::Driver(report)) => match select(config, facts, report) {
+            Ok(verdict) => return verdict,
+            Err(finding) => finding,
+        },
+        ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library_version }) => {
+            driver_failure(fault, library_version.as_deref(), facts)
+        }
+        ProbeOutcome::TimedOut(limit) => Finding::new(
+            Reason::DriverTimeout,
+            format!("NVML gave no answer within {} s, and the probe was killed", limit.as_secs_f64()),
+        ),
+        ProbeOutcome::Crashed(signal) => Finding::new(
+            Reason::DriverCrash,
+            format!("the probe died by signal {signal}{} inside NVIDIA's library", signal_name(*signal)),
+        ),
+        ProbeOutcome::Failed(why) => Finding::new(Reason::DriverError, why.clone()),
+    };
+    Verdict::cpu(with_unreadable(finding, facts))
+}
+
+fn signal_name(signal: i32) -> &'static str {
+    match signal {
+        4 => " (SIGILL)",
+        6 => " (SIGABRT)",
+        7 => " (SIGBUS)",
+        8 => " (SIGFPE)",
+        9 => " (SIGKILL)",
+        11 => " (SIGSEGV)",
+        _ => "",
+    }
+}
+
+/// NVML's return codes (nvml.h, `nvmlReturn_t`) that have a reason of their own; every other one is `driver-error`.
+const REASONS_BY_CODE: &[(u32, Reason)] = &[
+    (4, Reason::PermissionDenied),
+    (8, Reason::GpuUnhealthy),
+    (9, Reason::DriverNotLoaded),
+    (11, Reason::GpuUnhealthy),
+    (12, Reason::DriverLibraryMissing),
+    (13, Reason::DriverTooOld),
+    (14, Reason::GpuUnhealthy),
+    (15, Reason::GpuLost),
+    (16, Reason::GpuResetRequired),
+    (17, Reason::PermissionDenied),
+    (18, Reason::DriverLibraryMismatch),
+    (27, Reason::DriverNotReady),
+    (28, Reason::GpuCountZero),
+];
+
+/// What NVML's newer codes say; nvml-wrapper knows none of them by name.
+const NEWER_TEXTS: &[(u32, &str)] = &[
+    (23, "not enough resources"),
+    (24, "the frequency is not supported"),
+    (25, "the version of an argument is not supported"),
+    (26, "the function is deprecated"),
+    (27, "the driver is not ready"),
+    (28, "no supported GPU was found"),
+    (29, "the state is not valid"),
+    (30, "the reset type is not supported"),
+];
+
+fn reason_of(fault: &Fault) -> Reason {
+    match fault.kind {
+        FaultKind::Library => Reason::DriverLibraryMissing,
+        FaultKind::Symbol => Reason::DriverTooOld,
+        FaultKind::Code(code) => {
+            REASONS_BY_CODE.iter().find(|(known, _)| *known == code).map_or(Reason::DriverError, |(_, reason)| *reason)
+        }
+    }
+}
+
+fn describe_fault(fault: &Fault) -> String {
+    let Fault { call, kind, text } = fault;
+    match kind {
+        FaultKind::Library => text.clone(),
+        FaultKind::Symbol => format!("{call} is not to be had: {text}"),
+        FaultKind::Code(code) => {
+            let text = NEWER_TEXTS.iter().find(|(known, _)| known == code).map_or(text.as_str(), |(_, text)| text);
+            format!("{call} answered NVML error {code}: {text}")
+        }
+    }
+}
+
+fn driver_failure(fault: &Fault, library_version: Option<&str>, facts: &PciFacts) -> Finding {
+    let reason = reason_of(fault);
+    let what = describe_fault(fault);
+    let summary = match reason {
+        Reason::DriverLibraryMissing => {
+            let why = if what.contains("wrong ELF class") {
+                "; it was built for another machine"
+            } else if what.contains("file too short") || what.contains("invalid ELF header") {
+                "; the file is damaged"
+            } else if what.contains("No such file") {
+                "; it is not installed"
+            } else {
+                ""
+            };
+            format!("libnvidia-ml cannot be loaded ({what}){why}")
+        }
+        Reason::DriverLibraryMismatch => format!(
+            "the library is {}, the loaded kernel module is {} ({what})",
+            library_version.unwrap_or("of an unknown version"),
+            facts.module_version.as_deref().unwrap_or("of an unknown version"),
+        ),
+        _ => what,
+    };
+    Finding { pci_address: facts.gpus().next().map(|gpu| gpu.address.to_string()), ..Finding::new(reason, summary) }
+}
+
+/// Why a GPU that the driver lists cannot be used.
+fn illness(gpu: &ProbedGpu) -> Option<Finding> {
+    let (reason, what) = match (&gpu.fault, gpu.ailments.as_slice()) {
+        (Some(fault), _) => (reason_of(fault), describe_fault(fault)),
+        (None, []) => return None,
+        (None, ailments) => (Reason::GpuUnhealthy, ailments.join("; ")),
+    };
+    Some(Finding {
+        pci_address: gpu.pci_address.clone(),
+        gpu_uuid: gpu.uuid.clone(),
+        ..Finding::new(reason, format!("{}: {what}", title(gpu)))
+    })
+}
+
+fn title(gpu: &ProbedGpu) -> String {
+    let mut title = format!("GPU {}", gpu.index);
+    for part in [&gpu.name, &gpu.uuid, &gpu.pci_address].into_iter().flatten() {
+        title = format!("{title}, {part}");
+    }
+    title
+}
+
+fn select(config: &Config, facts: &PciFacts, report: &DriverReport) -> Result<Verdict, Finding> {
+    if report.gpus.is_empty() {
+        let driver = report.driver_version.as_deref().unwrap_or("of an unknown version");
+        return Err(Finding {
+            pci_address: facts.gpus().next().map(|gpu| gpu.address.to_string()),
+            ..Finding::new(
+                Reason::GpuCountZero,
+                format!("the driver {driver} is loaded and sees no GPU; {}", present_gpus(facts)),
+            )
+        });
+    }
+    let mut missing: Vec<String> = broken_promises(config, facts).into_iter().map(|(_, sentence)| sentence).collect();
+    let mut devices: Vec<GpuDevice> = Vec::new();
+    let mut illnesses = Vec::new();
+    let mut take = |gpu: &ProbedGpu, instance: Option<&str>, missing: &mut Vec<String>| match illness(gpu) {
+        Some(illness) => {
+            missing.push(format!("{} ({})", illness.summary, illness.reason));
+            illnesses.push(illness);
+        }
+        None => {
+            for device in usable_parts(gpu, instance) {
+                if !devices.contains(&device) {
+                    devices.push(device);
+                }
+            }
+        }
+    };
+    match &config.devices {
+        DeviceSelection::Named(names) => {
+            for name in names {
+                match find(name, report) {
+                    Ok((gpu, instance)) => take(gpu, instance, &mut missing),
+                    Err(why) => missing.push(why),
+                }
+            }
+        }
+        DeviceSelection::All | DeviceSelection::None => {
+            for gpu in &report.gpus {
+                take(gpu, None, &mut missing);
+            }
+            missing.extend(unseen_gpus(facts, report));
+        }
+    }
+    if !devices.is_empty() {
+        return Ok(Verdict::Gpu { devices, missing });
+    }
+    // A card that could not even tell its UUID may be the one that was named.
+    let nameless = report.gpus.iter().filter(|gpu| gpu.uuid.is_none()).find_map(illness);
+    if let Some(illness) = illnesses.into_iter().next().or(nameless) {
+        return Err(illness);
+    }
+    Err(Finding::new(
+        Reason::DeviceSelectionEmpty,
+        format!(
+            "FL_CUDA_VISIBLE_DEVICES='{}' selects no GPU of this VM, which has: {}",
+            config.devices,
+            listing(report)
+        ),
+    ))
+}
+
+/// The card, or its MIG instances where it is in MIG mode; only `instance`, where one is named.
+fn usable_parts(gpu: &ProbedGpu, instance: Option<&str>) -> Vec<GpuDevice> {
+    let part = |uuid: &str, name: &Option<String>, memory_mib: Option<u64>| GpuDevice {
+        index: gpu.index,
+        uuid: uuid.into(),
+        name: name.clone().or_else(|| gpu.name.clone()),
+        pci_address: gpu.pci_address.clone().unwrap_or_default(),
+        memory_mib,
+        minor: gpu.minor,
+    };
+    match &gpu.mig {
+        Some(instances) => instances
+            .iter()
+            .filter(|candidate| instance.is_none_or(|uuid| uuid == candidate.uuid))
+            .map(|instance| part(&instance.uuid, &instance.name, instance.memory_mib))
+            .collect(),
+        None => gpu.uuid.iter().map(|uuid| part(uuid, &gpu.name, gpu.memory_mib)).collect(),
+    }
+}
+
+/// The card that `name` means, and the MIG instance where it means one; or why there is none.
+fn find<'r>(name: &DeviceName, report: &'r DriverReport) -> Result<(&'r ProbedGpu, Option<&'r str>), String> {
+    let candidates: Vec<(&ProbedGpu, Option<&str>)> = match name {
+        DeviceName::Index(index) => {
+            report.gpus.iter().filter(|gpu| gpu.index == *index).map(|gpu| (gpu, None)).collect()
+        }
+        DeviceName::Pci(address) => report
+            .gpus
+            .iter()
+            .filter(|gpu| gpu.pci_address.as_deref().and_then(PciAddress::parse) == Some(*address))
+            .map(|gpu| (gpu, None))
+            .collect(),
+        DeviceName::GpuUuid(beginning) => report
+            .gpus
+            .iter()
+            .filter(|gpu| gpu.uuid.as_deref().is_some_and(|uuid| begins_with(uuid, beginning)))
+            .map(|gpu| (gpu, None))
+            .collect(),
+        DeviceName::MigUuid(beginning) => report
+            .gpus
+            .iter()
+            .flat_map(|gpu| gpu.mig.iter().flatten().map(move |instance| (gpu, instance.uuid.as_str())))
+            .filter(|(_, uuid)| begins_with(uuid, beginning))
+            .map(|(gpu, uuid)| (gpu, Some(uuid)))
+            .collect(),
+    };
+    match candidates.as_slice() {
+        [only] => Ok(*only),
+        [] => {
+            Err(format!("FL_CUDA_VISIBLE_DEVICES names '{name}', which is not in this VM; it has: {}", listing(report)))
+        }
+        _ => Err(format!(
+            "FL_CUDA_VISIBLE_DEVICES names '{name}', with which several begin; this VM has: {}",
+            listing(report)
+        )),
+    }
+}
+
+fn begins_with(uuid: &str, beginning: &str) -> bool {
+    uuid.get(..beginning.len()).is_some_and(|head| head.eq_ignore_ascii_case(beginning))
+}
+
+fn listing(report: &DriverReport) -> String {
+    let entries: Vec<String> = report
+        .gpus
+        .iter()
+        .map(|gpu| match &gpu.mig {
+            None => title(gpu),
+            Some(instances) if instances.is_empty() => format!("{} (in MIG mode, without an instance)", title(gpu)),
+            Some(instances) => {
+                let uuids: Vec<&str> = instances.iter().map(|instance| instance.uuid.as_str()).collect();
+                format!("{} (MIG: {})", title(gpu), uuids.join(", "))
+            }
+        })
+        .collect();
+    entries.join("; ")
+}
+
+/// GPUs on the bus that the driver does not list: on another driver, or refused by it.
+fn unseen_gpus(facts: &PciFacts, report: &DriverReport) -> Vec<String> {
+    let listed = |address: PciAddress| {
+        report.gpus.iter().any(|gpu| gpu.pci_address.as_deref().and_then(PciAddress::parse) == Some(address))
+    };
+    // A card that could not tell its address may be any of them.
+    if report.gpus.iter().any(|gpu| gpu.pci_address.is_none()) {
+        return Vec::new();
+    }
+    facts
+        .gpus()
+        .filter(|gpu| !listed(gpu.address))
+        .map(|gpu| {
+            let driver = gpu.driver.as_deref().unwrap_or("none");
+            format!(
+                "the GPU {} ({}) is not known to the NVIDIA driver (bound driver: {driver})",
+                gpu.address,
+                gpu.ids()
+            )
+        })
+        .collect()
+}

@@ -1,0 +1,152 @@
+//! Where the agent's words go: to the journal where there is one, with fields; else to stderr, as text or JSON.
+
+use std::fmt;
+
+use serde_json::{Map, Value as Json};
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_journald::{Priority, PriorityMappings};
+use tracing_subscriber::Layer as _;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+use crate::config::LogLevel;
+use crate::gpu::reason::Finding;
+
+const FALLBACK_TARGET: &str = "supernode_agent::fallback";
+
+/// Sends what is logged from now on to the journal, where stderr leads there (systemd says so in JOURNAL_STREAM), else to
+/// stderr.
+pub fn init(level: LogLevel, as_json: bool) {
+    let level = match level {
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Warning => LevelFilter::WARN,
+        LogLevel::Error => LevelFilter::ERROR,
+    };
+    // Our words only: the libraries below have their own idea of what is worth a line.
+    let ours = Targets::new()
+        .with_target("supernode_agent", level)
+        // Whatever the level: nobody trains on the CPU unnoticed.
+        .with_target(FALLBACK_TARGET, level.max(LevelFilter::WARN));
+    let under_systemd = std::env::var_os("JOURNAL_STREAM").is_some();
+    if under_systemd && let Ok(journal) = tracing_journald::layer() {
+        let journal = journal
+            .with_field_prefix(None)
+            .with_syslog_identifier("supernode-agent".into())
+            .with_priority_mappings(PriorityMappings { info: Priority::Informational, ..PriorityMappings::new() });
+        let _ = tracing_subscriber::registry().with(journal.with_filter(ours)).try_init();
+        return;
+    }
+    let format = match (as_json, under_systemd) {
+        (true, _) => Format::Json,
+        (false, true) => Format::Prefixed,
+        (false, false) => Format::Text,
+    };
+    let stderr = tracing_subscriber::fmt::layer().event_format(format).with_writer(std::io::stderr);
+    let _ = tracing_subscriber::registry().with(stderr.with_filter(ours)).try_init();
+}
+
+/// The one WARNING of a node that wanted a GPU and runs on the CPU.
+pub fn warn_fallback(finding: &Finding) {
+    tracing::warn!(
+        target: FALLBACK_TARGET,
+        message_id = finding.reason.entry().message_id,
+        fl_gpu_status = "cpu-fallback",
+        fl_gpu_reason = finding.reason.code(),
+        fl_gpu_summary = finding.summary,
+        fl_gpu_fix = finding.fix(),
+        pci_address = finding.pci_address,
+        gpu_uuid = finding.gpu_uuid,
+        "No usable GPU, this node runs on the CPU. {}: {}. Fix: {}",
+        finding.reason,
+        finding.summary,
+        finding.fix(),
+    );
+}
+
+/// The error of a node that must have a GPU and has none.
+pub fn error_required(finding: &Finding) {
+    tracing::error!(
+        message_id = finding.reason.entry().message_id,
+        fl_gpu_status = "required",
+        fl_gpu_reason = finding.reason.code(),
+        fl_gpu_summary = finding.summary,
+        fl_gpu_fix = finding.fix(),
+        pci_address = finding.pci_address,
+        gpu_uuid = finding.gpu_uuid,
+        "No usable GPU, and FL_GPU_REQUIRED is YES: this node does not start. {}: {}. Fix: {}",
+        finding.reason,
+        finding.summary,
+        finding.fix(),
+    );
+}
+
+/// How a line on stderr looks.
+enum Format {
+    /// Time, level, message.
+    Text,
+    /// `<4>` and the message: systemd reads the number as the priority.
+    Prefixed,
+    /// One object with all fields.
+    Json,
+}
+
+impl<S, N> FormatEvent<S, N> for Format
+where
+    S: Subscriber + for<'s> LookupSpan<'s>,
+    N: for<'w> FormatFields<'w> + 'static,
+{
+    fn format_event(&self, _: &FmtContext<'_, S, N>, mut out: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        let (name, priority) = match *event.metadata().level() {
+            Level::ERROR => ("ERROR", 3),
+            Level::WARN => ("WARNING", 4),
+            Level::INFO => ("INFO", 6),
+            _ => ("DEBUG", 7),
+        };
+        match self {
+            Self::Prefixed => writeln!(out, "<{priority}>{}", fields.message.replace('\n', " ")),
+            Self::Text => {
+                SystemTime.format_time(&mut out)?;
+                writeln!(out, " {name} {}", fields.message)
+            }
+            Self::Json => {
+                let mut time = String::new();
+                SystemTime.format_time(&mut Writer::new(&mut time))?;
+                let mut object = Map::new();
+                object.insert("timestamp".into(), time.into());
+                object.insert("level".into(), name.into());
+                object.insert("message".into(), fields.message.into());
+                object.extend(fields.others);
+                writeln!(out, "{}", Json::Object(object))
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Fields {
+    message: String,
+    others: Map<String, Json>,
+}
+
+impl Visit for Fields {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == "message" {
+            self.message = value.into();
+        } else {
+            self.others.insert(field.name().into(), value.into());
+        }
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.record_str(field, &format!("{value:?}"));
+    }
+}

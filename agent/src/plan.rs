@@ -1,0 +1,284 @@
+//! Config + Verdict + SuperLink + Settings -> ContainerSpec: what the container will be. Pure.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::config::values::{ImageRef, NodeConfig, Version};
+use crate::config::{Config, Framework};
+use crate::docker::runtime::GpuAccess;
+use crate::gpu::verdict::Verdict;
+use crate::settings::Settings;
+use crate::site;
+use crate::superlink::SuperLink;
+
+/// Label: the hash of the specification that a container was made from.
+pub const SPEC_HASH_LABEL: &str = "supernode-agent.spec-hash";
+/// Label: `cuda` or `cpu`.
+pub const VERDICT_LABEL: &str = "supernode-agent.verdict";
+/// Label: the code of the reason, on a CPU fallback.
+pub const REASON_LABEL: &str = "supernode-agent.reason";
+/// Label: the reason's particulars, on a CPU fallback.
+pub const SUMMARY_LABEL: &str = "supernode-agent.summary";
+/// Label: the hash of the GPU specification that this CPU container stands in for.
+pub const REFUSED_HASH_LABEL: &str = "supernode-agent.refused-spec-hash";
+
+/// The user that Flower's images run as.
+const USER: &str = "49999:49999";
+const PIDS_LIMIT: i64 = 4096;
+const FLWR_HOME: &str = "/app/.flwr";
+const CA_TARGET: &str = "/app/ca.crt";
+/// The CA file's name in `container.certs_dir`.
+pub const CA_FILE: &str = "ca.crt";
+
+/// A container, whole: the same specification makes the same container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ContainerSpec {
+    /// Its name.
+    pub name: String,
+    /// Its image.
+    pub image: String,
+    /// The arguments of `flower-supernode`: a list, no shell sees them.
+    pub args: Vec<String>,
+    /// Its environment.
+    pub env: BTreeMap<String, String>,
+    /// The OCI runtime by its name in Docker, always named: the default one may be anything.
+    pub runtime: String,
+    /// CDI devices, where the GPU comes that way.
+    pub cdi_devices: Vec<String>,
+    /// Labels; not part of the hash.
+    pub labels: BTreeMap<String, String>,
+    /// Bind mounts.
+    pub mounts: Vec<MountSpec>,
+    /// Folders in memory, with their mount options.
+    pub tmpfs: BTreeMap<String, String>,
+    /// User and group.
+    pub user: String,
+    /// Most processes and threads.
+    pub pids_limit: i64,
+    /// Size of `/dev/shm` in MiB.
+    pub shm_size_mib: u64,
+    /// Docker's log driver.
+    pub log_driver: String,
+    /// Its options.
+    pub log_options: BTreeMap<String, String>,
+}
+
+/// A bind mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct MountSpec {
+    /// On the host.
+    pub source: String,
+    /// In the container.
+    pub target: String,
+    /// Whether the container may not write there.
+    pub read_only: bool,
+}
+
+/// What the specification needs to know of the machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Machine {
+    /// All memory, in MiB.
+    pub memory_mib: u64,
+    /// Whether a journal takes logs.
+    pub has_journal: bool,
+    /// What the image has in PYTHONPATH.
+    pub image_python_path: Option<String>,
+}
+
+impl ContainerSpec {
+    /// The hash over everything but the labels (FNV-1a of the JSON, 64 bits: it tells specifications apart, it does not
+    /// protect them).
+    pub fn hash(&self) -> String {
+        let bare = Self { labels: BTreeMap::new(), ..self.clone() };
+        // A structure of texts and numbers always has a JSON.
+        let json = serde_json::to_string(&bare).unwrap_or_default();
+        let hash = json
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        format!("{hash:016x}")
+    }
+
+    /// The same for people's eyes: secrets in the node configuration are hidden.
+    pub fn redacted(&self, node_config: Option<&NodeConfig>) -> Self {
+        let mut shown = self.clone();
+        if let Some(node_config) = node_config {
+            for argument in shown.args.iter_mut().filter(|argument| *argument == node_config.as_str()) {
+                *argument = node_config.redacted();
+            }
+        }
+        shown
+    }
+}
+
+/// The image that the operator wants.
+pub fn wanted_image(config: &Config) -> ImageRef {
+    config.image.clone().unwrap_or_else(|| image_of(config.framework, &config.version))
+}
+
+/// The image that is on the machine since it was built, for the case that the wanted one is not to be had. An
+/// operator's own image has no such stand-in.
+pub fn prebaked_image(config: &Config) -> Option<ImageRef> {
+    config.image.is_none().then(|| image_of(config.prebaked.framework, &config.prebaked.version))
+}
+
+fn image_of(framework: Framework, version: &Version) -> ImageRef {
+    match framework {
+        Framework::Base => ImageRef::of("flwr/supernode", version),
+        framework => ImageRef::of(&format!("flower-supernode-{framework}"), version),
+    }
+}
+
+/// What the container will be.
+pub fn plan_container(
+    config: &Config,
+    verdict: &Verdict,
+    access: &GpuAccess,
+    superlink: Option<&SuperLink>,
+    image: &ImageRef,
+    machine: &Machine,
+    settings: &Settings,
+) -> ContainerSpec {
+    let on_gpu = matches!(verdict, Verdict::Gpu { .. });
+    let (runtime, cdi_devices) = match (on_gpu, access) {
+        (true, GpuAccess::Runtime) => ("nvidia", Vec::new()),
+        (true, GpuAccess::Cdi(devices)) => ("runc", devices.clone()),
+        (false, _) => ("runc", Vec::new()),
+    };
+    let (log_driver, log_options) = logging(settings, machine);
+    let mut spec = ContainerSpec {
+        name: settings.container.name.clone(),
+        image: image.to_string(),
+        args: arguments(config, superlink),
+        env: environment(config, verdict, access, machine),
+        runtime: runtime.into(),
+        cdi_devices,
+        labels: BTreeMap::new(),
+        mounts: mounts(config, verdict, superlink, settings),
+        // Apps are installed below FLWR_HOME and run from there.
+        tmpfs: BTreeMap::from([(FLWR_HOME.into(), "uid=49999,gid=49999,mode=0700,exec".into())]),
+        user: USER.into(),
+        pids_limit: PIDS_LIMIT,
+        shm_size_mib: match settings.container.shm_size_mib {
+            0 => (machine.memory_mib / 2).max(64),
+            size => size,
+        },
+        log_driver,
+        log_options,
+    };
+    spec.labels.insert(SPEC_HASH_LABEL.into(), spec.hash());
+    spec.labels.insert(VERDICT_LABEL.into(), verdict.device().into());
+    if let Verdict::Cpu { finding: Some(finding) } = verdict {
+        spec.labels.insert(REASON_LABEL.into(), finding.reason.code().into());
+        spec.labels.insert(SUMMARY_LABEL.into(), finding.summary.clone());
+    }
+    spec
+}
+
+fn arguments(config: &Config, superlink: Option<&SuperLink>) -> Vec<String> {
+    let mut args = Vec::new();
+    let mut add = |words: &[&str]| args.extend(words.iter().map(|word| (*word).to_owned()));
+    if let Some(superlink) = superlink {
+        add(&["--superlink", &superlink.address.to_string()]);
+        match superlink.ca {
+            Some(_) => add(&["--root-certificates", CA_TARGET]),
+            None => add(&["--insecure"]),
+        }
+    }
+    add(&["--isolation", config.isolation]);
+    if let Some(node_config) = &config.node_config {
+        add(&["--node-config", node_config.as_str()]);
+    }
+    // Flower reads 0 as "once": without the flag it tries for ever.
+    if config.max_retries > 0 {
+        add(&["--max-retries", &config.max_retries.to_string()]);
+    }
+    if config.max_wait_time > 0 {
+        add(&["--max-wait-time", &config.max_wait_time.to_string()]);
+    }
+    args
+}
+
+fn environment(config: &Config, verdict: &Verdict, access: &GpuAccess, machine: &Machine) -> BTreeMap<String, String> {
+    let mut env = BTreeMap::new();
+    let mut set = |name: &str, value: &str| env.insert(name.to_owned(), value.to_owned());
+    set("FLWR_HOME", FLWR_HOME);
+    set("FLWR_LOG_LEVEL", config.log_level.name());
+    set("FLWR_TELEMETRY_ENABLED", "0");
+    set("FLWR_DISABLE_UPDATE_CHECK", "1");
+    set("FL_DEVICE", verdict.device());
+    set("FL_GRPC_KEEPALIVE_TIME", &config.keepalive_time.to_string());
+    set("FL_GRPC_KEEPALIVE_TIMEOUT", &config.keepalive_timeout.to_string());
+    let devices = verdict.devices();
+    if devices.is_empty() {
+        set("NVIDIA_VISIBLE_DEVICES", "void");
+        return env;
+    }
+    match access {
+        GpuAccess::Runtime => {
+            let uuids: Vec<&str> = devices.iter().map(|device| device.uuid.as_str()).collect();
+            set("NVIDIA_VISIBLE_DEVICES", &uuids.join(","));
+            set("NVIDIA_DRIVER_CAPABILITIES", "compute,utility");
+        }
+        // The devices come by CDI: a runtime that looks at this variable must add nothing.
+        GpuAccess::Cdi(_) => {
+            set("NVIDIA_VISIBLE_DEVICES", "void");
+        }
+    }
+    // CUDA's order is nvidia-smi's. CUDA_VISIBLE_DEVICES is left alone: the container has the selected GPUs and no other.
+    set("CUDA_DEVICE_ORDER", "PCI_BUS_ID");
+    set("TF_FORCE_GPU_ALLOW_GROWTH", "true");
+    set("XLA_PYTHON_CLIENT_PREALLOCATE", "false");
+    if let Some(fraction) = &config.memory_fraction {
+        set("FL_GPU_MEMORY_FRACTION", &fraction.to_string());
+        set("XLA_PYTHON_CLIENT_MEM_FRACTION", &fraction.to_string());
+        set(site::LIMITS_VARIABLE, &memory_limits(devices, fraction.share()));
+        let python_path = match machine.image_python_path.as_deref() {
+            None | Some("") => site::TARGET.to_owned(),
+            Some(others) => format!("{}:{others}", site::TARGET),
+        };
+        set("PYTHONPATH", &python_path);
+    }
+    env
+}
+
+/// The share of each device's memory in MiB, in CUDA's order, 0 where the memory is not known.
+fn memory_limits(devices: &[crate::gpu::verdict::GpuDevice], share: f64) -> String {
+    let mut in_order: Vec<_> = devices.iter().collect();
+    in_order.sort_by(|a, b| a.pci_address.cmp(&b.pci_address));
+    let limits: Vec<String> = in_order
+        .iter()
+        .map(|device| ((device.memory_mib.unwrap_or(0) as f64 * share).floor() as u64).to_string())
+        .collect();
+    limits.join(",")
+}
+
+fn mounts(config: &Config, verdict: &Verdict, superlink: Option<&SuperLink>, settings: &Settings) -> Vec<MountSpec> {
+    let read_only = |source: &std::path::Path, target: &str| MountSpec {
+        source: source.to_string_lossy().into_owned(),
+        target: target.into(),
+        read_only: true,
+    };
+    let mut mounts = vec![read_only(&settings.container.data_dir, "/app/data")];
+    if superlink.is_some_and(|superlink| superlink.ca.is_some()) {
+        mounts.push(read_only(&settings.container.certs_dir.join(CA_FILE), CA_TARGET));
+    }
+    if matches!(verdict, Verdict::Gpu { .. }) && config.memory_fraction.is_some() {
+        mounts.push(read_only(&site::folder(&settings.state.dir), site::TARGET));
+    }
+    mounts
+}
+
+fn logging(settings: &Settings, machine: &Machine) -> (String, BTreeMap<String, String>) {
+    let driver = match settings.container.log_driver.as_str() {
+        "auto" if machine.has_journal => "journald",
+        "auto" => "json-file",
+        named => named,
+    };
+    let options = match driver {
+        // Without these a json-file grows without end.
+        "json-file" | "local" => BTreeMap::from([("max-size".into(), "10m".into()), ("max-file".into(), "3".into())]),
+        _ => BTreeMap::new(),
+    };
+    (driver.into(), options)
+}

@@ -1,0 +1,265 @@
+//! agent.toml: where things are on this machine. What the operator of a VM wants is in the context variables instead.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer};
+
+/// Where the settings are when nobody says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/supernode-agent/agent.toml";
+
+/// All settings; a key that is missing has its default, one that is not known is an error.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[expect(missing_docs, reason = "each field is the section of agent.toml of its name")]
+pub struct Settings {
+    pub context: ContextSettings,
+    pub gpu: GpuSettings,
+    pub docker: DockerSettings,
+    pub container: ContainerSettings,
+    pub onegate: OneGateSettings,
+    pub metrics: MetricsSettings,
+    pub state: StateSettings,
+}
+
+/// `[context]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ContextSettings {
+    /// Folder in which one-context leaves the context files.
+    pub dir: PathBuf,
+}
+
+/// `[gpu]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GpuSettings {
+    /// Root of sysfs.
+    pub sysfs: PathBuf,
+    /// NVML, by a name for the loader or by a path.
+    pub nvml_library: String,
+    /// How long one probe may take.
+    #[serde(rename = "probe_timeout_seconds", deserialize_with = "seconds")]
+    pub probe_timeout: Duration,
+    /// How long a driver that is still coming is waited for.
+    #[serde(rename = "wait_seconds", deserialize_with = "seconds")]
+    pub wait: Duration,
+    /// How the container gets the GPU.
+    pub injection: Injection,
+    /// What happens after a fatal fault while the node runs.
+    pub on_failure: OnFailure,
+    /// What happens when the GPU becomes usable after the wait.
+    pub on_late: OnLate,
+}
+
+/// `gpu.injection`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Injection {
+    /// CDI where Docker reports a resolvable device, else the runtime.
+    Auto,
+    /// `Runtime=nvidia` and `NVIDIA_VISIBLE_DEVICES`.
+    Runtime,
+    /// A CDI device request.
+    Cdi,
+}
+
+/// `gpu.on_failure`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "the words are explained where they are acted upon")]
+pub enum OnFailure {
+    Cpu,
+    Restart,
+    Ignore,
+}
+
+/// `gpu.on_late`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "the words are explained where they are acted upon")]
+pub enum OnLate {
+    Announce,
+    Restart,
+}
+
+/// `[docker]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DockerSettings {
+    /// The engine's API socket.
+    pub socket: PathBuf,
+    /// The engine's configuration.
+    pub daemon_json: PathBuf,
+    /// NVIDIA's OCI runtime, by a name in PATH or by a path: what is written into `daemon_json`.
+    pub runtime_path: String,
+    /// The command that makes the engine read its configuration again; no shell is involved.
+    pub reload_command: Vec<String>,
+    /// How long an engine that is still starting is waited for.
+    #[serde(rename = "ready_timeout_seconds", deserialize_with = "seconds")]
+    pub ready_timeout: Duration,
+}
+
+/// `[container]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ContainerSettings {
+    /// The container's name.
+    pub name: String,
+    /// Training data, mounted read-only at `/app/data`.
+    pub data_dir: PathBuf,
+    /// Folder for the CA file.
+    pub certs_dir: PathBuf,
+    /// Where the image build left `PREBAKED_VERSION` and `PREBAKED_FRAMEWORK`.
+    pub prebaked_dir: PathBuf,
+    /// Grace between SIGTERM and SIGKILL.
+    #[serde(rename = "stop_timeout_seconds", deserialize_with = "seconds")]
+    pub stop_timeout: Duration,
+    /// Docker's log driver; `auto` is journald where the journal is, else json-file with rotation.
+    pub log_driver: String,
+    /// Size of `/dev/shm` in MiB; 0 is half of the machine's memory.
+    pub shm_size_mib: u64,
+}
+
+/// `[onegate]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OneGateSettings {
+    /// CA of a OneGate behind https; empty: the machine's own.
+    pub ca_file: String,
+    /// How long one request may take.
+    #[serde(rename = "timeout_seconds", deserialize_with = "seconds")]
+    pub timeout: Duration,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MetricsSettings {
+    /// Address of the Prometheus page; empty: none.
+    pub listen: String,
+}
+
+/// `[state]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StateSettings {
+    /// Folder for what the agent keeps while the machine is up.
+    pub dir: PathBuf,
+}
+
+impl Default for ContextSettings {
+    fn default() -> Self {
+        Self { dir: "/run/one-context".into() }
+    }
+}
+
+impl Default for GpuSettings {
+    fn default() -> Self {
+        Self {
+            sysfs: "/sys".into(),
+            nvml_library: "libnvidia-ml.so.1".into(),
+            probe_timeout: Duration::from_secs(20),
+            wait: Duration::from_secs(30),
+            injection: Injection::Auto,
+            on_failure: OnFailure::Cpu,
+            on_late: OnLate::Announce,
+        }
+    }
+}
+
+impl Default for DockerSettings {
+    fn default() -> Self {
+        Self {
+            socket: "/var/run/docker.sock".into(),
+            daemon_json: "/etc/docker/daemon.json".into(),
+            runtime_path: "nvidia-container-runtime".into(),
+            reload_command: ["systemctl", "reload", "docker.service"].map(String::from).into(),
+            ready_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+impl Default for ContainerSettings {
+    fn default() -> Self {
+        Self {
+            name: "flower-supernode".into(),
+            data_dir: "/opt/flower/data".into(),
+            certs_dir: "/opt/flower/certs".into(),
+            prebaked_dir: "/opt/flower".into(),
+            stop_timeout: Duration::from_secs(30),
+            log_driver: "auto".into(),
+            shm_size_mib: 0,
+        }
+    }
+}
+
+impl Default for OneGateSettings {
+    fn default() -> Self {
+        Self { ca_file: String::new(), timeout: Duration::from_secs(10) }
+    }
+}
+
+impl Default for StateSettings {
+    fn default() -> Self {
+        Self { dir: "/run/supernode-agent".into() }
+    }
+}
+
+/// Why the settings cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// The file cannot be read.
+    #[error("cannot read the settings {path}")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("the settings {path} are wrong: {message}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, where, and what is accepted.
+        message: String,
+    },
+}
+
+impl Settings {
+    /// Reads `path`, or the default path where that file exists, or takes the defaults.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is not TOML, or has a key or a value that is not accepted.
+    pub fn load(path: Option<&Path>) -> Result<Self, SettingsError> {
+        let file = path.unwrap_or(Path::new(DEFAULT_PATH));
+        match std::fs::read_to_string(file) {
+            Ok(text) => Self::parse(&text).map_err(|message| SettingsError::Invalid { path: file.into(), message }),
+            Err(error) if path.is_none() && error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(SettingsError::Unreadable { path: file.into(), source }),
+        }
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let settings: Self = toml::from_str(text).map_err(|error| error.to_string().trim_end().to_owned())?;
+        let name = &settings.container.name;
+        // The names that Docker accepts (moby, daemon/names).
+        let valid_name = name.len() >= 2
+            && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
+        if !valid_name {
+            return Err(format!(
+                "container.name = {name:?}: must be letters, digits, '_', '.' and '-', two or more, the first a letter or a digit"
+            ));
+        }
+        if settings.docker.reload_command.is_empty() {
+            return Err("docker.reload_command = []: must have at least the program".into());
+        }
+        Ok(settings)
+    }
+}
+
+fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    u32::deserialize(deserializer).map(|seconds| Duration::from_secs(seconds.into()))
+}
