@@ -1,1 +1,32 @@
-//! x
+//! The harness: a machine for `supernode-agent` to run on, made of files, stand-ins and a Docker engine of its own.
+//!
+//! | part | stands for |
+//! | --- | --- |
+//! | [`Case`] | one machine: context, settings, state, and the agent that runs there |
+//! | [`Sysfs`] | what the kernel shows: PCI devices, their drivers, the module |
+//! | `nvml-standin` | `libnvidia-ml.so.1`, answering from the JSON given to [`Case::nvml`] |
+//! | [`Engine`] | a Docker engine in a network namespace of its own |
+//! | `nvidia-container-runtime` | nvidia's runtime, obeying [`Engine::nvidia_runtime`] |
+//! | [`image`] | the framework images, made of busybox and one script |
+//!
+//! All of it lies in temporary folders and ends with the value that made it. `SUPERNODE_TESTS_KEEP=1` keeps the folders.
+//! A failure of the harness is a panic with the whole story: a test has nothing better to do with it.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "this crate is only ever part of a test, and a panic is how a test fails"
+)]
+
+mod case;
+mod engine;
+pub mod image;
+mod process;
+mod sandbox;
+mod sysfs;
+
+pub use case::{Agent, Case};
+pub use engine::{Engine, EngineBuilder, Record, RuntimeMode};
+pub use process::{Output, eventually, run};
+pub use sandbox::{Sandbox, agent_binary, nvml_library, runtime_binary};
+pub use sysfs::Sysfs;

@@ -1,0 +1,430 @@
+//! The functions themselves, by the names, arguments and structs of nvml.h.
+#![allow(non_snake_case, reason = "the names are NVIDIA's")]
+
+use std::{
+    ffi::{CStr, c_char, c_int, c_longlong, c_uint, c_ulonglong},
+    time::Duration,
+};
+
+use crate::{
+    code::{self, ARGUMENT_VERSION_MISMATCH, Answer, INSUFFICIENT_SIZE, INVALID_ARGUMENT, NOT_FOUND, NOT_SUPPORTED},
+    device::Handle,
+    event::{self, SetHandle},
+    gate::{self, gate},
+    script::{EventKind, pci},
+};
+
+/// `nvmlPciInfo_t`.
+#[repr(C)]
+struct PciInfo {
+    bus_id_legacy: [c_char; 16],
+    domain: c_uint,
+    bus: c_uint,
+    device: c_uint,
+    pci_device_id: c_uint,
+    pci_subsystem_id: c_uint,
+    bus_id: [c_char; 32],
+}
+
+/// `nvmlMemory_t`, in bytes.
+#[repr(C)]
+struct Memory {
+    total: c_ulonglong,
+    free: c_ulonglong,
+    used: c_ulonglong,
+}
+
+/// `nvmlMemory_v2_t`, in bytes.
+#[repr(C)]
+struct MemoryV2 {
+    version: c_uint,
+    total: c_ulonglong,
+    reserved: c_ulonglong,
+    free: c_ulonglong,
+    used: c_ulonglong,
+}
+
+impl MemoryV2 {
+    /// NVML's way to mark a struct: the size, and the version in the highest byte.
+    const VERSION: c_uint = size_of::<Self>() as c_uint | 2 << 24;
+}
+
+/// `nvmlUtilization_t`, per cent.
+#[repr(C)]
+struct Utilization {
+    gpu: c_uint,
+    memory: c_uint,
+}
+
+/// `nvmlFieldValue_t`. The value is a union of numbers, of which the low half serves an unsigned int.
+#[repr(C)]
+struct FieldValue {
+    field_id: c_uint,
+    scope_id: c_uint,
+    timestamp: c_longlong,
+    latency_usec: c_longlong,
+    value_type: c_uint,
+    result: c_uint,
+    value: c_ulonglong,
+}
+
+/// `nvmlEventData_t`.
+#[repr(C)]
+struct EventData {
+    device: Handle,
+    event_type: c_ulonglong,
+    event_data: c_ulonglong,
+    gpu_instance_id: c_uint,
+    compute_instance_id: c_uint,
+}
+
+/// Whether a script may name this function.
+pub(crate) fn known(name: &str) -> bool {
+    ["nvmlInit_v2", "nvmlInitWithFlags"].contains(&name) || GATED.contains(&name)
+}
+
+/// Opens NVML.
+#[unsafe(no_mangle)]
+extern "C" fn nvmlInit_v2() -> c_uint {
+    gate::open("nvmlInit_v2")
+}
+
+/// Opens NVML; the flags make no difference here.
+#[unsafe(no_mangle)]
+extern "C" fn nvmlInitWithFlags(_flags: c_uint) -> c_uint {
+    gate::open("nvmlInitWithFlags")
+}
+
+/// The text of a code; works whether NVML is open or not.
+#[unsafe(no_mangle)]
+extern "C" fn nvmlErrorString(result: c_uint) -> *const c_char {
+    gate::note("nvmlErrorString");
+    code::text(result).as_ptr()
+}
+
+/// Writes one result where the caller wants it.
+///
+/// # Safety
+/// `out` is null or valid for a write of `T`: NVML's callers promise it.
+unsafe fn put<T>(out: *mut T, value: T) -> Answer {
+    if out.is_null() {
+        return Err(INVALID_ARGUMENT);
+    }
+    // SAFETY: not null, and otherwise as the caller promised.
+    unsafe { out.write(value) };
+    Ok(())
+}
+
+/// Writes a text with its NUL, if it fits.
+///
+/// # Safety
+/// `out` is null or valid for writes of `length` bytes.
+unsafe fn put_text(out: *mut c_char, length: c_uint, text: &str) -> Answer {
+    if out.is_null() {
+        return Err(INVALID_ARGUMENT);
+    }
+    if text.len() >= length as usize {
+        return Err(INSUFFICIENT_SIZE);
+    }
+    // SAFETY: text and NUL together are at most `length` bytes, which the caller promised.
+    unsafe {
+        out.cast::<u8>().copy_from_nonoverlapping(text.as_ptr(), text.len());
+        out.add(text.len()).write(0);
+    }
+    Ok(())
+}
+
+/// Reads a text of the caller.
+///
+/// # Safety
+/// `text` is null or points to a text that ends with NUL.
+unsafe fn taken<'text>(text: *const c_char) -> Answer<&'text str> {
+    if text.is_null() {
+        return Err(INVALID_ARGUMENT);
+    }
+    // SAFETY: not null, and otherwise as the caller promised.
+    unsafe { CStr::from_ptr(text) }.to_str().map_err(|_| INVALID_ARGUMENT)
+}
+
+fn fixed<const N: usize>(text: &str) -> [c_char; N] {
+    let mut field = [0; N];
+    for (to, from) in field.iter_mut().zip(text.bytes().take(N - 1)) {
+        *to = from as c_char;
+    }
+    field
+}
+
+/// Functions behind the gate. The body sees the call (its script and its handles) and answers a code or nothing.
+macro_rules! gated {
+    ($($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),*) |$call:ident| $body:block)*) => {
+        const GATED: &[&str] = &[$(stringify!($name)),*];
+        $(
+            $(#[$doc])*
+            ///
+            /// # Safety
+            /// Pointers are null or valid, as nvml.h asks of a caller.
+            #[unsafe(no_mangle)]
+            #[allow(unused_unsafe, reason = "some bodies write nothing")]
+            unsafe extern "C" fn $name($($argument: $type),*) -> c_uint {
+                // SAFETY: the body hands on only pointers for which the caller answers.
+                gate(stringify!($name), |$call| unsafe { $body })
+            }
+        )*
+    };
+}
+
+gated! {
+    /// Closes NVML.
+    fn nvmlShutdown() |_call| {
+        gate::close();
+        Ok(())
+    }
+
+    /// The version of the kernel module.
+    fn nvmlSystemGetDriverVersion(version: *mut c_char, length: c_uint) |call| {
+        put_text(version, length, &call.script.driver_version)
+    }
+
+    /// The version of this library.
+    fn nvmlSystemGetNVMLVersion(version: *mut c_char, length: c_uint) |call| {
+        put_text(version, length, &call.script.nvml_version)
+    }
+
+    /// The newest CUDA that the driver can run.
+    fn nvmlSystemGetCudaDriverVersion(version: *mut c_int) |call| {
+        put(version, call.script.cuda_version)
+    }
+
+    /// The newest CUDA that the driver can run.
+    fn nvmlSystemGetCudaDriverVersion_v2(version: *mut c_int) |call| {
+        put(version, call.script.cuda_version)
+    }
+
+    /// How many GPUs there are.
+    fn nvmlDeviceGetCount_v2(count: *mut c_uint) |call| {
+        put(count, call.script.gpus.len() as c_uint)
+    }
+
+    /// A GPU by its index.
+    fn nvmlDeviceGetHandleByIndex_v2(index: c_uint, device: *mut Handle) |call| {
+        put(device, call.handle(index as usize, None)?)
+    }
+
+    /// A GPU or a MIG device by its UUID.
+    fn nvmlDeviceGetHandleByUUID(uuid: *const c_char, device: *mut Handle) |call| {
+        put(device, call.handle_of_uuid(taken(uuid)?)?)
+    }
+
+    /// A GPU by its PCI address.
+    fn nvmlDeviceGetHandleByPciBusId_v2(address: *const c_char, device: *mut Handle) |call| {
+        let wanted = pci(taken(address)?).ok_or(INVALID_ARGUMENT)?;
+        let index = call.script.gpus.iter().position(|gpu| gpu.pci() == Some(wanted));
+        put(device, call.handle(index.ok_or(NOT_FOUND)?, None)?)
+    }
+
+    /// The UUID.
+    fn nvmlDeviceGetUUID(device: Handle, uuid: *mut c_char, length: c_uint) |call| {
+        put_text(uuid, length, call.device(device)?.uuid())
+    }
+
+    /// The product name.
+    fn nvmlDeviceGetName(device: Handle, name: *mut c_char, length: c_uint) |call| {
+        put_text(name, length, call.device(device)?.name())
+    }
+
+    /// The PCI address in its parts, and as NVML writes it, with eight digits of domain.
+    fn nvmlDeviceGetPciInfo_v3(device: Handle, info: *mut PciInfo) |call| {
+        let [domain, bus, slot, function] = call.device(device)?.gpu.pci().ok_or(NOT_FOUND)?;
+        put(info, PciInfo {
+            bus_id_legacy: fixed(&format!("{domain:04X}:{bus:02X}:{slot:02X}.{function}")),
+            domain,
+            bus,
+            device: slot,
+            pci_device_id: 0x20f1_10de,
+            pci_subsystem_id: 0x145f_10de,
+            bus_id: fixed(&format!("{domain:08X}:{bus:02X}:{slot:02X}.{function}")),
+        })
+    }
+
+    /// Memory in bytes.
+    fn nvmlDeviceGetMemoryInfo(device: Handle, memory: *mut Memory) |call| {
+        let (total, used) = call.device(device)?.memory();
+        put(memory, Memory { total, free: total - used, used })
+    }
+
+    /// Memory in bytes, the form with a version.
+    fn nvmlDeviceGetMemoryInfo_v2(device: Handle, memory: *mut MemoryV2) |call| {
+        let (total, used) = call.device(device)?.memory();
+        if memory.is_null() {
+            return Err(INVALID_ARGUMENT);
+        }
+        if (*memory).version != MemoryV2::VERSION {
+            return Err(ARGUMENT_VERSION_MISMATCH);
+        }
+        put(memory, MemoryV2 { version: MemoryV2::VERSION, total, reserved: 0, free: total - used, used })
+    }
+
+    /// The number of the device node, `/dev/nvidia<minor>`.
+    fn nvmlDeviceGetMinorNumber(device: Handle, minor: *mut c_uint) |call| {
+        let device = call.device(device)?;
+        put(minor, device.whole()?.minor.unwrap_or(device.index as c_uint))
+    }
+
+    /// The index; of a MIG device, that within its GPU.
+    fn nvmlDeviceGetIndex(device: Handle, index: *mut c_uint) |call| {
+        let device = call.device(device)?;
+        put(index, device.mig.map_or(device.index, |(index, _)| index) as c_uint)
+    }
+
+    /// ECC is on where the card has it.
+    fn nvmlDeviceGetEccMode(device: Handle, current: *mut c_uint, pending: *mut c_uint) |call| {
+        call.device(device)?.whole()?.ecc_uncorrected.ok_or(NOT_SUPPORTED)?;
+        put(current, 1)?;
+        put(pending, 1)
+    }
+
+    /// ECC errors; only uncorrectable ones ever happen, the same number since boot and for ever.
+    fn nvmlDeviceGetTotalEccErrors(
+        device: Handle, error_type: c_uint, _counter: c_uint, count: *mut c_ulonglong
+    ) |call| {
+        const UNCORRECTED: c_uint = 1;
+        let errors = call.device(device)?.whole()?.ecc_uncorrected.ok_or(NOT_SUPPORTED)?;
+        put(count, if error_type == UNCORRECTED { errors } else { 0 })
+    }
+
+    /// Rows of memory that were replaced by spare ones.
+    fn nvmlDeviceGetRemappedRows(
+        device: Handle, corrected: *mut c_uint, uncorrected: *mut c_uint, pending: *mut c_uint, failed: *mut c_uint
+    ) |call| {
+        let device = call.device(device)?;
+        let gpu = device.whole()?;
+        let remap_failed = gpu.remap_failed.ok_or(NOT_SUPPORTED)?;
+        put(corrected, 0)?;
+        put(uncorrected, c_uint::from(remap_failed))?;
+        put(pending, c_uint::from(gpu.remap_pending))?;
+        put(failed, c_uint::from(remap_failed))
+    }
+
+    /// Numbers by their field: the row remapper's, 142 to 145 in nvml.h; any other is not supported.
+    fn nvmlDeviceGetFieldValues(device: Handle, count: c_int, values: *mut FieldValue) |call| {
+        const UNSIGNED_INT: c_uint = 1;
+        let device = call.device(device)?;
+        let gpu = device.whole()?;
+        let count = usize::try_from(count).map_err(|_| INVALID_ARGUMENT)?;
+        if values.is_null() {
+            return Err(INVALID_ARGUMENT);
+        }
+        for value in std::slice::from_raw_parts_mut(values, count) {
+            let number = gpu.remap_failed.and_then(|failed| match value.field_id {
+                142 => Some(0),
+                143 | 145 => Some(c_ulonglong::from(failed)),
+                144 => Some(c_ulonglong::from(gpu.remap_pending)),
+                _ => None,
+            });
+            value.value_type = UNSIGNED_INT;
+            value.result = number.map_or(NOT_SUPPORTED.0, |_| code::SUCCESS);
+            value.value = number.unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    /// Whether pages of memory wait for a reset to be retired.
+    fn nvmlDeviceGetRetiredPagesPendingStatus(device: Handle, pending: *mut c_uint) |call| {
+        let device = call.device(device)?;
+        let gpu = device.whole()?;
+        gpu.ecc_uncorrected.ok_or(NOT_SUPPORTED)?;
+        put(pending, c_uint::from(gpu.remap_pending))
+    }
+
+    /// Whether the GPU is divided.
+    fn nvmlDeviceGetMigMode(device: Handle, current: *mut c_uint, pending: *mut c_uint) |call| {
+        let device = call.device(device)?;
+        let gpu = device.whole()?;
+        if gpu.mig.is_none() && !gpu.mig_capable {
+            return Err(NOT_SUPPORTED);
+        }
+        let mode = c_uint::from(gpu.mig.is_some());
+        put(current, mode)?;
+        put(pending, mode)
+    }
+
+    /// How many MIG devices there can be; zero where MIG is off or unknown.
+    fn nvmlDeviceGetMaxMigDeviceCount(device: Handle, count: *mut c_uint) |call| {
+        let device = call.device(device)?;
+        put(count, device.whole()?.mig.as_ref().map_or(0, |list| list.len().max(7)) as c_uint)
+    }
+
+    /// A MIG device by its index; there may be gaps, which are not found.
+    fn nvmlDeviceGetMigDeviceHandleByIndex(device: Handle, index: c_uint, mig: *mut Handle) |call| {
+        let device = call.device(device)?;
+        let list = device.whole()?.mig.as_deref().ok_or(NOT_FOUND)?;
+        let index = index as usize;
+        if index >= list.len() {
+            return Err(NOT_FOUND);
+        }
+        put(mig, call.handle(device.index, Some(index))?)
+    }
+
+    /// The GPU of a MIG device.
+    fn nvmlDeviceGetDeviceHandleFromMigDeviceHandle(mig: Handle, device: *mut Handle) |call| {
+        put(device, call.handle(call.device(mig)?.index, None)?)
+    }
+
+    /// Whether a handle is that of a MIG device.
+    fn nvmlDeviceIsMigDeviceHandle(device: Handle, is_mig: *mut c_uint) |call| {
+        put(is_mig, c_uint::from(call.device(device)?.mig.is_some()))
+    }
+
+    /// How busy the GPU is.
+    fn nvmlDeviceGetUtilizationRates(device: Handle, utilization: *mut Utilization) |call| {
+        let gpu = call.device(device)?.whole()?.utilization.ok_or(NOT_SUPPORTED)?;
+        put(utilization, Utilization { gpu, memory: gpu / 2 })
+    }
+
+    /// Degrees Celsius.
+    fn nvmlDeviceGetTemperature(device: Handle, _sensor: c_uint, temperature: *mut c_uint) |call| {
+        put(temperature, call.device(device)?.whole()?.temperature.ok_or(NOT_SUPPORTED)?)
+    }
+
+    /// Milliwatts.
+    fn nvmlDeviceGetPowerUsage(device: Handle, power: *mut c_uint) |call| {
+        put(power, call.device(device)?.whole()?.power_mw.ok_or(NOT_SUPPORTED)?)
+    }
+
+    /// A new event set that watches nothing yet.
+    fn nvmlEventSetCreate(set: *mut SetHandle) |_call| {
+        put(set, event::create())
+    }
+
+    /// Watches one GPU for the events in the mask.
+    fn nvmlDeviceRegisterEvents(device: Handle, mask: c_ulonglong, set: SetHandle) |call| {
+        if mask & !EventKind::ALL != 0 {
+            return Err(NOT_SUPPORTED);
+        }
+        let device = call.device(device)?;
+        event::watch(set, device.index, mask)
+    }
+
+    /// The events that can be watched.
+    fn nvmlDeviceGetSupportedEventTypes(device: Handle, mask: *mut c_ulonglong) |call| {
+        call.device(device)?;
+        put(mask, EventKind::ALL)
+    }
+
+    /// Waits for the next event.
+    fn nvmlEventSetWait_v2(set: SetHandle, data: *mut EventData, timeout_ms: c_uint) |call| {
+        let event = event::wait(call, set, Duration::from_millis(timeout_ms.into()))?;
+        put(data, EventData {
+            device: call.handle(event.gpu, None)?,
+            event_type: event.kind.bit(),
+            event_data: event.data,
+            gpu_instance_id: c_uint::MAX,
+            compute_instance_id: c_uint::MAX,
+        })
+    }
+
+    /// Ends an event set.
+    fn nvmlEventSetFree(set: SetHandle) |_call| {
+        event::free(set)
+    }
+}

@@ -1,0 +1,143 @@
+//! The gate that every call passes: whether NVML is open, the log, and the faults that the script asks for.
+
+use std::{
+    env,
+    ffi::c_int,
+    fs::OpenOptions,
+    io::Write,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use crate::{
+    code::{Answer, Code, NOT_READY, SUCCESS, UNINITIALIZED, UNKNOWN},
+    script::Script,
+};
+
+/// Where the library stands between `nvmlInit` and `nvmlShutdown`.
+enum State {
+    Closed,
+    /// The script was not there or not understood: nothing works.
+    Broken,
+    /// NVML counts: as many shutdowns as inits.
+    Open {
+        script: Arc<Script>,
+        users: u32,
+    },
+}
+
+static STATE: Mutex<State> = Mutex::new(State::Closed);
+
+fn state() -> MutexGuard<'static, State> {
+    STATE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One call under way. It holds no lock, so a call that hangs stops no other.
+pub(crate) struct Call {
+    pub(crate) name: &'static str,
+    pub(crate) script: Arc<Script>,
+}
+
+/// Runs the body of a function other than `nvmlInit`, unless the script has something else in mind for it.
+pub(crate) fn gate(name: &'static str, body: impl FnOnce(&Call) -> Answer) -> u32 {
+    let script = match &*state() {
+        State::Closed => return UNINITIALIZED.0,
+        State::Broken => return UNKNOWN.0,
+        State::Open { script, .. } => Arc::clone(script),
+    };
+    returned(pass(Call { name, script }, body))
+}
+
+/// `nvmlInit`: reads the script, and opens NVML where the script allows it.
+pub(crate) fn open(name: &'static str) -> u32 {
+    let script = match read_script() {
+        Ok(script) => Arc::new(script),
+        Err(error) => {
+            // Lost when stderr is closed; the answer stands.
+            let _ = writeln!(std::io::stderr(), "nvml-standin: {name}: {error}");
+            *state() = State::Broken;
+            return UNKNOWN.0;
+        }
+    };
+    returned(pass(Call { name, script }, |call| {
+        if call.script.ready_file.as_deref().is_some_and(|file| !file.exists()) {
+            return Err(NOT_READY);
+        }
+        let mut state = state();
+        let users = match &*state {
+            State::Open { users, .. } => users + 1,
+            State::Closed | State::Broken => 1,
+        };
+        *state = State::Open { script: Arc::clone(&call.script), users };
+        Ok(())
+    }))
+}
+
+/// `nvmlShutdown`: the last one closes NVML.
+pub(crate) fn close() {
+    let mut state = state();
+    match &mut *state {
+        State::Open { users, .. } if *users > 1 => *users -= 1,
+        State::Open { .. } | State::Closed | State::Broken => *state = State::Closed,
+    }
+}
+
+/// Notes a call that has no code to answer (`nvmlErrorString`).
+pub(crate) fn note(name: &str) {
+    if let State::Open { script, .. } = &*state() {
+        log(script, name);
+    }
+}
+
+fn read_script() -> Result<Script, String> {
+    let path = env::var_os("NVML_STANDIN").ok_or("NVML_STANDIN is not set")?;
+    Script::read(Path::new(&path))
+}
+
+fn pass(call: Call, body: impl FnOnce(&Call) -> Answer) -> Answer {
+    let script = &call.script;
+    let listed = |names: &[String]| names.iter().any(|name| name == call.name);
+    log(script, call.name);
+    if let Some(delay) = script.delay_ms.get(call.name) {
+        thread::sleep(Duration::from_millis(*delay));
+    }
+    if listed(&script.crash) {
+        die();
+    }
+    while listed(&script.hang) {
+        thread::sleep(Duration::from_secs(3600));
+    }
+    match script.fail.get(call.name) {
+        Some(code) => Err(Code(*code)),
+        None => body(&call),
+    }
+}
+
+fn returned(answer: Answer) -> u32 {
+    answer.map_or_else(|code| code.0, |()| SUCCESS)
+}
+
+fn log(script: &Script, name: &str) {
+    let Some(path) = &script.log else { return };
+    let written = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .and_then(|mut file| file.write_all(format!("{name}\n").as_bytes()));
+    if let Err(error) = written {
+        let _ = writeln!(std::io::stderr(), "nvml-standin: {}: {error}", path.display());
+    }
+}
+
+/// Dies by SIGSEGV. The first signal may only reach a handler that puts the default back (Rust's, for stack overflows).
+fn die() -> ! {
+    const SIGSEGV: c_int = 11;
+    unsafe extern "C" {
+        safe fn raise(signal: c_int) -> c_int;
+    }
+    loop {
+        raise(SIGSEGV);
+    }
+}

@@ -1,0 +1,384 @@
+//! One machine, in a folder: the context, the settings, the state; and the agent that is started there.
+
+use std::{
+    collections::BTreeMap,
+    ffi::{OsStr, OsString},
+    fs,
+    os::unix::{
+        fs::PermissionsExt,
+        net::UnixDatagram,
+        process::{CommandExt, ExitStatusExt},
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use serde_json::{Value, json};
+
+use crate::{
+    engine::Engine,
+    process::{Lines, Output, run, signal, start_tied, tied, wait},
+    sandbox::{Sandbox, agent_binary, nvml_library, write},
+    sysfs::Sysfs,
+};
+
+/// The machine. Its settings are the product's defaults, with every path in the machine's folder, no Docker engine, an
+/// empty sysfs, and waits that are short enough for a test.
+#[derive(Debug)]
+pub struct Case {
+    sandbox: Sandbox,
+    settings: BTreeMap<String, BTreeMap<String, Value>>,
+    env: BTreeMap<OsString, OsString>,
+    path_first: Vec<PathBuf>,
+    agent: Option<PathBuf>,
+}
+
+impl Case {
+    /// A machine without a GPU, without Docker and with an empty context.
+    #[must_use]
+    pub fn new() -> Self {
+        let sandbox = Sandbox::new("case");
+        for folder in ["context", "state", "data", "certs", "prebaked", "sys", "bin"] {
+            fs::create_dir_all(sandbox.join(folder)).expect("a folder of the machine");
+        }
+        let bin = sandbox.join("bin");
+        let mut case =
+            Self { sandbox, settings: BTreeMap::new(), env: BTreeMap::new(), path_first: vec![bin], agent: None };
+        for (key, folder) in [
+            ("context.dir", "context"),
+            ("gpu.sysfs", "sys"),
+            ("docker.socket", "docker.sock"),
+            ("docker.daemon_json", "daemon.json"),
+            ("container.data_dir", "data"),
+            ("container.certs_dir", "certs"),
+            ("container.prebaked_dir", "prebaked"),
+            ("state.dir", "state"),
+        ] {
+            let path = case.path(folder);
+            case.set(key, path.to_string_lossy().into_owned());
+        }
+        case.set("gpu.nvml_library", "libnvidia-ml.so.1-is-not-here")
+            .set("gpu.probe_timeout_seconds", 5)
+            .set("gpu.wait_seconds", 1)
+            .set("docker.reload_command", json!(["false"]))
+            .set("docker.ready_timeout_seconds", 10)
+            .set("container.stop_timeout_seconds", 5);
+        case.context(&[]);
+        case
+    }
+
+    /// A path in the machine's folder: `context/…`, `state/…`, `daemon.json`, `prebaked/PREBAKED_VERSION`.
+    #[must_use]
+    pub fn path(&self, relative: impl AsRef<Path>) -> PathBuf {
+        self.sandbox.join(relative)
+    }
+
+    /// Writes a file of the machine.
+    pub fn write(&self, relative: impl AsRef<Path>, text: impl AsRef<[u8]>) -> PathBuf {
+        self.sandbox.write(relative, text)
+    }
+
+    /// Sets one setting, `gpu.wait_seconds`; known or not, for the agent is to judge.
+    pub fn set(&mut self, key: &str, value: impl Into<Value>) -> &mut Self {
+        let (section, name) = key.split_once('.').unwrap_or_else(|| panic!("{key} has no section"));
+        self.settings.entry(section.to_owned()).or_default().insert(name.to_owned(), value.into());
+        self
+    }
+
+    /// Takes a setting out of the file, so that the product's default holds.
+    pub fn unset(&mut self, key: &str) -> &mut Self {
+        if let Some((section, name)) = key.split_once('.')
+            && let Some(section) = self.settings.get_mut(section)
+        {
+            section.remove(name);
+        }
+        self
+    }
+
+    /// A variable of the agent's environment; the agent gets these, PATH and nothing else.
+    pub fn env(&mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> &mut Self {
+        self.env.insert(name.as_ref().to_owned(), value.as_ref().to_owned());
+        self
+    }
+
+    /// Another agent than [`agent_binary`]: that of a package, or a script that plays one.
+    pub fn agent(&mut self, program: impl Into<PathBuf>) -> &mut Self {
+        self.agent = Some(program.into());
+        self
+    }
+
+    /// A folder before the others in the agent's PATH. The folder `bin` of the machine is there already.
+    pub fn path_first(&mut self, folder: impl Into<PathBuf>) -> &mut Self {
+        self.path_first.insert(0, folder.into());
+        self
+    }
+
+    /// The variables of the context, in OpenNebula's form, in the files of all stages.
+    pub fn context(&mut self, variables: &[(&str, &str)]) -> &mut Self {
+        let text = context_text(variables);
+        for stage in ["local", "online", "network"] {
+            self.context_file(&format!("context.sh.{stage}"), &text);
+        }
+        self
+    }
+
+    /// One file of the context folder as it is, `one_env` or half a `context.sh.online`; readable by root alone, as there.
+    pub fn context_file(&mut self, name: &str, text: impl AsRef<[u8]>) -> &mut Self {
+        let path = self.path("context").join(name);
+        write(&path, text);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o400)).expect("the mode of a context file");
+        self
+    }
+
+    /// What the image build left: version and framework.
+    pub fn prebaked(&mut self, version: &str, framework: &str) -> &mut Self {
+        self.write("prebaked/PREBAKED_VERSION", format!("{version}\n"));
+        self.write("prebaked/PREBAKED_FRAMEWORK", format!("{framework}\n"));
+        self
+    }
+
+    /// Gives the machine these PCI devices.
+    pub fn sysfs(&mut self, sysfs: &Sysfs) -> &mut Self {
+        self.set("gpu.sysfs", sysfs.root().to_string_lossy().into_owned())
+    }
+
+    /// Installs the NVML stand-in with this script; again, with another, changes the machine for the next probe.
+    pub fn nvml(&mut self, script: &Value) -> &mut Self {
+        // Renamed into place: a probe that runs beside sees the one or the other.
+        let next = self.write("nvml.json.next", script.to_string());
+        let path = self.path("nvml.json");
+        fs::rename(next, &path).expect("the script of the NVML stand-in");
+        self.env("NVML_STANDIN", path);
+        self.set("gpu.nvml_library", nvml_library().to_string_lossy().into_owned())
+    }
+
+    /// Gives the machine this Docker engine, and the programs in its PATH.
+    pub fn engine(&mut self, engine: &Engine) -> &mut Self {
+        self.path_first(engine.bin_dir());
+        self.set("docker.socket", engine.socket().to_string_lossy().into_owned())
+            .set("docker.daemon_json", engine.daemon_json().to_string_lossy().into_owned())
+            .set("docker.reload_command", engine.reload_command())
+    }
+
+    /// The file of settings, written as it stands now.
+    #[must_use]
+    pub fn settings_file(&self) -> PathBuf {
+        let mut text = String::new();
+        for (section, keys) in &self.settings {
+            text += &format!("[{section}]\n");
+            for (name, value) in keys {
+                // Strings, numbers, booleans and arrays of them are written alike in JSON and in TOML.
+                text += &format!("{name} = {value}\n");
+            }
+        }
+        self.write("agent.toml", text)
+    }
+
+    /// Runs `supernode-agent SUBCOMMAND --settings FILE ARGUMENTS` to its end, at most a minute.
+    #[track_caller]
+    pub fn run_command(&self, subcommand: &str, arguments: &[&str]) -> Output {
+        self.run_command_within(subcommand, arguments, Duration::from_secs(60))
+    }
+
+    /// The same, with a time of its own.
+    #[track_caller]
+    pub fn run_command_within(&self, subcommand: &str, arguments: &[&str], timeout: Duration) -> Output {
+        let mut command = self.prepare(Command::new(self.agent_program()), subcommand);
+        run(command.args(arguments), timeout)
+    }
+
+    /// Starts `supernode-agent run`, with a systemd that listens.
+    ///
+    /// # Panics
+    /// Where it cannot be started.
+    #[must_use]
+    #[track_caller]
+    pub fn start(&self) -> Agent {
+        let socket = self.path("notify.sock");
+        let _ = fs::remove_file(&socket);
+        let notified = Lines::default();
+        listen(&socket, notified.clone());
+        let mut tied_agent = tied();
+        tied_agent.arg(self.agent_program());
+        let mut command = self.prepare(tied_agent, "run");
+        // A group of its own: the agent's children end with it, whatever state it is in.
+        command.env("NOTIFY_SOCKET", &socket).process_group(0);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let told = format!("{command:?}");
+        let mut child = start_tied(command).unwrap_or_else(|error| panic!("{told}: {error}"));
+        let lines = Lines::default();
+        let stdout = Lines::default();
+        lines.follow(child.stderr.take().expect("a pipe"));
+        stdout.follow(child.stdout.take().expect("a pipe"));
+        Agent { child, lines, stdout, notified, socket }
+    }
+
+    fn agent_program(&self) -> PathBuf {
+        let program = self.agent.clone().unwrap_or_else(agent_binary);
+        assert!(program.is_file(), "{}: there is no such agent", program.display());
+        program
+    }
+
+    /// Adds the subcommand and the settings to a command that names the agent, and the agent's environment.
+    fn prepare(&self, mut command: Command, subcommand: &str) -> Command {
+        let own = std::env::var_os("PATH").unwrap_or_default();
+        let folders = self.path_first.iter().cloned().chain(std::env::split_paths(&own));
+        command
+            .arg(subcommand)
+            .arg("--settings")
+            .arg(self.settings_file())
+            .env_clear()
+            .env("PATH", std::env::join_paths(folders).expect("no colon in a folder's name"))
+            .envs(&self.env)
+            .current_dir(self.sandbox.path());
+        command
+    }
+}
+
+impl Default for Case {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A context file as OpenNebula writes it: a comment, then keys in the order of their bytes, `'` as `'\''`.
+fn context_text(variables: &[(&str, &str)]) -> String {
+    let sorted: BTreeMap<_, _> = variables.iter().copied().collect();
+    let mut text = "# Context variables generated by OpenNebula\n".to_owned();
+    for (name, value) in sorted {
+        text += &format!("{name}='{}'\n", value.replace('\'', r"'\''"));
+    }
+    text
+}
+
+/// Collects what the agent tells systemd, one message an entry.
+fn listen(path: &Path, messages: Lines) {
+    let socket = UnixDatagram::bind(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        // An empty message is our own: the agent is gone.
+        while let Ok(length @ 1..) = socket.recv(&mut buffer) {
+            messages.push(String::from_utf8_lossy(&buffer[..length]).into_owned());
+        }
+    });
+}
+
+/// A running `supernode-agent run`; killed with this value, together with its children.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    lines: Lines,
+    stdout: Lines,
+    notified: Lines,
+    socket: PathBuf,
+}
+
+impl Agent {
+    /// The process number.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The lines on standard error so far.
+    #[must_use]
+    pub fn lines(&self) -> Vec<String> {
+        self.lines.all()
+    }
+
+    /// The lines on standard output so far.
+    #[must_use]
+    pub fn stdout_lines(&self) -> Vec<String> {
+        self.stdout.all()
+    }
+
+    /// What it told systemd so far; a message may have several lines.
+    #[must_use]
+    pub fn notifications(&self) -> Vec<String> {
+        self.notified.all()
+    }
+
+    /// The first line on standard error that contains the text.
+    ///
+    /// # Panics
+    /// Where there is none in time; with all lines.
+    #[track_caller]
+    pub fn wait_for_line(&self, text: &str, timeout: Duration) -> String {
+        self.lines.wait_for(text, timeout).unwrap_or_else(|| panic!("no line with {text:?}; {}", self.story()))
+    }
+
+    /// The first message to systemd that contains the text (`READY=1`).
+    ///
+    /// # Panics
+    /// Where there is none in time; with all lines and messages.
+    #[track_caller]
+    pub fn wait_for_notify(&self, text: &str, timeout: Duration) -> String {
+        self.notified.wait_for(text, timeout).unwrap_or_else(|| panic!("no message with {text:?}; {}", self.story()))
+    }
+
+    /// Waits for its end; gives the exit code, or minus the signal that ended it.
+    ///
+    /// # Panics
+    /// Where it still runs at the deadline; with all lines.
+    #[track_caller]
+    pub fn wait_exit(&mut self, timeout: Duration) -> i32 {
+        let Some(status) = wait(&mut self.child, timeout) else {
+            panic!("still running after {timeout:?}; {}", self.story());
+        };
+        status.code().unwrap_or_else(|| -status.signal().unwrap_or_default())
+    }
+
+    /// `systemctl stop`: SIGTERM, and the exit code.
+    #[track_caller]
+    pub fn terminate(&mut self) -> i32 {
+        self.signal(Signal::TERM);
+        self.wait_exit(Duration::from_secs(30))
+    }
+
+    /// `systemctl reload`: SIGHUP.
+    pub fn reload(&self) {
+        self.signal(Signal::HUP);
+    }
+
+    /// SIGKILL to the agent alone, and its end.
+    pub fn kill9(&mut self) {
+        self.signal(Signal::KILL);
+        let _ = self.child.wait();
+    }
+
+    fn signal(&self, which: Signal) {
+        signal(self.child.id(), which);
+    }
+
+    fn story(&self) -> String {
+        format!("standard error: {:#?}, told systemd: {:#?}", self.lines(), self.notifications())
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Some(group) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+        let _ = self.child.wait();
+        if let Ok(socket) = UnixDatagram::unbound() {
+            let _ = socket.send_to(&[], &self.socket);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn context_has_opennebulas_form() {
+        let text = context_text(&[("VMID", "7"), ("FL_NODE_CONFIG", "name='it''s'"), ("EMPTY", "")]);
+        let expected = "# Context variables generated by OpenNebula\nEMPTY=''\n\
+                        FL_NODE_CONFIG='name='\\''it'\\'''\\''s'\\'''\nVMID='7'\n";
+        assert_eq!(text, expected);
+    }
+}

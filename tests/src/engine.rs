@@ -1,0 +1,499 @@
+//! A Docker engine for one test: its own dockerd in its own network namespace, with its own folders and its own socket.
+//!
+//! The namespace is entered with `nsenter`; `ip netns exec` would mount another /sys, where dockerd finds no cgroups.
+
+use std::{
+    env,
+    ffi::OsString,
+    fs,
+    io::{Read, Write},
+    os::unix::{fs::symlink, net::UnixStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use rustix::process::Signal;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::{
+    image,
+    process::{Output, eventually, run, running, signal, start_tied, tied, wait},
+    sandbox::{Sandbox, runtime_binary, unique_name, write},
+};
+
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How an engine is to be; [`Engine::builder`] begins one.
+#[derive(Debug)]
+pub struct EngineBuilder {
+    daemon_json: String,
+    env: Vec<(String, OsString)>,
+    path_first: Vec<PathBuf>,
+    runtime: bool,
+}
+
+impl EngineBuilder {
+    /// The text of daemon.json at the start; `{}` otherwise.
+    #[must_use]
+    pub fn daemon_json(mut self, text: impl Into<String>) -> Self {
+        self.daemon_json = text.into();
+        self
+    }
+
+    /// A variable of dockerd's environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: impl Into<OsString>) -> Self {
+        self.env.push((name.to_owned(), value.into()));
+        self
+    }
+
+    /// A folder that dockerd's PATH begins with.
+    #[must_use]
+    pub fn path_first(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.path_first.push(folder.into());
+        self
+    }
+
+    /// Installs nvidia-container-runtime, in mode [`RuntimeMode::Ok`] and without a GPU. Docker knows it only when
+    /// daemon.json says so.
+    #[must_use]
+    pub fn with_nvidia_runtime(mut self) -> Self {
+        self.runtime = true;
+        self
+    }
+
+    /// Starts the engine. Where there can be none on this machine, or it does not come up, the test is told to return:
+    /// `SKIPPED` and the reason are printed. With `SUPERNODE_TESTS_REQUIRE_DOCKER=1` that is a failure.
+    ///
+    /// # Panics
+    /// Where the engine is required and cannot be had.
+    #[must_use]
+    #[track_caller]
+    pub fn start(self) -> Option<Engine> {
+        match self.try_start() {
+            Ok(engine) => Some(engine),
+            Err(reason) if env::var_os("SUPERNODE_TESTS_REQUIRE_DOCKER").is_some_and(|value| value == "1") => {
+                panic!("no Docker engine, and SUPERNODE_TESTS_REQUIRE_DOCKER=1: {reason}")
+            }
+            Err(reason) => {
+                let thread = std::thread::current();
+                let test = thread.name().unwrap_or("a test").to_owned();
+                // Not by a print macro: the test runner would swallow what a passing test prints.
+                let _ = writeln!(std::io::stderr(), "SKIPPED: {reason} ({test})");
+                None
+            }
+        }
+    }
+
+    /// Starts the engine, for a test that expects it to fail.
+    ///
+    /// # Errors
+    /// Why there is none: what this machine lacks, or the end of dockerd's log.
+    pub fn try_start(self) -> Result<Engine, String> {
+        lacking()?;
+        let sandbox = Sandbox::new("docker");
+        for folder in ["bin", "nvidia"] {
+            fs::create_dir_all(sandbox.join(folder)).map_err(|error| format!("{folder}: {error}"))?;
+        }
+        let mut first = vec![sandbox.join("bin")];
+        first.extend(self.path_first);
+        let mut engine =
+            Engine { sandbox, namespace: unique_name("net"), env: self.env, path: path(&first), dockerd: None };
+        let namespace = engine.namespace.as_str();
+        for arguments in [&["netns", "add", namespace][..], &["-n", namespace, "link", "set", "lo", "up"]] {
+            let output = run(Command::new("ip").args(arguments).env("PATH", path(&[])), COMMAND_TIMEOUT);
+            if output.code != Some(0) {
+                return Err(format!("ip {}: {}", arguments.join(" "), output.stderr.trim()));
+            }
+        }
+        write(&engine.daemon_json(), self.daemon_json);
+        if self.runtime {
+            engine.install_nvidia_runtime();
+            engine.nvidia_runtime(RuntimeMode::Ok, &json!({}));
+        }
+        engine.launch()?;
+        Ok(engine)
+    }
+}
+
+/// What nvidia-container-runtime does with a container that asks for a GPU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RuntimeMode {
+    /// Gives it the GPUs.
+    Ok,
+    /// Stops it, as nvidia's does when there is no driver.
+    Fail,
+    /// Stops it with these words of nvidia-container-cli.
+    FailWith(String),
+    /// Starts it without a GPU.
+    NoDevice,
+}
+
+/// One container that nvidia-container-runtime was asked to create.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Record {
+    /// Milliseconds since 1970.
+    pub time_ms: u64,
+    /// Docker's id of the container.
+    pub id: String,
+    /// The environment of its process.
+    pub env: Map<String, Value>,
+    /// UUIDs of the devices that it got.
+    pub gpus: Vec<String>,
+    /// Why it was stopped, if it was.
+    pub refused: Option<String>,
+}
+
+/// A running Docker engine. It ends with this value, and its containers with it.
+#[derive(Debug)]
+pub struct Engine {
+    sandbox: Sandbox,
+    namespace: String,
+    env: Vec<(String, OsString)>,
+    path: OsString,
+    dockerd: Option<Child>,
+}
+
+impl Engine {
+    /// An engine with choices of its own.
+    #[must_use]
+    pub fn builder() -> EngineBuilder {
+        EngineBuilder { daemon_json: "{}\n".to_owned(), env: Vec::new(), path_first: Vec::new(), runtime: false }
+    }
+
+    /// An engine with an empty daemon.json and nvidia-container-runtime in its PATH; `None`: skip the test, the reason is
+    /// printed.
+    #[must_use]
+    #[track_caller]
+    pub fn start() -> Option<Self> {
+        Self::builder().with_nvidia_runtime().start()
+    }
+
+    /// The API's unix socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.sandbox.join("docker.sock")
+    }
+
+    /// The engine's daemon.json.
+    #[must_use]
+    pub fn daemon_json(&self) -> PathBuf {
+        self.sandbox.join("daemon.json")
+    }
+
+    /// The folder that the engine's PATH begins with.
+    #[must_use]
+    pub fn bin_dir(&self) -> PathBuf {
+        self.sandbox.join("bin")
+    }
+
+    /// The name of the engine's network namespace, for `nsenter --net=/run/netns/NAME` and veth pairs.
+    #[must_use]
+    pub fn network_namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// dockerd's log so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        let bytes = fs::read(self.sandbox.join("dockerd.log")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// dockerd's process number.
+    ///
+    /// # Panics
+    /// Where it does not run.
+    #[must_use]
+    #[track_caller]
+    pub fn pid(&self) -> u32 {
+        self.dockerd.as_ref().expect("dockerd does not run").id()
+    }
+
+    /// What `docker.reload_command` is to be: the SIGHUP that `systemctl reload docker` sends. Holds across restarts.
+    #[must_use]
+    pub fn reload_command(&self) -> Vec<String> {
+        let script = format!("kill -HUP \"$(cat '{}')\"", self.pid_file().display());
+        ["sh", "-c", &script].map(str::to_owned).to_vec()
+    }
+
+    /// Runs the docker command line on this engine.
+    ///
+    /// # Panics
+    /// Where it is not over in a minute.
+    #[track_caller]
+    pub fn docker(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new("docker");
+        command
+            .args(arguments)
+            .env("PATH", &self.path)
+            .env("DOCKER_HOST", format!("unix://{}", self.socket().display()))
+            .env("DOCKER_CONFIG", self.sandbox.join("docker-config"))
+            .env_remove("DOCKER_CONTEXT");
+        run(&mut command, COMMAND_TIMEOUT)
+    }
+
+    /// Asks the API (`/info`, `/containers/NAME/json`), with nothing but a socket between.
+    ///
+    /// # Errors
+    /// That there is no engine, or its answer where that is not a success.
+    pub fn get(&self, path: &str) -> Result<Value, String> {
+        let body = get(&self.socket(), path)?;
+        serde_json::from_str(&body).map_err(|error| format!("{path}: {error}: {body}"))
+    }
+
+    /// Loads images that `docker save` wrote.
+    #[track_caller]
+    pub fn load_image(&self, tar: &Path) {
+        self.docker(&["load", "--input", &tar.to_string_lossy()]).expect_success();
+    }
+
+    /// Makes the image of [`crate::image`] under each of these references.
+    #[track_caller]
+    pub fn import_image(&self, references: &[&str]) {
+        self.import_image_with(references, &[]);
+    }
+
+    /// The same, with instructions of a Dockerfile on top (`ENV CUDA_VERSION=12.1`).
+    #[track_caller]
+    pub fn import_image_with(&self, references: &[&str], instructions: &[&str]) {
+        let Some((first, more)) = references.split_first() else {
+            return;
+        };
+        let tar = image::stand_in_image();
+        let tar = tar.to_string_lossy();
+        let mut arguments = vec!["import"];
+        for instruction in image::INSTRUCTIONS.iter().chain(instructions) {
+            arguments.extend(["--change", instruction]);
+        }
+        arguments.extend([&*tar, first]);
+        self.docker(&arguments).expect_success();
+        for reference in more {
+            self.docker(&["tag", first, reference]).expect_success();
+        }
+    }
+
+    /// Puts nvidia-container-runtime into [`Engine::bin_dir`]: what installing nvidia-container-toolkit does.
+    pub fn install_nvidia_runtime(&self) {
+        let link = self.runtime_path();
+        let _ = fs::remove_file(&link);
+        symlink(runtime_binary(), &link).expect("a link to the runtime");
+    }
+
+    /// Where [`Engine::install_nvidia_runtime`] puts it.
+    #[must_use]
+    pub fn runtime_path(&self) -> PathBuf {
+        self.bin_dir().join("nvidia-container-runtime")
+    }
+
+    /// Tells nvidia-container-runtime what to do from now on. The machine is the JSON for the NVML stand-in, of which it
+    /// reads the GPUs.
+    pub fn nvidia_runtime(&self, mode: RuntimeMode, machine: &Value) {
+        let nvml = self.sandbox.write("nvidia/nvml.json", machine.to_string());
+        let (mode, message) = match mode {
+            RuntimeMode::Ok => ("ok", None),
+            RuntimeMode::Fail => ("fail", None),
+            RuntimeMode::FailWith(message) => ("fail", Some(message)),
+            RuntimeMode::NoDevice => ("no-device", None),
+        };
+        let control = json!({"mode": mode, "nvml": nvml, "message": message});
+        write(&self.control_file(), control.to_string());
+    }
+
+    /// The containers that nvidia-container-runtime was asked to create, in their order.
+    #[must_use]
+    pub fn records(&self) -> Vec<Record> {
+        let text = fs::read_to_string(self.sandbox.join("nvidia/record.jsonl")).unwrap_or_default();
+        text.lines().map(|line| serde_json::from_str(line).expect("a line of the record")).collect()
+    }
+
+    /// Kills dockerd, as a crash would; its containerd dies with it, by the kernel's hand. Shims and containers stay, and
+    /// the socket's file, with nobody behind it.
+    pub fn kill(&mut self) {
+        self.end(Signal::KILL);
+        let pid_file = self.sandbox.join("exec/containerd/containerd.pid");
+        let pid = fs::read_to_string(&pid_file).ok().and_then(|text| text.trim().parse().ok());
+        if pid.is_some_and(|pid| eventually(STOP_TIMEOUT, || !running(pid))) {
+            // In a test's machine nobody may wait for orphans; dockerd would take the zombie for a containerd to talk to.
+            let _ = fs::remove_file(pid_file);
+        }
+    }
+
+    /// Stops dockerd as systemd does, which stops the containers.
+    pub fn stop(&mut self) {
+        self.end(Signal::TERM);
+    }
+
+    /// Starts dockerd again, after stopping it where it still runs.
+    ///
+    /// # Panics
+    /// Where it does not come up; with its log.
+    #[track_caller]
+    pub fn restart(&mut self) {
+        self.stop();
+        if let Err(reason) = self.launch() {
+            panic!("dockerd did not start again: {reason}");
+        }
+    }
+
+    fn pid_file(&self) -> PathBuf {
+        self.sandbox.join("dockerd.pid")
+    }
+
+    fn control_file(&self) -> PathBuf {
+        self.sandbox.join("nvidia/control.json")
+    }
+
+    fn launch(&mut self) -> Result<(), String> {
+        let log = fs::OpenOptions::new().append(true).create(true).open(self.sandbox.join("dockerd.log"));
+        let log = log.map_err(|error| format!("dockerd.log: {error}"))?;
+        let errors = log.try_clone().map_err(|error| format!("dockerd.log: {error}"))?;
+        let mut command = tied();
+        command
+            .arg("nsenter")
+            .arg(format!("--net=/run/netns/{}", self.namespace))
+            .arg("dockerd")
+            .arg("--config-file")
+            .arg(self.daemon_json())
+            .arg("--data-root")
+            .arg(self.sandbox.join("data"))
+            .arg("--exec-root")
+            .arg(self.sandbox.join("exec"))
+            .arg("--pidfile")
+            .arg(self.pid_file())
+            .arg("--host")
+            .arg(format!("unix://{}", self.socket().display()))
+            .args(["--containerd-namespace", &self.namespace])
+            .args(["--containerd-plugins-namespace", &format!("{}-plugins", self.namespace)])
+            .env("PATH", &self.path)
+            .env("NVIDIA_RUNTIME_STANDIN", self.control_file())
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(errors);
+        let mut dockerd = start_tied(command).map_err(|error| format!("setpriv: {error}"))?;
+        let mut status = None;
+        let answers = eventually(START_TIMEOUT, || {
+            status = dockerd.try_wait().ok().flatten();
+            status.is_some() || get(&self.socket(), "/_ping").is_ok()
+        });
+        self.dockerd = Some(dockerd);
+        if answers && status.is_none() {
+            return Ok(());
+        }
+        let log = self.log();
+        let last: Vec<&str> = log.lines().rev().take(5).collect();
+        let last: Vec<&str> = last.into_iter().rev().collect();
+        let ended = status.map_or_else(|| "no answer".to_owned(), |status| status.to_string());
+        Err(format!("dockerd does not work here: {ended}: {}", last.join(" | ")))
+    }
+
+    fn end(&mut self, with: Signal) {
+        let Some(mut dockerd) = self.dockerd.take() else {
+            return;
+        };
+        signal(dockerd.id(), with);
+        if wait(&mut dockerd, STOP_TIMEOUT).is_none() {
+            let _ = dockerd.kill();
+            let _ = dockerd.wait();
+        }
+    }
+
+    /// Ends what dockerd left behind: containerd, shims, the processes of containers. Each carries this engine's folder in
+    /// its command line, or the id of one of this engine's containers in its cgroup.
+    fn end_leftovers(&self) {
+        let containers = names(&self.sandbox.join("data/containers"));
+        let folder = self.sandbox.path().to_string_lossy().into_owned();
+        let ours = |pid: &u32| {
+            let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+            let cgroup = String::from_utf8_lossy(&read("cgroup")).into_owned();
+            *pid != std::process::id()
+                && (String::from_utf8_lossy(&read("cmdline")).contains(&format!("{folder}/"))
+                    || containers.iter().any(|id| cgroup.contains(id)))
+        };
+        // Again until there is nobody: a shim that saw its container end may just be starting a runc.
+        eventually(STOP_TIMEOUT, || {
+            let all = names(Path::new("/proc"));
+            let left: Vec<u32> = all.iter().filter_map(|name| name.parse().ok()).filter(ours).collect();
+            for pid in &left {
+                signal(*pid, Signal::KILL);
+            }
+            left.iter().all(|pid| !running(*pid))
+        });
+        let root = Path::new("/sys/fs/cgroup");
+        // A hierarchy for each controller, or one for all.
+        let hierarchies = names(root).into_iter().chain([".".to_owned()]);
+        for hierarchy in hierarchies {
+            for id in &containers {
+                let _ = fs::remove_dir(root.join(&hierarchy).join("docker").join(id));
+            }
+        }
+    }
+
+    fn unmount_leftovers(&self) {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let points = mounts.lines().filter_map(|line| line.split(' ').nth(4).map(Path::new));
+        let ours: Vec<&Path> = points.filter(|point| point.starts_with(self.sandbox.path())).collect();
+        for point in ours.iter().rev() {
+            run(Command::new("umount").arg("--lazy").arg(point), COMMAND_TIMEOUT);
+        }
+    }
+}
+
+impl Drop for Engine {
+    /// Everything that dockerd made is known, and goes with it; so nobody waits for an orderly end, which takes a second.
+    fn drop(&mut self) {
+        self.kill();
+        self.end_leftovers();
+        self.unmount_leftovers();
+        run(Command::new("ip").args(["netns", "del", &self.namespace]).env("PATH", path(&[])), COMMAND_TIMEOUT);
+    }
+}
+
+/// Says what this machine lacks for an engine.
+fn lacking() -> Result<(), String> {
+    if !rustix::process::geteuid().is_root() {
+        return Err("a Docker engine of one's own needs root".to_owned());
+    }
+    let path = path(&[]);
+    for program in ["dockerd", "docker", "containerd", "runc", "ip", "nsenter", "setpriv", "umount"] {
+        if !env::split_paths(&path).any(|folder| folder.join(program).is_file()) {
+            return Err(format!("{program} is not installed"));
+        }
+    }
+    Ok(())
+}
+
+/// This process's PATH with folders before it, and the system's own folders behind it.
+fn path(first: &[PathBuf]) -> OsString {
+    let own = env::var_os("PATH").unwrap_or_default();
+    let system = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"].map(PathBuf::from);
+    let folders = first.iter().cloned().chain(env::split_paths(&own)).chain(system);
+    env::join_paths(folders).expect("no colon in a folder's name")
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// HTTP/1.0: the answer ends with the connection, and is in one piece.
+fn get(socket: &Path, path: &str) -> Result<String, String> {
+    let exchange = || {
+        let mut stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(COMMAND_TIMEOUT))?;
+        stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: docker\r\n\r\n").as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).map(|_| answer)
+    };
+    let answer = exchange().map_err(|error: std::io::Error| format!("{}: {error}", socket.display()))?;
+    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| format!("not HTTP: {answer}"))?;
+    match head.split_whitespace().nth(1) {
+        Some("200") => Ok(body.to_owned()),
+        _ => Err(format!("{path}: {}: {body}", head.lines().next().unwrap_or_default())),
+    }
+}

@@ -1,0 +1,95 @@
+//! The framework images' stand-in: busybox, a user 49999, and a script in the place of `flower-supernode`.
+//!
+//! The script prints each argument as `arg VALUE`, its environment as `env K=V`, NVIDIA's device nodes as `device PATH`,
+//! then `SuperNode ID: 1`, and waits for SIGTERM, on which it exits 0. Words in `--node-config` change that:
+//! `test-exit=3` ends it with 3 after half a second, `test-ignore-term=true` makes it deaf to SIGTERM.
+
+use std::{
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+    time::Duration,
+};
+
+use crate::{process::run, sandbox::Sandbox};
+
+/// The reference that the agent asks for by default.
+pub const PYTORCH: &str = "flower-supernode-pytorch:1.31.0";
+
+const SCRIPT: &str = r#"#!/bin/sh
+# Stands for Flower's flower-supernode.
+set -u
+exit_code=
+trap 'exit 0' TERM INT
+for argument in "$@"; do
+    echo "arg $argument"
+    for word in $argument; do
+        case $word in
+            test-exit=*) exit_code=${word#test-exit=} ;;
+            test-ignore-term=true) trap '' TERM ;;
+        esac
+    done
+done
+env | sort | sed 's/^/env /'
+for node in /dev/nvidia*; do
+    [ -e "$node" ] && echo "device $node"
+done
+echo "SuperNode ID: 1"
+if [ -n "$exit_code" ]; then
+    sleep 0.5
+    exit "$exit_code"
+fi
+while :; do
+    sleep 3600 &
+    wait $!
+done
+"#;
+
+const APPLETS: &[&str] = &["cat", "env", "id", "ls", "sed", "sh", "sleep", "sort", "touch", "true"];
+
+/// Instructions that make an image out of the file system, as `docker import --change` takes them.
+pub(crate) const INSTRUCTIONS: &[&str] =
+    &[r#"ENTRYPOINT ["/usr/bin/flower-supernode"]"#, "ENV PATH=/usr/bin:/bin", "WORKDIR /app", "USER 49999:49999"];
+
+/// The file system of the image as a tar, for `docker import`; made once in each test process.
+///
+/// # Panics
+/// Where busybox (Debian: busybox-static) or tar is missing.
+pub fn stand_in_image() -> PathBuf {
+    static TAR: OnceLock<PathBuf> = OnceLock::new();
+    TAR.get_or_init(build).clone()
+}
+
+fn build() -> PathBuf {
+    let root = Sandbox::new("image");
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).is_file());
+    let busybox = std::fs::read(busybox.expect("busybox-static is needed for images")).expect("busybox");
+    root.write("bin/busybox", busybox);
+    for applet in APPLETS {
+        symlink("busybox", root.join("bin").join(applet)).expect("a link to busybox");
+    }
+    root.write("usr/bin/flower-supernode", SCRIPT);
+    root.write("etc/passwd", "root:x:0:0::/root:/bin/sh\napp:x:49999:49999::/app:/bin/sh\n");
+    root.write("etc/group", "root:x:0:\napp:x:49999:\n");
+    for folder in ["app", "tmp", "proc", "sys", "dev"] {
+        std::fs::create_dir_all(root.join(folder)).expect("a folder of the image");
+    }
+    // Beside what cargo builds, under one name for all: renamed into place, so that nobody reads half a file.
+    let folder = std::env::current_exe().expect("the path of this test").with_file_name("");
+    let tar = folder.join("supernode-tests-image.tar");
+    let script = "chmod 755 bin/busybox usr/bin/flower-supernode; chmod 1777 tmp; chown -R 49999:49999 app; \
+                  tar -cf \"$0.$$\" . && mv \"$0.$$\" \"$0\"";
+    let mut command = Command::new("sh");
+    command.arg("-ec").arg(script).arg(&tar).current_dir(root.path());
+    run(&mut command, Duration::from_secs(30)).expect_success();
+    tar
+}
+
+/// The script runs under the shell that will run it; this is not the place to learn about a typing error.
+#[test]
+fn the_script_is_valid() {
+    let sandbox = Sandbox::new("script");
+    let path = sandbox.write("flower-supernode", SCRIPT);
+    run(Command::new("busybox").args(["sh", "-n"]).arg(path), Duration::from_secs(5)).expect_success();
+}

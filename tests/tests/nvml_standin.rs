@@ -1,0 +1,282 @@
+//! The NVML stand-in, loaded as the agent loads NVML: by dlopen, through nvml-wrapper, in a child process.
+//!
+//! The library reads its script from the environment, so each test starts this executable again as [`child`], with a
+//! question, and reads what the child printed.
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic, and its child answers by printing"
+)]
+
+use std::{
+    env, fs,
+    process::Command,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nvml_wrapper::{
+    Nvml,
+    bitmasks::event::EventTypes,
+    enum_wrappers::device::{EccCounter, MemoryError, TemperatureSensor},
+    error::NvmlError,
+    structs::device::FieldId,
+};
+use serde_json::{Value, json};
+use supernode_tests::{Output, Sandbox, nvml_library, run};
+
+/// NVML_FI_DEV_REMAPPED_FAILURE of nvml.h; the wrapper has no getter for it.
+const REMAP_FAILURE: FieldId = FieldId(145);
+const QUESTION: &str = "SUPERNODE_TESTS_NVML_QUESTION";
+
+struct Machine {
+    sandbox: Sandbox,
+}
+
+impl Machine {
+    fn new(script: &Value) -> Self {
+        let sandbox = Sandbox::new("nvml");
+        sandbox.write("nvml.json", script.to_string());
+        Self { sandbox }
+    }
+
+    /// Asks in a child process; what it answered is behind `> `, a line each.
+    fn ask(&self, question: &str) -> (Vec<String>, Output) {
+        let mut command = Command::new(env::current_exe().unwrap());
+        command
+            .args(["--exact", "child", "--ignored", "--nocapture"])
+            .env(QUESTION, question)
+            .env("NVML_STANDIN", self.sandbox.join("nvml.json"));
+        let output = run(&mut command, Duration::from_secs(20));
+        let said = output.stdout.lines().filter_map(|line| line.strip_prefix("> "));
+        (said.map(str::to_owned).collect(), output)
+    }
+
+    fn answers(&self, question: &str) -> Vec<String> {
+        let (answers, output) = self.ask(question);
+        assert_eq!(output.code, Some(0), "{output:#?}");
+        answers
+    }
+}
+
+fn say(answer: &str) {
+    println!("> {answer}");
+}
+
+#[test]
+#[ignore = "is started by the tests of this file"]
+fn child() {
+    let Ok(question) = env::var(QUESTION) else {
+        return;
+    };
+    // The test runner's own words stand at the beginning of this line.
+    println!();
+    let nvml = match Nvml::builder().lib_path(nvml_library().as_os_str()).init() {
+        Ok(nvml) => nvml,
+        Err(error) => return say(&format!("init {error:?}")),
+    };
+    let answer = match question.as_str() {
+        "gpus" => gpus(&nvml),
+        "health" => health(&nvml),
+        "mig" => mig(&nvml),
+        "xid" => xid(&nvml),
+        "hang" => {
+            hang(nvml);
+            Ok(())
+        }
+        _ => Ok(()),
+    };
+    if let Err(error) = answer {
+        say(&format!("{error:?}"));
+    }
+}
+
+fn gpus(nvml: &Nvml) -> Result<(), NvmlError> {
+    say(&nvml.sys_driver_version()?);
+    for index in 0..nvml.device_count()? {
+        let gpu = nvml.device_by_index(index)?;
+        let (uuid, name, pci) = (gpu.uuid()?, gpu.name()?, gpu.pci_info()?);
+        let (minor, memory) = (gpu.minor_number()?, gpu.memory_info()?.total >> 20);
+        assert_eq!(nvml.device_by_uuid(uuid.as_str())?.index()?, index);
+        assert_eq!(nvml.device_by_pci_bus_id(pci.bus_id.as_str())?.index()?, index);
+        say(&format!("{uuid} {name} {} {} {minor} {memory}", pci.bus_id, pci.bus));
+    }
+    Ok(())
+}
+
+fn health(nvml: &Nvml) -> Result<(), NvmlError> {
+    for index in 0..nvml.device_count()? {
+        let gpu = nvml.device_by_index(index)?;
+        say(&format!("{:?}", gpu.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile)));
+        for sample in gpu.field_values_for(&[REMAP_FAILURE])? {
+            let value = sample.and_then(|sample| sample.value);
+            say(&format!("{value:?}"));
+        }
+        say(&format!("{:?}", gpu.temperature(TemperatureSensor::Gpu)));
+        say(&format!("{:?}", gpu.power_usage()));
+    }
+    Ok(())
+}
+
+fn mig(nvml: &Nvml) -> Result<(), NvmlError> {
+    let gpu = nvml.device_by_index(0)?;
+    say(&format!("{}", gpu.mig_mode()?.current));
+    for index in 0..gpu.mig_device_count()? {
+        let mig = match gpu.mig_device_by_index(index) {
+            Err(NvmlError::NotFound) => continue,
+            mig => mig?,
+        };
+        assert!(mig.mig_is_mig_device_handle()?);
+        assert_eq!(mig.mig_parent_device()?.uuid()?, gpu.uuid()?);
+        say(&format!("{} {}", mig.uuid()?, mig.memory_info()?.total >> 20));
+    }
+    Ok(())
+}
+
+fn xid(nvml: &Nvml) -> Result<(), NvmlError> {
+    let gpu = nvml.device_by_index(0)?;
+    let set = gpu.register_events(EventTypes::CRITICAL_XID_ERROR, nvml.create_event_set()?);
+    let set = set.map_err(|error| error.error)?;
+    loop {
+        let begun = Instant::now();
+        let event = set.wait(400)?;
+        say(&format!("{} {:?} {}", event.device.uuid()?, event.event_data, begun.elapsed().as_millis() >= 100));
+    }
+}
+
+fn hang(nvml: Nvml) {
+    let nvml = Arc::new(nvml);
+    let other = Arc::clone(&nvml);
+    let hanging = thread::spawn(move || other.device_by_index(0).map(|_| ()));
+    thread::sleep(Duration::from_millis(200));
+    say(&format!("{:?}", nvml.device_count()));
+    say(&format!("{}", hanging.is_finished()));
+    std::process::exit(0);
+}
+
+#[test]
+fn gpus_are_those_of_the_script() {
+    let machine = Machine::new(&json!({"driver_version": "535.1", "gpus": [
+        {"uuid": "GPU-a", "name": "NVIDIA L4", "memory_mib": 23034, "pci_address": "0000:21:00.0", "minor": 1},
+        {"uuid": "GPU-b", "pci_address": "0001:c1:1f.0"},
+    ]}));
+    let expected = [
+        "535.1",
+        "GPU-a NVIDIA L4 00000000:21:00.0 33 1 23034",
+        "GPU-b NVIDIA A100-PCIE-40GB 00000001:C1:1F.0 193 1 40960",
+    ];
+    assert_eq!(machine.answers("gpus"), expected);
+}
+
+#[test]
+fn what_a_card_has_not_is_not_supported() {
+    let machine = Machine::new(&json!({"gpus": [
+        {"uuid": "GPU-a", "ecc_uncorrected": 3, "remap_failed": true, "temperature": 41, "power_mw": 52000},
+        {"uuid": "GPU-b"},
+    ]}));
+    let none = "Err(NotSupported)";
+    assert_eq!(machine.answers("health"), ["Ok(3)", "Ok(U32(1))", "Ok(41)", "Ok(52000)", none, none, none, none]);
+}
+
+#[test]
+fn a_function_fails_with_the_code_of_the_script() {
+    let machine = Machine::new(&json!({"fail": {"nvmlInit_v2": 9}}));
+    assert_eq!(machine.answers("gpus"), ["init DriverNotLoaded"]);
+
+    let machine = Machine::new(&json!({"gpus": [{"uuid": "GPU-a", "fail": {"nvmlDeviceGetMemoryInfo_v2": 15}}]}));
+    assert_eq!(machine.answers("gpus")[1..], ["GpuLost"]);
+
+    let machine = Machine::new(&json!({"gpus": [
+        {"uuid": "GPU-a"},
+        {"uuid": "GPU-b", "fail": {"nvmlDeviceGetHandleByIndex_v2": 16}},
+    ]}));
+    let answers = machine.answers("gpus");
+    assert!(answers[1].starts_with("GPU-a"), "{answers:?}");
+    assert_eq!(answers[2], "ResetRequired");
+}
+
+#[test]
+fn the_driver_is_not_ready_until_the_file_exists() {
+    let sandbox = Sandbox::new("ready");
+    let machine = Machine::new(&json!({"ready_file": sandbox.join("ready"), "driver_version": "550"}));
+    assert_eq!(machine.answers("gpus"), ["init UnexpectedVariant(27)"]);
+    sandbox.write("ready", "");
+    assert_eq!(machine.answers("gpus"), ["550"]);
+}
+
+#[test]
+fn a_call_that_hangs_stops_no_other() {
+    let machine = Machine::new(&json!({"hang": ["nvmlDeviceGetHandleByIndex_v2"], "gpus": [{"uuid": "GPU-a"}]}));
+    assert_eq!(machine.answers("hang"), ["Ok(1)", "false"]);
+}
+
+#[test]
+fn a_crash_is_a_segmentation_fault() {
+    let machine = Machine::new(&json!({"crash": ["nvmlDeviceGetCount_v2"]}));
+    let (_, output) = machine.ask("gpus");
+    assert_eq!((output.code, output.signal), (None, Some(11)), "{output:#?}");
+}
+
+#[test]
+fn a_delay_is_waited_for() {
+    let machine = Machine::new(&json!({"delay_ms": {"nvmlInit_v2": 700}}));
+    let begun = Instant::now();
+    machine.answers("gpus");
+    assert!(begun.elapsed() >= Duration::from_millis(700));
+}
+
+#[test]
+fn mig_devices_belong_to_their_gpu() {
+    let machine = Machine::new(&json!({"gpus": [{"uuid": "GPU-a", "mig": [
+        {"uuid": "MIG-1"}, {"uuid": "MIG-2", "memory_mib": 9856},
+    ]}]}));
+    assert_eq!(machine.answers("mig"), ["1", "MIG-1 4864", "MIG-2 9856"]);
+}
+
+#[test]
+fn each_event_is_told_once_and_in_its_time() {
+    let machine = Machine::new(&json!({"gpus": [{"uuid": "GPU-a"}, {"uuid": "GPU-b"}], "events": [
+        {"after_ms": 200, "type": "xid", "data": 79},
+        {"type": "xid", "data": 48, "gpu": 1},
+        {"type": "double_bit_ecc"},
+    ]}));
+    // GPU 1 and other kinds are not watched; after the one event there is nothing more to wait for.
+    assert_eq!(machine.answers("xid"), ["GPU-a Some(Value(79)) true", "Timeout"]);
+}
+
+#[test]
+fn a_script_that_is_wrong_is_loud() {
+    for script in [
+        json!({"driver": "550"}),
+        json!({"gpus": [{"uuid": "GPU-a", "memory": 1}]}),
+        json!({"fail": {"nvmlInit": 9}}),
+        json!({"gpus": [{"uuid": "GPU-a", "pci_address": "01-00"}]}),
+        json!({"events": [{"type": "xid"}]}),
+    ] {
+        let (answers, output) = Machine::new(&script).ask("gpus");
+        assert_eq!(answers, ["init Unknown"], "{script}");
+        assert!(output.stderr.contains("nvml-standin: nvmlInit_v2: "), "{script}: {}", output.stderr);
+    }
+    let machine = Machine::new(&json!({}));
+    fs::remove_file(machine.sandbox.join("nvml.json")).unwrap();
+    assert_eq!(machine.answers("gpus"), ["init Unknown"]);
+}
+
+#[test]
+fn calls_are_logged() {
+    let sandbox = Sandbox::new("log");
+    let log = sandbox.join("calls");
+    let machine = Machine::new(&json!({"log": log, "fail": {"nvmlDeviceGetCount_v2": 999}}));
+    machine.answers("gpus");
+    let calls = fs::read_to_string(log).unwrap();
+    let expected = [
+        "nvmlInit_v2",
+        // nvml-wrapper asks by itself, for the numbering of fields.
+        "nvmlSystemGetDriverVersion",
+        "nvmlSystemGetDriverVersion",
+        "nvmlDeviceGetCount_v2",
+        "nvmlShutdown",
+    ];
+    assert_eq!(calls.lines().collect::<Vec<_>>(), expected);
+}

@@ -1,0 +1,213 @@
+//! The harness itself: an engine of one's own, the image, and nvidia's runtime in each of its modes.
+#![allow(clippy::expect_used, clippy::unwrap_used, reason = "a test fails by a panic")]
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use supernode_tests::{Engine, Output, RuntimeMode, eventually, image};
+
+const SECONDS: Duration = Duration::from_secs(10);
+
+fn two_gpus() -> Value {
+    json!({"gpus": [{"uuid": "GPU-a", "minor": 0}, {"uuid": "GPU-b", "minor": 3, "mig": [{"uuid": "MIG-b1"}]}]})
+}
+
+/// An engine that knows nvidia's runtime, has the image, and runs on a machine with two GPUs.
+fn engine(mode: RuntimeMode) -> Option<Engine> {
+    let daemon_json = json!({"runtimes": {"nvidia": {"path": "nvidia-container-runtime"}}});
+    let engine = Engine::builder().daemon_json(daemon_json.to_string()).with_nvidia_runtime().start()?;
+    engine.import_image(&[image::PYTORCH]);
+    engine.nvidia_runtime(mode, &two_gpus());
+    Some(engine)
+}
+
+/// `docker run` with nvidia's runtime: the NVIDIA device nodes as the container sees them.
+fn run(engine: &Engine, visible: &str) -> Output {
+    let visible = format!("NVIDIA_VISIBLE_DEVICES={visible}");
+    let command = "ls -l /dev | grep nvidia | sed 's/.* root *//; s/, */,/; s/ .* / /'";
+    let entry = ["--entrypoint", "sh", image::PYTORCH, "-c", command];
+    engine.docker(&[&["run", "--rm", "--runtime", "nvidia", "--env", &visible], &entry[..]].concat())
+}
+
+#[test]
+fn a_container_gets_the_gpus_it_asks_for() {
+    let Some(engine) = engine(RuntimeMode::Ok) else {
+        return;
+    };
+
+    let output = run(&engine, "GPU-b");
+    assert_eq!(output.expect_success(), "510,0 nvidia-uvm\n195,3 nvidia3\n195,255 nvidiactl");
+    let record = engine.records().pop().expect("a record");
+    assert_eq!(record.gpus, ["GPU-b"]);
+    assert_eq!(record.env["NVIDIA_VISIBLE_DEVICES"], "GPU-b");
+    assert_eq!(record.refused, None);
+
+    run(&engine, "all").expect_success();
+    run(&engine, "MIG-b1,0").expect_success();
+    assert_eq!(run(&engine, "void").expect_success(), "");
+    assert_eq!(run(&engine, "").expect_success(), "");
+    let got: Vec<_> = engine.records().into_iter().skip(1).map(|record| record.gpus).collect();
+    assert_eq!(got, [vec!["GPU-a", "GPU-b"], vec!["MIG-b1", "GPU-a"], vec![], vec![]]);
+    assert!(engine.records().is_sorted_by_key(|record| record.time_ms));
+
+    let output = run(&engine, "GPU-c");
+    assert!(output.stderr.contains("nvidia-container-cli: device error: GPU-c: unknown device"), "{output:#?}");
+}
+
+#[test]
+fn the_device_cgroup_lets_the_container_use_its_gpu() {
+    let Some(engine) = engine(RuntimeMode::Ok) else {
+        return;
+    };
+    // The kernel has no driver for the node: opening it says so, unless the cgroup forbids it first.
+    let open = |node: &str| {
+        let script = format!("cat /dev/{node}");
+        let visible = "NVIDIA_VISIBLE_DEVICES=GPU-a";
+        let output = engine.docker(&[
+            "run",
+            "--rm",
+            "--runtime",
+            "nvidia",
+            "--env",
+            visible,
+            "--user",
+            "0",
+            "--cap-add",
+            "MKNOD",
+            "--entrypoint",
+            "sh",
+            image::PYTORCH,
+            "-c",
+            &format!("busybox mknod /dev/nvidia9 c 195 9; {script}"),
+        ]);
+        output.stderr
+    };
+    assert!(open("nvidia0").contains("No such device"), "{}", open("nvidia0"));
+    assert!(open("nvidia9").contains("Operation not permitted"), "{}", open("nvidia9"));
+}
+
+#[test]
+fn docker_says_why_nvidias_runtime_refused() {
+    let Some(engine) = engine(RuntimeMode::Fail) else {
+        return;
+    };
+    let output = run(&engine, "all");
+    assert_eq!(output.code, Some(125), "{output:#?}");
+    let expected = "nvidia-container-cli: initialization error: nvml error: driver not loaded: unknown";
+    assert!(output.stderr.contains(expected), "{output:#?}");
+    assert!(engine.records().pop().expect("a record").refused.is_some());
+
+    run(&engine, "void").expect_success();
+
+    engine.nvidia_runtime(RuntimeMode::FailWith("ldcache error: no ldconfig".to_owned()), &two_gpus());
+    let output = run(&engine, "all");
+    assert!(output.stderr.contains("nvidia-container-cli: ldcache error: no ldconfig"), "{output:#?}");
+}
+
+#[test]
+fn a_container_can_start_without_the_gpu_it_asked_for() {
+    let Some(engine) = engine(RuntimeMode::NoDevice) else {
+        return;
+    };
+    assert_eq!(run(&engine, "all").expect_success(), "");
+    assert_eq!(engine.records().pop().expect("a record").gpus, [""; 0]);
+}
+
+#[test]
+fn a_runtime_is_known_after_the_reload() {
+    let Some(mut engine) = Engine::start() else {
+        return;
+    };
+    engine.import_image(&[image::PYTORCH, "flwr/supernode:1.31.0"]);
+    let knows = |engine: &Engine| engine.get("/info").expect("an answer").pointer("/Runtimes/nvidia").is_some();
+    assert!(!knows(&engine));
+    assert!(run(&engine, "all").stderr.contains("Unknown runtime specified nvidia"));
+
+    let daemon_json = json!({"runtimes": {"nvidia": {"path": engine.runtime_path()}}});
+    std::fs::write(engine.daemon_json(), daemon_json.to_string()).unwrap();
+    let reload = engine.reload_command();
+    let status = std::process::Command::new(&reload[0]).args(&reload[1..]).status();
+    assert!(status.unwrap().success());
+    assert!(eventually(SECONDS, || knows(&engine)), "{}", engine.log());
+    run(&engine, "all").expect_success();
+
+    engine.restart();
+    assert!(knows(&engine));
+    assert!(engine.docker(&["image", "inspect", "flwr/supernode:1.31.0"]).code == Some(0));
+}
+
+#[test]
+fn the_image_says_what_it_was_given_and_ends_as_it_is_told() {
+    let Some(engine) = Engine::start() else {
+        return;
+    };
+    engine.import_image_with(&[image::PYTORCH], &["ENV FROM_IMAGE=yes"]);
+    let id = engine.docker(&["run", "--detach", "--init", image::PYTORCH, "--insecure", "--superlink", "a:9092"]);
+    let id = id.expect_success();
+    let logs = || engine.docker(&["logs", id]).stdout;
+    assert!(eventually(SECONDS, || logs().contains("SuperNode ID: 1")), "{}", logs());
+    let said = logs();
+    for line in ["arg --insecure", "arg --superlink", "arg a:9092", "env FROM_IMAGE=yes"] {
+        assert!(said.lines().any(|said| said == line), "{line}: {said}");
+    }
+    assert_eq!(engine.docker(&["exec", id, "id", "-u"]).expect_success(), "49999");
+
+    let begun = Instant::now();
+    engine.docker(&["stop", id]).expect_success();
+    assert!(begun.elapsed() < Duration::from_secs(5), "deaf to SIGTERM: {:?}", begun.elapsed());
+    let code = engine.docker(&["inspect", "--format", "{{.State.ExitCode}}", id]);
+    assert_eq!(code.expect_success(), "0");
+
+    let output = engine.docker(&["run", "--rm", image::PYTORCH, "--node-config", "a=1 test-exit=3"]);
+    assert_eq!(output.code, Some(3), "{output:#?}");
+}
+
+#[test]
+fn an_engine_that_crashed_comes_back_and_leaves_nothing() {
+    let Some(mut engine) = Engine::start() else {
+        return;
+    };
+    engine.import_image(&[image::PYTORCH]);
+    engine.docker(&["run", "--detach", image::PYTORCH]).expect_success();
+    engine.kill();
+    assert!(engine.get("/_ping").is_err());
+    engine.restart();
+    engine.docker(&["run", "--detach", image::PYTORCH]).expect_success();
+    engine.kill();
+    let folder = engine.socket().with_file_name("");
+    let namespace = format!("/run/netns/{}", engine.network_namespace());
+    let containers: Vec<_> = std::fs::read_dir(folder.join("data/containers")).unwrap().flatten().collect();
+    assert_eq!(containers.len(), 2);
+    drop(engine);
+
+    let folder_text = folder.to_string_lossy().into_owned();
+    assert!(!folder.exists());
+    assert!(!Path::new(&namespace).exists());
+    assert!(!std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(&*folder_text));
+    let processes = command_lines();
+    assert!(!processes.contains(&*folder_text), "{processes}");
+    for container in containers {
+        let cgroup = Path::new("/sys/fs/cgroup/memory/docker").join(container.file_name());
+        assert!(!cgroup.exists(), "{}", cgroup.display());
+    }
+}
+
+/// The command lines of all processes.
+fn command_lines() -> String {
+    let read = |entry: std::fs::DirEntry| std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+    let all: Vec<Vec<u8>> = std::fs::read_dir("/proc").unwrap().flatten().map(read).collect();
+    String::from_utf8_lossy(&all.join(&b'\n')).into_owned()
+}
+
+#[test]
+fn a_daemon_json_that_docker_refuses_is_told() {
+    if Engine::start().is_none() {
+        return;
+    }
+    let refused = Engine::builder().daemon_json(r#"{"no-such-key": 1}"#).try_start();
+    let reason = refused.expect_err("a refusal");
+    assert!(reason.contains("no-such-key"), "{reason}");
+}
