@@ -443,3 +443,156 @@ fn idle_settings(config: &Config, found: &Found) -> Vec<String> {
     note(&["FL_EDGE_MAX_BACKOFF"], discovered_with_cap, "FL_EDGE_BACKOFF is fixed");
     idle
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use super::*;
+
+    fn context(pairs: &[(&str, &str)]) -> Context {
+        let text: String =
+            pairs.iter().map(|(name, value)| format!("{name}='{}'\n", value.replace('\'', r"'\''"))).collect();
+        Context::parse(text.as_bytes()).unwrap()
+    }
+
+    fn read(pairs: &[(&str, &str)]) -> Result<(Config, Remarks), ConfigErrors> {
+        Config::from_context(&context(pairs), &Prebaked::default())
+    }
+
+    fn errors(pairs: &[(&str, &str)]) -> Vec<String> {
+        read(pairs).unwrap_err().0
+    }
+
+    #[test]
+    fn without_variables_there_are_the_defaults() {
+        let (config, remarks) = read(&[]).unwrap();
+        assert!(!config.gpu_enabled && !config.gpu_required && config.tls.is_none());
+        assert_eq!((config.version.to_string().as_str(), config.framework), ("1.31.0", Framework::PyTorch));
+        assert_eq!((config.keepalive_time, config.keepalive_timeout, config.edge_max_backoff), (60, 20, 300));
+        assert_eq!((config.isolation, config.edge_backoff), ("subprocess", "exponential"));
+        assert_eq!(remarks, Remarks::default());
+        assert_eq!(config.resolved().len(), VARIABLES.len(), "a variable of the table is not among the resolved ones");
+    }
+
+    #[test]
+    fn every_variable_is_read_by_each_of_its_names() {
+        for variable in VARIABLES {
+            let value = match variable.kind {
+                Kind::YesNo => "YES",
+                Kind::Choice(words) => words.last().unwrap(),
+                Kind::Count(_) => "25",
+                Kind::Fraction => "0.25",
+                Kind::Version => "1.25.0",
+                Kind::Image => "own/image:1",
+                Kind::HostPort => "h:25",
+                Kind::Devices => "25",
+                Kind::NodeConfig => "k=25",
+                Kind::Certificate => "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----",
+            };
+            let default = Config::from_context(&context(&[]), &Prebaked::default()).unwrap().0;
+            for name in variable.names() {
+                let (config, remarks) = read(&[(&name, value)]).unwrap();
+                assert_ne!(config.resolved(), default.resolved(), "{name} is not read");
+                assert_eq!(remarks.unknown, Vec::<String>::new());
+            }
+        }
+    }
+
+    #[test]
+    fn all_errors_are_told_together_by_the_names_that_were_written() {
+        assert_eq!(
+            errors(&[
+                ("FL_GPU_MEMORY_FRACTION", "1.5"),
+                ("ONEAPP_FL_GPU_ENABLED", " maybe "),
+                ("FL_FRAMEWORK", "jax"),
+                ("FL_MAX_RETRIES", "-1"),
+            ]),
+            [
+                "ONEAPP_FL_GPU_ENABLED='maybe': must be YES or NO (or TRUE/FALSE, ON/OFF, 1/0)",
+                "FL_GPU_MEMORY_FRACTION='1.5': must be greater than 0 and at most 1",
+                "FL_FRAMEWORK='jax': must be one of pytorch, tensorflow, sklearn, base",
+                "FL_MAX_RETRIES='-1': must be a whole number from 0 to 2147483647",
+            ]
+        );
+    }
+
+    #[test]
+    fn two_names_of_one_variable_must_agree() {
+        let (config, _) = read(&[("FL_GPU_ENABLED", "YES"), ("ONEAPP_FL_GPU_ENABLED", "true")]).unwrap();
+        assert!(config.gpu_enabled);
+        let (config, _) = read(&[("FL_GPU_ENABLED", ""), ("ONEAPP_FL_GPU_ENABLED", " yes ")]).unwrap();
+        assert!(config.gpu_enabled);
+        assert_eq!(
+            errors(&[("FL_GPU_ENABLED", "YES"), ("ONEAPP_FL_GPU_ENABLED", "no")]),
+            ["FL_GPU_ENABLED='YES' and ONEAPP_FL_GPU_ENABLED='no': both are set and differ; set one of them"]
+        );
+        assert_eq!(errors(&[("ML_FRAMEWORK", "base"), ("FL_ML_FRAMEWORK", "sklearn")]).len(), 1);
+    }
+
+    #[test]
+    fn a_keepalive_timeout_must_be_less_than_its_time() {
+        assert_eq!(
+            errors(&[("FL_GRPC_KEEPALIVE_TIME", "20")]),
+            ["FL_GRPC_KEEPALIVE_TIMEOUT='20' (the default): must be less than FL_GRPC_KEEPALIVE_TIME='20'"]
+        );
+        assert_eq!(errors(&[("FL_GRPC_KEEPALIVE_TIME", "x")]).len(), 1);
+        assert!(read(&[("FL_GRPC_KEEPALIVE_TIME", "10"), ("FL_GRPC_KEEPALIVE_TIMEOUT", "9")]).is_ok());
+    }
+
+    #[test]
+    fn an_unknown_name_is_told_with_the_nearest_known_one() {
+        let (_, remarks) = read(&[
+            ("FL_GPU_ENABLE", "YES"),
+            ("ONEAPP_FL_TSL_ENABLED", "YES"),
+            ("FL_GPU_MEMORY", "0.5"),
+            ("FL_SOMETHING_ELSE", "secret-value"),
+            ("FL_EMPTY", ""),
+            ("OTHER_FL_GPU", "1"),
+        ])
+        .unwrap();
+        assert_eq!(
+            remarks.unknown,
+            [
+                "FL_GPU_ENABLE is not a known variable and has no effect: did you mean FL_GPU_ENABLED?",
+                "FL_GPU_MEMORY is not a known variable and has no effect: did you mean FL_GPU_MEMORY_FRACTION?",
+                "FL_SOMETHING_ELSE is not a known variable and has no effect",
+                "ONEAPP_FL_TSL_ENABLED is not a known variable and has no effect: did you mean ONEAPP_FL_TLS_ENABLED?",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_setting_that_another_makes_idle_is_told() {
+        let (_, remarks) = read(&[
+            ("FL_GPU_ENABLED", "NO"),
+            ("ONEAPP_FL_GPU_MEMORY_FRACTION", "0.5"),
+            ("FL_DCGM_ENABLED", "NO"),
+            ("FL_SUPERLINK_ADDRESS", "h:1"),
+            ("FL_EDGE_MAX_BACKOFF", "60"),
+        ])
+        .unwrap();
+        assert_eq!(
+            remarks.idle,
+            [
+                "ONEAPP_FL_GPU_MEMORY_FRACTION is idle: FL_GPU_ENABLED is not YES",
+                "FL_EDGE_MAX_BACKOFF is idle: FL_SUPERLINK_ADDRESS is set, nothing is discovered",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_value_that_may_be_secret_is_not_in_the_error() {
+        let key = "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----";
+        for pairs in [[("FL_SSL_CA_CERTFILE", key)], [("FL_NODE_CONFIG", "db-password=c2VjcmV0")]] {
+            let errors = errors(&pairs);
+            assert!(errors.len() == 1 && !errors[0].contains("c2VjcmV0"), "{errors:?}");
+        }
+    }
+
+    #[test]
+    fn a_value_that_is_not_text_is_named() {
+        let context = Context::parse(b"FL_LOG_LEVEL='\xff'\nOTHER='\xff'\n").unwrap();
+        let errors = Config::from_context(&context, &Prebaked::default()).unwrap_err();
+        assert!(errors.0.len() == 1 && errors.0[0].contains("FL_LOG_LEVEL"), "{errors}");
+    }
+}

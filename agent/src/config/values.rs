@@ -463,8 +463,9 @@ fn check_pair(key: &str, value: &str) -> Result<(), &'static str> {
     if key.starts_with('-') || !key.split('.').all(bare) {
         return Err("a key is of letters, digits, '_', '-' and '.', and does not begin with '-'");
     }
-    // What TOML 1.1 accepts and Flower's reader, of TOML 1.0, does not.
-    if value.starts_with('"') && (value.contains("\\e") || value.contains("\\x")) {
+    // Escapes of TOML 1.1, which Flower's reader, of TOML 1.0, does not know.
+    let escapes = value.replace(r"\\", "");
+    if value.starts_with('"') && (escapes.contains(r"\e") || escapes.contains(r"\x")) {
         return Err("the value is not TOML");
     }
     let table: toml::Table = format!("value = {value}").parse().map_err(|_| "the value is not TOML")?;
@@ -536,4 +537,249 @@ fn decode_base64(text: &str) -> Option<Vec<u8>> {
     );
     let joined: String = text.split_ascii_whitespace().collect();
     LENIENT.decode(joined).ok()
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn refuses<T: fmt::Debug>(parse: impl Fn(&str) -> Result<T, Refusal>, texts: &[&str]) {
+        for text in texts {
+            let refusal = parse(text).expect_err(text);
+            assert!(refusal.starts_with("must be "), "{text}: {refusal}");
+        }
+    }
+
+    #[test]
+    fn a_switch_is_read_in_any_spelling_and_any_case() {
+        for (text, expected) in
+            [("YES", true), ("on", true), ("True", true), ("1", true), ("no", false), ("oFF", false)]
+        {
+            assert_eq!(parse_yes_no(text), Ok(expected));
+        }
+        refuses(parse_yes_no, &["Y", "JA", "2", "YES NO"]);
+    }
+
+    #[test]
+    fn a_fraction_is_greater_than_0_and_at_most_1() {
+        for text in ["1", "1.0", "0.8", ".5", "1e-3"] {
+            assert!(Fraction::parse(text).is_ok(), "{text}");
+        }
+        refuses(Fraction::parse, &["0", "0.0", "-0.1", "1.0001", "1.5", "NaN", "inf", "80%", "0,8", "half"]);
+        assert_eq!(Fraction::parse("1.5").unwrap_err(), "must be greater than 0 and at most 1");
+    }
+
+    #[test]
+    fn a_count_is_plain_digits_in_its_range() {
+        assert_eq!(parse_count("0", 0), Ok(0));
+        assert_eq!(parse_count("2147483647", 1), Ok(2_147_483_647));
+        refuses(
+            |text| parse_count(text, 1),
+            &["0", "-1", "+1", "1.0", "1e3", "0x10", "2147483648", "99999999999999999999"],
+        );
+    }
+
+    #[test]
+    fn a_version_has_three_numbers() {
+        assert_eq!(Version::parse("1.31.0").unwrap().to_string(), "1.31.0");
+        refuses(Version::parse, &["1.31", "v1.31.0", "1.31.0.1", "1.31.x", "latest", "1..0", "1.31.0 "]);
+    }
+
+    #[test]
+    fn an_address_is_a_host_and_a_port() {
+        for text in [
+            "superlink:9092",
+            "fl.example.org:1",
+            "10.0.0.1:65535",
+            "[::1]:9092",
+            "[fe80::1]:80",
+            "my_host:80",
+            "a.:80",
+        ] {
+            assert!(HostPort::parse(text).is_ok(), "{text}");
+        }
+        refuses(
+            HostPort::parse,
+            &[
+                "superlink",
+                "superlink:",
+                ":9092",
+                "h:0",
+                "h:65536",
+                "h:-1",
+                "h:+80",
+                "http://h:80",
+                "::1:9092",
+                "[::1]",
+                "[h]:80",
+                "300.1.1.1:80",
+                "1.2.3:80",
+                "h h:80",
+                "-h:80",
+                "h-:80",
+                "h..h:80",
+                "h:80/path",
+                "user@h:80",
+                "h:80:80",
+            ],
+        );
+    }
+
+    #[test]
+    fn an_image_reference_is_read_as_docker_reads_it() {
+        let digest = format!("flwr/supernode@sha256:{}", "a".repeat(64));
+        for text in
+            ["busybox", "flwr/supernode:1.31.0", "host.example:5000/a/b:tag", "localhost/a", "a__b/c-d.e:T_1", &digest]
+        {
+            assert!(ImageRef::parse(text).is_ok(), "{text}");
+        }
+        refuses(
+            ImageRef::parse,
+            &[
+                "UPPER/case",
+                "a:",
+                "a:b c",
+                "/a",
+                "a/",
+                "a//b",
+                "a___b",
+                "-a",
+                "a@sha256:00",
+                "a:-tag",
+                "a b",
+                "--privileged",
+                "a;b",
+                "é",
+            ],
+        );
+    }
+
+    #[test]
+    fn gpus_are_named_by_index_uuid_mig_uuid_and_pci_address() {
+        assert_eq!(DeviceSelection::parse("ALL"), Ok(DeviceSelection::All));
+        assert_eq!(DeviceSelection::parse("None"), Ok(DeviceSelection::None));
+        let selection = DeviceSelection::parse("1, gpu-ABC , MIG-1f, 01:00.0,0000:01:00.0, 1").unwrap();
+        assert_eq!(selection.to_string(), "1,GPU-abc,MIG-1f,0000:01:00.0");
+        refuses(
+            DeviceSelection::parse,
+            &[
+                "-1", "all,1", "0,,1", "GPU-", "GPU-xyz", "0;1", "0 1", "01:00", "01:20.0", "01:00.8", "cuda:0",
+                "12345", "$(id)",
+            ],
+        );
+    }
+
+    /// Each was given to `parse_config_args` of flwr 1.31.0: accepted, and read as this many keys.
+    #[test]
+    fn node_config_accepts_what_flower_accepts_whole() {
+        for text in [
+            "k=0",
+            "k=\"abc\"",
+            "k=true",
+            "k=1e-3",
+            "a.b=1",
+            "partition-id=0 num-partitions=2",
+            "a=1\n b=2\tc=3",
+            "site=\"St. Mary\"",
+            "x='\"; touch /pwned; \"'",
+            "k='$(id) `id` \\'",
+            "k=\"C:\\\\etc\"",
+            "n=-1",
+            "n=0x1F",
+            "n=1_000",
+            "f=inf",
+            "k=''",
+        ] {
+            assert_eq!(NodeConfig::parse(text).expect(text).as_str(), text);
+        }
+    }
+
+    #[test]
+    fn node_config_refuses_what_flower_would_drop_or_die_of() {
+        refuses(
+            NodeConfig::parse,
+            &[
+                "novalue",
+                "x=",
+                "x= y=1",
+                "k=abc",
+                "k=/app/data",
+                "k=True",
+                "a=1,b=2",
+                "k=1 k=2",
+                "a=1 a.b=2",
+                "k=[1]",
+                "k={a=1}",
+                "k=1979-05-27",
+                "k=07:32:00",
+                "site='St. Mary''s'",
+                "x\"; touch /pwned; \"",
+                "k=\"open",
+                "k='a'b",
+                "=1",
+                "-k=1",
+                "k=99999999999999999999",
+                "k=\"\\e\"",
+                "k=\"a\nb\"",
+                "a b=1",
+                "pairs.toml",
+                "k=\"\"\"a\"\"\"",
+            ],
+        );
+    }
+
+    #[test]
+    fn secrets_of_the_node_config_are_hidden_from_people() {
+        let config = NodeConfig::parse("a=1  db-password=\"x y\" API_TOKEN=\"t\"").unwrap();
+        assert_eq!(config.redacted(), "a=1 db-password='(hidden)' API_TOKEN='(hidden)'");
+        assert_eq!(NodeConfig::parse("a=1  b=2").unwrap().redacted(), "a=1  b=2");
+    }
+
+    const PEM: &str = "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n";
+
+    #[test]
+    fn a_certificate_comes_as_base64_or_as_pem_and_a_key_never() {
+        use base64::prelude::{BASE64_STANDARD, BASE64_STANDARD_NO_PAD};
+        let wrapped = BASE64_STANDARD
+            .encode(PEM)
+            .as_bytes()
+            .chunks(20)
+            .map(|c| String::from_utf8_lossy(c).into_owned())
+            .collect::<Vec<_>>()
+            .join("\n");
+        for text in [PEM, &BASE64_STANDARD.encode(PEM), &BASE64_STANDARD_NO_PAD.encode(PEM), &wrapped] {
+            assert_eq!(Certificate::parse(text).unwrap().pem(), PEM);
+        }
+        let key = "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----";
+        for text in [
+            key,
+            &BASE64_STANDARD.encode(key),
+            "!!!",
+            "aGVsbG8=",
+            &PEM.replace("MAA=", "AAAA"),
+            "-----BEGIN CERTIFICATE-----\nMAA=",
+        ] {
+            let refusal = Certificate::parse(text).unwrap_err();
+            assert!(
+                refusal.starts_with("must be the base64 of a PEM certificate") && !refusal.contains("c2VjcmV0"),
+                "{refusal}"
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_a_parser_panic(text in "\\PC{0,40}") {
+            let _ = (parse_count(&text, 0), Fraction::parse(&text), Version::parse(&text), ImageRef::parse(&text));
+            let _ = (HostPort::parse(&text), DeviceSelection::parse(&text), NodeConfig::parse(&text), Certificate::parse(&text));
+        }
+
+        #[test]
+        fn node_config_pairs_are_read_back(pairs in proptest::collection::btree_map("[a-z][a-z-]{0,8}", "[ -&(-~]{0,12}", 0..5)) {
+            let text = pairs.iter().map(|(key, value)| format!("{key}='{value}'")).collect::<Vec<_>>().join(" ");
+            prop_assert!(NodeConfig::parse(&text).is_ok(), "{}", text);
+        }
+    }
 }

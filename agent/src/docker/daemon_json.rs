@@ -191,7 +191,7 @@ impl<'t> Object<'t> {
     /// The layout of this object's members.
     fn style(&self, text: &str) -> Style {
         let newline = if text.contains("\r\n") { "\r\n" } else { "\n" };
-        let start = offset_in(text, self.raw);
+        let start = offset_in(text, self.raw) + self.raw.find('{').unwrap_or(0);
         let outer = indent_of_line(text, start);
         let one_line = !self.raw.trim_matches(JSON_BLANKS).contains('\n');
         if self.members.is_empty() {
@@ -205,7 +205,7 @@ impl<'t> Object<'t> {
                 newline,
             };
         }
-        let first_key = self.raw.find('"').map_or(start, |quote| start + quote);
+        let first_key = offset_in(text, self.raw) + self.raw.find('"').unwrap_or(0);
         let indent = indent_of_line(text, first_key);
         let step =
             indent.strip_prefix(outer).filter(|step| !step.is_empty()).map_or_else(|| step_of(text), String::from);
@@ -267,5 +267,186 @@ impl<'de> Visitor<'de> for MemberList {
             members.push((key, value));
         }
         Ok(members)
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, clippy::panic, reason = "a test may panic")]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::Value;
+
+    const PATH: &str = "nvidia-container-runtime";
+
+    /// Only the agent's own path and `/usr/bin/there` lead to a program.
+    fn works(path: &str) -> bool {
+        path == PATH || path == "/usr/bin/there"
+    }
+
+    fn merged(text: &str) -> String {
+        match merge(text, PATH, works).unwrap_or_else(|refused| panic!("{text}: {refused}")) {
+            Merged::Changed(new) => {
+                assert_eq!(merge(&new, PATH, works), Ok(Merged::Unchanged), "the second run changes {new}");
+                new
+            }
+            Merged::Unchanged => text.into(),
+        }
+    }
+
+    #[test]
+    fn the_entry_is_put_in_and_every_other_byte_stays() {
+        let entry = r#""nvidia": {"path": "nvidia-container-runtime"}"#;
+        let runtimes = format!(r#""runtimes": {{{entry}}}"#);
+        let lines = "\"runtimes\": {\n        \"nvidia\": {\n            \"path\": \"nvidia-container-runtime\"\n        }\n    }";
+        for (old, new) in [
+            ("{}", format!("{{\n    {lines}\n}}")),
+            (" \n{ \n }\n\n", format!(" \n{{\n    {lines}\n}}\n\n")),
+            (r#"{"debug":true}"#, format!(r#"{{"debug":true, {runtimes}}}"#)),
+            ("{\n    \"b\": 1,\n    \"a\": 2\n}\n", format!("{{\n    \"b\": 1,\n    \"a\": 2,\n    {lines}\n}}\n")),
+            // Digits are not rounded, forms of numbers and escapes are not changed, and duplicates are not ours to judge.
+            (
+                r#"{"n":12345678901234567890123,"f":1.50E+3,"s":"\u00e9\/","n":1}"#,
+                format!(r#"{{"n":12345678901234567890123,"f":1.50E+3,"s":"\u00e9\/","n":1, {runtimes}}}"#),
+            ),
+            (r#"{"runtimes":null,"z":[]}"#, format!(r#"{{"runtimes":{{{entry}}},"z":[]}}"#)),
+            (r#"{"runtimes":{},"z":0}"#, format!(r#"{{"runtimes":{{{entry}}},"z":0}}"#)),
+            (r#"{"runtimes":{"kata":{"path":"k"}}}"#, format!(r#"{{"runtimes":{{"kata":{{"path":"k"}}, {entry}}}}}"#)),
+            (
+                r#"{"runtimes":{"nvidia":null}}"#,
+                r#"{"runtimes":{"nvidia":{"path": "nvidia-container-runtime"}}}"#.into(),
+            ),
+            (r#"{"runtimes":{"nvidia":{}}}"#, r#"{"runtimes":{"nvidia":{"path": "nvidia-container-runtime"}}}"#.into()),
+            (
+                r#"{"runtimes":{"nvidia":{"runtimeArgs":["a"]}}}"#,
+                r#"{"runtimes":{"nvidia":{"runtimeArgs":["a"], "path": "nvidia-container-runtime"}}}"#.into(),
+            ),
+            // A path that leads nowhere is mended, and nothing beside it.
+            (
+                r#"{"runtimes":{"nvidia":{"path":"/gone","runtimeArgs":["a"]}}}"#,
+                r#"{"runtimes":{"nvidia":{"path":"nvidia-container-runtime","runtimeArgs":["a"]}}}"#.into(),
+            ),
+        ] {
+            assert_eq!(merged(old), new);
+        }
+    }
+
+    #[test]
+    fn the_layout_of_the_text_is_kept() {
+        assert_eq!(
+            merged("{\r\n\t\"a\": 1\r\n}\r\n"),
+            "{\r\n\t\"a\": 1,\r\n\t\"runtimes\": {\r\n\t\t\"nvidia\": {\r\n\t\t\t\"path\": \"nvidia-container-runtime\"\r\n\t\t}\r\n\t}\r\n}\r\n"
+        );
+        assert_eq!(
+            merged("{\n  \"runtimes\": {\n    \"kata\": {}\n  }\n}"),
+            "{\n  \"runtimes\": {\n    \"kata\": {},\n    \"nvidia\": {\n      \"path\": \"nvidia-container-runtime\"\n    }\n  }\n}"
+        );
+        assert_eq!(
+            merged("{\n  \"runtimes\": {}\n}"),
+            "{\n  \"runtimes\": {\n    \"nvidia\": {\n      \"path\": \"nvidia-container-runtime\"\n    }\n  }\n}"
+        );
+    }
+
+    #[test]
+    fn an_operators_working_entry_stays() {
+        for text in [
+            r#"{"runtimes":{"nvidia":{"path":"/usr/bin/there","runtimeArgs":["--debug"]}}}"#,
+            r#"{"runtimes":{"nvidia":{"path":"nvidia-container-runtime"}},"default-runtime":"nvidia"}"#,
+            r#"{"runtimes":{"nvidia":{"runtimeType":"io.containerd.runc.v2","options":{"BinaryName":"x"}}}}"#,
+        ] {
+            assert_eq!(merge(text, PATH, works), Ok(Merged::Unchanged));
+        }
+        // Where ours does not work either, nothing would be won.
+        assert_eq!(merge(r#"{"runtimes":{"nvidia":{"path":"/gone"}}}"#, "/gone/too", works), Ok(Merged::Unchanged));
+    }
+
+    #[test]
+    fn what_is_not_one_json_object_is_refused_with_its_place() {
+        for (text, line, column) in [
+            ("", 1, 1),
+            (" \n ", 2, 2),
+            ("null", 1, 1),
+            ("\n  []", 2, 3),
+            ("42", 1, 1),
+            ("\u{feff}{}", 1, 1),
+            ("// Docker\n{}", 1, 1),
+            ("{\n  \"a\": 1,\n}", 3, 1),
+            ("{\"a\": tru}", 1, 10),
+            ("{\"a\": 1", 1, 7),
+            ("{'a': 1}", 1, 2),
+            ("{} {}", 1, 4),
+            ("{}\nx", 2, 1),
+            ("{\"a\": 01}", 1, 8),
+            ("{\"a\": \"\t\"}", 1, 7),
+            ("{\n  \"runtimes\": []\n}", 2, 15),
+            ("{\"runtimes\": \"nvidia\"}", 1, 14),
+            ("{\"runtimes\": {\"nvidia\": \"x\"}}", 1, 25),
+            ("{\"runtimes\": {\"nvidia\": {\"path\": 1}}}", 1, 34),
+            ("{\"runtimes\": {}, \"runtimes\": {}}", 1, 30),
+            ("{\"ü\": 1,\n \"runtimes\": {\"nvidia\": {}, \"nvidia\": {}}}", 2, 40),
+        ] {
+            let refused = merge(text, PATH, works).expect_err(text);
+            assert_eq!((refused.line, refused.column), (line, column), "{text:?}: {refused}");
+            assert!(!refused.message.contains("line"), "the place is said twice: {refused}");
+        }
+    }
+
+    #[test]
+    fn a_fresh_file_is_what_a_merge_into_an_empty_object_gives() {
+        assert_eq!(fresh(PATH), format!("{}\n", merged("{}")));
+    }
+
+    #[test]
+    fn a_path_with_quotes_and_backslashes_stays_one_text() {
+        let Ok(Merged::Changed(new)) = merge("{}", r#"/a"b\c"#, |_| true) else { panic!("unchanged") };
+        let value: Value = serde_json::from_str(&new).unwrap();
+        assert_eq!(value["runtimes"]["nvidia"]["path"], r#"/a"b\c"#);
+    }
+
+    fn json() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            "\\PC{0,6}".prop_map(Value::from),
+        ];
+        let key = prop_oneof!["\\PC{0,6}", Just("runtimes".into()), Just("nvidia".into()), Just("path".into())];
+        leaf.prop_recursive(4, 24, 4, move |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                proptest::collection::vec((key.clone(), inner), 0..4)
+                    .prop_map(|members| Value::Object(members.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_object_only_the_entry_is_added(value in json(), pretty in any::<bool>()) {
+            let text = if pretty { format!("{value:#}") } else { value.to_string() };
+            match merge(&text, PATH, works) {
+                Ok(Merged::Changed(new)) => {
+                    prop_assert_eq!(merge(&new, PATH, works), Ok(Merged::Unchanged));
+                    let mut without: Value = serde_json::from_str(&new).unwrap();
+                    let mut expected = value.clone();
+                    // Take the entry out of both: the rest, in its order, must be the same.
+                    for document in [&mut without, &mut expected] {
+                        let object = document.as_object_mut().unwrap();
+                        if let Some(runtimes) = object.get_mut("runtimes").and_then(Value::as_object_mut) {
+                            runtimes.shift_remove("nvidia");
+                        }
+                        object.retain(|key, value| key != "runtimes" || value.as_object().is_some_and(|left| !left.is_empty()));
+                    }
+                    prop_assert_eq!(without.to_string(), expected.to_string());
+                }
+                Ok(Merged::Unchanged) => prop_assert!(value["runtimes"]["nvidia"].is_object()),
+                Err(_) => prop_assert!(!value.is_object() || !value["runtimes"].is_null()),
+            }
+        }
+
+        #[test]
+        fn no_text_makes_the_merge_panic(text in "[{}\\[\\]\":,a0 \n\\\\é]{0,30}") {
+            let _ = merge(&text, PATH, works);
+        }
     }
 }

@@ -194,3 +194,39 @@ fn read_optional(path: &Path, unreadable: &mut Vec<String>) -> Option<String> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_read_as_opennebula_sysfs_and_nvml_write_it() {
+        for text in ["01:00.0", "0000:01:00.0", "00000000:01:00.0"] {
+            assert_eq!(PciAddress::parse(text).map(|address| address.to_string()).as_deref(), Some("0000:01:00.0"));
+        }
+        assert_eq!(
+            PciAddress::parse("0001:FF:1F.7").map(|address| address.to_string()).as_deref(),
+            Some("0001:ff:1f.7")
+        );
+        for text in [
+            "",
+            "1:00.0",
+            "01:00",
+            "01:00.00",
+            "01:20.0",
+            "01:00.8",
+            "01-00.0",
+            "0:01:00.0",
+            "a:0000:01:00.0",
+            "+1:00.0",
+        ] {
+            assert_eq!(PciAddress::parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_folder_that_is_no_sysfs_is_said_to_be_unreadable() {
+        let facts = read_facts(Path::new("/proc/self/status"));
+        assert!(facts.devices.is_empty() && !facts.unreadable.is_empty(), "{facts:?}");
+    }
+}

@@ -481,3 +481,289 @@ fn unseen_gpus(facts: &PciFacts, report: &DriverReport) -> Vec<String> {
         })
         .collect()
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, clippy::panic, reason = "a test may panic")]
+mod tests {
+    use std::collections::HashSet;
+    use std::time::Duration;
+
+    use one_context::Context;
+
+    use super::super::nvml::ProbedMig;
+    use super::super::pci::PciDevice;
+    use super::*;
+    use crate::config::Prebaked;
+
+    const A: &str = "0000:01:00.0";
+    const B: &str = "0000:21:00.0";
+
+    fn config(pairs: &[(&str, &str)]) -> Config {
+        let mut text = String::from("FL_GPU_ENABLED='YES'\n");
+        for (name, value) in pairs {
+            text.push_str(&format!("{name}='{value}'\n"));
+        }
+        Config::from_context(&Context::parse(text.as_bytes()).unwrap(), &Prebaked::default()).unwrap().0
+    }
+
+    fn device(address: &str, vendor: u32, class: u32, driver: Option<&str>) -> PciDevice {
+        PciDevice {
+            address: PciAddress::parse(address).unwrap(),
+            vendor,
+            device: Some(0x20b5),
+            class,
+            driver: driver.map(String::from),
+        }
+    }
+
+    fn gpu_at(address: &str, driver: Option<&str>) -> PciDevice {
+        device(address, 0x10de, 0x03_02_00, driver)
+    }
+
+    fn facts(devices: &[PciDevice]) -> PciFacts {
+        PciFacts { devices: devices.to_vec(), module_version: Some("550.54.15".into()), ..PciFacts::default() }
+    }
+
+    fn probed(index: u32, uuid: &str, address: &str) -> ProbedGpu {
+        ProbedGpu {
+            index,
+            uuid: Some(uuid.into()),
+            name: Some("NVIDIA A100".into()),
+            pci_address: Some(address.into()),
+            memory_mib: Some(40_960),
+            minor: Some(index),
+            ..ProbedGpu::default()
+        }
+    }
+
+    fn report(gpus: Vec<ProbedGpu>) -> ProbeOutcome {
+        ProbeOutcome::Answered(ProbeAnswer::Driver(DriverReport { driver_version: Some("550.54.15".into()), gpus }))
+    }
+
+    fn failed(kind: FaultKind, text: &str) -> ProbeOutcome {
+        let fault = Fault { call: "nvmlInit_v2".into(), kind, text: text.into() };
+        ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library_version: Some("560.35.03".into()) })
+    }
+
+    fn decide(config: &Config, facts: &PciFacts, outcome: &ProbeOutcome) -> Verdict {
+        before_the_probe(config, facts).unwrap_or_else(|| after_the_probe(config, facts, outcome))
+    }
+
+    fn finding(verdict: Verdict) -> Finding {
+        match verdict {
+            Verdict::Cpu { finding: Some(finding) } => finding,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn uuids(verdict: &Verdict) -> Vec<&str> {
+        verdict.devices().iter().map(|device| device.uuid.as_str()).collect()
+    }
+
+    fn two() -> (PciFacts, ProbeOutcome) {
+        let outcome = report(vec![probed(0, "GPU-aaaa-1", A), probed(1, "GPU-aabb-2", B)]);
+        (facts(&[gpu_at(A, Some("nvidia")), gpu_at(B, Some("nvidia"))]), outcome)
+    }
+
+    #[test]
+    fn every_reason_that_is_decided_before_the_launch_is_reached() {
+        let on_nvidia = facts(&[gpu_at(A, Some("nvidia"))]);
+        let sick = |change: fn(&mut ProbedGpu)| {
+            let mut gpu = probed(0, "GPU-1", A);
+            change(&mut gpu);
+            report(vec![gpu])
+        };
+        let code = |code| failed(FaultKind::Code(code), "text");
+        let none = facts(&[]);
+        let unasked = ProbeOutcome::Failed("must not be asked".into());
+        let promised = [("PCI0_ADDRESS", "01:00.0")];
+        let cases: Vec<(&str, Config, PciFacts, ProbeOutcome)> = vec![
+            ("gpu-not-present", config(&[]), none.clone(), unasked.clone()),
+            ("gpu-not-passed-through", config(&promised), none.clone(), unasked.clone()),
+            (
+                "gpu-not-passed-through",
+                config(&promised),
+                facts(&[device(A, 0x8086, 0x02_00_00, Some("igb"))]),
+                unasked.clone(),
+            ),
+            ("driver-not-loaded", config(&[]), facts(&[gpu_at(A, None)]), unasked.clone()),
+            ("driver-not-loaded", config(&[]), on_nvidia.clone(), code(9)),
+            ("wrong-driver", config(&[]), facts(&[gpu_at(A, Some("nouveau"))]), unasked.clone()),
+            ("driver-library-missing", config(&[]), on_nvidia.clone(), failed(FaultKind::Library, "No such file")),
+            ("driver-library-missing", config(&[]), on_nvidia.clone(), code(12)),
+            ("driver-library-mismatch", config(&[]), on_nvidia.clone(), code(18)),
+            ("driver-too-old", config(&[]), on_nvidia.clone(), failed(FaultKind::Symbol, "undefined symbol")),
+            ("driver-too-old", config(&[]), on_nvidia.clone(), code(13)),
+            ("driver-not-ready", config(&[]), on_nvidia.clone(), code(27)),
+            ("driver-timeout", config(&[]), on_nvidia.clone(), ProbeOutcome::TimedOut(Duration::from_secs(20))),
+            ("driver-crash", config(&[]), on_nvidia.clone(), ProbeOutcome::Crashed(11)),
+            ("driver-error", config(&[]), on_nvidia.clone(), code(999)),
+            ("driver-error", config(&[]), on_nvidia.clone(), code(20)),
+            ("permission-denied", config(&[]), on_nvidia.clone(), code(4)),
+            ("permission-denied", config(&[]), on_nvidia.clone(), code(17)),
+            ("gpu-count-zero", config(&[]), on_nvidia.clone(), report(vec![])),
+            ("gpu-count-zero", config(&[]), on_nvidia.clone(), code(28)),
+            ("gpu-lost", config(&[]), on_nvidia.clone(), code(15)),
+            ("gpu-reset-required", config(&[]), on_nvidia.clone(), code(16)),
+            ("gpu-unhealthy", config(&[]), on_nvidia.clone(), code(14)),
+            (
+                "gpu-unhealthy",
+                config(&[]),
+                on_nvidia.clone(),
+                sick(|gpu| gpu.ailments.push("2 uncorrectable ECC errors".into())),
+            ),
+            (
+                "gpu-lost",
+                config(&[]),
+                on_nvidia.clone(),
+                sick(|gpu| {
+                    gpu.fault = Some(Fault { call: "c".into(), kind: FaultKind::Code(15), text: "t".into() });
+                }),
+            ),
+            (
+                "device-selection-empty",
+                config(&[("FL_CUDA_VISIBLE_DEVICES", "7")]),
+                on_nvidia.clone(),
+                report(vec![probed(0, "GPU-1", A)]),
+            ),
+            (
+                "device-selection-empty",
+                config(&[("FL_CUDA_VISIBLE_DEVICES", "none")]),
+                on_nvidia.clone(),
+                unasked.clone(),
+            ),
+            ("framework-without-gpu", config(&[("ML_FRAMEWORK", "sklearn")]), on_nvidia.clone(), unasked),
+        ];
+        let mut reached = HashSet::new();
+        for (expected, config, facts, outcome) in cases {
+            let finding = finding(decide(&config, &facts, &outcome));
+            assert_eq!(finding.reason.code(), expected, "{}", finding.summary);
+            assert!(!finding.summary.is_empty() && !finding.summary.contains("must not be asked"));
+            reached.insert(finding.reason);
+        }
+        let at_the_launch = [
+            Reason::RuntimeMissing,
+            Reason::RuntimeNotConfigured,
+            Reason::RuntimeStartFailed,
+            Reason::GpuNotVisible,
+            Reason::GpuFailed,
+        ];
+        for entry in super::super::reason::CATALOGUE {
+            assert!(reached.contains(&entry.reason) != at_the_launch.contains(&entry.reason), "{}", entry.code);
+        }
+    }
+
+    #[test]
+    fn every_nvml_code_leads_to_a_reason_and_is_told_with_its_number() {
+        for code in (1..=30).chain([999]) {
+            let finding = finding(decide(
+                &config(&[]),
+                &facts(&[gpu_at(A, Some("nvidia"))]),
+                &failed(FaultKind::Code(code), "text"),
+            ));
+            assert!(finding.summary.contains(&format!("error {code}:")) || code == 12, "{}", finding.summary);
+        }
+    }
+
+    #[test]
+    fn a_gpu_that_is_not_wanted_is_no_finding() {
+        let config = config(&[]);
+        let unwanted = Config { gpu_enabled: false, ..config };
+        assert_eq!(before_the_probe(&unwanted, &two().0), Some(Verdict::Cpu { finding: None }));
+    }
+
+    #[test]
+    fn the_summary_says_what_was_promised_and_what_is_there() {
+        let promised = config(&[("PCI0_ADDRESS", "01:00.0")]);
+        let finding_of = |facts| finding(before_the_probe(&promised, &facts).unwrap());
+        assert_eq!(
+            finding_of(facts(&[])).summary,
+            "OpenNebula passed 0000:01:00.0 to this VM (PCI0_ADDRESS='01:00.0'), and there is no device at that address"
+        );
+        assert_eq!(
+            finding_of(facts(&[device(A, 0x8086, 0x02_00_00, Some("igb"))])).summary,
+            "OpenNebula passed 0000:01:00.0 to this VM (PCI0_ADDRESS='01:00.0'), and the device there is not an NVIDIA GPU (8086:20b5, class 0200)"
+        );
+        assert_eq!(
+            finding_of(facts(&[gpu_at(A, Some("nouveau"))])).summary,
+            "the GPU 0000:01:00.0 (10de:20b5, class 0302) is bound to the driver nouveau, not to nvidia"
+        );
+        let both = finding(decide(&promised, &two().0, &failed(FaultKind::Code(18), "mismatch")));
+        assert!(both.summary.contains("560.35.03") && both.summary.contains("550.54.15"), "{}", both.summary);
+    }
+
+    #[test]
+    fn a_verdict_on_a_failed_read_says_so() {
+        let facts = PciFacts { unreadable: vec!["/sys/bus/pci/devices: Permission denied".into()], ..facts(&[]) };
+        let finding = finding(before_the_probe(&config(&[]), &facts).unwrap());
+        assert!(finding.summary.contains("could not be read: /sys/bus/pci/devices: Permission denied"));
+    }
+
+    #[test]
+    fn a_broken_promise_beside_a_good_gpu_is_a_warning() {
+        let config = config(&[("PCI0_ADDRESS", "01:00.0"), ("PCI1_ADDRESS", "21:00.0")]);
+        let facts = facts(&[gpu_at(A, Some("nvidia"))]);
+        let verdict = decide(&config, &facts, &report(vec![probed(0, "GPU-1", A)]));
+        let Verdict::Gpu { devices, missing } = verdict else { panic!("{verdict:?}") };
+        assert_eq!((devices.len(), missing.len()), (1, 1));
+        assert!(missing[0].contains("0000:21:00.0"), "{missing:?}");
+    }
+
+    #[test]
+    fn one_gpu_is_selected_by_index_uuid_prefix_or_pci_address() {
+        let (facts, outcome) = two();
+        for (selection, expected) in [
+            ("all", vec!["GPU-aaaa-1", "GPU-aabb-2"]),
+            ("1", vec!["GPU-aabb-2"]),
+            ("gpu-AAB", vec!["GPU-aabb-2"]),
+            ("01:00.0", vec!["GPU-aaaa-1"]),
+            ("00000000:21:00.0", vec!["GPU-aabb-2"]),
+            ("1,0", vec!["GPU-aabb-2", "GPU-aaaa-1"]),
+            ("1,GPU-aabb,21:00.0", vec!["GPU-aabb-2"]),
+        ] {
+            let verdict = decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]), &facts, &outcome);
+            assert_eq!(uuids(&verdict), expected, "{selection}");
+        }
+    }
+
+    #[test]
+    fn what_is_selected_and_not_there_is_told_with_what_is() {
+        let (facts, outcome) = two();
+        let verdict = decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", "1,5")]), &facts, &outcome);
+        let Verdict::Gpu { missing, .. } = &verdict else { panic!("{verdict:?}") };
+        assert!(missing[0].contains("'5'") && missing[0].contains("GPU-aaaa-1"), "{missing:?}");
+        for selection in ["5", "GPU-aa", "GPU-c", "99:00.0"] {
+            let verdict = decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]), &facts, &outcome);
+            let finding = finding(verdict);
+            assert_eq!(finding.reason, Reason::DeviceSelectionEmpty);
+            assert!(finding.summary.contains("GPU-aabb-2"), "{}", finding.summary);
+        }
+    }
+
+    #[test]
+    fn a_sick_gpu_beside_a_good_one_is_left_out_with_a_warning() {
+        let (facts, _) = two();
+        let mut lost = probed(0, "GPU-aaaa-1", A);
+        lost.fault = Some(Fault { call: "nvmlDeviceGetName".into(), kind: FaultKind::Code(15), text: "lost".into() });
+        let outcome = report(vec![lost, probed(1, "GPU-aabb-2", B)]);
+        let verdict = decide(&config(&[]), &facts, &outcome);
+        assert_eq!(uuids(&verdict), ["GPU-aabb-2"]);
+        let finding = finding(decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", "0")]), &facts, &outcome));
+        assert_eq!((finding.reason, finding.gpu_uuid.as_deref()), (Reason::GpuLost, Some("GPU-aaaa-1")));
+    }
+
+    #[test]
+    fn a_card_in_mig_mode_shows_its_instances() {
+        let facts = facts(&[gpu_at(A, Some("nvidia"))]);
+        let instance = |uuid: &str| ProbedMig { uuid: uuid.into(), name: None, memory_mib: Some(4864) };
+        let mut card = probed(0, "GPU-1", A);
+        card.mig = Some(vec![instance("MIG-aa"), instance("MIG-bb")]);
+        let outcome = report(vec![card.clone()]);
+        let select = |selection| decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]), &facts, &outcome);
+        assert_eq!(uuids(&select("all")), ["MIG-aa", "MIG-bb"]);
+        assert_eq!(uuids(&select("MIG-b")), ["MIG-bb"]);
+        assert_eq!(select("MIG-b").devices()[0].memory_mib, Some(4864));
+        card.mig = Some(vec![]);
+        assert_eq!(finding(decide(&config(&[]), &facts, &report(vec![card]))).reason, Reason::DeviceSelectionEmpty);
+    }
+}
