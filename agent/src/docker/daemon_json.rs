@@ -383,7 +383,7 @@ mod tests {
             ("{\"runtimes\": {\"nvidia\": \"x\"}}", 1, 25),
             ("{\"runtimes\": {\"nvidia\": {\"path\": 1}}}", 1, 34),
             ("{\"runtimes\": {}, \"runtimes\": {}}", 1, 30),
-            ("{\"ü\": 1,\n \"runtimes\": {\"nvidia\": {}, \"nvidia\": {}}}", 2, 40),
+            ("{\"ü\": 1,\n \"runtimes\": {\"nvidia\": {}, \"nvidia\": {}}}", 2, 39),
         ] {
             let refused = merge(text, PATH, works).expect_err(text);
             assert_eq!((refused.line, refused.column), (line, column), "{text:?}: {refused}");
