@@ -164,7 +164,6 @@ pub enum ParseErrorKind {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
 
     use super::*;
     use proptest::collection::{btree_map, vec};

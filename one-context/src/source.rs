@@ -173,7 +173,6 @@ impl SourceError {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
 
     use super::*;
     use std::error::Error;

@@ -34,6 +34,8 @@ pub struct Case {
     env: BTreeMap<OsString, OsString>,
     path_first: Vec<PathBuf>,
     agent: Option<PathBuf>,
+    /// Kept as long as the machine.
+    sysfs: Option<Sysfs>,
 }
 
 impl Case {
@@ -45,8 +47,14 @@ impl Case {
             fs::create_dir_all(sandbox.join(folder)).expect("a folder of the machine");
         }
         let bin = sandbox.join("bin");
-        let mut case =
-            Self { sandbox, settings: BTreeMap::new(), env: BTreeMap::new(), path_first: vec![bin], agent: None };
+        let mut case = Self {
+            sandbox,
+            settings: BTreeMap::new(),
+            env: BTreeMap::new(),
+            path_first: vec![bin],
+            agent: None,
+            sysfs: None,
+        };
         for (key, folder) in [
             ("context.dir", "context"),
             ("gpu.sysfs", "sys"),
@@ -142,6 +150,7 @@ impl Case {
 
     /// Gives the machine these PCI devices.
     pub fn sysfs(&mut self, sysfs: &Sysfs) -> &mut Self {
+        self.sysfs = Some(sysfs.clone());
         self.set("gpu.sysfs", sysfs.root().to_string_lossy().into_owned())
     }
 

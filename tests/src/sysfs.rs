@@ -4,16 +4,18 @@ use std::{
     fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use crate::sandbox::{Sandbox, write};
 
 const BRIDGE: &str = "0000:00:1c.0";
 
-/// The tree. Each call changes the files at once, so a device can come, go or lose its driver while an agent runs.
-#[derive(Debug)]
+/// The tree. Each call changes the files at once, so a device can come, go or lose its driver while an agent runs. It is
+/// gone with the last copy of this value.
+#[derive(Debug, Clone)]
 pub struct Sysfs {
-    sandbox: Sandbox,
+    sandbox: Arc<Sandbox>,
     last: PathBuf,
 }
 
@@ -21,7 +23,7 @@ impl Sysfs {
     /// A machine without a PCI device, but for the bridge, and without the nvidia module.
     #[must_use]
     pub fn new() -> Self {
-        let sandbox = Sandbox::new("sys");
+        let sandbox = Arc::new(Sandbox::new("sys"));
         for folder in ["bus/pci/devices", "bus/pci/drivers", "module", "class", "devices/pci0000:00"] {
             fs::create_dir_all(sandbox.join(folder)).expect("a folder of the tree");
         }

@@ -1,5 +1,5 @@
 //! The harness itself: a machine in a folder, with a script in the agent's place.
-#![allow(clippy::expect_used, clippy::unwrap_used, reason = "a test fails by a panic")]
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
 
 use std::{
     fs,

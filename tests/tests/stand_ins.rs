@@ -1,5 +1,5 @@
 //! The harness itself: an engine of one's own, the image, and nvidia's runtime in each of its modes.
-#![allow(clippy::expect_used, clippy::unwrap_used, reason = "a test fails by a panic")]
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
 
 use std::{
     path::Path,

@@ -445,7 +445,6 @@ fn idle_settings(config: &Config, found: &Found) -> Vec<String> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
 

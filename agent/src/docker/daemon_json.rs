@@ -271,7 +271,6 @@ impl<'de> Visitor<'de> for MemberList {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, clippy::panic, reason = "a test may panic")]
 mod tests {
     use super::*;
     use proptest::prelude::*;

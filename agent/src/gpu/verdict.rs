@@ -483,7 +483,6 @@ fn unseen_gpus(facts: &PciFacts, report: &DriverReport) -> Vec<String> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, clippy::panic, reason = "a test may panic")]
 mod tests {
     use std::collections::HashSet;
     use std::time::Duration;

@@ -1,0 +1,73 @@
+//! Machines that several test files set up.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use supernode_tests::{Agent, Case, Engine, Output, RuntimeMode, Sysfs, image};
+
+/// More than any step takes on a busy machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) const GPU_A: &str = "GPU-aaaa1111-0000-0000-0000-000000000001";
+pub(crate) const GPU_B: &str = "GPU-bbbb2222-0000-0000-0000-000000000002";
+
+/// A machine with one GPU.
+pub(crate) fn one_gpu() -> Value {
+    json!({"gpus": [{"uuid": GPU_A, "name": "NVIDIA A100", "memory_mib": 40960, "pci_address": "0000:01:00.0", "minor": 0}]})
+}
+
+/// A machine with two GPUs.
+pub(crate) fn two_gpus() -> Value {
+    json!({"gpus": [
+        {"uuid": GPU_A, "name": "NVIDIA A100", "memory_mib": 40960, "pci_address": "0000:01:00.0", "minor": 0},
+        {"uuid": GPU_B, "name": "NVIDIA L4", "memory_mib": 23034, "pci_address": "0000:21:00.0", "minor": 1},
+    ]})
+}
+
+/// The same machine's sysfs: both GPUs on the nvidia driver.
+pub(crate) fn sysfs_of_two() -> Sysfs {
+    Sysfs::new().gpu("0000:01:00.0").driver("nvidia").gpu("0000:21:00.0").driver("nvidia").module("550.54.15")
+}
+
+/// One GPU on the nvidia driver.
+pub(crate) fn sysfs_of_one() -> Sysfs {
+    Sysfs::new().gpu("0000:01:00.0").driver("nvidia").module("550.54.15")
+}
+
+/// The least context of a node that wants the GPU, with more variables.
+pub(crate) fn wanted<'a>(more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
+    [("FL_GPU_ENABLED", "YES"), ("FL_SUPERLINK_ADDRESS", "10.9.8.7:9092"), ("PCI0_ADDRESS", "01:00.0")]
+        .into_iter()
+        .filter(|(name, _)| !more.iter().any(|(other, _)| other == name))
+        .chain(more.iter().copied())
+        .collect()
+}
+
+/// An engine with the image, and a machine on it with the GPUs of `machine`.
+pub(crate) fn engine_with(machine: &Value) -> Option<(Engine, Case)> {
+    let engine = Engine::start()?;
+    engine.import_image(&[image::PYTORCH]);
+    engine.nvidia_runtime(RuntimeMode::Ok, machine);
+    let mut case = Case::new();
+    case.engine(&engine).nvml(machine);
+    Some((engine, case))
+}
+
+/// The JSON that a command printed.
+#[track_caller]
+pub(crate) fn json_of(output: &Output) -> Value {
+    serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+/// The lines of an agent that are WARNINGs.
+pub(crate) fn warnings(agent: &Agent) -> Vec<String> {
+    agent.lines().into_iter().filter(|line| line.contains(" WARNING ")).collect()
+}
+
+/// `docker inspect` of the node's container, with a Go template.
+#[track_caller]
+pub(crate) fn inspect(engine: &Engine, template: &str) -> String {
+    let output = engine.docker(&["inspect", "--format", template, "flower-supernode"]);
+    output.expect_success().trim().to_owned()
+}

@@ -1,0 +1,166 @@
+//! `configure-runtime` on real files: what is written, what is kept, and what a kill at any moment leaves.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use common::wanted;
+use serde_json::Value;
+use supernode_tests::{Case, Engine, Output};
+
+/// A machine that wants the GPU, with a runtime that is installed.
+fn case() -> Case {
+    let mut case = Case::new();
+    let runtime = case.write("bin/nvidia-container-runtime", "#!/bin/sh\n");
+    fs::set_permissions(runtime, fs::Permissions::from_mode(0o755)).unwrap();
+    case.context(&wanted(&[]));
+    case
+}
+
+fn configure(case: &Case) -> Output {
+    case.run_command("configure-runtime", &[])
+}
+
+#[test]
+fn a_file_is_made_where_there_is_none_and_the_second_run_changes_nothing() {
+    let mut case = case();
+    case.set("docker.daemon_json", case.path("etc/docker/daemon.json").to_string_lossy().into_owned());
+    let file = case.path("etc/docker/daemon.json");
+    configure(&case).expect_success();
+    let first = fs::read(&file).unwrap();
+    let value: Value = serde_json::from_slice(&first).unwrap();
+    assert_eq!(value["runtimes"]["nvidia"]["path"], "nvidia-container-runtime");
+    let facts = fs::metadata(&file).unwrap();
+    assert_eq!(facts.mode() & 0o7777, 0o644);
+    configure(&case).expect_success();
+    assert_eq!(fs::read(&file).unwrap(), first);
+    assert_eq!(fs::metadata(&file).unwrap().ino(), facts.ino(), "the second run wrote the file anew");
+    assert_eq!(fs::read_dir(file.parent().unwrap()).unwrap().count(), 1, "something is left beside it");
+}
+
+#[test]
+fn mode_owner_and_symlink_stay() {
+    let case = case();
+    let real = case.write("elsewhere/real.json", "{\"debug\": true}");
+    fs::set_permissions(&real, fs::Permissions::from_mode(0o640)).unwrap();
+    chown(&real, Some(12), Some(34)).unwrap();
+    let link = case.path("daemon.json");
+    symlink("elsewhere/real.json", &link).unwrap();
+    configure(&case).expect_success();
+    assert_eq!(fs::read_link(&link).unwrap(), Path::new("elsewhere/real.json"));
+    let facts = fs::metadata(&real).unwrap();
+    assert_eq!((facts.mode() & 0o7777, facts.uid(), facts.gid()), (0o640, 12, 34));
+    assert!(fs::read_to_string(&real).unwrap().starts_with("{\"debug\": true, \"runtimes\""));
+    // A link that leads nowhere is followed all the same.
+    fs::remove_file(&real).unwrap();
+    configure(&case).expect_success();
+    assert!(real.is_file() && fs::symlink_metadata(&link).unwrap().is_symlink());
+}
+
+#[test]
+fn what_is_not_one_json_object_is_refused_with_its_place_and_stays() {
+    let case = case();
+    let file = case.path("daemon.json");
+    for (bytes, place) in [
+        (&b""[..], "line 1, column 1"),
+        (b"{\n  \"a\": 1,\n}", "line 3, column 1"),
+        (b"[]", "line 1, column 1"),
+        (b"null", "line 1, column 1"),
+        (b"{} {}", "line 1, column 4"),
+        (b"{\"runtimes\": []}", "line 1, column 14"),
+        (b"{\n\"a\": \"\xff\"}", "line 2, column 7"),
+        (b"\xff\xfe{\0}\0", "line 1, column 1"),
+        (b"{\"a\": \"half", "line 1, column 11"),
+    ] {
+        fs::write(&file, bytes).unwrap();
+        let output = configure(&case);
+        assert_eq!(output.code, Some(1), "{bytes:?}: {output:?}");
+        assert!(output.stderr.contains("daemon.json") && output.stderr.contains(place), "{bytes:?}: {}", output.stderr);
+        assert_eq!(fs::read(&file).unwrap(), bytes);
+    }
+}
+
+#[test]
+fn a_file_that_cannot_be_written_is_an_error_and_stays() {
+    let mut case = case();
+    // Nothing can be made in /proc, not even by root.
+    case.set("docker.daemon_json", "/proc/sys/kernel/hostname");
+    let before = fs::read("/proc/sys/kernel/hostname").unwrap();
+    assert_eq!(configure(&case).code, Some(1));
+    assert_eq!(fs::read("/proc/sys/kernel/hostname").unwrap(), before);
+    case.set("docker.daemon_json", "/proc/no-such-folder/daemon.json");
+    let output = configure(&case);
+    assert!(output.code == Some(1) && output.stderr.contains("/proc/no-such-folder"), "{output:?}");
+}
+
+#[test]
+fn where_the_gpu_is_not_enabled_nothing_is_done() {
+    let mut case = case();
+    case.context(&[("FL_GPU_ENABLED", "NO")]);
+    configure(&case).expect_success();
+    assert!(!case.path("daemon.json").exists());
+}
+
+#[test]
+fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() {
+    let case = case();
+    let file = case.path("daemon.json");
+    let padding: String = (0..4000).map(|n| format!("  \"key-{n}\": \"{n:0>40}\",\n")).collect();
+    let old = format!("{{\n{padding}  \"end\": 1\n}}\n");
+    fs::write(&file, &old).unwrap();
+    configure(&case).expect_success();
+    let new = fs::read_to_string(&file).unwrap();
+    let settings = case.settings_file();
+    let (mut olds, mut news) = (0, 0);
+    let mut delay = Duration::ZERO;
+    // The moments spread from the start of a run to well after its end, however long this machine takes for one.
+    while olds < 20 || news < 20 {
+        fs::write(&file, &old).unwrap();
+        let mut agent = Command::new(supernode_tests::agent_binary())
+            .args(["configure-runtime", "--settings"])
+            .arg(&settings)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(delay);
+        agent.kill().unwrap();
+        agent.wait().unwrap();
+        match fs::read_to_string(&file).unwrap() {
+            text if text == old => olds += 1,
+            text if text == new => news += 1,
+            text => panic!("killed after {delay:?}: neither the old nor the new file: {} bytes", text.len()),
+        }
+        delay = if news < 20 { delay + Duration::from_micros(100) } else { Duration::ZERO };
+        assert!(delay < Duration::from_secs(20), "no run came to its end: {olds} old, {news} new");
+    }
+    // What a killed run left behind does not hinder the next, and is gone after it.
+    fs::write(case.path(".daemon.json.supernode-agent"), "{ half").unwrap();
+    fs::write(&file, &old).unwrap();
+    configure(&case).expect_success();
+    assert_eq!(fs::read_to_string(&file).unwrap(), new);
+    assert!(!case.path(".daemon.json.supernode-agent").exists());
+}
+
+#[test]
+fn docker_reads_what_was_written() {
+    let Some(mut engine) = Engine::start() else { return };
+    let mut case = Case::new();
+    case.engine(&engine).context(&wanted(&[]));
+    for text in [
+        "{}",
+        "{\n\t\"log-opts\": {\"max-size\": \"10m\"},\n\t\"runtimes\": {\"other\": {\"path\": \"runc\"}}\n}",
+        "{\"max-concurrent-downloads\": 3, \"runtimes\": null}",
+        "{\r\n  \"labels\": [\"a=\\u00e9\"],\r\n  \"runtimes\": {}\r\n}",
+    ] {
+        fs::write(engine.daemon_json(), text).unwrap();
+        configure(&case).expect_success();
+        engine.restart();
+        let info = engine.get("/info").unwrap();
+        assert_eq!(info["Runtimes"]["nvidia"]["path"], "nvidia-container-runtime", "{text}");
+    }
+}

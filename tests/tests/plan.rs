@@ -1,0 +1,416 @@
+//! What `plan` and `gpu` say of a machine: the real binary, the real probe in its child process, no Docker.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by a panic, and says what it skips"
+)]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use common::{GPU_A, GPU_B, json_of, one_gpu, sysfs_of_one, sysfs_of_two, two_gpus, wanted};
+use serde_json::{Value, json};
+use supernode_tests::{Case, Sandbox, Sysfs, run};
+
+/// A machine with `machine` behind NVML and `sysfs`, whose operator wants the GPU.
+fn case(sysfs: &Sysfs, machine: &Value, more: &[(&str, &str)]) -> Case {
+    let mut case = Case::new();
+    case.sysfs(sysfs).nvml(machine).context(&wanted(more));
+    case
+}
+
+#[track_caller]
+fn verdict(case: &Case) -> Value {
+    let output = case.run_command("gpu", &["--json"]);
+    output.expect_success();
+    json_of(&output)["gpu"]["verdict"].clone()
+}
+
+#[track_caller]
+fn reason(case: &Case) -> String {
+    let verdict = verdict(case);
+    assert_eq!(verdict["device"], "cpu", "{verdict}");
+    assert!(!verdict["summary"].as_str().unwrap().is_empty() && !verdict["fix"].as_str().unwrap().is_empty());
+    verdict["reason"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_plan_has_the_form_of_the_contract() {
+    let case = case(&sysfs_of_two(), &two_gpus(), &[("FL_GPU_MEMORY_FRACTION", "0.5"), ("FL_MAX_RETRIES", "0")]);
+    let plan = json_of(&case.run_command("plan", &["--json"]));
+    assert_eq!(plan["config"]["FL_GPU_ENABLED"], true);
+    assert_eq!(
+        plan["gpu"]["verdict"]["devices"][1],
+        json!({"index": 1, "uuid": GPU_B, "name": "NVIDIA L4", "pci_address": "0000:21:00.0", "memory_mib": 23034})
+    );
+    let container = &plan["container"];
+    assert_eq!(container["name"], "flower-supernode");
+    assert_eq!(container["image"], "flower-supernode-pytorch:1.31.0");
+    assert_eq!(container["runtime"], "nvidia");
+    assert_eq!(container["args"], json!(["--superlink", "10.9.8.7:9092", "--insecure", "--isolation", "subprocess"]));
+    let env = &container["env"];
+    assert_eq!(env["NVIDIA_VISIBLE_DEVICES"], format!("{GPU_A},{GPU_B}"));
+    assert_eq!(env["FL_DEVICE"], "cuda");
+    assert_eq!(env["XLA_PYTHON_CLIENT_MEM_FRACTION"], "0.5");
+    assert_eq!(env["FL_GPU_MEMORY_LIMITS_MIB"], "20480,11517");
+    assert_eq!(env.get("CUDA_VISIBLE_DEVICES"), None);
+    let targets: Vec<_> = container["mounts"].as_array().unwrap().iter().map(|mount| &mount["target"]).collect();
+    assert_eq!(targets, ["/app/data", "/opt/supernode-agent/site"]);
+    assert!(container["labels"]["supernode-agent.spec-hash"].as_str().unwrap().len() == 16);
+}
+
+#[test]
+fn a_cpu_plan_names_runc_and_void_and_the_reason_is_null_where_no_gpu_is_wanted() {
+    let mut case = Case::new();
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    let plan = json_of(&case.run_command("plan", &["--json"]));
+    assert_eq!(plan["gpu"]["verdict"], json!({"device": "cpu", "reason": null}));
+    assert_eq!(plan["container"]["runtime"], "runc");
+    assert_eq!(plan["container"]["env"]["NVIDIA_VISIBLE_DEVICES"], "void");
+    assert_eq!(plan["container"]["env"]["FL_DEVICE"], "cpu");
+}
+
+/// Path, size, mode, owner and time of change of everything below `folder`.
+fn state_of(folder: &Path) -> BTreeMap<PathBuf, (u64, u32, u32, i64, i64)> {
+    let mut state = BTreeMap::new();
+    let mut folders = vec![folder.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            let facts = fs::symlink_metadata(&path).unwrap();
+            state.insert(path.clone(), (facts.len(), facts.mode(), facts.uid(), facts.mtime(), facts.mtime_nsec()));
+            if facts.is_dir() {
+                folders.push(path);
+            }
+        }
+    }
+    state
+}
+
+#[test]
+fn a_plan_touches_nothing() {
+    let case = case(&sysfs_of_two(), &two_gpus(), &[("FL_GPU_MEMORY_FRACTION", "0.5")]);
+    // The file of settings is the harness's.
+    case.run_command("plan", &[]).expect_success();
+    let mut before = state_of(&case.path(""));
+    let mut after = {
+        case.run_command("plan", &[]).expect_success();
+        state_of(&case.path(""))
+    };
+    for state in [&mut before, &mut after] {
+        state.remove(&case.path("agent.toml"));
+    }
+    assert_eq!(before, after);
+}
+
+#[test]
+fn four_wrong_variables_are_named_in_one_run_by_every_command_that_reads_them() {
+    let mut case = Case::new();
+    case.context(&[
+        ("FL_GPU_MEMORY_FRACTION", "1.5"),
+        ("ONEAPP_FL_LOG_LEVEL", "loud"),
+        ("FL_SUPERLINK_ADDRESS", "nowhere"),
+        ("FL_CUDA_VISIBLE_DEVICES", "first"),
+    ]);
+    for command in ["run", "plan", "gpu", "configure-runtime"] {
+        let output = case.run_command(command, &[]);
+        assert_eq!(output.code, Some(78), "{command}: {output:?}");
+        for start in [
+            "FL_GPU_MEMORY_FRACTION='1.5': must be greater than 0 and at most 1",
+            "ONEAPP_FL_LOG_LEVEL='loud': must be ",
+            "FL_SUPERLINK_ADDRESS='nowhere': must be ",
+            "FL_CUDA_VISIBLE_DEVICES='first': must be ",
+        ] {
+            assert_eq!(output.stderr.matches(start).count(), 1, "{command}: {start}: {}", output.stderr);
+        }
+    }
+    assert_eq!(json_of(&case.run_command("plan", &["--json"]))["errors"].as_array().unwrap().len(), 4);
+}
+
+#[test]
+fn wrong_input_ends_with_the_right_code_and_names_the_place() {
+    let mut case = Case::new();
+    case.context_file("context.sh.network", "FL_GPU_ENABLED=$(id)\n");
+    let output = case.run_command("plan", &[]);
+    assert_eq!(output.code, Some(78));
+    assert!(output.stderr.contains("context.sh.network") && output.stderr.contains("line 1, column 16"), "{output:?}");
+
+    let mut case = Case::new();
+    case.set("gpu.wait_second", 3);
+    let output = case.run_command("plan", &[]);
+    assert_eq!(output.code, Some(78));
+    assert!(output.stderr.contains("agent.toml") && output.stderr.contains("wait_second"), "{output:?}");
+
+    let mut case = Case::new();
+    case.set("context.dir", "/nowhere/at/all");
+    assert_eq!(case.run_command("run", &[]).code, Some(1), "a context may still come");
+    assert_eq!(case.run_command("no-such-command", &[]).code, Some(2));
+}
+
+#[test]
+fn each_nvml_code_has_its_reason() {
+    let expected = |code: u32| match code {
+        4 | 17 => "permission-denied",
+        8 | 11 | 14 => "gpu-unhealthy",
+        9 => "driver-not-loaded",
+        12 => "driver-library-missing",
+        13 => "driver-too-old",
+        15 => "gpu-lost",
+        16 => "gpu-reset-required",
+        18 => "driver-library-mismatch",
+        27 => "driver-not-ready",
+        28 => "gpu-count-zero",
+        _ => "driver-error",
+    };
+    let mut case = case(&sysfs_of_one(), &json!({}), &[]);
+    for code in (1..=30).chain([999]) {
+        case.nvml(&json!({"fail": {"nvmlInit_v2": code}}));
+        assert_eq!(reason(&case), expected(code), "NVML code {code}");
+    }
+}
+
+#[test]
+fn a_failure_of_one_gpu_is_told_with_the_call() {
+    let mut case = case(&sysfs_of_one(), &json!({}), &[]);
+    for (call, code, expected) in [
+        ("nvmlDeviceGetHandleByIndex_v2", 15, "gpu-lost"),
+        ("nvmlDeviceGetUUID", 16, "gpu-reset-required"),
+        ("nvmlDeviceGetMemoryInfo_v2", 999, "driver-error"),
+    ] {
+        let mut machine = one_gpu();
+        machine["gpus"][0]["fail"] = json!({call: code});
+        if call == "nvmlDeviceGetHandleByIndex_v2" {
+            machine = one_gpu();
+            machine["fail"] = json!({call: code});
+        }
+        case.nvml(&machine);
+        let verdict = verdict(&case);
+        assert_eq!(verdict["reason"], expected, "{verdict}");
+        assert!(verdict["summary"].as_str().unwrap().contains(call), "{verdict}");
+    }
+    // What is good to have may be missing.
+    let mut machine = one_gpu();
+    machine["gpus"][0]["fail"] = json!({"nvmlDeviceGetMemoryInfo_v2": 3, "nvmlDeviceGetName": 13});
+    case.nvml(&machine);
+    assert_eq!(verdict(&case)["device"], "cuda");
+}
+
+#[test]
+fn ecc_errors_and_a_failed_row_remap_make_a_gpu_unhealthy() {
+    let mut case = case(&sysfs_of_one(), &json!({}), &[]);
+    for (key, value) in [("ecc_uncorrected", json!(3)), ("remap_failed", json!(true))] {
+        let mut machine = one_gpu();
+        machine["gpus"][0][key] = value;
+        case.nvml(&machine);
+        assert_eq!(reason(&case), "gpu-unhealthy", "{key}");
+    }
+}
+
+#[test]
+fn a_library_that_hangs_is_killed_and_one_that_crashes_takes_nobody_along() {
+    let mut case = case(&sysfs_of_one(), &json!({"hang": ["nvmlInit_v2"]}), &[]);
+    case.set("gpu.probe_timeout_seconds", 1);
+    assert_eq!(reason(&case), "driver-timeout");
+    case.nvml(&json!({"crash": ["nvmlDeviceGetCount_v2"]}));
+    let verdict = verdict(&case);
+    assert_eq!(verdict["reason"], "driver-crash");
+    assert!(verdict["summary"].as_str().unwrap().contains("SIGSEGV"), "{verdict}");
+    // One that hangs while it is closed has answered before.
+    let mut machine = one_gpu();
+    machine["hang"] = json!(["nvmlShutdown"]);
+    case.nvml(&machine);
+    assert_eq!(self::verdict(&case)["device"], "cuda");
+}
+
+#[test]
+fn a_library_that_cannot_be_loaded_is_told_with_the_cause() {
+    let sandbox = Sandbox::new("libraries");
+    let library = fs::read(supernode_tests::nvml_library()).unwrap();
+    let mut foreign = library.clone();
+    foreign[4] = 1; // EI_CLASS: a 32-bit library
+    let mut case = case(&sysfs_of_one(), &one_gpu(), &[]);
+    for (name, bytes, reason, words) in [
+        ("absent.so", None, "driver-library-missing", "it is not installed"),
+        ("truncated.so", Some(&library[..10]), "driver-library-missing", "the file is damaged"),
+        ("empty.so", Some(&[][..]), "driver-library-missing", "the file is damaged"),
+        ("foreign.so", Some(&foreign[..]), "driver-library-missing", "it was built for another machine"),
+    ] {
+        let path = sandbox.join(name);
+        if let Some(bytes) = bytes {
+            sandbox.write(name, bytes);
+        }
+        case.set("gpu.nvml_library", path.to_string_lossy().into_owned());
+        let verdict = verdict(&case);
+        assert_eq!(verdict["reason"], reason, "{verdict}");
+        assert!(verdict["summary"].as_str().unwrap().contains(words), "{verdict}");
+    }
+    // A library that is not NVML: a needed symbol is missing.
+    case.set("gpu.nvml_library", "libm.so.6");
+    let verdict = verdict(&case);
+    assert_eq!(verdict["reason"], "driver-too-old");
+    assert!(verdict["summary"].as_str().unwrap().contains("nvmlInit_v2"), "{verdict}");
+}
+
+#[test]
+fn a_mismatch_names_both_versions() {
+    let sandbox = Sandbox::new("mismatch");
+    let real = sandbox.join("libnvidia-ml.so.560.35.03");
+    fs::copy(supernode_tests::nvml_library(), &real).unwrap();
+    let link = sandbox.join("libnvidia-ml.so.1");
+    std::os::unix::fs::symlink("libnvidia-ml.so.560.35.03", &link).unwrap();
+    let mut case = case(&sysfs_of_one(), &json!({"fail": {"nvmlInit_v2": 18}}), &[]);
+    case.set("gpu.nvml_library", link.to_string_lossy().into_owned());
+    let verdict = verdict(&case);
+    let summary = verdict["summary"].as_str().unwrap();
+    assert!(summary.contains("560.35.03") && summary.contains("550.54.15"), "{summary}");
+}
+
+#[test]
+fn nvidias_own_library_without_a_driver_says_that_none_is_loaded() {
+    let Some(library) = nvidias_library() else { return };
+    let mut case = Case::new();
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    case.set("gpu.nvml_library", library.to_string_lossy().into_owned());
+    let device_nodes = || {
+        fs::read_dir("/dev")
+            .unwrap()
+            .flatten()
+            .filter(|e| e.file_name().to_string_lossy().starts_with("nvidia"))
+            .count()
+    };
+    let before = device_nodes();
+    assert_eq!(reason(&case), "driver-not-loaded");
+    // As root, the library made /dev/nvidiactl: nothing of ours, taken away again.
+    if before == 0 {
+        let _ = fs::remove_file("/dev/nvidiactl");
+    }
+    // Without a device the library is not even loaded.
+    let mut case = Case::new();
+    case.sysfs(&Sysfs::new()).context(&wanted(&[]));
+    case.set("gpu.nvml_library", library.to_string_lossy().into_owned());
+    assert_eq!(reason(&case), "gpu-not-passed-through");
+    assert_eq!(device_nodes(), before);
+}
+
+/// The real libnvidia-ml, unpacked from Debian's package where the machine's package sources have it.
+fn nvidias_library() -> Option<PathBuf> {
+    if Path::new("/proc/driver/nvidia").exists() {
+        println!("SKIPPED: this machine has a driver, the library would find it");
+        return None;
+    }
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?
+        .join("supernode-agent/libnvidia-ml1");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/fetch-libnvidia-ml.sh");
+    let output = run(Command::new(script).arg(&cache), Duration::from_secs(300));
+    match output.stdout.lines().next() {
+        Some(path) => Some(PathBuf::from(path)),
+        None => {
+            println!("SKIPPED: NVIDIA's libnvidia-ml1 (Debian non-free) is not to be had: {}", output.stderr.trim());
+            None
+        }
+    }
+}
+
+#[test]
+fn without_a_device_nvml_is_not_called_at_all() {
+    let mut case = case(&Sysfs::new(), &json!({}), &[]);
+    let log = case.path("calls.log");
+    let mut machine = one_gpu();
+    machine["log"] = json!(log);
+    case.nvml(&machine);
+    assert_eq!(reason(&case), "gpu-not-passed-through");
+    assert!(!log.exists(), "NVML was called");
+    case.sysfs(&sysfs_of_one());
+    assert_eq!(verdict(&case)["device"], "cuda");
+    assert!(log.exists(), "this log would not have shown a call");
+}
+
+#[test]
+fn promised_and_present_are_compared() {
+    let nic = || Sysfs::new().device("0000:01:00.0", "0x8086", "0x020000", Some("igb"));
+    for (sysfs, promises, expected) in [
+        (Sysfs::new(), &[][..], "gpu-not-present"),
+        (Sysfs::new(), &[("PCI0_ADDRESS", "01:00.0")][..], "gpu-not-passed-through"),
+        (nic(), &[("PCI0_ADDRESS", "01:00.0")][..], "gpu-not-passed-through"),
+        // A PCI NIC is announced the same way, with a MAC beside it: nobody promised a GPU.
+        (nic(), &[("PCI0_ADDRESS", "01:00.0"), ("PCI0_MAC", "02:00:00:00:00:01")][..], "gpu-not-present"),
+        (Sysfs::new().gpu("0000:01:00.0"), &[("PCI0_ADDRESS", "01:00.0")][..], "driver-not-loaded"),
+        (Sysfs::new().gpu("0000:01:00.0").driver("nouveau"), &[][..], "wrong-driver"),
+        (Sysfs::new().gpu("0000:01:00.0").driver("vfio-pci"), &[][..], "wrong-driver"),
+    ] {
+        let mut case = Case::new();
+        let mut context = vec![("FL_GPU_ENABLED", "YES")];
+        context.extend(promises);
+        case.sysfs(&sysfs).context(&context);
+        assert_eq!(reason(&case), expected);
+    }
+}
+
+#[test]
+fn one_of_two_gpus_is_selected_and_goes_by_its_uuid() {
+    let mut case = case(&sysfs_of_two(), &two_gpus(), &[]);
+    for (selection, expected) in
+        [("1", GPU_B), ("GPU-aaaa", GPU_A), ("gpu-BBBB2222", GPU_B), ("01:00.0", GPU_A), ("0000:21:00.0", GPU_B)]
+    {
+        case.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", selection)]));
+        let plan = json_of(&case.run_command("plan", &["--json"]));
+        let env = &plan["container"]["env"];
+        assert_eq!(env["NVIDIA_VISIBLE_DEVICES"], expected, "{selection}");
+        assert_eq!(env.get("CUDA_VISIBLE_DEVICES"), None);
+        assert_eq!(plan["gpu"]["verdict"]["devices"].as_array().unwrap().len(), 1);
+    }
+}
+
+#[test]
+fn hostile_values_execute_nothing_and_secrets_are_not_shown() {
+    let mut case = Case::new();
+    let pwned = case.path("pwned");
+    let hostile = format!("x\"; touch {}; \"$(touch {0})`touch {0}`", pwned.display());
+    let names: Vec<String> = json_of(&case.run_command("variables", &["--json"]))
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|variable| variable["names"].as_array().unwrap().clone())
+        .map(|name| name.as_str().unwrap().to_owned())
+        .collect();
+    for name in names.iter().map(String::as_str).chain(["START_SCRIPT", "SET_HOSTNAME", "PCI0_ADDRESS", "FL_UNKNOWN"]) {
+        case.context(&[(name, &hostile), ("PASSWORD", "hunter2")]);
+        case.context_file("one_env", format!("export TOKENTXT=\"{hostile}\"\nexport {name}=\"{hostile}\"\n"));
+        for command in ["plan", "run"] {
+            let output = case.run_command(command, &[]);
+            assert!(!pwned.exists(), "{name} was executed");
+            assert!(!output.stdout.contains("hunter2") && !output.stderr.contains("hunter2"));
+        }
+    }
+}
+
+#[test]
+fn without_an_engine_a_plan_says_what_it_could_not_learn() {
+    let mut case = Case::new();
+    case.context(&[("FL_GPU_ENABLED", "NO")]);
+    let notes = json_of(&case.run_command("plan", &["--json"]))["notes"].to_string();
+    assert!(notes.contains("does not answer") && notes.contains("FL_SUPERLINK_ADDRESS is not set"), "{notes}");
+}
+
+#[test]
+fn tls_without_a_ca_is_an_error_and_never_a_downgrade() {
+    let mut case = Case::new();
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES")]);
+    let output = case.run_command("run", &[]);
+    assert_eq!(output.code, Some(78));
+    assert!(output.stderr.contains("FL_SSL_CA_CERTFILE"), "{output:?}");
+    case.context(&[("FL_TLS_ENABLED", "NO")]);
+    let output = case.run_command("run", &[]);
+    assert_eq!(output.code, Some(78));
+    assert!(output.stderr.contains("FL_SUPERLINK_ADDRESS is not set"), "{output:?}");
+}
