@@ -9,8 +9,7 @@
 //!                   └──> WARNING, once, then on the CPU    └──> stop
 //! ```
 
-use std::collections::BTreeMap;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -305,7 +304,7 @@ fn devices_missing_in(container: &Container, devices: &[GpuDevice]) -> Option<Fi
     let missing: Vec<String> = devices
         .iter()
         .filter(|device| match device.minor {
-            Some(minor) => !nodes.contains_key(&minor),
+            Some(minor) => !nodes.contains(&format!("/dev/nvidia{minor}")),
             None => nodes.is_empty(),
         })
         .map(title)
@@ -313,8 +312,7 @@ fn devices_missing_in(container: &Container, devices: &[GpuDevice]) -> Option<Fi
     if missing.is_empty() {
         return None;
     }
-    let there: Vec<&str> = nodes.values().map(String::as_str).collect();
-    let there = if there.is_empty() { "no /dev/nvidia<n>".into() } else { there.join(", ") };
+    let there = if nodes.is_empty() { "no /dev/nvidia<n>".into() } else { nodes.join(", ") };
     Some(Finding {
         gpu_uuid: devices.first().map(|device| device.uuid.clone()),
         pci_address: devices.first().map(|device| device.pci_address.clone()),
@@ -325,25 +323,19 @@ fn devices_missing_in(container: &Container, devices: &[GpuDevice]) -> Option<Fi
     })
 }
 
-/// The `nvidia<n>` character devices in a /dev: minor number and path.
-fn gpu_nodes(dev: &Path) -> std::io::Result<BTreeMap<u32, String>> {
-    let mut nodes = BTreeMap::new();
+/// The `/dev/nvidia<n>` among the character devices of a /dev. The driver gives a GPU the number of its minor.
+fn gpu_nodes(dev: &Path) -> std::io::Result<Vec<String>> {
+    let mut nodes = Vec::new();
     for entry in std::fs::read_dir(dev)?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let numbered = name
             .strip_prefix("nvidia")
             .is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()));
-        if !numbered {
-            continue;
-        }
-        let metadata = entry.metadata()?;
-        if metadata.file_type().is_char_device() {
-            // The low byte and the bits above the major number, as glibc's minor() takes them.
-            let device = metadata.rdev();
-            let minor = (device & 0xff) | ((device >> 12) & 0xffff_ff00);
-            nodes.insert(minor as u32, format!("/dev/{name}"));
+        if numbered && entry.file_type()?.is_char_device() {
+            nodes.push(format!("/dev/{name}"));
         }
     }
+    nodes.sort();
     Ok(nodes)
 }
 

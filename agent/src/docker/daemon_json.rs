@@ -32,14 +32,12 @@ pub struct Refused {
     pub message: String,
 }
 
-/// Puts the runtime `nvidia` with `runtime_path` into `text`, which is the content of a daemon.json.
-///
-/// An entry that is there stays when `works` says that its path leads to a program; otherwise its path alone is mended,
-/// and only by a path that works.
+/// Puts the runtime `nvidia` with `runtime_path` into `text`, which is the content of a daemon.json. An entry that is
+/// there is the operator's and stays; one that names no program at all gets the path.
 ///
 /// # Errors
 /// When `text` is not exactly one JSON object, or one whose `runtimes` Docker itself would refuse.
-pub fn merge(text: &str, runtime_path: &str, works: impl Fn(&str) -> bool) -> Result<Merged, Refused> {
+pub fn merge(text: &str, runtime_path: &str) -> Result<Merged, Refused> {
     let document = Object::parse(text, text)?;
     let Some(runtimes) = document.member("runtimes", text)? else {
         return Ok(Merged::Changed(document.with_member(text, "runtimes", &runtimes_of(runtime_path))));
@@ -64,13 +62,11 @@ pub fn merge(text: &str, runtime_path: &str, works: impl Fn(&str) -> bool) -> Re
         let path = Insert::Text(quoted(runtime_path));
         return Ok(Merged::Changed(fields.with_member(text, "path", &path)));
     };
-    let Ok(present) = serde_json::from_str::<String>(path.get()) else {
-        return Err(refused_at(text, path.get(), "the path of the nvidia runtime must be a string"));
-    };
-    if works(&present) || !works(runtime_path) {
-        return Ok(Merged::Unchanged);
+    match serde_json::from_str::<String>(path.get()) {
+        Ok(present) if present.is_empty() => Ok(Merged::Changed(replaced(text, path, &quoted(runtime_path)))),
+        Ok(_) => Ok(Merged::Unchanged),
+        Err(_) => Err(refused_at(text, path.get(), "the path of the nvidia runtime must be a string")),
     }
-    Ok(Merged::Changed(replaced(text, path, &quoted(runtime_path))))
 }
 
 /// The text of a daemon.json that has nothing but the entry.
@@ -278,15 +274,10 @@ mod tests {
 
     const PATH: &str = "nvidia-container-runtime";
 
-    /// Only the agent's own path and `/usr/bin/there` lead to a program.
-    fn works(path: &str) -> bool {
-        path == PATH || path == "/usr/bin/there"
-    }
-
     fn merged(text: &str) -> String {
-        match merge(text, PATH, works).unwrap_or_else(|refused| panic!("{text}: {refused}")) {
+        match merge(text, PATH).unwrap_or_else(|refused| panic!("{text}: {refused}")) {
             Merged::Changed(new) => {
-                assert_eq!(merge(&new, PATH, works), Ok(Merged::Unchanged), "the second run changes {new}");
+                assert_eq!(merge(&new, PATH), Ok(Merged::Unchanged), "the second run changes {new}");
                 new
             }
             Merged::Unchanged => text.into(),
@@ -320,9 +311,8 @@ mod tests {
                 r#"{"runtimes":{"nvidia":{"runtimeArgs":["a"]}}}"#,
                 r#"{"runtimes":{"nvidia":{"runtimeArgs":["a"], "path": "nvidia-container-runtime"}}}"#.into(),
             ),
-            // A path that leads nowhere is mended, and nothing beside it.
             (
-                r#"{"runtimes":{"nvidia":{"path":"/gone","runtimeArgs":["a"]}}}"#,
+                r#"{"runtimes":{"nvidia":{"path":"","runtimeArgs":["a"]}}}"#,
                 r#"{"runtimes":{"nvidia":{"path":"nvidia-container-runtime","runtimeArgs":["a"]}}}"#.into(),
             ),
         ] {
@@ -347,16 +337,14 @@ mod tests {
     }
 
     #[test]
-    fn an_operators_working_entry_stays() {
+    fn an_operators_entry_stays() {
         for text in [
             r#"{"runtimes":{"nvidia":{"path":"/usr/bin/there","runtimeArgs":["--debug"]}}}"#,
             r#"{"runtimes":{"nvidia":{"path":"nvidia-container-runtime"}},"default-runtime":"nvidia"}"#,
             r#"{"runtimes":{"nvidia":{"runtimeType":"io.containerd.runc.v2","options":{"BinaryName":"x"}}}}"#,
         ] {
-            assert_eq!(merge(text, PATH, works), Ok(Merged::Unchanged));
+            assert_eq!(merge(text, PATH), Ok(Merged::Unchanged));
         }
-        // Where ours does not work either, nothing would be won.
-        assert_eq!(merge(r#"{"runtimes":{"nvidia":{"path":"/gone"}}}"#, "/gone/too", works), Ok(Merged::Unchanged));
     }
 
     #[test]
@@ -384,7 +372,7 @@ mod tests {
             ("{\"runtimes\": {}, \"runtimes\": {}}", 1, 30),
             ("{\"ü\": 1,\n \"runtimes\": {\"nvidia\": {}, \"nvidia\": {}}}", 2, 39),
         ] {
-            let refused = merge(text, PATH, works).expect_err(text);
+            let refused = merge(text, PATH).expect_err(text);
             assert_eq!((refused.line, refused.column), (line, column), "{text:?}: {refused}");
             assert!(!refused.message.contains("line"), "the place is said twice: {refused}");
         }
@@ -397,7 +385,7 @@ mod tests {
 
     #[test]
     fn a_path_with_quotes_and_backslashes_stays_one_text() {
-        let Ok(Merged::Changed(new)) = merge("{}", r#"/a"b\c"#, |_| true) else { panic!("unchanged") };
+        let Ok(Merged::Changed(new)) = merge("{}", r#"/a"b\c"#) else { panic!("unchanged") };
         let value: Value = serde_json::from_str(&new).unwrap();
         assert_eq!(value["runtimes"]["nvidia"]["path"], r#"/a"b\c"#);
     }
@@ -423,9 +411,9 @@ mod tests {
         #[test]
         fn whatever_the_object_only_the_entry_is_added(value in json(), pretty in any::<bool>()) {
             let text = if pretty { format!("{value:#}") } else { value.to_string() };
-            match merge(&text, PATH, works) {
+            match merge(&text, PATH) {
                 Ok(Merged::Changed(new)) => {
-                    prop_assert_eq!(merge(&new, PATH, works), Ok(Merged::Unchanged));
+                    prop_assert_eq!(merge(&new, PATH), Ok(Merged::Unchanged));
                     let mut without: Value = serde_json::from_str(&new).unwrap();
                     let mut expected = value.clone();
                     // Take the entry out of both: the rest, in its order, must be the same.
@@ -445,7 +433,7 @@ mod tests {
 
         #[test]
         fn no_text_makes_the_merge_panic(text in "[{}\\[\\]\":,a0 \n\\\\é]{0,30}") {
-            let _ = merge(&text, PATH, works);
+            let _ = merge(&text, PATH);
         }
     }
 }

@@ -72,7 +72,7 @@ pub fn configure_daemon_json(path: &Path, runtime_path: &str) -> Result<bool, Da
         None => daemon_json::fresh(runtime_path),
         Some(bytes) => {
             let text = text_of(bytes).map_err(|source| DaemonJsonError::Refused { path: path.into(), source })?;
-            let merged = daemon_json::merge(text, runtime_path, |program| find_program(program).is_some());
+            let merged = daemon_json::merge(text, runtime_path);
             match merged.map_err(|source| DaemonJsonError::Refused { path: path.into(), source })? {
                 Merged::Unchanged => return Ok(false),
                 Merged::Changed(new) => new,
@@ -174,8 +174,12 @@ pub fn choose_access(injection: Injection, devices: &[GpuDevice], engine: Option
 /// The finding with which the node goes to the CPU.
 pub async fn ensure_runtime(engine: &Engine, facts: &EngineFacts, settings: &DockerSettings) -> Result<(), Finding> {
     if let Some(path) = facts.runtimes.get(RUNTIME_NAME) {
-        // An entry without a path is one for a containerd shim.
-        return if path.is_empty() || find_program(path).is_some() {
+        // An entry without a path is one for a containerd shim; a mere name is looked up in dockerd's PATH, which may
+        // not be ours.
+        let there = path.is_empty()
+            || find_program(path).is_some()
+            || (!path.contains('/') && find_program(&settings.runtime_path).is_some());
+        return if there {
             Ok(())
         } else {
             Err(Finding::new(
