@@ -282,3 +282,132 @@ fn logging(settings: &Settings, machine: &Machine) -> (String, BTreeMap<String, 
     };
     (driver.into(), options)
 }
+
+#[cfg(test)]
+mod tests {
+    use one_context::Context;
+
+    use super::*;
+    use crate::config::Prebaked;
+    use crate::gpu::reason::{Finding, Reason};
+    use crate::gpu::verdict::GpuDevice;
+    use crate::superlink::static_superlink;
+
+    fn gpu() -> Verdict {
+        let device = |index: u32, pci_address: &str, memory_mib| GpuDevice {
+            index,
+            uuid: format!("GPU-{index}"),
+            name: None,
+            pci_address: pci_address.into(),
+            memory_mib,
+            minor: Some(index),
+        };
+        let devices = vec![device(0, "0000:21:00.0", Some(1001)), device(1, "0000:01:00.0", None)];
+        Verdict::Gpu { devices, missing: Vec::new() }
+    }
+
+    fn spec(context: &str, verdict: &Verdict, access: &GpuAccess) -> ContainerSpec {
+        let context = Context::parse(context.as_bytes()).unwrap();
+        let (config, _) = Config::from_context(&context, &Prebaked::default()).unwrap();
+        let machine = Machine { memory_mib: 8000, has_journal: true, image_python_path: Some("/app/lib".into()) };
+        let image = wanted_image(&config);
+        let superlink = static_superlink(&config).ok();
+        plan_container(&config, verdict, access, superlink.as_ref(), &image, &machine, &Settings::default())
+    }
+
+    #[test]
+    fn the_image_follows_framework_and_version_and_an_own_image_is_taken_as_it_is() {
+        for (context, image) in [
+            ("", "flower-supernode-pytorch:1.31.0"),
+            ("ML_FRAMEWORK='TensorFlow'\nFLOWER_VERSION='1.25.0'\n", "flower-supernode-tensorflow:1.25.0"),
+            ("FL_FRAMEWORK='base'\n", "flwr/supernode:1.31.0"),
+            ("FL_SUPERNODE_IMAGE='host:5000/own@sha256'\n", ""),
+            ("FL_SUPERNODE_IMAGE='host:5000/own:2'\n", "host:5000/own:2"),
+        ] {
+            let context = Context::parse(context.as_bytes()).unwrap();
+            match Config::from_context(&context, &Prebaked::default()) {
+                Ok((config, _)) => assert_eq!(wanted_image(&config).as_str(), image),
+                Err(_) => assert_eq!(image, ""),
+            }
+        }
+    }
+
+    #[test]
+    fn retries_of_0_are_left_out_for_flower_reads_0_as_once() {
+        let cpu = Verdict::not_wanted();
+        let args = |context: &str| spec(context, &cpu, &GpuAccess::Runtime).args;
+        assert_eq!(args("FL_MAX_RETRIES='0'\nFL_MAX_WAIT_TIME='0'\n"), ["--isolation", "subprocess"]);
+        let all = args(
+            "FL_SUPERLINK_ADDRESS='[::1]:9092'\nFL_MAX_RETRIES='3'\nFL_MAX_WAIT_TIME='60'\nFL_ISOLATION='process'\nFL_NODE_CONFIG='a=1 b=\"x y\"'\n",
+        );
+        assert_eq!(
+            all,
+            [
+                "--superlink",
+                "[::1]:9092",
+                "--insecure",
+                "--isolation",
+                "process",
+                "--node-config",
+                "a=1 b=\"x y\"",
+                "--max-retries",
+                "3",
+                "--max-wait-time",
+                "60"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_gpu_goes_in_by_the_runtime_or_by_cdi_and_never_by_both() {
+        let by_runtime = spec("", &gpu(), &GpuAccess::Runtime);
+        assert_eq!((by_runtime.runtime.as_str(), by_runtime.cdi_devices.len()), ("nvidia", 0));
+        assert_eq!(by_runtime.env["NVIDIA_VISIBLE_DEVICES"], "GPU-0,GPU-1");
+        let by_cdi = spec("", &gpu(), &GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-0".into()]));
+        assert_eq!((by_cdi.runtime.as_str(), by_cdi.cdi_devices.len()), ("runc", 1));
+        assert_eq!(by_cdi.env["NVIDIA_VISIBLE_DEVICES"], "void");
+        for spec in [by_runtime, by_cdi] {
+            assert_eq!(spec.env["FL_DEVICE"], "cuda");
+            assert!(!spec.env.contains_key("CUDA_VISIBLE_DEVICES"));
+        }
+    }
+
+    #[test]
+    fn a_memory_fraction_reaches_every_framework_and_none_means_growth_on_demand() {
+        let limited = spec("FL_GPU_MEMORY_FRACTION='0.5'\n", &gpu(), &GpuAccess::Runtime);
+        assert_eq!(limited.env["XLA_PYTHON_CLIENT_MEM_FRACTION"], "0.5");
+        // In CUDA's order, which is that of the PCI addresses; 0 where the memory is not known.
+        assert_eq!(limited.env[site::LIMITS_VARIABLE], "0,500");
+        assert_eq!(limited.env["PYTHONPATH"], "/opt/supernode-agent/site:/app/lib");
+        let free = spec("", &gpu(), &GpuAccess::Runtime);
+        assert_eq!(free.env["TF_FORCE_GPU_ALLOW_GROWTH"], "true");
+        assert_eq!(free.env["XLA_PYTHON_CLIENT_PREALLOCATE"], "false");
+        assert!(!free.env.contains_key("PYTHONPATH") && free.mounts.len() == 1);
+        let on_cpu = spec("FL_GPU_MEMORY_FRACTION='0.5'\n", &Verdict::not_wanted(), &GpuAccess::Runtime);
+        assert!(!on_cpu.env.contains_key("PYTHONPATH") && on_cpu.mounts.len() == 1);
+    }
+
+    #[test]
+    fn the_hash_is_of_everything_but_the_labels_and_the_same_in_every_release() {
+        let cpu = spec("", &Verdict::not_wanted(), &GpuAccess::Runtime);
+        let finding = Finding::new(Reason::GpuLost, "x");
+        let fallback = spec("", &Verdict::cpu(finding), &GpuAccess::Runtime);
+        assert_eq!(cpu.hash(), fallback.hash());
+        assert_eq!(fallback.labels[REASON_LABEL], "gpu-lost");
+        assert_ne!(cpu.hash(), spec("FL_LOG_LEVEL='DEBUG'\n", &Verdict::not_wanted(), &GpuAccess::Runtime).hash());
+        // Another hash for the same wish makes every node replace its container at the next upgrade: think twice.
+        assert_eq!(cpu.hash(), "5e3c584659928767");
+    }
+
+    #[test]
+    fn a_journal_takes_the_log_and_a_file_is_bounded() {
+        let settings = Settings::default();
+        let with = |has_journal| logging(&settings, &Machine { has_journal, ..Machine::default() });
+        assert_eq!(with(true), ("journald".into(), BTreeMap::new()));
+        let (driver, options) = with(false);
+        assert_eq!(
+            (driver.as_str(), options["max-size"].as_str(), options["max-file"].as_str()),
+            ("json-file", "10m", "3")
+        );
+    }
+}

@@ -263,3 +263,32 @@ impl Settings {
 fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     u32::deserialize(deserializer).map(|seconds| Duration::from_secs(seconds.into()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_file_there_are_the_defaults_and_the_example_shows_them_all() {
+        let example = include_str!("../../packaging/examples/agent.toml");
+        assert_eq!(Settings::parse(example), Ok(Settings::default()));
+        assert_eq!(Settings::parse(""), Ok(Settings::default()));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_place() {
+        for (text, words) in [
+            ("[gpu]\nwait_second = 3\n", "wait_second"),
+            ("[gpus]\n", "gpus"),
+            ("[gpu]\nwait_seconds = -1\n", "line 2"),
+            ("[gpu]\nwait_seconds = \"3\"\n", "line 2"),
+            ("[gpu]\ninjection = \"magic\"\n", "auto"),
+            ("[container]\nname = \"a b\"\n", "container.name"),
+            ("[docker]\nreload_command = []\n", "docker.reload_command"),
+            ("[gpu\n", "line 1"),
+        ] {
+            let message = Settings::parse(text).unwrap_err();
+            assert!(message.contains(words), "{text}: {message}");
+        }
+    }
+}

@@ -232,3 +232,45 @@ async fn reload(command: &[String]) -> Result<(), String> {
         Err(_) => Err(format!("{line} did not end within {} s", RELOAD_LIMIT.as_secs())),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(index: u32, uuid: &str) -> GpuDevice {
+        GpuDevice { index, uuid: uuid.into(), name: None, pci_address: String::new(), memory_mib: None, minor: None }
+    }
+
+    fn engine(cdi_devices: &[&str]) -> EngineFacts {
+        EngineFacts { cdi_devices: cdi_devices.iter().map(|name| (*name).into()).collect(), ..EngineFacts::default() }
+    }
+
+    #[test]
+    fn auto_takes_cdi_only_where_docker_reports_every_device() {
+        let devices = [device(0, "GPU-a"), device(1, "GPU-b")];
+        let choose = |injection, facts: &EngineFacts| choose_access(injection, &devices, Some(facts));
+        let all = engine(&["nvidia.com/gpu=GPU-a", "nvidia.com/gpu=1", "nvidia.com/gpu=all"]);
+        let named = GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-a".into(), "nvidia.com/gpu=1".into()]);
+        assert_eq!(choose(Injection::Auto, &all), named);
+        assert_eq!(choose(Injection::Runtime, &all), GpuAccess::Runtime);
+        let some = engine(&["nvidia.com/gpu=GPU-a"]);
+        assert_eq!(choose(Injection::Auto, &some), GpuAccess::Runtime);
+        assert_eq!(choose_access(Injection::Auto, &devices, None), GpuAccess::Runtime);
+        let by_uuid = GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-a".into(), "nvidia.com/gpu=GPU-b".into()]);
+        assert_eq!(choose(Injection::Cdi, &some), by_uuid);
+    }
+
+    #[test]
+    fn an_instance_is_not_named_by_the_index_of_its_card() {
+        let instance = [device(0, "MIG-a")];
+        assert_eq!(choose_access(Injection::Auto, &instance, Some(&engine(&["nvidia.com/gpu=0"]))), GpuAccess::Runtime);
+    }
+
+    #[test]
+    fn a_program_is_found_in_path_or_by_its_path_and_must_be_executable() {
+        assert!(find_program("sh").is_some() && find_program("/bin/sh").is_some());
+        for name in ["", "/etc/passwd", "/nowhere", "bin/sh", "no-such-program-anywhere", "/bin"] {
+            assert_eq!(find_program(name), None, "{name}");
+        }
+    }
+}
