@@ -27,6 +27,11 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Runs dockerd in a mount namespace of its own, in which what is written to /etc goes to the engine's folder, `$0`:
+/// Docker 20.10 keeps a key in /etc/docker, wherever its configuration is.
+const OWN_ETC: &str = r#"mount -t overlay etc -o lowerdir=/etc,upperdir="$0/etc",workdir="$0/etc-work" /etc
+exec dockerd "$@""#;
+
 /// How an engine is to be; [`Engine::builder`] begins one.
 #[derive(Debug)]
 pub struct EngineBuilder {
@@ -349,6 +354,9 @@ impl Engine {
     }
 
     fn launch(&mut self) -> Result<(), String> {
+        for folder in ["etc", "etc-work"] {
+            fs::create_dir_all(self.sandbox.join(folder)).map_err(|error| format!("{folder}: {error}"))?;
+        }
         let log = fs::OpenOptions::new().append(true).create(true).open(self.sandbox.join("dockerd.log"));
         let log = log.map_err(|error| format!("dockerd.log: {error}"))?;
         let errors = log.try_clone().map_err(|error| format!("dockerd.log: {error}"))?;
@@ -356,7 +364,8 @@ impl Engine {
         command
             .arg("nsenter")
             .arg(format!("--net=/run/netns/{}", self.namespace))
-            .arg("dockerd")
+            .args(["unshare", "--mount", "sh", "-ec", OWN_ETC])
+            .arg(self.sandbox.path())
             .arg("--config-file")
             .arg(self.daemon_json())
             .arg("--data-root")

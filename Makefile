@@ -1,0 +1,33 @@
+# What can be done here; `make` alone lists it. The scripts say what they install before they do it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+.PHONY: help build demo test fmt lint deny clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## the agent, as it is shipped
+	cargo build --release -p supernode-agent
+
+demo: ## a node from an OpenNebula context on this machine, with a real Docker engine and a real Flower
+	@packaging/demo/demo.sh
+
+test: ## all tests; what is skipped is printed with the reason
+	@tests/scripts/run-tests.sh
+
+fmt: ## format the code
+	cargo fmt --all
+
+lint: ## rustfmt, clippy, rustdoc and shellcheck, warnings denied
+	@packaging/install-tools.sh lint
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --locked --quiet
+	git ls-files -z | xargs -0 grep -lE '^#!.*\b(ba)?sh$$' | xargs shellcheck
+
+deny: ## licences, duplicates, sources and (where the database can be had) advisories of the dependencies
+	@tests/scripts/cargo-deny.sh
+
+clean: ## what was built; the cache outside the tree stays
+	cargo clean

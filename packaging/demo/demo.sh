@@ -1,0 +1,208 @@
+#!/usr/bin/env bash
+# `make demo`: a SuperNode from an OpenNebula context, on this machine, with a real Docker engine and a real Flower on both
+# sides. Everything it starts it stops again; the machine's daemon.json stays what it is.
+set -euo pipefail
+
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/supernode-agent
+version=1.31.0
+image=flwr/supernode:$version
+daemon_json=/etc/docker/daemon.json
+
+if [ "$(id -u)" != 0 ]; then
+    echo "The demo needs root (Docker, network namespaces) and goes on by sudo."
+    exec sudo --preserve-env=PATH,HOME,XDG_CACHE_HOME,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR "$0" "$@"
+fi
+
+steps=9
+step=0
+began=$SECONDS
+step_began=$SECONDS
+say() { printf '%s\n' "$*"; }
+begin() {
+    step=$((step + 1))
+    step_began=$SECONDS
+    printf '\n[%d/%d] %s\n' "$step" "$steps" "$*"
+}
+finish() { printf '      %s (%d s)\n' "$*" $((SECONDS - step_began)); }
+show() { sed 's/^/      /'; }
+fail() {
+    say "demo: FAILED: $*" >&2
+    for log in "$work"/*.log; do
+        [ -s "$log" ] && say "--- $(basename "$log")" >&2 && tail -n 30 "$log" >&2
+    done
+    exit 1
+}
+# wait_for SECONDS WHAT COMMAND…: until the command succeeds.
+wait_for() {
+    local deadline=$((SECONDS + $1)) what=$2
+    shift 2
+    until "$@" >/dev/null 2>&1; do
+        [ $SECONDS -lt $deadline ] || fail "$what"
+        sleep 0.2
+    done
+}
+fingerprint() { sha256sum "$daemon_json" 2>/dev/null || echo "no $daemon_json"; }
+
+work=$(mktemp -d /tmp/supernode-demo.XXXXXX)
+agent_pid='' dockerd_pid='' namespace='' saved_daemon_json=''
+name=flower-supernode
+superlink=supernode-demo-superlink
+docker_socket=/var/run/docker.sock
+docker() { command docker -H "unix://$docker_socket" "$@"; }
+clean_up() {
+    local code=$?
+    trap - EXIT INT TERM
+    [ -z "$agent_pid" ] || kill "$agent_pid" 2>/dev/null || true
+    [ -z "$agent_pid" ] || wait "$agent_pid" 2>/dev/null || true
+    docker rm -f "$name" "$superlink" >/dev/null 2>&1 || true
+    if [ -n "$dockerd_pid" ]; then
+        kill "$dockerd_pid" 2>/dev/null || true
+        wait "$dockerd_pid" 2>/dev/null || true
+    fi
+    [ -z "$namespace" ] || ip netns del "$namespace" 2>/dev/null || true
+    if [ -n "$saved_daemon_json" ] && ! cmp -s "$saved_daemon_json" "$daemon_json"; then
+        cat "$saved_daemon_json" >"$daemon_json"
+        kill -HUP "$(pidof dockerd)" 2>/dev/null || true
+    fi
+    grep -F " $work/" /proc/self/mounts | cut -d' ' -f2 | sort -r | xargs -r umount -l 2>/dev/null || true
+    rm -rf --one-file-system "$work"
+    exit "$code"
+}
+trap clean_up EXIT
+trap 'exit 130' INT TERM
+
+before=$(fingerprint)
+
+begin "what this machine lacks"
+"$top/packaging/install-tools.sh" demo | show
+finish "nothing else is installed"
+
+begin "the agent (cargo build --release)"
+(cd "$top" && cargo build --release --quiet -p supernode-agent) 2>&1 | show
+agent=${CARGO_TARGET_DIR:-$top/target}/release/supernode-agent
+finish "$("$agent" --version), $(($(stat -c %s "$agent") / 1024)) KiB"
+
+begin "a Docker engine"
+reload='["systemctl", "reload", "docker.service"]'
+if docker info >/dev/null 2>&1; then
+    name=flower-supernode-demo
+    finish "the machine's own, $(docker version --format '{{.Server.Version}}'); the container is called $name there"
+    # On a machine with a GPU the agent adds the nvidia runtime; afterwards the file is put back.
+    if [ -e "$daemon_json" ]; then
+        cp -p "$daemon_json" "$work/daemon.json.saved"
+        saved_daemon_json=$work/daemon.json.saved
+        settings_daemon_json=$daemon_json
+    else
+        # Nothing to put back: the agent gets a file that the engine does not read.
+        settings_daemon_json=$work/daemon.json
+    fi
+else
+    say "      none runs: starting one in $work, in a network namespace of its own"
+    namespace=supernode-demo-$$
+    docker_socket=$work/docker.sock
+    settings_daemon_json=$work/daemon.json
+    echo '{}' >"$settings_daemon_json"
+    ip netns add "$namespace"
+    ip -n "$namespace" link set lo up
+    # Docker 20.10 keeps a key in /etc/docker, wherever its configuration is: what it writes to /etc goes to $work.
+    mkdir "$work/etc" "$work/etc-work"
+    # shellcheck disable=SC2016
+    nsenter --net="/run/netns/$namespace" unshare --mount sh -ec \
+        'mount -t overlay etc -o lowerdir=/etc,upperdir="$0/etc",workdir="$0/etc-work" /etc; exec dockerd "$@"' "$work" \
+        --config-file "$settings_daemon_json" --data-root "$work/data" \
+        --exec-root "$work/exec" --pidfile "$work/docker.pid" -H "unix://$docker_socket" \
+        --containerd-namespace "$namespace" --containerd-plugins-namespace "$namespace-plugins" \
+        >"$work/dockerd.log" 2>&1 &
+    dockerd_pid=$!
+    wait_for 60 "dockerd does not answer" docker info
+    reload="[\"kill\", \"-HUP\", \"$dockerd_pid\"]"
+    finish "$(docker version --format '{{.Server.Version}}')"
+fi
+
+begin "the image $image, with a real Flower"
+if docker image inspect "$image" >/dev/null 2>&1; then
+    finish "the engine has it"
+elif [ -z "$namespace" ] && timeout 120 docker pull --quiet "$image" >"$work/pull.log" 2>&1; then
+    finish "pulled"
+else
+    # shellcheck source=/dev/null
+    release=$(. /etc/os-release && echo "$VERSION_CODENAME")
+    key=$(cat "$top/packaging/images/build-base.sh" <(echo "$version $release") | sha256sum | cut -c1-16)
+    tar=$cache/image-base-$version-$key.tar
+    if [ ! -e "$tar" ]; then
+        say "      no registry: building it from the packages of $release and of Python (once, about two minutes)"
+        "$top/packaging/images/build-base.sh" "$version" "$tar" >"$work/image.log" 2>&1 || fail "the image was not built"
+    fi
+    changes=()
+    while IFS= read -r change; do changes+=(--change "$change"); done < <("$top/packaging/images/build-base.sh" --changes)
+    docker import "${changes[@]}" "$tar" "$image" >/dev/null
+    finish "$(($(stat -c %s "$tar") / 1024 / 1024)) MiB"
+fi
+
+begin "a SuperLink"
+docker run -d --name "$superlink" --entrypoint flower-superlink -e FLWR_TELEMETRY_ENABLED=0 "$image" \
+    --insecure --isolation subprocess >/dev/null
+superlink_log() { docker logs "$superlink" 2>&1; }
+superlink_is_up() { superlink_log | grep -q 'Fleet API'; }
+wait_for 120 "the SuperLink does not come up" superlink_is_up
+address=$(docker inspect --format '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' "$superlink")
+finish "Flower $version at $address:9092"
+
+begin "the configuration, the facts, the verdict and the container: supernode-agent plan"
+mkdir "$work/context"
+sed "s/^FL_SUPERLINK_ADDRESS=.*/FL_SUPERLINK_ADDRESS='$address:9092'/" "$top/packaging/examples/context.sh" \
+    >"$work/context/context.sh.network"
+cat >"$work/agent.toml" <<SETTINGS
+[context]
+dir = "$work/context"
+[gpu]
+wait_seconds = 2
+[docker]
+socket = "$docker_socket"
+daemon_json = "$settings_daemon_json"
+reload_command = $reload
+[container]
+name = "$name"
+data_dir = "$work/train"
+certs_dir = "$work/certs"
+prebaked_dir = "$work"
+[state]
+dir = "$work/state"
+SETTINGS
+"$agent" plan --settings "$work/agent.toml" | show
+finish "nothing was touched"
+
+begin "the node: supernode-agent run"
+"$agent" run --settings "$work/agent.toml" 2>"$work/agent.log" &
+agent_pid=$!
+agent_is_decided() { grep -Eq 'WARNING No usable GPU|started the container|ERROR' "$work/agent.log"; }
+wait_for 120 "the agent says nothing" agent_is_decided
+node_runs() { [ "$(docker inspect --format '{{.State.Running}}' "$name" 2>&1)" = true ]; }
+wait_for 120 "the container does not run" node_runs
+container_is_told() { grep -q 'started the container' "$work/agent.log"; }
+wait_for 60 "the agent did not start the container" container_is_told
+show <"$work/agent.log"
+docker ps --filter "name=^$name\$" --format 'container {{.Names}}: {{.Image}}, {{.Status}}' | show
+finish "$(docker inspect --format 'runtime {{.HostConfig.Runtime}}, verdict {{index .Config.Labels "supernode-agent.verdict"}} {{index .Config.Labels "supernode-agent.reason"}}' "$name")"
+
+begin "Flower's own word that it is connected"
+node_log() { docker logs "$name" 2>&1 | sed 's,\x1b\[[0-9;]*m,,g'; }
+node_is_connected() { node_log | grep -q 'SuperNode ID:'; }
+wait_for 120 "the SuperNode does not connect" node_is_connected
+node_log | grep -E 'SuperNode ID:|Starting Flower SuperNode' | show
+finish "connected"
+
+begin "the end: SIGTERM, as systemctl stop sends it"
+kill "$agent_pid"
+wait "$agent_pid" || fail "the agent ended with $?"
+agent_pid=''
+docker inspect --format 'container {{.Name}}: running {{.State.Running}}, exit code {{.State.ExitCode}}' "$name" | show
+[ "$(docker inspect --format '{{.State.Running}}' "$name")" = false ] || fail "the container still runs"
+if [ -n "$saved_daemon_json" ] && ! cmp -s "$saved_daemon_json" "$daemon_json"; then
+    cat "$saved_daemon_json" >"$daemon_json"
+fi
+[ "$(fingerprint)" = "$before" ] || fail "$daemon_json is not what it was"
+finish "$daemon_json is as it was ($before)"
+
+printf '\ndemo: done in %d s\n' $((SECONDS - began))

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Installs what the demo, the tests or CI need and this machine lacks, by package name, after saying so.
+#
+#   install-tools.sh demo|test|lint
+set -euo pipefail
+
+# What is looked for, and the package that brings it (Debian and Ubuntu).
+declare -A packages=(
+    [dockerd]=docker.io [docker]=docker.io [ip]=iproute2 [nsenter]=util-linux [iptables]=iptables
+    [mmdebstrap]=mmdebstrap [python3]=python3 [curl]=curl [busybox]=busybox-static [shellcheck]=shellcheck [cc]=gcc
+    [pip]=python3-pip [setpriv]=util-linux
+)
+case "${1:-}" in
+demo) wanted=(cc dockerd docker ip nsenter iptables mmdebstrap) ;;
+test) wanted=(cc dockerd docker ip nsenter setpriv iptables busybox python3) ;;
+lint) wanted=(shellcheck python3 pip) ;;
+*)
+    echo "usage: install-tools.sh demo|test|lint" >&2
+    exit 2
+    ;;
+esac
+
+missing=()
+for tool in "${wanted[@]}"; do
+    PATH=$PATH:/usr/sbin:/sbin command -v "$tool" >/dev/null || missing+=("${packages[$tool]}")
+done
+[ ${#missing[@]} -gt 0 ] || exit 0
+mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
+
+echo "installing: ${missing[*]} (apt-get install)"
+as_root=()
+[ "$(id -u)" = 0 ] || as_root=(sudo)
+export DEBIAN_FRONTEND=noninteractive
+"${as_root[@]}" apt-get update -qq
+"${as_root[@]}" apt-get install -qq --no-install-recommends -y "${missing[@]}" >/dev/null

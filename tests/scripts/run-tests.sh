@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# `make test`: every test there is, a line per step with its duration, and at the end what was skipped and why.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+step() {
+    local began=$SECONDS what=$1
+    shift
+    printf '== %s\n' "$what"
+    "$@"
+    printf '== %s: %d s\n\n' "$what" $((SECONDS - began))
+}
+rust_tests() {
+    # --nocapture would mix the tests' lines; the lines of skipped tests come through --show-output.
+    RUST_BACKTRACE=0 cargo test --workspace --locked --quiet -- --show-output 2>&1 | tee -a "$log"
+}
+# Tests that need root and Docker say SKIPPED where they cannot run.
+step "what this machine lacks" packaging/install-tools.sh test
+step "build" cargo build --workspace --locked --quiet
+step "tests of the code, on stand-ins, real engines and real files" rust_tests
+step "tests of the site hook" python3 -m unittest discover -q -s packaging/site
+
+if grep -q SKIPPED "$log"; then
+    printf '== skipped\n'
+    grep -h SKIPPED "$log" | sort | uniq -c
+else
+    printf '== nothing was skipped\n'
+fi
