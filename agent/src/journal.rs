@@ -1,6 +1,7 @@
 //! Where the agent's words go: to the journal where there is one, with fields; else to stderr, as text or JSON.
 
 use std::fmt;
+use std::os::unix::fs::MetadataExt as _;
 
 use serde_json::{Map, Value as Json};
 use tracing::field::{Field, Visit};
@@ -20,8 +21,7 @@ use crate::gpu::reason::Finding;
 
 const FALLBACK_TARGET: &str = "supernode_agent::fallback";
 
-/// Sends what is logged from now on to the journal, where stderr leads there (systemd says so in JOURNAL_STREAM), else to
-/// stderr.
+/// Sends what is logged from now on to the journal, where stderr leads there, else to stderr.
 pub fn init(level: LogLevel, as_json: bool) {
     let level = match level {
         LogLevel::Debug => LevelFilter::DEBUG,
@@ -34,8 +34,8 @@ pub fn init(level: LogLevel, as_json: bool) {
         .with_target("supernode_agent", level)
         // Whatever the level: nobody trains on the CPU unnoticed.
         .with_target(FALLBACK_TARGET, level.max(LevelFilter::WARN));
-    let under_systemd = std::env::var_os("JOURNAL_STREAM").is_some();
-    if under_systemd && let Ok(journal) = tracing_journald::layer() {
+    let on_journal = stderr_is_the_journal();
+    if on_journal && let Ok(journal) = tracing_journald::layer() {
         let journal = journal
             .with_field_prefix(None)
             .with_syslog_identifier("supernode-agent".into())
@@ -43,13 +43,22 @@ pub fn init(level: LogLevel, as_json: bool) {
         let _ = tracing_subscriber::registry().with(journal.with_filter(ours)).try_init();
         return;
     }
-    let format = match (as_json, under_systemd) {
+    let format = match (as_json, on_journal) {
         (true, _) => Format::Json,
         (false, true) => Format::Prefixed,
         (false, false) => Format::Text,
     };
     let stderr = tracing_subscriber::fmt::layer().event_format(format).with_writer(std::io::stderr);
     let _ = tracing_subscriber::registry().with(stderr.with_filter(ours)).try_init();
+}
+
+/// Whether stderr leads to the journal: systemd gives device and inode of the stream (systemd.exec(5), JOURNAL_STREAM). The
+/// variable alone proves nothing, for it is inherited.
+fn stderr_is_the_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
+        return false;
+    };
+    std::fs::metadata("/proc/self/fd/2").is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
 }
 
 /// The one WARNING of a node that wanted a GPU and runs on the CPU.

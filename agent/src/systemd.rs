@@ -5,22 +5,25 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::task::JoinHandle;
 
+use crate::gpu::reason::one_line;
+
 /// The node runs.
 pub fn ready(status: &str) {
-    notify(&[NotifyState::Ready, NotifyState::Status(status)]);
+    notify(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);
 }
 
 /// One line for `systemctl status`.
 pub fn status(status: &str) {
     tracing::debug!("status: {status}");
-    notify(&[NotifyState::Status(status)]);
+    notify(&[NotifyState::Status(&one_line(status))]);
 }
 
 /// The agent is on its way out.
 pub fn stopping(status: &str) {
-    notify(&[NotifyState::Stopping, NotifyState::Status(status)]);
+    notify(&[NotifyState::Stopping, NotifyState::Status(&one_line(status))]);
 }
 
+/// A message is of lines: a line break in foreign text must not begin another assignment.
 fn notify(states: &[NotifyState<'_>]) {
     // A service manager that does not listen changes nothing for the node.
     let _ = sd_notify::notify(states);

@@ -18,6 +18,7 @@ use futures_util::StreamExt as _;
 use tokio::time::Instant;
 
 use crate::config::values::ImageRef;
+use crate::gpu::reason::one_line;
 use crate::plan::{ContainerSpec, SPEC_HASH_LABEL};
 
 /// How long one call may take, unless it waits for something by its nature.
@@ -65,7 +66,7 @@ impl EngineError {
     fn new(doing: &'static str) -> impl Fn(ApiError) -> Self {
         move |error| match error {
             ApiError::DockerResponseServerError { status_code, message } => {
-                Self::Refused { doing, status: status_code, message }
+                Self::Refused { doing, status: status_code, message: one_line(&message) }
             }
             error => Self::Failed { doing, message: chain(&error) },
         }
@@ -76,7 +77,7 @@ impl EngineError {
     }
 }
 
-/// An error with its causes in one line.
+/// An error with its causes in one line; each is told once.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -87,7 +88,7 @@ fn chain(error: &dyn std::error::Error) -> String {
         }
         cause = inner.source();
     }
-    text
+    one_line(&text)
 }
 
 /// What the engine says of itself.

@@ -136,6 +136,8 @@ impl Fault {
 pub fn answer_on_stdout(library: &str) -> std::io::Result<()> {
     let answer = ask(library);
     let mut out = std::io::stdout().lock();
+    // On a line of its own, whatever the library has printed.
+    out.write_all(b"\n")?;
     serde_json::to_writer(&mut out, &answer)?;
     out.write_all(b"\n")?;
     out.flush()

@@ -270,7 +270,7 @@ impl Finding {
 }
 
 /// Foreign text in one line of bounded length.
-fn one_line(text: &str) -> String {
+pub fn one_line(text: &str) -> String {
     const MOST_CHARACTERS: usize = 1000;
     let mut line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     if let Some((at, _)) = line.char_indices().nth(MOST_CHARACTERS) {

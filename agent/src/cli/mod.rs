@@ -1,0 +1,200 @@
+//! The command line: what is asked, and which exit code answers.
+
+mod plan;
+pub mod variables;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use one_context::Context;
+use one_context::source::read_context;
+use serde_json::json;
+
+use crate::boot::{self, BootError, EXIT_CONFIG, EXIT_RETRY};
+use crate::config::{Config, Remarks};
+use crate::docker::runtime::{configure_daemon_json, find_program};
+use crate::gpu::detect_gpus;
+use crate::gpu::nvml;
+use crate::settings::Settings;
+use plan::{Plan, gpu_json, write_gpu};
+use variables::Format;
+
+/// Turns an OpenNebula VM into a Flower SuperNode, on its GPU or, with a warning, on the CPU.
+#[derive(Debug, Parser)]
+#[command(name = "supernode-agent", version, arg_required_else_help = true)]
+pub struct Cli {
+    /// Settings of this machine, instead of /etc/supernode-agent/agent.toml
+    #[arg(long, global = true, value_name = "FILE")]
+    settings: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the node: the daemon that systemd starts
+    Run,
+    /// Show what would be done: configuration, facts, verdict, container; touches nothing
+    Plan {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the GPU facts and the verdict
+    Gpu {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Put the nvidia runtime into Docker's daemon.json, and nothing else
+    ConfigureRuntime,
+    /// Show the context variables
+    Variables {
+        /// Print JSON
+        #[arg(long, conflicts_with = "format")]
+        json: bool,
+        /// How the table looks
+        #[arg(long, value_enum, default_value_t)]
+        format: Format,
+    },
+    /// Ask NVML and print its answer: the child process of the agent
+    #[command(name = crate::gpu::probe::SUBCOMMAND, hide = true)]
+    NvmlProbe {
+        /// The library
+        library: String,
+    },
+}
+
+/// Why a command did not do its work: the exit code and the lines for stderr.
+struct Failure {
+    code: u8,
+    lines: Vec<String>,
+}
+
+impl Failure {
+    fn new(code: u8, line: impl ToString) -> Self {
+        Self { code, lines: vec![line.to_string()] }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        if error.kind() == io::ErrorKind::BrokenPipe {
+            // Who listened has heard enough.
+            return Self { code: 0, lines: Vec::new() };
+        }
+        Self::new(EXIT_RETRY, format!("cannot write the answer: {error}"))
+    }
+}
+
+impl From<BootError> for Failure {
+    fn from(error: BootError) -> Self {
+        let lines = match &error {
+            BootError::Config(errors) => errors.0.clone(),
+            error => vec![boot::error_chain(error)],
+        };
+        Self { code: error.exit_code(), lines }
+    }
+}
+
+/// Does what the command line says and answers with the exit code.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let wants_json = matches!(cli.command, Command::Plan { json: true } | Command::Gpu { json: true });
+    let mut out = io::stdout().lock();
+    match dispatch(cli, &mut out) {
+        Ok(code) => code,
+        Err(failure) => {
+            if wants_json {
+                let _ = writeln!(out, "{:#}", json!({ "errors": failure.lines }));
+            }
+            let mut err = io::stderr().lock();
+            for line in &failure.lines {
+                let _ = writeln!(err, "supernode-agent: {line}");
+            }
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
+    match &cli.command {
+        Command::NvmlProbe { library } => {
+            nvml::answer_on_stdout(library)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Variables { json, format } => {
+            if *json {
+                writeln!(out, "{:#}", variables::as_json())?;
+            } else {
+                write!(out, "{}", variables::as_text(*format))?;
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
+        _ => {}
+    }
+    let settings = Settings::load(cli.settings.as_deref())
+        .map_err(|error| Failure::new(EXIT_CONFIG, boot::error_chain(&error)))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(EXIT_RETRY, format!("cannot start: {error}")))?;
+    let code = match cli.command {
+        Command::Run => runtime.block_on(boot::run(settings)),
+        Command::ConfigureRuntime => configure_runtime(&settings, out)?,
+        Command::Gpu { json } => {
+            let (config, remarks) = configured(&settings)?;
+            let detection = runtime.block_on(detect_gpus(&config, &settings.gpu, Duration::ZERO));
+            let document = json!({"gpu": gpu_json(&detection), "warnings": remarks.unknown});
+            if json {
+                writeln!(out, "{document:#}")?
+            } else {
+                write_gpu(out, &detection)?
+            }
+            ExitCode::SUCCESS
+        }
+        Command::Plan { json } => {
+            let (config, remarks) = configured(&settings)?;
+            let plan = runtime.block_on(Plan::make(config, remarks, &settings));
+            if json {
+                writeln!(out, "{:#}", plan.to_json())?
+            } else {
+                plan.write(out)?
+            }
+            ExitCode::SUCCESS
+        }
+        Command::NvmlProbe { .. } | Command::Variables { .. } => ExitCode::SUCCESS,
+    };
+    // A probe that hangs in the driver must not keep the agent from ending.
+    runtime.shutdown_background();
+    Ok(code)
+}
+
+fn configured(settings: &Settings) -> Result<(Config, Remarks), BootError> {
+    let context: Context = read_context(&settings.context.dir)?;
+    Ok(boot::configure(&context, settings)?)
+}
+
+fn configure_runtime(settings: &Settings, out: &mut dyn Write) -> Result<ExitCode, Failure> {
+    let (config, _) = configured(settings)?;
+    if !config.gpu_enabled {
+        writeln!(out, "FL_GPU_ENABLED is not YES: nothing to do")?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let docker = &settings.docker;
+    let written = configure_daemon_json(&docker.daemon_json, &docker.runtime_path)
+        .map_err(|error| Failure::new(EXIT_RETRY, error))?;
+    let file = docker.daemon_json.display();
+    if written {
+        writeln!(out, "{file}: the nvidia runtime was added; Docker takes it up at its next start or reload")?;
+    } else {
+        writeln!(out, "{file}: the nvidia runtime is there, nothing was changed")?;
+    }
+    if find_program(&docker.runtime_path).is_none() {
+        writeln!(out, "{} is not installed: Docker will not be able to use it", docker.runtime_path)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

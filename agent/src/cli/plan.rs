@@ -1,0 +1,209 @@
+//! What `plan` and `gpu` say: everything up to the launch, and what could not be learned on the way.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value as Json, json};
+
+use crate::boot;
+use crate::config::values::ImageRef;
+use crate::config::{Config, Remarks};
+use crate::docker::daemon_json::RUNTIME_NAME;
+use crate::docker::engine::{Engine, EngineError, EngineFacts};
+use crate::docker::runtime::{GpuAccess, choose_access, find_program};
+use crate::gpu::verdict::Verdict;
+use crate::gpu::{Detection, detect_gpus};
+use crate::plan::{self, ContainerSpec, Machine};
+use crate::settings::Settings;
+use crate::superlink::static_superlink;
+
+/// Everything up to the launch, and what could not be learned on the way.
+pub(super) struct Plan {
+    config: Config,
+    remarks: Remarks,
+    detection: Detection,
+    container: ContainerSpec,
+    /// What `run` would stop at, or do otherwise, as far as can be told.
+    notes: Vec<String>,
+}
+
+impl Plan {
+    pub(super) async fn make(config: Config, remarks: Remarks, settings: &Settings) -> Self {
+        let mut notes = Vec::new();
+        let (detection, engine) =
+            tokio::join!(detect_gpus(&config, &settings.gpu, Duration::ZERO), look_at_engine(&settings.docker.socket));
+        let image = plan::wanted_image(&config);
+        let mut machine = boot::this_machine();
+        let mut facts = None;
+        match engine {
+            Ok((engine, engine_facts)) => {
+                machine = with_image(&engine, &image, machine, &mut notes).await;
+                facts = Some(engine_facts);
+            }
+            Err(why) => notes.push(format!(
+                "{why}: it is not known whether it has the image {image}, the nvidia runtime and CDI devices"
+            )),
+        }
+        let superlink = static_superlink(&config);
+        if let Err(error) = &superlink {
+            notes.push(format!("the node would not start: {error}"));
+        }
+        let access = choose_access(settings.gpu.injection, detection.verdict.devices(), facts.as_ref());
+        let needs_runtime = matches!(detection.verdict, Verdict::Gpu { .. }) && access == GpuAccess::Runtime;
+        let registered = facts.as_ref().is_some_and(|facts| facts.runtimes.contains_key(RUNTIME_NAME));
+        if needs_runtime && !registered && find_program(&settings.docker.runtime_path).is_none() {
+            notes.push(format!(
+                "{} is not installed: the node would fall back to the CPU (runtime-missing)",
+                settings.docker.runtime_path
+            ));
+        }
+        let container = plan::plan_container(
+            &config,
+            &detection.verdict,
+            &access,
+            superlink.as_ref().ok(),
+            &image,
+            &machine,
+            settings,
+        );
+        let container = container.redacted(config.node_config.as_ref());
+        Self { config, remarks, detection, container, notes }
+    }
+
+    pub(super) fn to_json(&self) -> Json {
+        json!({
+            "config": self.config.resolved(),
+            "warnings": self.remarks.unknown,
+            "idle": self.remarks.idle,
+            "gpu": gpu_json(&self.detection),
+            "container": self.container,
+            "notes": self.notes,
+        })
+    }
+
+    pub(super) fn write(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(out, "Configuration")?;
+        for (name, value) in self.config.resolved() {
+            match value {
+                Json::Null => continue,
+                Json::String(text) => writeln!(out, "  {name:<27} {text}")?,
+                Json::Bool(switch) => writeln!(out, "  {name:<27} {}", if switch { "YES" } else { "NO" })?,
+                other => writeln!(out, "  {name:<27} {other}")?,
+            }
+        }
+        write_list(out, "Warnings", &self.remarks.unknown)?;
+        write_list(out, "Idle settings", &self.remarks.idle)?;
+        write_gpu(out, &self.detection)?;
+        let container = &self.container;
+        writeln!(out, "Container")?;
+        writeln!(out, "  name     {}", container.name)?;
+        writeln!(out, "  image    {}", container.image)?;
+        writeln!(out, "  runtime  {}", container.runtime)?;
+        for device in &container.cdi_devices {
+            writeln!(out, "  device   {device}")?;
+        }
+        writeln!(out, "  args     {}", container.args.join(" "))?;
+        for (name, value) in &container.env {
+            writeln!(out, "  env      {name}={value}")?;
+        }
+        for mount in &container.mounts {
+            writeln!(out, "  mount    {} at {} (read-only)", mount.source, mount.target)?;
+        }
+        write_list(out, "Notes", &self.notes)
+    }
+}
+
+async fn look_at_engine(socket: &Path) -> Result<(Engine, EngineFacts), String> {
+    const PATIENCE: Duration = Duration::from_secs(3);
+    let look = async {
+        let engine = Engine::connect(socket).await?;
+        let facts = engine.facts().await?;
+        Ok::<_, EngineError>((engine, facts))
+    };
+    match tokio::time::timeout(PATIENCE, look).await {
+        Ok(answer) => answer.map_err(|error| error.to_string()),
+        Err(_) => Err(format!("the Docker engine at {} gave no answer within 3 s", socket.display())),
+    }
+}
+
+async fn with_image(engine: &Engine, image: &ImageRef, machine: Machine, notes: &mut Vec<String>) -> Machine {
+    match engine.has_image(image).await {
+        Ok(true) => {
+            Machine { image_python_path: engine.image_variable(image, "PYTHONPATH").await.ok().flatten(), ..machine }
+        }
+        Ok(false) => {
+            notes.push(format!("the image {image} is not on this machine: it would be pulled"));
+            machine
+        }
+        Err(error) => {
+            notes.push(error.to_string());
+            machine
+        }
+    }
+}
+
+pub(super) fn gpu_json(detection: &Detection) -> Json {
+    json!({
+        "verdict": detection.verdict.to_json(),
+        "facts": {
+            "pci": detection.facts.gpus().collect::<Vec<_>>(),
+            "module_version": detection.facts.module_version,
+            "module_pending": detection.facts.module_pending,
+            "unreadable": detection.facts.unreadable,
+            "probe": detection.outcome.as_ref().map(|outcome| outcome.summary()),
+        },
+    })
+}
+
+pub(super) fn write_gpu(out: &mut dyn Write, detection: &Detection) -> io::Result<()> {
+    let facts = &detection.facts;
+    writeln!(out, "Facts")?;
+    if facts.gpus().next().is_none() {
+        writeln!(out, "  PCI      no NVIDIA GPU (vendor 10de, class 03xx)")?;
+    }
+    for gpu in facts.gpus() {
+        let driver = gpu.driver.as_deref().unwrap_or("no driver");
+        writeln!(out, "  PCI      {} ({}), {driver}", gpu.address, gpu.ids())?;
+    }
+    let module = facts.module_version.as_deref().unwrap_or("not loaded");
+    writeln!(out, "  module   nvidia {module}")?;
+    for failure in &facts.unreadable {
+        writeln!(out, "  not read {failure}")?;
+    }
+    match &detection.outcome {
+        Some(outcome) => writeln!(out, "  NVML     {}", outcome.summary())?,
+        None => writeln!(out, "  NVML     not asked")?,
+    }
+    writeln!(out, "Verdict")?;
+    match &detection.verdict {
+        Verdict::Gpu { devices, missing } => {
+            for device in devices {
+                let name = device.name.as_deref().unwrap_or("GPU");
+                let memory = device.memory_mib.map_or("unknown".into(), |mib| format!("{mib} MiB"));
+                writeln!(
+                    out,
+                    "  cuda     {}: {name}, {memory}, {}, {}",
+                    device.index, device.uuid, device.pci_address
+                )?;
+            }
+            for missing in missing {
+                writeln!(out, "  missing  {missing}")?;
+            }
+        }
+        Verdict::Cpu { finding: None } => writeln!(out, "  cpu      FL_GPU_ENABLED is not YES")?,
+        Verdict::Cpu { finding: Some(finding) } => {
+            writeln!(out, "  cpu      {}: {}", finding.reason, finding.summary)?;
+            writeln!(out, "  fix      {}", finding.fix())?;
+        }
+    }
+    Ok(())
+}
+
+fn write_list(out: &mut dyn Write, title: &str, lines: &[String]) -> io::Result<()> {
+    if lines.is_empty() {
+        return Ok(());
+    }
+    writeln!(out, "{title}")?;
+    lines.iter().try_for_each(|line| writeln!(out, "  {line}"))
+}
