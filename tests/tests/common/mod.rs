@@ -1,5 +1,5 @@
 //! Machines that several test files set up.
-#![allow(dead_code, reason = "each test file uses its own part")]
+#![allow(clippy::panic, dead_code, reason = "a test fails by a panic; each test file uses its own part")]
 
 use std::time::Duration;
 
