@@ -61,38 +61,39 @@ fn stderr_is_the_journal() -> bool {
     std::fs::metadata("/proc/self/fd/2").is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
 }
 
+/// An entry about a finding: its level, what becomes of the node, and in words.
+macro_rules! log_finding {
+    ($level:expr, $finding:expr, $status:literal, $text:literal) => {
+        tracing::event!(
+            target: FALLBACK_TARGET,
+            $level,
+            message_id = $finding.reason.entry().message_id,
+            fl_gpu_status = $status,
+            fl_gpu_reason = $finding.reason.code(),
+            fl_gpu_summary = $finding.summary,
+            fl_gpu_fix = $finding.fix(),
+            pci_address = $finding.pci_address,
+            gpu_uuid = $finding.gpu_uuid,
+            concat!($text, " {}: {}. Fix: {}"),
+            $finding.reason,
+            $finding.summary,
+            $finding.fix(),
+        )
+    };
+}
+
 /// The one WARNING of a node that wanted a GPU and runs on the CPU.
 pub fn warn_fallback(finding: &Finding) {
-    tracing::warn!(
-        target: FALLBACK_TARGET,
-        message_id = finding.reason.entry().message_id,
-        fl_gpu_status = "cpu-fallback",
-        fl_gpu_reason = finding.reason.code(),
-        fl_gpu_summary = finding.summary,
-        fl_gpu_fix = finding.fix(),
-        pci_address = finding.pci_address,
-        gpu_uuid = finding.gpu_uuid,
-        "No usable GPU, this node runs on the CPU. {}: {}. Fix: {}",
-        finding.reason,
-        finding.summary,
-        finding.fix(),
-    );
+    log_finding!(Level::WARN, finding, "cpu-fallback", "No usable GPU, this node runs on the CPU.");
 }
 
 /// The error of a node that must have a GPU and has none.
 pub fn error_required(finding: &Finding) {
-    tracing::error!(
-        message_id = finding.reason.entry().message_id,
-        fl_gpu_status = "required",
-        fl_gpu_reason = finding.reason.code(),
-        fl_gpu_summary = finding.summary,
-        fl_gpu_fix = finding.fix(),
-        pci_address = finding.pci_address,
-        gpu_uuid = finding.gpu_uuid,
-        "No usable GPU, and FL_GPU_REQUIRED is YES: this node does not start. {}: {}. Fix: {}",
-        finding.reason,
-        finding.summary,
-        finding.fix(),
+    log_finding!(
+        Level::ERROR,
+        finding,
+        "required",
+        "No usable GPU, and FL_GPU_REQUIRED is YES: this node does not start."
     );
 }
 

@@ -9,8 +9,12 @@ version=1.31.0
 image=flwr/supernode:$version
 daemon_json=/etc/docker/daemon.json
 
+build() { (cd "$top" && cargo build --release --locked --quiet -p supernode-agent); }
+
 if [ "$(id -u)" != 0 ]; then
-    echo "The demo needs root (Docker, network namespaces) and goes on by sudo."
+    echo "The demo needs root for Docker and network namespaces: it installs and builds as you, and goes on by sudo."
+    "$top/packaging/install-tools.sh" demo
+    build
     exec sudo --preserve-env=PATH,HOME,XDG_CACHE_HOME,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR "$0" "$@"
 fi
 
@@ -79,7 +83,7 @@ begin "what this machine lacks"
 finish "nothing else is installed"
 
 begin "the agent (cargo build --release)"
-(cd "$top" && cargo build --release --quiet -p supernode-agent) 2>&1 | show
+build 2>&1 | show
 agent=${CARGO_TARGET_DIR:-$top/target}/release/supernode-agent
 finish "$("$agent" --version), $(($(stat -c %s "$agent") / 1024)) KiB"
 
