@@ -1,5 +1,6 @@
 # What can be done here; `make` alone lists it. The scripts say what they install before they do it.
 SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
 .PHONY: help build demo test fmt lint deny clean
@@ -8,7 +9,7 @@ help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## the agent, as it is shipped
-	cargo build --release -p supernode-agent
+	cargo build --release --locked -p supernode-agent
 
 demo: ## a node from an OpenNebula context on this machine, with a real Docker engine and a real Flower
 	@packaging/demo/demo.sh

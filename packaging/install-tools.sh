@@ -7,18 +7,22 @@ set -euo pipefail
 # What is looked for, and the package that brings it (Debian and Ubuntu).
 declare -A packages=(
     [dockerd]=docker.io [docker]=docker.io [ip]=iproute2 [nsenter]=util-linux [iptables]=iptables
-    [mmdebstrap]=mmdebstrap [python3]=python3 [curl]=curl [busybox]=busybox-static [shellcheck]=shellcheck [cc]=gcc
-    [pip]=python3-pip [setpriv]=util-linux
+    [mmdebstrap]=mmdebstrap [python3]=python3 [busybox]=busybox-static [shellcheck]=shellcheck [cc]=gcc
+    [setpriv]=util-linux [apparmor_parser]=apparmor
 )
 case "${1:-}" in
 demo) wanted=(cc dockerd docker ip nsenter iptables mmdebstrap) ;;
 test) wanted=(cc dockerd docker ip nsenter setpriv iptables busybox python3) ;;
-lint) wanted=(shellcheck python3 pip) ;;
+lint) wanted=(cc shellcheck) ;;
 *)
     echo "usage: install-tools.sh demo|test|lint" >&2
     exit 2
     ;;
 esac
+# Where the kernel has AppArmor on, Docker starts no container without the parser, which docker.io only recommends.
+if [ "$1" != lint ] && [ "$(cat /sys/module/apparmor/parameters/enabled 2>/dev/null)" = Y ]; then
+    wanted+=(apparmor_parser)
+fi
 
 missing=()
 for tool in "${wanted[@]}"; do

@@ -14,8 +14,11 @@ build() { (cd "$top" && cargo build --release --locked --quiet -p supernode-agen
 if [ "$(id -u)" != 0 ]; then
     echo "The demo needs root for Docker and network namespaces: it installs and builds as you, and goes on by sudo."
     "$top/packaging/install-tools.sh" demo
+    mkdir -p "$cache" # by the user, who keeps other things there
     build
-    exec sudo --preserve-env=PATH,HOME,XDG_CACHE_HOME,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR "$0" "$@"
+    kept=PATH,HOME,XDG_CACHE_HOME,XDG_CONFIG_HOME,CARGO_TARGET_DIR,SSL_CERT_FILE,PIP_CERT,PIP_CONFIG_FILE,PIP_INDEX_URL
+    kept+=,PIP_EXTRA_INDEX_URL,http_proxy,https_proxy,no_proxy,HTTP_PROXY,HTTPS_PROXY,NO_PROXY
+    exec sudo --preserve-env="$kept" SUPERNODE_DEMO_BUILT="by $(id -un) in $SECONDS s" "$0" "$@"
 fi
 
 steps=9
@@ -32,16 +35,26 @@ finish() { printf '      %s (%d s)\n' "$*" $((SECONDS - step_began)); }
 show() { sed 's/^/      /'; }
 fail() {
     say "demo: FAILED: $*" >&2
-    for log in "$work"/*.log; do
-        [ -s "$log" ] && say "--- $(basename "$log")" >&2 && tail -n 30 "$log" >&2
-    done
     exit 1
 }
-# wait_for SECONDS WHAT COMMAND…: until the command succeeds.
+show_logs() {
+    local container log
+    for container in "${containers[@]}"; do
+        docker logs --tail 30 "$container" >"$work/container-$container.log" 2>&1 || true
+    done
+    for log in "$work"/*.log; do
+        [ -s "$log" ] || continue
+        say "--- $(basename "$log")"
+        tail -n 30 "$log"
+    done
+}
+# wait_for SECONDS WHAT COMMAND…: until the command succeeds; not longer than what we started lives.
 wait_for() {
     local deadline=$((SECONDS + $1)) what=$2
     shift 2
     until "$@" >/dev/null 2>&1; do
+        [ -z "$agent_pid" ] || kill -0 "$agent_pid" 2>/dev/null || fail "$what: supernode-agent has ended"
+        [ -z "$dockerd_pid" ] || kill -0 "$dockerd_pid" 2>/dev/null || fail "$what: dockerd has ended"
         [ $SECONDS -lt $deadline ] || fail "$what"
         sleep 0.2
     done
@@ -50,26 +63,36 @@ fingerprint() { sha256sum "$daemon_json" 2>/dev/null || echo "no $daemon_json"; 
 
 work=$(mktemp -d /tmp/supernode-demo.XXXXXX)
 agent_pid='' dockerd_pid='' namespace='' saved_daemon_json=''
+# What clean_up may remove. Empty until an engine is chosen: on the machine's own, flower-supernode is somebody's node.
+containers=()
 name=flower-supernode
 superlink=supernode-demo-superlink
 docker_socket=/var/run/docker.sock
 docker() { command docker -H "unix://$docker_socket" "$@"; }
+# Puts the file of the machine's own engine back and has it read again.
+restore_daemon_json() {
+    [ -n "$saved_daemon_json" ] || return 0
+    ! cmp -s "$saved_daemon_json" "$daemon_json" || return 0
+    cat "$saved_daemon_json" >"$daemon_json"
+    "${reload_command[@]}" || say "demo: $daemon_json is put back, but '${reload_command[*]}' failed" >&2
+}
 clean_up() {
     local code=$?
     trap - EXIT INT TERM
-    [ -z "$agent_pid" ] || kill "$agent_pid" 2>/dev/null || true
-    [ -z "$agent_pid" ] || wait "$agent_pid" 2>/dev/null || true
-    docker rm -f "$name" "$superlink" >/dev/null 2>&1 || true
+    set +e # whatever fails here, the rest is cleaned up
+    [ "$code" = 0 ] || [ "$code" = 130 ] || show_logs >&2
+    if [ -n "$agent_pid" ]; then
+        kill "$agent_pid" 2>/dev/null
+        wait "$agent_pid" 2>/dev/null
+    fi
+    [ ${#containers[@]} = 0 ] || docker rm -f "${containers[@]}" >/dev/null 2>&1
     if [ -n "$dockerd_pid" ]; then
-        kill "$dockerd_pid" 2>/dev/null || true
-        wait "$dockerd_pid" 2>/dev/null || true
+        kill "$dockerd_pid" 2>/dev/null
+        wait "$dockerd_pid" 2>/dev/null
     fi
-    [ -z "$namespace" ] || ip netns del "$namespace" 2>/dev/null || true
-    if [ -n "$saved_daemon_json" ] && ! cmp -s "$saved_daemon_json" "$daemon_json"; then
-        cat "$saved_daemon_json" >"$daemon_json"
-        kill -HUP "$(pidof dockerd)" 2>/dev/null || true
-    fi
-    grep -F " $work/" /proc/self/mounts | cut -d' ' -f2 | sort -r | xargs -r umount -l 2>/dev/null || true
+    [ -z "$namespace" ] || ip netns del "$namespace" 2>/dev/null
+    restore_daemon_json
+    grep -F " $work/" /proc/self/mounts | cut -d' ' -f2 | sort -r | xargs -r umount -l 2>/dev/null
     rm -rf --one-file-system "$work"
     exit "$code"
 }
@@ -83,13 +106,18 @@ begin "what this machine lacks"
 finish "nothing else is installed"
 
 begin "the agent (cargo build --release)"
-build 2>&1 | show
+built=${SUPERNODE_DEMO_BUILT:-}
+[ -n "$built" ] || build 2>&1 | show
 agent=${CARGO_TARGET_DIR:-$top/target}/release/supernode-agent
-finish "$("$agent" --version), $(($(stat -c %s "$agent") / 1024)) KiB"
+agent_version=$("$agent" --version) || fail "$agent does not run"
+finish "$agent_version, $(($(stat -c %s "$agent") / 1024)) KiB${built:+, built $built}"
 
 begin "a Docker engine"
-reload='["systemctl", "reload", "docker.service"]'
+reload_command=(systemctl reload docker.service)
 if docker info >/dev/null 2>&1; then
+    if [ ! -d /run/systemd/system ] && [ -s /var/run/docker.pid ]; then
+        reload_command=(kill -HUP "$(cat /var/run/docker.pid)")
+    fi
     name=flower-supernode-demo
     finish "the machine's own, $(docker version --format '{{.Server.Version}}'); the container is called $name there"
     # On a machine with a GPU the agent adds the nvidia runtime; afterwards the file is put back.
@@ -120,7 +148,7 @@ else
         >"$work/dockerd.log" 2>&1 &
     dockerd_pid=$!
     wait_for 60 "dockerd does not answer" docker info
-    reload="[\"kill\", \"-HUP\", \"$dockerd_pid\"]"
+    reload_command=(kill -HUP "$dockerd_pid")
     finish "$(docker version --format '{{.Server.Version}}')"
 fi
 
@@ -145,6 +173,9 @@ else
 fi
 
 begin "a SuperLink"
+# From here on both names are ours; a demo that was killed may have left them.
+containers=("$name" "$superlink")
+docker rm -f "${containers[@]}" >/dev/null 2>&1 || true
 docker run -d --name "$superlink" --entrypoint flower-superlink -e FLWR_TELEMETRY_ENABLED=0 "$image" \
     --insecure --isolation subprocess >/dev/null
 superlink_log() { docker logs "$superlink" 2>&1; }
@@ -165,7 +196,7 @@ wait_seconds = 2
 [docker]
 socket = "$docker_socket"
 daemon_json = "$settings_daemon_json"
-reload_command = $reload
+reload_command = [$(printf '"%s", ' "${reload_command[@]}")]
 [container]
 name = "$name"
 data_dir = "$work/train"
@@ -203,9 +234,7 @@ wait "$agent_pid" || fail "the agent ended with $?"
 agent_pid=''
 docker inspect --format 'container {{.Name}}: running {{.State.Running}}, exit code {{.State.ExitCode}}' "$name" | show
 [ "$(docker inspect --format '{{.State.Running}}' "$name")" = false ] || fail "the container still runs"
-if [ -n "$saved_daemon_json" ] && ! cmp -s "$saved_daemon_json" "$daemon_json"; then
-    cat "$saved_daemon_json" >"$daemon_json"
-fi
+restore_daemon_json
 [ "$(fingerprint)" = "$before" ] || fail "$daemon_json is not what it was"
 finish "$daemon_json is as it was ($before)"
 

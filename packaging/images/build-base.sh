@@ -30,7 +30,8 @@ output=${2:?usage: build-base.sh VERSION FILE.tar}
 }
 
 work=$(mktemp -d)
-trap 'rm -rf --one-file-system "$work" "$output.part"' EXIT
+part=$output.$$.part
+trap 'rm -rf --one-file-system "$work" "$part"' EXIT
 root=$work/root
 
 # shellcheck source=/dev/null
@@ -40,15 +41,26 @@ mmdebstrap --quiet --mode=root --variant=minbase --include=python3,python3-venv,
     --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
     --dpkgopt='path-exclude=/usr/share/locale/*' "$release" "$root"
 
-# pip in the root file system works as pip on this machine does: the same names, certificates and configuration, for as
-# long as it runs.
-mkdir "$root/build"
+# pip in the root file system works as pip on this machine does: the same names, certificates and configuration (the
+# machine's, the user's, the environment's, a later one wins), for as long as it runs.
+mkdir -p "$root/build/machine/pip" "$root/build/user/pip"
 cp --dereference /etc/resolv.conf "$root/etc/resolv.conf"
-cp "${PIP_CERT:-/etc/ssl/certs/ca-certificates.crt}" "$root/build/ca.crt"
-cp "${PIP_CONFIG_FILE:-/etc/pip.conf}" "$root/build/pip.conf" 2>/dev/null || : >"$root/build/pip.conf"
-sed -i '/^cert/d' "$root/build/pip.conf"
-pip_environment=(PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 PIP_CERT=/build/ca.crt PIP_CONFIG_FILE=/build/pip.conf)
-for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
+ca=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
+take_configuration() {
+    [ -r "$1" ] || return 0
+    cp "$1" "$2"
+    local named
+    named=$(sed -n 's/^[[:blank:]]*cert[[:blank:]]*=[[:blank:]]*//p' "$1" | tail -n 1)
+    ca=${named:-$ca}
+}
+take_configuration /etc/pip.conf "$root/build/machine/pip/pip.conf"
+take_configuration "${XDG_CONFIG_HOME:-${HOME:-/root}/.config}/pip/pip.conf" "$root/build/user/pip/pip.conf"
+take_configuration "${PIP_CONFIG_FILE:-}" "$root/build/pip.conf"
+cp "${PIP_CERT:-$ca}" "$root/build/ca.crt"
+pip_environment=(PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 PIP_CERT=/build/ca.crt PIP_CONFIG_FILE=/build/pip.conf
+    XDG_CONFIG_DIRS=/build/machine XDG_CONFIG_HOME=/build/user)
+for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_TRUSTED_HOST PIP_PROXY PIP_DEFAULT_TIMEOUT PIP_RETRIES \
+    http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
     [ -z "${!name:-}" ] || pip_environment+=("$name=${!name}")
 done
 inside() { chroot "$root" env -i "${pip_environment[@]}" "$@"; }
@@ -63,5 +75,5 @@ install -d -o 49999 -g 49999 "$root/app"
 rm -rf "$root/build" "$root/etc/resolv.conf" "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/* "$root"/var/log/*
 
 mkdir -p "$(dirname "$output")"
-tar --numeric-owner --one-file-system --exclude=./dev/* -C "$root" -cf "$output.part" .
-mv "$output.part" "$output"
+tar --numeric-owner --one-file-system --exclude=./dev/* -C "$root" -cf "$part" .
+mv "$part" "$output"
