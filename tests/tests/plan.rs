@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use common::{GPU_A, GPU_B, json_of, one_gpu, sysfs_of_one, sysfs_of_two, two_gpus, wanted};
 use serde_json::{Value, json};
-use supernode_tests::{Case, Sandbox, Sysfs, run};
+use supernode_tests::{Case, Sandbox, Sysfs, eventually, run};
 
 /// A machine with `machine` behind NVML and `sysfs`, whose operator wants the GPU.
 fn case(sysfs: &Sysfs, machine: &Value, more: &[(&str, &str)]) -> Case {
@@ -72,7 +72,7 @@ fn a_cpu_plan_names_runc_and_void_and_the_reason_is_null_where_no_gpu_is_wanted(
     let mut case = Case::new();
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     let plan = json_of(&case.run_command("plan", &["--json"]));
-    assert_eq!(plan["gpu"]["verdict"], json!({"device": "cpu", "reason": null}));
+    assert_eq!(plan["gpu"]["verdict"], json!({"device": "cpu", "reason": null, "summary": null, "fix": null}));
     assert_eq!(plan["container"]["runtime"], "runc");
     assert_eq!(plan["container"]["env"]["NVIDIA_VISIBLE_DEVICES"], "void");
     assert_eq!(plan["container"]["env"]["FL_DEVICE"], "cpu");
@@ -198,9 +198,11 @@ fn a_failure_of_one_gpu_is_told_with_the_call() {
     }
     // What is good to have may be missing.
     let mut machine = one_gpu();
-    machine["gpus"][0]["fail"] = json!({"nvmlDeviceGetMemoryInfo_v2": 3, "nvmlDeviceGetName": 13});
-    case.nvml(&machine);
-    assert_eq!(verdict(&case)["device"], "cuda");
+    for code in [1, 2, 3, 6, 7, 10, 13, 20, 21, 25, 30] {
+        machine["gpus"][0]["fail"] = json!({"nvmlDeviceGetMemoryInfo_v2": code, "nvmlDeviceGetName": code});
+        case.nvml(&machine);
+        assert_eq!(verdict(&case)["device"], "cuda", "{code}");
+    }
 }
 
 #[test]
@@ -231,17 +233,61 @@ fn a_library_that_hangs_is_killed_and_one_that_crashes_takes_nobody_along() {
 }
 
 #[test]
+fn a_failure_is_not_hidden_by_what_happens_when_the_library_is_closed() {
+    for trouble in ["hang", "crash"] {
+        let machine = json!({"fail": {"nvmlDeviceGetCount_v2": 15}, trouble: ["nvmlShutdown"]});
+        assert_eq!(reason(&case(&sysfs_of_one(), &machine, &[])), "gpu-lost", "{trouble}");
+    }
+}
+
+#[test]
+fn a_process_that_the_library_leaves_behind_hides_nothing_and_does_not_outlive_the_probe() {
+    let mut case = case(&sysfs_of_one(), &json!({}), &[]);
+    case.set("gpu.probe_timeout_seconds", 60);
+    let mut healthy = one_gpu();
+    healthy["leave_process"] = json!(["nvmlInit_v2"]);
+    for (machine, expected) in [
+        (json!({"leave_process": ["nvmlInit_v2"], "crash": ["nvmlInit_v2"]}), json!("driver-crash")),
+        (healthy, Value::Null),
+    ] {
+        case.nvml(&machine);
+        assert_eq!(verdict(&case)["reason"], expected);
+        let script = format!("NVML_STANDIN={}", case.path("nvml.json").display());
+        let left = || {
+            let environments = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path().join("environ"));
+            environments
+                .filter_map(|path| fs::read(path).ok())
+                .any(|text| text.split(|byte| *byte == 0).any(|variable| variable == script.as_bytes()))
+        };
+        assert!(eventually(Duration::from_secs(10), || !left()), "a process of the library lives on");
+    }
+}
+
+#[test]
+fn a_count_that_no_machine_has_is_not_believed() {
+    let verdict = verdict(&case(&sysfs_of_one(), &json!({"count": 4_000_000_000_u32}), &[]));
+    assert_eq!(verdict["reason"], "driver-error");
+    assert!(verdict["summary"].as_str().unwrap().contains("counts 4000000000 GPUs"), "{verdict}");
+}
+
+#[test]
 fn a_library_that_cannot_be_loaded_is_told_with_the_cause() {
     let sandbox = Sandbox::new("libraries");
     let library = fs::read(supernode_tests::nvml_library()).unwrap();
     let mut foreign = library.clone();
-    foreign[4] = 1; // EI_CLASS: a 32-bit library
+    foreign[18] = 40; // e_machine: ARM
+    let mut narrow = library.clone();
+    narrow[4] = 1; // EI_CLASS: a 32-bit library
     let mut case = case(&sysfs_of_one(), &one_gpu(), &[]);
     for (name, bytes, reason, words) in [
         ("absent.so", None, "driver-library-missing", "it is not installed"),
-        ("truncated.so", Some(&library[..10]), "driver-library-missing", "the file is damaged"),
-        ("empty.so", Some(&[][..]), "driver-library-missing", "the file is damaged"),
-        ("foreign.so", Some(&foreign[..]), "driver-library-missing", "it was built for another machine"),
+        ("truncated.so", Some(&library[..10]), "driver-library-missing", "it is cut off: 10 of"),
+        // Whoever maps this one dies by SIGBUS.
+        ("half.so", Some(&library[..3 * 4096]), "driver-library-missing", "it is cut off: 12288 of"),
+        ("empty.so", Some(&[][..]), "driver-library-missing", "it is cut off: 0 of"),
+        ("text.so", Some(&[b'#'; 200][..]), "driver-library-missing", "no ELF header"),
+        ("narrow.so", Some(&narrow[..]), "driver-library-missing", "another machine (32 bits"),
+        ("foreign.so", Some(&foreign[..]), "driver-library-missing", "another machine (64 bits, ELF machine 40)"),
     ] {
         let path = sandbox.join(name);
         if let Some(bytes) = bytes {

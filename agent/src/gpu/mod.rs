@@ -1,5 +1,6 @@
 //! The GPU: what is present (sysfs), what was promised (context), what the driver says (NVML), and what follows from it.
 
+pub mod library;
 pub mod nvml;
 pub mod pci;
 pub mod probe;

@@ -2,7 +2,7 @@
 //! It runs alone so that a library that hangs or crashes takes nobody along; see [`super::probe`] for the outside.
 
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::mem::ManuallyDrop;
 
 use nvml_wrapper::enum_wrappers::device::{EccCounter, MemoryError};
 use nvml_wrapper::enums::device::SampleValue;
@@ -11,7 +11,12 @@ use nvml_wrapper::structs::device::FieldId;
 use nvml_wrapper::{Device, Nvml};
 use serde::{Deserialize, Serialize};
 
+use super::library::LibraryFile;
 use super::pci::PciAddress;
+
+/// More GPUs, or more MIG instances of one, than any machine has: a library that counts more is not believed.
+const MOST_GPUS: u32 = 1024;
+const MOST_INSTANCES: u32 = 64;
 
 /// What the child answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,8 +28,8 @@ pub enum ProbeAnswer {
     Failed {
         /// What failed.
         fault: Fault,
-        /// The version of the library, as its file's name gives it.
-        library_version: Option<String>,
+        /// What the library's file tells.
+        library: LibraryFile,
     },
 }
 
@@ -92,6 +97,8 @@ pub enum FaultKind {
     Symbol,
     /// NVML's return code (nvml.h, `nvmlReturn_t`).
     Code(u32),
+    /// The call succeeded, and what it answered makes no sense.
+    Garbled,
 }
 
 impl Fault {
@@ -100,31 +107,37 @@ impl Fault {
         let kind = match error {
             NvmlError::LibloadingError(_) => FaultKind::Library,
             NvmlError::FailedToLoadSymbol(_) => FaultKind::Symbol,
+            NvmlError::Utf8Error(_) | NvmlError::NulError(_) | NvmlError::IncorrectBits(_) => FaultKind::Garbled,
             error => FaultKind::Code(error.into()),
         };
         Self { call: call.into(), kind, text }
     }
 
-    /// Whether a getter that is good to have may fail like this on a healthy GPU: not every card, driver or container
-    /// gives every value. Anything else means that the GPU does not answer as it should.
-    fn is_harmless(&self) -> bool {
-        const NOT_SUPPORTED: u32 = 3;
-        const NO_PERMISSION: u32 = 4;
-        const NOT_FOUND: u32 = 6;
-        const FUNCTION_NOT_FOUND: u32 = 13;
-        const NO_DATA: u32 = 21;
-        const ARGUMENT_VERSION_MISMATCH: u32 = 25;
+    /// Whether a failure like this of a getter that is only good to have means that the GPU itself does not answer as it
+    /// should. Not every card, driver or container gives every value, so any other failure means "not known".
+    fn is_of_the_gpu(&self) -> bool {
+        const INSUFFICIENT_POWER: u32 = 8;
+        const DRIVER_NOT_LOADED: u32 = 9;
+        const IRQ_ISSUE: u32 = 11;
+        const CORRUPTED_INFOROM: u32 = 14;
+        const GPU_IS_LOST: u32 = 15;
+        const RESET_REQUIRED: u32 = 16;
+        const OPERATING_SYSTEM: u32 = 17;
+        const NOT_READY: u32 = 27;
+        const UNKNOWN: u32 = 999;
         matches!(
             self.kind,
-            FaultKind::Symbol
-                | FaultKind::Code(
-                    NOT_SUPPORTED
-                        | NO_PERMISSION
-                        | NOT_FOUND
-                        | FUNCTION_NOT_FOUND
-                        | NO_DATA
-                        | ARGUMENT_VERSION_MISMATCH
-                )
+            FaultKind::Code(
+                INSUFFICIENT_POWER
+                    | DRIVER_NOT_LOADED
+                    | IRQ_ISSUE
+                    | CORRUPTED_INFOROM
+                    | GPU_IS_LOST
+                    | RESET_REQUIRED
+                    | OPERATING_SYSTEM
+                    | NOT_READY
+                    | UNKNOWN
+            )
         )
     }
 }
@@ -134,6 +147,8 @@ impl Fault {
 /// # Errors
 /// When the answer cannot be written.
 pub fn answer_on_stdout(library: &str) -> std::io::Result<()> {
+    // A probe that hangs ends with the agent, however that ends.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     let answer = ask(library);
     let mut out = std::io::stdout().lock();
     // On a line of its own, whatever the library has printed.
@@ -146,7 +161,7 @@ pub fn answer_on_stdout(library: &str) -> std::io::Result<()> {
 fn ask(library: &str) -> ProbeAnswer {
     match report(library) {
         Ok(report) => ProbeAnswer::Driver(report),
-        Err(fault) => ProbeAnswer::Failed { fault, library_version: library_version(library) },
+        Err(fault) => ProbeAnswer::Failed { fault, library: LibraryFile::look(library) },
     }
 }
 
@@ -155,14 +170,17 @@ fn report(library: &str) -> Result<DriverReport, Fault> {
         let call = if matches!(error, NvmlError::LibloadingError(_)) { "dlopen" } else { "nvmlInit_v2" };
         Fault::new(call, error)
     })?;
+    // nvmlShutdown could hang, crash or be missing, and the answer would be lost: the end of the process does its work.
+    let nvml = ManuallyDrop::new(nvml);
     let count = nvml.device_count().map_err(|error| Fault::new("nvmlDeviceGetCount_v2", error))?;
-    let report = DriverReport {
+    if count > MOST_GPUS {
+        let text = format!("it counts {count} GPUs");
+        return Err(Fault { call: "nvmlDeviceGetCount_v2".into(), kind: FaultKind::Garbled, text });
+    }
+    Ok(DriverReport {
         driver_version: nvml.sys_driver_version().ok(),
         gpus: (0..count).map(|index| describe(&nvml, index)).collect(),
-    };
-    // nvmlShutdown could hang or crash with the answer not yet given; the end of the process does its work.
-    std::mem::forget(nvml);
-    Ok(report)
+    })
 }
 
 fn describe(nvml: &Nvml, index: u32) -> ProbedGpu {
@@ -193,7 +211,7 @@ fn optional<T>(call: &str, answer: Result<T, NvmlError>) -> Result<Option<T>, Fa
         Ok(value) => Ok(Some(value)),
         Err(error) => {
             let fault = Fault::new(call, error);
-            if fault.is_harmless() { Ok(None) } else { Err(fault) }
+            if fault.is_of_the_gpu() { Err(fault) } else { Ok(None) }
         }
     }
 }
@@ -206,7 +224,7 @@ fn mig_instances(device: &Device<'_>) -> Result<Option<Vec<ProbedMig>>, Fault> {
     }
     let slots = optional("nvmlDeviceGetMaxMigDeviceCount", device.mig_device_count())?.unwrap_or(0);
     let mut instances = Vec::new();
-    for slot in 0..slots {
+    for slot in 0..slots.min(MOST_INSTANCES) {
         // A slot without an instance answers NOT_FOUND.
         let Some(instance) = optional("nvmlDeviceGetMigDeviceHandleByIndex", device.mig_device_by_index(slot))? else {
             continue;
@@ -247,25 +265,4 @@ fn row_remap_failed(device: &Device<'_>) -> Result<bool, Fault> {
         }
     }
     Ok(false)
-}
-
-/// The version of the library from its file's name: `libnvidia-ml.so.1` is a link to `libnvidia-ml.so.<version>`.
-/// NVML itself does not tell it once `nvmlInit` has failed.
-fn library_version(library: &str) -> Option<String> {
-    // Where Debian, Ubuntu, Red Hat and NVIDIA's own installer put it.
-    const FOLDERS: [&str; 5] = [
-        "/usr/lib/x86_64-linux-gnu",
-        "/usr/lib/x86_64-linux-gnu/nvidia/current",
-        "/usr/lib/aarch64-linux-gnu",
-        "/usr/lib64",
-        "/usr/lib",
-    ];
-    let file = if library.contains('/') {
-        PathBuf::from(library)
-    } else {
-        FOLDERS.iter().map(|folder| Path::new(folder).join(library)).find(|path| path.exists())?
-    };
-    let file = file.canonicalize().ok()?;
-    let (_, version) = file.file_name()?.to_str()?.split_once(".so.")?;
-    version.contains('.').then(|| version.to_owned())
 }

@@ -1,20 +1,27 @@
 //! The probe, from outside: a child process of the same binary that asks NVML, with a time limit.
 //! Whatever the library does (hang, crash, babble), the agent gets an outcome.
 
+use std::io;
 use std::os::unix::process::ExitStatusExt as _;
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _};
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::{Child, Command};
+use tokio::time::Instant;
 
-use super::nvml::ProbeAnswer;
+use super::library::LibraryFile;
+use super::nvml::{Fault, FaultKind, ProbeAnswer};
+use super::reason::one_line;
 
 /// The hidden subcommand that the child runs.
 pub const SUBCOMMAND: &str = "nvml-probe";
 
 /// More than a machine full of MIG instances can fill.
 const LONGEST_ANSWER_BYTES: u64 = 1 << 20;
+/// How long the pipes of a child that has ended are still read.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// What came of asking.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,8 +30,13 @@ pub enum ProbeOutcome {
     Answered(ProbeAnswer),
     /// None in this time; the child was killed.
     TimedOut(Duration),
-    /// The child died by this signal.
-    Crashed(i32),
+    /// The child died by a signal.
+    Crashed {
+        /// Its number.
+        signal: i32,
+        /// The end of what it wrote to its standard error.
+        said: String,
+    },
     /// The child could not be run, or said something else.
     Failed(String),
 }
@@ -39,7 +51,7 @@ impl ProbeOutcome {
             }
             Self::Answered(ProbeAnswer::Failed { fault, .. }) => format!("{} failed: {}", fault.call, fault.text),
             Self::TimedOut(limit) => format!("no answer within {} s", limit.as_secs_f64()),
-            Self::Crashed(signal) => format!("died by signal {signal}"),
+            Self::Crashed { signal, .. } => format!("died by signal {signal}"),
             Self::Failed(why) => why.clone(),
         }
     }
@@ -54,47 +66,103 @@ pub async fn probe(library: &str, limit: Duration) -> ProbeOutcome {
         .arg(library)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
+        .stderr(Stdio::piped())
+        // A group of its own: what the library starts is killed with the child.
+        .process_group(0)
         .kill_on_drop(true)
         .spawn();
     let mut child = match spawned {
         Ok(child) => child,
         Err(error) => return ProbeOutcome::Failed(format!("the probe could not be started: {error}")),
     };
-    match tokio::time::timeout(limit, answer_of(&mut child)).await {
-        Ok(outcome) => outcome,
-        Err(_) => {
-            // A process that hangs inside the driver may not even die of SIGKILL: it is not waited for.
-            let _ = child.start_kill();
-            ProbeOutcome::TimedOut(limit)
-        }
+    let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+    let outcome = tokio::time::timeout(limit, answer_of(&mut child)).await.unwrap_or(ProbeOutcome::TimedOut(limit));
+    // A process that hangs inside the driver may not even die of SIGKILL: it is not waited for.
+    if let Some(group) = group {
+        let _ = kill_process_group(group, Signal::KILL);
     }
+    explained(outcome, library)
+}
+
+/// Mapping a file that is cut off ends by SIGBUS once its missing end is touched: that is the file's fault.
+fn explained(outcome: ProbeOutcome, library: &str) -> ProbeOutcome {
+    const SIGBUS: i32 = 7;
+    if !matches!(outcome, ProbeOutcome::Crashed { signal: SIGBUS, .. }) {
+        return outcome;
+    }
+    let library = LibraryFile::look(library);
+    if library.damage.is_none() {
+        return outcome;
+    }
+    let text = "the loader died by SIGBUS".into();
+    let fault = Fault { call: "dlopen".into(), kind: FaultKind::Library, text };
+    ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library })
 }
 
 async fn answer_of(child: &mut Child) -> ProbeOutcome {
-    if let Some(out) = child.stdout.take() {
-        let mut lines = tokio::io::BufReader::new(out.take(LONGEST_ANSWER_BYTES));
-        // One line is the answer: what a library prints beside it is passed over, and one that crashes in its own
-        // clean-up afterwards has answered all the same.
-        let mut line = Vec::new();
-        loop {
-            line.clear();
-            match lines.read_until(b'\n', &mut line).await {
-                Ok(0) => break,
-                Ok(_) => {
-                    if let Ok(answer) = serde_json::from_slice(&line) {
-                        return ProbeOutcome::Answered(answer);
-                    }
+    let (Some(out), Some(mut err)) = (child.stdout.take(), child.stderr.take()) else {
+        return ProbeOutcome::Failed("the probe has no standard output".into());
+    };
+    let mut out = BufReader::new(out.take(LONGEST_ANSWER_BYTES));
+    let (mut line, mut said) = (Vec::new(), Tail::default());
+    let mut chunk = [0; 1024];
+    let (mut out_is_open, mut err_is_open) = (true, true);
+    // Its end is no reason to stop reading at once: what it said last may still be in the pipe, whose other end a process
+    // that the library started may hold open for ever.
+    let mut ended: Option<io::Result<ExitStatus>> = None;
+    let mut deadline = Instant::now();
+    while ended.is_none() || out_is_open || err_is_open {
+        tokio::select! {
+            read = out.read_until(b'\n', &mut line), if out_is_open => {
+                // One line is the answer: what a library prints beside it is passed over, and one that crashes in its
+                // own clean-up afterwards has answered all the same.
+                if let Ok(answer) = serde_json::from_slice(&line) {
+                    return ProbeOutcome::Answered(answer);
                 }
-                Err(error) => return ProbeOutcome::Failed(format!("the probe's answer could not be read: {error}")),
+                out_is_open = matches!(read, Ok(1..));
+                if out.get_ref().limit() == 0 {
+                    return ProbeOutcome::Failed("the probe talks without end and gives no answer".into());
+                }
+                line.clear();
             }
+            read = err.read(&mut chunk), if err_is_open => match read {
+                Ok(length @ 1..) => said.push(&chunk[..length]),
+                _ => err_is_open = false,
+            },
+            status = child.wait(), if ended.is_none() => {
+                ended = Some(status);
+                deadline = Instant::now() + LAST_WORDS;
+            }
+            () = tokio::time::sleep_until(deadline), if ended.is_some() => break,
         }
     }
-    match child.wait().await {
-        Ok(status) => match status.signal() {
-            Some(signal) => ProbeOutcome::Crashed(signal),
-            None => ProbeOutcome::Failed(format!("the probe ended without an answer ({status})")),
+    match ended {
+        Some(Ok(status)) => match status.signal() {
+            Some(signal) => ProbeOutcome::Crashed { signal, said: said.text() },
+            None => ProbeOutcome::Failed(format!("the probe ended without an answer ({status}){}", said.quoted())),
         },
-        Err(error) => ProbeOutcome::Failed(format!("the probe could not be waited for: {error}")),
+        Some(Err(error)) => ProbeOutcome::Failed(format!("the probe could not be waited for: {error}")),
+        None => ProbeOutcome::Failed("the probe's end was not seen".into()),
+    }
+}
+
+/// The end of what the child wrote to its standard error.
+#[derive(Default)]
+struct Tail(Vec<u8>);
+
+impl Tail {
+    fn push(&mut self, bytes: &[u8]) {
+        const MOST_BYTES: usize = 400;
+        self.0.extend_from_slice(bytes);
+        self.0.drain(..self.0.len().saturating_sub(MOST_BYTES));
+    }
+
+    fn text(&self) -> String {
+        one_line(&String::from_utf8_lossy(&self.0))
+    }
+
+    fn quoted(&self) -> String {
+        let text = self.text();
+        if text.is_empty() { text } else { format!(", its last words: {text}") }
     }
 }

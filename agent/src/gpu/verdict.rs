@@ -3,8 +3,9 @@
 use serde::Serialize;
 use serde_json::{Value as Json, json};
 
+use super::library::LibraryFile;
 use super::nvml::{DriverReport, Fault, FaultKind, ProbeAnswer, ProbedGpu};
-use super::pci::{PciAddress, PciFacts};
+use super::pci::{PciAddress, PciDevice, PciFacts};
 use super::probe::ProbeOutcome;
 use super::reason::{Finding, Reason};
 use crate::config::values::{DeviceName, DeviceSelection};
@@ -76,7 +77,7 @@ impl Verdict {
     pub fn to_json(&self) -> Json {
         match self {
             Self::Gpu { devices, missing } => json!({"device": "cuda", "devices": devices, "missing": missing}),
-            Self::Cpu { finding: None } => json!({"device": "cpu", "reason": null}),
+            Self::Cpu { finding: None } => json!({"device": "cpu", "reason": null, "summary": null, "fix": null}),
             Self::Cpu { finding: Some(finding) } => json!({
                 "device": "cpu",
                 "reason": finding.reason,
@@ -120,8 +121,15 @@ fn with_unreadable(mut finding: Finding, facts: &PciFacts) -> Finding {
     finding
 }
 
-/// The promised devices that are not there as GPUs, each in a sentence.
-fn broken_promises(config: &Config, facts: &PciFacts) -> Vec<(String, String)> {
+/// A promised device that is not in the VM as a GPU.
+struct BrokenPromise {
+    place: String,
+    /// Something else is there: the sound function of a card, a NIC, a disk.
+    is_foreign: bool,
+    sentence: String,
+}
+
+fn broken_promises(config: &Config, facts: &PciFacts) -> Vec<BrokenPromise> {
     config
         .promised
         .iter()
@@ -129,15 +137,15 @@ fn broken_promises(config: &Config, facts: &PciFacts) -> Vec<(String, String)> {
             let place = promised.address.map_or_else(|| promised.written.clone(), |address| address.to_string());
             let promise =
                 format!("OpenNebula passed {place} to this VM ({}='{}')", promised.variable, promised.written);
-            let what = match promised.address {
-                None => "and that is not a PCI address".to_owned(),
+            let (is_foreign, what) = match promised.address {
+                None => (false, "and that is not a PCI address".to_owned()),
                 Some(address) => match facts.at(address) {
-                    None => "and there is no device at that address".to_owned(),
+                    None => (false, "and there is no device at that address".to_owned()),
                     Some(device) if device.is_nvidia_display() => return None,
-                    Some(device) => format!("and the device there is not an NVIDIA GPU ({})", device.ids()),
+                    Some(device) => (true, format!("and the device there is not an NVIDIA GPU ({})", device.ids())),
                 },
             };
-            Some((place, format!("{promise}, {what}")))
+            Some(BrokenPromise { place, is_foreign, sentence: format!("{promise}, {what}") })
         })
         .collect()
 }
@@ -145,45 +153,44 @@ fn broken_promises(config: &Config, facts: &PciFacts) -> Vec<(String, String)> {
 fn without_driver(config: &Config, facts: &PciFacts) -> Option<Finding> {
     if facts.gpus().next().is_none() {
         let broken = broken_promises(config, facts);
-        let Some((place, _)) = broken.first() else {
+        let Some(first) = broken.first() else {
             return Some(Finding::new(
                 Reason::GpuNotPresent,
                 "this VM has no NVIDIA GPU on its PCI bus (vendor 10de, class 03xx), and the context has no PCI<n>_ADDRESS of one",
             ));
         };
-        let place = place.clone();
-        let sentences: Vec<String> = broken.into_iter().map(|(_, sentence)| sentence).collect();
-        return Some(Finding {
-            pci_address: Some(place),
-            ..Finding::new(Reason::GpuNotPassedThrough, sentences.join("; "))
-        });
+        let place = Some(first.place.clone());
+        let sentences: Vec<&str> = broken.iter().map(|promise| promise.sentence.as_str()).collect();
+        return Some(Finding { pci_address: place, ..Finding::new(Reason::GpuNotPassedThrough, sentences.join("; ")) });
     }
     if facts.gpus().any(|gpu| gpu.driver.as_deref() == Some("nvidia")) {
         return None;
     }
-    let foreign = facts.gpus().find_map(|gpu| gpu.driver.as_deref().map(|driver| (gpu, driver)));
-    if let Some((gpu, driver)) = foreign {
-        return Some(Finding {
-            pci_address: Some(gpu.address.to_string()),
-            ..Finding::new(
-                Reason::WrongDriver,
-                format!("the GPU {} ({}) is bound to the driver {driver}, not to nvidia", gpu.address, gpu.ids()),
-            )
-        });
-    }
-    let gpu = facts.gpus().next()?;
-    let module = match (&facts.module_version, &facts.module_pending) {
-        (_, Some(state)) => format!("the nvidia module is still {state}"),
-        (Some(version), None) => format!("the nvidia module {version} is loaded and has not taken it"),
-        (None, None) => "the nvidia module is not loaded".into(),
+    let foreign = facts.gpus().find(|gpu| gpu.driver.is_some());
+    foreign.or(facts.gpus().next()).map(|gpu| not_driven(gpu, facts))
+}
+
+/// Why NVIDIA's driver does not drive this GPU.
+fn not_driven(gpu: &PciDevice, facts: &PciFacts) -> Finding {
+    let (address, ids) = (gpu.address, gpu.ids());
+    let (reason, what) = match gpu.driver.as_deref() {
+        Some("nvidia") => (
+            Reason::GpuCountZero,
+            format!("the GPU {address} ({ids}) is bound to the nvidia driver, which does not list it"),
+        ),
+        Some(driver) => {
+            (Reason::WrongDriver, format!("the GPU {address} ({ids}) is bound to the driver {driver}, not to nvidia"))
+        }
+        None => {
+            let module = match (&facts.module_version, &facts.module_pending) {
+                (_, Some(state)) => format!("the nvidia module is still {state}"),
+                (Some(version), None) => format!("the nvidia module {version} is loaded and has not taken it"),
+                (None, None) => "the nvidia module is not loaded".into(),
+            };
+            (Reason::DriverNotLoaded, format!("no driver is bound to the GPU {address} ({ids}): {module}"))
+        }
     };
-    Some(Finding {
-        pci_address: Some(gpu.address.to_string()),
-        ..Finding::new(
-            Reason::DriverNotLoaded,
-            format!("no driver is bound to the GPU {} ({}): {module}", gpu.address, gpu.ids()),
-        )
-    })
+    Finding { pci_address: Some(address.to_string()), ..Finding::new(reason, what) }
 }
 
 /// What follows from the driver's answer, once [`before_the_probe`] had nothing to say.
@@ -193,20 +200,30 @@ pub fn after_the_probe(config: &Config, facts: &PciFacts, outcome: &ProbeOutcome
             Ok(verdict) => return verdict,
             Err(finding) => finding,
         },
-        ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library_version }) => {
-            driver_failure(fault, library_version.as_deref(), facts)
-        }
-        ProbeOutcome::TimedOut(limit) => Finding::new(
+        ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library }) => driver_failure(fault, library, facts),
+        ProbeOutcome::TimedOut(limit) => about_the_gpus(
             Reason::DriverTimeout,
             format!("NVML gave no answer within {} s, and the probe was killed", limit.as_secs_f64()),
+            facts,
         ),
-        ProbeOutcome::Crashed(signal) => Finding::new(
-            Reason::DriverCrash,
-            format!("the probe died by signal {signal}{} inside NVIDIA's library", signal_name(*signal)),
-        ),
-        ProbeOutcome::Failed(why) => Finding::new(Reason::DriverError, why.clone()),
+        ProbeOutcome::Crashed { signal, said } => {
+            let said = if said.is_empty() { String::new() } else { format!(", with the last words: {said}") };
+            let name = signal_name(*signal);
+            let what = format!("the probe died by signal {signal}{name} while it asked NVIDIA's library{said}");
+            about_the_gpus(Reason::DriverCrash, what, facts)
+        }
+        ProbeOutcome::Failed(why) => about_the_gpus(Reason::DriverError, why.clone(), facts),
     };
     Verdict::cpu(with_unreadable(finding, facts))
+}
+
+/// A finding about the driver as a whole, with the GPUs that it should drive.
+fn about_the_gpus(reason: Reason, what: String, facts: &PciFacts) -> Finding {
+    let module = facts.module_version.as_deref().map_or(String::new(), |version| format!(", nvidia module {version}"));
+    Finding {
+        pci_address: facts.gpus().next().map(|gpu| gpu.address.to_string()),
+        ..Finding::new(reason, format!("{what}; {}{module}", present_gpus(facts)))
+    }
 }
 
 fn signal_name(signal: i32) -> &'static str {
@@ -254,6 +271,7 @@ fn reason_of(fault: &Fault) -> Reason {
     match fault.kind {
         FaultKind::Library => Reason::DriverLibraryMissing,
         FaultKind::Symbol => Reason::DriverTooOld,
+        FaultKind::Garbled => Reason::DriverError,
         FaultKind::Code(code) => {
             REASONS_BY_CODE.iter().find(|(known, _)| *known == code).map_or(Reason::DriverError, |(_, reason)| *reason)
         }
@@ -265,6 +283,7 @@ fn describe_fault(fault: &Fault) -> String {
     match kind {
         FaultKind::Library => text.clone(),
         FaultKind::Symbol => format!("{call} is not to be had: {text}"),
+        FaultKind::Garbled => format!("what {call} answered makes no sense: {text}"),
         FaultKind::Code(code) => {
             let text = NEWER_TEXTS.iter().find(|(known, _)| known == code).map_or(text.as_str(), |(_, text)| text);
             format!("{call} answered NVML error {code}: {text}")
@@ -272,30 +291,26 @@ fn describe_fault(fault: &Fault) -> String {
     }
 }
 
-fn driver_failure(fault: &Fault, library_version: Option<&str>, facts: &PciFacts) -> Finding {
+fn driver_failure(fault: &Fault, library: &LibraryFile, facts: &PciFacts) -> Finding {
     let reason = reason_of(fault);
     let what = describe_fault(fault);
     let summary = match reason {
         Reason::DriverLibraryMissing => {
-            let why = if what.contains("wrong ELF class") {
-                "; it was built for another machine"
-            } else if what.contains("file too short") || what.contains("invalid ELF header") {
-                "; the file is damaged"
-            } else if what.contains("No such file") {
-                "; it is not installed"
-            } else {
-                ""
+            let why = match library {
+                LibraryFile { path: Some(path), damage: Some(damage), .. } => format!(": {path}: {damage}"),
+                LibraryFile { path: None, .. } if fault.kind == FaultKind::Library => ": it is not installed".into(),
+                _ => String::new(),
             };
-            format!("libnvidia-ml cannot be loaded ({what}){why}")
+            format!("libnvidia-ml cannot be loaded{why} ({what})")
         }
         Reason::DriverLibraryMismatch => format!(
             "the library is {}, the loaded kernel module is {} ({what})",
-            library_version.unwrap_or("of an unknown version"),
+            library.version.as_deref().unwrap_or("of an unknown version"),
             facts.module_version.as_deref().unwrap_or("of an unknown version"),
         ),
         _ => what,
     };
-    Finding { pci_address: facts.gpus().next().map(|gpu| gpu.address.to_string()), ..Finding::new(reason, summary) }
+    about_the_gpus(reason, summary, facts)
 }
 
 /// Why a GPU that the driver lists cannot be used.
@@ -323,62 +338,72 @@ fn title(gpu: &ProbedGpu) -> String {
 fn select(config: &Config, facts: &PciFacts, report: &DriverReport) -> Result<Verdict, Finding> {
     if report.gpus.is_empty() {
         let driver = report.driver_version.as_deref().unwrap_or("of an unknown version");
-        return Err(Finding {
-            pci_address: facts.gpus().next().map(|gpu| gpu.address.to_string()),
-            ..Finding::new(
-                Reason::GpuCountZero,
-                format!("the driver {driver} is loaded and sees no GPU; {}", present_gpus(facts)),
-            )
-        });
+        let what = format!("the driver {driver} is loaded and sees no GPU");
+        return Err(about_the_gpus(Reason::GpuCountZero, what, facts));
     }
-    let mut missing: Vec<String> = broken_promises(config, facts).into_iter().map(|(_, sentence)| sentence).collect();
-    let mut devices: Vec<GpuDevice> = Vec::new();
-    let mut illnesses = Vec::new();
-    let mut take = |gpu: &ProbedGpu, instance: Option<&str>, missing: &mut Vec<String>| match illness(gpu) {
-        Some(illness) => {
-            missing.push(format!("{} ({})", illness.summary, illness.reason));
-            illnesses.push(illness);
-        }
-        None => {
-            for device in usable_parts(gpu, instance) {
-                if !devices.contains(&device) {
-                    devices.push(device);
-                }
-            }
+    // With a card come functions that are no GPU, and not every passed-through device need be one.
+    let broken = broken_promises(config, facts).into_iter().filter(|promise| !promise.is_foreign);
+    let mut missing: Vec<String> = broken.map(|promise| promise.sentence).collect();
+    let meant: Vec<Found<'_>> = match &config.devices {
+        DeviceSelection::Named(names) => names.iter().map(|name| find(name, facts, report)).collect(),
+        DeviceSelection::All | DeviceSelection::None => {
+            let listed = report.gpus.iter().map(|gpu| Found::Gpu(gpu, None));
+            listed.chain(unlisted_gpus(facts, report).map(Found::NotDriven)).collect()
         }
     };
-    match &config.devices {
-        DeviceSelection::Named(names) => {
-            for name in names {
-                match find(name, report) {
-                    Ok((gpu, instance)) => take(gpu, instance, &mut missing),
-                    Err(why) => missing.push(why),
+    let mut devices: Vec<GpuDevice> = Vec::new();
+    // Why cards that are meant cannot be used, and which names mean none.
+    let (mut causes, mut misses) = (Vec::new(), Vec::new());
+    for found in meant {
+        match found {
+            Found::Gpu(gpu, instance) => match illness(gpu) {
+                Some(illness) => causes.push(illness),
+                None => {
+                    for device in usable_parts(gpu, instance) {
+                        if !devices.contains(&device) {
+                            devices.push(device);
+                        }
+                    }
                 }
-            }
-        }
-        DeviceSelection::All | DeviceSelection::None => {
-            for gpu in &report.gpus {
-                take(gpu, None, &mut missing);
-            }
-            missing.extend(unseen_gpus(facts, report));
+            },
+            Found::NotDriven(gpu) => causes.push(not_driven(gpu, facts)),
+            Found::Nothing(why) => misses.push(why),
         }
     }
     if !devices.is_empty() {
+        missing.extend(causes.iter().map(|cause| format!("{} ({})", cause.summary, cause.reason)));
+        if !misses.is_empty() {
+            missing.push(format!("{}; this VM has: {}", misses.join("; "), listing(facts, report)));
+        }
         return Ok(Verdict::Gpu { devices, missing });
     }
-    // A card that could not even tell its UUID may be the one that was named.
-    let nameless = report.gpus.iter().filter(|gpu| gpu.uuid.is_none()).find_map(illness);
-    if let Some(illness) = illnesses.into_iter().next().or(nameless) {
-        return Err(illness);
+    if let Some(cause) = causes.into_iter().next().or_else(|| nameless_illness(&config.devices, report)) {
+        return Err(cause);
     }
+    let why = if misses.is_empty() { String::new() } else { format!(" ({})", misses.join("; ")) };
     Err(Finding::new(
         Reason::DeviceSelectionEmpty,
         format!(
-            "FL_CUDA_VISIBLE_DEVICES='{}' selects no GPU of this VM, which has: {}",
+            "FL_CUDA_VISIBLE_DEVICES='{}' selects no usable GPU of this VM{why}, which has: {}",
             config.devices,
-            listing(report)
+            listing(facts, report)
         ),
     ))
+}
+
+/// The illness of a card that could not even tell the UUID or the address by which it is named.
+fn nameless_illness(selection: &DeviceSelection, report: &DriverReport) -> Option<Finding> {
+    let DeviceSelection::Named(names) = selection else {
+        return None;
+    };
+    let may_be_meant = |gpu: &ProbedGpu| {
+        names.iter().any(|name| match name {
+            DeviceName::Index(_) => false,
+            DeviceName::Pci(_) => gpu.pci_address.is_none(),
+            DeviceName::GpuUuid(_) | DeviceName::MigUuid(_) => gpu.uuid.is_none(),
+        })
+    };
+    report.gpus.iter().filter(|gpu| may_be_meant(gpu)).find_map(illness)
 }
 
 /// The card, or its MIG instances where it is in MIG mode; only `instance`, where one is named.
@@ -401,18 +426,24 @@ fn usable_parts(gpu: &ProbedGpu, instance: Option<&str>) -> Vec<GpuDevice> {
     }
 }
 
-/// The card that `name` means, and the MIG instance where it means one; or why there is none.
-fn find<'r>(name: &DeviceName, report: &'r DriverReport) -> Result<(&'r ProbedGpu, Option<&'r str>), String> {
+/// What a name of `FL_CUDA_VISIBLE_DEVICES` means.
+enum Found<'r> {
+    /// This card, and this MIG instance of it where the name is an instance's.
+    Gpu(&'r ProbedGpu, Option<&'r str>),
+    /// A GPU on the bus that the driver does not list.
+    NotDriven(&'r PciDevice),
+    /// No card, or no single one: why.
+    Nothing(String),
+}
+
+fn find<'r>(name: &DeviceName, facts: &'r PciFacts, report: &'r DriverReport) -> Found<'r> {
     let candidates: Vec<(&ProbedGpu, Option<&str>)> = match name {
         DeviceName::Index(index) => {
             report.gpus.iter().filter(|gpu| gpu.index == *index).map(|gpu| (gpu, None)).collect()
         }
-        DeviceName::Pci(address) => report
-            .gpus
-            .iter()
-            .filter(|gpu| gpu.pci_address.as_deref().and_then(PciAddress::parse) == Some(*address))
-            .map(|gpu| (gpu, None))
-            .collect(),
+        DeviceName::Pci(address) => {
+            report.gpus.iter().filter(|gpu| address_of(gpu) == Some(*address)).map(|gpu| (gpu, None)).collect()
+        }
         DeviceName::GpuUuid(beginning) => report
             .gpus
             .iter()
@@ -427,59 +458,44 @@ fn find<'r>(name: &DeviceName, report: &'r DriverReport) -> Result<(&'r ProbedGp
             .map(|(gpu, uuid)| (gpu, Some(uuid)))
             .collect(),
     };
-    match candidates.as_slice() {
-        [only] => Ok(*only),
-        [] => {
-            Err(format!("FL_CUDA_VISIBLE_DEVICES names '{name}', which is not in this VM; it has: {}", listing(report)))
-        }
-        _ => Err(format!(
-            "FL_CUDA_VISIBLE_DEVICES names '{name}', with which several begin; this VM has: {}",
-            listing(report)
-        )),
+    let on_the_bus = match name {
+        DeviceName::Pci(address) => unlisted_gpus(facts, report).find(|gpu| gpu.address == *address),
+        _ => None,
+    };
+    match (candidates.as_slice(), on_the_bus) {
+        ([(gpu, instance)], _) => Found::Gpu(gpu, *instance),
+        ([], Some(gpu)) => Found::NotDriven(gpu),
+        ([], None) => Found::Nothing(format!("FL_CUDA_VISIBLE_DEVICES names '{name}', which is not in this VM")),
+        _ => Found::Nothing(format!("FL_CUDA_VISIBLE_DEVICES names '{name}', with which several UUIDs begin")),
     }
+}
+
+fn address_of(gpu: &ProbedGpu) -> Option<PciAddress> {
+    gpu.pci_address.as_deref().and_then(PciAddress::parse)
 }
 
 fn begins_with(uuid: &str, beginning: &str) -> bool {
     uuid.get(..beginning.len()).is_some_and(|head| head.eq_ignore_ascii_case(beginning))
 }
 
-fn listing(report: &DriverReport) -> String {
-    let entries: Vec<String> = report
-        .gpus
-        .iter()
-        .map(|gpu| match &gpu.mig {
-            None => title(gpu),
-            Some(instances) if instances.is_empty() => format!("{} (in MIG mode, without an instance)", title(gpu)),
-            Some(instances) => {
-                let uuids: Vec<&str> = instances.iter().map(|instance| instance.uuid.as_str()).collect();
-                format!("{} (MIG: {})", title(gpu), uuids.join(", "))
-            }
-        })
-        .collect();
-    entries.join("; ")
+fn listing(facts: &PciFacts, report: &DriverReport) -> String {
+    let listed = report.gpus.iter().map(|gpu| match &gpu.mig {
+        None => title(gpu),
+        Some(instances) if instances.is_empty() => format!("{} (in MIG mode, without an instance)", title(gpu)),
+        Some(instances) => {
+            let uuids: Vec<&str> = instances.iter().map(|instance| instance.uuid.as_str()).collect();
+            format!("{} (MIG: {})", title(gpu), uuids.join(", "))
+        }
+    });
+    let unlisted = unlisted_gpus(facts, report).map(|gpu| not_driven(gpu, facts).summary);
+    listed.chain(unlisted).collect::<Vec<_>>().join("; ")
 }
 
-/// GPUs on the bus that the driver does not list: on another driver, or refused by it.
-fn unseen_gpus(facts: &PciFacts, report: &DriverReport) -> Vec<String> {
-    let listed = |address: PciAddress| {
-        report.gpus.iter().any(|gpu| gpu.pci_address.as_deref().and_then(PciAddress::parse) == Some(address))
-    };
+/// GPUs on the bus that the driver does not list: on another driver, on none, or refused by it.
+fn unlisted_gpus<'r>(facts: &'r PciFacts, report: &'r DriverReport) -> impl Iterator<Item = &'r PciDevice> {
     // A card that could not tell its address may be any of them.
-    if report.gpus.iter().any(|gpu| gpu.pci_address.is_none()) {
-        return Vec::new();
-    }
-    facts
-        .gpus()
-        .filter(|gpu| !listed(gpu.address))
-        .map(|gpu| {
-            let driver = gpu.driver.as_deref().unwrap_or("none");
-            format!(
-                "the GPU {} ({}) is not known to the NVIDIA driver (bound driver: {driver})",
-                gpu.address,
-                gpu.ids()
-            )
-        })
-        .collect()
+    let all_tell = report.gpus.iter().all(|gpu| gpu.pci_address.is_some());
+    facts.gpus().filter(move |gpu| all_tell && !report.gpus.iter().any(|other| address_of(other) == Some(gpu.address)))
 }
 
 #[cfg(test)]
@@ -490,7 +506,6 @@ mod tests {
     use one_context::Context;
 
     use super::super::nvml::ProbedMig;
-    use super::super::pci::PciDevice;
     use super::*;
     use crate::config::Prebaked;
 
@@ -541,7 +556,8 @@ mod tests {
 
     fn failed(kind: FaultKind, text: &str) -> ProbeOutcome {
         let fault = Fault { call: "nvmlInit_v2".into(), kind, text: text.into() };
-        ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library_version: Some("560.35.03".into()) })
+        let library = LibraryFile { version: Some("560.35.03".into()), ..LibraryFile::default() };
+        ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library })
     }
 
     fn decide(config: &Config, facts: &PciFacts, outcome: &ProbeOutcome) -> Verdict {
@@ -595,7 +611,7 @@ mod tests {
             ("driver-too-old", config(&[]), on_nvidia.clone(), code(13)),
             ("driver-not-ready", config(&[]), on_nvidia.clone(), code(27)),
             ("driver-timeout", config(&[]), on_nvidia.clone(), ProbeOutcome::TimedOut(Duration::from_secs(20))),
-            ("driver-crash", config(&[]), on_nvidia.clone(), ProbeOutcome::Crashed(11)),
+            ("driver-crash", config(&[]), on_nvidia.clone(), ProbeOutcome::Crashed { signal: 11, said: String::new() }),
             ("driver-error", config(&[]), on_nvidia.clone(), code(999)),
             ("driver-error", config(&[]), on_nvidia.clone(), code(20)),
             ("permission-denied", config(&[]), on_nvidia.clone(), code(4)),
@@ -737,6 +753,60 @@ mod tests {
             assert_eq!(finding.reason, Reason::DeviceSelectionEmpty);
             assert!(finding.summary.contains("GPU-aabb-2"), "{}", finding.summary);
         }
+    }
+
+    #[test]
+    fn a_beginning_that_several_uuids_have_is_called_that() {
+        let (facts, outcome) = two();
+        let ambiguous = finding(decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", "GPU-aa")]), &facts, &outcome));
+        assert!(ambiguous.summary.contains("'GPU-aa', with which several UUIDs begin"), "{}", ambiguous.summary);
+    }
+
+    #[test]
+    fn a_named_gpu_that_the_driver_does_not_drive_is_told_with_its_own_cause() {
+        let outcome = report(vec![probed(0, "GPU-1", A)]);
+        for (driver, reason) in [
+            (Some("nouveau"), Reason::WrongDriver),
+            (None, Reason::DriverNotLoaded),
+            (Some("nvidia"), Reason::GpuCountZero),
+        ] {
+            let facts = facts(&[gpu_at(A, Some("nvidia")), gpu_at(B, driver)]);
+            let by_address = finding(decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", "21:00.0")]), &facts, &outcome));
+            assert_eq!((by_address.reason, by_address.pci_address.as_deref()), (reason, Some(B)));
+            // By a name that the driver alone gives, it is among what there is.
+            let by_index = finding(decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", "1")]), &facts, &outcome));
+            assert_eq!(by_index.reason, Reason::DeviceSelectionEmpty);
+            assert!(by_index.summary.contains(B), "{}", by_index.summary);
+            // Without a selection it is a WARNING beside the good one.
+            let Verdict::Gpu { missing, .. } = decide(&config(&[]), &facts, &outcome) else { panic!("not on the GPU") };
+            assert!(missing.len() == 1 && missing[0].contains(B), "{missing:?}");
+        }
+    }
+
+    #[test]
+    fn a_card_that_cannot_tell_its_uuid_may_be_the_one_that_is_named_by_it() {
+        let mut mute = probed(0, "", A);
+        mute.uuid = None;
+        mute.fault = Some(Fault { call: "nvmlDeviceGetUUID".into(), kind: FaultKind::Code(15), text: "lost".into() });
+        let facts = facts(&[gpu_at(A, Some("nvidia"))]);
+        let reason = |selection| {
+            let config = config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]);
+            finding(decide(&config, &facts, &report(vec![mute.clone()]))).reason
+        };
+        assert_eq!(reason("GPU-1"), Reason::GpuLost);
+        assert_eq!(reason("0"), Reason::GpuLost);
+        assert_eq!(reason("1"), Reason::DeviceSelectionEmpty);
+        assert_eq!(reason("21:00.0"), Reason::DeviceSelectionEmpty);
+    }
+
+    #[test]
+    fn a_promised_device_that_is_no_gpu_beside_a_good_one_is_no_warning() {
+        let config = config(&[("PCI0_ADDRESS", "01:00.0"), ("PCI1_ADDRESS", "01:00.1")]);
+        let sound = device("0000:01:00.1", 0x10de, 0x04_03_00, Some("snd_hda_intel"));
+        let facts = facts(&[gpu_at(A, Some("nvidia")), sound]);
+        let verdict = decide(&config, &facts, &report(vec![probed(0, "GPU-1", A)]));
+        let Verdict::Gpu { missing, .. } = verdict else { panic!("{verdict:?}") };
+        assert_eq!(missing, Vec::<String>::new());
     }
 
     #[test]

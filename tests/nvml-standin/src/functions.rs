@@ -202,7 +202,7 @@ gated! {
 
     /// How many GPUs there are.
     fn nvmlDeviceGetCount_v2(count: *mut c_uint) |call| {
-        put(count, call.script.gpus.len() as c_uint)
+        put(count, call.script.count.unwrap_or(call.script.gpus.len() as c_uint))
     }
 
     /// A GPU by its index.

@@ -6,6 +6,7 @@ use std::{
     fs::OpenOptions,
     io::Write,
     path::Path,
+    process::Command,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::Duration,
@@ -102,6 +103,9 @@ fn pass(call: Call, body: impl FnOnce(&Call) -> Answer) -> Answer {
     log(script, call.name);
     if let Some(delay) = script.delay_ms.get(call.name) {
         thread::sleep(Duration::from_millis(*delay));
+    }
+    if listed(&script.leave_process) {
+        let _ = Command::new("sleep").arg("3600").spawn();
     }
     if listed(&script.crash) {
         die();

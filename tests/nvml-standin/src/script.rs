@@ -30,6 +30,10 @@ pub(crate) struct Script {
     pub(crate) hang: Vec<String>,
     /// Functions that die by SIGSEGV.
     pub(crate) crash: Vec<String>,
+    /// Functions that start a process, which lives on with the standard output and error of its parent.
+    pub(crate) leave_process: Vec<String>,
+    /// What `nvmlDeviceGetCount` answers instead of how many there are.
+    pub(crate) count: Option<u32>,
     /// `nvmlInit` answers NOT_READY until this file exists.
     pub(crate) ready_file: Option<PathBuf>,
     pub(crate) events: Vec<Event>,
@@ -48,6 +52,8 @@ impl Default for Script {
             delay_ms: BTreeMap::new(),
             hang: Vec::new(),
             crash: Vec::new(),
+            leave_process: Vec::new(),
+            count: None,
             ready_file: None,
             events: Vec::new(),
             log: None,
