@@ -1,23 +1,23 @@
 //! The story of `run`, from the context to the supervised container.
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use one_context::Context;
 use one_context::source::{SourceError, read_context};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::atomic;
 use crate::config::values::ImageRef;
 use crate::config::{self, Config, ConfigErrors, LogLevel, Prebaked, Remarks};
-use crate::docker::engine::{Engine, EngineError};
+use crate::docker::engine::{Engine, EngineError, Image};
 use crate::docker::runtime::{GpuAccess, choose_access, ensure_runtime};
 use crate::gpu::detect_gpus;
 use crate::gpu::verdict::Verdict;
 use crate::journal;
 use crate::plan::{self, Machine};
 use crate::settings::Settings;
-use crate::site;
 use crate::superlink::{SuperLink, SuperLinkError, static_superlink};
 use crate::supervisor::{LaunchError, Node, announce};
 use crate::systemd::{self, LongStep};
@@ -48,13 +48,27 @@ pub enum BootError {
     /// No image.
     #[error("{0}")]
     Image(String),
-    /// A file or folder of ours.
-    #[error("cannot write {path}")]
-    Write {
-        /// The file or folder.
+    /// The lock by which there is one agent.
+    #[error("cannot lock {path}")]
+    Lock {
+        /// The file.
         path: PathBuf,
         /// Why.
         source: std::io::Error,
+    },
+    /// Somebody else has it.
+    #[error("another supernode-agent runs already: it holds the lock {path}")]
+    AnotherRuns {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The container still runs.
+    #[error("the container {name} could not be stopped: {why}")]
+    NotStopped {
+        /// Its name.
+        name: String,
+        /// Why.
+        why: String,
     },
     /// Signals.
     #[error("cannot listen for signals")]
@@ -101,20 +115,9 @@ fn log_error(error: &BootError) -> String {
         }
         return format!("Invalid configuration: {}", errors.0.join("; "));
     }
-    let text = error_chain(error);
+    let text = journal::error_chain(error);
     tracing::error!("{text}");
     format!("Failed: {text}")
-}
-
-/// An error and its causes, in one line.
-pub fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
 }
 
 async fn run_until_signal(context: &Context, settings: Settings) -> Result<(), BootError> {
@@ -122,6 +125,7 @@ async fn run_until_signal(context: &Context, settings: Settings) -> Result<(), B
     log_remarks(&config, &remarks);
     let superlink = static_superlink(&config)?;
     let mut end = EndSignal::listen()?;
+    let _lock = lock(&settings.state.dir)?;
     let grace = settings.container.stop_timeout;
     let (socket, name) = (settings.docker.socket.clone(), settings.container.name.clone());
     let stopping = tokio::select! {
@@ -137,10 +141,32 @@ async fn run_until_signal(context: &Context, settings: Settings) -> Result<(), B
     };
     systemd::stopping("Stopping the container");
     let _extension = LongStep::begin();
-    if let Err(error) = stop_container(&socket, &name, grace).await {
-        tracing::warn!("the container {name} could not be stopped: {error}");
+    let stopped = tokio::select! {
+        stopped = stop_container(&socket, &name, grace) => stopped,
+        name = end.received() => Err(format!("{name} came again and ended the wait for it")),
+    };
+    match (stopping, stopped) {
+        (Some(error), stopped) => {
+            if let Err(why) = stopped {
+                tracing::warn!("the container {name} could not be stopped: {why}");
+            }
+            Err(error)
+        }
+        (None, stopped) => stopped.map_err(|why| BootError::NotStopped { name, why }),
     }
-    stopping.map_or(Ok(()), Err)
+}
+
+/// Sees to it that there is one agent: two would replace each other's container for ever. Held until the process ends.
+fn lock(state_dir: &Path) -> Result<File, BootError> {
+    let path = state_dir.join("lock");
+    let failed = |source| BootError::Lock { path: path.clone(), source };
+    std::fs::create_dir_all(state_dir).map_err(failed)?;
+    let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(BootError::AnotherRuns { path }),
+        Err(TryLockError::Error(source)) => Err(failed(source)),
+    }
 }
 
 /// Brings the node up and keeps it up.
@@ -158,10 +184,10 @@ async fn live(config: Config, superlink: SuperLink, settings: Settings) -> Resul
     }
     let engine = engine?;
     let (verdict, access) = make_docker_able(&config, verdict, &engine, &settings).await?;
-    let image = find_image(&config, &engine).await?;
-    let machine = Machine { image_python_path: engine.image_variable(&image, "PYTHONPATH").await?, ..this_machine() };
-    prepare_mounts(&superlink, &settings)?;
-    let mut node = Node { config, settings, superlink, image, machine, access, verdict, refused_hash: None };
+    let (image, found) = find_image(&config, &engine, &settings.container.name).await?;
+    let machine = Machine { image_python_path: found.variable("PYTHONPATH"), ..this_machine() };
+    let announced = verdict.finding().map(|finding| finding.reason);
+    let mut node = Node { config, settings, superlink, image, machine, access, verdict, refused_hash: None, announced };
     systemd::status("Starting the container");
     let container = node.bring_up(&engine).await?;
     drop(starting);
@@ -223,27 +249,38 @@ async fn make_docker_able(
 }
 
 /// The image that is wanted, else the one that is on the machine since it was built.
-async fn find_image(config: &Config, engine: &Engine) -> Result<ImageRef, BootError> {
+async fn find_image(config: &Config, engine: &Engine, container: &str) -> Result<(ImageRef, Image), BootError> {
     let wanted = plan::wanted_image(config);
-    if engine.has_image(&wanted).await? {
-        return Ok(wanted);
+    if let Some(found) = engine.find_image(wanted.as_str()).await? {
+        return Ok((wanted, found));
+    }
+    // The name was taken off the image, and a container that was made from it goes on.
+    if let Some(running) = engine.find_container(container).await?.filter(|found| found.running)
+        && running.image == wanted.as_str()
+        && let Some(found) = engine.find_image(&running.image_id).await?
+    {
+        return Ok((wanted, found));
     }
     systemd::status(&format!("Pulling {wanted}"));
     tracing::info!("pulling {wanted}");
     let pulled = engine.pull(&wanted, |step| systemd::status(&format!("Pulling {wanted}: {step}"))).await;
-    let Err(error) = pulled else {
-        return Ok(wanted);
+    let error = match pulled {
+        Ok(()) => match engine.find_image(wanted.as_str()).await? {
+            Some(found) => return Ok((wanted, found)),
+            None => "it was pulled and is not there".to_owned(),
+        },
+        Err(error) => error.to_string(),
     };
-    match plan::prebaked_image(config).filter(|prebaked| *prebaked != wanted) {
-        Some(prebaked) if engine.has_image(&prebaked).await? => {
-            tracing::warn!("the image {wanted} is not to be had, the prebaked {prebaked} is used instead: {error}");
-            Ok(prebaked)
-        }
-        Some(prebaked) => Err(BootError::Image(format!(
+    let Some(prebaked) = plan::prebaked_image(config).filter(|prebaked| *prebaked != wanted) else {
+        return Err(BootError::Image(format!("the image {wanted} is not to be had: {error}")));
+    };
+    let Some(found) = engine.find_image(prebaked.as_str()).await? else {
+        return Err(BootError::Image(format!(
             "neither the image {wanted} nor the prebaked {prebaked} is to be had: {error}"
-        ))),
-        None => Err(BootError::Image(format!("the image {wanted} is not to be had: {error}"))),
-    }
+        )));
+    };
+    tracing::warn!("the image {wanted} is not to be had, the prebaked {prebaked} is used instead: {error}");
+    Ok((prebaked, found))
 }
 
 /// What of this machine the container's specification depends on.
@@ -260,30 +297,27 @@ pub fn this_machine() -> Machine {
     }
 }
 
-/// Makes what the container's mounts need.
-fn prepare_mounts(superlink: &SuperLink, settings: &Settings) -> Result<(), BootError> {
-    let failed = |path: &Path| {
-        let path = path.to_path_buf();
-        move |source| BootError::Write { path, source }
-    };
-    let data = &settings.container.data_dir;
-    std::fs::create_dir_all(data).map_err(failed(data))?;
-    if let Some(ca) = &superlink.ca {
-        let file = settings.container.certs_dir.join(plan::CA_FILE);
-        atomic::replace(&file, ca.pem().as_bytes()).map_err(failed(&file))?;
-    }
-    let state = &settings.state.dir;
-    site::write(state).map_err(failed(state))
-}
-
-async fn stop_container(socket: &Path, name: &str, grace: std::time::Duration) -> Result<(), EngineError> {
-    let engine = Engine::connect(socket).await?;
-    match engine.find_container(name).await? {
-        Some(container) if container.running && container.spec_hash().is_some() => {
-            tracing::info!("stopping the container {name}");
-            engine.stop(&container.id, grace).await
+/// Stops the container, with its grace; an engine that hangs does not keep the agent.
+async fn stop_container(socket: &Path, name: &str, grace: Duration) -> Result<(), String> {
+    const MORE_THAN_GRACE: Duration = Duration::from_secs(10);
+    let stop = async {
+        let engine = Engine::connect(socket).await?;
+        match engine.find_container(name).await? {
+            Some(container) if container.running && container.spec_hash().is_some() => {
+                tracing::info!("stopping the container {name}");
+                engine.stop(&container.id, grace).await
+            }
+            _ => Ok(()),
         }
-        _ => Ok(()),
+    };
+    match tokio::time::timeout(grace + MORE_THAN_GRACE, stop).await {
+        // Without an engine there is, as far as can be told, no container.
+        Ok(Err(error @ EngineError::Unreachable { .. })) => {
+            tracing::warn!("{error}");
+            Ok(())
+        }
+        Ok(stopped) => stopped.map_err(|error| error.to_string()),
+        Err(_) => Err(format!("Docker gave no answer within {} s", (grace + MORE_THAN_GRACE).as_secs())),
     }
 }
 

@@ -61,6 +61,20 @@ fn stderr_is_the_journal() -> bool {
     std::fs::metadata("/proc/self/fd/2").is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
 }
 
+/// An error and its causes, in one line; a cause whose text is there already is not repeated.
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        cause = inner.source();
+    }
+    text
+}
+
 /// An entry about a finding: its level, what becomes of the node, and in words.
 macro_rules! log_finding {
     ($level:expr, $finding:expr, $status:literal, $text:literal) => {

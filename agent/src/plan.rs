@@ -16,7 +16,10 @@ use crate::superlink::SuperLink;
 pub const SPEC_HASH_LABEL: &str = "supernode-agent.spec-hash";
 /// Label: `cuda` or `cpu`.
 pub const VERDICT_LABEL: &str = "supernode-agent.verdict";
-/// Label: the code of the reason, on a CPU fallback.
+/// Label: size of `/dev/shm` in MiB.
+pub const SHM_SIZE_LABEL: &str = "supernode-agent.shm-size-mib";
+/// Label: the code of the reason, on a CPU fallback. Like all labels it tells of the launch; a container that is adopted
+/// later, by an agent with another finding, keeps it.
 pub const REASON_LABEL: &str = "supernode-agent.reason";
 /// Label: the reason's particulars, on a CPU fallback.
 pub const SUMMARY_LABEL: &str = "supernode-agent.summary";
@@ -50,6 +53,9 @@ pub struct ContainerSpec {
     pub labels: BTreeMap<String, String>,
     /// Bind mounts.
     pub mounts: Vec<MountSpec>,
+    /// Digest of the mounted CA file: a file that is mounted stays the old one when it is replaced, so another CA is another
+    /// container.
+    pub ca_digest: Option<String>,
     /// Folders in memory, with their mount options.
     pub tmpfs: BTreeMap<String, String>,
     /// User and group.
@@ -58,6 +64,8 @@ pub struct ContainerSpec {
     pub pids_limit: i64,
     /// Size of `/dev/shm` in MiB.
     pub shm_size_mib: u64,
+    /// Whether that size follows the machine's memory.
+    pub shm_follows_memory: bool,
     /// Docker's log driver.
     pub log_driver: String,
     /// Its options.
@@ -87,16 +95,15 @@ pub struct Machine {
 }
 
 impl ContainerSpec {
-    /// The hash over everything but the labels (FNV-1a of the JSON, 64 bits: it tells specifications apart, it does not
-    /// protect them).
+    /// The digest of everything but the labels. A size that follows the memory counts as that: memory that is plugged in
+    /// is no reason to stop a training.
     pub fn hash(&self) -> String {
-        let bare = Self { labels: BTreeMap::new(), ..self.clone() };
+        let mut bare = Self { labels: BTreeMap::new(), ..self.clone() };
+        if bare.shm_follows_memory {
+            bare.shm_size_mib = 0;
+        }
         // A structure of texts and numbers always has a JSON.
-        let json = serde_json::to_string(&bare).unwrap_or_default();
-        let hash = json
-            .bytes()
-            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-        format!("{hash:016x}")
+        digest(&serde_json::to_string(&bare).unwrap_or_default())
     }
 
     /// The same for people's eyes: secrets in the node configuration are hidden.
@@ -109,6 +116,12 @@ impl ContainerSpec {
         }
         shown
     }
+}
+
+/// FNV-1a, 64 bits: it tells texts apart, it does not protect them.
+fn digest(text: &str) -> String {
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    format!("{:016x}", text.bytes().fold(0xcbf2_9ce4_8422_2325, step))
 }
 
 /// The image that the operator wants.
@@ -155,6 +168,7 @@ pub fn plan_container(
         cdi_devices,
         labels: BTreeMap::new(),
         mounts: mounts(config, verdict, superlink, settings),
+        ca_digest: superlink.and_then(|superlink| superlink.ca.as_ref()).map(|ca| digest(ca.pem())),
         // Apps are installed below FLWR_HOME and run from there.
         tmpfs: BTreeMap::from([(FLWR_HOME.into(), "uid=49999,gid=49999,mode=0700,exec".into())]),
         user: USER.into(),
@@ -163,10 +177,12 @@ pub fn plan_container(
             0 => (machine.memory_mib / 2).max(64),
             size => size,
         },
+        shm_follows_memory: settings.container.shm_size_mib == 0,
         log_driver,
         log_options,
     };
     spec.labels.insert(SPEC_HASH_LABEL.into(), spec.hash());
+    spec.labels.insert(SHM_SIZE_LABEL.into(), spec.shm_size_mib.to_string());
     spec.labels.insert(VERDICT_LABEL.into(), verdict.device().into());
     if let Verdict::Cpu { finding: Some(finding) } = verdict {
         spec.labels.insert(REASON_LABEL.into(), finding.reason.code().into());
@@ -246,10 +262,9 @@ fn environment(config: &Config, verdict: &Verdict, access: &GpuAccess, machine: 
 fn memory_limits(devices: &[crate::gpu::verdict::GpuDevice], share: f64) -> String {
     let mut in_order: Vec<_> = devices.iter().collect();
     in_order.sort_by(|a, b| a.pci_address.cmp(&b.pci_address));
-    let limits: Vec<String> = in_order
-        .iter()
-        .map(|device| ((device.memory_mib.unwrap_or(0) as f64 * share).floor() as u64).to_string())
-        .collect();
+    // A limit of 0 would mean that it is not known.
+    let limit = |memory_mib: u64| ((memory_mib as f64 * share).floor() as u64).max(1);
+    let limits: Vec<String> = in_order.iter().map(|device| device.memory_mib.map_or(0, limit).to_string()).collect();
     limits.join(",")
 }
 
@@ -396,7 +411,25 @@ mod tests {
         assert_eq!(fallback.labels[REASON_LABEL], "gpu-lost");
         assert_ne!(cpu.hash(), spec("FL_LOG_LEVEL='DEBUG'\n", &Verdict::not_wanted(), &GpuAccess::Runtime).hash());
         // Another hash for the same wish makes every node replace its container at the next upgrade: think twice.
-        assert_eq!(cpu.hash(), "5e3c584659928767");
+        assert_eq!(cpu.hash(), "651266b145be4e1a");
+    }
+
+    #[test]
+    fn memory_that_is_plugged_in_changes_no_hash_and_a_size_of_the_operators_does() {
+        let with = |memory_mib, shm_size_mib| {
+            let context = Context::parse(b"FL_SUPERLINK_ADDRESS='h:1'\n").unwrap();
+            let (config, _) = Config::from_context(&context, &Prebaked::default()).unwrap();
+            let machine = Machine { memory_mib, ..Machine::default() };
+            let mut settings = Settings::default();
+            settings.container.shm_size_mib = shm_size_mib;
+            let image = wanted_image(&config);
+            plan_container(&config, &Verdict::not_wanted(), &GpuAccess::Runtime, None, &image, &machine, &settings)
+        };
+        assert_eq!(with(8000, 0).hash(), with(16000, 0).hash());
+        // A container that has ended is made anew for it.
+        assert_ne!(with(8000, 0).labels[SHM_SIZE_LABEL], with(16000, 0).labels[SHM_SIZE_LABEL]);
+        assert_ne!(with(8000, 0).hash(), with(8000, 4000).hash());
+        assert_ne!(with(8000, 2000).hash(), with(8000, 4000).hash());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The container's life: adopted or replaced, watched, started again, stopped. The agent is its one owner.
 //!
 //! ```text
-//!              same specification, running
+//!           same specification, running, with its GPU
 //!          ┌──────────────── adopt ───────────────┐
 //! look ────┤                                      ├──> running ──ended──> pause ──> look
 //!          └─ (stop, remove) create, start, check ┘       │
@@ -10,11 +10,12 @@
 //! ```
 
 use std::os::unix::fs::FileTypeExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::atomic;
 use crate::config::Config;
 use crate::config::values::ImageRef;
 use crate::docker::engine::{Container, Engine, EngineError};
@@ -24,6 +25,7 @@ use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::journal;
 use crate::plan::{self, ContainerSpec, Machine};
 use crate::settings::Settings;
+use crate::site;
 use crate::superlink::SuperLink;
 use crate::systemd;
 
@@ -54,6 +56,8 @@ pub struct Node {
     pub verdict: Verdict,
     /// The hash of the GPU specification that did not come up, once there is one.
     pub refused_hash: Option<String>,
+    /// The reason of the WARNING that holds: it is not given again for every try.
+    pub announced: Option<Reason>,
 }
 
 /// Why the container does not run.
@@ -65,6 +69,14 @@ pub enum LaunchError {
     /// There must be a GPU, and there is none.
     #[error("FL_GPU_REQUIRED is YES and no GPU is usable")]
     GpuRequired,
+    /// What the container mounts cannot be made.
+    #[error("cannot write {path}")]
+    Mounts {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
 }
 
 impl Node {
@@ -103,8 +115,11 @@ impl Node {
     ///
     /// # Errors
     /// When there must be a GPU.
-    pub fn fall_back(&mut self, finding: Finding) -> Result<(), LaunchError> {
-        announce(&self.config, &finding)?;
+    fn fall_back(&mut self, finding: Finding) -> Result<(), LaunchError> {
+        if self.announced != Some(finding.reason) {
+            announce(&self.config, &finding)?;
+            self.announced = Some(finding.reason);
+        }
         self.verdict = Verdict::cpu(finding);
         Ok(())
     }
@@ -112,31 +127,72 @@ impl Node {
     /// Adopts the running container of this very specification, or replaces whatever has its name.
     ///
     /// # Errors
-    /// When the engine does not do its part, or there must be a GPU and it does not come up.
+    /// When the engine does not do its part, what is mounted cannot be made, or there must be a GPU and the container does
+    /// not come up on it.
     pub async fn bring_up(&mut self, engine: &Engine) -> Result<Container, LaunchError> {
+        let (verdict, refused_hash) = (self.verdict.clone(), self.refused_hash.clone());
+        let brought_up = self.adopt_or_replace(engine).await;
+        if brought_up.is_err() {
+            // It does not come up on the CPU either, so it was not the GPU: the next try begins with it again.
+            (self.verdict, self.refused_hash) = (verdict, refused_hash);
+        }
+        brought_up
+    }
+
+    async fn adopt_or_replace(&mut self, engine: &Engine) -> Result<Container, LaunchError> {
+        self.prepare_mounts()?;
         loop {
             let spec = self.spec();
             let found = engine.find_container(&spec.name).await?;
             if let Some(container) = found.as_ref().filter(|container| container.running) {
                 if container.spec_hash() == Some(&spec.hash()) {
-                    tracing::info!("adopted the running container {} ({})", spec.name, short(&container.id));
-                    return Ok(container.clone());
-                }
-                if let Some(finding) = stands_in_for(container, &spec) {
+                    let Some(finding) = devices_missing_in(container, self.verdict.devices()) else {
+                        tracing::info!("adopted the running container {} ({})", spec.name, short(&container.id));
+                        if container.paused {
+                            tracing::warn!("the container {} is paused: docker unpause {0}", spec.name);
+                        }
+                        return Ok(container.clone());
+                    };
+                    // The GPU itself is there: a container that is made anew may have it.
+                    tracing::warn!("replacing the running container: {}", finding.summary);
+                } else if let Some(finding) = stands_in_for(container, &spec) {
                     self.refused_hash = Some(spec.hash());
                     self.fall_back(finding)?;
                     continue;
                 }
             }
             match self.launch(engine, &spec, found).await? {
-                Launched::Running(container) => return Ok(container),
-                Launched::NotOnGpu { id, finding } => {
-                    engine.remove(&id).await?;
+                Launched::Running(container) => {
+                    if !self.verdict.devices().is_empty() {
+                        self.announced = None;
+                    }
+                    return Ok(container);
+                }
+                Launched::NotOnGpu(finding) => {
+                    if let Some(dead) = engine.find_container(&spec.name).await? {
+                        engine.remove(&dead).await?;
+                    }
                     self.refused_hash = Some(spec.hash());
                     self.fall_back(finding)?;
                 }
             }
         }
+    }
+
+    /// Makes what the container's mounts need. Looked after at every start: a folder may have gone in between.
+    fn prepare_mounts(&self) -> Result<(), LaunchError> {
+        let failed = |path: &Path| {
+            let path = path.to_path_buf();
+            move |source| LaunchError::Mounts { path, source }
+        };
+        let data = &self.settings.container.data_dir;
+        std::fs::create_dir_all(data).map_err(failed(data))?;
+        if let Some(ca) = &self.superlink.ca {
+            let file = self.settings.container.certs_dir.join(plan::CA_FILE);
+            atomic::replace(&file, ca.pem().as_bytes()).map_err(failed(&file))?;
+        }
+        let state = &self.settings.state.dir;
+        site::write(state).map_err(failed(state))
     }
 
     async fn launch(
@@ -146,40 +202,39 @@ impl Node {
         found: Option<Container>,
     ) -> Result<Launched, LaunchError> {
         let on_gpu = matches!(self.verdict, Verdict::Gpu { .. });
-        let id = match found {
-            // It has ended: the same container goes on, with its log.
-            Some(container) if container.spec_hash() == Some(&spec.hash()) => container.id,
-            other => {
-                if let Some(old) = other {
-                    tracing::info!("replacing the container {} ({})", spec.name, short(&old.id));
-                    engine.stop(&old.id, self.settings.container.stop_timeout).await?;
-                    engine.remove(&old.id).await?;
-                }
-                match engine.create(spec).await {
-                    Err(EngineError::Refused { status: 400 | 500, message, .. }) if on_gpu => {
-                        return Ok(Launched::NotOnGpu { id: spec.name.clone(), finding: start_failed(&message) });
-                    }
-                    created => created?,
-                }
-            }
+        // One that has ended goes on, with its log, where it is what would be made now.
+        let image = engine.find_image(&spec.image).await?;
+        let same = found.as_ref().filter(|old| {
+            !old.running && old.is_made_from(spec) && image.as_ref().is_some_and(|image| image.id == old.image_id)
+        });
+        let mut started = match same {
+            Some(same) => engine.start(&same.id).await,
+            None => self.make_and_start(engine, spec, found.as_ref()).await,
         };
-        match engine.start(&id).await {
-            Err(EngineError::Refused { message, .. }) if on_gpu => {
-                return Ok(Launched::NotOnGpu { id, finding: start_failed(&message) });
-            }
-            started => started?,
+        if same.is_some() && matches!(started, Err(EngineError::Refused { .. })) {
+            // What it was made with may have gone since: only one that is made now is judged.
+            started = self.make_and_start(engine, spec, found.as_ref()).await;
         }
-        let Some(container) = engine.find_container(&id).await? else {
+        if let Err(error) = started {
+            return match error.may_be_of_the_gpu().filter(|_| on_gpu) {
+                Some(why) => Ok(Launched::NotOnGpu(Finding::new(
+                    Reason::RuntimeStartFailed,
+                    format!("Docker did not start the container with the GPU: {why}"),
+                ))),
+                None => Err(error.into()),
+            };
+        }
+        let Some(container) = engine.find_container(&spec.name).await? else {
             let message = "it was removed right after its start".into();
             return Err(EngineError::Failed { doing: "start the container", message }.into());
         };
         if let Some(finding) = devices_missing_in(&container, self.verdict.devices()) {
-            return Ok(Launched::NotOnGpu { id, finding });
+            return Ok(Launched::NotOnGpu(finding));
         }
         tracing::info!(
             "started the container {} ({}) from {} on {}",
             spec.name,
-            short(&id),
+            short(&container.id),
             spec.image,
             match &self.verdict {
                 Verdict::Gpu { devices, .. } => devices.iter().map(title).collect::<Vec<_>>().join(", "),
@@ -187,6 +242,21 @@ impl Node {
             }
         );
         Ok(Launched::Running(container))
+    }
+
+    async fn make_and_start(
+        &self,
+        engine: &Engine,
+        spec: &ContainerSpec,
+        old: Option<&Container>,
+    ) -> Result<(), EngineError> {
+        if let Some(old) = old {
+            tracing::info!("replacing the container {} ({})", spec.name, short(&old.id));
+            engine.stop(&old.id, self.settings.container.stop_timeout).await?;
+            engine.remove(old).await?;
+        }
+        let id = engine.create(spec).await?;
+        engine.start(&id).await
     }
 
     /// Watches the container and starts it again whenever it ends. Never returns: a signal ends it from outside.
@@ -198,7 +268,10 @@ impl Node {
         loop {
             let watched_since = Instant::now();
             let end = engine.wait(&container.id).await;
-            engine = self.engine_again(engine).await;
+            let engine_went = engine.facts().await.is_err();
+            if engine_went {
+                engine = self.engine_again().await;
+            }
             // The connection may have gone and the container not.
             if end.is_none()
                 && let Ok(Some(found)) = engine.find_container(&container.id).await
@@ -207,7 +280,8 @@ impl Node {
                 tokio::time::sleep(FIRST_PAUSE).await;
                 continue;
             }
-            if watched_since.elapsed() >= HEALTHY_AFTER {
+            // A container that went down with the engine is not to blame.
+            if engine_went || watched_since.elapsed() >= HEALTHY_AFTER {
                 pause = FIRST_PAUSE;
             }
             let what = match end {
@@ -226,19 +300,18 @@ impl Node {
                 match self.bring_up(&engine).await {
                     Ok(container) => break container,
                     Err(LaunchError::GpuRequired) => return Err(LaunchError::GpuRequired),
-                    Err(LaunchError::Engine(error)) => tracing::error!("the container does not come up: {error}"),
+                    Err(error) => tracing::error!("the container does not come up: {}", journal::error_chain(&error)),
                 }
-                engine = self.engine_again(engine).await;
+                if engine.facts().await.is_err() {
+                    engine = self.engine_again().await;
+                }
             };
             systemd::status(&self.status());
         }
     }
 
     /// The engine, once it answers again.
-    async fn engine_again(&self, engine: Engine) -> Engine {
-        if engine.facts().await.is_ok() {
-            return engine;
-        }
+    async fn engine_again(&self) -> Engine {
         let socket = &self.settings.docker.socket;
         tracing::warn!("the Docker engine at {} does not answer; waiting for it", socket.display());
         systemd::status("Waiting for the Docker engine");
@@ -270,11 +343,7 @@ pub fn announce(config: &Config, finding: &Finding) -> Result<(), LaunchError> {
 
 enum Launched {
     Running(Container),
-    NotOnGpu { id: String, finding: Finding },
-}
-
-fn start_failed(message: &str) -> Finding {
-    Finding::new(Reason::RuntimeStartFailed, format!("Docker did not start the container with the GPU: {message}"))
+    NotOnGpu(Finding),
 }
 
 /// Whether `container` runs on the CPU because `wanted`, on the GPU, did not come up: why, as its labels tell.

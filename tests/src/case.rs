@@ -347,6 +347,11 @@ impl Agent {
         self.wait_exit(Duration::from_secs(30))
     }
 
+    /// Ctrl-C on a terminal: SIGINT.
+    pub fn interrupt(&self) {
+        self.signal(Signal::INT);
+    }
+
     /// `systemctl reload`: SIGHUP.
     pub fn reload(&self) {
         self.signal(Signal::HUP);

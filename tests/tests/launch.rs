@@ -4,13 +4,15 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::Command;
 use std::time::Duration;
 
 use common::{
     GPU_A, GPU_B, PATIENCE, engine_with, inspect, one_gpu, sysfs_of_one, sysfs_of_two, two_gpus, wanted, warnings,
 };
 use serde_json::{Value, json};
-use supernode_tests::{Agent, Case, Engine, RuntimeMode, Sysfs, eventually, image};
+use supernode_tests::{Agent, Case, Engine, RuntimeMode, Sysfs, eventually, image, run};
 
 /// A node that is up.
 #[track_caller]
@@ -95,9 +97,9 @@ fn every_cause_before_the_launch_ends_as_a_cpu_node_with_one_warning() {
     for (reason, sysfs, machine, more) in cases {
         case.sysfs(&sysfs).nvml(&machine).context(&wanted(more));
         let mut agent = up(&case);
+        // The container of the case before has ended and has another reason in its labels: it is not started again.
         assert_cpu_for(reason, &agent, &engine);
         assert_eq!(agent.terminate(), 0);
-        engine.docker(&["rm", "-f", "flower-supernode"]);
     }
     // A machine without a GPU has no business in daemon.json.
     assert_eq!(fs::read_to_string(engine.daemon_json()).unwrap().trim(), "{}");
@@ -220,6 +222,185 @@ fn a_killed_agent_leaves_the_container_and_the_next_adopts_it() {
         agent.wait_for_line("adopted the running container", PATIENCE);
         assert_eq!(inspect(&engine, facts), before);
     }
+}
+
+#[test]
+fn a_running_container_without_its_gpu_is_made_anew_and_not_adopted() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    up(&case).kill9();
+    let before = inspect(&engine, "{{.Id}}");
+    fs::remove_file(format!("/proc/{}/root/dev/nvidia0", inspect(&engine, "{{.State.Pid}}"))).unwrap();
+    let agent = up(&case);
+    assert_ne!(inspect(&engine, "{{.Id}}"), before);
+    assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
+    assert!(warnings(&agent)[0].contains("replacing the running container"), "{:#?}", agent.lines());
+}
+
+#[test]
+fn what_keeps_any_container_from_its_start_is_not_laid_on_the_gpu() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    case.set("container.log_driver", "no-such-driver");
+    let mut agent = case.start();
+    assert_eq!(agent.wait_exit(PATIENCE), 1);
+    assert_eq!(warnings(&agent), Vec::<String>::new());
+    agent.wait_for_line("no log driver named", PATIENCE);
+    // The image has no such program.
+    case.unset("container.log_driver");
+    engine.import_image_with(&[image::PYTORCH], &[r#"ENTRYPOINT ["/nowhere/flower-supernode"]"#]);
+    let mut agent = case.start();
+    assert_eq!(agent.wait_exit(PATIENCE), 1);
+    assert_eq!(warnings(&agent), Vec::<String>::new());
+    agent.wait_for_line("/nowhere/flower-supernode", PATIENCE);
+}
+
+#[test]
+fn where_the_cpu_launch_is_refused_as_well_the_gpu_is_tried_again() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let broken = case.path("runc-is-broken");
+    let script = format!(
+        "#!/bin/sh\ncase \" $* \" in *\" create \"*) [ -e {} ] && exit 1 ;; esac\nPATH=$(echo \"$PATH\" | cut -d: -f2-) exec runc \"$@\"\n",
+        broken.display()
+    );
+    let runc = engine.bin_dir().join("runc");
+    fs::write(&runc, script).unwrap();
+    fs::set_permissions(&runc, fs::Permissions::from_mode(0o755)).unwrap();
+    let agent = up(&case);
+    fs::write(&broken, "").unwrap();
+    engine.docker(&["kill", "flower-supernode"]).expect_success();
+    // Twice round: the WARNING is not given for every try.
+    agent.wait_for_line("does not come up", PATIENCE);
+    assert!(eventually(PATIENCE, || {
+        agent.lines().iter().filter(|line| line.contains("does not come up")).count() >= 2
+    }));
+    let fallbacks = warnings(&agent).into_iter().filter(|line| line.contains("runtime-start-failed")).count();
+    assert_eq!(fallbacks, 1, "{:#?}", agent.lines());
+    fs::remove_file(&broken).unwrap();
+    assert!(eventually(PATIENCE, || {
+        let format = "{{.State.Running}} {{.HostConfig.Runtime}}";
+        engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout.trim() == "true nvidia"
+    }));
+}
+
+#[test]
+fn a_stopped_container_that_docker_cannot_start_again_is_made_anew_before_the_gpu_is_judged() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let mut agent = up(&case);
+    let before = inspect(&engine, "{{.Id}}");
+    assert_eq!(agent.terminate(), 0);
+    // Its layer is damaged.
+    let layer = inspect(&engine, "{{.GraphDriver.Data.UpperDir}}");
+    assert!(layer.ends_with("/diff"), "{layer}");
+    fs::remove_dir_all(&layer).unwrap();
+    let agent = up(&case);
+    assert_eq!(warnings(&agent), Vec::<String>::new());
+    assert_ne!(inspect(&engine, "{{.Id}}"), before);
+    assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
+}
+
+#[test]
+fn a_new_image_of_the_same_name_is_taken_at_the_next_start_and_not_by_force() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    let mut agent = up(&case);
+    let facts = "{{.Id}} {{.Image}}";
+    let before = inspect(&engine, facts);
+    engine.import_image_with(&[image::PYTORCH], &["ENV RELEASE=2"]);
+    agent.kill9();
+    let mut agent = up(&case);
+    assert_eq!(inspect(&engine, facts), before);
+    assert_eq!(agent.terminate(), 0);
+    let _agent = up(&case);
+    assert_ne!(inspect(&engine, facts), before);
+    assert!(inspect(&engine, "{{.Config.Env}}").contains("RELEASE=2"));
+}
+
+#[test]
+fn a_running_container_is_adopted_though_its_image_has_lost_its_name() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    up(&case).kill9();
+    let before = inspect(&engine, "{{.Id}}");
+    engine.docker(&["rmi", "-f", image::PYTORCH]).expect_success();
+    up(&case);
+    assert_eq!(inspect(&engine, "{{.Id}}"), before);
+}
+
+#[test]
+fn a_paused_container_is_adopted_with_a_warning_that_names_the_cure() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    up(&case).kill9();
+    engine.docker(&["pause", "flower-supernode"]).expect_success();
+    let agent = up(&case);
+    assert!(warnings(&agent)[0].contains("docker unpause flower-supernode"), "{:#?}", agent.lines());
+    engine.docker(&["unpause", "flower-supernode"]).expect_success();
+}
+
+#[test]
+fn a_foreign_container_of_the_same_name_is_replaced_and_its_data_stay() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    engine.docker(&["run", "-d", "--name", "flower-supernode", "-v", "/data", image::PYTORCH]).expect_success();
+    let volumes = || engine.docker(&["volume", "ls", "-q"]).expect_success().to_owned();
+    let before = volumes();
+    assert!(!before.is_empty());
+    let _agent = up(&case);
+    assert!(!inspect(&engine, "{{index .Config.Labels \"supernode-agent.spec-hash\"}}").is_empty());
+    assert_eq!(volumes(), before);
+}
+
+#[test]
+fn two_agents_do_not_fight_over_one_container() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    let first = up(&case);
+    let before = inspect(&engine, "{{.Id}}");
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
+    let second = case.run_command("run", &[]);
+    assert_eq!(second.code, Some(1));
+    assert!(second.stderr.contains("another supernode-agent runs already"), "{second:?}");
+    assert_eq!(inspect(&engine, "{{.Id}}"), before);
+    drop(first);
+}
+
+#[test]
+fn an_engine_that_hangs_does_not_keep_the_agent_from_its_end() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("container.stop_timeout_seconds", 1);
+    let mut agent = up(&case);
+    let freeze = |signal: &str| {
+        run(Command::new("kill").args([signal, &engine.pid().to_string()]), PATIENCE).expect_success();
+    };
+    freeze("-STOP");
+    assert_eq!(agent.terminate(), 1);
+    agent.wait_for_line("could not be stopped: Docker gave no answer within 11 s", PATIENCE);
+    freeze("-CONT");
+    let mut agent = up(&case);
+    freeze("-STOP");
+    agent.interrupt();
+    agent.wait_for_line("received SIGINT", PATIENCE);
+    assert_eq!(agent.terminate(), 1);
+    agent.wait_for_line("SIGTERM came again", PATIENCE);
+    freeze("-CONT");
+}
+
+#[test]
+fn a_container_that_went_down_with_its_engine_is_started_again_without_a_longer_pause() {
+    let Some((mut engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    let agent = up(&case);
+    for round in 1..=3 {
+        engine.restart();
+        assert!(eventually(PATIENCE, || {
+            agent.lines().iter().filter(|line| line.contains("started the container")).count() == round + 1
+        }));
+    }
+    let pauses: Vec<_> = agent.lines().into_iter().filter(|line| line.contains("starting it again in")).collect();
+    assert!(pauses.iter().all(|line| line.ends_with("in 1 s")), "{pauses:#?}");
 }
 
 #[test]

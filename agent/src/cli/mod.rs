@@ -18,6 +18,7 @@ use crate::config::{Config, Remarks};
 use crate::docker::runtime::{configure_daemon_json, find_program};
 use crate::gpu::detect_gpus;
 use crate::gpu::nvml;
+use crate::journal::error_chain;
 use crate::settings::Settings;
 use plan::{Plan, gpu_json, write_gpu};
 use variables::Format;
@@ -94,7 +95,7 @@ impl From<BootError> for Failure {
     fn from(error: BootError) -> Self {
         let lines = match &error {
             BootError::Config(errors) => errors.0.clone(),
-            error => vec![boot::error_chain(error)],
+            error => vec![error_chain(error)],
         };
         Self { code: error.exit_code(), lines }
     }
@@ -136,8 +137,8 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
         }
         _ => {}
     }
-    let settings = Settings::load(cli.settings.as_deref())
-        .map_err(|error| Failure::new(EXIT_CONFIG, boot::error_chain(&error)))?;
+    let settings =
+        Settings::load(cli.settings.as_deref()).map_err(|error| Failure::new(EXIT_CONFIG, error_chain(&error)))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

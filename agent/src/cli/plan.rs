@@ -128,11 +128,9 @@ async fn look_at_engine(socket: &Path) -> Result<(Engine, EngineFacts), String> 
 }
 
 async fn with_image(engine: &Engine, image: &ImageRef, machine: Machine, notes: &mut Vec<String>) -> Machine {
-    match engine.has_image(image).await {
-        Ok(true) => {
-            Machine { image_python_path: engine.image_variable(image, "PYTHONPATH").await.ok().flatten(), ..machine }
-        }
-        Ok(false) => {
+    match engine.find_image(image.as_str()).await {
+        Ok(Some(found)) => Machine { image_python_path: found.variable("PYTHONPATH"), ..machine },
+        Ok(None) => {
             notes.push(format!("the image {image} is not on this machine: it would be pulled"));
             machine
         }

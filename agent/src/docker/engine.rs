@@ -19,10 +19,15 @@ use tokio::time::Instant;
 
 use crate::config::values::ImageRef;
 use crate::gpu::reason::one_line;
+use crate::journal::error_chain;
 use crate::plan::{ContainerSpec, SPEC_HASH_LABEL};
 
-/// How long one call may take, unless it waits for something by its nature.
-const CALL_LIMIT: Duration = Duration::from_secs(120);
+/// How long one call may take as a whole, unless it waits for something by its nature.
+const CALL_LIMIT: Duration = Duration::from_secs(60);
+/// A start has more time: the first one with a GPU initialises the driver.
+const START_LIMIT: Duration = Duration::from_secs(120);
+/// A pull that says nothing for so long has come to a standstill.
+const PULL_SILENCE: Duration = Duration::from_secs(300);
 const PAUSE: Duration = Duration::from_millis(250);
 
 /// An engine that has answered.
@@ -60,7 +65,37 @@ pub enum EngineError {
         /// Why.
         message: String,
     },
+    /// The call was not answered in time.
+    #[error("could not {doing}: Docker gave no answer within {} s", .limit.as_secs())]
+    TimedOut {
+        /// What was asked.
+        doing: &'static str,
+        /// How long it was waited for.
+        limit: Duration,
+    },
 }
+
+/// What Docker says when it is not the GPU that keeps a container from its start (texts of moby and containerd).
+const TROUBLES_OF_ANY_CONTAINER: &[&str] = &[
+    "already in use",
+    "bind source path does not exist",
+    "cannot allocate memory",
+    "code = unavailable",
+    "connection error",
+    "connection refused",
+    "container process: exec:",
+    "invalid mount config",
+    "log driver",
+    "logging driver",
+    "logging plugin",
+    "no space left on device",
+    "no such container",
+    "no such image",
+    "process caused: exec:",
+    "read-only file system",
+    "too many open files",
+    "transport is closing",
+];
 
 impl EngineError {
     fn new(doing: &'static str) -> impl Fn(ApiError) -> Self {
@@ -68,27 +103,40 @@ impl EngineError {
             ApiError::DockerResponseServerError { status_code, message } => {
                 Self::Refused { doing, status: status_code, message: one_line(&message) }
             }
-            error => Self::Failed { doing, message: chain(&error) },
+            error => Self::Failed { doing, message: one_line(&error_chain(&error)) },
         }
     }
 
     fn is_status(&self, wanted: u16) -> bool {
         matches!(self, Self::Refused { status, .. } if *status == wanted)
     }
+
+    /// Docker's reason, where this is an answer to a launch with a GPU that it may owe to the GPU; `None` where any other
+    /// container would have met with the same.
+    pub fn may_be_of_the_gpu(&self) -> Option<String> {
+        match self {
+            // 404 and 409: the container or its image are gone, or its name is taken.
+            Self::Refused { status: 400 | 500, message, .. } => {
+                let words = message.to_lowercase();
+                let of_any = TROUBLES_OF_ANY_CONTAINER.iter().any(|trouble| words.contains(trouble));
+                (!of_any).then(|| message.clone())
+            }
+            Self::TimedOut { limit, .. } => Some(format!("it had not started within {} s", limit.as_secs())),
+            _ => None,
+        }
+    }
 }
 
-/// An error with its causes in one line; each is told once.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let inner_text = inner.to_string();
-        if !text.contains(&inner_text) {
-            text = format!("{text}: {inner_text}");
-        }
-        cause = inner.source();
+/// One call, with a limit for all of it: the client's own limit ends with the head of the answer.
+async fn limited<T>(
+    doing: &'static str,
+    limit: Duration,
+    call: impl Future<Output = Result<T, ApiError>>,
+) -> Result<T, EngineError> {
+    match tokio::time::timeout(limit, call).await {
+        Ok(answer) => answer.map_err(EngineError::new(doing)),
+        Err(_) => Err(EngineError::TimedOut { doing, limit }),
     }
-    one_line(&text)
 }
 
 /// What the engine says of itself.
@@ -102,17 +150,37 @@ pub struct EngineFacts {
     pub cdi_devices: Vec<String>,
 }
 
+/// An image that the engine has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// Its id.
+    pub id: String,
+    env: Vec<String>,
+}
+
+impl Image {
+    /// What it sets the variable `name` to, where it sets it.
+    pub fn variable(&self, name: &str) -> Option<String> {
+        let mut variables = self.env.iter().filter_map(|line| line.split_once('='));
+        variables.find(|(variable, _)| *variable == name).map(|(_, value)| value.to_owned())
+    }
+}
+
 /// A container as the engine sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Container {
     /// Its id.
     pub id: String,
-    /// Whether it runs.
+    /// Whether it runs; a paused one does.
     pub running: bool,
+    /// Whether somebody has paused it.
+    pub paused: bool,
     /// The process id of its first process, on the host; 0 where none runs.
     pub pid: u32,
-    /// The exit code of the last run.
-    pub exit_code: i64,
+    /// The name of the image that it was made from.
+    pub image: String,
+    /// The id of that image; the name may mean another one by now.
+    pub image_id: String,
     /// Its labels.
     pub labels: HashMap<String, String>,
 }
@@ -121,6 +189,12 @@ impl Container {
     /// The hash of the specification that it was made from, where it is ours.
     pub fn spec_hash(&self) -> Option<&str> {
         self.labels.get(SPEC_HASH_LABEL).map(String::as_str)
+    }
+
+    /// Whether it was made from this specification, its labels included: an old verdict in them would not be true any more.
+    pub fn is_made_from(&self, spec: &ContainerSpec) -> bool {
+        let same = |(name, value): (&String, &String)| self.labels.get(name) == Some(value);
+        self.spec_hash() == Some(&spec.hash()) && spec.labels.iter().all(same)
     }
 }
 
@@ -131,11 +205,14 @@ impl Engine {
     /// When the engine does not answer.
     pub async fn connect(socket: &Path) -> Result<Self, EngineError> {
         let path = socket.to_string_lossy();
-        let unreachable =
-            |error: ApiError| EngineError::Unreachable { socket: path.to_string(), message: chain(&error) };
+        let unreachable = |error: ApiError| EngineError::Unreachable {
+            socket: path.to_string(),
+            message: one_line(&error_chain(&error)),
+        };
         let docker =
             Docker::connect_with_unix(&path, CALL_LIMIT.as_secs(), API_DEFAULT_VERSION).map_err(unreachable)?;
-        let docker = docker.negotiate_version().await.map_err(unreachable)?;
+        let negotiated = tokio::time::timeout(CALL_LIMIT, docker.negotiate_version()).await;
+        let docker = negotiated.unwrap_or(Err(ApiError::RequestTimeoutError)).map_err(unreachable)?;
         Ok(Self { docker })
     }
 
@@ -167,7 +244,7 @@ impl Engine {
     /// # Errors
     /// When the call fails.
     pub async fn facts(&self) -> Result<EngineFacts, EngineError> {
-        let info = self.docker.info().await.map_err(EngineError::new("describe itself"))?;
+        let info = limited("describe itself", CALL_LIMIT, self.docker.info()).await?;
         Ok(EngineFacts {
             version: info.server_version.unwrap_or_default(),
             runtimes: info
@@ -186,30 +263,19 @@ impl Engine {
         })
     }
 
-    /// Whether the engine has `image`.
+    /// The image `name`, where the engine has it. An id is as good as a name.
     ///
     /// # Errors
     /// When the call fails.
-    pub async fn has_image(&self, image: &ImageRef) -> Result<bool, EngineError> {
-        match self.docker.inspect_image(image.as_str()).await.map_err(EngineError::new("look for the image")) {
-            Ok(_) => Ok(true),
-            Err(error) if error.is_status(404) => Ok(false),
+    pub async fn find_image(&self, name: &str) -> Result<Option<Image>, EngineError> {
+        match limited("look for the image", CALL_LIMIT, self.docker.inspect_image(name)).await {
+            Ok(found) => Ok(Some(Image {
+                id: found.id.unwrap_or_default(),
+                env: found.config.and_then(|config| config.env).unwrap_or_default(),
+            })),
+            Err(error) if error.is_status(404) => Ok(None),
             Err(error) => Err(error),
         }
-    }
-
-    /// What `image`, which the engine has, sets the variable `name` to, where it sets it.
-    ///
-    /// # Errors
-    /// When the call fails.
-    pub async fn image_variable(&self, image: &ImageRef, name: &str) -> Result<Option<String>, EngineError> {
-        let found = self.docker.inspect_image(image.as_str()).await.map_err(EngineError::new("look at the image"))?;
-        let variables = found.config.and_then(|config| config.env).unwrap_or_default();
-        Ok(variables
-            .iter()
-            .filter_map(|line| line.split_once('='))
-            .find(|(variable, _)| *variable == name)
-            .map(|(_, value)| value.to_owned()))
     }
 
     /// Pulls `image`; `progress` hears of it, in a few words, as often as the engine has something to say.
@@ -220,7 +286,11 @@ impl Engine {
         const DOING: &str = "pull the image";
         let options = CreateImageOptionsBuilder::default().from_image(image.as_str()).build();
         let mut steps = self.docker.create_image(Some(options), None, None);
-        while let Some(step) = steps.next().await {
+        loop {
+            let step = tokio::time::timeout(PULL_SILENCE, steps.next()).await;
+            let Some(step) = step.map_err(|_| EngineError::TimedOut { doing: DOING, limit: PULL_SILENCE })? else {
+                return Ok(());
+            };
             let step = step.map_err(EngineError::new(DOING))?;
             if let Some(error) = step.error_detail.and_then(|detail| detail.message) {
                 return Err(EngineError::Failed { doing: DOING, message: error });
@@ -233,7 +303,6 @@ impl Engine {
                 _ => progress(format!("{status} {id}")),
             }
         }
-        Ok(())
     }
 
     /// The container `name`, where there is one. An id is as good as a name.
@@ -241,16 +310,19 @@ impl Engine {
     /// # Errors
     /// When the call fails.
     pub async fn find_container(&self, name: &str) -> Result<Option<Container>, EngineError> {
-        let answer = self.docker.inspect_container(name, None::<InspectContainerOptions>).await;
-        match answer.map_err(EngineError::new("look at the container")) {
+        let call = self.docker.inspect_container(name, None::<InspectContainerOptions>);
+        match limited("look at the container", CALL_LIMIT, call).await {
             Ok(found) => {
                 let state = found.state.unwrap_or_default();
+                let config = found.config.unwrap_or_default();
                 Ok(Some(Container {
                     id: found.id.unwrap_or_default(),
                     running: state.running.unwrap_or(false),
                     pid: state.pid.and_then(|pid| pid.try_into().ok()).unwrap_or(0),
-                    exit_code: state.exit_code.unwrap_or(0),
-                    labels: found.config.and_then(|config| config.labels).unwrap_or_default(),
+                    paused: state.paused.unwrap_or(false),
+                    image: config.image.unwrap_or_default(),
+                    image_id: found.image.unwrap_or_default(),
+                    labels: config.labels.unwrap_or_default(),
                 }))
             }
             Err(error) if error.is_status(404) => Ok(None),
@@ -264,8 +336,8 @@ impl Engine {
     /// When Docker refuses the specification, or the call fails.
     pub async fn create(&self, spec: &ContainerSpec) -> Result<String, EngineError> {
         let options = CreateContainerOptionsBuilder::default().name(&spec.name).build();
-        let created = self.docker.create_container(Some(options), body_of(spec)).await;
-        created.map(|created| created.id).map_err(EngineError::new("create the container"))
+        let call = self.docker.create_container(Some(options), body_of(spec));
+        limited("create the container", CALL_LIMIT, call).await.map(|created| created.id)
     }
 
     /// Starts the container; one that runs already is fine.
@@ -273,8 +345,10 @@ impl Engine {
     /// # Errors
     /// When Docker refuses to start it, or the call fails.
     pub async fn start(&self, id: &str) -> Result<(), EngineError> {
-        let started = self.docker.start_container(id, None::<StartContainerOptions>).await;
-        match started.map_err(EngineError::new("start the container")) {
+        // The client's own limit would come first.
+        let patient = self.docker.clone().with_timeout(START_LIMIT * 2);
+        let call = patient.start_container(id, None::<StartContainerOptions>);
+        match limited("start the container", START_LIMIT, call).await {
             Err(error) if !error.is_status(304) => Err(error),
             _ => Ok(()),
         }
@@ -288,20 +362,24 @@ impl Engine {
         let seconds = i32::try_from(grace.as_secs()).unwrap_or(i32::MAX);
         let options = StopContainerOptionsBuilder::default().t(seconds).build();
         // The answer comes after the grace: the call has this much more time than others.
-        let patient = self.docker.clone().with_timeout(CALL_LIMIT + grace);
-        match patient.stop_container(id, Some(options)).await.map_err(EngineError::new("stop the container")) {
+        let limit = CALL_LIMIT + grace;
+        let patient = self.docker.clone().with_timeout(limit * 2);
+        match limited("stop the container", limit, patient.stop_container(id, Some(options))).await {
             Err(error) if !error.is_status(304) && !error.is_status(404) => Err(error),
             _ => Ok(()),
         }
     }
 
-    /// Removes the container, running or not; one that is gone is fine.
+    /// Removes the container, running or not; one that is gone is fine. What somebody else's container kept in volumes
+    /// without a name stays.
     ///
     /// # Errors
     /// When the call fails.
-    pub async fn remove(&self, id: &str) -> Result<(), EngineError> {
-        let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
-        match self.docker.remove_container(id, Some(options)).await.map_err(EngineError::new("remove the container")) {
+    pub async fn remove(&self, container: &Container) -> Result<(), EngineError> {
+        let ours = container.spec_hash().is_some();
+        let options = RemoveContainerOptionsBuilder::default().force(true).v(ours).build();
+        let call = self.docker.remove_container(&container.id, Some(options));
+        match limited("remove the container", CALL_LIMIT, call).await {
             Err(error) if !error.is_status(404) => Err(error),
             _ => Ok(()),
         }

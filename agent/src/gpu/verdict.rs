@@ -65,6 +65,14 @@ impl Verdict {
         }
     }
 
+    /// Why the node is on the CPU although a GPU was wanted.
+    pub fn finding(&self) -> Option<&Finding> {
+        match self {
+            Self::Gpu { .. } => None,
+            Self::Cpu { finding } => finding.as_ref(),
+        }
+    }
+
     /// `cuda` or `cpu`, as PyTorch names them.
     pub fn device(&self) -> &'static str {
         match self {
