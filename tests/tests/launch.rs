@@ -239,7 +239,7 @@ fn a_running_container_without_its_gpu_is_made_anew_and_not_adopted() {
 
 #[test]
 fn what_keeps_any_container_from_its_start_is_not_laid_on_the_gpu() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let Some((_engine, mut case)) = engine_with(&one_gpu()) else { return };
     case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     case.set("container.log_driver", "no-such-driver");
     let mut agent = case.start();
