@@ -1,8 +1,10 @@
 //! The story of `run`, from the context to the supervised container.
 
-use std::fs::{File, TryLockError};
-use std::path::{Path, PathBuf};
+use std::convert::Infallible;
+use std::path::Path;
+use std::pin::pin;
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::time::Duration;
 
 use one_context::Context;
@@ -16,8 +18,10 @@ use crate::docker::runtime::{GpuAccess, choose_access, ensure_runtime};
 use crate::gpu::detect_gpus;
 use crate::gpu::verdict::Verdict;
 use crate::journal;
+use crate::lock::{Lock, LockError};
 use crate::plan::{self, Machine};
-use crate::settings::Settings;
+use crate::report::Reporter;
+use crate::settings::{Settings, SettingsError};
 use crate::superlink::{SuperLink, SuperLinkError, static_superlink};
 use crate::supervisor::{LaunchError, Node, announce};
 use crate::systemd::{self, LongStep};
@@ -33,6 +37,9 @@ pub enum BootError {
     /// The context.
     #[error(transparent)]
     Context(#[from] SourceError),
+    /// agent.toml, at a reload.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
     /// The variables.
     #[error(transparent)]
     Config(#[from] ConfigErrors),
@@ -48,20 +55,9 @@ pub enum BootError {
     /// No image.
     #[error("{0}")]
     Image(String),
-    /// The lock by which there is one agent.
-    #[error("cannot lock {path}")]
-    Lock {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// Somebody else has it.
-    #[error("another supernode-agent runs already: it holds the lock {path}")]
-    AnotherRuns {
-        /// The file.
-        path: PathBuf,
-    },
+    /// There is another agent, or it cannot be told.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// The container still runs.
     #[error("the container {name} could not be stopped: {why}")]
     NotStopped {
@@ -80,19 +76,23 @@ impl BootError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Context(error) if error.is_invalid() => EXIT_CONFIG,
-            Self::Config(_) | Self::SuperLink(_) => EXIT_CONFIG,
+            Self::Settings(_) | Self::Config(_) | Self::SuperLink(_) => EXIT_CONFIG,
             _ => EXIT_RETRY,
         }
     }
 }
 
-/// The daemon, from start to end.
-pub async fn run(settings: Settings) -> ExitCode {
+/// The daemon, from start to end. A reload reads `settings_file` again.
+pub async fn run(settings: Settings, settings_file: Option<&Path>) -> ExitCode {
+    let lock = Lock::take(&settings.state.dir);
+    // The status file is that of the agent that has the lock.
+    let reporter = Rc::new(Reporter::new(lock.is_ok().then_some(settings.state.dir.as_path())));
+    systemd::feed_watchdog();
     let result = match read_context(&settings.context.dir) {
         Ok(context) => {
             let (level, as_json) = config::log_settings(&context);
             journal::init(level, as_json);
-            run_until_signal(&context, settings).await
+            run_until_signal(&context, settings, settings_file, lock, &reporter).await
         }
         Err(error) => {
             journal::init(LogLevel::Info, false);
@@ -100,98 +100,162 @@ pub async fn run(settings: Settings) -> ExitCode {
         }
     };
     let Err(error) = result else {
+        reporter.doing("Stopped");
         return ExitCode::SUCCESS;
     };
-    let status = log_error(&error);
-    systemd::stopping(&status);
+    log_error(&error);
+    reporter.stopping(&failure_line(&error));
     ExitCode::from(error.exit_code())
 }
 
-/// One entry for each thing that is wrong; the first line of it for `systemctl status`.
-fn log_error(error: &BootError) -> String {
-    if let BootError::Config(errors) = error {
-        for line in &errors.0 {
-            tracing::error!("{line}");
-        }
-        return format!("Invalid configuration: {}", errors.0.join("; "));
+/// One entry for each thing that is wrong.
+fn log_error(error: &BootError) {
+    match error {
+        BootError::Config(errors) => errors.0.iter().for_each(|line| tracing::error!("{line}")),
+        error => tracing::error!("{}", journal::error_chain(error)),
     }
-    let text = journal::error_chain(error);
-    tracing::error!("{text}");
-    format!("Failed: {text}")
 }
 
-async fn run_until_signal(context: &Context, settings: Settings) -> Result<(), BootError> {
-    let (config, remarks) = configure(context, &settings)?;
-    log_remarks(&config, &remarks);
-    let superlink = static_superlink(&config)?;
-    let mut end = EndSignal::listen()?;
-    let _lock = lock(&settings.state.dir)?;
-    let grace = settings.container.stop_timeout;
-    let (socket, name) = (settings.docker.socket.clone(), settings.container.name.clone());
-    let stopping = tokio::select! {
-        result = live(config, superlink, settings) => match result {
-            // A node that must have a GPU does not go on without: neither does a container of before.
-            Err(error @ BootError::Launch(LaunchError::GpuRequired)) => Some(error),
-            result => return result,
-        },
-        name = end.received() => {
-            tracing::info!("received {name}");
-            None
+/// The line for `systemctl status`.
+fn failure_line(error: &BootError) -> String {
+    match error {
+        BootError::Config(errors) => format!("Invalid configuration: {}", errors.0.join("; ")),
+        error => format!("Failed: {}", journal::error_chain(error)),
+    }
+}
+
+/// What the operator wants, whole: what a reload compares.
+#[derive(Debug, Clone, PartialEq)]
+struct Wish {
+    config: Config,
+    superlink: SuperLink,
+    settings: Settings,
+}
+
+impl Wish {
+    fn read(context: &Context, settings: Settings) -> Result<Self, BootError> {
+        let (config, remarks) = configure(context, &settings)?;
+        log_remarks(&config, &remarks);
+        let superlink = static_superlink(&config)?;
+        Ok(Self { config, superlink, settings })
+    }
+
+    /// Reads everything again. `None` where nothing has changed, or what is there now cannot be used.
+    fn reloaded(&self, settings_file: Option<&Path>) -> Option<Self> {
+        let read = || {
+            let settings = Settings::load(settings_file)?;
+            let context = read_context(&settings.context.dir)?;
+            Self::read(&context, settings)
+        };
+        match read() {
+            Ok(new) if new == *self => {
+                tracing::info!("reload: nothing has changed");
+                None
+            }
+            Ok(new) => {
+                tracing::info!("reload: the configuration has changed");
+                Some(new)
+            }
+            Err(error) => {
+                log_error(&error);
+                tracing::error!("reload: the new configuration cannot be used, the node goes on with the old one");
+                None
+            }
         }
-    };
-    systemd::stopping("Stopping the container");
+    }
+}
+
+async fn run_until_signal(
+    context: &Context,
+    settings: Settings,
+    settings_file: Option<&Path>,
+    lock: Result<Lock, LockError>,
+    reporter: &Rc<Reporter>,
+) -> Result<(), BootError> {
+    let mut wish = Wish::read(context, settings)?;
+    let _lock = lock?;
+    let mut signals = Signals::listen()?;
+    let lived = live_until_signal(&mut wish, settings_file, &mut signals, reporter).await;
+    // A node that must have a GPU does not go on without: neither does a container of before.
+    let stops = matches!(lived, Ok(()) | Err(BootError::Launch(LaunchError::GpuRequired)));
+    if !stops {
+        return lived;
+    }
+    reporter.stopping("Stopping the container");
     let _extension = LongStep::begin();
     let stopped = tokio::select! {
-        stopped = stop_container(&socket, &name, grace) => stopped,
-        name = end.received() => Err(format!("{name} came again and ended the wait for it")),
+        stopped = stop_container(&wish.settings) => stopped,
+        name = signals.end() => Err(format!("{name} came again and ended the wait for it")),
     };
-    match (stopping, stopped) {
-        (Some(error), stopped) => {
-            if let Err(why) = stopped {
-                tracing::warn!("the container {name} could not be stopped: {why}");
-            }
+    let name = wish.settings.container.name;
+    match (lived, stopped) {
+        (lived, Ok(())) => lived,
+        (Ok(()), Err(why)) => Err(BootError::NotStopped { name, why }),
+        (Err(error), Err(why)) => {
+            tracing::warn!("the container {name} could not be stopped: {why}");
             Err(error)
         }
-        (None, stopped) => stopped.map_err(|why| BootError::NotStopped { name, why }),
     }
 }
 
-/// Sees to it that there is one agent: two would replace each other's container for ever. Held until the process ends.
-fn lock(state_dir: &Path) -> Result<File, BootError> {
-    let path = state_dir.join("lock");
-    let failed = |source| BootError::Lock { path: path.clone(), source };
-    std::fs::create_dir_all(state_dir).map_err(failed)?;
-    let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(BootError::AnotherRuns { path }),
-        Err(TryLockError::Error(source)) => Err(failed(source)),
+/// Keeps the node up, as the operator wants it by now, until a signal ends it.
+async fn live_until_signal(
+    wish: &mut Wish,
+    settings_file: Option<&Path>,
+    signals: &mut Signals,
+    reporter: &Rc<Reporter>,
+) -> Result<(), BootError> {
+    loop {
+        let mut life = pin!(live(wish.clone(), Rc::clone(reporter)));
+        let new = loop {
+            tokio::select! {
+                lived = &mut life => match lived {
+                    Ok(never) => match never {},
+                    Err(error) => return Err(error),
+                },
+                signal = signals.next() => match signal {
+                    Received::End(name) => {
+                        tracing::info!("received {name}");
+                        return Ok(());
+                    }
+                    Received::Reload => {
+                        if let Some(new) = wish.reloaded(settings_file) {
+                            break new;
+                        }
+                    }
+                },
+            }
+        };
+        *wish = new;
     }
 }
 
 /// Brings the node up and keeps it up.
-async fn live(config: Config, superlink: SuperLink, settings: Settings) -> Result<(), BootError> {
+async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Infallible, BootError> {
+    let Wish { config, superlink, settings } = wish;
     let starting = LongStep::begin();
-    systemd::status("Looking for the GPU and the Docker engine");
+    reporter.doing("Looking for the GPU and the Docker engine");
     let (engine, detection) = tokio::join!(
         Engine::wait_until_ready(&settings.docker.socket, settings.docker.ready_timeout),
         detect_gpus(&config, &settings.gpu, settings.gpu.wait),
     );
     let verdict = detection.verdict;
     // The GPU's finding comes first: where a GPU is required, an absent engine must not hide that there is none.
-    if let Verdict::Cpu { finding: Some(finding) } = &verdict {
+    if let Some(finding) = verdict.finding() {
         announce(&config, finding)?;
     }
     let engine = engine?;
     let (verdict, access) = make_docker_able(&config, verdict, &engine, &settings).await?;
-    let (image, found) = find_image(&config, &engine, &settings.container.name).await?;
+    let (image, found) = find_image(&config, &engine, &settings.container.name, &reporter).await?;
     let machine = Machine { image_python_path: found.variable("PYTHONPATH"), ..this_machine() };
     let announced = verdict.finding().map(|finding| finding.reason);
-    let mut node = Node { config, settings, superlink, image, machine, access, verdict, refused_hash: None, announced };
-    systemd::status("Starting the container");
+    let refused_hash = None;
+    reporter.doing("Starting the container");
+    let mut node =
+        Node { config, settings, superlink, image, machine, access, verdict, reporter, refused_hash, announced };
     let container = node.bring_up(&engine).await?;
     drop(starting);
-    systemd::ready(&node.status());
+    node.report_running();
     Ok(node.supervise(engine, container).await?)
 }
 
@@ -249,7 +313,12 @@ async fn make_docker_able(
 }
 
 /// The image that is wanted, else the one that is on the machine since it was built.
-async fn find_image(config: &Config, engine: &Engine, container: &str) -> Result<(ImageRef, Image), BootError> {
+async fn find_image(
+    config: &Config,
+    engine: &Engine,
+    container: &str,
+    reporter: &Reporter,
+) -> Result<(ImageRef, Image), BootError> {
     let wanted = plan::wanted_image(config);
     if let Some(found) = engine.find_image(wanted.as_str()).await? {
         return Ok((wanted, found));
@@ -261,9 +330,9 @@ async fn find_image(config: &Config, engine: &Engine, container: &str) -> Result
     {
         return Ok((wanted, found));
     }
-    systemd::status(&format!("Pulling {wanted}"));
+    reporter.doing(&format!("Pulling {wanted}"));
     tracing::info!("pulling {wanted}");
-    let pulled = engine.pull(&wanted, |step| systemd::status(&format!("Pulling {wanted}: {step}"))).await;
+    let pulled = engine.pull(&wanted, |step| reporter.progress(&format!("Pulling {wanted}: {step}"))).await;
     let error = match pulled {
         Ok(()) => match engine.find_image(wanted.as_str()).await? {
             Some(found) => return Ok((wanted, found)),
@@ -298,10 +367,11 @@ pub fn this_machine() -> Machine {
 }
 
 /// Stops the container, with its grace; an engine that hangs does not keep the agent.
-async fn stop_container(socket: &Path, name: &str, grace: Duration) -> Result<(), String> {
+async fn stop_container(settings: &Settings) -> Result<(), String> {
     const MORE_THAN_GRACE: Duration = Duration::from_secs(10);
+    let (name, grace) = (&settings.container.name, settings.container.stop_timeout);
     let stop = async {
-        let engine = Engine::connect(socket).await?;
+        let engine = Engine::connect(&settings.docker.socket).await?;
         match engine.find_container(name).await? {
             Some(container) if container.running && container.spec_hash().is_some() => {
                 tracing::info!("stopping the container {name}");
@@ -321,22 +391,43 @@ async fn stop_container(socket: &Path, name: &str, grace: Duration) -> Result<()
     }
 }
 
-/// SIGTERM (systemctl stop) and SIGINT (a terminal).
-struct EndSignal {
-    term: Signal,
-    interrupt: Signal,
+/// What a signal asks for.
+enum Received {
+    /// SIGTERM (systemctl stop) or SIGINT (a terminal).
+    End(&'static str),
+    /// SIGHUP (systemctl reload).
+    Reload,
 }
 
-impl EndSignal {
+struct Signals {
+    term: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
     fn listen() -> Result<Self, BootError> {
         let listen = |kind| signal(kind).map_err(BootError::Signals);
-        Ok(Self { term: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+        Ok(Self {
+            term: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+            hangup: listen(SignalKind::hangup())?,
+        })
     }
 
-    async fn received(&mut self) -> &'static str {
+    async fn next(&mut self) -> Received {
         tokio::select! {
-            _ = self.term.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.term.recv() => Received::End("SIGTERM"),
+            _ = self.interrupt.recv() => Received::End("SIGINT"),
+            _ = self.hangup.recv() => Received::Reload,
+        }
+    }
+
+    async fn end(&mut self) -> &'static str {
+        loop {
+            if let Received::End(name) = self.next().await {
+                return name;
+            }
         }
     }
 }

@@ -61,6 +61,14 @@ fn stderr_is_the_journal() -> bool {
     std::fs::metadata("/proc/self/fd/2").is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
 }
 
+/// The time, as the log's lines have it.
+pub fn now() -> String {
+    let mut time = String::new();
+    // Into a text it always can be written.
+    let _ = SystemTime.format_time(&mut Writer::new(&mut time));
+    time
+}
+
 /// An error and its causes, in one line; a cause whose text is there already is not repeated.
 pub fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -142,10 +150,8 @@ where
                 writeln!(out, " {name} {}", fields.message)
             }
             Self::Json => {
-                let mut time = String::new();
-                SystemTime.format_time(&mut Writer::new(&mut time))?;
                 let mut object = Map::new();
-                object.insert("timestamp".into(), time.into());
+                object.insert("timestamp".into(), now().into());
                 object.insert("level".into(), name.into());
                 object.insert("message".into(), fields.message.into());
                 object.extend(fields.others);

@@ -9,8 +9,10 @@
 //!                   └──> WARNING, once, then on the CPU    └──> stop
 //! ```
 
+use std::convert::Infallible;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -24,10 +26,10 @@ use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::journal;
 use crate::plan::{self, ContainerSpec, Machine};
+use crate::report::Reporter;
 use crate::settings::Settings;
 use crate::site;
 use crate::superlink::SuperLink;
-use crate::systemd;
 
 /// The pause before a container that has ended is started again: the first, and the longest.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -54,6 +56,8 @@ pub struct Node {
     pub access: GpuAccess,
     /// What the node runs on.
     pub verdict: Verdict,
+    /// Who is told.
+    pub reporter: Rc<Reporter>,
     /// The hash of the GPU specification that did not come up, once there is one.
     pub refused_hash: Option<String>,
     /// The reason of the WARNING that holds: it is not given again for every try.
@@ -69,6 +73,16 @@ pub enum LaunchError {
     /// There must be a GPU, and there is none.
     #[error("FL_GPU_REQUIRED is YES and no GPU is usable")]
     GpuRequired,
+    /// The container did not come up on the GPU, and Docker does not let go of it.
+    #[error(
+        "{summary}; and Docker does not let go of that container: end what hangs (ps -C nvidia-container-runtime), or restart Docker"
+    )]
+    Stuck {
+        /// What was found about the GPU.
+        summary: String,
+        /// What Docker said to the removal.
+        source: EngineError,
+    },
     /// What the container mounts cannot be made.
     #[error("cannot write {path}")]
     Mounts {
@@ -97,8 +111,14 @@ impl Node {
         spec
     }
 
+    /// Tells that the node runs, and on what.
+    pub fn report_running(&self) {
+        self.reporter.decided(&self.verdict, &self.superlink.address.to_string());
+        self.reporter.ready(&self.status());
+    }
+
     /// The line for `systemctl status`.
-    pub fn status(&self) -> String {
+    fn status(&self) -> String {
         match &self.verdict {
             Verdict::Gpu { devices, .. } => {
                 let names: Vec<String> = devices.iter().map(title).collect();
@@ -169,8 +189,15 @@ impl Node {
                     return Ok(container);
                 }
                 Launched::NotOnGpu(finding) => {
-                    if let Some(dead) = engine.find_container(&spec.name).await? {
-                        engine.remove(&dead).await?;
+                    let removed = async {
+                        match engine.find_container(&spec.name).await? {
+                            Some(dead) => engine.remove(&dead).await,
+                            None => Ok(()),
+                        }
+                    };
+                    // Docker 20.10 holds on to a container for as long as its runtime hangs.
+                    if let Err(source) = removed.await {
+                        return Err(LaunchError::Stuck { summary: finding.summary, source });
                     }
                     self.refused_hash = Some(spec.hash());
                     self.fall_back(finding)?;
@@ -263,7 +290,7 @@ impl Node {
     ///
     /// # Errors
     /// When there must be a GPU and the container does not come up on it again.
-    pub async fn supervise(&mut self, mut engine: Engine, mut container: Container) -> Result<(), LaunchError> {
+    pub async fn supervise(&mut self, mut engine: Engine, mut container: Container) -> Result<Infallible, LaunchError> {
         let mut pause = FIRST_PAUSE;
         loop {
             let watched_since = Instant::now();
@@ -294,7 +321,7 @@ impl Node {
                     "the container {} {what}; starting it again in {seconds} s",
                     self.settings.container.name
                 );
-                systemd::status(&format!("The container {what}, starting it again in {seconds} s"));
+                self.reporter.doing(&format!("The container {what}, starting it again in {seconds} s"));
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
                 match self.bring_up(&engine).await {
@@ -306,7 +333,7 @@ impl Node {
                     engine = self.engine_again().await;
                 }
             };
-            systemd::status(&self.status());
+            self.report_running();
         }
     }
 
@@ -314,7 +341,7 @@ impl Node {
     async fn engine_again(&self) -> Engine {
         let socket = &self.settings.docker.socket;
         tracing::warn!("the Docker engine at {} does not answer; waiting for it", socket.display());
-        systemd::status("Waiting for the Docker engine");
+        self.reporter.doing("Waiting for the Docker engine");
         loop {
             tokio::time::sleep(ENGINE_PAUSE).await;
             if let Ok(engine) = Engine::connect(socket).await {

@@ -5,25 +5,36 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::task::JoinHandle;
 
-use crate::gpu::reason::one_line;
-
-/// The node runs.
+/// The node runs. Every `status` is one line: a line break in foreign text would begin another assignment.
 pub fn ready(status: &str) {
-    notify(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);
+    notify(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
 
 /// One line for `systemctl status`.
 pub fn status(status: &str) {
-    tracing::debug!("status: {status}");
-    notify(&[NotifyState::Status(&one_line(status))]);
+    notify(&[NotifyState::Status(status)]);
 }
 
 /// The agent is on its way out.
 pub fn stopping(status: &str) {
-    notify(&[NotifyState::Stopping, NotifyState::Status(&one_line(status))]);
+    notify(&[NotifyState::Stopping, NotifyState::Status(status)]);
 }
 
-/// A message is of lines: a line break in foreign text must not begin another assignment.
+/// Feeds the watchdog, where there is one, from the one thread on which everything runs: once that stands still, so does
+/// this.
+pub fn feed_watchdog() {
+    let Some(limit) = sd_notify::watchdog_enabled() else {
+        return;
+    };
+    tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(limit / 2);
+        loop {
+            ticks.tick().await;
+            notify(&[NotifyState::Watchdog]);
+        }
+    });
+}
+
 fn notify(states: &[NotifyState<'_>]) {
     // A service manager that does not listen changes nothing for the node.
     let _ = sd_notify::notify(states);

@@ -9,18 +9,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::{
-    GPU_A, GPU_B, PATIENCE, engine_with, inspect, one_gpu, sysfs_of_one, sysfs_of_two, two_gpus, wanted, warnings,
+    GPU_A, GPU_B, PATIENCE, engine_with, inspect, one_gpu, sysfs_of_one, sysfs_of_two, two_gpus, up, wanted, warnings,
 };
 use serde_json::{Value, json};
 use supernode_tests::{Agent, Case, Engine, RuntimeMode, Sysfs, eventually, image, run};
-
-/// A node that is up.
-#[track_caller]
-fn up(case: &Case) -> Agent {
-    let agent = case.start();
-    agent.wait_for_notify("READY=1", PATIENCE);
-    agent
-}
 
 /// The node runs on the CPU, for `reason`, after exactly one WARNING, which came before the container's start.
 #[track_caller]

@@ -1,6 +1,7 @@
 //! The command line: what is asked, and which exit code answers.
 
 mod plan;
+mod status;
 pub mod variables;
 
 use std::io::{self, Write};
@@ -21,6 +22,7 @@ use crate::gpu::nvml;
 use crate::journal::error_chain;
 use crate::settings::Settings;
 use plan::{Plan, gpu_json, write_gpu};
+use status::Status;
 use variables::Format;
 
 /// Turns an OpenNebula VM into a Flower SuperNode, on its GPU or, with a warning, on the CPU.
@@ -49,6 +51,15 @@ enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Show what runs, on which device, since when and why
+    Status {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// Exit 0 only while the container runs, and print nothing then
+        #[arg(long, conflicts_with = "json")]
+        ready: bool,
     },
     /// Put the nvidia runtime into Docker's daemon.json, and nothing else
     ConfigureRuntime,
@@ -144,7 +155,17 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
         .build()
         .map_err(|error| Failure::new(EXIT_RETRY, format!("cannot start: {error}")))?;
     let code = match cli.command {
-        Command::Run => runtime.block_on(boot::run(settings)),
+        Command::Run => runtime.block_on(boot::run(settings, cli.settings.as_deref())),
+        Command::Status { json, ready } => {
+            let status = runtime.block_on(Status::look(&settings));
+            match (ready, json) {
+                (true, _) if status.is_ready() => {}
+                (true, _) => return Err(Failure::new(EXIT_RETRY, status.headline())),
+                (false, true) => writeln!(out, "{:#}", status.to_json())?,
+                (false, false) => status.write(out)?,
+            }
+            ExitCode::SUCCESS
+        }
         Command::ConfigureRuntime => configure_runtime(&settings, out)?,
         Command::Gpu { json } => {
             let (config, remarks) = configured(&settings)?;

@@ -177,6 +177,10 @@ pub struct Container {
     pub paused: bool,
     /// The process id of its first process, on the host; 0 where none runs.
     pub pid: u32,
+    /// When it was started last (RFC 3339, UTC).
+    pub started_at: String,
+    /// The exit code of the last run.
+    pub exit_code: i64,
     /// The name of the image that it was made from.
     pub image: String,
     /// The id of that image; the name may mean another one by now.
@@ -320,6 +324,8 @@ impl Engine {
                     running: state.running.unwrap_or(false),
                     pid: state.pid.and_then(|pid| pid.try_into().ok()).unwrap_or(0),
                     paused: state.paused.unwrap_or(false),
+                    started_at: state.started_at.unwrap_or_default(),
+                    exit_code: state.exit_code.unwrap_or(0),
                     image: config.image.unwrap_or_default(),
                     image_id: found.image.unwrap_or_default(),
                     labels: config.labels.unwrap_or_default(),

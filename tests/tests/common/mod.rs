@@ -54,6 +54,14 @@ pub(crate) fn engine_with(machine: &Value) -> Option<(Engine, Case)> {
     Some((engine, case))
 }
 
+/// A node that is up.
+#[track_caller]
+pub(crate) fn up(case: &Case) -> Agent {
+    let agent = case.start();
+    agent.wait_for_notify("READY=1", PATIENCE);
+    agent
+}
+
 /// The JSON that a command printed.
 #[track_caller]
 pub(crate) fn json_of(output: &Output) -> Value {

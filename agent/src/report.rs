@@ -1,0 +1,109 @@
+//! What the agent tells of itself while it runs: one line for the service manager, and the status file that `status` reads.
+
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
+
+use crate::atomic;
+use crate::gpu::reason::one_line;
+use crate::gpu::verdict::Verdict;
+use crate::journal;
+use crate::systemd;
+
+/// The content of the status file.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// The agent's release.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// What it is doing, in one line: what `systemctl status` shows.
+    pub status: String,
+    /// Since when (RFC 3339, UTC).
+    pub since: String,
+    /// What the node runs on, in the form of `plan --json`; null until that is decided.
+    pub verdict: Json,
+    /// The SuperLink that it connects to.
+    pub superlink: Option<String>,
+}
+
+impl Report {
+    /// What the last agent left in `state_dir`; `None` where none has run since the machine is up.
+    pub fn read(state_dir: &Path) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(file_in(state_dir)).ok()?).ok()
+    }
+}
+
+fn file_in(state_dir: &Path) -> PathBuf {
+    state_dir.join("status.json")
+}
+
+/// Tells the service manager and keeps the status file.
+#[derive(Debug)]
+pub struct Reporter {
+    file: Option<PathBuf>,
+    report: RefCell<Report>,
+}
+
+impl Reporter {
+    /// Keeps the status file in `state_dir`; without one only the service manager hears.
+    pub fn new(state_dir: Option<&Path>) -> Self {
+        let version = env!("CARGO_PKG_VERSION").into();
+        let report = RefCell::new(Report { version, pid: std::process::id(), ..Report::default() });
+        Self { file: state_dir.map(file_in), report }
+    }
+
+    /// What is being done.
+    pub fn doing(&self, status: &str) {
+        let status = one_line(status);
+        tracing::debug!("status: {status}");
+        systemd::status(&status);
+        self.keep(|report| report.status = status);
+    }
+
+    /// The same, for what changes many times a second: only the service manager hears it.
+    pub fn progress(&self, status: &str) {
+        systemd::status(&one_line(status));
+    }
+
+    /// What the node will run on, and connect to.
+    pub fn decided(&self, verdict: &Verdict, superlink: &str) {
+        self.keep(|report| {
+            report.verdict = verdict.to_json();
+            report.superlink = Some(superlink.to_owned());
+        });
+    }
+
+    /// The node runs.
+    pub fn ready(&self, status: &str) {
+        let status = one_line(status);
+        systemd::ready(&status);
+        self.keep(|report| report.status = status);
+    }
+
+    /// The agent is on its way out.
+    pub fn stopping(&self, status: &str) {
+        let status = one_line(status);
+        systemd::stopping(&status);
+        self.keep(|report| report.status = status);
+    }
+
+    fn keep(&self, change: impl FnOnce(&mut Report)) {
+        let mut report = self.report.borrow_mut();
+        let before = report.status.clone();
+        change(&mut report);
+        if report.status != before {
+            report.since = journal::now();
+        }
+        // A structure of texts always has a JSON.
+        let text = serde_json::to_string_pretty(&*report).unwrap_or_default();
+        // Without the file the node is what it is; `status` says that it is not known.
+        if let Some(file) = &self.file
+            && let Err(error) = atomic::replace(file, text.as_bytes())
+        {
+            tracing::debug!("cannot write {}: {error}", file.display());
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! What an operator asks of a node that is there: its status, a reload; and what the service manager hears.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+
+mod common;
+
+use common::{GPU_A, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings};
+use serde_json::Value;
+use supernode_tests::{Case, Sysfs, eventually};
+
+fn status(case: &Case) -> Value {
+    json_of(&case.run_command("status", &["--json"]))
+}
+
+fn ready(case: &Case) -> Option<i32> {
+    case.run_command("status", &["--ready"]).code
+}
+
+#[test]
+fn a_node_is_ready_only_while_its_container_runs() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    assert_eq!(ready(&case), Some(1), "before the first start");
+    let mut agent = up(&case);
+    assert_eq!(ready(&case), Some(0));
+    // The agent is gone, the container is not.
+    agent.kill9();
+    assert_eq!(ready(&case), Some(0));
+    assert_eq!(status(&case)["agent"]["running"], false);
+    engine.docker(&["pause", "flower-supernode"]).expect_success();
+    assert_eq!(ready(&case), Some(1), "a paused container trains nothing");
+    engine.docker(&["unpause", "flower-supernode"]).expect_success();
+    let mut agent = up(&case);
+    assert_eq!(agent.terminate(), 0);
+    let refused = case.run_command("status", &["--ready"]);
+    assert_eq!(refused.code, Some(1));
+    assert!(refused.stderr.contains("flower-supernode does not run: it ended with exit code 0"), "{refused:?}");
+    assert_eq!(status(&case)["agent"]["status"], "Stopped");
+    engine.docker(&["rm", "flower-supernode"]).expect_success();
+    engine.docker(&["run", "-d", "--name", "flower-supernode", supernode_tests::image::PYTORCH]).expect_success();
+    assert_eq!(ready(&case), Some(1), "a container of somebody else is not the node");
+    engine.docker(&["rm", "-f", "flower-supernode"]);
+}
+
+#[test]
+fn without_an_engine_a_node_is_not_ready_and_status_says_what_is_not_known() {
+    let case = Case::new();
+    assert_eq!(ready(&case), Some(1));
+    let status = status(&case);
+    assert!(status["notes"][0].as_str().unwrap().contains("does not answer"), "{status}");
+    assert_eq!(status["ready"], false);
+}
+
+#[test]
+fn status_says_what_runs_on_which_device_since_when_and_why() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let mut agent = up(&case);
+    let said = status(&case);
+    assert_eq!(said["gpu"]["verdict"]["devices"][0]["uuid"], GPU_A);
+    assert_eq!(said["superlink"], "10.9.8.7:9092");
+    assert_eq!(said["agent"]["running"], true);
+    assert_eq!(said["agent"]["pid"], agent.pid());
+    assert_eq!(said["container"]["started_at"].as_str(), Some(inspect(&engine, "{{.State.StartedAt}}").as_str()));
+    assert_eq!(agent.terminate(), 0);
+
+    case.sysfs(&Sysfs::new().gpu("0000:01:00.0").driver("nouveau"));
+    let _agent = up(&case);
+    let text = case.run_command("status", &[]).stdout;
+    for words in [
+        "Container  flower-supernode runs since 20",
+        "Device     cpu: wrong-driver: ",
+        "Fix        ",
+        "Running on the CPU",
+    ] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+}
+
+#[test]
+fn a_reload_replaces_the_container_only_for_a_real_change() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("ETH0_DNS", "1.1.1.1")]);
+    let mut agent = up(&case);
+    let id = || inspect(&engine, "{{.Id}}");
+    let first = id();
+    // A line that is none of ours.
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("ETH0_DNS", "9.9.9.9")]);
+    agent.reload();
+    agent.wait_for_line("nothing has changed", PATIENCE);
+    // One that is wrong: it is told, and the node goes on.
+    case.context(&[("FL_SUPERLINK_ADDRESS", "nowhere"), ("FL_LOG_LEVEL", "loud")]);
+    agent.reload();
+    agent.wait_for_line("FL_SUPERLINK_ADDRESS='nowhere': must be", PATIENCE);
+    agent.wait_for_line("FL_LOG_LEVEL='loud': must be", PATIENCE);
+    agent.wait_for_line("the node goes on with the old one", PATIENCE);
+    assert_eq!(id(), first);
+    // A real change.
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
+    agent.reload();
+    assert!(eventually(PATIENCE, || engine.docker(&["inspect", "flower-supernode"]).stdout.contains("h:2")));
+    agent.wait_for_line("the configuration has changed", PATIENCE);
+    assert!(eventually(PATIENCE, || status(&case)["superlink"] == "h:2" && ready(&case) == Some(0)));
+    assert_ne!(id(), first);
+    let second = id();
+    agent.reload();
+    assert!(eventually(PATIENCE, || {
+        agent.lines().iter().filter(|line| line.contains("nothing has changed")).count() == 2
+    }));
+    assert_eq!(id(), second);
+    assert_eq!(agent.terminate(), 0);
+    assert_eq!(inspect(&engine, "{{.State.Running}}"), "false");
+}
+
+#[test]
+fn a_reload_that_takes_the_gpu_away_is_a_fallback_with_its_warning() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let agent = up(&case);
+    case.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", "7")]));
+    agent.reload();
+    agent.wait_for_line("device-selection-empty", PATIENCE);
+    assert!(eventually(PATIENCE, || {
+        engine.docker(&["inspect", "--format", "{{.HostConfig.Runtime}}", "flower-supernode"]).stdout.trim() == "runc"
+    }));
+    assert_eq!(warnings(&agent).len(), 1);
+}
+
+#[test]
+fn the_watchdog_is_fed_where_there_is_one() {
+    let mut case = Case::new();
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).env("WATCHDOG_USEC", "200000");
+    let agent = case.start();
+    assert!(eventually(PATIENCE, || {
+        agent.notifications().iter().filter(|told| told.contains("WATCHDOG=1")).count() >= 3
+    }));
+}
