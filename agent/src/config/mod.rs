@@ -486,7 +486,7 @@ mod tests {
                 Kind::HostPort => "h:25",
                 Kind::Devices => "25",
                 Kind::NodeConfig => "k=25",
-                Kind::Certificate => "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----",
+                Kind::Certificate => include_str!("../../tests/ca.crt"),
             };
             let default = Config::from_context(&context(&[]), &Prebaked::default()).unwrap().0;
             for name in variable.names() {
