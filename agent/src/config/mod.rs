@@ -10,7 +10,7 @@ use one_context::Context;
 use serde_json::{Map, Value as Json, json};
 
 use crate::gpu::pci::PciAddress;
-use values::{Certificate, DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Version};
+use values::{Certificate, DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Version, shown};
 use variables::{Kind, VARIABLES, Value, Variable};
 
 /// The machine-learning framework of the node's image.
@@ -86,9 +86,9 @@ impl LogLevel {
 /// A PCI device that OpenNebula passed through: what the cloud promised.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Promised {
-    /// The variable, `PCI<n>_ADDRESS`.
+    /// The variable, `PCI<n>_ADDRESS`, fit to be shown.
     pub variable: String,
-    /// Its value as written.
+    /// Its value as written, fit to be shown: it is foreign text, and goes into findings.
     pub written: String,
     /// The address, where the value is one.
     pub address: Option<PciAddress>,
@@ -266,7 +266,11 @@ impl Config {
             promised: context
                 .passthrough_addresses()
                 .into_iter()
-                .map(|(variable, written)| Promised { address: PciAddress::parse(&written), variable, written })
+                .map(|(variable, written)| Promised {
+                    variable: shown(&variable),
+                    address: PciAddress::parse(&written),
+                    written: shown(&written),
+                })
                 .collect(),
             prebaked: prebaked.clone(),
         };
@@ -586,6 +590,16 @@ mod tests {
             let errors = errors(&pairs);
             assert!(errors.len() == 1 && !errors[0].contains("c2VjcmV0"), "{errors:?}");
         }
+    }
+
+    #[test]
+    fn what_the_cloud_wrote_as_an_address_is_shown_in_one_bounded_line() {
+        let hostile = format!("\x1b[31m\n{}", "x".repeat(9000));
+        let (config, _) = read(&[("PCI0_ADDRESS", &hostile), ("PCI1_ADDRESS", " 01:00.0 ")]).unwrap();
+        let written = &config.promised[0].written;
+        assert!(written.starts_with("\\u{1b}[31m\\nxxx") && written.chars().count() < 250, "{written}");
+        assert_eq!(config.promised[1].written, "01:00.0");
+        assert_eq!(config.promised[1].address, PciAddress::parse("01:00.0"));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The values that operators write, as types: each is parsed once, here, and is valid ever after.
 //! A parser answers with what is accepted ("must be …"); who asked adds the variable's name and the value.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -10,6 +12,23 @@ use crate::gpu::pci::PciAddress;
 
 /// Why a value is refused: the second half of `VARIABLE='value': must be …`.
 pub type Refusal = String;
+
+/// Foreign text as a message shows it: one line of bounded length, in which nothing acts upon a terminal or a reader.
+pub fn shown(text: &str) -> String {
+    const MOST_CHARACTERS: usize = 200;
+    let mut shown = String::new();
+    for c in text.chars().take(MOST_CHARACTERS) {
+        match c {
+            // They are harmless, and operators know them as they wrote them.
+            '\'' | '"' | '\\' => shown.push(c),
+            c => shown.extend(c.escape_debug()),
+        }
+    }
+    if text.chars().nth(MOST_CHARACTERS).is_some() {
+        shown.push('…');
+    }
+    shown
+}
 
 /// `YES` or `NO` in any of the spellings that OpenNebula and its users have.
 ///
@@ -323,7 +342,8 @@ impl DeviceSelection {
         for part in text.split(',').map(str::trim) {
             let name = DeviceName::parse(part).ok_or_else(|| {
                 format!(
-                    "must be all, none, or a comma list of indices, GPU- or MIG-UUIDs and PCI addresses; '{part}' is none of these"
+                    "must be all, none, or a comma list of indices, GPU- or MIG-UUIDs and PCI addresses; '{}' is none of these",
+                    shown(part)
                 )
             })?;
             if !names.contains(&name) {
@@ -374,23 +394,40 @@ impl NodeConfig {
     pub fn parse(text: &str) -> Result<Self, Refusal> {
         const EXPECTED: &str =
             "must be space-separated key=value pairs, each value a TOML string in quotes, a number, true or false";
+        let text = text.trim();
+        if text.len() > LONGEST_ARGUMENT_BYTES {
+            return Err(format!(
+                "must be at most {LONGEST_ARGUMENT_BYTES} bytes, the most that Linux passes as one argument; it has {}",
+                text.len()
+            ));
+        }
+        let hidden = Self::may_hold_secret(text);
+        let refused = |number: usize, key: &str, why: &str| {
+            // What stands where a key should may be half of a secret with a blank in it.
+            let place =
+                if hidden || key.is_empty() { format!("pair {number}") } else { format!("at '{}'", shown(key)) };
+            format!("{EXPECTED}; {place}: {why}")
+        };
+        let mut keys = Keys::default();
         let mut document = String::new();
-        let mut rest = text.trim_start();
-        while !rest.is_empty() {
-            let (key, value, after) = next_pair(rest).map_err(|(key, why)| format!("{EXPECTED}; {}{why}", at(key)))?;
-            if let Err(why) = check_pair(key, value) {
-                return Err(format!("{EXPECTED}; {}{why}", at(key)));
+        let mut rest = text;
+        for number in 1.. {
+            if rest.is_empty() {
+                break;
             }
-            document.push_str(key);
-            document.push_str(" = ");
-            document.push_str(value);
-            document.push('\n');
-            if document.parse::<toml::Table>().is_err() {
-                return Err(format!("{EXPECTED}; {}the key is there twice", at(key)));
+            let (key, value, after) = next_pair(rest).map_err(|(key, why)| refused(number, key, why))?;
+            check_pair(key, value).map_err(|why| refused(number, key, why))?;
+            if !keys.add(key) {
+                return Err(refused(number, key, "the key is there twice, or one key is the beginning of another"));
             }
+            document.push_str(&format!("{key} = {value}\n"));
             rest = after.trim_start();
         }
-        Ok(Self(text.trim().into()))
+        // What Flower reads is the whole; and a key of more parts than a reader can recurse through is found here.
+        if document.parse::<toml::Table>().is_err() {
+            return Err(format!("{EXPECTED}; together the pairs are not TOML"));
+        }
+        Ok(Self(text.into()))
     }
 
     /// The text for `--node-config`, as the operator wrote it.
@@ -408,26 +445,79 @@ impl NodeConfig {
         if !sounds_secret(&self.0) {
             return self.0.clone();
         }
-        let mut shown = Vec::new();
+        let mut pairs = Vec::new();
         let mut rest = self.0.as_str();
         while let Ok((key, value, after)) = next_pair(rest) {
             let value = if sounds_secret(key) { "'(hidden)'" } else { value };
-            shown.push(format!("{key}={value}"));
+            pairs.push(format!("{key}={value}"));
             rest = after.trim_start();
         }
-        shown.join(" ")
+        pairs.join(" ")
     }
 }
 
-fn at(key: &str) -> String {
-    if key.is_empty() { String::new() } else { format!("at '{}': ", key.escape_debug()) }
+/// The most that Linux takes as one argument of a program: MAX_ARG_STRLEN, 32 pages, less the NUL at its end (execve(2)).
+const LONGEST_ARGUMENT_BYTES: usize = 32 * 4096 - 1;
+
+/// The keys so far, as the tree that TOML makes of their points.
+#[derive(Default)]
+struct Keys<'t> {
+    /// By the table that it is in, and its part of the key: the number of a table, or nothing where a value is.
+    nodes: HashMap<(usize, &'t str), Option<usize>>,
 }
 
-fn sounds_secret(key: &str) -> bool {
-    let key = key.to_ascii_lowercase().replace('-', "_");
-    ["password", "passwd", "passphrase", "secret", "token", "api_key", "apikey", "private_key", "access_key"]
-        .iter()
-        .any(|word| key.contains(word))
+impl<'t> Keys<'t> {
+    /// Adds a key; `false` where a value, or a table, is there already.
+    fn add(&mut self, key: &'t str) -> bool {
+        let (tables, name) = key.rsplit_once('.').map_or((None, key), |(tables, name)| (Some(tables), name));
+        let mut table = 0;
+        for part in tables.into_iter().flat_map(|tables| tables.split('.')) {
+            let number = self.nodes.len() + 1;
+            match self.nodes.entry((table, part)).or_insert(Some(number)) {
+                Some(inner) => table = *inner,
+                None => return false,
+            }
+        }
+        match self.nodes.entry((table, name)) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(free) => {
+                free.insert(None);
+                true
+            }
+        }
+    }
+}
+
+/// Whether `text` has a word that goes with secrets: anywhere in it, or, where the word is a part of innocent ones, alone.
+fn sounds_secret(text: &str) -> bool {
+    const ANYWHERE: [&str; 8] =
+        ["password", "passwd", "passphrase", "secret", "token", "apikey", "privatekey", "accesskey"];
+    const ALONE: [&str; 13] = [
+        "key",
+        "keys",
+        "pw",
+        "pwd",
+        "pass",
+        "psk",
+        "auth",
+        "credential",
+        "credentials",
+        "creds",
+        "bearer",
+        "cookie",
+        "cookies",
+    ];
+    let lower = text.to_ascii_lowercase();
+    // `apiKey` and `api-key` are two words each.
+    let mut words = String::new();
+    for c in text.chars() {
+        if c.is_ascii_uppercase() && words.ends_with(|before: char| before.is_ascii_lowercase()) {
+            words.push(' ');
+        }
+        words.push(if c.is_ascii_alphabetic() { c } else { ' ' });
+    }
+    let words = words.to_ascii_lowercase();
+    ANYWHERE.iter().any(|part| lower.contains(part)) || words.split(' ').any(|word| ALONE.contains(&word))
 }
 
 /// Takes the first pair off `text`: its key, its value with the quotes, and what follows.
@@ -462,6 +552,9 @@ fn check_pair(key: &str, value: &str) -> Result<(), &'static str> {
         |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
     if key.starts_with('-') || !key.split('.').all(bare) {
         return Err("a key is of letters, digits, '_', '-' and '.', and does not begin with '-'");
+    }
+    if !value.starts_with(['"', '\'']) && value.contains('#') {
+        return Err("'#' begins a comment, and Flower would drop the rest: put the value in quotes");
     }
     // Escapes of TOML 1.1, which Flower's reader, of TOML 1.0, does not know.
     let escapes = value.replace(r"\\", "");
@@ -739,6 +832,9 @@ mod tests {
             "n=1_000",
             "f=inf",
             "k=''",
+            "k='a#b' j=\"#\"",
+            "a.b=1 a.c=2 b.a=3",
+            &format!("{}k=1", "k.".repeat(50)),
         ] {
             assert_eq!(NodeConfig::parse(text).expect(text).as_str(), text);
         }
@@ -774,8 +870,39 @@ mod tests {
                 "a b=1",
                 "pairs.toml",
                 "k=\"\"\"a\"\"\"",
+                // A comment, to Flower: k is 1 and true, and b is not there.
+                "k=1#b=2",
+                "a=1 k=true#",
+                "a=1 # b=2",
+                "a.b=1 a=2",
+                "a.b.c=1 a.b=2",
+                "a.b=1 a.b=2",
+                &format!("{}k=1", "k.".repeat(60_000)),
             ],
         );
+    }
+
+    #[test]
+    fn node_config_is_no_longer_than_an_argument_may_be() {
+        let longest = format!("k='{}'", "x".repeat(131_071 - 4));
+        assert_eq!(NodeConfig::parse(&format!(" {longest} ")).unwrap().as_str(), longest);
+        let refusal = NodeConfig::parse(&longest.replace("k=", "ke=")).unwrap_err();
+        assert!(refusal.starts_with("must be at most 131071 bytes") && refusal.ends_with("it has 131072"), "{refusal}");
+    }
+
+    #[test]
+    fn a_key_is_known_again_among_any_number_of_others() {
+        let mut keys = Keys::default();
+        let names: Vec<String> = (0..10_000).map(|n| format!("t.{}.k{n}", n % 7)).collect();
+        assert!(names.iter().all(|name| keys.add(name)));
+        // One node for `t`, one for each table in it, one for each value: what a key costs does not grow with the others.
+        assert_eq!(keys.nodes.len(), 1 + 7 + 10_000);
+        for taken in ["t", "t.3", "t.0.k0", "t.3.k9999.deeper"] {
+            assert!(!keys.add(taken), "{taken}");
+        }
+        assert!(keys.add("t.7") && keys.add("t.8.k0") && keys.add("k0"));
+        let most: String = (0..14_000).map(|n| format!("a{n}=1 ")).collect();
+        assert!(NodeConfig::parse(&most).is_ok());
     }
 
     #[test]
@@ -783,6 +910,60 @@ mod tests {
         let config = NodeConfig::parse("a=1  db-password=\"x y\" API_TOKEN=\"t\"").unwrap();
         assert_eq!(config.redacted(), "a=1 db-password='(hidden)' API_TOKEN='(hidden)'");
         assert_eq!(NodeConfig::parse("a=1  b=2").unwrap().redacted(), "a=1  b=2");
+        for key in [
+            "key",
+            "api-key",
+            "sshKey",
+            "db.pwd",
+            "PASS",
+            "wifi_psk",
+            "auth",
+            "aws-credentials",
+            "bearer2",
+            "cookie",
+            "oauthToken",
+            "my.secret.name",
+        ] {
+            let config = NodeConfig::parse(&format!("{key}='hunter2' a=1")).unwrap();
+            assert_eq!(config.redacted(), format!("{key}='(hidden)' a=1"));
+        }
+        for key in ["monkey", "keyboard", "author", "passenger", "compass", "cookiecutter", "k"] {
+            let text = format!("{key}='seen'");
+            assert_eq!(NodeConfig::parse(&text).unwrap().redacted(), text);
+        }
+    }
+
+    #[test]
+    fn a_refusal_shows_nothing_of_a_text_that_may_hold_a_secret() {
+        for (text, place) in [
+            ("password hunter2", "; pair 1: "),
+            ("db-password=hunter two=3", "; pair 1: "),
+            ("a=1 db-password='x' hunter2", "; pair 3: "),
+            ("a=1 hunter2 api-key='x'", "; pair 2: "),
+            ("key='hunter2' key='two'", "; pair 2: "),
+            ("auth='x'hunter2", "; pair 1: "),
+            ("pwd='x' hunter2\"='y'", "; pair 2: "),
+        ] {
+            assert!(NodeConfig::may_hold_secret(text));
+            let refusal = NodeConfig::parse(text).expect_err(text);
+            assert!(!refusal.contains("hunter") && !refusal.contains("two"), "{refusal}");
+            assert!(refusal.contains(place), "{text}: {refusal}");
+        }
+        let refusal = NodeConfig::parse("a=1 site=North").unwrap_err();
+        assert!(refusal.ends_with("; at 'site': the value is not TOML"), "{refusal}");
+    }
+
+    #[test]
+    fn foreign_text_is_shown_in_one_line_of_bounded_length() {
+        assert_eq!(shown("St. Mary's \"ü\" C:\\x"), "St. Mary's \"ü\" C:\\x");
+        assert_eq!(shown("a\nb\x1b[31m\u{202e}\u{200b}"), "a\\nb\\u{1b}[31m\\u{202e}\\u{200b}");
+        assert_eq!(shown(&"é".repeat(201)), format!("{}…", "é".repeat(200)));
+        for refusal in [
+            DeviceSelection::parse(&format!("0,\x1b{}", "x".repeat(9000))).unwrap_err(),
+            NodeConfig::parse(&format!("\x1b{}", "x".repeat(9000))).unwrap_err(),
+        ] {
+            assert!(refusal.len() < 500 && !refusal.contains('\x1b') && refusal.contains("\\u{1b}xxx"), "{refusal}");
+        }
     }
 
     const PEM: &str = include_str!("../../tests/ca.crt");

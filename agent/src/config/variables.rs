@@ -2,7 +2,8 @@
 //! The parser, the `variables` command, the README and the tests come from it.
 
 use super::values::{
-    Certificate, DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Refusal, Version, parse_count, parse_yes_no,
+    Certificate, DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Refusal, Version, parse_count,
+    parse_yes_no, shown,
 };
 
 /// What a variable accepts.
@@ -73,7 +74,6 @@ impl Kind {
 
     /// How the value of this kind may be shown in an error: in full, in part, or not at all.
     pub fn shown(self, text: &str) -> String {
-        const MOST: usize = 200;
         let hidden = match self {
             Self::Certificate => true,
             Self::NodeConfig => NodeConfig::may_hold_secret(text),
@@ -82,14 +82,7 @@ impl Kind {
         if hidden {
             return format!("({} characters, not shown)", text.chars().count());
         }
-        let mut shown = String::new();
-        for c in text.chars().take(MOST) {
-            if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
-        }
-        if text.chars().nth(MOST).is_some() {
-            shown.push('…');
-        }
-        format!("'{shown}'")
+        format!("'{}'", shown(text))
     }
 
     /// The accepted values, for people.
