@@ -212,7 +212,9 @@ impl Config {
         let mut found = Found::read(context);
         let keepalive_time = found.count("FL_GRPC_KEEPALIVE_TIME").unwrap_or(60);
         let keepalive_timeout = found.count("FL_GRPC_KEEPALIVE_TIMEOUT").unwrap_or(20);
-        if keepalive_timeout >= keepalive_time && !found.is_wrong("FL_GRPC_KEEPALIVE_") {
+        let both_right =
+            !["FL_GRPC_KEEPALIVE_TIME", "FL_GRPC_KEEPALIVE_TIMEOUT"].iter().any(|name| found.wrong.contains(name));
+        if both_right && keepalive_timeout >= keepalive_time {
             found.errors.push(format!(
                 "{}: must be less than {}",
                 found.described("FL_GRPC_KEEPALIVE_TIMEOUT", "20"),
@@ -325,6 +327,8 @@ impl Config {
 struct Found {
     set: Vec<(&'static Variable, Set)>,
     errors: Vec<String>,
+    /// The variables that the errors are about, by their names in the table.
+    wrong: Vec<&'static str>,
 }
 
 /// A variable that is set: under which name, how it was written, what it is.
@@ -336,8 +340,9 @@ struct Set {
 
 impl Found {
     fn read(context: &Context) -> Self {
-        let mut found = Self { set: Vec::new(), errors: Vec::new() };
+        let mut found = Self { set: Vec::new(), errors: Vec::new(), wrong: Vec::new() };
         for variable in VARIABLES {
+            let errors_before = found.errors.len();
             let mut first: Option<Set> = None;
             for name in variable.names() {
                 let text = match context.text(&name) {
@@ -360,6 +365,9 @@ impl Found {
                 }
             }
             found.set.extend(first.map(|set| (variable, set)));
+            if found.errors.len() > errors_before {
+                found.wrong.push(variable.name);
+            }
         }
         found
     }
@@ -398,10 +406,6 @@ impl Found {
         (level, self.choice("FL_LOG_FORMAT") == Some("json"))
     }
 
-    fn is_wrong(&self, part: &str) -> bool {
-        self.errors.iter().any(|error| error.contains(part))
-    }
-
     /// `NAME='value'` as the operator wrote it, or the default.
     fn described(&self, name: &str, default: &str) -> String {
         match self.get(name) {
@@ -420,7 +424,7 @@ fn unknown_names(context: &Context) -> Vec<String> {
         .filter(|name| context.bytes(name).is_some_and(|value| !value.trim_ascii().is_empty()))
         .map(|name| match variables::nearest(name) {
             Some(known) => format!("{name} is not a known variable and has no effect: did you mean {known}?"),
-            None => format!("{name} is not a known variable and has no effect"),
+            None => format!("{} is not a known variable and has no effect", shown(name)),
         })
         .collect()
 }
@@ -539,6 +543,8 @@ mod tests {
             ["FL_GRPC_KEEPALIVE_TIMEOUT='20' (the default): must be less than FL_GRPC_KEEPALIVE_TIME='20'"]
         );
         assert_eq!(errors(&[("FL_GRPC_KEEPALIVE_TIME", "x")]).len(), 1);
+        assert_eq!(errors(&[("ONEAPP_FL_GRPC_KEEPALIVE_TIME", "x")]).len(), 1);
+        assert_eq!(errors(&[("FL_LOG_LEVEL", "FL_GRPC_KEEPALIVE_"), ("FL_GRPC_KEEPALIVE_TIME", "20")]).len(), 2);
         assert!(read(&[("FL_GRPC_KEEPALIVE_TIME", "10"), ("FL_GRPC_KEEPALIVE_TIMEOUT", "9")]).is_ok());
     }
 

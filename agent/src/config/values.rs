@@ -133,7 +133,7 @@ impl ImageRef {
         if Self::is_valid(text) {
             Ok(Self(text.into()))
         } else {
-            Err("must be an image reference [host[:port]/]name[:tag][@sha256:digest], the name in lower case".into())
+            Err("must be an image reference [host[:port]/]name[:tag][@sha256:digest], name and digest in lower case, not an image's ID".into())
         }
     }
 
@@ -144,9 +144,13 @@ impl ImageRef {
         };
         if let Some(digest) = digest {
             let hex = digest.strip_prefix("sha256:").unwrap_or_default();
-            if hex.len() != 64 || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
+            if !is_sha256(hex) {
                 return false;
             }
+        }
+        // Docker would take it for an ID, and there is none to pull.
+        if is_sha256(text) {
+            return false;
         }
         let last_part_at = rest.rfind('/').map_or(0, |at| at + 1);
         let (name, tag) = match rest[last_part_at..].split_once(':') {
@@ -190,6 +194,11 @@ impl fmt::Display for ImageRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// 64 hexadecimal digits, in lower case as Docker wants them.
+fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// Lower-case letters and digits, separated by `.`, `_`, `__` or dashes, none of them at an end.
@@ -771,9 +780,16 @@ mod tests {
     #[test]
     fn an_image_reference_is_read_as_docker_reads_it() {
         let digest = format!("flwr/supernode@sha256:{}", "a".repeat(64));
-        for text in
-            ["busybox", "flwr/supernode:1.31.0", "host.example:5000/a/b:tag", "localhost/a", "a__b/c-d.e:T_1", &digest]
-        {
+        let like_an_id = format!("{}:1", "a".repeat(64));
+        for text in [
+            &like_an_id,
+            "busybox",
+            "flwr/supernode:1.31.0",
+            "host.example:5000/a/b:tag",
+            "localhost/a",
+            "a__b/c-d.e:T_1",
+            &digest,
+        ] {
             assert!(ImageRef::parse(text).is_ok(), "{text}");
         }
         refuses(
@@ -788,6 +804,8 @@ mod tests {
                 "a___b",
                 "-a",
                 "a@sha256:00",
+                &format!("a@sha256:{}", "A".repeat(64)),
+                &"a1".repeat(32),
                 "a:-tag",
                 "a b",
                 "--privileged",
