@@ -8,6 +8,9 @@ use serde::{Deserialize, Deserializer};
 /// Where the settings are when nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/supernode-agent/agent.toml";
 
+/// The largest `/dev/shm`: what a signed number of bytes, which is Docker's, holds.
+const MOST_SHM_MIB: u64 = i64::MAX as u64 >> 20;
+
 /// All settings; a key that is missing has its default, one that is not known is an error.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -243,20 +246,68 @@ impl Settings {
 
     fn parse(text: &str) -> Result<Self, String> {
         let settings: Self = toml::from_str(text).map_err(|error| error.to_string().trim_end().to_owned())?;
-        let name = &settings.container.name;
+        let refusals = settings.refusals();
+        if refusals.is_empty() { Ok(settings) } else { Err(refusals.join("; ")) }
+    }
+
+    /// What TOML accepts and this machine could not do anything with: each with the key, the value, and what is accepted.
+    fn refusals(&self) -> Vec<String> {
+        let Self { context, gpu, docker, container, state, .. } = self;
+        let path = |key, path: &Path| (key, path.is_absolute(), format!("{path:?}"), "must be an absolute path");
+        // A relative path would depend on the folder that somebody started the agent in.
+        let is_program = |name: &str| !name.trim().is_empty() && (name.starts_with('/') || !name.contains('/'));
+        let program =
+            |key, name: &str| (key, is_program(name), format!("{name:?}"), "must be a name or an absolute path");
+        let reload = &docker.reload_command;
+        let probe_seconds = gpu.probe_timeout.as_secs();
+        let shm_mib = container.shm_size_mib;
+        let log_driver = container.log_driver.trim();
         // The names that Docker accepts (moby, daemon/names).
+        let name = &container.name;
         let valid_name = name.len() >= 2
             && name.starts_with(|c: char| c.is_ascii_alphanumeric())
             && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
-        if !valid_name {
-            return Err(format!(
-                "container.name = {name:?}: must be letters, digits, '_', '.' and '-', two or more, the first a letter or a digit"
-            ));
-        }
-        if settings.docker.reload_command.is_empty() {
-            return Err("docker.reload_command = []: must have at least the program".into());
-        }
-        Ok(settings)
+        [
+            path("context.dir", &context.dir),
+            path("gpu.sysfs", &gpu.sysfs),
+            program("gpu.nvml_library", &gpu.nvml_library),
+            ("gpu.probe_timeout_seconds", probe_seconds > 0, probe_seconds.to_string(), "must be at least 1"),
+            path("docker.socket", &docker.socket),
+            path("docker.daemon_json", &docker.daemon_json),
+            program("docker.runtime_path", &docker.runtime_path),
+            (
+                "docker.reload_command",
+                reload.first().is_some_and(|program| is_program(program)),
+                format!("{reload:?}"),
+                "must begin with a program, by its name or its absolute path",
+            ),
+            (
+                "container.name",
+                valid_name,
+                format!("{name:?}"),
+                "must be letters, digits, '_', '.' and '-', two or more, the first a letter or a digit",
+            ),
+            path("container.data_dir", &container.data_dir),
+            path("container.certs_dir", &container.certs_dir),
+            path("container.prebaked_dir", &container.prebaked_dir),
+            (
+                "container.log_driver",
+                !log_driver.is_empty(),
+                format!("{log_driver:?}"),
+                "must be auto or a log driver of Docker",
+            ),
+            (
+                "container.shm_size_mib",
+                shm_mib <= MOST_SHM_MIB,
+                shm_mib.to_string(),
+                "must be at most 8796093022207: Docker counts in bytes, up to 2^63 - 1",
+            ),
+            path("state.dir", &state.dir),
+        ]
+        .into_iter()
+        .filter(|(_, right, ..)| !right)
+        .map(|(key, _, value, accepted)| format!("{key} = {value}: {accepted}"))
+        .collect()
     }
 }
 
@@ -283,12 +334,52 @@ mod tests {
             ("[gpu]\nwait_seconds = -1\n", "line 2"),
             ("[gpu]\nwait_seconds = \"3\"\n", "line 2"),
             ("[gpu]\ninjection = \"magic\"\n", "auto"),
-            ("[container]\nname = \"a b\"\n", "container.name"),
-            ("[docker]\nreload_command = []\n", "docker.reload_command"),
             ("[gpu\n", "line 1"),
         ] {
             let message = Settings::parse(text).unwrap_err();
             assert!(message.contains(words), "{text}: {message}");
         }
+    }
+
+    #[test]
+    fn what_no_machine_can_do_is_refused_with_key_value_and_what_is_accepted() {
+        let absolute = "must be an absolute path";
+        let program = "must be a name or an absolute path";
+        for (section, setting, accepted) in [
+            ("context", "dir = \"run/one-context\"", absolute),
+            ("gpu", "sysfs = \"\"", absolute),
+            ("gpu", "nvml_library = \"\"", program),
+            ("gpu", "nvml_library = \"lib/libnvidia-ml.so.1\"", program),
+            ("gpu", "probe_timeout_seconds = 0", "must be at least 1"),
+            ("docker", "socket = \"unix:///var/run/docker.sock\"", absolute),
+            ("docker", "daemon_json = \"\"", absolute),
+            ("docker", "daemon_json = \"daemon.json\"", absolute),
+            ("docker", "runtime_path = \"\"", program),
+            ("docker", "runtime_path = \"./nvidia-container-runtime\"", program),
+            ("docker", "reload_command = []", "must begin with a program"),
+            ("docker", "reload_command = [\" \", \"reload\"]", "must begin with a program"),
+            ("container", "name = \"a b\"", "must be letters"),
+            ("container", "name = \"a\"", "must be letters"),
+            ("container", "data_dir = \"data\"", absolute),
+            ("container", "certs_dir = \"certs\"", absolute),
+            ("container", "prebaked_dir = \"\"", absolute),
+            ("container", "log_driver = \"\"", "must be auto or"),
+            ("container", "shm_size_mib = 8796093022208", "must be at most 8796093022207"),
+            ("state", "dir = \"state\"", absolute),
+        ] {
+            let message = Settings::parse(&format!("[{section}]\n{setting}\n")).expect_err(setting);
+            assert!(message.starts_with(&format!("{section}.{setting}: {accepted}")), "{setting}: {message}");
+        }
+        let most = "[container]\nshm_size_mib = 8796093022207\n[gpu]\nnvml_library = \"/opt/libnvidia-ml.so.1\"\n";
+        assert_eq!(Settings::parse(most).map(|settings| settings.container.shm_size_mib), Ok((1 << 43) - 1));
+    }
+
+    #[test]
+    fn all_wrong_settings_are_told_together() {
+        let message = Settings::parse("[state]\ndir = \"\"\n[gpu]\nprobe_timeout_seconds = 0\n").unwrap_err();
+        assert_eq!(
+            message,
+            "gpu.probe_timeout_seconds = 0: must be at least 1; state.dir = \"\": must be an absolute path"
+        );
     }
 }

@@ -25,7 +25,7 @@ pub fn parse(text: &[u8]) -> Result<Vec<(String, Vec<u8>)>, ParseError> {
         let name_bytes = name(text, at, line)?;
         let name = String::from_utf8_lossy(name_bytes).into_owned();
         if let Some(first) = seen.insert(name_bytes, at) {
-            let first_line = place(text, first).0;
+            let (name, first_line) = (shown(&name), place(text, first).0);
             return Err(ParseError::at(text, at, ParseErrorKind::DuplicateName { name, first_line }));
         }
         let (value, next) = value(text, at + name_bytes.len() + 1, &name)?;
@@ -49,7 +49,7 @@ fn name<'a>(text: &[u8], at: usize, line: &'a [u8]) -> Result<&'a [u8], ParseErr
 
 /// The value whose opening quote must be at `open`, and where the next line begins.
 fn value(text: &[u8], open: usize, name: &str) -> Result<(Vec<u8>, usize), ParseError> {
-    let name = || name.to_owned();
+    let name = || shown(name);
     match text.get(open) {
         Some(b'\'') => {}
         Some(_) => {
@@ -77,6 +77,15 @@ fn value(text: &[u8], open: usize, name: &str) -> Result<(Vec<u8>, usize), Parse
         }
     }
     Err(ParseError::at(text, open, ParseErrorKind::CutOffValue { name: name() }))
+}
+
+/// A name as an error shows it: not longer than somebody reads. It is A-Z, 0-9 and _ only.
+fn shown(name: &str) -> String {
+    const MOST_CHARACTERS: usize = 100;
+    match name.get(..MOST_CHARACTERS) {
+        Some(start) if start.len() < name.len() => format!("{start}…"),
+        _ => name.to_owned(),
+    }
 }
 
 fn first_line(text: &[u8]) -> &[u8] {
@@ -132,7 +141,7 @@ pub enum ParseErrorKind {
     /// Something other than a single quote after the `=`. At that place.
     #[error("the value of {name} is not in single quotes: a variable is written NAME='value'")]
     NotQuoted {
-        /// The variable.
+        /// The variable; a long name is cut short.
         name: String,
     },
     /// Something between the closing quote and the end of the line, a blank or a carriage return included. At that place.
@@ -140,13 +149,13 @@ pub enum ParseErrorKind {
         r"something follows the closing quote of {name}: the line must end there (a quote inside a value is written '\'')"
     )]
     AfterQuote {
-        /// The variable.
+        /// The variable; a long name is cut short.
         name: String,
     },
     /// A variable that was set before. At the second one.
     #[error("{name} is set twice, first on line {first_line}: set it once")]
     DuplicateName {
-        /// The variable.
+        /// The variable; a long name is cut short.
         name: String,
         /// The line that sets it first, from 1.
         first_line: usize,
@@ -157,7 +166,7 @@ pub enum ParseErrorKind {
     /// The text ends before the value does. At the opening quote, or at the end where that is missing too.
     #[error("the text ends before the closing quote of {name}")]
     CutOffValue {
-        /// The variable.
+        /// The variable; a long name is cut short.
         name: String,
     },
 }
@@ -207,6 +216,17 @@ mod tests {
         assert_eq!(parsed(b"# it's a comment\r\n\n \t\nA='1'\n#B='2'\n\n"), one("A", b"1"));
         assert_eq!(parsed(b"A='1'\n# no line break"), one("A", b"1"));
         assert_eq!(parsed(b"A='1'\n  "), one("A", b"1"));
+    }
+
+    #[test]
+    fn a_long_name_is_read_whole_and_shown_in_part() {
+        let (name, shown) = ("N".repeat(101), format!("{}…", "N".repeat(100)));
+        assert_eq!(parsed(format!("{name}='1'\n").as_bytes()), one(&name, b"1"));
+        assert_refused(format!("{name}=1\n").as_bytes(), 1, 103, not_quoted(&shown));
+        assert_refused(format!("{name}='1").as_bytes(), 1, 103, cut_off_value(&shown));
+        let twice = ParseErrorKind::DuplicateName { name: shown, first_line: 1 };
+        assert_refused(format!("{name}=''\n{name}=''\n").as_bytes(), 2, 1, twice);
+        assert_refused(format!("{}=1\n", &name[1..]).as_bytes(), 1, 102, not_quoted(&name[1..]));
     }
 
     #[test]

@@ -118,11 +118,16 @@ fn is_token_byte(byte: u8) -> bool {
 
 /// The first `limit` bytes of a file; the limit holds for the reading itself, as a file can grow.
 fn read_head(path: &Path, limit: u64) -> Result<Vec<u8>, SourceError> {
-    let mut head = Vec::new();
-    File::open(path)
-        .and_then(|file| file.take(limit).read_to_end(&mut head))
-        .map_err(|source| SourceError::Unreadable { path: path.to_owned(), source })?;
-    Ok(head)
+    let read = || {
+        // To open a FIFO is to wait for somebody who writes.
+        if !fs::metadata(path)?.is_file() {
+            return Err(io::Error::other("it is not a regular file"));
+        }
+        let mut head = Vec::new();
+        File::open(path)?.take(limit).read_to_end(&mut head)?;
+        Ok(head)
+    };
+    read().map_err(|source| SourceError::Unreadable { path: path.to_owned(), source })
 }
 
 /// Why there is no context, or no token.
@@ -420,5 +425,20 @@ mod tests {
         let dir = Dir::new();
         fs::create_dir(dir.0.join(ENV_FILE)).unwrap();
         assert!(matches!(read_token(&dir.0), Err(SourceError::Unreadable { .. })));
+    }
+
+    #[test]
+    fn what_is_not_a_regular_file_is_an_error_and_never_waited_for() {
+        let not_a_file = |error: &SourceError| error.source().unwrap().to_string() == "it is not a regular file";
+        for name in ["context.sh.online", ENV_FILE] {
+            let dir = Dir::new();
+            assert!(process::Command::new("mkfifo").arg(dir.0.join(name)).status().unwrap().success());
+            let error =
+                if name == ENV_FILE { read_token(&dir.0).unwrap_err() } else { read_context(&dir.0).unwrap_err() };
+            assert!(not_a_file(&error) && !error.is_invalid(), "{error:?}");
+        }
+        let dir = Dir::new();
+        std::os::unix::fs::symlink("/dev/zero", dir.0.join("context.sh.local")).unwrap();
+        assert!(not_a_file(&read_context(&dir.0).unwrap_err()));
     }
 }

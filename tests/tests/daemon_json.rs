@@ -75,7 +75,7 @@ fn what_is_not_one_json_object_is_refused_with_its_place_and_stays() {
         (b"{\"runtimes\": []}", "line 1, column 14"),
         (b"{\n\"a\": \"\xff\"}", "line 2, column 7"),
         (b"\xff\xfe{\0}\0", "line 1, column 1"),
-        (b"{\"a\": \"half", "line 1, column 11"),
+        (b"{\"a\": \"half", "line 1, column 12"),
     ] {
         fs::write(&file, bytes).unwrap();
         let output = configure(&case);

@@ -513,7 +513,7 @@ fn hostile_values_arrive_byte_for_byte_and_nothing_is_executed() {
 #[test]
 fn the_container_is_confined_as_the_contract_says() {
     let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    let pem = "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n";
+    let pem = include_str!("../../agent/tests/ca.crt");
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", pem)]);
     let mut agent = up(&case);
     let host: Value = serde_json::from_str(&inspect(&engine, "{{json .HostConfig}}")).unwrap();

@@ -10,7 +10,7 @@ use one_context::Context;
 use serde_json::{Map, Value as Json, json};
 
 use crate::gpu::pci::PciAddress;
-use values::{Certificate, DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Version};
+use values::{Certificate, DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Version, shown};
 use variables::{Kind, VARIABLES, Value, Variable};
 
 /// The machine-learning framework of the node's image.
@@ -86,9 +86,9 @@ impl LogLevel {
 /// A PCI device that OpenNebula passed through: what the cloud promised.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Promised {
-    /// The variable, `PCI<n>_ADDRESS`.
+    /// The variable, `PCI<n>_ADDRESS`, fit to be shown.
     pub variable: String,
-    /// Its value as written.
+    /// Its value as written, fit to be shown: it is foreign text, and goes into findings.
     pub written: String,
     /// The address, where the value is one.
     pub address: Option<PciAddress>,
@@ -212,7 +212,9 @@ impl Config {
         let mut found = Found::read(context);
         let keepalive_time = found.count("FL_GRPC_KEEPALIVE_TIME").unwrap_or(60);
         let keepalive_timeout = found.count("FL_GRPC_KEEPALIVE_TIMEOUT").unwrap_or(20);
-        if keepalive_timeout >= keepalive_time && !found.is_wrong("FL_GRPC_KEEPALIVE_") {
+        let both_right =
+            !["FL_GRPC_KEEPALIVE_TIME", "FL_GRPC_KEEPALIVE_TIMEOUT"].iter().any(|name| found.wrong.contains(name));
+        if both_right && keepalive_timeout >= keepalive_time {
             found.errors.push(format!(
                 "{}: must be less than {}",
                 found.described("FL_GRPC_KEEPALIVE_TIMEOUT", "20"),
@@ -266,7 +268,11 @@ impl Config {
             promised: context
                 .passthrough_addresses()
                 .into_iter()
-                .map(|(variable, written)| Promised { address: PciAddress::parse(&written), variable, written })
+                .map(|(variable, written)| Promised {
+                    variable: shown(&variable),
+                    address: PciAddress::parse(&written),
+                    written: shown(&written),
+                })
                 .collect(),
             prebaked: prebaked.clone(),
         };
@@ -321,6 +327,8 @@ impl Config {
 struct Found {
     set: Vec<(&'static Variable, Set)>,
     errors: Vec<String>,
+    /// The variables that the errors are about, by their names in the table.
+    wrong: Vec<&'static str>,
 }
 
 /// A variable that is set: under which name, how it was written, what it is.
@@ -332,8 +340,9 @@ struct Set {
 
 impl Found {
     fn read(context: &Context) -> Self {
-        let mut found = Self { set: Vec::new(), errors: Vec::new() };
+        let mut found = Self { set: Vec::new(), errors: Vec::new(), wrong: Vec::new() };
         for variable in VARIABLES {
+            let errors_before = found.errors.len();
             let mut first: Option<Set> = None;
             for name in variable.names() {
                 let text = match context.text(&name) {
@@ -356,6 +365,9 @@ impl Found {
                 }
             }
             found.set.extend(first.map(|set| (variable, set)));
+            if found.errors.len() > errors_before {
+                found.wrong.push(variable.name);
+            }
         }
         found
     }
@@ -394,10 +406,6 @@ impl Found {
         (level, self.choice("FL_LOG_FORMAT") == Some("json"))
     }
 
-    fn is_wrong(&self, part: &str) -> bool {
-        self.errors.iter().any(|error| error.contains(part))
-    }
-
     /// `NAME='value'` as the operator wrote it, or the default.
     fn described(&self, name: &str, default: &str) -> String {
         match self.get(name) {
@@ -416,7 +424,7 @@ fn unknown_names(context: &Context) -> Vec<String> {
         .filter(|name| context.bytes(name).is_some_and(|value| !value.trim_ascii().is_empty()))
         .map(|name| match variables::nearest(name) {
             Some(known) => format!("{name} is not a known variable and has no effect: did you mean {known}?"),
-            None => format!("{name} is not a known variable and has no effect"),
+            None => format!("{} is not a known variable and has no effect", shown(name)),
         })
         .collect()
 }
@@ -486,7 +494,7 @@ mod tests {
                 Kind::HostPort => "h:25",
                 Kind::Devices => "25",
                 Kind::NodeConfig => "k=25",
-                Kind::Certificate => "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----",
+                Kind::Certificate => include_str!("../../tests/ca.crt"),
             };
             let default = Config::from_context(&context(&[]), &Prebaked::default()).unwrap().0;
             for name in variable.names() {
@@ -535,6 +543,8 @@ mod tests {
             ["FL_GRPC_KEEPALIVE_TIMEOUT='20' (the default): must be less than FL_GRPC_KEEPALIVE_TIME='20'"]
         );
         assert_eq!(errors(&[("FL_GRPC_KEEPALIVE_TIME", "x")]).len(), 1);
+        assert_eq!(errors(&[("ONEAPP_FL_GRPC_KEEPALIVE_TIME", "x")]).len(), 1);
+        assert_eq!(errors(&[("FL_LOG_LEVEL", "FL_GRPC_KEEPALIVE_"), ("FL_GRPC_KEEPALIVE_TIME", "20")]).len(), 2);
         assert!(read(&[("FL_GRPC_KEEPALIVE_TIME", "10"), ("FL_GRPC_KEEPALIVE_TIMEOUT", "9")]).is_ok());
     }
 
@@ -586,6 +596,16 @@ mod tests {
             let errors = errors(&pairs);
             assert!(errors.len() == 1 && !errors[0].contains("c2VjcmV0"), "{errors:?}");
         }
+    }
+
+    #[test]
+    fn what_the_cloud_wrote_as_an_address_is_shown_in_one_bounded_line() {
+        let hostile = format!("\x1b[31m\n{}", "x".repeat(9000));
+        let (config, _) = read(&[("PCI0_ADDRESS", &hostile), ("PCI1_ADDRESS", " 01:00.0 ")]).unwrap();
+        let written = &config.promised[0].written;
+        assert!(written.starts_with("\\u{1b}[31m\\nxxx") && written.chars().count() < 250, "{written}");
+        assert_eq!(config.promised[1].written, "01:00.0");
+        assert_eq!(config.promised[1].address, PciAddress::parse("01:00.0"));
     }
 
     #[test]

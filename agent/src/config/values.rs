@@ -1,6 +1,8 @@
 //! The values that operators write, as types: each is parsed once, here, and is valid ever after.
 //! A parser answers with what is accepted ("must be …"); who asked adds the variable's name and the value.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -10,6 +12,23 @@ use crate::gpu::pci::PciAddress;
 
 /// Why a value is refused: the second half of `VARIABLE='value': must be …`.
 pub type Refusal = String;
+
+/// Foreign text as a message shows it: one line of bounded length, in which nothing acts upon a terminal or a reader.
+pub fn shown(text: &str) -> String {
+    const MOST_CHARACTERS: usize = 200;
+    let mut shown = String::new();
+    for c in text.chars().take(MOST_CHARACTERS) {
+        match c {
+            // They are harmless, and operators know them as they wrote them.
+            '\'' | '"' | '\\' => shown.push(c),
+            c => shown.extend(c.escape_debug()),
+        }
+    }
+    if text.chars().nth(MOST_CHARACTERS).is_some() {
+        shown.push('…');
+    }
+    shown
+}
 
 /// `YES` or `NO` in any of the spellings that OpenNebula and its users have.
 ///
@@ -114,7 +133,7 @@ impl ImageRef {
         if Self::is_valid(text) {
             Ok(Self(text.into()))
         } else {
-            Err("must be an image reference [host[:port]/]name[:tag][@sha256:digest], the name in lower case".into())
+            Err("must be an image reference [host[:port]/]name[:tag][@sha256:digest], name and digest in lower case, not an image's ID".into())
         }
     }
 
@@ -125,9 +144,13 @@ impl ImageRef {
         };
         if let Some(digest) = digest {
             let hex = digest.strip_prefix("sha256:").unwrap_or_default();
-            if hex.len() != 64 || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
+            if !is_sha256(hex) {
                 return false;
             }
+        }
+        // Docker would take it for an ID, and there is none to pull.
+        if is_sha256(text) {
+            return false;
         }
         let last_part_at = rest.rfind('/').map_or(0, |at| at + 1);
         let (name, tag) = match rest[last_part_at..].split_once(':') {
@@ -171,6 +194,11 @@ impl fmt::Display for ImageRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// 64 hexadecimal digits, in lower case as Docker wants them.
+fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// Lower-case letters and digits, separated by `.`, `_`, `__` or dashes, none of them at an end.
@@ -323,7 +351,8 @@ impl DeviceSelection {
         for part in text.split(',').map(str::trim) {
             let name = DeviceName::parse(part).ok_or_else(|| {
                 format!(
-                    "must be all, none, or a comma list of indices, GPU- or MIG-UUIDs and PCI addresses; '{part}' is none of these"
+                    "must be all, none, or a comma list of indices, GPU- or MIG-UUIDs and PCI addresses; '{}' is none of these",
+                    shown(part)
                 )
             })?;
             if !names.contains(&name) {
@@ -374,23 +403,40 @@ impl NodeConfig {
     pub fn parse(text: &str) -> Result<Self, Refusal> {
         const EXPECTED: &str =
             "must be space-separated key=value pairs, each value a TOML string in quotes, a number, true or false";
+        let text = text.trim();
+        if text.len() > LONGEST_ARGUMENT_BYTES {
+            return Err(format!(
+                "must be at most {LONGEST_ARGUMENT_BYTES} bytes, the most that Linux passes as one argument; it has {}",
+                text.len()
+            ));
+        }
+        let hidden = Self::may_hold_secret(text);
+        let refused = |number: usize, key: &str, why: &str| {
+            // What stands where a key should may be half of a secret with a blank in it.
+            let place =
+                if hidden || key.is_empty() { format!("pair {number}") } else { format!("at '{}'", shown(key)) };
+            format!("{EXPECTED}; {place}: {why}")
+        };
+        let mut keys = Keys::default();
         let mut document = String::new();
-        let mut rest = text.trim_start();
-        while !rest.is_empty() {
-            let (key, value, after) = next_pair(rest).map_err(|(key, why)| format!("{EXPECTED}; {}{why}", at(key)))?;
-            if let Err(why) = check_pair(key, value) {
-                return Err(format!("{EXPECTED}; {}{why}", at(key)));
+        let mut rest = text;
+        for number in 1.. {
+            if rest.is_empty() {
+                break;
             }
-            document.push_str(key);
-            document.push_str(" = ");
-            document.push_str(value);
-            document.push('\n');
-            if document.parse::<toml::Table>().is_err() {
-                return Err(format!("{EXPECTED}; {}the key is there twice", at(key)));
+            let (key, value, after) = next_pair(rest).map_err(|(key, why)| refused(number, key, why))?;
+            check_pair(key, value).map_err(|why| refused(number, key, why))?;
+            if !keys.add(key) {
+                return Err(refused(number, key, "the key is there twice, or one key is the beginning of another"));
             }
+            document.push_str(&format!("{key} = {value}\n"));
             rest = after.trim_start();
         }
-        Ok(Self(text.trim().into()))
+        // What Flower reads is the whole; and a key of more parts than a reader can recurse through is found here.
+        if document.parse::<toml::Table>().is_err() {
+            return Err(format!("{EXPECTED}; together the pairs are not TOML"));
+        }
+        Ok(Self(text.into()))
     }
 
     /// The text for `--node-config`, as the operator wrote it.
@@ -408,26 +454,79 @@ impl NodeConfig {
         if !sounds_secret(&self.0) {
             return self.0.clone();
         }
-        let mut shown = Vec::new();
+        let mut pairs = Vec::new();
         let mut rest = self.0.as_str();
         while let Ok((key, value, after)) = next_pair(rest) {
             let value = if sounds_secret(key) { "'(hidden)'" } else { value };
-            shown.push(format!("{key}={value}"));
+            pairs.push(format!("{key}={value}"));
             rest = after.trim_start();
         }
-        shown.join(" ")
+        pairs.join(" ")
     }
 }
 
-fn at(key: &str) -> String {
-    if key.is_empty() { String::new() } else { format!("at '{}': ", key.escape_debug()) }
+/// The most that Linux takes as one argument of a program: MAX_ARG_STRLEN, 32 pages, less the NUL at its end (execve(2)).
+const LONGEST_ARGUMENT_BYTES: usize = 32 * 4096 - 1;
+
+/// The keys so far, as the tree that TOML makes of their points.
+#[derive(Default)]
+struct Keys<'t> {
+    /// By the table that it is in, and its part of the key: the number of a table, or nothing where a value is.
+    nodes: HashMap<(usize, &'t str), Option<usize>>,
 }
 
-fn sounds_secret(key: &str) -> bool {
-    let key = key.to_ascii_lowercase().replace('-', "_");
-    ["password", "passwd", "passphrase", "secret", "token", "api_key", "apikey", "private_key", "access_key"]
-        .iter()
-        .any(|word| key.contains(word))
+impl<'t> Keys<'t> {
+    /// Adds a key; `false` where a value, or a table, is there already.
+    fn add(&mut self, key: &'t str) -> bool {
+        let (tables, name) = key.rsplit_once('.').map_or((None, key), |(tables, name)| (Some(tables), name));
+        let mut table = 0;
+        for part in tables.into_iter().flat_map(|tables| tables.split('.')) {
+            let number = self.nodes.len() + 1;
+            match self.nodes.entry((table, part)).or_insert(Some(number)) {
+                Some(inner) => table = *inner,
+                None => return false,
+            }
+        }
+        match self.nodes.entry((table, name)) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(free) => {
+                free.insert(None);
+                true
+            }
+        }
+    }
+}
+
+/// Whether `text` has a word that goes with secrets: anywhere in it, or, where the word is a part of innocent ones, alone.
+fn sounds_secret(text: &str) -> bool {
+    const ANYWHERE: [&str; 8] =
+        ["password", "passwd", "passphrase", "secret", "token", "apikey", "privatekey", "accesskey"];
+    const ALONE: [&str; 13] = [
+        "key",
+        "keys",
+        "pw",
+        "pwd",
+        "pass",
+        "psk",
+        "auth",
+        "credential",
+        "credentials",
+        "creds",
+        "bearer",
+        "cookie",
+        "cookies",
+    ];
+    let lower = text.to_ascii_lowercase();
+    // `apiKey` and `api-key` are two words each.
+    let mut words = String::new();
+    for c in text.chars() {
+        if c.is_ascii_uppercase() && words.ends_with(|before: char| before.is_ascii_lowercase()) {
+            words.push(' ');
+        }
+        words.push(if c.is_ascii_alphabetic() { c } else { ' ' });
+    }
+    let words = words.to_ascii_lowercase();
+    ANYWHERE.iter().any(|part| lower.contains(part)) || words.split(' ').any(|word| ALONE.contains(&word))
 }
 
 /// Takes the first pair off `text`: its key, its value with the quotes, and what follows.
@@ -463,6 +562,9 @@ fn check_pair(key: &str, value: &str) -> Result<(), &'static str> {
     if key.starts_with('-') || !key.split('.').all(bare) {
         return Err("a key is of letters, digits, '_', '-' and '.', and does not begin with '-'");
     }
+    if !value.starts_with(['"', '\'']) && value.contains('#') {
+        return Err("'#' begins a comment, and Flower would drop the rest: put the value in quotes");
+    }
     // Escapes of TOML 1.1, which Flower's reader, of TOML 1.0, does not know.
     let escapes = value.replace(r"\\", "");
     if value.starts_with('"') && (escapes.contains(r"\e") || escapes.contains(r"\x")) {
@@ -488,35 +590,35 @@ impl fmt::Debug for Certificate {
 }
 
 impl Certificate {
-    /// Reads base64 of PEM text (line breaks and blanks in it are dropped), or the PEM text itself.
+    /// Reads base64 of PEM text (line breaks and blanks in it are dropped), or the PEM text itself. The certificates are
+    /// kept as RFC 7468 wants them: gRPC's reader is stricter than people and their mail programs are.
     ///
     /// # Errors
     /// What is accepted. The value is never repeated: it may be a private key by mistake.
     pub fn parse(text: &str) -> Result<Self, Refusal> {
         const EXPECTED: &str = "must be the base64 of a PEM certificate";
-        let pem = if text.starts_with("-----BEGIN") {
+        let text = if text.contains("-----BEGIN") {
             text.to_owned()
         } else {
             let bytes = decode_base64(text).ok_or_else(|| format!("{EXPECTED}; it is not base64"))?;
             String::from_utf8(bytes).map_err(|_| format!("{EXPECTED}; what it encodes is not text"))?
         };
-        if pem.contains("PRIVATE KEY-----") {
+        if text.contains("PRIVATE KEY-----") {
             return Err(format!("{EXPECTED}; it holds a private key, which must not leave its owner"));
         }
-        let mut rest = pem.as_str();
-        let mut certificates = 0;
+        let mut rest = text.as_str();
+        let mut pem = String::new();
         while let Some((_, body)) = rest.split_once("-----BEGIN CERTIFICATE-----") {
             let (body, after) = body
                 .split_once("-----END CERTIFICATE-----")
                 .ok_or_else(|| format!("{EXPECTED}; its END line is missing"))?;
-            // A certificate in DER is one ASN.1 sequence.
-            if decode_base64(body).is_none_or(|der| der.first() != Some(&0x30)) {
-                return Err(format!("{EXPECTED}; what stands between BEGIN and END is not a certificate"));
-            }
-            certificates += 1;
+            let der = decode_base64(body).filter(|der| is_certificate(der)).ok_or_else(|| {
+                format!("{EXPECTED}; what stands between BEGIN and END is not a certificate, or not a whole one")
+            })?;
+            push_pem(&mut pem, &der);
             rest = after;
         }
-        if certificates == 0 {
+        if pem.is_empty() {
             return Err(format!("{EXPECTED}; there is no BEGIN CERTIFICATE line"));
         }
         Ok(Self(pem))
@@ -526,6 +628,55 @@ impl Certificate {
     pub fn pem(&self) -> &str {
         &self.0
     }
+}
+
+/// Whether `der` is one whole certificate, as far as its frame tells: a sequence of the signed part (a sequence), the
+/// algorithm (a sequence) and the signature (a bit string), and nothing after them (RFC 5280, section 4.1).
+fn is_certificate(der: &[u8]) -> bool {
+    const SEQUENCE: u8 = 0x30;
+    const BIT_STRING: u8 = 0x03;
+    let Some((SEQUENCE, mut inside, [])) = der_element(der) else {
+        return false;
+    };
+    for expected in [SEQUENCE, SEQUENCE, BIT_STRING] {
+        match der_element(inside) {
+            Some((tag, content, rest)) if tag == expected && !content.is_empty() => inside = rest,
+            _ => return false,
+        }
+    }
+    inside.is_empty()
+}
+
+/// The first element of `der`: its tag, its content and what follows it. DER writes a length in one way only (X.690,
+/// section 10.1): below 128 in one byte, else as the number of bytes that follow, which do not begin with 0.
+fn der_element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
+    let (&tag, rest) = der.split_first()?;
+    let (&first, rest) = rest.split_first()?;
+    let (length, rest) = match first {
+        0..=0x7f => (usize::from(first), rest),
+        // Four bytes of length are more than fits in a context.
+        0x81..=0x84 => {
+            let (bytes, rest) = rest.split_at_checked(usize::from(first & 0x7f))?;
+            let length = bytes.iter().fold(0, |length, byte| length << 8 | usize::from(*byte));
+            (Some(length).filter(|length| *length >= 0x80 && bytes.first() != Some(&0))?, rest)
+        }
+        _ => return None,
+    };
+    let (content, rest) = rest.split_at_checked(length)?;
+    Some((tag, content, rest))
+}
+
+/// Adds a certificate to `pem`, in lines of 64 characters.
+fn push_pem(pem: &mut String, der: &[u8]) {
+    let mut rest = base64::prelude::BASE64_STANDARD.encode(der);
+    pem.push_str("-----BEGIN CERTIFICATE-----\n");
+    while !rest.is_empty() {
+        let after = rest.split_off(rest.len().min(64));
+        pem.push_str(&rest);
+        pem.push('\n');
+        rest = after;
+    }
+    pem.push_str("-----END CERTIFICATE-----\n");
 }
 
 /// Standard base64 (RFC 4648, section 4), in lines or in one, padded or not.
@@ -629,9 +780,16 @@ mod tests {
     #[test]
     fn an_image_reference_is_read_as_docker_reads_it() {
         let digest = format!("flwr/supernode@sha256:{}", "a".repeat(64));
-        for text in
-            ["busybox", "flwr/supernode:1.31.0", "host.example:5000/a/b:tag", "localhost/a", "a__b/c-d.e:T_1", &digest]
-        {
+        let like_an_id = format!("{}:1", "a".repeat(64));
+        for text in [
+            &like_an_id,
+            "busybox",
+            "flwr/supernode:1.31.0",
+            "host.example:5000/a/b:tag",
+            "localhost/a",
+            "a__b/c-d.e:T_1",
+            &digest,
+        ] {
             assert!(ImageRef::parse(text).is_ok(), "{text}");
         }
         refuses(
@@ -646,6 +804,8 @@ mod tests {
                 "a___b",
                 "-a",
                 "a@sha256:00",
+                &format!("a@sha256:{}", "A".repeat(64)),
+                &"a1".repeat(32),
                 "a:-tag",
                 "a b",
                 "--privileged",
@@ -690,6 +850,9 @@ mod tests {
             "n=1_000",
             "f=inf",
             "k=''",
+            "k='a#b' j=\"#\"",
+            "a.b=1 a.c=2 b.a=3",
+            &format!("{}k=1", "k.".repeat(50)),
         ] {
             assert_eq!(NodeConfig::parse(text).expect(text).as_str(), text);
         }
@@ -725,8 +888,39 @@ mod tests {
                 "a b=1",
                 "pairs.toml",
                 "k=\"\"\"a\"\"\"",
+                // A comment, to Flower: k is 1 and true, and b is not there.
+                "k=1#b=2",
+                "a=1 k=true#",
+                "a=1 # b=2",
+                "a.b=1 a=2",
+                "a.b.c=1 a.b=2",
+                "a.b=1 a.b=2",
+                &format!("{}k=1", "k.".repeat(60_000)),
             ],
         );
+    }
+
+    #[test]
+    fn node_config_is_no_longer_than_an_argument_may_be() {
+        let longest = format!("k='{}'", "x".repeat(131_071 - 4));
+        assert_eq!(NodeConfig::parse(&format!(" {longest} ")).unwrap().as_str(), longest);
+        let refusal = NodeConfig::parse(&longest.replace("k=", "ke=")).unwrap_err();
+        assert!(refusal.starts_with("must be at most 131071 bytes") && refusal.ends_with("it has 131072"), "{refusal}");
+    }
+
+    #[test]
+    fn a_key_is_known_again_among_any_number_of_others() {
+        let mut keys = Keys::default();
+        let names: Vec<String> = (0..10_000).map(|n| format!("t.{}.k{n}", n % 7)).collect();
+        assert!(names.iter().all(|name| keys.add(name)));
+        // One node for `t`, one for each table in it, one for each value: what a key costs does not grow with the others.
+        assert_eq!(keys.nodes.len(), 1 + 7 + 10_000);
+        for taken in ["t", "t.3", "t.0.k0", "t.3.k9999.deeper"] {
+            assert!(!keys.add(taken), "{taken}");
+        }
+        assert!(keys.add("t.7") && keys.add("t.8.k0") && keys.add("k0"));
+        let most: String = (0..14_000).map(|n| format!("a{n}=1 ")).collect();
+        assert!(NodeConfig::parse(&most).is_ok());
     }
 
     #[test]
@@ -734,9 +928,82 @@ mod tests {
         let config = NodeConfig::parse("a=1  db-password=\"x y\" API_TOKEN=\"t\"").unwrap();
         assert_eq!(config.redacted(), "a=1 db-password='(hidden)' API_TOKEN='(hidden)'");
         assert_eq!(NodeConfig::parse("a=1  b=2").unwrap().redacted(), "a=1  b=2");
+        for key in [
+            "key",
+            "api-key",
+            "sshKey",
+            "db.pwd",
+            "PASS",
+            "wifi_psk",
+            "auth",
+            "aws-credentials",
+            "bearer2",
+            "cookie",
+            "oauthToken",
+            "my.secret.name",
+        ] {
+            let config = NodeConfig::parse(&format!("{key}='hunter2' a=1")).unwrap();
+            assert_eq!(config.redacted(), format!("{key}='(hidden)' a=1"));
+        }
+        for key in ["monkey", "keyboard", "author", "passenger", "compass", "cookiecutter", "k"] {
+            let text = format!("{key}='seen'");
+            assert_eq!(NodeConfig::parse(&text).unwrap().redacted(), text);
+        }
     }
 
-    const PEM: &str = "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n";
+    #[test]
+    fn a_refusal_shows_nothing_of_a_text_that_may_hold_a_secret() {
+        for (text, place) in [
+            ("password hunter2", "; pair 1: "),
+            ("db-password=hunter two=3", "; pair 1: "),
+            ("a=1 db-password='x' hunter2", "; pair 3: "),
+            ("a=1 hunter2 api-key='x'", "; pair 2: "),
+            ("key='hunter2' key='two'", "; pair 2: "),
+            ("auth='x'hunter2", "; pair 1: "),
+            ("pwd='x' hunter2\"='y'", "; pair 2: "),
+        ] {
+            assert!(NodeConfig::may_hold_secret(text));
+            let refusal = NodeConfig::parse(text).expect_err(text);
+            assert!(!refusal.contains("hunter") && !refusal.contains("two"), "{refusal}");
+            assert!(refusal.contains(place), "{text}: {refusal}");
+        }
+        let refusal = NodeConfig::parse("a=1 site=North").unwrap_err();
+        assert!(refusal.ends_with("; at 'site': the value is not TOML"), "{refusal}");
+    }
+
+    #[test]
+    fn foreign_text_is_shown_in_one_line_of_bounded_length() {
+        assert_eq!(shown("St. Mary's \"ü\" C:\\x"), "St. Mary's \"ü\" C:\\x");
+        assert_eq!(shown("a\nb\x1b[31m\u{202e}\u{200b}"), "a\\nb\\u{1b}[31m\\u{202e}\\u{200b}");
+        assert_eq!(shown(&"é".repeat(201)), format!("{}…", "é".repeat(200)));
+        for refusal in [
+            DeviceSelection::parse(&format!("0,\x1b{}", "x".repeat(9000))).unwrap_err(),
+            NodeConfig::parse(&format!("\x1b{}", "x".repeat(9000))).unwrap_err(),
+        ] {
+            assert!(refusal.len() < 500 && !refusal.contains('\x1b') && refusal.contains("\\u{1b}xxx"), "{refusal}");
+        }
+    }
+
+    const PEM: &str = include_str!("../../tests/ca.crt");
+
+    /// An element of DER with the shortest length there is.
+    fn element(tag: u8, content: &[u8]) -> Vec<u8> {
+        let length = content.len();
+        let mut der = vec![tag];
+        match length {
+            0..0x80 => der.push(length as u8),
+            0x80..0x100 => der.extend([0x81, length as u8]),
+            _ => der.extend([0x82, (length >> 8) as u8, length as u8]),
+        }
+        der.extend(content);
+        der
+    }
+
+    fn pem_of(der: &[u8]) -> String {
+        let mut pem = String::new();
+        push_pem(&mut pem, der);
+        pem
+    }
 
     #[test]
     fn a_certificate_comes_as_base64_or_as_pem_and_a_key_never() {
@@ -755,16 +1022,60 @@ mod tests {
         for text in [
             key,
             &BASE64_STANDARD.encode(key),
+            &format!("{PEM}{key}"),
             "!!!",
             "aGVsbG8=",
-            &PEM.replace("MAA=", "AAAA"),
             "-----BEGIN CERTIFICATE-----\nMAA=",
+            "-----BEGIN CERTIFICATE-----\nc2VjcmV0\n-----END CERTIFICATE-----",
+            "-----BEGIN PUBLIC KEY-----\nc2VjcmV0\n-----END PUBLIC KEY-----",
         ] {
             let refusal = Certificate::parse(text).unwrap_err();
             assert!(
                 refusal.starts_with("must be the base64 of a PEM certificate") && !refusal.contains("c2VjcmV0"),
                 "{refusal}"
             );
+        }
+    }
+
+    #[test]
+    fn certificates_are_kept_as_grpc_reads_them_whatever_stood_around_them() {
+        let in_one_line = PEM.replace('\n', " ");
+        let for_windows = PEM.replace('\n', "\r\n");
+        let with_text = format!("subject=CN = a CA\n{}# the next\n{PEM}bye", PEM.trim_end_matches('\n'));
+        for (text, expected) in
+            [(in_one_line, PEM.into()), (for_windows, PEM.into()), (with_text, format!("{PEM}{PEM}"))]
+        {
+            assert_eq!(Certificate::parse(&text).expect(&text).pem(), expected);
+        }
+    }
+
+    #[test]
+    fn a_certificate_is_whole_to_its_last_byte() {
+        let signed = element(0x30, &[1; 300]);
+        let rest = [element(0x30, &[2; 3]), element(0x03, &[0; 130])].concat();
+        let whole = element(0x30, &[signed.clone(), rest.clone()].concat());
+        assert!(Certificate::parse(&pem_of(&whole)).is_ok());
+        let cut_off = &whole[..whole.len() - 1];
+        let more = [&whole[..], &[0]].concat();
+        let long_length = [&[0x30, 0x83, 0][..], &whole[2..]].concat();
+        let endless = [&[0x30, 0x80][..], &whole[4..], &[0, 0]].concat();
+        for der in [
+            cut_off,
+            &more,
+            &long_length,
+            &endless,
+            &element(0x30, &[]),
+            &element(0x30, &signed),
+            &element(0x30, &[&signed[..], &rest, &rest].concat()),
+            &element(0x31, &[&signed[..], &rest].concat()),
+            // A public key: an algorithm and a bit string.
+            &element(0x30, &rest),
+            &[0x30],
+            &[0x30, 0x84, 0xff, 0xff, 0xff, 0xff],
+            &[],
+        ] {
+            let refusal = Certificate::parse(&pem_of(der)).expect_err(&format!("{der:02x?}"));
+            assert!(refusal.ends_with("is not a certificate, or not a whole one"), "{refusal}");
         }
     }
 

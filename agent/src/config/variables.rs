@@ -2,7 +2,8 @@
 //! The parser, the `variables` command, the README and the tests come from it.
 
 use super::values::{
-    Certificate, DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Refusal, Version, parse_count, parse_yes_no,
+    Certificate, DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Refusal, Version, parse_count,
+    parse_yes_no, shown,
 };
 
 /// What a variable accepts.
@@ -73,7 +74,6 @@ impl Kind {
 
     /// How the value of this kind may be shown in an error: in full, in part, or not at all.
     pub fn shown(self, text: &str) -> String {
-        const MOST: usize = 200;
         let hidden = match self {
             Self::Certificate => true,
             Self::NodeConfig => NodeConfig::may_hold_secret(text),
@@ -82,14 +82,7 @@ impl Kind {
         if hidden {
             return format!("({} characters, not shown)", text.chars().count());
         }
-        let mut shown = String::new();
-        for c in text.chars().take(MOST) {
-            if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
-        }
-        if text.chars().nth(MOST).is_some() {
-            shown.push('…');
-        }
-        format!("'{shown}'")
+        format!("'{}'", shown(text))
     }
 
     /// The accepted values, for people.
@@ -319,10 +312,15 @@ pub fn find(name: &str) -> Option<&'static Variable> {
     VARIABLES.iter().find(|variable| variable.names().any(|known| known == name))
 }
 
-/// The known name nearest to `name`, where one is near enough to be meant: at most two slips apart, or cut or
-/// extended by one word. The answer has the `ONEAPP_` of `name`, so that it can be pasted.
+/// The known name nearest to `name`, where one is near enough to be meant: at most two slips apart, or a word more or
+/// less. The answer has the `ONEAPP_` of `name`, so that it can be pasted.
 pub fn nearest(name: &str) -> Option<String> {
     const MOST_SLIPS: usize = 2;
+    // Twice as long as any known name: it is nobody's slip, and comparing takes its time.
+    const LONGEST: usize = 80;
+    if name.len() > LONGEST {
+        return None;
+    }
     VARIABLES
         .iter()
         .flat_map(Variable::names)
@@ -332,12 +330,47 @@ pub fn nearest(name: &str) -> Option<String> {
         .map(|(_, known)| known)
 }
 
-/// `FL_GPU_MEMORY` and `FL_GPU_MEMORY_FRACTION`: the one is the other and one more word.
+/// `FL_CUDA_DEVICES` and `FL_CUDA_VISIBLE_DEVICES`: the one is the other without one of its words, whatever prefix they
+/// have.
 fn is_one_word_apart(a: &str, b: &str) -> bool {
-    let (short, long) = if a.len() < b.len() { (a, b) } else { (b, a) };
-    long.strip_prefix(short)
-        .and_then(|rest| rest.strip_prefix('_'))
-        .is_some_and(|word| !word.contains('_'))
-        // FL_GPU alone would be near to everything.
-        && short.trim_start_matches("ONEAPP_").matches('_').count() >= 2
+    fn words(name: &str) -> Vec<&str> {
+        name.trim_start_matches("ONEAPP_").trim_start_matches("FL_").split('_').collect()
+    }
+    let (short, long) = match (words(a), words(b)) {
+        (a, b) if a.len() <= b.len() => (a, b),
+        (a, b) => (b, a),
+    };
+    let mut of_long = long.iter();
+    long.len() - short.len() <= 1 && short.iter().all(|word| of_long.any(|other| other == word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_with_slips_or_with_a_word_too_few_or_too_many_is_known_again() {
+        for (name, known) in [
+            ("FL_GPU_ENABLE", "FL_GPU_ENABLED"),
+            ("FL_GPU", "FL_GPU_ENABLED"),
+            ("ONEAPP_FL_GPU", "ONEAPP_FL_GPU_ENABLED"),
+            ("FL_TLS", "FL_TLS_ENABLED"),
+            ("FL_SUPERLINK", "FL_SUPERLINK_ADDRESS"),
+            ("FL_GPU_MEMORY", "FL_GPU_MEMORY_FRACTION"),
+            ("FL_GPU_FRACTION", "FL_GPU_MEMORY_FRACTION"),
+            ("FL_CUDA_DEVICES", "FL_CUDA_VISIBLE_DEVICES"),
+            ("FL_SSL_CERTFILE", "FL_SSL_CA_CERTFILE"),
+            ("FL_RETRIES", "FL_MAX_RETRIES"),
+            ("FL_FLOWER_VERSION", "FLOWER_VERSION"),
+            ("ONEAPP_FL_FLOWER_VERSION", "ONEAPP_FLOWER_VERSION"),
+            ("FL_VERSION", "FLOWER_VERSION"),
+            ("FL_NODE_ISOLATION", "FL_ISOLATION"),
+        ] {
+            assert_eq!(nearest(name).as_deref(), Some(known), "{name}");
+        }
+        let long = format!("FL_GPU_ENABLED_{}", "X".repeat(80));
+        for name in ["FL_", "FL_SOMETHING_ELSE", "FL_GPU_MEMORY_FRACTION_OF_IT", "FL_A_B_GPU", &long] {
+            assert_eq!(nearest(name), None, "{name:.40}");
+        }
+    }
 }

@@ -54,18 +54,23 @@ pub fn merge(text: &str, runtime_path: &str) -> Result<Merged, Refused> {
         return Ok(Merged::Changed(replaced(text, entry, &entry_of(runtime_path).render(&runtimes.style(text)))));
     }
     let fields = Object::parse(entry.get(), text)?;
+    let (shim, path) = (fields.member("runtimeType", text)?, fields.member("path", text)?);
     // An entry for containerd's shims (Docker 23 and later) has a type and no path.
-    if fields.member("runtimeType", text)?.is_some() {
+    if names_something(shim, "runtimeType", text)? || names_something(path, "path", text)? {
         return Ok(Merged::Unchanged);
     }
-    let Some(path) = fields.member("path", text)? else {
-        let path = Insert::Text(quoted(runtime_path));
-        return Ok(Merged::Changed(fields.with_member(text, "path", &path)));
-    };
-    match serde_json::from_str::<String>(path.get()) {
-        Ok(present) if present.is_empty() => Ok(Merged::Changed(replaced(text, path, &quoted(runtime_path)))),
-        Ok(_) => Ok(Merged::Unchanged),
-        Err(_) => Err(refused_at(text, path.get(), "the path of the nvidia runtime must be a string")),
+    Ok(Merged::Changed(match path {
+        Some(path) => replaced(text, path, &quoted(runtime_path)),
+        None => fields.with_member(text, "path", &Insert::Text(quoted(runtime_path))),
+    }))
+}
+
+/// Whether a member is there and names something: to Docker, null and an empty string are the same as nothing.
+fn names_something(value: Option<&RawValue>, key: &str, text: &str) -> Result<bool, Refused> {
+    let Some(value) = value else { return Ok(false) };
+    match serde_json::from_str::<Option<String>>(value.get()) {
+        Ok(name) => Ok(name.is_some_and(|name| !name.is_empty())),
+        Err(_) => Err(refused_at(text, value.get(), &format!("the {key} of the nvidia runtime must be a string"))),
     }
 }
 
@@ -145,11 +150,9 @@ impl<'t> Object<'t> {
         let mut json = serde_json::Deserializer::from_str(raw);
         let members = json.deserialize_map(MemberList).and_then(|members| json.end().map(|()| members));
         members.map(|members| Self { raw, members }).map_err(|error| {
-            let (line, column) = place_of(text, offset_in(text, raw));
-            let column = if error.line() > 1 { error.column() } else { column + error.column().max(1) - 1 };
             let message = error.to_string();
             let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
-            Refused { line: line + error.line().max(1) - 1, column: column.max(1), message: message.into() }
+            refused_at(text, &raw[offset_of(&error, raw)..], message)
         })
     }
 
@@ -236,6 +239,24 @@ fn replaced(text: &str, old: &RawValue, new: &str) -> String {
     format!("{}{new}{}", &text[..at], &text[at + old.get().len()..])
 }
 
+/// The byte of `text` at which it goes wrong. serde_json counts in bytes, and gives the character at which it stopped or
+/// the one before.
+fn offset_of(error: &serde_json::Error, text: &str) -> usize {
+    if error.is_eof() {
+        return text.len();
+    }
+    let line_start = text.split_inclusive('\n').take(error.line().saturating_sub(1)).map(str::len).sum::<usize>();
+    // Column 0 is the line break before.
+    let mut offset = (line_start + error.column()).saturating_sub(1).min(text.len());
+    while !text.is_char_boundary(offset) {
+        offset -= 1;
+    }
+    if error.to_string().starts_with("control character") {
+        offset += text[offset..].find(|c: char| c < ' ').unwrap_or(0);
+    }
+    offset
+}
+
 fn refused_at(text: &str, slice: &str, message: &str) -> Refused {
     let (line, column) = place_of(text, offset_in(text, slice));
     Refused { line, column, message: message.into() }
@@ -315,6 +336,14 @@ mod tests {
                 r#"{"runtimes":{"nvidia":{"path":"","runtimeArgs":["a"]}}}"#,
                 r#"{"runtimes":{"nvidia":{"path":"nvidia-container-runtime","runtimeArgs":["a"]}}}"#.into(),
             ),
+            (
+                r#"{"runtimes":{"nvidia":{"path": null,"runtimeType":""}}}"#,
+                r#"{"runtimes":{"nvidia":{"path": "nvidia-container-runtime","runtimeType":""}}}"#.into(),
+            ),
+            (
+                r#"{"runtimes":{"nvidia":{"runtimeType":null}}}"#,
+                r#"{"runtimes":{"nvidia":{"runtimeType":null, "path": "nvidia-container-runtime"}}}"#.into(),
+            ),
         ] {
             assert_eq!(merged(old), new);
         }
@@ -342,6 +371,8 @@ mod tests {
             r#"{"runtimes":{"nvidia":{"path":"/usr/bin/there","runtimeArgs":["--debug"]}}}"#,
             r#"{"runtimes":{"nvidia":{"path":"nvidia-container-runtime"}},"default-runtime":"nvidia"}"#,
             r#"{"runtimes":{"nvidia":{"runtimeType":"io.containerd.runc.v2","options":{"BinaryName":"x"}}}}"#,
+            r#"{"runtimes":{"nvidia":{"runtimeType":"io.containerd.runc.v2","path":null}}}"#,
+            r#"{"runtimes":{"nvidia":{"runtimeType":null,"path":"/usr/bin/there"}}}"#,
         ] {
             assert_eq!(merge(text, PATH), Ok(Merged::Unchanged));
         }
@@ -359,16 +390,30 @@ mod tests {
             ("// Docker\n{}", 1, 1),
             ("{\n  \"a\": 1,\n}", 3, 1),
             ("{\"a\": tru}", 1, 10),
-            ("{\"a\": 1", 1, 7),
+            ("{\"a\": 1", 1, 8),
+            ("{\"a\": \"half", 1, 12),
+            ("{\"a\": [tru", 1, 11),
+            ("{\"a\": 1,\n", 2, 1),
+            ("{", 1, 2),
+            // Columns are characters.
+            ("{\"ü\": tru}", 1, 10),
+            ("{\n  \"ü\": ü}", 2, 8),
+            ("{\"a\": \"\\u12ü\"}", 1, 12),
             ("{'a': 1}", 1, 2),
             ("{} {}", 1, 4),
             ("{}\nx", 2, 1),
             ("{\"a\": 01}", 1, 8),
-            ("{\"a\": \"\t\"}", 1, 7),
+            ("{\"a\": \"\t\"}", 1, 8),
+            ("{\"a\tb\": 1}", 1, 4),
+            ("{\"a\": \"b\nc\"}", 1, 9),
+            ("{\"a\nb\": 1}", 1, 4),
             ("{\n  \"runtimes\": []\n}", 2, 15),
             ("{\"runtimes\": \"nvidia\"}", 1, 14),
             ("{\"runtimes\": {\"nvidia\": \"x\"}}", 1, 25),
             ("{\"runtimes\": {\"nvidia\": {\"path\": 1}}}", 1, 34),
+            ("{\"runtimes\": {\"nvidia\": {\"path\": [null]}}}", 1, 34),
+            ("{\"runtimes\": {\"nvidia\": {\"runtimeType\": 1, \"path\": \"a\"}}}", 1, 41),
+            ("{\"runtimes\":\n{\"nvidia\": {\"\\ud800\": 1}}}", 2, 20),
             ("{\"runtimes\": {}, \"runtimes\": {}}", 1, 30),
             ("{\"ü\": 1,\n \"runtimes\": {\"nvidia\": {}, \"nvidia\": {}}}", 2, 39),
         ] {
@@ -397,7 +442,13 @@ mod tests {
             any::<i64>().prop_map(Value::from),
             "\\PC{0,6}".prop_map(Value::from),
         ];
-        let key = prop_oneof!["\\PC{0,6}", Just("runtimes".into()), Just("nvidia".into()), Just("path".into())];
+        let key = prop_oneof![
+            "\\PC{0,6}",
+            Just("runtimes".into()),
+            Just("nvidia".into()),
+            Just("path".into()),
+            Just("runtimeType".into())
+        ];
         leaf.prop_recursive(4, 24, 4, move |inner| {
             prop_oneof![
                 proptest::collection::vec(inner.clone(), 0..4).prop_map(Value::from),

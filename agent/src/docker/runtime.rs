@@ -79,6 +79,10 @@ pub fn configure_daemon_json(path: &Path, runtime_path: &str) -> Result<bool, Da
             }
         }
     };
+    if new.len() as u64 > LARGEST_DAEMON_JSON_BYTES {
+        // The next run would not read it any more.
+        return Err(failed("write it")(io::Error::other("with the nvidia runtime it would be larger than 16 MiB")));
+    }
     let prepared = atomic::prepare(&target, new.as_bytes()).map_err(failed("write it"))?;
     if read(&target).map_err(failed("read it"))? != old {
         prepared.discard();
@@ -88,22 +92,31 @@ pub fn configure_daemon_json(path: &Path, runtime_path: &str) -> Result<bool, Da
     Ok(true)
 }
 
-/// The file itself, where `path` is a link to it: the link stays.
+/// The file itself, where `path` is a link to it, or to another link: they stay. It need not be there; then it is made
+/// where the last link points.
 fn target_of(path: &Path) -> io::Result<PathBuf> {
-    match path.canonicalize() {
-        Ok(target) => Ok(target),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => match path.read_link() {
-            // A link that leads nowhere: the file is made where it points.
-            Ok(target) => Ok(path.parent().unwrap_or(Path::new("/")).join(target)),
-            Err(_) => Ok(path.into()),
-        },
-        Err(error) => Err(error),
+    // As many as Linux follows (path_resolution(7)).
+    const MOST_LINKS: usize = 40;
+    let mut target = path.to_owned();
+    for _ in 0..=MOST_LINKS {
+        target = match target.read_link() {
+            Ok(next) => target.parent().unwrap_or(Path::new("/")).join(next),
+            // No link, or nothing there.
+            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::NotFound) => {
+                return Ok(target);
+            }
+            Err(error) => return Err(error),
+        };
     }
+    Err(io::Error::other(format!("it leads over more than {MOST_LINKS} links, or in a circle")))
 }
 
+/// The content of `path`, `None` where nothing is there.
 fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
-    let file = match File::open(path) {
-        Ok(file) => file,
+    let file = match path.metadata() {
+        // To open a FIFO is to wait for somebody who writes.
+        Ok(facts) if !facts.is_file() => return Err(io::Error::other("it is not a regular file")),
+        Ok(_) => File::open(path)?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
@@ -235,7 +248,81 @@ async fn reload(command: &[String]) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
     use super::*;
+
+    /// A folder for one test, taken away at its end.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            let folder = std::env::temp_dir().join(format!("supernode-agent-{name}-{}", std::process::id()));
+            fs::create_dir(&folder).unwrap();
+            Self(folder)
+        }
+
+        fn configure(&self, name: &str) -> Result<bool, String> {
+            configure_daemon_json(&self.0.join(name), "r").map_err(|error| error.to_string())
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn links_are_followed_to_the_last_one_and_stay() {
+        let folder = Folder::new("links");
+        for inner in ["a", "b", "c"] {
+            fs::create_dir(folder.0.join(inner)).unwrap();
+        }
+        symlink("a/link", folder.0.join("daemon.json")).unwrap();
+        symlink("../b/link", folder.0.join("a/link")).unwrap();
+        symlink(folder.0.join("c/real.json"), folder.0.join("b/link")).unwrap();
+        // Nothing is there at first, then the file is.
+        assert_eq!(folder.configure("daemon.json"), Ok(true));
+        assert_eq!(folder.configure("daemon.json"), Ok(false));
+        assert!(folder.0.join("c/real.json").symlink_metadata().unwrap().is_file());
+        for link in ["daemon.json", "a/link", "b/link"] {
+            assert!(folder.0.join(link).symlink_metadata().unwrap().is_symlink(), "{link} was replaced");
+        }
+        symlink("there", folder.0.join("here")).unwrap();
+        symlink("here", folder.0.join("there")).unwrap();
+        let error = folder.configure("here").unwrap_err();
+        assert!(error.contains("follow the link") && error.contains("in a circle"), "{error}");
+    }
+
+    #[test]
+    fn what_is_not_a_regular_file_is_an_error_and_never_waited_for() {
+        let folder = Folder::new("no-files");
+        fs::create_dir(folder.0.join("folder")).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(folder.0.join("fifo")).status().unwrap().success());
+        symlink("/dev/zero", folder.0.join("device")).unwrap();
+        for name in ["folder", "fifo", "device"] {
+            let error = folder.configure(name).unwrap_err();
+            assert!(error.contains("it is not a regular file"), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_would_grow_beyond_the_limit_is_not_written() {
+        let folder = Folder::new("limit");
+        let largest = usize::try_from(LARGEST_DAEMON_JSON_BYTES).unwrap();
+        let file = folder.0.join("daemon.json");
+        let text = format!("{{\"a\": \"{}\"}}", "x".repeat(largest - 9));
+        assert_eq!(text.len(), largest);
+        fs::write(&file, &text).unwrap();
+        let error = folder.configure("daemon.json").unwrap_err();
+        assert!(error.contains("larger than 16 MiB"), "{error}");
+        assert_eq!(fs::read_to_string(&file).unwrap().len(), largest);
+        fs::write(&file, text.replacen("xxxxxxxxxx", "", 10)).unwrap();
+        assert_eq!(folder.configure("daemon.json"), Ok(true));
+        assert_eq!(folder.configure("daemon.json"), Ok(false), "the second run cannot read it");
+    }
 
     fn device(index: u32, uuid: &str) -> GpuDevice {
         GpuDevice { index, uuid: uuid.into(), name: None, pci_address: String::new(), memory_mib: None, minor: None }
