@@ -533,6 +533,24 @@ fn the_container_is_confined_as_the_contract_says() {
 }
 
 #[test]
+fn another_ca_is_another_container() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let pem = include_str!("../../agent/tests/ca.crt");
+    let ids: Vec<String> = [pem.to_owned(), pem.replace('\n', "\r\n"), pem.repeat(2)]
+        .iter()
+        .map(|pem| {
+            case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", pem)]);
+            up(&case).kill9();
+            inspect(&engine, "{{.Id}}")
+        })
+        .collect();
+    assert_eq!(ids[0], ids[1], "the same certificate in another form");
+    assert_ne!(ids[1], ids[2]);
+    let inside = engine.docker(&["exec", "flower-supernode", "cat", "/app/ca.crt"]).stdout;
+    assert_eq!(inside.matches("BEGIN CERTIFICATE").count(), 2);
+}
+
+#[test]
 fn a_driver_that_comes_within_the_wait_is_used() {
     let Some((_engine, mut case)) = engine_with(&one_gpu()) else { return };
     let sysfs = Sysfs::new().gpu("0000:01:00.0");
