@@ -668,11 +668,12 @@ fn der_element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
 
 /// Adds a certificate to `pem`, in lines of 64 characters.
 fn push_pem(pem: &mut String, der: &[u8]) {
-    let mut rest = base64::prelude::BASE64_STANDARD.encode(der);
+    let base64 = base64::prelude::BASE64_STANDARD.encode(der);
+    let mut rest = base64.as_str();
     pem.push_str("-----BEGIN CERTIFICATE-----\n");
     while !rest.is_empty() {
-        let after = rest.split_off(rest.len().min(64));
-        pem.push_str(&rest);
+        let (line, after) = rest.split_at(rest.len().min(64));
+        pem.push_str(line);
         pem.push('\n');
         rest = after;
     }
