@@ -103,7 +103,12 @@ impl Plan {
         for device in &container.cdi_devices {
             writeln!(out, "  device   {device}")?;
         }
-        writeln!(out, "  args     {}", container.args.join(" "))?;
+        // One with blanks in it is still one.
+        let args = container.args.iter().map(|argument| match argument.contains(char::is_whitespace) {
+            true => format!("{argument:?}"),
+            false => argument.clone(),
+        });
+        writeln!(out, "  args     {}", args.collect::<Vec<_>>().join(" "))?;
         for (name, value) in &container.env {
             writeln!(out, "  env      {name}={value}")?;
         }
