@@ -348,8 +348,13 @@ impl Found {
                 let text = match context.text(&name) {
                     Ok(Some(text)) => text,
                     Ok(None) => continue,
-                    Err(not_text) => {
-                        found.errors.push(not_text.to_string());
+                    Err(_) => {
+                        let lossy = String::from_utf8_lossy(context.bytes(&name).unwrap_or_default().trim_ascii());
+                        found.errors.push(format!(
+                            "{name}={}: must be UTF-8 text: {}",
+                            variable.kind.shown(&lossy),
+                            variable.kind.values()
+                        ));
                         continue;
                     }
                 };
@@ -609,9 +614,16 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_is_not_text_is_named() {
-        let context = Context::parse(b"FL_LOG_LEVEL='\xff'\nOTHER='\xff'\n").unwrap();
+    fn a_value_that_is_not_text_is_named_with_what_it_is_and_what_is_accepted() {
+        let text = b"ONEAPP_FL_LOG_LEVEL=' de\xffbug'\nFL_NODE_CONFIG='password=\"hunter\xff\"'\nOTHER='\xff'\n";
+        let context = Context::parse(text).unwrap();
         let errors = Config::from_context(&context, &Prebaked::default()).unwrap_err();
-        assert!(errors.0.len() == 1 && errors.0[0].contains("FL_LOG_LEVEL"), "{errors}");
+        assert_eq!(
+            errors.0,
+            [
+                "FL_NODE_CONFIG=(18 characters, not shown): must be UTF-8 text: space-separated key=value, values TOML scalars",
+                "ONEAPP_FL_LOG_LEVEL='de\u{fffd}bug': must be UTF-8 text: DEBUG, INFO, WARNING, ERROR",
+            ]
+        );
     }
 }
