@@ -597,10 +597,18 @@ mod tests {
     #[test]
     fn a_value_that_may_be_secret_is_not_in_the_error() {
         let key = "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----";
-        for pairs in [[("FL_SSL_CA_CERTFILE", key)], [("FL_NODE_CONFIG", "db-password=c2VjcmV0")]] {
-            let errors = errors(&pairs);
+        for pair in [
+            ("FL_SSL_CA_CERTFILE", key),
+            ("FL_NODE_CONFIG", "db-password=c2VjcmV0"),
+            ("FL_SUPERLINK_ADDRESS", "http://user:c2VjcmV0@h:9092"),
+            ("FL_SUPERLINK_ADDRESS", "user:c2VjcmV0@h:9092"),
+            ("FL_SUPERNODE_IMAGE", "user:c2VjcmV0@registry.example/node:1"),
+        ] {
+            let errors = errors(&[pair]);
             assert!(errors.len() == 1 && !errors[0].contains("c2VjcmV0"), "{errors:?}");
         }
+        let errors = errors(&[("FL_SUPERNODE_IMAGE", "registry.example/node:1@sha512:0")]);
+        assert!(errors[0].contains("='registry.example/node:1@sha512:0': must be"), "{errors:?}");
     }
 
     #[test]

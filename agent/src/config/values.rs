@@ -444,20 +444,21 @@ impl NodeConfig {
         &self.0
     }
 
-    /// Whether `text` has a key that sounds like a secret: such a text is not shown, not even to say that it is wrong.
+    /// Whether `text` has a key that sounds like a secret, or a value that looks like one: such a text is not shown, not
+    /// even to say that it is wrong.
     pub fn may_hold_secret(text: &str) -> bool {
-        sounds_secret(text)
+        sounds_secret(text) || looks_secret(text)
     }
 
-    /// The same for people's eyes: values whose key sounds like a secret are hidden.
+    /// The same for people's eyes: values whose key sounds like a secret, or that look like one, are hidden.
     pub fn redacted(&self) -> String {
-        if !sounds_secret(&self.0) {
+        if !Self::may_hold_secret(&self.0) {
             return self.0.clone();
         }
         let mut pairs = Vec::new();
         let mut rest = self.0.as_str();
         while let Ok((key, value, after)) = next_pair(rest) {
-            let value = if sounds_secret(key) { "'(hidden)'" } else { value };
+            let value = if sounds_secret(key) || looks_secret(value) { "'(hidden)'" } else { value };
             pairs.push(format!("{key}={value}"));
             rest = after.trim_start();
         }
@@ -501,13 +502,15 @@ impl<'t> Keys<'t> {
 fn sounds_secret(text: &str) -> bool {
     const ANYWHERE: [&str; 8] =
         ["password", "passwd", "passphrase", "secret", "token", "apikey", "privatekey", "accesskey"];
-    const ALONE: [&str; 13] = [
+    const ALONE: [&str; 15] = [
         "key",
         "keys",
         "pw",
         "pwd",
         "pass",
+        "dbpass",
         "psk",
+        "jwt",
         "auth",
         "credential",
         "credentials",
@@ -527,6 +530,12 @@ fn sounds_secret(text: &str) -> bool {
     }
     let words = words.to_ascii_lowercase();
     ANYWHERE.iter().any(|part| lower.contains(part)) || words.split(' ').any(|word| ALONE.contains(&word))
+}
+
+/// Whether `text` is a secret by its form, whatever it is called: a URL with a user and most likely a password, or a
+/// private key.
+fn looks_secret(text: &str) -> bool {
+    text.split_once("://").is_some_and(|(_, rest)| rest.contains('@')) || text.contains("PRIVATE KEY-----")
 }
 
 /// Takes the first pair off `text`: its key, its value with the quotes, and what follows.
@@ -935,7 +944,9 @@ mod tests {
             "sshKey",
             "db.pwd",
             "PASS",
+            "DBPASS",
             "wifi_psk",
+            "jwt",
             "auth",
             "aws-credentials",
             "bearer2",
@@ -945,6 +956,10 @@ mod tests {
         ] {
             let config = NodeConfig::parse(&format!("{key}='hunter2' a=1")).unwrap();
             assert_eq!(config.redacted(), format!("{key}='(hidden)' a=1"));
+        }
+        for value in ["postgres://u:hunter2@h/d", "https://hunter2@h/", "-----BEGIN PRIVATE KEY-----hunter2"] {
+            let config = NodeConfig::parse(&format!("dsn=\"{value}\" url='http://h/' mail='a@b'")).unwrap();
+            assert_eq!(config.redacted(), "dsn='(hidden)' url='http://h/' mail='a@b'");
         }
         for key in ["monkey", "keyboard", "author", "passenger", "compass", "cookiecutter", "k"] {
             let text = format!("{key}='seen'");
@@ -962,6 +977,7 @@ mod tests {
             ("key='hunter2' key='two'", "; pair 2: "),
             ("auth='x'hunter2", "; pair 1: "),
             ("pwd='x' hunter2\"='y'", "; pair 2: "),
+            ("url=http://u:hunter2@h/", "; pair 1: "),
         ] {
             assert!(NodeConfig::may_hold_secret(text));
             let refusal = NodeConfig::parse(text).expect_err(text);

@@ -77,6 +77,9 @@ impl Kind {
         let hidden = match self {
             Self::Certificate => true,
             Self::NodeConfig => NodeConfig::may_hold_secret(text),
+            // No address and no image has a user and a password; where somebody wrote them, they stand before an `@`.
+            Self::HostPort => text.contains('@'),
+            Self::Image => text.split_once('@').is_some_and(|(_, host_on)| host_on.contains('/')),
             _ => false,
         };
         if hidden {
