@@ -316,7 +316,7 @@ pub fn find(name: &str) -> Option<&'static Variable> {
 }
 
 /// The known name nearest to `name`, where one is near enough to be meant: at most two slips apart, or a word more or
-/// less. The answer has the `ONEAPP_` of `name`, so that it can be pasted.
+/// less, or words cut short (`MEM`, `ADDR`). The answer has the `ONEAPP_` of `name`, so that it can be pasted.
 pub fn nearest(name: &str) -> Option<String> {
     const MOST_SLIPS: usize = 2;
     // Twice as long as any known name: it is nobody's slip, and comparing takes its time.
@@ -334,17 +334,21 @@ pub fn nearest(name: &str) -> Option<String> {
 }
 
 /// `FL_CUDA_DEVICES` and `FL_CUDA_VISIBLE_DEVICES`: the one is the other without one of its words, whatever prefix they
-/// have.
+/// have. A word cut short is still that word.
 fn is_one_word_apart(a: &str, b: &str) -> bool {
     fn words(name: &str) -> Vec<&str> {
         name.trim_start_matches("ONEAPP_").trim_start_matches("FL_").split('_').collect()
+    }
+    fn same(a: &str, b: &str) -> bool {
+        const SHORTEST: usize = 3;
+        a == b || (a.len().min(b.len()) >= SHORTEST && (a.starts_with(b) || b.starts_with(a)))
     }
     let (short, long) = match (words(a), words(b)) {
         (a, b) if a.len() <= b.len() => (a, b),
         (a, b) => (b, a),
     };
     let mut of_long = long.iter();
-    long.len() - short.len() <= 1 && short.iter().all(|word| of_long.any(|other| other == word))
+    long.len() - short.len() <= 1 && short.iter().all(|word| of_long.any(|other| same(other, word)))
 }
 
 #[cfg(test)]
@@ -368,6 +372,9 @@ mod tests {
             ("ONEAPP_FL_FLOWER_VERSION", "ONEAPP_FLOWER_VERSION"),
             ("FL_VERSION", "FLOWER_VERSION"),
             ("FL_NODE_ISOLATION", "FL_ISOLATION"),
+            ("FL_GPU_MEM_FRACTION", "FL_GPU_MEMORY_FRACTION"),
+            ("ONEAPP_FL_GPU_MEM", "ONEAPP_FL_GPU_MEMORY_FRACTION"),
+            ("FL_SUPERLINK_ADDR", "FL_SUPERLINK_ADDRESS"),
         ] {
             assert_eq!(nearest(name).as_deref(), Some(known), "{name}");
         }
