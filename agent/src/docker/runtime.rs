@@ -187,19 +187,7 @@ pub fn choose_access(injection: Injection, devices: &[GpuDevice], engine: Option
 /// The finding with which the node goes to the CPU.
 pub async fn ensure_runtime(engine: &Engine, facts: &EngineFacts, settings: &DockerSettings) -> Result<(), Finding> {
     if let Some(path) = facts.runtimes.get(RUNTIME_NAME) {
-        // An entry without a path is one for a containerd shim; a mere name is looked up in dockerd's PATH, which may
-        // not be ours.
-        let there = path.is_empty()
-            || find_program(path).is_some()
-            || (!path.contains('/') && find_program(&settings.runtime_path).is_some());
-        return if there {
-            Ok(())
-        } else {
-            Err(Finding::new(
-                Reason::RuntimeMissing,
-                format!("Docker's nvidia runtime is {path}, and there is no such program"),
-            ))
-        };
+        return is_installed(path, settings);
     }
     if find_program(&settings.runtime_path).is_none() {
         return Err(Finding::new(
@@ -219,17 +207,32 @@ pub async fn ensure_runtime(engine: &Engine, facts: &EngineFacts, settings: &Doc
     })?;
     let deadline = Instant::now() + REGISTRATION_LIMIT;
     loop {
-        match engine.facts().await {
-            Ok(facts) if facts.runtimes.contains_key(RUNTIME_NAME) => return Ok(()),
-            answer if Instant::now() >= deadline => {
-                let why = answer.err().map_or(String::new(), |error: EngineError| format!(" ({error})"));
-                return Err(not_configured(format!(
-                    "{file} has the nvidia runtime, and Docker did not register it after the reload{why}"
-                )));
-            }
-            _ => tokio::time::sleep(Duration::from_millis(100)).await,
+        let answer = engine.facts().await;
+        if let Some(path) = answer.as_ref().ok().and_then(|facts| facts.runtimes.get(RUNTIME_NAME)) {
+            return is_installed(path, settings);
         }
+        if Instant::now() >= deadline {
+            let why = answer.err().map_or(String::new(), |error: EngineError| format!(" ({error})"));
+            return Err(not_configured(format!(
+                "{file} has the nvidia runtime, and Docker did not register it after the reload{why}"
+            )));
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
+}
+
+/// Whether the program of the runtime that Docker has registered is there.
+fn is_installed(path: &str, settings: &DockerSettings) -> Result<(), Finding> {
+    // An entry without a path is one for a containerd shim; a mere name is looked up in dockerd's PATH, which may not be
+    // ours.
+    let there = path.is_empty()
+        || find_program(path).is_some()
+        || (!path.contains('/') && find_program(&settings.runtime_path).is_some());
+    if there {
+        return Ok(());
+    }
+    let summary = format!("Docker's nvidia runtime is {path}, and there is no such program");
+    Err(Finding::new(Reason::RuntimeMissing, summary))
 }
 
 async fn reload(command: &[String]) -> Result<(), String> {
