@@ -1,6 +1,6 @@
 //! Making Docker able to hand a GPU over: the runtime entry written, the engine reloaded, the result verified.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -67,6 +67,7 @@ pub enum DaemonJsonError {
 pub fn configure_daemon_json(path: &Path, runtime_path: &str) -> Result<bool, DaemonJsonError> {
     let failed = |doing| move |source| DaemonJsonError::Io { path: path.into(), doing, source };
     let target = target_of(path).map_err(failed("follow the link"))?;
+    let _alone = lock_folder(&target).map_err(failed("write it"))?;
     let old = read(&target).map_err(failed("read it"))?;
     let new = match &old {
         None => daemon_json::fresh(runtime_path),
@@ -109,6 +110,28 @@ fn target_of(path: &Path) -> io::Result<PathBuf> {
         };
     }
     Err(io::Error::other(format!("it leads over more than {MOST_LINKS} links, or in a circle")))
+}
+
+/// Makes `run` and `configure-runtime` write one after the other: each would take the other's temporary file away. Held
+/// as long as the folder is open, and taken on the folder, so that nothing is left behind.
+fn lock_folder(target: &Path) -> io::Result<Option<File>> {
+    const LIMIT: Duration = Duration::from_secs(5);
+    const PAUSE: Duration = Duration::from_millis(10);
+    let folder = target.parent().unwrap_or(Path::new("/"));
+    std::fs::create_dir_all(folder)?;
+    let folder = File::open(folder)?;
+    let since = Instant::now();
+    loop {
+        match folder.try_lock() {
+            Ok(()) => return Ok(Some(folder)),
+            Err(TryLockError::WouldBlock) if since.elapsed() < LIMIT => std::thread::sleep(PAUSE),
+            Err(TryLockError::WouldBlock) => {
+                return Err(io::Error::other("somebody else holds the lock of its folder"));
+            }
+            // A file system without locks.
+            Err(TryLockError::Error(_)) => return Ok(None),
+        }
+    }
 }
 
 /// The content of `path`, `None` where nothing is there.
