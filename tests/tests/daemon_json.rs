@@ -147,6 +147,27 @@ fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() {
 }
 
 #[test]
+fn runs_at_the_same_time_do_not_hinder_each_other() {
+    let case = case();
+    let file = case.path("daemon.json");
+    let old = format!("{{\"padding\": \"{}\"}}", "x".repeat(300_000));
+    let settings = case.settings_file();
+    for _ in 0..10 {
+        fs::write(&file, &old).unwrap();
+        let run = || {
+            let mut agent = Command::new(supernode_tests::agent_binary());
+            agent.args(["configure-runtime", "--settings"]).arg(&settings).stdout(Stdio::null()).spawn().unwrap()
+        };
+        let agents: Vec<_> = (0..6).map(|_| run()).collect();
+        for mut agent in agents {
+            assert!(agent.wait().unwrap().success());
+        }
+        let text = fs::read_to_string(&file).unwrap();
+        assert!(text.starts_with(old.trim_end_matches('}')) && text.matches("\"nvidia\"").count() == 1);
+    }
+}
+
+#[test]
 fn docker_reads_what_was_written() {
     let Some(mut engine) = Engine::start() else { return };
     let mut case = Case::new();

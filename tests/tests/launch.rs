@@ -124,6 +124,23 @@ fn a_runtime_that_is_not_installed_is_named() {
 }
 
 #[test]
+fn an_operators_entry_without_its_program_is_named_whether_docker_had_it_before_or_not() {
+    let Some((mut engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let text = r#"{"runtimes": {"nvidia": {"path": "/nowhere/nvidia-container-runtime"}}}"#;
+    fs::write(engine.daemon_json(), text).unwrap();
+    for _ in ["registered by the reload", "registered at Docker's start"] {
+        let mut agent = up(&case);
+        assert_cpu_for("runtime-missing", &agent, &engine);
+        assert!(warnings(&agent)[0].contains("/nowhere/nvidia-container-runtime"), "{:?}", warnings(&agent));
+        assert_eq!(agent.terminate(), 0);
+        engine.docker(&["rm", "-f", "flower-supernode"]);
+        engine.restart();
+    }
+    assert_eq!(fs::read_to_string(engine.daemon_json()).unwrap(), text);
+}
+
+#[test]
 fn a_runtime_that_cannot_be_configured_is_named() {
     let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
     case.sysfs(&sysfs_of_one()).context(&wanted(&[]));

@@ -54,7 +54,8 @@ pub fn merge(text: &str, runtime_path: &str) -> Result<Merged, Refused> {
         return Ok(Merged::Changed(replaced(text, entry, &entry_of(runtime_path).render(&runtimes.style(text)))));
     }
     let fields = Object::parse(entry.get(), text)?;
-    let (shim, path) = (fields.member("runtimeType", text)?, fields.member("path", text)?);
+    // Docker takes these in any case: `Path` is an operator's path as well.
+    let (shim, path) = (fields.field("runtimeType", text)?, fields.field("path", text)?);
     // An entry for containerd's shims (Docker 23 and later) has a type and no path.
     if names_something(shim, "runtimeType", text)? || names_something(path, "path", text)? {
         return Ok(Merged::Unchanged);
@@ -157,7 +158,15 @@ impl<'t> Object<'t> {
     }
 
     fn member(&self, key: &str, text: &str) -> Result<Option<&'t RawValue>, Refused> {
-        let mut found = self.members.iter().filter(|(name, _)| name == key).map(|(_, value)| *value);
+        self.only(key, |name| name == key, text)
+    }
+
+    fn field(&self, key: &str, text: &str) -> Result<Option<&'t RawValue>, Refused> {
+        self.only(key, |name| name.eq_ignore_ascii_case(key), text)
+    }
+
+    fn only(&self, key: &str, is_it: impl Fn(&str) -> bool, text: &str) -> Result<Option<&'t RawValue>, Refused> {
+        let mut found = self.members.iter().filter(|(name, _)| is_it(name)).map(|(_, value)| *value);
         let first = found.next();
         match found.next() {
             Some(second) => Err(refused_at(text, second.get(), &format!("the key {key:?} is there twice"))),
@@ -344,6 +353,10 @@ mod tests {
                 r#"{"runtimes":{"nvidia":{"runtimeType":null}}}"#,
                 r#"{"runtimes":{"nvidia":{"runtimeType":null, "path": "nvidia-container-runtime"}}}"#.into(),
             ),
+            (
+                r#"{"runtimes":{"nvidia":{"Path":""}}}"#,
+                r#"{"runtimes":{"nvidia":{"Path":"nvidia-container-runtime"}}}"#.into(),
+            ),
         ] {
             assert_eq!(merged(old), new);
         }
@@ -373,6 +386,8 @@ mod tests {
             r#"{"runtimes":{"nvidia":{"runtimeType":"io.containerd.runc.v2","options":{"BinaryName":"x"}}}}"#,
             r#"{"runtimes":{"nvidia":{"runtimeType":"io.containerd.runc.v2","path":null}}}"#,
             r#"{"runtimes":{"nvidia":{"runtimeType":null,"path":"/usr/bin/there"}}}"#,
+            r#"{"runtimes":{"nvidia":{"Path":"/usr/bin/there","runtimeArgs":["--debug"]}}}"#,
+            r#"{"runtimes":{"nvidia":{"RUNTIMETYPE":"io.containerd.runc.v2"}}}"#,
         ] {
             assert_eq!(merge(text, PATH), Ok(Merged::Unchanged));
         }
@@ -415,6 +430,7 @@ mod tests {
             ("{\"runtimes\": {\"nvidia\": {\"runtimeType\": 1, \"path\": \"a\"}}}", 1, 41),
             ("{\"runtimes\":\n{\"nvidia\": {\"\\ud800\": 1}}}", 2, 20),
             ("{\"runtimes\": {}, \"runtimes\": {}}", 1, 30),
+            ("{\"runtimes\": {\"nvidia\": {\"path\": \"a\", \"Path\": \"b\"}}}", 1, 47),
             ("{\"ü\": 1,\n \"runtimes\": {\"nvidia\": {}, \"nvidia\": {}}}", 2, 39),
         ] {
             let refused = merge(text, PATH).expect_err(text);

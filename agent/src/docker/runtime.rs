@@ -1,6 +1,6 @@
 //! Making Docker able to hand a GPU over: the runtime entry written, the engine reloaded, the result verified.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -67,6 +67,7 @@ pub enum DaemonJsonError {
 pub fn configure_daemon_json(path: &Path, runtime_path: &str) -> Result<bool, DaemonJsonError> {
     let failed = |doing| move |source| DaemonJsonError::Io { path: path.into(), doing, source };
     let target = target_of(path).map_err(failed("follow the link"))?;
+    let _alone = lock_folder(&target).map_err(failed("write it"))?;
     let old = read(&target).map_err(failed("read it"))?;
     let new = match &old {
         None => daemon_json::fresh(runtime_path),
@@ -109,6 +110,28 @@ fn target_of(path: &Path) -> io::Result<PathBuf> {
         };
     }
     Err(io::Error::other(format!("it leads over more than {MOST_LINKS} links, or in a circle")))
+}
+
+/// Makes `run` and `configure-runtime` write one after the other: each would take the other's temporary file away. Held
+/// as long as the folder is open, and taken on the folder, so that nothing is left behind.
+fn lock_folder(target: &Path) -> io::Result<Option<File>> {
+    const LIMIT: Duration = Duration::from_secs(5);
+    const PAUSE: Duration = Duration::from_millis(10);
+    let folder = target.parent().unwrap_or(Path::new("/"));
+    std::fs::create_dir_all(folder)?;
+    let folder = File::open(folder)?;
+    let since = Instant::now();
+    loop {
+        match folder.try_lock() {
+            Ok(()) => return Ok(Some(folder)),
+            Err(TryLockError::WouldBlock) if since.elapsed() < LIMIT => std::thread::sleep(PAUSE),
+            Err(TryLockError::WouldBlock) => {
+                return Err(io::Error::other("somebody else holds the lock of its folder"));
+            }
+            // A file system without locks.
+            Err(TryLockError::Error(_)) => return Ok(None),
+        }
+    }
 }
 
 /// The content of `path`, `None` where nothing is there.
@@ -187,19 +210,7 @@ pub fn choose_access(injection: Injection, devices: &[GpuDevice], engine: Option
 /// The finding with which the node goes to the CPU.
 pub async fn ensure_runtime(engine: &Engine, facts: &EngineFacts, settings: &DockerSettings) -> Result<(), Finding> {
     if let Some(path) = facts.runtimes.get(RUNTIME_NAME) {
-        // An entry without a path is one for a containerd shim; a mere name is looked up in dockerd's PATH, which may
-        // not be ours.
-        let there = path.is_empty()
-            || find_program(path).is_some()
-            || (!path.contains('/') && find_program(&settings.runtime_path).is_some());
-        return if there {
-            Ok(())
-        } else {
-            Err(Finding::new(
-                Reason::RuntimeMissing,
-                format!("Docker's nvidia runtime is {path}, and there is no such program"),
-            ))
-        };
+        return is_installed(path, settings);
     }
     if find_program(&settings.runtime_path).is_none() {
         return Err(Finding::new(
@@ -219,17 +230,32 @@ pub async fn ensure_runtime(engine: &Engine, facts: &EngineFacts, settings: &Doc
     })?;
     let deadline = Instant::now() + REGISTRATION_LIMIT;
     loop {
-        match engine.facts().await {
-            Ok(facts) if facts.runtimes.contains_key(RUNTIME_NAME) => return Ok(()),
-            answer if Instant::now() >= deadline => {
-                let why = answer.err().map_or(String::new(), |error: EngineError| format!(" ({error})"));
-                return Err(not_configured(format!(
-                    "{file} has the nvidia runtime, and Docker did not register it after the reload{why}"
-                )));
-            }
-            _ => tokio::time::sleep(Duration::from_millis(100)).await,
+        let answer = engine.facts().await;
+        if let Some(path) = answer.as_ref().ok().and_then(|facts| facts.runtimes.get(RUNTIME_NAME)) {
+            return is_installed(path, settings);
         }
+        if Instant::now() >= deadline {
+            let why = answer.err().map_or(String::new(), |error: EngineError| format!(" ({error})"));
+            return Err(not_configured(format!(
+                "{file} has the nvidia runtime, and Docker did not register it after the reload{why}"
+            )));
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
+}
+
+/// Whether the program of the runtime that Docker has registered is there.
+fn is_installed(path: &str, settings: &DockerSettings) -> Result<(), Finding> {
+    // An entry without a path is one for a containerd shim; a mere name is looked up in dockerd's PATH, which may not be
+    // ours.
+    let there = path.is_empty()
+        || find_program(path).is_some()
+        || (!path.contains('/') && find_program(&settings.runtime_path).is_some());
+    if there {
+        return Ok(());
+    }
+    let summary = format!("Docker's nvidia runtime is {path}, and there is no such program");
+    Err(Finding::new(Reason::RuntimeMissing, summary))
 }
 
 async fn reload(command: &[String]) -> Result<(), String> {
