@@ -249,6 +249,17 @@ fn whatever_a_library_does_to_the_standard_output_the_answer_arrives() {
 }
 
 #[test]
+fn a_gpu_whose_uuid_cannot_be_handed_over_is_no_gpu_verdict() {
+    for uuid in ["", "GPU-a,GPU-b", "GPU a"] {
+        let mut machine = one_gpu();
+        machine["gpus"][0]["uuid"] = json!(uuid);
+        let verdict = verdict(&case(&sysfs_of_one(), &machine, &[]));
+        assert_eq!(verdict["reason"], "driver-error", "{verdict}");
+        assert!(verdict["summary"].as_str().unwrap().contains("nvmlDeviceGetUUID"), "{verdict}");
+    }
+}
+
+#[test]
 fn a_failure_is_not_hidden_by_what_happens_when_the_library_is_closed() {
     for trouble in ["hang", "crash"] {
         let machine = json!({"fail": {"nvmlDeviceGetCount_v2": 15}, trouble: ["nvmlShutdown"]});

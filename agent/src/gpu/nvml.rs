@@ -213,7 +213,7 @@ fn fill_in(nvml: &Nvml, gpu: &mut ProbedGpu) -> Result<(), Fault> {
     // Without these two the GPU can neither be handed over nor be told from another: they are needed.
     let pci = device.pci_info().map_err(|error| Fault::new("nvmlDeviceGetPciInfo_v3", error))?;
     gpu.pci_address = Some(PciAddress::parse(&pci.bus_id).map_or(pci.bus_id, |address| address.to_string()));
-    gpu.uuid = Some(device.uuid().map_err(|error| Fault::new("nvmlDeviceGetUUID", error))?);
+    gpu.uuid = Some(uuid_of(&device)?);
     // These are good to have.
     gpu.name = optional("nvmlDeviceGetName", device.name())?;
     gpu.minor = optional("nvmlDeviceGetMinorNumber", device.minor_number())?;
@@ -221,6 +221,16 @@ fn fill_in(nvml: &Nvml, gpu: &mut ProbedGpu) -> Result<(), Fault> {
     gpu.mig = mig_instances(&device)?;
     gpu.ailments = ailments(&device)?;
     Ok(())
+}
+
+/// By its UUID a GPU is handed over, in a list with commas: an empty one would ask the runtime for no GPU at all.
+fn uuid_of(device: &Device<'_>) -> Result<String, Fault> {
+    const CALL: &str = "nvmlDeviceGetUUID";
+    let uuid = device.uuid().map_err(|error| Fault::new(CALL, error))?;
+    if uuid.is_empty() || !uuid.bytes().all(|byte| byte.is_ascii_graphic() && byte != b',') {
+        return Err(Fault { call: CALL.into(), kind: FaultKind::Garbled, text: format!("the UUID is {uuid:?}") });
+    }
+    Ok(uuid)
 }
 
 fn optional<T>(call: &str, answer: Result<T, NvmlError>) -> Result<Option<T>, Fault> {
@@ -247,7 +257,7 @@ fn mig_instances(device: &Device<'_>) -> Result<Option<Vec<ProbedMig>>, Fault> {
             continue;
         };
         instances.push(ProbedMig {
-            uuid: instance.uuid().map_err(|error| Fault::new("nvmlDeviceGetUUID", error))?,
+            uuid: uuid_of(&instance)?,
             name: optional("nvmlDeviceGetName", instance.name())?,
             memory_mib: optional("nvmlDeviceGetMemoryInfo_v2", instance.memory_info())?
                 .map(|memory| memory.total >> 20),
