@@ -233,6 +233,33 @@ fn a_library_that_hangs_is_killed_and_one_that_crashes_takes_nobody_along() {
 }
 
 #[test]
+fn a_library_that_sends_itself_one_signal_has_crashed() {
+    let mut machine = one_gpu();
+    machine["raise"] = json!(["nvmlInit_v2"]);
+    assert_eq!(reason(&case(&sysfs_of_one(), &machine, &[])), "driver-crash");
+}
+
+#[test]
+fn whatever_a_library_does_to_the_standard_output_the_answer_arrives() {
+    for trouble in ["babble", "close_stdout"] {
+        let mut machine = one_gpu();
+        machine[trouble] = json!(["nvmlInit_v2"]);
+        assert_eq!(verdict(&case(&sysfs_of_one(), &machine, &[]))["device"], "cuda", "{trouble}");
+    }
+}
+
+#[test]
+fn a_gpu_whose_uuid_cannot_be_handed_over_is_no_gpu_verdict() {
+    for uuid in ["", "GPU-a,GPU-b", "GPU a"] {
+        let mut machine = one_gpu();
+        machine["gpus"][0]["uuid"] = json!(uuid);
+        let verdict = verdict(&case(&sysfs_of_one(), &machine, &[]));
+        assert_eq!(verdict["reason"], "driver-error", "{verdict}");
+        assert!(verdict["summary"].as_str().unwrap().contains("nvmlDeviceGetUUID"), "{verdict}");
+    }
+}
+
+#[test]
 fn a_failure_is_not_hidden_by_what_happens_when_the_library_is_closed() {
     for trouble in ["hang", "crash"] {
         let machine = json!({"fail": {"nvmlDeviceGetCount_v2": 15}, trouble: ["nvmlShutdown"]});

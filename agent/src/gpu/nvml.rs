@@ -1,14 +1,17 @@
 //! The probe, from inside: the child process that loads libnvidia-ml, asks it, and prints what it said as JSON.
 //! It runs alone so that a library that hangs or crashes takes nobody along; see [`super::probe`] for the outside.
 
+use std::fs::File;
 use std::io::Write as _;
 use std::mem::ManuallyDrop;
+use std::os::fd::AsFd as _;
 
 use nvml_wrapper::enum_wrappers::device::{EccCounter, MemoryError};
 use nvml_wrapper::enums::device::SampleValue;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::structs::device::FieldId;
 use nvml_wrapper::{Device, Nvml};
+use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
 
 use super::library::LibraryFile;
@@ -148,14 +151,28 @@ impl Fault {
 /// When the answer cannot be written.
 pub fn answer_on_stdout(library: &str) -> std::io::Result<()> {
     // A probe that hangs ends with the agent, however that ends.
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
-    let answer = ask(library);
-    let mut out = std::io::stdout().lock();
-    // On a line of its own, whatever the library has printed.
-    out.write_all(b"\n")?;
-    serde_json::to_writer(&mut out, &answer)?;
-    out.write_all(b"\n")?;
-    out.flush()
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    die_by_the_first_signal()?;
+    // The library may write to the standard output, or close it: the answer has a way of its own.
+    let mut out = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
+    rustix::stdio::dup2_stdout(std::io::stderr())?;
+    let mut answer = serde_json::to_vec(&ask(library))?;
+    answer.push(b'\n');
+    out.write_all(&answer)
+}
+
+/// Rust lets the first SIGSEGV and SIGBUS pass that is sent and not caused, and takes its handler away: a library that
+/// means to die by `raise` would live on. One of each is sent before it is there.
+fn die_by_the_first_signal() -> std::io::Result<()> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    for signal in [Signal::SEGV, Signal::BUS] {
+        if caught >> (signal.as_raw() - 1) & 1 == 1 {
+            kill_process(getpid(), signal)?;
+        }
+    }
+    Ok(())
 }
 
 fn ask(library: &str) -> ProbeAnswer {
@@ -196,7 +213,7 @@ fn fill_in(nvml: &Nvml, gpu: &mut ProbedGpu) -> Result<(), Fault> {
     // Without these two the GPU can neither be handed over nor be told from another: they are needed.
     let pci = device.pci_info().map_err(|error| Fault::new("nvmlDeviceGetPciInfo_v3", error))?;
     gpu.pci_address = Some(PciAddress::parse(&pci.bus_id).map_or(pci.bus_id, |address| address.to_string()));
-    gpu.uuid = Some(device.uuid().map_err(|error| Fault::new("nvmlDeviceGetUUID", error))?);
+    gpu.uuid = Some(uuid_of(&device)?);
     // These are good to have.
     gpu.name = optional("nvmlDeviceGetName", device.name())?;
     gpu.minor = optional("nvmlDeviceGetMinorNumber", device.minor_number())?;
@@ -204,6 +221,16 @@ fn fill_in(nvml: &Nvml, gpu: &mut ProbedGpu) -> Result<(), Fault> {
     gpu.mig = mig_instances(&device)?;
     gpu.ailments = ailments(&device)?;
     Ok(())
+}
+
+/// By its UUID a GPU is handed over, in a list with commas: an empty one would ask the runtime for no GPU at all.
+fn uuid_of(device: &Device<'_>) -> Result<String, Fault> {
+    const CALL: &str = "nvmlDeviceGetUUID";
+    let uuid = device.uuid().map_err(|error| Fault::new(CALL, error))?;
+    if uuid.is_empty() || !uuid.bytes().all(|byte| byte.is_ascii_graphic() && byte != b',') {
+        return Err(Fault { call: CALL.into(), kind: FaultKind::Garbled, text: format!("the UUID is {uuid:?}") });
+    }
+    Ok(uuid)
 }
 
 fn optional<T>(call: &str, answer: Result<T, NvmlError>) -> Result<Option<T>, Fault> {
@@ -230,7 +257,7 @@ fn mig_instances(device: &Device<'_>) -> Result<Option<Vec<ProbedMig>>, Fault> {
             continue;
         };
         instances.push(ProbedMig {
-            uuid: instance.uuid().map_err(|error| Fault::new("nvmlDeviceGetUUID", error))?,
+            uuid: uuid_of(&instance)?,
             name: optional("nvmlDeviceGetName", instance.name())?,
             memory_mib: optional("nvmlDeviceGetMemoryInfo_v2", instance.memory_info())?
                 .map(|memory| memory.total >> 20),

@@ -502,7 +502,7 @@ fn listing(facts: &PciFacts, report: &DriverReport) -> String {
 /// GPUs on the bus that the driver does not list: on another driver, on none, or refused by it.
 fn unlisted_gpus<'r>(facts: &'r PciFacts, report: &'r DriverReport) -> impl Iterator<Item = &'r PciDevice> {
     // A card that could not tell its address may be any of them.
-    let all_tell = report.gpus.iter().all(|gpu| gpu.pci_address.is_some());
+    let all_tell = report.gpus.iter().all(|gpu| address_of(gpu).is_some());
     facts.gpus().filter(move |gpu| all_tell && !report.gpus.iter().any(|other| address_of(other) == Some(gpu.address)))
 }
 
@@ -805,6 +805,14 @@ mod tests {
         assert_eq!(reason("0"), Reason::GpuLost);
         assert_eq!(reason("1"), Reason::DeviceSelectionEmpty);
         assert_eq!(reason("21:00.0"), Reason::DeviceSelectionEmpty);
+    }
+
+    #[test]
+    fn an_address_that_is_none_leaves_open_which_gpu_of_the_bus_it_is() {
+        let facts = facts(&[gpu_at(A, Some("nvidia"))]);
+        let verdict = decide(&config(&[]), &facts, &report(vec![probed(0, "GPU-1", "garbage")]));
+        let Verdict::Gpu { missing, .. } = verdict else { panic!("{verdict:?}") };
+        assert_eq!(missing, Vec::<String>::new());
     }
 
     #[test]

@@ -107,6 +107,15 @@ fn pass(call: Call, body: impl FnOnce(&Call) -> Answer) -> Answer {
     if listed(&script.leave_process) {
         let _ = Command::new("sleep").arg("3600").spawn();
     }
+    if listed(&script.babble) {
+        let _ = std::io::stdout().write_all(&[b'x'; 2 << 20]);
+    }
+    if listed(&script.close_stdout) {
+        close_descriptor(1);
+    }
+    if listed(&script.raise) {
+        raise(SIGSEGV);
+    }
     if listed(&script.crash) {
         die();
     }
@@ -135,12 +144,16 @@ fn log(script: &Script, name: &str) {
     }
 }
 
+const SIGSEGV: c_int = 11;
+
+unsafe extern "C" {
+    safe fn raise(signal: c_int) -> c_int;
+    #[link_name = "close"]
+    safe fn close_descriptor(descriptor: c_int) -> c_int;
+}
+
 /// Dies by SIGSEGV. The first signal may only reach a handler that puts the default back (Rust's, for stack overflows).
 fn die() -> ! {
-    const SIGSEGV: c_int = 11;
-    unsafe extern "C" {
-        safe fn raise(signal: c_int) -> c_int;
-    }
     loop {
         raise(SIGSEGV);
     }

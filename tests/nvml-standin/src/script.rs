@@ -30,6 +30,12 @@ pub(crate) struct Script {
     pub(crate) hang: Vec<String>,
     /// Functions that die by SIGSEGV.
     pub(crate) crash: Vec<String>,
+    /// Functions that send themselves one SIGSEGV, and go on where that is let pass.
+    pub(crate) raise: Vec<String>,
+    /// Functions that write two MiB to the standard output.
+    pub(crate) babble: Vec<String>,
+    /// Functions that close the standard output.
+    pub(crate) close_stdout: Vec<String>,
     /// Functions that start a process, which lives on with the standard output and error of its parent.
     pub(crate) leave_process: Vec<String>,
     /// What `nvmlDeviceGetCount` answers instead of how many there are.
@@ -52,6 +58,9 @@ impl Default for Script {
             delay_ms: BTreeMap::new(),
             hang: Vec::new(),
             crash: Vec::new(),
+            raise: Vec::new(),
+            babble: Vec::new(),
+            close_stdout: Vec::new(),
             leave_process: Vec::new(),
             count: None,
             ready_file: None,
@@ -162,7 +171,7 @@ impl Script {
     }
 
     fn check(&self) -> Result<(), String> {
-        let lists = self.hang.iter().chain(&self.crash);
+        let lists = [&self.hang, &self.crash, &self.raise, &self.babble, &self.close_stdout].into_iter().flatten();
         let tables = self.fail.keys().chain(self.delay_ms.keys());
         let per_gpu = self.gpus.iter().flat_map(|gpu| gpu.fail.keys());
         if let Some(name) = lists.chain(tables).chain(per_gpu).find(|name| !functions::known(name)) {
