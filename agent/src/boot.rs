@@ -28,6 +28,8 @@ use crate::systemd::{self, LongStep};
 
 /// Exit code: a failure that a retry may cure.
 pub const EXIT_RETRY: u8 = 1;
+/// Exit code: the agent was asked to leave the container to the next one (sysexits.h, EX_TEMPFAIL).
+pub const EXIT_LEFT: u8 = 75;
 /// Exit code: an invalid configuration (sysexits.h, EX_CONFIG); systemd is told not to retry it.
 pub const EXIT_CONFIG: u8 = 78;
 
@@ -72,11 +74,12 @@ pub enum BootError {
 }
 
 impl BootError {
-    /// 78 where only the operator can mend it, else 1.
+    /// 78 where only the operator can mend it, a machine without the GPU that it must have among that, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Context(error) if error.is_invalid() => EXIT_CONFIG,
             Self::Settings(_) | Self::Config(_) | Self::SuperLink(_) => EXIT_CONFIG,
+            Self::Launch(LaunchError::GpuRequired) => EXIT_CONFIG,
             _ => EXIT_RETRY,
         }
     }
@@ -99,9 +102,16 @@ pub async fn run(settings: Settings, settings_file: Option<&Path>) -> ExitCode {
             Err(error.into())
         }
     };
-    let Err(error) = result else {
-        reporter.doing("Stopped");
-        return ExitCode::SUCCESS;
+    let error = match result {
+        Ok(End::Stop) => {
+            reporter.doing("Stopped");
+            return ExitCode::SUCCESS;
+        }
+        Ok(End::Leave) => {
+            reporter.stopping("Left; the container runs on for the next agent");
+            return ExitCode::from(EXIT_LEFT);
+        }
+        Err(error) => error,
     };
     log_error(&error);
     reporter.stopping(&failure_line(&error));
@@ -171,13 +181,13 @@ async fn run_until_signal(
     settings_file: Option<&Path>,
     lock: Result<Lock, LockError>,
     reporter: &Rc<Reporter>,
-) -> Result<(), BootError> {
+) -> Result<End, BootError> {
     let mut wish = Wish::read(context, settings)?;
     let _lock = lock?;
     let mut signals = Signals::listen()?;
     let lived = live_until_signal(&mut wish, settings_file, &mut signals, reporter).await;
     // A node that must have a GPU does not go on without: neither does a container of before.
-    let stops = matches!(lived, Ok(()) | Err(BootError::Launch(LaunchError::GpuRequired)));
+    let stops = matches!(lived, Ok(End::Stop) | Err(BootError::Launch(LaunchError::GpuRequired)));
     if !stops {
         return lived;
     }
@@ -190,7 +200,7 @@ async fn run_until_signal(
     let name = wish.settings.container.name;
     match (lived, stopped) {
         (lived, Ok(())) => lived,
-        (Ok(()), Err(why)) => Err(BootError::NotStopped { name, why }),
+        (Ok(_), Err(why)) => Err(BootError::NotStopped { name, why }),
         (Err(error), Err(why)) => {
             tracing::warn!("the container {name} could not be stopped: {why}");
             Err(error)
@@ -204,7 +214,7 @@ async fn live_until_signal(
     settings_file: Option<&Path>,
     signals: &mut Signals,
     reporter: &Rc<Reporter>,
-) -> Result<(), BootError> {
+) -> Result<End, BootError> {
     loop {
         let mut life = pin!(live(wish.clone(), Rc::clone(reporter)));
         let new = loop {
@@ -216,7 +226,11 @@ async fn live_until_signal(
                 signal = signals.next() => match signal {
                     Received::End(name) => {
                         tracing::info!("received {name}");
-                        return Ok(());
+                        return Ok(End::Stop);
+                    }
+                    Received::Leave => {
+                        tracing::info!("received SIGUSR1: the container is left to the next agent");
+                        return Ok(End::Leave);
                     }
                     Received::Reload => {
                         if let Some(new) = wish.reloaded(settings_file) {
@@ -391,18 +405,30 @@ async fn stop_container(settings: &Settings) -> Result<(), String> {
     }
 }
 
+/// How a node's agent ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// With its container.
+    Stop,
+    /// Alone.
+    Leave,
+}
+
 /// What a signal asks for.
 enum Received {
     /// SIGTERM (systemctl stop) or SIGINT (a terminal).
     End(&'static str),
     /// SIGHUP (systemctl reload).
     Reload,
+    /// SIGUSR1 (an upgrade of the package).
+    Leave,
 }
 
 struct Signals {
     term: Signal,
     interrupt: Signal,
     hangup: Signal,
+    leave: Signal,
 }
 
 impl Signals {
@@ -412,6 +438,7 @@ impl Signals {
             term: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,
             hangup: listen(SignalKind::hangup())?,
+            leave: listen(SignalKind::user_defined1())?,
         })
     }
 
@@ -420,6 +447,7 @@ impl Signals {
             _ = self.term.recv() => Received::End("SIGTERM"),
             _ = self.interrupt.recv() => Received::End("SIGINT"),
             _ = self.hangup.recv() => Received::Reload,
+            _ = self.leave.recv() => Received::Leave,
         }
     }
 

@@ -209,7 +209,7 @@ fn a_required_gpu_is_an_error_and_nothing_is_left_running() {
         engine.nvidia_runtime(mode, &one_gpu());
         case.sysfs(&sysfs).context(&required);
         let mut agent = case.start();
-        assert_eq!(agent.wait_exit(PATIENCE), 1);
+        assert_eq!(agent.wait_exit(PATIENCE), 78, "systemd must not try for ever");
         let line = agent.wait_for_line(" ERROR No usable GPU", PATIENCE);
         assert!(line.contains(reason) && line.contains("Fix: "), "{line}");
         assert!(!agent.notifications().iter().any(|told| told.contains("READY=1")));
@@ -231,6 +231,20 @@ fn a_killed_agent_leaves_the_container_and_the_next_adopts_it() {
         agent.wait_for_line("adopted the running container", PATIENCE);
         assert_eq!(inspect(&engine, facts), before);
     }
+}
+
+#[test]
+fn an_agent_that_is_told_to_leave_leaves_the_container_to_the_next() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let mut agent = up(&case);
+    let facts = "{{.State.Pid}} {{.Id}}";
+    let before = inspect(&engine, facts);
+    assert_eq!(agent.leave(), 75);
+    assert_eq!(inspect(&engine, facts), before);
+    let agent = up(&case);
+    agent.wait_for_line("adopted the running container", PATIENCE);
+    assert_eq!(inspect(&engine, facts), before);
 }
 
 #[test]
