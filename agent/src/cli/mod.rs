@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use one_context::Context;
 use one_context::source::read_context;
 use serde_json::json;
@@ -110,6 +110,13 @@ impl From<BootError> for Failure {
         };
         Self { code: error.exit_code(), lines }
     }
+}
+
+/// The command line as people see it, for the shell completions: without what the agent calls itself for.
+pub fn visible_command() -> clap::Command {
+    let whole = Cli::command();
+    let visible: Vec<_> = whole.get_subcommands().filter(|command| !command.is_hide_set()).cloned().collect();
+    clap::Command::new("supernode-agent").args(whole.get_arguments().cloned()).subcommands(visible)
 }
 
 /// Does what the command line says and answers with the exit code.
