@@ -3,13 +3,16 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help build demo test fmt lint deny clean
+.PHONY: help build deb demo test fmt lint deny clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## the agent, as it is shipped
 	cargo build --release --locked -p supernode-agent
+
+deb: ## the Debian package, in target/debian
+	@packaging/build-deb.sh
 
 demo: ## a node from an OpenNebula context on this machine, with a real Docker engine and a real Flower
 	@packaging/demo/demo.sh

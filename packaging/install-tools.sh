@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # Installs what the demo, the tests or CI need and this machine lacks, by package name, after saying so.
 #
-#   install-tools.sh demo|test|lint
+#   install-tools.sh demo|test|lint|deb
 set -euo pipefail
 
 # What is looked for, and the package that brings it (Debian and Ubuntu).
 declare -A packages=(
     [dockerd]=docker.io [docker]=docker.io [ip]=iproute2 [nsenter]=util-linux [iptables]=iptables
     [mmdebstrap]=mmdebstrap [python3]=python3 [busybox]=busybox-static [shellcheck]=shellcheck [cc]=gcc
-    [setpriv]=util-linux [apparmor_parser]=apparmor
+    [setpriv]=util-linux [apparmor_parser]=apparmor [dpkg-deb]=dpkg [lintian]=lintian [systemd-nspawn]=systemd-container
 )
 case "${1:-}" in
 demo) wanted=(cc dockerd docker ip nsenter iptables mmdebstrap) ;;
-test) wanted=(cc dockerd docker ip nsenter setpriv iptables busybox python3) ;;
+test) wanted=(cc dpkg-deb dockerd docker ip nsenter setpriv iptables busybox python3 mmdebstrap systemd-nspawn lintian) ;;
 lint) wanted=(cc shellcheck) ;;
+deb) wanted=(cc dpkg-deb) ;;
 *)
-    echo "usage: install-tools.sh demo|test|lint" >&2
+    echo "usage: install-tools.sh demo|test|lint|deb" >&2
     exit 2
     ;;
 esac
