@@ -16,10 +16,18 @@ rust_tests() {
     # --nocapture would mix the tests' lines; the lines of skipped tests come through --show-output.
     RUST_BACKTRACE=0 cargo test --workspace --locked --quiet -- --show-output 2>&1 | tee -a "$log"
 }
+# The machines that boot have it as dpkg installs it.
+build_package() {
+    SUPERNODE_DEB=$(realpath "$(packaging/build-deb.sh)")
+    export SUPERNODE_DEB
+    printf '   %s, %d KiB\n' "$(basename "$SUPERNODE_DEB")" $(($(stat -c %s "$SUPERNODE_DEB") / 1024))
+}
 # Tests that need root and Docker say SKIPPED where they cannot run.
 step "what this machine lacks" packaging/install-tools.sh test
 step "build" cargo build --workspace --locked --quiet
-step "tests of the code, on stand-ins, real engines and real files" rust_tests
+step "the package" build_package
+step "lintian" lintian --fail-on error,warning --tag-display-limit 0 --allow-root "$SUPERNODE_DEB"
+step "tests of the code, on stand-ins, real engines, real files and machines that boot" rust_tests
 step "tests of the site hook" python3 -m unittest discover -q -s packaging/site
 
 if grep -q SKIPPED "$log"; then

@@ -7,6 +7,7 @@
 //! | `nvml-standin` | `libnvidia-ml.so.1`, answering from the JSON given to [`Case::nvml`] |
 //! | [`Engine`] | a Docker engine in a network namespace of its own |
 //! | `nvidia-container-runtime` | nvidia's runtime, obeying [`Engine::nvidia_runtime`] |
+//! | [`Machine`] | a whole VM: systemd, Docker, the package, and what contextualizes it |
 //! | [`image`] | the framework images, made of busybox and one script |
 //!
 //! All of it lies in temporary folders and ends with the value that made it. `SUPERNODE_TESTS_KEEP=1` keeps the folders.
@@ -21,12 +22,14 @@
 mod case;
 mod engine;
 pub mod image;
+mod machine;
 mod process;
 mod sandbox;
 mod sysfs;
 
 pub use case::{Agent, Case};
 pub use engine::{Engine, EngineBuilder, Record, RuntimeMode};
+pub use machine::{Boot, Machine};
 pub use process::{Output, eventually, run};
 pub use sandbox::{Sandbox, agent_binary, nvml_library, runtime_binary};
 pub use sysfs::Sysfs;

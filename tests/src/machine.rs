@@ -1,0 +1,224 @@
+//! A machine that is really started: systemd as its first process, Docker, the package as dpkg installed it, and a stand-in
+//! for one-context that has the real one's units, order and files.
+
+use std::{
+    env, fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::OnceLock,
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+
+use crate::{
+    image,
+    process::{Output, eventually, run},
+    sandbox::{Sandbox, nvml_library, runtime_binary, write},
+    sysfs::Sysfs,
+};
+
+/// More than a machine needs from its start to its end.
+const BOOT_LIMIT: Duration = Duration::from_secs(300);
+
+/// A machine that is off. What it writes while it is on stays for its next boot.
+#[derive(Debug)]
+pub struct Machine {
+    sandbox: Sandbox,
+    lower: String,
+}
+
+/// What came of one boot.
+#[derive(Debug)]
+pub struct Boot {
+    /// What the script said, with a line for each command.
+    pub output: String,
+    /// The entries of the journal, oldest first.
+    pub journal: Vec<Value>,
+}
+
+impl Machine {
+    /// A machine of the package that `SUPERNODE_DEB` names (`make deb` builds it). `None`: skip the test, the reason is
+    /// printed; with `SUPERNODE_TESTS_REQUIRE_DOCKER=1` that is a failure.
+    ///
+    /// # Panics
+    /// Where a machine is required and cannot be had.
+    #[must_use]
+    #[track_caller]
+    pub fn new() -> Option<Self> {
+        static LAYERS: OnceLock<Result<String, String>> = OnceLock::new();
+        match LAYERS.get_or_init(layers) {
+            Ok(lower) => Some(Self { sandbox: Sandbox::new("machine"), lower: lower.clone() }),
+            Err(reason) if env::var_os("SUPERNODE_TESTS_REQUIRE_DOCKER").is_some_and(|value| value == "1") => {
+                panic!("no machine, and SUPERNODE_TESTS_REQUIRE_DOCKER=1: {reason}")
+            }
+            Err(reason) => {
+                let thread = std::thread::current();
+                // Not by a print macro: the test runner would swallow what a passing test prints.
+                let _ = writeln!(std::io::stderr(), "SKIPPED: {reason} ({})", thread.name().unwrap_or("a test"));
+                None
+            }
+        }
+    }
+
+    /// The context, as the file on its CD.
+    pub fn context(&self, variables: &[(&str, &str)]) -> &Self {
+        self.file("context/context.sh", crate::case::context_text(variables))
+    }
+
+    /// A file of the machine.
+    pub fn file(&self, path: &str, content: impl AsRef<[u8]>) -> &Self {
+        write(&self.path(path), content);
+        self
+    }
+
+    /// Settings of the agent.
+    pub fn settings(&self, text: &str) -> &Self {
+        self.file("etc/supernode-agent/agent.toml", text)
+    }
+
+    /// A copy of a file or a folder of this machine, links in it as they are.
+    pub fn copy(&self, from: &Path, to: &str) -> &Self {
+        let to = self.path(to);
+        fs::create_dir_all(to.parent().expect("a folder")).expect("a folder of the machine");
+        run(Command::new("cp").arg("--archive").arg(from).arg(&to), BOOT_LIMIT).expect_success();
+        self
+    }
+
+    /// Gives it a GPU: a made-up sysfs, the NVML stand-in with this script, and nvidia-container-runtime.
+    pub fn gpu(&self, sysfs: &Sysfs, nvml: &Value) -> &Self {
+        self.copy(sysfs.root(), "standin/sys")
+            .copy(&nvml_library(), "standin/libnvidia-ml.so.1")
+            .copy(&runtime_binary(), "usr/bin/nvidia-container-runtime")
+            .file("standin/nvml.json", nvml.to_string())
+            .file("standin/runtime.json", json!({"mode": "ok", "nvml": "/standin/nvml.json"}).to_string())
+            .settings("[gpu]\nsysfs = \"/standin/sys\"\nnvml_library = \"/standin/libnvidia-ml.so.1\"\n")
+            .file(
+                "etc/systemd/system/flower-supernode.service.d/standin.conf",
+                "[Service]\nEnvironment=NVML_STANDIN=/standin/nvml.json\n",
+            )
+            .file(
+                "etc/systemd/system/containerd.service.d/standin.conf",
+                "[Service]\nEnvironment=NVIDIA_RUNTIME_STANDIN=/standin/runtime.json\n",
+            )
+    }
+
+    /// Where a file that the machine has written, or is given, lies on this one.
+    #[must_use]
+    pub fn path(&self, path: &str) -> PathBuf {
+        self.sandbox.join("upper").join(path.trim_start_matches('/'))
+    }
+
+    /// Boots it, runs `script` (bash; a command that fails ends it; `wait_for COMMAND` waits) once everything is up, and
+    /// powers it off.
+    ///
+    /// # Panics
+    /// Where the machine does not come up, or the script fails; with what it said.
+    #[track_caller]
+    pub fn boot(&self, script: &str) -> Boot {
+        for left in ["harness/output", "harness/code", "harness/journal"] {
+            let _ = fs::remove_file(self.path(left));
+        }
+        self.file("harness/script", script);
+        let said = run(&mut self.nspawn(), BOOT_LIMIT);
+        let read = |name: &str| String::from_utf8_lossy(&fs::read(self.path(name)).unwrap_or_default()).into_owned();
+        let (output, code) = (read("harness/output"), read("harness/code"));
+        let journal: Vec<Value> =
+            read("harness/journal").lines().map(|line| serde_json::from_str(line).expect("an entry in JSON")).collect();
+        assert!(code.trim() == "0", "exit code {code:?}: {output}\nconsole: {said:#?}\n{}", text_of(&journal));
+        Boot { output, journal }
+    }
+
+    /// Turns it on, and cuts its power as soon as `condition` holds.
+    ///
+    /// # Panics
+    /// Where the condition does not come to hold.
+    #[track_caller]
+    pub fn cut_power_when(&self, condition: impl FnMut() -> bool) {
+        self.file("harness/script", "sleep infinity");
+        let mut on =
+            self.nspawn().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("a machine");
+        let held = eventually(BOOT_LIMIT, condition);
+        // systemd-nspawn's death is that of all in it.
+        let _ = on.kill();
+        let _ = on.wait();
+        assert!(held, "the condition did not come to hold");
+    }
+
+    fn nspawn(&self) -> Command {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--"]).arg(folder().join("nspawn.sh"));
+        command.arg(&self.lower).arg(self.sandbox.path());
+        command
+    }
+}
+
+impl Boot {
+    /// The entries of a unit and of its processes, as texts with their priority: `4 No usable GPU…`.
+    #[must_use]
+    pub fn said_by(&self, unit: &str) -> Vec<String> {
+        let of_unit = |entry: &&Value| entry["_SYSTEMD_UNIT"] == unit;
+        self.journal.iter().filter(of_unit).map(line_of).collect()
+    }
+
+    /// What `journalctl -u UNIT -p warning` shows: systemd's own words about the unit among it.
+    #[must_use]
+    pub fn warnings_of(&self, unit: &str) -> Vec<&Value> {
+        let of_unit = |entry: &Value| entry["_SYSTEMD_UNIT"] == unit || entry["UNIT"] == unit;
+        let is_warning = |entry: &Value| entry["PRIORITY"].as_str().is_some_and(|priority| priority <= "4");
+        self.journal.iter().filter(|entry| of_unit(entry) && is_warning(entry)).collect()
+    }
+
+    /// The whole journal, for a failure.
+    #[must_use]
+    pub fn story(&self) -> String {
+        format!("{}\n{}", self.output, text_of(&self.journal))
+    }
+}
+
+fn text_of(journal: &[Value]) -> String {
+    journal.iter().map(line_of).collect::<Vec<_>>().join("\n")
+}
+
+fn line_of(entry: &Value) -> String {
+    let text = |name: &str| entry[name].as_str().unwrap_or_default().to_owned();
+    format!("{} {}", text("PRIORITY"), text("MESSAGE"))
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("machines")
+}
+
+/// The read-only folders of every machine, as overlayfs lists them; made where they are missing.
+fn layers() -> Result<String, String> {
+    if !rustix::process::geteuid().is_root() {
+        return Err("only root can start a machine".into());
+    }
+    let package = env::var_os("SUPERNODE_DEB").ok_or("SUPERNODE_DEB does not name a package (make deb builds one)")?;
+    let package = fs::canonicalize(package).map_err(|error| format!("SUPERNODE_DEB: {error}"))?;
+    let root = expect(run(&mut Command::new(folder().join("build-root.sh")), Duration::from_secs(900)))?;
+    let key = expect(run(
+        Command::new("sh")
+            .args(["-ec", "find \"$1\" -type f -print0 | sort -z | xargs -0 cat -- \"$0\" | sha256sum | cut -c1-16"])
+            .arg(&package)
+            .arg(folder()),
+        Duration::from_secs(60),
+    ))?;
+    let layer = env::current_exe().map_err(|error| error.to_string())?.with_file_name(format!("machine-{key}"));
+    if !layer.exists() {
+        let mut install = Command::new(folder().join("install-layer.sh"));
+        expect(run(install.arg(&root).arg(&package).arg(&layer), Duration::from_secs(300)))?;
+        let copied = fs::copy(image::stand_in_image(), layer.join("harness/image.tar"));
+        copied.map_err(|error| format!("the image: {error}"))?;
+        write(&layer.join("harness/image-changes"), image::INSTRUCTIONS.join("\n") + "\n");
+    }
+    Ok(format!("{}:{root}", layer.display()))
+}
+
+fn expect(output: Output) -> Result<String, String> {
+    match output.code {
+        Some(0) => Ok(output.stdout.trim().to_owned()),
+        _ => Err(format!("{output:?}")),
+    }
+}

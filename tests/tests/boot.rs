@@ -1,0 +1,262 @@
+//! Machines that are really started: what an operator finds after a boot, a reboot, a power cut, an upgrade.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+
+mod common;
+
+use common::{GPU_A, one_gpu, sysfs_of_one, wanted};
+use serde_json::Value;
+use supernode_tests::{Boot, Machine};
+
+const UNIT: &str = "flower-supernode.service";
+const FALLBACK: &str = "No usable GPU, this node runs on the CPU.";
+const CONTAINER: &str =
+    "docker inspect --format 'runs {{.State.Running}} on {{.HostConfig.Runtime}}' flower-supernode\n";
+
+/// Entries of a boot that have this text.
+fn entries<'b>(boot: &'b Boot, text: &str) -> Vec<&'b Value> {
+    boot.journal.iter().filter(|entry| entry["MESSAGE"].as_str().is_some_and(|said| said.contains(text))).collect()
+}
+
+/// The output has these words.
+#[track_caller]
+fn says(boot: &Boot, words: &[&str]) {
+    for words in words {
+        assert!(boot.output.contains(words), "{words}: {}", boot.story());
+    }
+}
+
+#[test]
+fn a_boot_without_a_gpu_has_one_warning_with_cause_and_fix_and_a_node_on_the_cpu() {
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&wanted(&[("REPORT_READY", "YES"), ("READY_SCRIPT_PATH", "/opt/flower/scripts/health-check.sh")]));
+    let boot = machine.boot(&format!(
+        "systemctl is-active flower-supernode docker
+         systemctl status flower-supernode
+         {CONTAINER}
+         journalctl --no-pager --unit flower-supernode --priority warning --catalog
+         journalctl --no-pager --output cat MESSAGE_ID=1066eaea8fabf0f00ff7b11691329178
+         wait_for sh -c 'journalctl --no-pager CONTAINER_NAME=flower-supernode | grep \"SuperNode ID: 1\"'
+         cat /run/onegate-was-told
+         supernode-agent status
+         systemctl list-units --failed --plain --no-legend"
+    ));
+    let warnings = boot.warnings_of(UNIT);
+    assert_eq!(warnings.len(), 1, "{}", boot.story());
+    for (field, value) in [
+        ("PRIORITY", "4"),
+        ("FL_GPU_REASON", "gpu-not-passed-through"),
+        ("PCI_ADDRESS", "0000:01:00.0"),
+        ("MESSAGE_ID", "1066eaea8fabf0f00ff7b11691329178"),
+    ] {
+        assert_eq!(warnings[0][field], value, "{}", boot.story());
+    }
+    says(
+        &boot,
+        &[
+            "Status: \"Running on the CPU: gpu-not-passed-through: OpenNebula passed 0000:01:00.0",
+            "runs true on runc",
+            "Subject: No usable GPU: gpu-not-passed-through",
+            "Found on this machine: OpenNebula passed 0000:01:00.0",
+            "READY=YES",
+            "Device     cpu: gpu-not-passed-through",
+        ],
+    );
+    assert!(boot.output.trim_end().ends_with("--no-legend"), "a unit has failed: {}", boot.story());
+    assert!(entries(&boot, "ordering cycle").is_empty(), "{}", boot.story());
+}
+
+#[test]
+fn the_units_as_installed_are_sound_and_bounded_and_have_their_manual() {
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    // `security` counts in tenths; `verify` exits 0 whatever it finds.
+    let boot = machine.boot(
+        "test -z \"$(systemd-analyze verify --man=yes flower-supernode.service flower-supernode-runtime.service default.target 2>&1)\"
+         systemd-analyze security --no-pager --threshold=20 flower-supernode.service | tail -n 1
+         man --where supernode-agent agent.toml flower-supernode.service
+         bash -n /usr/share/bash-completion/completions/supernode-agent",
+    );
+    says(&boot, &["Overall exposure level for flower-supernode.service: 1."]);
+    assert_eq!(boot.warnings_of(UNIT), Vec::<&Value>::new(), "{}", boot.story());
+}
+
+#[test]
+fn a_boot_with_a_gpu_runs_on_it_and_docker_is_neither_restarted_nor_reloaded() {
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
+    let boot = machine.boot(&format!("{CONTAINER} systemctl status flower-supernode\n cat /etc/docker/daemon.json"));
+    assert_eq!(boot.warnings_of(UNIT), Vec::<&Value>::new(), "{}", boot.story());
+    says(&boot, &["runs true on nvidia", &format!("Status: \"Running on NVIDIA A100 ({GPU_A}, 0000:01:00.0)")]);
+    assert_eq!(entries(&boot, "Starting docker.service").len(), 1);
+    assert!(entries(&boot, "Reloading docker.service").is_empty(), "{}", boot.story());
+    assert!(boot.said_by(UNIT).iter().all(|line| !line.contains("daemon.json")), "{}", boot.story());
+}
+
+#[test]
+fn a_required_gpu_that_is_absent_fails_the_unit_and_ready_is_not_reported() {
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&wanted(&[
+        ("FL_GPU_REQUIRED", "YES"),
+        ("REPORT_READY", "YES"),
+        ("READY_SCRIPT_PATH", "/opt/flower/scripts/health-check.sh"),
+    ]));
+    let boot = machine.boot(
+        "systemctl show --property ActiveState,NRestarts flower-supernode
+         systemctl status flower-supernode || true
+         test ! -e /run/onegate-was-told
+         ! docker inspect flower-supernode",
+    );
+    says(&boot, &["ActiveState=failed", "NRestarts=0", "FL_GPU_REQUIRED is YES and no GPU is usable"]);
+    assert_eq!(entries(&boot, "this node does not start. gpu-not-passed-through").len(), 1, "{}", boot.story());
+}
+
+#[test]
+fn an_invalid_context_is_one_entry_for_each_error_and_no_restart() {
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&[("FL_SUPERLINK_ADDRESS", "nowhere"), ("FL_GPU_ENABLED", "maybe"), ("FL_LOG_LEVEL", "loud")]);
+    let boot = machine.boot(
+        "systemctl show --property ActiveState,NRestarts,StatusText flower-supernode
+         systemctl is-active docker",
+    );
+    says(&boot, &["ActiveState=failed", "NRestarts=0", "StatusText=Invalid configuration: "]);
+    for error in ["FL_SUPERLINK_ADDRESS='nowhere': ", "FL_GPU_ENABLED='maybe': ", "FL_LOG_LEVEL='loud': "] {
+        let found = entries(&boot, error);
+        assert!(found.len() == 1 && found[0]["PRIORITY"] == "3", "{error}: {}", boot.story());
+    }
+}
+
+#[test]
+fn hostile_values_in_context_and_one_env_are_not_executed_and_arrive_as_they_are() {
+    let Some(machine) = Machine::new() else { return };
+    let hostile = "a='x\"; touch /pwned; \"' b=\"$(touch /pwned)`touch /pwned`\"";
+    machine.context(&wanted(&[
+        ("FL_NODE_CONFIG", hostile),
+        ("ETH0_DNS", "x\"; touch /pwned; \""),
+        ("MOTD", "x\"\nexport FL_GPU_ENABLED=\"NO\"\nexport TOKENTXT=\"$(touch /pwned)\nx"),
+    ]));
+    machine.file("context/token.txt", "token-5e1f");
+    let boot = machine.boot(
+        "grep -q '; touch /pwned;' /run/one-context/one_env
+         test ! -e /pwned
+         docker inspect --format '{{json .Args}}' flower-supernode
+         ! journalctl --no-pager --boot | grep token-5e1f",
+    );
+    let args = boot.output.lines().find(|line| line.starts_with('[')).unwrap_or_default();
+    let args: Vec<String> = serde_json::from_str(args).unwrap_or_else(|error| panic!("{error}: {}", boot.story()));
+    assert!(args.iter().any(|argument| argument == hostile), "{args:?}");
+    assert_eq!(entries(&boot, FALLBACK).len(), 1, "{}", boot.story());
+}
+
+#[test]
+fn a_daemon_json_that_was_broken_before_the_boot_stays_as_it_is_and_is_told() {
+    let Some(machine) = Machine::new() else { return };
+    let broken = "{\"debug\": true,\n";
+    machine.context(&wanted(&[])).file("etc/docker/daemon.json", broken);
+    machine.settings("[docker]\nready_timeout_seconds = 2\n");
+    let boot = machine.boot("wait_for systemctl is-failed docker\n cat /etc/docker/daemon.json\n ls -A /etc/docker");
+    assert_eq!(std::fs::read_to_string(machine.path("etc/docker/daemon.json")).unwrap(), broken);
+    assert!(!entries(&boot, "docker.sock does not answer").is_empty(), "{}", boot.story());
+    // As many tries as without us: systemd's limit for docker.service.
+    assert!(entries(&boot, "Starting docker.service").len() <= 5, "{}", boot.story());
+}
+
+#[test]
+fn after_a_reboot_the_node_is_up_again_with_its_one_warning() {
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&wanted(&[]));
+    for boot in ["first", "second"] {
+        let boot_of = machine.boot(&format!("{CONTAINER} docker ps --all --format '{{{{.Names}}}}' | wc -l"));
+        says(&boot_of, &["runs true on runc"]);
+        assert_eq!(boot_of.output.trim_end().lines().last(), Some("1"), "{boot}: {}", boot_of.story());
+        assert_eq!(boot_of.warnings_of(UNIT).len(), 1, "{boot}: {}", boot_of.story());
+    }
+}
+
+#[test]
+fn a_power_cut_during_the_first_boot_leaves_a_machine_that_boots() {
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
+    let daemon_json = machine.path("etc/docker/daemon.json");
+    machine.cut_power_when(|| daemon_json.exists());
+    let containers = machine.path("../docker/containers");
+    machine.cut_power_when(|| std::fs::read_dir(&containers).is_ok_and(|mut found| found.next().is_some()));
+    let boot = machine.boot(&format!("{CONTAINER} docker ps --all --format '{{{{.Names}}}}' | wc -l"));
+    says(&boot, &["runs true on nvidia"]);
+    assert_eq!(boot.output.trim_end().lines().last(), Some("1"), "{}", boot.story());
+    let written = std::fs::read(&daemon_json).unwrap();
+    serde_json::from_slice::<Value>(&written).expect("daemon.json is whole");
+}
+
+#[test]
+fn a_context_that_changes_on_the_running_vm_replaces_the_container_only_for_a_real_change() {
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&wanted(&[("ETH0_DNS", "1.1.1.1")]));
+    let boot = machine.boot(
+        "id() { docker inspect --format '{{.Id}}' flower-supernode; }
+         said() { journalctl --no-pager --unit flower-supernode --grep \"$1\"; }
+         change() {
+             sed -i \"$1\" /context/context.sh
+             rm /run/one-context/context.sh.*
+             for stage in local online network; do one-contextd $stage; done
+             systemctl reload flower-supernode
+         }
+         first=$(id)
+         change 's/1.1.1.1/9.9.9.9/'
+         wait_for said 'nothing has changed'
+         test \"$(id)\" = \"$first\"
+         change 's/10.9.8.7:9092/10.9.8.7:9999/'
+         wait_for sh -c 'docker inspect flower-supernode | grep 10.9.8.7:9999'
+         test \"$(id)\" != \"$first\"
+         wait_for /opt/flower/scripts/health-check.sh
+         systemctl is-active flower-supernode",
+    );
+    assert_eq!(entries(&boot, "started the container").len(), 2, "{}", boot.story());
+}
+
+#[test]
+fn an_upgrade_keeps_the_container_running_and_a_purge_leaves_nothing() {
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&wanted(&[])).settings("[gpu]\nwait_seconds = 1\n");
+    let boot = machine.boot(
+        "pid() { docker inspect --format '{{.State.Pid}}' flower-supernode; }
+         agent() { systemctl show --property MainPID --value flower-supernode; }
+         dpkg-deb --raw-extract /harness/package.deb /tmp/next
+         sed -i 's/^Version: .*/Version: 99.0.0-1/' /tmp/next/DEBIAN/control
+         dpkg-deb --build /tmp/next /tmp/next.deb
+         container=$(pid) old=$(agent)
+         dpkg --install /tmp/next.deb
+         adopted() { journalctl --no-pager --unit flower-supernode --grep 'adopted the running container'; }
+         wait_for adopted
+         wait_for systemctl is-active flower-supernode
+         test \"$(agent)\" != \"$old\"
+         test \"$(pid)\" = \"$container\"
+         systemctl --quiet is-enabled flower-supernode flower-supernode-runtime
+         dpkg --remove supernode-agent
+         ! systemctl --quiet is-active flower-supernode
+         ! kill -0 \"$container\"
+         ! docker inspect flower-supernode
+         dpkg --purge supernode-agent
+         rm -rf /tmp/next /tmp/next.deb
+         find / -xdev \\( -name '*supernode*' -o -path '/opt/flower*' \\) -not -path '/harness/*' -not -path '/proc/*' \
+             -not -path '/usr/share/doc/*' -not -path '/var/log/*' -printf 'left %p\\n'",
+    );
+    let left: Vec<&str> = boot.output.lines().filter(|line| line.starts_with("left ")).collect();
+    assert_eq!(left, Vec::<&str>::new(), "{}", boot.story());
+}
+
+#[test]
+fn a_start_script_that_must_come_first_comes_first_with_the_drop_in() {
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&wanted(&[("START_SCRIPT", "cut -d' ' -f1 /proc/uptime >/run/start-script")]));
+    let drop_in = include_str!("../../systemd/start-script-first.conf");
+    machine.boot("test -e /run/start-script");
+    machine.file("etc/systemd/system/flower-supernode.service.d/start-script-first.conf", drop_in);
+    machine.boot("systemctl disable flower-supernode\n systemctl enable flower-supernode");
+    let boot = machine.boot(&format!("wait_for systemctl is-active flower-supernode\n {CONTAINER}"));
+    says(&boot, &["runs true on runc"]);
+    let place = |text: &str| {
+        boot.journal.iter().position(|entry| entry["MESSAGE"].as_str().is_some_and(|said| said.starts_with(text)))
+    };
+    let (script, node) = (place("Finished one-context.service"), place("Starting flower-supernode.service"));
+    assert!(script.is_some() && script < node, "{script:?}, {node:?}: {}", boot.story());
+}
