@@ -133,7 +133,10 @@ async fn limited<T>(
     limit: Duration,
     call: impl Future<Output = Result<T, ApiError>>,
 ) -> Result<T, EngineError> {
-    match tokio::time::timeout(limit, call).await {
+    let since = Instant::now();
+    let answer = tokio::time::timeout(limit, call).await;
+    tracing::debug!("Docker took {} µs to {doing}", since.elapsed().as_micros());
+    match answer {
         Ok(answer) => answer.map_err(EngineError::new(doing)),
         Err(_) => Err(EngineError::TimedOut { doing, limit }),
     }
@@ -215,7 +218,9 @@ impl Engine {
         };
         let docker =
             Docker::connect_with_unix(&path, CALL_LIMIT.as_secs(), API_DEFAULT_VERSION).map_err(unreachable)?;
+        let since = Instant::now();
         let negotiated = tokio::time::timeout(CALL_LIMIT, docker.negotiate_version()).await;
+        tracing::debug!("Docker took {} µs to agree on a version", since.elapsed().as_micros());
         let docker = negotiated.unwrap_or(Err(ApiError::RequestTimeoutError)).map_err(unreachable)?;
         Ok(Self { docker })
     }
