@@ -8,8 +8,9 @@ set -euo pipefail
 
 export lower=${1:?} machine=${2:?}
 mkdir -p "$machine"/{upper,work,merged,docker,containerd}
-# A fresh cgroup file system, so that the machine's systemd has the root of one; and nothing stays mounted.
-exec unshare --mount bash -euo pipefail <<'INSIDE'
+# A fresh cgroup file system, so that the machine's systemd has the root of one; and nothing stays mounted. The end of the first
+# process here is the end of all, the machine's included: systemd-nspawn alone would leave them running.
+exec unshare --mount --mount-proc --pid --fork --kill-child bash -euo pipefail <<'INSIDE'
 mount --make-rprivate /
 umount -R /sys/fs/cgroup
 mount -t cgroup2 none /sys/fs/cgroup

@@ -30,6 +30,10 @@ step "lintian" lintian --fail-on error,warning --tag-display-limit 0 --allow-roo
 step "tests of the code, on stand-ins, real engines, real files and machines that boot" rust_tests
 step "tests of the site hook" python3 -m unittest discover -q -s packaging/site
 
+if grep -q MEASURED "$log"; then
+    printf '== measured\n'
+    grep -h MEASURED "$log"
+fi
 if grep -q SKIPPED "$log"; then
     printf '== skipped\n'
     grep -h SKIPPED "$log" | sort | uniq -c

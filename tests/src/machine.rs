@@ -10,17 +10,18 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::{
     image,
-    process::{Output, eventually, run},
+    process::{Output, eventually, run, signal},
     sandbox::{Sandbox, nvml_library, runtime_binary, write},
     sysfs::Sysfs,
 };
 
-/// More than a machine needs from its start to its end.
-const BOOT_LIMIT: Duration = Duration::from_secs(300);
+/// More than a machine needs from its start to its end, on a busy machine and an emulated processor.
+const BOOT_LIMIT: Duration = Duration::from_secs(600);
 
 /// A machine that is off. What it writes while it is on stays for its next boot.
 #[derive(Debug)]
@@ -117,11 +118,26 @@ impl Machine {
     /// Where the machine does not come up, or the script fails; with what it said.
     #[track_caller]
     pub fn boot(&self, script: &str) -> Boot {
+        self.boot_by("nspawn.sh", script)
+    }
+
+    /// The same with a kernel, a disk, the context on a CD and a network, on an emulated processor. The disk is new for each
+    /// boot.
+    ///
+    /// # Panics
+    /// Where the machine does not come up, or the script fails; with what it said.
+    #[track_caller]
+    pub fn boot_in_qemu(&self, script: &str) -> Boot {
+        self.boot_by("qemu.sh", script)
+    }
+
+    #[track_caller]
+    fn boot_by(&self, starter: &str, script: &str) -> Boot {
         for left in ["harness/output", "harness/code", "harness/journal"] {
             let _ = fs::remove_file(self.path(left));
         }
         self.file("harness/script", script);
-        let said = run(&mut self.nspawn(), BOOT_LIMIT);
+        let said = run(&mut self.start_by(starter), BOOT_LIMIT);
         let read = |name: &str| String::from_utf8_lossy(&fs::read(self.path(name)).unwrap_or_default()).into_owned();
         let (output, code) = (read("harness/output"), read("harness/code"));
         let journal: Vec<Value> =
@@ -137,18 +153,26 @@ impl Machine {
     #[track_caller]
     pub fn cut_power_when(&self, condition: impl FnMut() -> bool) {
         self.file("harness/script", "sleep infinity");
-        let mut on =
-            self.nspawn().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("a machine");
+        let mut on = self
+            .start_by("nspawn.sh")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("a machine");
         let held = eventually(BOOT_LIMIT, condition);
-        // systemd-nspawn's death is that of all in it.
-        let _ = on.kill();
+        let id = on.id();
+        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+        let first_process: u32 = children.trim().parse().expect("one process, with which all others end");
+        // Whoever waits for it has it only once all the others are gone, with their locks.
+        signal(first_process, Signal::KILL);
         let _ = on.wait();
         assert!(held, "the condition did not come to hold");
     }
 
-    fn nspawn(&self) -> Command {
+    fn start_by(&self, starter: &str) -> Command {
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--"]).arg(folder().join("nspawn.sh"));
+        command.args(["--pdeathsig", "KILL", "--"]).arg(folder().join(starter));
         command.arg(&self.lower).arg(self.sandbox.path());
         command
     }

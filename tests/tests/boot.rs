@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::io::Write as _;
+
 use common::{GPU_A, one_gpu, sysfs_of_one, wanted};
 use serde_json::Value;
 use supernode_tests::{Boot, Machine};
@@ -259,4 +261,47 @@ fn a_start_script_that_must_come_first_comes_first_with_the_drop_in() {
     };
     let (script, node) = (place("Finished one-context.service"), place("Starting flower-supernode.service"));
     assert!(script.is_some() && script < node, "{script:?}, {node:?}: {}", boot.story());
+}
+
+/// Microseconds since the machine was turned on, at the entry's arrival in the journal.
+fn microseconds(entry: &Value) -> u64 {
+    entry["__MONOTONIC_TIMESTAMP"].as_str().and_then(|text| text.parse().ok()).expect("a time")
+}
+
+#[test]
+fn a_whole_vm_with_a_kernel_a_cd_and_a_network_boots_to_a_node_and_the_agent_takes_a_hundredth_of_it() {
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&wanted(&[
+        ("ETH0_IP", "10.0.2.15"),
+        ("ETH0_GATEWAY", "10.0.2.2"),
+        ("FL_LOG_LEVEL", "DEBUG"),
+        ("REPORT_READY", "YES"),
+        ("READY_SCRIPT_PATH", "/opt/flower/scripts/health-check.sh"),
+    ]));
+    let boot = machine.boot_in_qemu(&format!("{CONTAINER} ip route\n cat /run/onegate-was-told"));
+    says(&boot, &["runs true on runc", "default via 10.0.2.2", "READY=YES"]);
+    assert_eq!(boot.warnings_of(UNIT).len(), 1, "{}", boot.story());
+    assert!(entries(&boot, "ordering cycle").is_empty(), "{}", boot.story());
+    let of_agent = |entry: &&&Value| entry["SYSLOG_IDENTIFIER"] == "supernode-agent" && entry["_SYSTEMD_UNIT"] == UNIT;
+    let all: Vec<&Value> = boot.journal.iter().collect();
+    let first = microseconds(all.iter().find(of_agent).expect("the agent's first entry"));
+    let started = microseconds(entries(&boot, "started the container").first().expect("the container's start"));
+    let docker: u64 = entries(&boot, "Docker took ")
+        .iter()
+        .filter(|entry| microseconds(entry) <= started)
+        .filter_map(|entry| entry["MESSAGE"].as_str()?.split(' ').nth(2)?.parse::<u64>().ok())
+        .sum();
+    let own = (started - first).saturating_sub(docker);
+    let share = own as f64 * 100.0 / started as f64;
+    // Not by a print macro: the test runner would show it only where the test fails.
+    let _ = writeln!(
+        std::io::stderr(),
+        "MEASURED: from power-on to the container {:.1} s; from the agent's first line on {:.3} s, of it Docker's calls \
+         {:.3} s and the agent's own {:.3} s: {share:.2} % of the boot",
+        started as f64 / 1e6,
+        (started - first) as f64 / 1e6,
+        docker as f64 / 1e6,
+        own as f64 / 1e6,
+    );
+    assert!(share < 1.0, "{}", boot.story());
 }

@@ -17,4 +17,7 @@ wait_for() {
 echo $? >/harness/code
 journalctl --sync
 journalctl --boot --output=json --all --no-pager >/harness/journal
+# A machine with a disk of its own gives them back by another disk.
+out=/dev/disk/by-id/virtio-harness
+[ ! -e $out ] || tar -C /harness -cf $out output code journal
 systemctl --no-block poweroff
