@@ -3,10 +3,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help build deb demo test fmt lint deny clean
+.PHONY: help build deb image demo test test-image fmt lint deny clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## the agent, as it is shipped
 	cargo build --release --locked -p supernode-agent
@@ -14,11 +14,19 @@ build: ## the agent, as it is shipped
 deb: ## the Debian package, in target/debian
 	@packaging/build-deb.sh
 
+image: deb ## the QCOW2 for OpenNebula, in target/image; packaging/image/build-image.sh tells the choices
+	@packaging/install-tools.sh image
+	@packaging/image/build-image.sh "$$(packaging/build-deb.sh)" "$${CARGO_TARGET_DIR:-target}/image/supernode-base.qcow2"
+
 demo: ## a node from an OpenNebula context on this machine, with a real Docker engine and a real Flower
 	@packaging/demo/demo.sh
 
 test: ## all tests; what is skipped is printed with the reason
 	@tests/scripts/run-tests.sh
+
+test-image: image ## that very QCOW2, booted under UEFI
+	@packaging/install-tools.sh test-image
+	@tests/machines/test-image.sh "$${CARGO_TARGET_DIR:-target}/image/supernode-base.qcow2"
 
 fmt: ## format the code
 	cargo fmt --all

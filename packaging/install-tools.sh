@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the demo, the tests or CI need and this machine lacks, by package name, after saying so.
 #
-#   install-tools.sh demo|test|lint|deb
+#   install-tools.sh demo|test|lint|deb|image|test-image
 set -euo pipefail
 
 # What is looked for, and the package that brings it (Debian and Ubuntu).
@@ -9,7 +9,8 @@ declare -A packages=(
     [dockerd]=docker.io [docker]=docker.io [ip]=iproute2 [nsenter]=util-linux [iptables]=iptables
     [mmdebstrap]=mmdebstrap [python3]=python3 [busybox]=busybox-static [shellcheck]=shellcheck [cc]=gcc
     [setpriv]=util-linux [apparmor_parser]=apparmor [dpkg-deb]=dpkg [lintian]=lintian [systemd-nspawn]=systemd-container
-    [qemu-system-x86_64]=qemu-system-x86 [xorriso]=xorriso [mke2fs]=e2fsprogs
+    [qemu-system-x86_64]=qemu-system-x86 [xorriso]=xorriso [mke2fs]=e2fsprogs [sfdisk]=fdisk
+    [mkfs.vfat]=dosfstools [mmd]=mtools [qemu-img]=qemu-utils
 )
 case "${1:-}" in
 demo) wanted=(cc dockerd docker ip nsenter iptables mmdebstrap) ;;
@@ -17,8 +18,10 @@ test) wanted=(cc dpkg-deb dockerd docker ip nsenter setpriv iptables busybox pyt
     qemu-system-x86_64 xorriso mke2fs)  ;;
 lint) wanted=(cc shellcheck) ;;
 deb) wanted=(cc dpkg-deb) ;;
+image) wanted=(cc dpkg-deb mmdebstrap ip nsenter mke2fs sfdisk mkfs.vfat mmd qemu-img) ;;
+test-image) wanted=(qemu-system-x86_64 xorriso) ;;
 *)
-    echo "usage: install-tools.sh demo|test|lint|deb" >&2
+    echo "usage: install-tools.sh demo|test|lint|deb|image|test-image" >&2
     exit 2
     ;;
 esac
@@ -31,6 +34,8 @@ missing=()
 for tool in "${wanted[@]}"; do
     PATH=$PATH:/usr/sbin:/sbin command -v "$tool" >/dev/null || missing+=("${packages[$tool]}")
 done
+# Firmware is no program.
+[ "$1" != test-image ] || [ -e /usr/share/OVMF/OVMF_CODE_4M.fd ] || missing+=(ovmf)
 [ ${#missing[@]} -gt 0 ] || exit 0
 mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
 

@@ -158,14 +158,8 @@ if docker image inspect "$image" >/dev/null 2>&1; then
 elif [ -z "$namespace" ] && timeout 120 docker pull --quiet "$image" >"$work/pull.log" 2>&1; then
     finish "pulled"
 else
-    # shellcheck source=/dev/null
-    release=$(. /etc/os-release && echo "$VERSION_CODENAME")
-    key=$(cat "$top/packaging/images/build-base.sh" <(echo "$version $release") | sha256sum | cut -c1-16)
-    tar=$cache/image-base-$version-$key.tar
-    if [ ! -e "$tar" ]; then
-        say "      no registry: building it from the packages of $release and of Python (once, about two minutes)"
-        "$top/packaging/images/build-base.sh" "$version" "$tar" >"$work/image.log" 2>&1 || fail "the image was not built"
-    fi
+    say "      no registry: building it from the distribution's packages and Python's (once, about two minutes)"
+    tar=$("$top/packaging/images/base-tar.sh" "$version" 2>"$work/image.log") || fail "the image was not built"
     changes=()
     while IFS= read -r change; do changes+=(--change "$change"); done < <("$top/packaging/images/build-base.sh" --changes)
     docker import "${changes[@]}" "$tar" "$image" >/dev/null

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Makes a package of the stand-in for one-context, for machines whose image is built from packages.
+#
+#   build-standin.sh PACKAGE.deb
+set -euo pipefail
+
+output=${1:?usage: build-standin.sh PACKAGE.deb}
+guest=$(cd "$(dirname "${BASH_SOURCE[0]}")/guest" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+chmod 755 "$work"
+install -D -m 0755 -t "$work/usr/sbin" "$guest/usr/sbin/one-contextd"
+install -D -m 0644 -t "$work/usr/lib/systemd/system" "$guest"/etc/systemd/system/one-context*.service
+mkdir "$work/DEBIAN"
+cat >"$work/DEBIAN/control" <<'CONTROL'
+Package: one-context-standin
+Version: 1
+Architecture: all
+Maintainer: supernode-agent developers <supernode-agent@localhost>
+Description: stand-in for one-context, for tests
+CONTROL
+printf '#!/bin/sh\nsystemctl --quiet enable one-context-local one-context-online one-context\n' >"$work/DEBIAN/postinst"
+chmod 755 "$work/DEBIAN/postinst"
+dpkg-deb --build --root-owner-group "$work" "$output" >/dev/null
