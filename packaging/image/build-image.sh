@@ -10,7 +10,7 @@
 #   FLOWER_VERSION     what the framework image has (1.31.0)
 #   NVIDIA=YES         the driver and NVIDIA's container toolkit as well
 #   NVIDIA_PACKAGES    their names, with commas (nvidia-driver,nvidia-persistenced,nvidia-container-toolkit)
-#   NVIDIA_SOURCES     a file for /etc/apt/sources.list.d with NVIDIA's archive: Debian's, components contrib and non-free, has
+#   NVIDIA_SOURCES     a file for /etc/apt/sources.list.d with NVIDIA's archive: Debian's, components contrib, non-free and non-free-firmware, has
 #                      the driver and not the toolkit
 #   ROOT_SIZE          of the root file system (3G; 16G with NVIDIA=YES); it grows with the disk
 set -euo pipefail
@@ -49,7 +49,7 @@ fi
 # The cloud kernel has no graphics, and is half the size.
 kernel=linux-image-cloud-amd64 components=main size=${ROOT_SIZE:-3G} nvidia=''
 if [ "${NVIDIA:-NO}" = YES ]; then
-    kernel=linux-image-amd64,linux-headers-amd64 components=main,contrib,non-free size=${ROOT_SIZE:-16G}
+    kernel=linux-image-amd64,linux-headers-amd64 components=main,contrib,non-free,non-free-firmware size=${ROOT_SIZE:-16G}
     nvidia=${NVIDIA_PACKAGES:-nvidia-driver,nvidia-persistenced,nvidia-container-toolkit}
 fi
 say "the root file system: $release, $kernel, Docker, ${nvidia:-no NVIDIA packages}"
