@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Builds the root file system of the machines that tests boot: Debian 13 with systemd, Docker, a kernel, and neither the
-# package under test nor any file of it. Prints the folder. Done once: the folder's name has the hash of what went in.
+# Builds the root file system of the machines that tests boot: Debian 13, or the release of SUPERNODE_TESTS_RELEASE, with
+# systemd, Docker, a kernel, and neither the package under test nor any file of it. Prints the folder. Done once: the folder's
+# name has the hash of what went in.
 #
 #   build-root.sh
 set -euo pipefail
 
-release=trixie
-packages=systemd-sysv,systemd,dbus,udev,iproute2,docker.io,docker-cli,containerd,runc,iptables,busybox-static,kmod,procps
+release=${SUPERNODE_TESTS_RELEASE:-trixie}
+packages=systemd-sysv,systemd,dbus,udev,iproute2,docker.io,containerd,runc,iptables,busybox-static,kmod,procps
 packages+=,util-linux,curl,ca-certificates,python3-minimal,man-db,linux-image-cloud-amd64,initramfs-tools
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/supernode-agent
 key=$(sha256sum "${BASH_SOURCE[0]}" | cut -c1-16)
@@ -19,6 +20,8 @@ if [ ! -d "$root" ]; then
     # The distribution's own archive, as this machine reaches it.
     mirror=$(awk '/^URIs:/ { print $2; exit } /^deb / { print $2; exit }' \
         /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2>/dev/null || true)
+    # The client is in docker.io before Debian 13.
+    [ "$release" = bookworm ] || packages+=,docker-cli
     mmdebstrap --quiet --mode=root --variant=minbase --skip=check/qemu --include="$packages" \
         --aptopt='Apt::Install-Recommends "false"' --dpkgopt='path-exclude=/usr/share/locale/*' \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/supernode-agent/*' \
