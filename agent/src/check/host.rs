@@ -133,7 +133,7 @@ pub fn judge(facts: &HostFacts, distribution: Distribution) -> Vec<Check> {
     });
     checks.extend(functions(facts, distribution));
     checks.extend(group_mates(facts));
-    checks.push(driver_overrides(facts));
+    checks.extend(driver_overrides(facts));
     checks.push(udev(facts));
     checks.extend(filter(facts));
     checks
@@ -297,8 +297,9 @@ fn group_mates(facts: &HostFacts) -> Vec<Check> {
 }
 
 /// Without an override the next boot gives the card to whatever driver comes first.
-fn driver_overrides(facts: &HostFacts) -> Check {
+fn driver_overrides(facts: &HostFacts) -> Option<Check> {
     const ID: &str = "driver-override";
+    facts.pci.gpus().next()?;
     let is_set_otherwise = facts.cmdline.as_ref().is_some_and(|cmdline| cmdline.contains("vfio-pci.ids="));
     let missing: Vec<String> = card_functions(&facts.pci)
         .map(|function| function.address.to_string())
@@ -310,14 +311,14 @@ fn driver_overrides(facts: &HostFacts) -> Check {
         .collect();
     if missing.is_empty() || is_set_otherwise {
         let how = if is_set_otherwise { "vfio-pci.ids on the kernel command line" } else { "driverctl" };
-        return Check::ok(ID, format!("{how} binds the cards to vfio-pci at every boot"));
+        return Some(Check::ok(ID, format!("{how} binds the cards to vfio-pci at every boot")));
     }
     let fix: Vec<String> = missing.iter().map(|address| format!("driverctl set-override {address} vfio-pci")).collect();
     let finding = format!(
         "driverctl has no override to vfio-pci for {}: unless something else binds them, they are lost to VMs after a reboot",
         missing.join(", ")
     );
-    Check::warning(ID, finding, fix.join("; "))
+    Some(Check::warning(ID, finding, fix.join("; ")))
 }
 
 fn udev(facts: &HostFacts) -> Check {

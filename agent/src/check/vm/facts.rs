@@ -17,6 +17,15 @@ use crate::journal::error_chain;
 use crate::plan;
 use crate::settings::{Injection, Settings};
 
+/// Why there is no configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unconfigured {
+    /// There is no context, or it cannot be read.
+    NoContext(String),
+    /// What is wrong with the variables, one line each.
+    Invalid(Vec<String>),
+}
+
 /// What was read.
 #[derive(Debug)]
 pub struct VmFacts {
@@ -27,13 +36,13 @@ pub struct VmFacts {
     /// The program of the nvidia runtime as the settings name it, and where it is.
     pub runtime: (String, Option<String>),
     /// The configuration and its remarks, or what is wrong.
-    pub config: Result<(Config, Remarks), Vec<String>>,
+    pub config: Result<(Config, Remarks), Unconfigured>,
     /// The PCI bus and the kernel module.
     pub pci: PciFacts,
     /// What NVML said, or why it was not asked.
     pub nvml: Result<ProbeOutcome, String>,
     /// Whether the firmware is UEFI.
-    pub is_uefi: bool,
+    pub is_uefi: Result<bool, String>,
     /// DMI's product_name and product_version, where there are any.
     pub machine: Result<Vec<String>, String>,
     /// /proc/cpuinfo.
@@ -73,8 +82,8 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
         }
     }
     let config = match read_context(&settings.context.dir) {
-        Ok(context) => boot::configure(&context, &settings).map_err(|errors| errors.0),
-        Err(error) => Err(vec![error_chain(&error)]),
+        Ok(context) => boot::configure(&context, &settings).map_err(|errors| Unconfigured::Invalid(errors.0)),
+        Err(error) => Err(Unconfigured::NoContext(error_chain(&error))),
     };
     let sysfs = settings.gpu.sysfs.clone();
     let pci = pci::read_facts(&sysfs);
@@ -101,7 +110,11 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
         config,
         pci,
         nvml,
-        is_uefi: sysfs.join("firmware/efi").is_dir(),
+        is_uefi: match sysfs.join("firmware/efi").try_exists() {
+            // A folder that has no firmware at all says nothing of the firmware.
+            Ok(false) if !sysfs.is_dir() => Err("there is no /sys".into()),
+            answer => answer.map_err(|error| format!("/sys/firmware/efi: {error}")),
+        },
         machine: ["product_name", "product_version"]
             .iter()
             .filter_map(|name| root.read(&format!("/sys/class/dmi/id/{name}")).transpose())

@@ -15,7 +15,7 @@ use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::{self, Verdict};
 use crate::settings::Injection;
 
-pub use facts::{VmFacts, read};
+pub use facts::{Unconfigured, VmFacts, read};
 
 const GIB: u64 = 1 << 30;
 /// The template attribute for UEFI, by release of OpenNebula.
@@ -90,18 +90,23 @@ impl Vm<'_> {
     fn configuration(&self) -> Vec<Check> {
         const ID: &str = "configuration";
         match &self.facts.config {
-            Err(errors) => errors
-                .iter()
-                .map(|error| {
-                    let fix = "correct the CONTEXT of the VM (onevm updateconf VM); supernode-agent variables shows what is accepted";
-                    Check::error(ID, error, fix)
-                })
-                .collect(),
-            Ok((_, remarks)) if remarks.unknown.is_empty() => vec![Check::ok(ID, "the context can be read, and its variables are valid")],
+            Err(Unconfigured::NoContext(why)) => {
+                let fix = "install OpenNebula's one-context package, give the VM a CONTEXT in its template, and reboot; systemctl status one-context-local tells more";
+                vec![Check::error(ID, why, fix)]
+            }
+            Err(Unconfigured::Invalid(errors)) => {
+                let fix = "correct the CONTEXT of the VM (onevm updateconf VM); supernode-agent variables shows what is accepted";
+                errors.iter().map(|error| Check::error(ID, error, fix)).collect()
+            }
+            Ok((_, remarks)) if remarks.unknown.is_empty() => {
+                vec![Check::ok(ID, "the context can be read, and its variables are valid")]
+            }
             Ok((_, remarks)) => remarks
                 .unknown
                 .iter()
-                .map(|remark| Check::warning(ID, remark, "correct the name in the CONTEXT of the VM (onevm updateconf VM)"))
+                .map(|remark| {
+                    Check::warning(ID, remark, "correct the name in the CONTEXT of the VM (onevm updateconf VM)")
+                })
                 .collect(),
         }
     }
@@ -111,7 +116,7 @@ impl Vm<'_> {
         const FIX: &str = "CONTEXT=[FL_GPU_ENABLED=\"YES\"] in the VM template, or onevm updateconf VM";
         let is_there = self.facts.pci.gpus().next().is_some();
         match self.config() {
-            None => Check::unknown(ID, "the configuration is not valid", "see configuration"),
+            None => Check::unknown(ID, "the configuration is not valid", "mend configuration first"),
             Some(config) if config.gpu_enabled => Check::ok(ID, "FL_GPU_ENABLED is YES"),
             Some(_) if is_there => {
                 Check::warning(ID, "this VM has a GPU, and FL_GPU_ENABLED is not YES: the node runs on the CPU", FIX)
@@ -222,10 +227,14 @@ impl Vm<'_> {
             Err(_) if self.facts.pci.gpus().next().is_none() => {
                 return vec![Check::ok(ID, "not asked: there is no GPU")];
             }
-            Err(why) => return vec![Check::unknown(ID, format!("NVML was not asked: {why}"), "see gpu-driver")],
+            Err(why) => return vec![Check::unknown(ID, format!("NVML was not asked: {why}"), "mend gpu-driver first")],
         };
         let Some(config) = self.asking_for_all() else {
-            return vec![Check::unknown(ID, "there is no configuration to judge its answer by", "see configuration")];
+            return vec![Check::unknown(
+                ID,
+                "there is no configuration to judge its answer by",
+                "mend configuration first",
+            )];
         };
         match verdict::after_the_probe(&config, &self.facts.pci, outcome) {
             Verdict::Gpu { devices, missing } => {
@@ -268,8 +277,10 @@ impl Vm<'_> {
     }
 
     fn firmware(&self) -> Check {
-        if self.facts.is_uefi {
-            return Check::ok("firmware", "UEFI");
+        match &self.facts.is_uefi {
+            Ok(true) => return Check::ok("firmware", "UEFI"),
+            Ok(false) => {}
+            Err(why) => return Check::unknown("firmware", why, AS_ROOT),
         }
         let finding =
             "this VM booted by BIOS (there is no /sys/firmware/efi): the memory of large GPUs cannot be mapped";
@@ -416,7 +427,7 @@ impl Vm<'_> {
                     Some(_) => Check::unknown(
                         ID,
                         "daemon.json has the runtime nvidia, and Docker does not answer",
-                        "see docker",
+                        "mend docker first",
                     ),
                     None => Check::unknown(ID, "daemon.json has no runtime nvidia, and Docker does not answer", FIX),
                 }
@@ -472,12 +483,18 @@ impl Vm<'_> {
     fn image(&self) -> Check {
         const ID: &str = "image";
         let Some((wanted, has)) = self.facts.images.first() else {
-            return Check::unknown(ID, "the configuration does not say which image is wanted", "see configuration");
+            return Check::unknown(
+                ID,
+                "the configuration does not say which image is wanted",
+                "mend configuration first",
+            );
         };
         let prebaked = self.facts.images.get(1);
         match (has, prebaked) {
             (Ok(true), _) => Check::ok(ID, format!("{wanted} is on this machine")),
-            (Err(why), _) => Check::unknown(ID, format!("whether {wanted} is on this machine: {why}"), "see docker"),
+            (Err(why), _) => {
+                Check::unknown(ID, format!("whether {wanted} is on this machine: {why}"), "mend docker first")
+            }
             (Ok(false), Some((prebaked, Ok(true)))) => {
                 let finding = format!(
                     "{wanted} is not on this machine; it will be pulled, and where it is not to be had {prebaked} is used"
@@ -573,9 +590,9 @@ mod tests {
     use crate::gpu::pci::{PciDevice, PciFacts};
     use crate::gpu::probe::ProbeOutcome;
 
-    fn config(context: &str) -> Result<(Config, Remarks), Vec<String>> {
+    fn config(context: &str) -> Result<(Config, Remarks), Unconfigured> {
         let context = Context::parse(context.as_bytes()).unwrap();
-        Config::from_context(&context, &Prebaked::default()).map_err(|errors| errors.0)
+        Config::from_context(&context, &Prebaked::default()).map_err(|errors| Unconfigured::Invalid(errors.0))
     }
 
     fn device(address: &str, ids: (u32, u32), class: u32, driver: &str) -> PciDevice {
@@ -607,7 +624,7 @@ mod tests {
                 ..PciFacts::default()
             },
             nvml: Ok(ProbeOutcome::Answered(ProbeAnswer::Driver(report))),
-            is_uefi: true,
+            is_uefi: Ok(true),
             machine: Ok(vec!["Standard PC (Q35 + ICH9, 2009)".into(), "pc-q35-8.2".into()]),
             cpuinfo: Ok(Some(
                 "processor\t: 0\nmodel name\t: AMD EPYC 7543\nflags\t\t: fpu avx avx2 hypervisor\n".into(),
@@ -713,7 +730,7 @@ mod tests {
     #[test]
     fn what_the_template_could_give_is_a_warning_with_its_attribute() {
         use Level::Warning;
-        one(|facts| facts.is_uefi = false, Warning, "firmware", "BIOS", "FIRMWARE=\"UEFI\"");
+        one(|facts| facts.is_uefi = Ok(false), Warning, "firmware", "BIOS", "FIRMWARE=\"UEFI\"");
         let i440fx = |facts: &mut VmFacts| {
             facts.machine = Ok(vec!["Standard PC (i440FX + PIIX, 1996)".into()]);
             facts.pci.devices[0].device = Some(0x1237);
