@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use super::root::Root;
 use super::{Check, Distribution, Level};
-use crate::gpu::pci::{self, PciAddress, PciDevice, PciFacts};
+use crate::gpu::pci::{PciAddress, PciDevice, PciFacts};
 
 /// Where OpenNebula's probe on the host reads which devices it reports.
 const HOST_FILTER: &str = "/var/tmp/one/etc/im/kvm-probes.d/pci.conf";
@@ -44,7 +44,7 @@ pub struct HostFacts {
 
 /// Reads the facts of the host at `root`.
 pub fn read(root: &Root) -> HostFacts {
-    let mut facts = HostFacts { pci: pci::read_facts(&root.at("/sys")), ..HostFacts::default() };
+    let mut facts = HostFacts { pci: super::read_pci(root, "/sys"), ..HostFacts::default() };
     let mut unread = Vec::new();
     let mut text = |id, path: &str| {
         root.read(path).unwrap_or_else(|why| {

@@ -11,7 +11,9 @@ use std::io::{self, Write};
 use serde::Serialize;
 use serde_json::{Value as Json, json};
 
+use crate::gpu::pci::{self, PciFacts};
 use crate::gpu::reason::one_line;
+use root::Root;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -152,6 +154,19 @@ impl Diagnosis {
             number(Level::Error, "error"),
             number(Level::Warning, "warning")
         )
+    }
+}
+
+/// The PCI facts of the machine at `root`, whose sysfs is `sysfs`.
+fn read_pci(root: &Root, sysfs: &str) -> PciFacts {
+    let unreadable = |why: String| PciFacts { unreadable: vec![why], ..PciFacts::default() };
+    let folder = match root.resolve(sysfs) {
+        Ok(folder) => folder,
+        Err(error) => return unreadable(format!("{sysfs}: {error}")),
+    };
+    match root.escape(&folder.join("bus/pci/devices")) {
+        Some(link) => unreadable(format!("{}: it leads out of {}", link.display(), root.path().display())),
+        None => pci::read_facts(&folder),
     }
 }
 

@@ -32,11 +32,14 @@ impl Root {
 
     /// Where `path`, an absolute path below this root, lies on this machine. Links are followed within the root; what is
     /// not there stays as it is written.
-    pub fn at(&self, path: impl AsRef<Path>) -> PathBuf {
+    ///
+    /// # Errors
+    /// When the links have no end.
+    pub fn resolve(&self, path: impl AsRef<Path>) -> io::Result<PathBuf> {
         // As many as Linux follows (path_resolution(7)).
         const MOST_LINKS: usize = 40;
         if self.is_own() {
-            return Path::new("/").join(path);
+            return Ok(Path::new("/").join(path));
         }
         let mut links = 0;
         let mut inside = PathBuf::new();
@@ -47,19 +50,36 @@ impl Root {
                     inside.pop();
                 }
                 Some(Component::Normal(name)) => match self.0.join(&inside).join(name).read_link() {
-                    Ok(target) if links < MOST_LINKS => {
+                    // Left as it is it would be followed by the kernel, out of the root.
+                    Ok(_) if links == MOST_LINKS => return Err(io::Error::other("its links lead in a circle")),
+                    Ok(target) => {
                         links += 1;
                         if target.is_absolute() {
                             inside = PathBuf::new();
                         }
                         parts.extend(components(&target));
                     }
-                    _ => inside.push(name),
+                    Err(_) => inside.push(name),
                 },
                 _ => {}
             }
         }
-        self.0.join(inside)
+        Ok(self.0.join(inside))
+    }
+
+    /// The same, where links without an end lead to a path that no file has.
+    pub fn at(&self, path: impl AsRef<Path>) -> PathBuf {
+        self.resolve(path).unwrap_or_else(|_| self.0.join("\0"))
+    }
+
+    /// The first entry of a folder that is a link out of this root. Whoever follows links by the kernel asks this first.
+    pub fn escape(&self, folder: &Path) -> Option<PathBuf> {
+        if self.is_own() {
+            return None;
+        }
+        let root = self.0.canonicalize().ok()?;
+        let entries = std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path());
+        entries.into_iter().find(|path| path.canonicalize().is_ok_and(|real| !real.starts_with(&root)))
     }
 
     /// The text of a file; `None` where there is none.
@@ -67,8 +87,8 @@ impl Root {
     /// # Errors
     /// Path and cause, where it is there and cannot be read.
     pub fn read(&self, path: &str) -> Result<Option<String>, String> {
-        let file = self.at(path);
         let read = || {
+            let file = self.resolve(path)?;
             let facts = file.metadata()?;
             // To open a FIFO is to wait for somebody who writes.
             if !facts.is_file() {
@@ -77,7 +97,7 @@ impl Root {
             if facts.len() > LARGEST_FILE_BYTES {
                 return Err(io::Error::other("it is larger than 4 MiB"));
             }
-            std::fs::read(&file)
+            std::fs::read(file)
         };
         match read() {
             Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
@@ -91,7 +111,7 @@ impl Root {
     /// # Errors
     /// Path and cause, where it is there and cannot be read.
     pub fn list(&self, path: &str) -> Result<Vec<String>, String> {
-        match std::fs::read_dir(self.at(path)) {
+        match self.resolve(path).and_then(std::fs::read_dir) {
             Ok(entries) => {
                 let mut names: Vec<String> =
                     entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
@@ -152,7 +172,11 @@ mod tests {
         assert_eq!(root.at("/var/run/deep/x"), folder.join("run/deep/x"));
         assert_eq!(root.at("/run/up"), folder.join("etc/hostname"));
         assert_eq!(root.at("/../../x"), folder.join("x"));
-        assert!(root.at("/run/circle").starts_with(&folder));
+        assert!(root.read("/run/circle").unwrap_err().contains("in a circle"));
+        symlink("/proc", folder.join("proc")).unwrap();
+        assert!(root.read("/proc/cpuinfo").unwrap_err().contains("in a circle"));
+        assert!(!root.has("/proc/cpuinfo") && root.find_program("/proc/self/exe").is_none());
+        assert_eq!(root.escape(&folder.join("var")), Some(folder.join("var/run")));
         assert_eq!(root.read("/run/up"), Ok(None));
         assert!(root.read("/run").unwrap_err().contains("not a regular file"));
         assert_eq!(root.list("/var"), Ok(vec!["run".into()]));

@@ -36,7 +36,10 @@ pub fn judge(text: &str) -> Vec<Check> {
         Ok(attributes) => attributes,
         Err(error) => {
             let fix = "mend that place: KEY=\"value\", KEY=[A=\"x\",B=\"y\"], a quote inside of quotes as \\\"";
-            return vec![Check::error("syntax", error.to_string(), fix).at(error.place.line)];
+            return vec![
+                Check::error("syntax", format!("column {}: {}", error.place.column, error.message), fix)
+                    .at(error.place.line),
+            ];
         }
     };
     let template = Template(attributes);
@@ -748,7 +751,7 @@ INPUTS_ORDER="FL_GPU_ENABLED"
         let found = bad("OS=[MACHINE=\"q35\"\n  FIRMWARE=\"UEFI\"]\n");
         assert_eq!(found.len(), 1);
         assert_eq!((found[0].1, found[0].2), ("syntax", Some(2)));
-        assert!(found[0].3.starts_with("line 2, column 3"), "{found:?}");
+        assert!(found[0].3.starts_with("column 3: "), "{found:?}");
     }
 
     proptest! {

@@ -7,11 +7,12 @@ use one_context::source::read_context;
 use serde_json::Value as Json;
 
 use crate::boot;
+use crate::check::read_pci;
 use crate::check::root::Root;
 use crate::config::{Config, Remarks};
 use crate::docker::engine::{Engine, EngineError, EngineFacts};
 use crate::gpu::library;
-use crate::gpu::pci::{self, PciAddress, PciFacts};
+use crate::gpu::pci::{PciAddress, PciFacts};
 use crate::gpu::probe::{self, ProbeOutcome};
 use crate::journal::error_chain;
 use crate::plan;
@@ -71,6 +72,7 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
         Ok(settings) => (settings, None),
         Err(why) => (Settings::default(), Some(why)),
     };
+    let pci = read_pci(root, &settings.gpu.sysfs.to_string_lossy());
     if !root.is_own() {
         for path in [
             &mut settings.context.dir,
@@ -81,12 +83,15 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
             *path = root.at(&*path);
         }
     }
-    let config = match read_context(&settings.context.dir) {
-        Ok(context) => boot::configure(&context, &settings).map_err(|errors| Unconfigured::Invalid(errors.0)),
-        Err(error) => Err(Unconfigured::NoContext(error_chain(&error))),
+    let escape = [&settings.context.dir, &settings.container.prebaked_dir].into_iter().find_map(|dir| root.escape(dir));
+    let config = match escape {
+        Some(link) => Err(Unconfigured::NoContext(format!("{}: it leads out of the root", link.display()))),
+        None => match read_context(&settings.context.dir) {
+            Ok(context) => boot::configure(&context, &settings).map_err(|errors| Unconfigured::Invalid(errors.0)),
+            Err(error) => Err(Unconfigured::NoContext(error_chain(&error))),
+        },
     };
     let sysfs = settings.gpu.sysfs.clone();
-    let pci = pci::read_facts(&sysfs);
     let nvml = ask_nvml(root, &settings, &pci).await;
     let (engine, images) = look_at_docker(&settings, config.as_ref().ok().map(|(config, _)| config)).await;
     let daemon_json = root.read(&settings.docker.daemon_json.to_string_lossy());
