@@ -123,20 +123,27 @@ pub fn judge(facts: &HostFacts, distribution: Distribution) -> Vec<Check> {
     for (id, why) in &facts.unread {
         checks.push(Check::unknown(id, why, "run it as root"));
     }
-    checks.push(iommu_kernel(facts, distribution));
-    checks.push(iommu_groups(facts));
-    checks.push(if facts.has_vfio_pci {
-        Check::ok("vfio-pci", "the driver vfio-pci is there")
-    } else {
-        let fix = "modprobe vfio-pci; echo vfio-pci > /etc/modules-load.d/vfio-pci.conf";
-        Check::error("vfio-pci", "the driver vfio-pci is not loaded", fix)
-    });
-    checks.extend(functions(facts, distribution));
-    checks.extend(group_mates(facts));
-    checks.extend(driver_overrides(facts));
-    checks.push(udev(facts));
-    checks.extend(filter(facts));
+    let mut judged = vec![iommu_kernel(facts, distribution), iommu_groups(facts), vfio_pci(facts)];
+    judged.extend(functions(facts, distribution));
+    judged.extend(group_mates(facts));
+    judged.extend(driver_overrides(facts));
+    judged.push(udev(facts));
+    judged.extend(filter(facts));
+    // What was not read is no finding: that it is not known has been said.
+    let is_known = |check: &Check| {
+        let is_unread = facts.unread.iter().any(|(id, _)| *id == check.id);
+        check.level == Level::Ok || !(is_unread || (check.id == "gpu-present" && !facts.pci.unreadable.is_empty()))
+    };
+    checks.extend(judged.into_iter().filter(is_known));
     checks
+}
+
+fn vfio_pci(facts: &HostFacts) -> Check {
+    const FIX: &str = "modprobe vfio-pci; echo vfio-pci > /etc/modules-load.d/vfio-pci.conf";
+    match facts.has_vfio_pci {
+        true => Check::ok("vfio-pci", "the driver vfio-pci is there"),
+        false => Check::error("vfio-pci", "the driver vfio-pci is not loaded", FIX),
+    }
 }
 
 /// The command that adds to the kernel's command line.
@@ -251,7 +258,12 @@ fn functions(facts: &HostFacts, distribution: Distribution) -> Vec<Check> {
             driver => {
                 let driver = driver.map_or("no driver".into(), |driver| format!("the driver {driver}"));
                 let finding = format!("{address} ({what}, {ids}) is on {driver}, not on vfio-pci");
-                Check::error(ID, finding, format!("{install}; driverctl set-override {address} vfio-pci"))
+                let vgpu = if function.driver.as_deref() == Some("nvidia") {
+                    "; a card that is shared as vGPUs (PCI=[…,PROFILE=…]) stays on nvidia"
+                } else {
+                    ""
+                };
+                Check::error(ID, finding, format!("{install}; driverctl set-override {address} vfio-pci{vgpu}"))
             }
         });
     }
@@ -370,7 +382,6 @@ fn filter(facts: &HostFacts) -> Vec<Check> {
         Check::bad(ID, level, format!("{path} has {by}: OpenNebula is not told of {}", hidden.join(", ")), &mend)
     };
     match (&facts.host_filter, &facts.front_end_filter) {
-        (None, None) if facts.unread.iter().any(|(id, _)| *id == ID) => Vec::new(),
         (None, None) => {
             let finding = format!("there is no {HOST_FILTER}: OpenNebula has never monitored this host");
             vec![Check::error(ID, finding, SYNC)]
@@ -564,13 +575,11 @@ mod tests {
             "set-override 0000:e1:00.1",
         );
         one(|facts| facts.udev_rule = None, Error, "vfio-udev", "no udev rule", "GROUP=\"kvm\"");
-        one(
-            |facts| facts.unread = vec![("vfio-udev", "x: denied".into())],
-            Warning,
-            "vfio-udev",
-            "not known: x: denied",
-            "root",
-        );
+        let unread = |facts: &mut HostFacts| {
+            facts.udev_rule = None;
+            facts.unread = vec![("vfio-udev", "x: denied".into())];
+        };
+        one(unread, Warning, "vfio-udev", "not known: x: denied", "root");
         one(|facts| facts.host_filter = None, Error, "pci-filter", "never monitored", "onehost sync");
         one(|facts| facts.host_filter = Some(":filter: '0:0'".into()), Error, "pci-filter", ":filter: 0:0", "10de:*");
         one(|facts| facts.front_end_filter = Some(":filter: '0:0'".into()), Warning, "pci-filter", "remotes", "10de:*");

@@ -91,7 +91,7 @@ impl Vm<'_> {
         const ID: &str = "configuration";
         match &self.facts.config {
             Err(Unconfigured::NoContext(why)) => {
-                let fix = "install OpenNebula's one-context package, give the VM a CONTEXT in its template, and reboot; systemctl status one-context-local tells more";
+                let fix = "run it as root; where the VM has no context, install OpenNebula's one-context package, give the VM a CONTEXT in its template, and reboot; systemctl status one-context-local tells more";
                 vec![Check::error(ID, why, fix)]
             }
             Err(Unconfigured::Invalid(errors)) => {
@@ -133,6 +133,9 @@ impl Vm<'_> {
             .map(|promised| {
                 let promise = format!("{}='{}'", promised.variable, promised.written);
                 let fix = self.fix(Reason::GpuNotPassedThrough);
+                if !self.facts.pci.unreadable.is_empty() {
+                    return Check::unknown(ID, format!("{promise}: the PCI bus could not be read"), AS_ROOT);
+                }
                 let Some(address) = promised.address else {
                     return Check::bad(ID, self.bad(), format!("{promise} is not a PCI address"), fix);
                 };
@@ -158,7 +161,7 @@ impl Vm<'_> {
         let pci = &self.facts.pci;
         let mut checks: Vec<Check> =
             pci.unreadable.iter().map(|why| Check::unknown("gpu-present", why, AS_ROOT)).collect();
-        if pci.gpus().next().is_none() {
+        if pci.gpus().next().is_none() && pci.unreadable.is_empty() {
             let finding = "there is no NVIDIA GPU on the PCI bus (vendor 10de, class 03xx)";
             let is_promised = self.config().is_some_and(|config| !config.promised.is_empty());
             let reason = if is_promised { Reason::GpuNotPassedThrough } else { Reason::GpuNotPresent };
@@ -197,7 +200,8 @@ impl Vm<'_> {
             }
             (Some(version), None) => Check::ok(ID, format!("nvidia {version}")),
             (None, None) if is_there => {
-                let finding = "the nvidia module is not loaded (/sys/module/nvidia)";
+                let signed = if self.facts.is_secure { "; Secure Boot is on: it must be signed" } else { "" };
+                let finding = format!("the nvidia module is not loaded (/sys/module/nvidia){signed}");
                 Check::bad(ID, self.bad(), finding, self.fix(Reason::DriverNotLoaded))
             }
             (None, None) => Check::ok(ID, "not loaded, and there is no GPU to drive"),
@@ -384,6 +388,7 @@ impl Vm<'_> {
         const ID: &str = "docker";
         match &self.facts.engine {
             Ok(facts) => Check::ok(ID, format!("Docker {} answers", facts.version)),
+            Err(why) if why.to_lowercase().contains("permission denied") => Check::unknown(ID, why, AS_ROOT),
             Err(why) => {
                 let install = self.distribution.install("docker.io", "docker-ce");
                 Check::error(ID, why, format!("systemctl enable --now docker; where it is not installed: {install}"))
@@ -625,6 +630,7 @@ mod tests {
             },
             nvml: Ok(ProbeOutcome::Answered(ProbeAnswer::Driver(report))),
             is_uefi: Ok(true),
+            is_secure: false,
             machine: Ok(vec!["Standard PC (Q35 + ICH9, 2009)".into(), "pc-q35-8.2".into()]),
             cpuinfo: Ok(Some(
                 "processor\t: 0\nmodel name\t: AMD EPYC 7543\nflags\t\t: fpu avx avx2 hypervisor\n".into(),
@@ -684,10 +690,12 @@ mod tests {
         let nouveau = bad(|facts| {
             facts.pci.devices[1].driver = Some("nouveau".into());
             facts.pci.module_version = None;
+            facts.is_secure = true;
             facts.nvml = Err("no GPU is bound to the nvidia driver".into());
         });
         let ids: Vec<_> = nouveau.iter().map(|(level, id, ..)| (*level, *id)).collect();
         assert_eq!(ids, [(Error, "gpu-driver"), (Error, "kernel-module"), (Warning, "nvml")]);
+        assert!(nouveau[1].2.contains("Secure Boot is on"), "{nouveau:?}");
         assert!(nouveau[0].3.contains("ubuntu-drivers") && !nouveau[0].3.contains("apt install"), "{nouveau:?}");
         one(|facts| facts.pci.module_pending = Some("coming".into()), Error, "kernel-module", "coming", "wait_seconds");
         one(|facts| facts.nvml = Ok(failed(18)), Error, "nvml", "driver-library-mismatch", "reboot");
@@ -713,6 +721,19 @@ mod tests {
             "did you mean",
             "CONTEXT",
         );
+    }
+
+    #[test]
+    fn a_bus_that_cannot_be_read_is_no_bus_without_a_gpu() {
+        let found = bad(|facts| {
+            facts.pci = PciFacts { unreadable: vec!["/sys/bus: denied".into()], ..PciFacts::default() };
+            facts.nvml = Err("no GPU".into());
+            facts.machine = Ok(vec!["pc-q35-8.2".into()]);
+        });
+        let ids: Vec<_> = found.iter().map(|(level, id, ..)| (*level, *id)).collect();
+        assert_eq!(ids, [(Level::Warning, "gpu-promised"), (Level::Warning, "gpu-present")]);
+        let denied = bad(|facts| facts.engine = Err("… Permission denied (os error 13)".into()));
+        assert_eq!((denied[0].0, denied[0].1), (Level::Warning, "docker"));
     }
 
     #[test]
