@@ -537,6 +537,13 @@ mod tests {
             "off",
             "reboot",
         );
+        let only_pt = bad(|facts| {
+            facts.cmdline = Some("quiet iommu=pt intel_iommu=sm_on".into());
+            facts.groups.clear();
+        });
+        assert_eq!(only_pt[0].1, "iommu-kernel", "{only_pt:?}");
+        let by_default = bad(|facts| facts.cmdline = Some("quiet".into()));
+        assert_eq!(by_default, [], "groups are the proof, whatever the command line says");
         one(|facts| facts.cmdline = None, Warning, "iommu-kernel", "not known", "host");
         one(|facts| facts.has_vfio_pci = false, Error, "vfio-pci", "not loaded", "modprobe");
         one(

@@ -687,6 +687,9 @@ INPUTS_ORDER="FL_GPU_ENABLED"
             "(4) must be VCPU (8)",
         );
         one("SOCKETS=\"1\"", "SOCKETS=\"x\"", Error, "topology", 9, "whole number");
+        for (counts, product) in [("SOCKETS=\"2\",CORES=\"2\"", "(4)"), ("SOCKETS=\"2\",CORES=\"8\"", "(16)")] {
+            one("PIN_POLICY=\"CORE\", SOCKETS=\"1\"", counts, Error, "topology", 9, product);
+        }
         assert_eq!(bad(&GOOD.replace("PIN_POLICY=\"CORE\", SOCKETS=\"1\"", "SOCKETS=\"2\",CORES=\"4\"")), []);
     }
 
