@@ -11,6 +11,7 @@
 
 pub mod atomic;
 pub mod boot;
+pub mod check;
 pub mod cli;
 pub mod config;
 pub mod docker;

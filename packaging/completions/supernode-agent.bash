@@ -16,6 +16,9 @@ _supernode__agent() {
             ",$1")
                 cmd="supernode__agent"
                 ;;
+            supernode__agent,check)
+                cmd="supernode__agent__subcmd__check"
+                ;;
             supernode__agent,configure-runtime)
                 cmd="supernode__agent__subcmd__configure__subcmd__runtime"
                 ;;
@@ -36,6 +39,33 @@ _supernode__agent() {
                 ;;
             supernode__agent,variables)
                 cmd="supernode__agent__subcmd__variables"
+                ;;
+            supernode__agent__subcmd__check,help)
+                cmd="supernode__agent__subcmd__check__subcmd__help"
+                ;;
+            supernode__agent__subcmd__check,host)
+                cmd="supernode__agent__subcmd__check__subcmd__host"
+                ;;
+            supernode__agent__subcmd__check,template)
+                cmd="supernode__agent__subcmd__check__subcmd__template"
+                ;;
+            supernode__agent__subcmd__check,vm)
+                cmd="supernode__agent__subcmd__check__subcmd__vm"
+                ;;
+            supernode__agent__subcmd__check__subcmd__help,help)
+                cmd="supernode__agent__subcmd__check__subcmd__help__subcmd__help"
+                ;;
+            supernode__agent__subcmd__check__subcmd__help,host)
+                cmd="supernode__agent__subcmd__check__subcmd__help__subcmd__host"
+                ;;
+            supernode__agent__subcmd__check__subcmd__help,template)
+                cmd="supernode__agent__subcmd__check__subcmd__help__subcmd__template"
+                ;;
+            supernode__agent__subcmd__check__subcmd__help,vm)
+                cmd="supernode__agent__subcmd__check__subcmd__help__subcmd__vm"
+                ;;
+            supernode__agent__subcmd__help,check)
+                cmd="supernode__agent__subcmd__help__subcmd__check"
                 ;;
             supernode__agent__subcmd__help,configure-runtime)
                 cmd="supernode__agent__subcmd__help__subcmd__configure__subcmd__runtime"
@@ -58,6 +88,15 @@ _supernode__agent() {
             supernode__agent__subcmd__help,variables)
                 cmd="supernode__agent__subcmd__help__subcmd__variables"
                 ;;
+            supernode__agent__subcmd__help__subcmd__check,host)
+                cmd="supernode__agent__subcmd__help__subcmd__check__subcmd__host"
+                ;;
+            supernode__agent__subcmd__help__subcmd__check,template)
+                cmd="supernode__agent__subcmd__help__subcmd__check__subcmd__template"
+                ;;
+            supernode__agent__subcmd__help__subcmd__check,vm)
+                cmd="supernode__agent__subcmd__help__subcmd__check__subcmd__vm"
+                ;;
             *)
                 ;;
         esac
@@ -65,12 +104,162 @@ _supernode__agent() {
 
     case "${cmd}" in
         supernode__agent)
-            opts="-h --settings --help run plan gpu status configure-runtime variables help"
+            opts="-h --settings --help run plan gpu check status configure-runtime variables help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --settings)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        supernode__subcmd__agent__subcmd__check)
+            opts="-h --settings --help vm host template help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --settings)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        supernode__subcmd__agent__subcmd__check__subcmd__help)
+            opts="vm host template help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        supernode__subcmd__agent__subcmd__check__subcmd__help__subcmd__help)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        supernode__subcmd__agent__subcmd__check__subcmd__help__subcmd__host)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        supernode__subcmd__agent__subcmd__check__subcmd__help__subcmd__template)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        supernode__subcmd__agent__subcmd__check__subcmd__help__subcmd__vm)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        supernode__subcmd__agent__subcmd__check__subcmd__host)
+            opts="-h --json --root --settings --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --settings)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        supernode__subcmd__agent__subcmd__check__subcmd__template)
+            opts="-h --json --settings --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --settings)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        supernode__subcmd__agent__subcmd__check__subcmd__vm)
+            opts="-h --json --root --settings --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --settings)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
@@ -119,8 +308,64 @@ _supernode__agent() {
             return 0
             ;;
         supernode__subcmd__agent__subcmd__help)
-            opts="run plan gpu status configure-runtime variables help"
+            opts="run plan gpu check status configure-runtime variables help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        supernode__subcmd__agent__subcmd__help__subcmd__check)
+            opts="vm host template"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        supernode__subcmd__agent__subcmd__help__subcmd__check__subcmd__host)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        supernode__subcmd__agent__subcmd__help__subcmd__check__subcmd__template)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        supernode__subcmd__agent__subcmd__help__subcmd__check__subcmd__vm)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi

@@ -1,5 +1,6 @@
 //! The command line: what is asked, and which exit code answers.
 
+mod check;
 mod plan;
 mod status;
 pub mod variables;
@@ -51,6 +52,11 @@ enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Find out what is wrong and how to mend it: each check is OK, WARNING or ERROR, with a fix
+    Check {
+        #[command(subcommand)]
+        subject: check::Subject,
     },
     /// Show what runs, on which device, since when and why
     Status {
@@ -153,14 +159,12 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             }
             return Ok(ExitCode::SUCCESS);
         }
+        Command::Check { subject } => return check::check(subject, cli.settings.as_deref(), out),
         _ => {}
     }
     let settings =
         Settings::load(cli.settings.as_deref()).map_err(|error| Failure::new(EXIT_CONFIG, error_chain(&error)))?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::new(EXIT_RETRY, format!("cannot start: {error}")))?;
+    let runtime = async_runtime()?;
     let code = match cli.command {
         Command::Run => runtime.block_on(boot::run(settings, cli.settings.as_deref())),
         Command::Status { json, ready } => {
@@ -195,11 +199,18 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             }
             ExitCode::SUCCESS
         }
-        Command::NvmlProbe { .. } | Command::Variables { .. } => ExitCode::SUCCESS,
+        Command::Check { .. } | Command::NvmlProbe { .. } | Command::Variables { .. } => ExitCode::SUCCESS,
     };
     // A probe that hangs in the driver must not keep the agent from ending.
     runtime.shutdown_background();
     Ok(code)
+}
+
+fn async_runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(EXIT_RETRY, format!("cannot start: {error}")))
 }
 
 fn configured(settings: &Settings) -> Result<(Config, Remarks), BootError> {

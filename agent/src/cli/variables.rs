@@ -51,7 +51,7 @@ pub(super) fn as_text(format: Format) -> String {
                 + "Each is also read with ONEAPP_ before its name.\n"
         }
         Format::Markdown => as_markdown(),
-        Format::UserInputs => user_inputs(),
+        Format::UserInputs => as_user_inputs(),
     }
 }
 
@@ -68,7 +68,7 @@ pub fn as_markdown() -> String {
 }
 
 /// `VAR="O|type|description|parameters|default"`: three fields or five, as OpenNebula reads them.
-fn user_inputs() -> String {
+pub(crate) fn as_user_inputs() -> String {
     let input = |variable: &Variable| {
         let about = variable.about;
         match variable.kind {

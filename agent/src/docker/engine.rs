@@ -151,6 +151,8 @@ pub struct EngineFacts {
     pub runtimes: BTreeMap<String, String>,
     /// The CDI devices that it has discovered (Docker 28 and later report them).
     pub cdi_devices: Vec<String>,
+    /// Where it keeps its images.
+    pub data_root: Option<String>,
 }
 
 /// An image that the engine has.
@@ -256,6 +258,7 @@ impl Engine {
         let info = limited("describe itself", CALL_LIMIT, self.docker.info()).await?;
         Ok(EngineFacts {
             version: info.server_version.unwrap_or_default(),
+            data_root: info.docker_root_dir,
             runtimes: info
                 .runtimes
                 .unwrap_or_default()

@@ -32,15 +32,16 @@ impl LibraryFile {
     }
 }
 
+/// Where Debian, Ubuntu, Red Hat and NVIDIA's own installer put it.
+pub const FOLDERS: [&str; 5] = [
+    "/usr/lib/x86_64-linux-gnu",
+    "/usr/lib/x86_64-linux-gnu/nvidia/current",
+    "/usr/lib/aarch64-linux-gnu",
+    "/usr/lib64",
+    "/usr/lib",
+];
+
 fn find(name: &str) -> Option<PathBuf> {
-    // Where Debian, Ubuntu, Red Hat and NVIDIA's own installer put it.
-    const FOLDERS: [&str; 5] = [
-        "/usr/lib/x86_64-linux-gnu",
-        "/usr/lib/x86_64-linux-gnu/nvidia/current",
-        "/usr/lib/aarch64-linux-gnu",
-        "/usr/lib64",
-        "/usr/lib",
-    ];
     let exists = |path: &PathBuf| path.exists();
     if name.contains('/') {
         return Some(PathBuf::from(name)).filter(exists);

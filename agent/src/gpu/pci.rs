@@ -44,6 +44,11 @@ impl PciAddress {
             function: function as u8,
         })
     }
+
+    /// Whether both are functions of one card: its GPU, its sound, its USB.
+    pub fn is_same_card(self, other: Self) -> bool {
+        Self { function: 0, ..self } == Self { function: 0, ..other }
+    }
 }
 
 impl fmt::Display for PciAddress {
