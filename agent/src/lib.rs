@@ -13,6 +13,7 @@ pub mod atomic;
 pub mod boot;
 pub mod cli;
 pub mod config;
+pub mod distribution;
 pub mod docker;
 pub mod gpu;
 pub mod journal;

@@ -215,7 +215,11 @@ pub async fn ensure_runtime(engine: &Engine, facts: &EngineFacts, settings: &Doc
     if find_program(&settings.runtime_path).is_none() {
         return Err(Finding::new(
             Reason::RuntimeMissing,
-            format!("{} is not installed on this machine", settings.runtime_path),
+            format!(
+                "{} is not installed on this machine, and Docker's runtimes are: {}",
+                settings.runtime_path,
+                facts.runtimes.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
+            ),
         ));
     }
     let not_configured = |what: String| Finding::new(Reason::RuntimeNotConfigured, what);
