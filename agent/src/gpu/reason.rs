@@ -124,9 +124,9 @@ pub const CATALOGUE: &[Entry] = &[
         message_id: "4a21c34a34c4463b4a26f0f47fa4f3fc",
         meaning: "The GPU is bound to a driver that is not NVIDIA's.",
         fix: Fix::Each {
-            debian: "echo blacklist nouveau > /etc/modprobe.d/blacklist-nouveau.conf && update-initramfs -u && apt update && apt install linux-headers-$(uname -r) nvidia-driver (with contrib, non-free and non-free-firmware among the Components in /etc/apt), then reboot the VM",
-            ubuntu: "echo blacklist nouveau > /etc/modprobe.d/blacklist-nouveau.conf && update-initramfs -u && apt update && apt install ubuntu-drivers-common && ubuntu-drivers install --gpgpu, then reboot the VM",
-            elsewhere: "echo blacklist nouveau > /etc/modprobe.d/blacklist-nouveau.conf, make the initramfs anew (dracut --force), install NVIDIA's driver (https://docs.nvidia.com/datacenter/tesla/driver-installation-guide), then reboot the VM",
+            debian: "keep the other driver away (nouveau: echo blacklist nouveau > /etc/modprobe.d/blacklist-nouveau.conf && update-initramfs -u; vfio-pci: driverctl unset-override ADDRESS), apt update && apt install linux-headers-$(uname -r) nvidia-driver (with contrib, non-free and non-free-firmware among the Components in /etc/apt), then reboot the VM",
+            ubuntu: "keep the other driver away (nouveau: echo blacklist nouveau > /etc/modprobe.d/blacklist-nouveau.conf && update-initramfs -u; vfio-pci: driverctl unset-override ADDRESS), apt update && apt install ubuntu-drivers-common && ubuntu-drivers install --gpgpu, then reboot the VM",
+            elsewhere: "keep the other driver away (nouveau: echo blacklist nouveau > /etc/modprobe.d/blacklist-nouveau.conf && dracut --force; vfio-pci: driverctl unset-override ADDRESS), install NVIDIA's driver (https://docs.nvidia.com/datacenter/tesla/driver-installation-guide), then reboot the VM",
         },
     },
     Entry {

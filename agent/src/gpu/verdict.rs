@@ -343,16 +343,23 @@ fn driver_failure(fault: &Fault, library: &LibraryFile, facts: &PciFacts) -> Fin
             library.version.as_deref().unwrap_or("of an unknown version"),
             facts.module_version.as_deref().unwrap_or("of an unknown version"),
         ),
-        Reason::DriverNotLoaded if facts.module_version.is_none() => format!("{what}; {}", not_loaded(facts)),
-        _ => match library {
-            LibraryFile { path: Some(path), version: Some(version), .. } => {
-                format!("{what}; the library is {path}, version {version}")
-            }
-            LibraryFile { path: Some(path), .. } => format!("{what}; the library is {path}"),
-            LibraryFile { path: None, .. } => what,
-        },
+        Reason::DriverNotLoaded if facts.module_version.is_none() => {
+            format!("{what}{}; {}", library_in_words(library), not_loaded(facts))
+        }
+        _ => format!("{what}{}", library_in_words(library)),
     };
     about_the_gpus(reason, summary, facts)
+}
+
+/// Which library answered, as the end of a sentence; nothing where it is not known.
+fn library_in_words(library: &LibraryFile) -> String {
+    match library {
+        LibraryFile { path: Some(path), version: Some(version), .. } => {
+            format!("; the library is {path}, version {version}")
+        }
+        LibraryFile { path: Some(path), .. } => format!("; the library is {path}"),
+        LibraryFile { path: None, .. } => String::new(),
+    }
 }
 
 /// Why a GPU that the driver lists cannot be used.
