@@ -129,7 +129,7 @@ pub struct ContainerSettings {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MachineSettings {
-    /// Root of the file system in which `etc/os-release` and `lib/modules` tell what this VM is.
+    /// Root of the file system in which `etc/os-release`, `lib/modules`, DKMS and the like tell what this VM is.
     pub root: PathBuf,
 }
 

@@ -162,11 +162,11 @@ impl Case {
         self
     }
 
-    /// The kernel that runs, and what is in its folder of modules: a file each, by its path there.
+    /// The kernel that runs, and what else the machine has of it: a file each, by its path from the root.
     pub fn kernel(&mut self, release: &str, files: &[(&str, &str)]) -> &mut Self {
         self.write("root/proc/sys/kernel/osrelease", format!("{release}\n"));
         for (file, text) in files {
-            self.write(Path::new("root/lib/modules").join(release).join(file), text);
+            self.write(Path::new("root").join(file), text);
         }
         self
     }

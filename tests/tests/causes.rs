@@ -151,26 +151,36 @@ fn on_the_bus() -> Vec<Cause> {
         ),
         Cause::new(
             "driver-not-loaded",
-            "no module built for the kernel, no headers, Secure Boot on",
-            &["none is installed for the kernel 6.1.0-37-amd64, nor are this kernel's headers", "Secure Boot is on"],
+            "no module for the kernel, no headers, Secure Boot on",
+            &[
+                "none is installed for the kernel 6.1.0-37-amd64",
+                "headers of the kernel 6.1.0-37-amd64",
+                "Secure Boot is on",
+            ],
             |_, case| {
                 case.sysfs(&Sysfs::new().gpu(GPU).secure_boot(true));
-                case.kernel(
-                    "6.1.0-37-amd64",
-                    &[("modules.dep", "kernel/drivers/video/fbdev/nvidia/nvidiafb.ko.xz:\n")],
-                );
+                let list = "kernel/drivers/video/fbdev/nvidia/nvidiafb.ko.xz:\n";
+                case.kernel("6.1.0-37-amd64", &[("lib/modules/6.1.0-37-amd64/modules.dep", list)]);
             },
         ),
         Cause::new(
             "driver-not-loaded",
-            "a module built for the kernel and not loaded",
+            "DKMS has built the module for the kernel of before",
+            &["DKMS has nvidia-current 535.261.03 and has built none for the kernel 6.1.0-38-amd64; the headers"],
+            |_, case| {
+                case.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
+                let built = "var/lib/dkms/nvidia-current/535.261.03/6.1.0-37-amd64/x86_64/module/nvidia-current.ko.xz";
+                case.kernel("6.1.0-38-amd64", &[(built, ""), ("etc/debian_version", "12.11\n")]);
+            },
+        ),
+        Cause::new(
+            "driver-not-loaded",
+            "a module for the kernel, not loaded",
             &["one is installed for the kernel 6.8.0-60-generic"],
             |_, case| {
                 case.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
-                case.kernel(
-                    "6.8.0-60-generic",
-                    &[("modules.dep", "kernel/nvidia-570-server/nvidia.ko:\n"), ("build/Makefile", "")],
-                );
+                let list = "kernel/nvidia-570-server/nvidia.ko:\n";
+                case.kernel("6.8.0-60-generic", &[("lib/modules/6.8.0-60-generic/modules.dep", list)]);
             },
         ),
         Cause::on_bus(

@@ -770,13 +770,14 @@ mod tests {
         let kernel = |has_module, has_headers, secure_boot| KernelFacts {
             release: Some("6.1.0-9-amd64".into()),
             has_module: Some(has_module),
+            dkms: None,
             has_headers: Some(has_headers),
             secure_boot: Some(secure_boot),
         };
         assert_eq!(
             summary(kernel(false, false, false)),
             format!(
-                "{start}; none is installed for the kernel 6.1.0-9-amd64, nor are this kernel's headers, without which DKMS builds none"
+                "{start}; none is installed for the kernel 6.1.0-9-amd64; the headers of the kernel 6.1.0-9-amd64, without which DKMS builds none, are not installed"
             )
         );
         assert_eq!(
