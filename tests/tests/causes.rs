@@ -626,6 +626,13 @@ fn every_code_of_the_catalogue_is_produced_and_documented() {
         let heading = format!("\n.B {}\n", code.replace('-', "\\-"));
         assert!(manual.contains(&heading) && manual.contains(id.as_str()), "the manual has no entry for {code}");
     }
+    for (code, file) in WHILE_RUNNING {
+        if Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file).exists() {
+            assert!(in_tree(file).contains(&format!("\"{code}\"")), "{file} does not produce {code}");
+        } else {
+            say(&format!("SKIPPED: {code} is not produced, there is no {file}"));
+        }
+    }
     for code in produced.iter().copied().chain(WHILE_RUNNING.iter().map(|(code, _)| *code)) {
         assert!(documented.contains_key(code), "{code} is not in the catalogue");
     }
