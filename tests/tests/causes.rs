@@ -289,7 +289,7 @@ fn of_the_library() -> Vec<Cause> {
         Cause::of_library(
             "driver-timeout",
             "a library that hangs in nvmlInit",
-            &["within 1 s", GPU, "550.54.15"],
+            &["within 1 s", GPU, "550.54.15", "libnvml_standin.so"],
             json!({"hang": ["nvmlInit_v2"]}),
         ),
         Cause::of_library(
@@ -301,7 +301,7 @@ fn of_the_library() -> Vec<Cause> {
         Cause::of_library(
             "driver-crash",
             "a library that dies by SIGSEGV",
-            &["signal 11 (SIGSEGV)", GPU, "550.54.15"],
+            &["signal 11 (SIGSEGV)", GPU, "550.54.15", "libnvml_standin.so"],
             json!({"crash": ["nvmlInit_v2"]}),
         ),
         Cause::of_library(

@@ -245,7 +245,7 @@ pub const CATALOGUE: &[Entry] = &[
         message_id: "107ccbb7d992cd1d8145c3926255cb55",
         meaning: "FL_CUDA_VISIBLE_DEVICES selects no GPU that exists in this VM.",
         fix: Fix::Everywhere(
-            "set FL_CUDA_VISIBLE_DEVICES to all or to one of the GPUs that supernode-agent gpu lists, or set FL_GPU_ENABLED=NO",
+            "set FL_CUDA_VISIBLE_DEVICES to all or to one of the GPUs that supernode-agent gpu lists (a card in MIG mode without an instance: nvidia-smi mig -cgi PROFILE -C makes one, nvidia-smi -mig 0 ends the mode), or set FL_GPU_ENABLED=NO",
         ),
     },
     Entry {

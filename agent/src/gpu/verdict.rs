@@ -236,15 +236,22 @@ pub fn after_the_probe(config: &Config, facts: &PciFacts, outcome: &ProbeOutcome
             Err(finding) => finding,
         },
         ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library }) => driver_failure(fault, library, facts),
-        ProbeOutcome::TimedOut(limit) => about_the_gpus(
+        ProbeOutcome::TimedOut { limit, library } => about_the_gpus(
             Reason::DriverTimeout,
-            format!("NVML gave no answer within {} s, and the probe was killed", limit.as_secs_f64()),
+            format!(
+                "NVML gave no answer within {} s, and the probe was killed{}",
+                limit.as_secs_f64(),
+                library_in_words(library)
+            ),
             facts,
         ),
-        ProbeOutcome::Crashed { signal, said } => {
+        ProbeOutcome::Crashed { signal, said, library } => {
             let said = if said.is_empty() { String::new() } else { format!(", with the last words: {said}") };
             let name = signal_name(*signal);
-            let what = format!("the probe died by signal {signal}{name} while it asked NVIDIA's library{said}");
+            let what = format!(
+                "the probe died by signal {signal}{name} while it asked NVIDIA's library{said}{}",
+                library_in_words(library)
+            );
             about_the_gpus(Reason::DriverCrash, what, facts)
         }
         ProbeOutcome::Failed(why) => about_the_gpus(Reason::DriverError, why.clone(), facts),
@@ -660,8 +667,18 @@ mod tests {
             ("driver-too-old", config(&[]), on_nvidia.clone(), failed(FaultKind::Symbol, "undefined symbol")),
             ("driver-too-old", config(&[]), on_nvidia.clone(), code(13)),
             ("driver-not-ready", config(&[]), on_nvidia.clone(), code(27)),
-            ("driver-timeout", config(&[]), on_nvidia.clone(), ProbeOutcome::TimedOut(Duration::from_secs(20))),
-            ("driver-crash", config(&[]), on_nvidia.clone(), ProbeOutcome::Crashed { signal: 11, said: String::new() }),
+            (
+                "driver-timeout",
+                config(&[]),
+                on_nvidia.clone(),
+                ProbeOutcome::TimedOut { limit: Duration::from_secs(20), library: LibraryFile::default() },
+            ),
+            (
+                "driver-crash",
+                config(&[]),
+                on_nvidia.clone(),
+                ProbeOutcome::Crashed { signal: 11, said: String::new(), library: LibraryFile::default() },
+            ),
             ("driver-error", config(&[]), on_nvidia.clone(), code(999)),
             ("driver-error", config(&[]), on_nvidia.clone(), code(20)),
             ("permission-denied", config(&[]), on_nvidia.clone(), code(4)),
