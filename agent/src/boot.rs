@@ -13,6 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::values::ImageRef;
 use crate::config::{self, Config, ConfigErrors, LogLevel, Prebaked, Remarks};
+use crate::distribution::Distribution;
 use crate::docker::engine::{Engine, EngineError, Image};
 use crate::docker::runtime::{GpuAccess, choose_access, ensure_runtime};
 use crate::gpu::detect_gpus;
@@ -251,22 +252,34 @@ async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Infallible, BootErro
     reporter.doing("Looking for the GPU and the Docker engine");
     let (engine, detection) = tokio::join!(
         Engine::wait_until_ready(&settings.docker.socket, settings.docker.ready_timeout),
-        detect_gpus(&config, &settings.gpu, settings.gpu.wait),
+        detect_gpus(&config, &settings, settings.gpu.wait),
     );
     let verdict = detection.verdict;
+    let distribution = Distribution::read(&settings.machine.root);
     // The GPU's finding comes first: where a GPU is required, an absent engine must not hide that there is none.
     if let Some(finding) = verdict.finding() {
-        announce(&config, finding)?;
+        announce(&config, finding, distribution)?;
     }
     let engine = engine?;
-    let (verdict, access) = make_docker_able(&config, verdict, &engine, &settings).await?;
+    let (verdict, access) = make_docker_able(&config, verdict, &engine, &settings, distribution).await?;
     let (image, found) = find_image(&config, &engine, &settings.container.name, &reporter).await?;
     let machine = Machine { image_python_path: found.variable("PYTHONPATH"), ..this_machine() };
     let announced = verdict.finding().map(|finding| finding.reason);
     let refused_hash = None;
     reporter.doing("Starting the container");
-    let mut node =
-        Node { config, settings, superlink, image, machine, access, verdict, reporter, refused_hash, announced };
+    let mut node = Node {
+        config,
+        settings,
+        superlink,
+        image,
+        machine,
+        distribution,
+        access,
+        verdict,
+        reporter,
+        refused_hash,
+        announced,
+    };
     let container = node.bring_up(&engine).await?;
     drop(starting);
     node.report_running();
@@ -308,6 +321,7 @@ async fn make_docker_able(
     verdict: Verdict,
     engine: &Engine,
     settings: &Settings,
+    distribution: Distribution,
 ) -> Result<(Verdict, GpuAccess), BootError> {
     let Verdict::Gpu { devices, missing } = &verdict else {
         return Ok((verdict, GpuAccess::Runtime));
@@ -317,7 +331,7 @@ async fn make_docker_able(
     if access == GpuAccess::Runtime
         && let Err(finding) = ensure_runtime(engine, &facts, &settings.docker).await
     {
-        announce(config, &finding)?;
+        announce(config, &finding, distribution)?;
         return Ok((Verdict::cpu(finding), access));
     }
     if !missing.is_empty() {

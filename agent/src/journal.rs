@@ -17,6 +17,7 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::config::LogLevel;
+use crate::distribution::Distribution;
 use crate::gpu::reason::Finding;
 
 const FALLBACK_TARGET: &str = "supernode_agent::fallback";
@@ -83,9 +84,10 @@ pub fn error_chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// An entry about a finding: its level, what becomes of the node, and in words.
+/// An entry about a finding: its level, the distribution that the fix is for, what becomes of the node, and in words.
 macro_rules! log_finding {
-    ($level:expr, $finding:expr, $status:literal, $text:literal) => {
+    ($level:expr, $finding:expr, $distribution:expr, $status:literal, $text:literal) => {{
+        let fix = $finding.reason.fix($distribution);
         tracing::event!(
             target: FALLBACK_TARGET,
             $level,
@@ -93,27 +95,28 @@ macro_rules! log_finding {
             fl_gpu_status = $status,
             fl_gpu_reason = $finding.reason.code(),
             fl_gpu_summary = $finding.summary,
-            fl_gpu_fix = $finding.fix(),
+            fl_gpu_fix = fix,
             pci_address = $finding.pci_address,
             gpu_uuid = $finding.gpu_uuid,
             concat!($text, " {}: {}. Fix: {}"),
             $finding.reason,
             $finding.summary,
-            $finding.fix(),
+            fix,
         )
-    };
+    }};
 }
 
 /// The one WARNING of a node that wanted a GPU and runs on the CPU.
-pub fn warn_fallback(finding: &Finding) {
-    log_finding!(Level::WARN, finding, "cpu-fallback", "No usable GPU, this node runs on the CPU.");
+pub fn warn_fallback(finding: &Finding, distribution: Distribution) {
+    log_finding!(Level::WARN, finding, distribution, "cpu-fallback", "No usable GPU, this node runs on the CPU.");
 }
 
 /// The error of a node that must have a GPU and has none.
-pub fn error_required(finding: &Finding) {
+pub fn error_required(finding: &Finding, distribution: Distribution) {
     log_finding!(
         Level::ERROR,
         finding,
+        distribution,
         "required",
         "No usable GPU, and FL_GPU_REQUIRED is YES: this node does not start."
     );

@@ -14,6 +14,7 @@ pub mod boot;
 pub mod check;
 pub mod cli;
 pub mod config;
+pub mod distribution;
 pub mod docker;
 pub mod gpu;
 pub mod journal;

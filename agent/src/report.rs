@@ -8,7 +8,6 @@ use serde_json::Value as Json;
 
 use crate::atomic;
 use crate::gpu::reason::one_line;
-use crate::gpu::verdict::Verdict;
 use crate::journal;
 use crate::systemd;
 
@@ -68,10 +67,10 @@ impl Reporter {
         systemd::status(&one_line(status));
     }
 
-    /// What the node will run on, and connect to.
-    pub fn decided(&self, verdict: &Verdict, superlink: &str) {
+    /// What the node will run on, in the form of `plan --json`, and connect to.
+    pub fn decided(&self, verdict: Json, superlink: &str) {
         self.keep(|report| {
-            report.verdict = verdict.to_json();
+            report.verdict = verdict;
             report.superlink = Some(superlink.to_owned());
         });
     }

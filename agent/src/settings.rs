@@ -20,6 +20,7 @@ pub struct Settings {
     pub gpu: GpuSettings,
     pub docker: DockerSettings,
     pub container: ContainerSettings,
+    pub machine: MachineSettings,
     pub onegate: OneGateSettings,
     pub metrics: MetricsSettings,
     pub state: StateSettings,
@@ -124,6 +125,14 @@ pub struct ContainerSettings {
     pub shm_size_mib: u64,
 }
 
+/// `[machine]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MachineSettings {
+    /// Root of the file system in which `etc/os-release`, `lib/modules`, DKMS and the like tell what this VM is.
+    pub root: PathBuf,
+}
+
 /// `[onegate]`
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -197,6 +206,12 @@ impl Default for ContainerSettings {
     }
 }
 
+impl Default for MachineSettings {
+    fn default() -> Self {
+        Self { root: "/".into() }
+    }
+}
+
 impl Default for OneGateSettings {
     fn default() -> Self {
         Self { ca_file: String::new(), timeout: Duration::from_secs(10) }
@@ -252,7 +267,7 @@ impl Settings {
 
     /// What TOML accepts and this machine could not do anything with: each with the key, the value, and what is accepted.
     fn refusals(&self) -> Vec<String> {
-        let Self { context, gpu, docker, container, state, .. } = self;
+        let Self { context, gpu, docker, container, machine, state, .. } = self;
         let path = |key, path: &Path| (key, path.is_absolute(), format!("{path:?}"), "must be an absolute path");
         // A relative path would depend on the folder that somebody started the agent in.
         let is_program = |name: &str| !name.trim().is_empty() && (name.starts_with('/') || !name.contains('/'));
@@ -302,6 +317,7 @@ impl Settings {
                 shm_mib.to_string(),
                 "must be at most 8796093022207: Docker counts in bytes, up to 2^63 - 1",
             ),
+            path("machine.root", &machine.root),
             path("state.dir", &state.dir),
         ]
         .into_iter()
@@ -365,6 +381,7 @@ mod tests {
             ("container", "prebaked_dir = \"\"", absolute),
             ("container", "log_driver = \"\"", "must be auto or"),
             ("container", "shm_size_mib = 8796093022208", "must be at most 8796093022207"),
+            ("machine", "root = \"\"", absolute),
             ("state", "dir = \"state\"", absolute),
         ] {
             let message = Settings::parse(&format!("[{section}]\n{setting}\n")).expect_err(setting);

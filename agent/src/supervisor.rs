@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use crate::atomic;
 use crate::config::Config;
 use crate::config::values::ImageRef;
+use crate::distribution::Distribution;
 use crate::docker::engine::{Container, Engine, EngineError};
 use crate::docker::runtime::GpuAccess;
 use crate::gpu::reason::{Finding, Reason};
@@ -52,6 +53,8 @@ pub struct Node {
     pub image: ImageRef,
     /// What the machine has.
     pub machine: Machine,
+    /// The distribution that fixes are for.
+    pub distribution: Distribution,
     /// How the GPU gets in.
     pub access: GpuAccess,
     /// What the node runs on.
@@ -113,7 +116,7 @@ impl Node {
 
     /// Tells that the node runs, and on what.
     pub fn report_running(&self) {
-        self.reporter.decided(&self.verdict, &self.superlink.address.to_string());
+        self.reporter.decided(self.verdict.to_json(self.distribution), &self.superlink.address.to_string());
         self.reporter.ready(&self.status());
     }
 
@@ -137,7 +140,7 @@ impl Node {
     /// When there must be a GPU.
     fn fall_back(&mut self, finding: Finding) -> Result<(), LaunchError> {
         if self.announced != Some(finding.reason) {
-            announce(&self.config, &finding)?;
+            announce(&self.config, &finding, self.distribution)?;
             self.announced = Some(finding.reason);
         }
         self.verdict = Verdict::cpu(finding);
@@ -352,16 +355,17 @@ impl Node {
     }
 }
 
-/// Says why there is no GPU: the WARNING of the fallback, or the error where a GPU is required.
+/// Says why there is no GPU, and what helps on this distribution: the WARNING of the fallback, or the error where a GPU is
+/// required.
 ///
 /// # Errors
 /// When there must be a GPU.
-pub fn announce(config: &Config, finding: &Finding) -> Result<(), LaunchError> {
+pub fn announce(config: &Config, finding: &Finding, distribution: Distribution) -> Result<(), LaunchError> {
     if config.gpu_required {
-        journal::error_required(finding);
+        journal::error_required(finding, distribution);
         return Err(LaunchError::GpuRequired);
     }
-    journal::warn_fallback(finding);
+    journal::warn_fallback(finding, distribution);
     if let Some(fraction) = &config.memory_fraction {
         tracing::info!("FL_GPU_MEMORY_FRACTION={fraction} is idle: this node runs on the CPU");
     }

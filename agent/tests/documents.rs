@@ -41,7 +41,8 @@ fn with_part(text: &str, opening: &str, closing: &str, part: &str) -> String {
 fn the_tables_of_the_readme_are_those_of_the_code() {
     let mut reasons = String::from("| code | what it means | fix |\n| --- | --- | --- |\n");
     for entry in CATALOGUE {
-        let fix = entry.fix.replace('|', "\\|");
+        let fixes: Vec<String> = entry.fix.all().iter().map(|(whose, fix)| of_one(whose, fix)).collect();
+        let fix = fixes.join("<br>").replace('|', "\\|");
         reasons.push_str(&format!("| `{}` | {} | {fix} |\n", entry.code, entry.meaning));
     }
     let end = "<!-- end -->";
@@ -57,7 +58,10 @@ fn the_journal_catalog_explains_every_reason() {
     );
     for entry in CATALOGUE {
         let (id, code) = (entry.message_id, entry.code);
-        let (meaning, fix) = (wrapped(entry.meaning), wrapped(&format!("Fix: {}", entry.fix)));
+        let meaning = wrapped(entry.meaning);
+        let fixes: Vec<String> =
+            entry.fix.all().iter().map(|(whose, fix)| wrapped(&format!("{whose}: {fix}"))).collect();
+        let fix = fixes.join("\n");
         catalog.push_str(&format!(
             "\n-- {id}\nSubject: No usable GPU: {code}\nDefined-By: supernode-agent\nDocumentation: man:supernode-agent(8)\n\n\
              {meaning}\n\nFound on this machine: @FL_GPU_SUMMARY@\n\n{fix}\n"
@@ -86,8 +90,9 @@ fn the_manual_has_every_variable_and_every_reason() {
     let reasons: String = CATALOGUE
         .iter()
         .map(|entry| {
-            let (code, meaning, fix) = (roff(entry.code), roff(entry.meaning), roff(entry.fix));
-            format!(".TP\n.B {code}\n{meaning}\nFix: {fix}.\nMESSAGE_ID={}\n", entry.message_id)
+            let (code, meaning) = (roff(entry.code), roff(entry.meaning));
+            let fixes = entry.fix.all().into_iter().map(|(whose, fix)| format!(".br\n{whose}: {}.\n", roff(fix)));
+            format!(".TP\n.B {code}\n{meaning}\n{}.br\nMESSAGE_ID={}\n", fixes.collect::<String>(), entry.message_id)
         })
         .collect();
     let page = "packaging/man/supernode-agent.8";
@@ -122,6 +127,14 @@ fn the_shell_completions_are_those_of_the_command_line() {
         let mut script = Vec::new();
         generate(shell, &mut visible_command(), "supernode-agent", &mut script);
         is_or_becomes(file, &String::from_utf8(script).unwrap());
+    }
+}
+
+/// A fix in a table that has a column for it.
+fn of_one(whose: &str, fix: &str) -> String {
+    match whose.strip_prefix("Fix ") {
+        Some(whose) => format!("{whose}: {fix}"),
+        None => fix.to_owned(),
     }
 }
 

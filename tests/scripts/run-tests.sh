@@ -30,6 +30,13 @@ step "lintian" lintian --fail-on error,warning --tag-display-limit 0 --allow-roo
 step "tests of the code, on stand-ins, real engines, real files and machines that boot" rust_tests
 step "tests of the site hook" python3 -m unittest discover -q -s packaging/site
 
+# Each cause of a node on the CPU: its code, the seconds from the agent's start to the WARNING, and how it was produced.
+if grep -q 'CAUSE ' "$log"; then
+    printf '== causes of a node on the CPU: the code, the time to the WARNING, how it was produced\n'
+    grep -ho 'CAUSE .*' "$log" | sed 's/^CAUSE /   /' | sort
+    printf '   %d causes, %d codes\n' "$(grep -c 'CAUSE ' "$log")" \
+        "$(grep -ho 'CAUSE [a-z-]*' "$log" | sort -u | wc -l)"
+fi
 if grep -q MEASURED "$log"; then
     printf '== measured\n'
     grep -h MEASURED "$log"

@@ -43,7 +43,7 @@ impl Case {
     #[must_use]
     pub fn new() -> Self {
         let sandbox = Sandbox::new("case");
-        for folder in ["context", "state", "data", "certs", "prebaked", "sys", "bin"] {
+        for folder in ["context", "state", "data", "certs", "prebaked", "sys", "bin", "root"] {
             fs::create_dir_all(sandbox.join(folder)).expect("a folder of the machine");
         }
         let bin = sandbox.join("bin");
@@ -63,6 +63,7 @@ impl Case {
             ("container.data_dir", "data"),
             ("container.certs_dir", "certs"),
             ("container.prebaked_dir", "prebaked"),
+            ("machine.root", "root"),
             ("state.dir", "state"),
         ] {
             let path = case.path(folder);
@@ -74,6 +75,7 @@ impl Case {
             .set("docker.reload_command", json!(["false"]))
             .set("docker.ready_timeout_seconds", 10)
             .set("container.stop_timeout_seconds", 5);
+        case.os_release("ID=debian\nVERSION_ID=\"12\"\n");
         case.context(&[]);
         case
     }
@@ -152,6 +154,21 @@ impl Case {
     pub fn sysfs(&mut self, sysfs: &Sysfs) -> &mut Self {
         self.sysfs = Some(sysfs.clone());
         self.set("gpu.sysfs", sysfs.root().to_string_lossy().into_owned())
+    }
+
+    /// What the machine's os-release(5) says; that of a new one is Debian's.
+    pub fn os_release(&mut self, text: &str) -> &mut Self {
+        self.write("root/etc/os-release", text);
+        self
+    }
+
+    /// The kernel that runs, and what else the machine has of it: a file each, by its path from the root.
+    pub fn kernel(&mut self, release: &str, files: &[(&str, &str)]) -> &mut Self {
+        self.write("root/proc/sys/kernel/osrelease", format!("{release}\n"));
+        for (file, text) in files {
+            self.write(Path::new("root").join(file), text);
+        }
+        self
     }
 
     /// Installs the NVML stand-in with this script; again, with another, changes the machine for the next probe.

@@ -82,6 +82,15 @@ impl Sysfs {
         self
     }
 
+    /// A machine that was started by UEFI, with Secure Boot on or off.
+    #[must_use]
+    pub fn secure_boot(self, on: bool) -> Self {
+        let variable = "firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c";
+        // Four bytes of attributes, then the value.
+        write(&self.sandbox.join(variable), [6, 0, 0, 0, u8::from(on)]);
+        self
+    }
+
     /// Takes a device away.
     pub fn remove(&self, address: &str) {
         let _ = fs::remove_file(self.sandbox.join("bus/pci/devices").join(address));

@@ -1,4 +1,5 @@
-//! The node on a real Docker engine: on the stand-in GPU, and on the CPU for every cause that shows at the launch.
+//! The node on a real Docker engine, on the stand-in GPU: launched, adopted, replaced, started again, stopped. Why it is on
+//! the CPU instead is in causes.rs.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
 
 mod common;
@@ -9,28 +10,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::{
-    GPU_A, GPU_B, PATIENCE, engine_with, inspect, one_gpu, sysfs_of_one, sysfs_of_two, two_gpus, up, wanted, warnings,
+    GPU_A, GPU_B, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, sysfs_of_two, two_gpus, up, wanted,
+    warnings,
 };
 use serde_json::{Value, json};
-use supernode_tests::{Agent, Case, Engine, RuntimeMode, Sysfs, eventually, image, run};
-
-/// The node runs on the CPU, for `reason`, after exactly one WARNING, which came before the container's start.
-#[track_caller]
-fn assert_cpu_for(reason: &str, agent: &Agent, engine: &Engine) {
-    agent.wait_for_line("started the container", PATIENCE);
-    let warnings = warnings(agent);
-    assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
-    assert!(warnings[0].contains(reason) && warnings[0].contains("Fix: "), "{warnings:?}");
-    let lines = agent.lines();
-    let place = |text: &str| lines.iter().position(|line| line.contains(text)).unwrap();
-    assert!(place(" WARNING ") < place("started the container"), "{lines:#?}");
-    assert_eq!(inspect(engine, "{{.State.Running}} {{.HostConfig.Runtime}}"), "true runc");
-    assert_eq!(inspect(engine, "{{index .Config.Labels \"supernode-agent.reason\"}}"), reason);
-    let env = inspect(engine, "{{range .Config.Env}}{{println .}}{{end}}");
-    assert!(env.contains("NVIDIA_VISIBLE_DEVICES=void") && env.contains("FL_DEVICE=cpu"), "{env}");
-    let status = agent.notifications().into_iter().rfind(|told| told.contains("READY=1")).unwrap();
-    assert!(status.contains(reason), "{status}");
-}
+use supernode_tests::{Case, RuntimeMode, Sysfs, eventually, image, run};
 
 #[test]
 fn a_good_gpu_is_in_the_container_and_nothing_is_warned_of() {
@@ -51,170 +35,6 @@ fn a_good_gpu_is_in_the_container_and_nothing_is_warned_of() {
     assert!(written.starts_with("{\n  \"log-level\": \"info\",\n  \"runtimes\": {"), "{written}");
     assert_eq!(agent.terminate(), 0);
     assert_eq!(inspect(&engine, "{{.State.Running}} {{.State.ExitCode}}"), "false 0");
-}
-
-#[test]
-fn every_cause_before_the_launch_ends_as_a_cpu_node_with_one_warning() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    let on = sysfs_of_one();
-    let fail = |code: u32| json!({"fail": {"nvmlInit_v2": code}});
-    let mut sick = one_gpu();
-    sick["gpus"][0]["ecc_uncorrected"] = json!(1);
-    let promised: &[(&str, &str)] = &[];
-    let cases = [
-        ("gpu-not-present", Sysfs::new(), json!({}), &[("PCI0_ADDRESS", "")][..]),
-        ("gpu-not-passed-through", Sysfs::new(), json!({}), promised),
-        ("driver-not-loaded", Sysfs::new().gpu("0000:01:00.0"), json!({}), promised),
-        ("wrong-driver", Sysfs::new().gpu("0000:01:00.0").driver("nouveau"), json!({}), promised),
-        ("driver-library-missing", on.clone(), fail(12), promised),
-        ("driver-library-mismatch", on.clone(), fail(18), promised),
-        ("driver-too-old", on.clone(), fail(13), promised),
-        ("driver-not-ready", on.clone(), fail(27), promised),
-        ("driver-timeout", on.clone(), json!({"hang": ["nvmlInit_v2"]}), promised),
-        ("driver-crash", on.clone(), json!({"crash": ["nvmlInit_v2"]}), promised),
-        ("driver-error", on.clone(), fail(999), promised),
-        ("permission-denied", on.clone(), fail(4), promised),
-        ("gpu-count-zero", on.clone(), json!({"gpus": []}), promised),
-        ("gpu-lost", on.clone(), fail(15), promised),
-        ("gpu-reset-required", on.clone(), fail(16), promised),
-        ("gpu-unhealthy", on.clone(), sick, promised),
-        ("device-selection-empty", on.clone(), one_gpu(), &[("FL_CUDA_VISIBLE_DEVICES", "3")][..]),
-        ("device-selection-empty", on.clone(), one_gpu(), &[("FL_CUDA_VISIBLE_DEVICES", "none")][..]),
-        ("framework-without-gpu", on.clone(), one_gpu(), &[("ML_FRAMEWORK", "sklearn")][..]),
-        // A level above WARNING does not hide it.
-        ("wrong-driver", Sysfs::new().gpu("0000:01:00.0").driver("vfio-pci"), json!({}), promised),
-    ];
-    engine.import_image(&["flower-supernode-sklearn:1.31.0"]);
-    case.set("gpu.probe_timeout_seconds", 1);
-    for (reason, sysfs, machine, more) in cases {
-        case.sysfs(&sysfs).nvml(&machine).context(&wanted(more));
-        let mut agent = up(&case);
-        // The container of the case before has ended and has another reason in its labels: it is not started again.
-        assert_cpu_for(reason, &agent, &engine);
-        assert_eq!(agent.terminate(), 0);
-    }
-    // A machine without a GPU has no business in daemon.json.
-    assert_eq!(fs::read_to_string(engine.daemon_json()).unwrap().trim(), "{}");
-}
-
-#[test]
-fn the_warning_comes_at_any_log_level_and_in_json_with_its_fields() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&Sysfs::new()).context(&wanted(&[("FL_LOG_LEVEL", "ERROR"), ("FL_LOG_FORMAT", "json")]));
-    let agent = up(&case);
-    let lines = agent.lines();
-    assert_eq!(lines.len(), 1, "{lines:#?}");
-    let entry: Value = serde_json::from_str(&lines[0]).unwrap();
-    assert_eq!(entry["level"], "WARNING");
-    assert_eq!(entry["fl_gpu_reason"], "gpu-not-passed-through");
-    assert_eq!(entry["pci_address"], "0000:01:00.0");
-    assert_eq!(entry["message_id"].as_str().unwrap().len(), 32);
-    drop(agent);
-    drop(engine);
-}
-
-#[test]
-fn a_runtime_that_is_not_installed_is_named() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one())
-        .context(&wanted(&[]))
-        .set("docker.runtime_path", "nvidia-container-runtime-is-not-here");
-    assert_cpu_for("runtime-missing", &up(&case), &engine);
-    assert_eq!(fs::read_to_string(engine.daemon_json()).unwrap().trim(), "{}");
-}
-
-#[test]
-fn an_operators_entry_without_its_program_is_named_whether_docker_had_it_before_or_not() {
-    let Some((mut engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    let text = r#"{"runtimes": {"nvidia": {"path": "/nowhere/nvidia-container-runtime"}}}"#;
-    fs::write(engine.daemon_json(), text).unwrap();
-    for _ in ["registered by the reload", "registered at Docker's start"] {
-        let mut agent = up(&case);
-        assert_cpu_for("runtime-missing", &agent, &engine);
-        assert!(warnings(&agent)[0].contains("/nowhere/nvidia-container-runtime"), "{:?}", warnings(&agent));
-        assert_eq!(agent.terminate(), 0);
-        engine.docker(&["rm", "-f", "flower-supernode"]);
-        engine.restart();
-    }
-    assert_eq!(fs::read_to_string(engine.daemon_json()).unwrap(), text);
-}
-
-#[test]
-fn a_runtime_that_cannot_be_configured_is_named() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    for (text, reload, words) in [
-        ("{\n  \"debug\": yes\n}", vec!["true"], "line 2, column 12"),
-        ("{}", vec!["false"], "could not be reloaded"),
-        ("{}", vec!["true"], "did not register"),
-    ] {
-        fs::write(engine.daemon_json(), text).unwrap();
-        case.set("docker.reload_command", reload);
-        let mut agent = up(&case);
-        assert_cpu_for("runtime-not-configured", &agent, &engine);
-        assert!(warnings(&agent)[0].contains(words), "{:?}", warnings(&agent));
-        assert_eq!(agent.terminate(), 0);
-        engine.docker(&["rm", "-f", "flower-supernode"]);
-    }
-}
-
-#[test]
-fn a_launch_that_docker_refuses_ends_on_the_cpu_and_is_adopted_as_such() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    engine.nvidia_runtime(RuntimeMode::Fail, &one_gpu());
-    let mut agent = up(&case);
-    assert_cpu_for("runtime-start-failed", &agent, &engine);
-    assert!(warnings(&agent)[0].contains("nvidia-container-cli"), "Docker's own text: {:?}", warnings(&agent));
-    let containers = engine.docker(&["ps", "-aq"]).stdout;
-    assert_eq!(containers.lines().count(), 1, "the dead container is still there");
-    // The agent dies; the next one finds the node that stands in for the GPU node, says so again, and lets it be.
-    let pid = inspect(&engine, "{{.State.Pid}}");
-    agent.kill9();
-    let agent = up(&case);
-    assert_eq!(inspect(&engine, "{{.State.Pid}}"), pid);
-    assert_eq!(warnings(&agent).len(), 1);
-    assert!(warnings(&agent)[0].contains("runtime-start-failed"));
-    drop(agent);
-    // Mended and started anew, the node is on the GPU.
-    engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
-    engine.docker(&["stop", "flower-supernode"]);
-    let agent = up(&case);
-    assert_eq!(warnings(&agent), Vec::<String>::new());
-    assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
-}
-
-#[test]
-fn a_start_without_the_device_is_noticed() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    engine.nvidia_runtime(RuntimeMode::NoDevice, &one_gpu());
-    let agent = up(&case);
-    let warnings = warnings(&agent);
-    assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
-    assert!(warnings[0].contains("gpu-not-visible") && warnings[0].contains(GPU_A), "{warnings:?}");
-    assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "runc");
-}
-
-#[test]
-fn a_required_gpu_is_an_error_and_nothing_is_left_running() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    let required = wanted(&[("FL_GPU_REQUIRED", "YES")]);
-    for (sysfs, mode, reason) in [
-        (Sysfs::new(), RuntimeMode::Ok, "gpu-not-passed-through"),
-        (sysfs_of_one(), RuntimeMode::Fail, "runtime-start-failed"),
-        (sysfs_of_one(), RuntimeMode::NoDevice, "gpu-not-visible"),
-    ] {
-        engine.nvidia_runtime(mode, &one_gpu());
-        case.sysfs(&sysfs).context(&required);
-        let mut agent = case.start();
-        assert_eq!(agent.wait_exit(PATIENCE), 78, "systemd must not try for ever");
-        let line = agent.wait_for_line(" ERROR No usable GPU", PATIENCE);
-        assert!(line.contains(reason) && line.contains("Fix: "), "{line}");
-        assert!(!agent.notifications().iter().any(|told| told.contains("READY=1")));
-        assert_eq!(engine.docker(&["ps", "-q"]).stdout, "", "a container runs");
-    }
 }
 
 #[test]
@@ -596,4 +416,81 @@ fn a_driver_that_comes_within_the_wait_is_used() {
     let told = agent.wait_for_notify("READY=1", Duration::from_secs(30));
     assert!(told.contains(GPU_A), "{told}");
     assert_eq!(warnings(&agent), Vec::<String>::new());
+}
+
+#[test]
+fn mig_instances_are_in_the_container_by_the_node_of_their_card() {
+    const MIG_A: &str = "MIG-aaaa1111-0000-0000-0000-00000000000a";
+    const MIG_B: &str = "MIG-bbbb2222-0000-0000-0000-00000000000b";
+    let Some((engine, mut case)) = engine_with(&two_gpus()) else { return };
+    // The second card has the node /dev/nvidia3, and is divided.
+    let mut machine = two_gpus();
+    machine["gpus"][1]["minor"] = json!(3);
+    machine["gpus"][1]["mig"] = json!([
+        {"uuid": MIG_A, "name": "NVIDIA A100 MIG 1g.5gb", "memory_mib": 4864},
+        {"uuid": MIG_B, "name": "NVIDIA A100 MIG 2g.10gb", "memory_mib": 9856},
+    ]);
+    engine.nvidia_runtime(RuntimeMode::Ok, &machine);
+    case.sysfs(&sysfs_of_two()).nvml(&machine);
+    let nodes_inside = || {
+        let listed = engine.docker(&["exec", "flower-supernode", "ls", "/dev"]).stdout;
+        listed
+            .lines()
+            .filter(|name| name.starts_with("nvidia") && *name != "nvidiactl" && *name != "nvidia-uvm")
+            .fold(String::new(), |names, name| names + name + " ")
+    };
+    for (selection, expected, nodes, limits) in [
+        ("all", vec![GPU_A, MIG_A, MIG_B], "nvidia0 nvidia3 ", "20480,2432,4928"),
+        ("1", vec![MIG_A, MIG_B], "nvidia3 ", "2432,4928"),
+        (MIG_B, vec![MIG_B], "nvidia3 ", "4928"),
+        ("MIG-aaaa", vec![MIG_A], "nvidia3 ", "2432"),
+    ] {
+        case.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", selection), ("FL_GPU_MEMORY_FRACTION", "0.5")]));
+        let mut agent = up(&case);
+        assert_eq!(warnings(&agent), Vec::<String>::new());
+        assert_eq!(engine.records().last().unwrap().gpus, expected, "{selection}");
+        let env = inspect(&engine, "{{range .Config.Env}}{{println .}}{{end}}");
+        for line in [
+            format!("NVIDIA_VISIBLE_DEVICES={}\n", expected.join(",")),
+            format!("FL_GPU_MEMORY_LIMITS_MIB={limits}\n"),
+            "FL_DEVICE=cuda\n".into(),
+        ] {
+            assert!(env.contains(&line), "{selection}: {line}: {env}");
+        }
+        assert_eq!(nodes_inside(), nodes, "{selection}");
+        assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
+        let told = agent.notifications().into_iter().rfind(|told| told.contains("READY=1")).unwrap();
+        assert!(expected.iter().all(|uuid| told.contains(uuid)), "{told}");
+        assert_eq!(agent.terminate(), 0);
+    }
+    // An instance whose card's node is not in the container is missed, though another card's is.
+    let mut wrong = machine.clone();
+    wrong["gpus"][1]["minor"] = json!(0);
+    engine.nvidia_runtime(RuntimeMode::Ok, &wrong);
+    engine.docker(&["rm", "-f", "flower-supernode"]);
+    case.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", MIG_B)]));
+    let agent = up(&case);
+    let warnings = warnings(&agent);
+    assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
+    for words in ["gpu-not-visible", MIG_B, "it has /dev/nvidia0"] {
+        assert!(warnings[0].contains(words), "{words}: {warnings:?}");
+    }
+    assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "runc");
+}
+
+#[test]
+fn a_mig_instance_is_planned_with_its_own_memory_and_adopted_while_it_is_there() {
+    const MIG_A: &str = "MIG-aaaa1111-0000-0000-0000-00000000000a";
+    let mut machine = one_gpu();
+    machine["gpus"][0]["mig"] = json!([{"uuid": MIG_A, "memory_mib": 4864}]);
+    let Some((engine, mut case)) = engine_with(&machine) else { return };
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let plan = json_of(&case.run_command("plan", &["--json"]));
+    let devices = plan["gpu"]["verdict"]["devices"].as_array().unwrap();
+    assert_eq!(devices.len(), 1);
+    assert_eq!((&devices[0]["uuid"], &devices[0]["memory_mib"]), (&json!(MIG_A), &json!(4864)));
+    up(&case).kill9();
+    let before = inspect(&engine, "{{.Id}}");
+    let agent = up(&case);
+    assert_eq!((inspect(&engine, "{{.Id}}"), warnings(&agent)), (before, Vec::new()));
 }

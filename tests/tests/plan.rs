@@ -13,12 +13,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use common::{GPU_A, GPU_B, json_of, one_gpu, sysfs_of_one, sysfs_of_two, two_gpus, wanted};
 use serde_json::{Value, json};
-use supernode_tests::{Case, Sandbox, Sysfs, eventually, run};
+use supernode_tests::{Case, Sysfs, eventually};
 
 /// A machine with `machine` behind NVML and `sysfs`, whose operator wants the GPU.
 fn case(sysfs: &Sysfs, machine: &Value, more: &[(&str, &str)]) -> Case {
@@ -156,28 +155,6 @@ fn wrong_input_ends_with_the_right_code_and_names_the_place() {
 }
 
 #[test]
-fn each_nvml_code_has_its_reason() {
-    let expected = |code: u32| match code {
-        4 | 17 => "permission-denied",
-        8 | 11 | 14 => "gpu-unhealthy",
-        9 => "driver-not-loaded",
-        12 => "driver-library-missing",
-        13 => "driver-too-old",
-        15 => "gpu-lost",
-        16 => "gpu-reset-required",
-        18 => "driver-library-mismatch",
-        27 => "driver-not-ready",
-        28 => "gpu-count-zero",
-        _ => "driver-error",
-    };
-    let mut case = case(&sysfs_of_one(), &json!({}), &[]);
-    for code in (1..=30).chain([999]) {
-        case.nvml(&json!({"fail": {"nvmlInit_v2": code}}));
-        assert_eq!(reason(&case), expected(code), "NVML code {code}");
-    }
-}
-
-#[test]
 fn a_failure_of_one_gpu_is_told_with_the_call() {
     let mut case = case(&sysfs_of_one(), &json!({}), &[]);
     for (call, code, expected) in [
@@ -298,103 +275,6 @@ fn a_count_that_no_machine_has_is_not_believed() {
 }
 
 #[test]
-fn a_library_that_cannot_be_loaded_is_told_with_the_cause() {
-    let sandbox = Sandbox::new("libraries");
-    let library = fs::read(supernode_tests::nvml_library()).unwrap();
-    let mut foreign = library.clone();
-    foreign[18] = 40; // e_machine: ARM
-    let mut narrow = library.clone();
-    narrow[4] = 1; // EI_CLASS: a 32-bit library
-    let mut case = case(&sysfs_of_one(), &one_gpu(), &[]);
-    for (name, bytes, reason, words) in [
-        ("absent.so", None, "driver-library-missing", "it is not installed"),
-        ("truncated.so", Some(&library[..10]), "driver-library-missing", "it is cut off: 10 of"),
-        // Whoever maps this one dies by SIGBUS.
-        ("half.so", Some(&library[..3 * 4096]), "driver-library-missing", "it is cut off: 12288 of"),
-        ("empty.so", Some(&[][..]), "driver-library-missing", "it is cut off: 0 of"),
-        ("text.so", Some(&[b'#'; 200][..]), "driver-library-missing", "no ELF header"),
-        ("narrow.so", Some(&narrow[..]), "driver-library-missing", "another machine (32 bits"),
-        ("foreign.so", Some(&foreign[..]), "driver-library-missing", "another machine (64 bits, ELF machine 40)"),
-    ] {
-        let path = sandbox.join(name);
-        if let Some(bytes) = bytes {
-            sandbox.write(name, bytes);
-        }
-        case.set("gpu.nvml_library", path.to_string_lossy().into_owned());
-        let verdict = verdict(&case);
-        assert_eq!(verdict["reason"], reason, "{verdict}");
-        assert!(verdict["summary"].as_str().unwrap().contains(words), "{verdict}");
-    }
-    // A library that is not NVML: a needed symbol is missing.
-    case.set("gpu.nvml_library", "libm.so.6");
-    let verdict = verdict(&case);
-    assert_eq!(verdict["reason"], "driver-too-old");
-    assert!(verdict["summary"].as_str().unwrap().contains("nvmlInit_v2"), "{verdict}");
-}
-
-#[test]
-fn a_mismatch_names_both_versions() {
-    let sandbox = Sandbox::new("mismatch");
-    let real = sandbox.join("libnvidia-ml.so.560.35.03");
-    fs::copy(supernode_tests::nvml_library(), &real).unwrap();
-    let link = sandbox.join("libnvidia-ml.so.1");
-    std::os::unix::fs::symlink("libnvidia-ml.so.560.35.03", &link).unwrap();
-    let mut case = case(&sysfs_of_one(), &json!({"fail": {"nvmlInit_v2": 18}}), &[]);
-    case.set("gpu.nvml_library", link.to_string_lossy().into_owned());
-    let verdict = verdict(&case);
-    let summary = verdict["summary"].as_str().unwrap();
-    assert!(summary.contains("560.35.03") && summary.contains("550.54.15"), "{summary}");
-}
-
-#[test]
-fn nvidias_own_library_without_a_driver_says_that_none_is_loaded() {
-    let Some(library) = nvidias_library() else { return };
-    let mut case = Case::new();
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    case.set("gpu.nvml_library", library.to_string_lossy().into_owned());
-    let device_nodes = || {
-        fs::read_dir("/dev")
-            .unwrap()
-            .flatten()
-            .filter(|e| e.file_name().to_string_lossy().starts_with("nvidia"))
-            .count()
-    };
-    let before = device_nodes();
-    assert_eq!(reason(&case), "driver-not-loaded");
-    // As root, the library made /dev/nvidiactl: nothing of ours, taken away again.
-    if before == 0 {
-        let _ = fs::remove_file("/dev/nvidiactl");
-    }
-    // Without a device the library is not even loaded.
-    let mut case = Case::new();
-    case.sysfs(&Sysfs::new()).context(&wanted(&[]));
-    case.set("gpu.nvml_library", library.to_string_lossy().into_owned());
-    assert_eq!(reason(&case), "gpu-not-passed-through");
-    assert_eq!(device_nodes(), before);
-}
-
-/// The real libnvidia-ml, unpacked from Debian's package where the machine's package sources have it.
-fn nvidias_library() -> Option<PathBuf> {
-    if Path::new("/proc/driver/nvidia").exists() {
-        println!("SKIPPED: this machine has a driver, the library would find it");
-        return None;
-    }
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?
-        .join("supernode-agent/libnvidia-ml1");
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/fetch-libnvidia-ml.sh");
-    let output = run(Command::new(script).arg(&cache), Duration::from_secs(300));
-    match output.stdout.lines().next() {
-        Some(path) => Some(PathBuf::from(path)),
-        None => {
-            println!("SKIPPED: NVIDIA's libnvidia-ml1 (Debian non-free) is not to be had: {}", output.stderr.trim());
-            None
-        }
-    }
-}
-
-#[test]
 fn without_a_device_nvml_is_not_called_at_all() {
     let mut case = case(&Sysfs::new(), &json!({}), &[]);
     let log = case.path("calls.log");
@@ -406,27 +286,6 @@ fn without_a_device_nvml_is_not_called_at_all() {
     case.sysfs(&sysfs_of_one());
     assert_eq!(verdict(&case)["device"], "cuda");
     assert!(log.exists(), "this log would not have shown a call");
-}
-
-#[test]
-fn promised_and_present_are_compared() {
-    let nic = || Sysfs::new().device("0000:01:00.0", "0x8086", "0x020000", Some("igb"));
-    for (sysfs, promises, expected) in [
-        (Sysfs::new(), &[][..], "gpu-not-present"),
-        (Sysfs::new(), &[("PCI0_ADDRESS", "01:00.0")][..], "gpu-not-passed-through"),
-        (nic(), &[("PCI0_ADDRESS", "01:00.0")][..], "gpu-not-passed-through"),
-        // A PCI NIC is announced the same way, with a MAC beside it: nobody promised a GPU.
-        (nic(), &[("PCI0_ADDRESS", "01:00.0"), ("PCI0_MAC", "02:00:00:00:00:01")][..], "gpu-not-present"),
-        (Sysfs::new().gpu("0000:01:00.0"), &[("PCI0_ADDRESS", "01:00.0")][..], "driver-not-loaded"),
-        (Sysfs::new().gpu("0000:01:00.0").driver("nouveau"), &[][..], "wrong-driver"),
-        (Sysfs::new().gpu("0000:01:00.0").driver("vfio-pci"), &[][..], "wrong-driver"),
-    ] {
-        let mut case = Case::new();
-        let mut context = vec![("FL_GPU_ENABLED", "YES")];
-        context.extend(promises);
-        case.sysfs(&sysfs).context(&context);
-        assert_eq!(reason(&case), expected);
-    }
 }
 
 #[test]

@@ -17,6 +17,7 @@ use serde_json::json;
 
 use crate::boot::{self, BootError, EXIT_CONFIG, EXIT_RETRY};
 use crate::config::{Config, Remarks};
+use crate::distribution::Distribution;
 use crate::docker::runtime::{configure_daemon_json, find_program};
 use crate::gpu::detect_gpus;
 use crate::gpu::nvml;
@@ -180,12 +181,13 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
         Command::ConfigureRuntime => configure_runtime(&settings, out)?,
         Command::Gpu { json } => {
             let (config, remarks) = configured(&settings)?;
-            let detection = runtime.block_on(detect_gpus(&config, &settings.gpu, Duration::ZERO));
-            let document = json!({"gpu": gpu_json(&detection), "warnings": remarks.unknown});
+            let detection = runtime.block_on(detect_gpus(&config, &settings, Duration::ZERO));
+            let distribution = Distribution::read(&settings.machine.root);
+            let document = json!({"gpu": gpu_json(&detection, distribution), "warnings": remarks.unknown});
             if json {
                 writeln!(out, "{document:#}")?
             } else {
-                write_gpu(out, &detection)?
+                write_gpu(out, &detection, distribution)?
             }
             ExitCode::SUCCESS
         }

@@ -9,6 +9,7 @@ use serde_json::{Value as Json, json};
 use crate::boot;
 use crate::config::values::ImageRef;
 use crate::config::{Config, Remarks};
+use crate::distribution::Distribution;
 use crate::docker::daemon_json::RUNTIME_NAME;
 use crate::docker::engine::{Engine, EngineError, EngineFacts};
 use crate::docker::runtime::{GpuAccess, choose_access, find_program};
@@ -24,6 +25,7 @@ pub(super) struct Plan {
     remarks: Remarks,
     detection: Detection,
     container: ContainerSpec,
+    distribution: Distribution,
     /// What `run` would stop at, or do otherwise, as far as can be told.
     notes: Vec<String>,
 }
@@ -32,7 +34,7 @@ impl Plan {
     pub(super) async fn make(config: Config, remarks: Remarks, settings: &Settings) -> Self {
         let mut notes = Vec::new();
         let (detection, engine) =
-            tokio::join!(detect_gpus(&config, &settings.gpu, Duration::ZERO), look_at_engine(&settings.docker.socket));
+            tokio::join!(detect_gpus(&config, settings, Duration::ZERO), look_at_engine(&settings.docker.socket));
         let image = plan::wanted_image(&config);
         let mut machine = boot::this_machine();
         let mut facts = None;
@@ -68,7 +70,8 @@ impl Plan {
             settings,
         );
         let container = container.redacted(config.node_config.as_ref());
-        Self { config, remarks, detection, container, notes }
+        let distribution = Distribution::read(&settings.machine.root);
+        Self { config, remarks, detection, container, distribution, notes }
     }
 
     pub(super) fn to_json(&self) -> Json {
@@ -76,7 +79,7 @@ impl Plan {
             "config": self.config.resolved(),
             "warnings": self.remarks.unknown,
             "idle": self.remarks.idle,
-            "gpu": gpu_json(&self.detection),
+            "gpu": gpu_json(&self.detection, self.distribution),
             "container": self.container,
             "notes": self.notes,
         })
@@ -94,7 +97,7 @@ impl Plan {
         }
         write_list(out, "Warnings", &self.remarks.unknown)?;
         write_list(out, "Idle settings", &self.remarks.idle)?;
-        write_gpu(out, &self.detection)?;
+        write_gpu(out, &self.detection, self.distribution)?;
         let container = &self.container;
         writeln!(out, "Container")?;
         writeln!(out, "  name     {}", container.name)?;
@@ -146,20 +149,21 @@ async fn with_image(engine: &Engine, image: &ImageRef, machine: Machine, notes: 
     }
 }
 
-pub(super) fn gpu_json(detection: &Detection) -> Json {
+pub(super) fn gpu_json(detection: &Detection, distribution: Distribution) -> Json {
     json!({
-        "verdict": detection.verdict.to_json(),
+        "verdict": detection.verdict.to_json(distribution),
         "facts": {
             "pci": detection.facts.gpus().collect::<Vec<_>>(),
             "module_version": detection.facts.module_version,
             "module_pending": detection.facts.module_pending,
+            "kernel": detection.facts.kernel,
             "unreadable": detection.facts.unreadable,
             "probe": detection.outcome.as_ref().map(|outcome| outcome.summary()),
         },
     })
 }
 
-pub(super) fn write_gpu(out: &mut dyn Write, detection: &Detection) -> io::Result<()> {
+pub(super) fn write_gpu(out: &mut dyn Write, detection: &Detection, distribution: Distribution) -> io::Result<()> {
     let facts = &detection.facts;
     writeln!(out, "Facts")?;
     if facts.gpus().next().is_none() {
@@ -197,7 +201,7 @@ pub(super) fn write_gpu(out: &mut dyn Write, detection: &Detection) -> io::Resul
         Verdict::Cpu { finding: None } => writeln!(out, "  cpu      FL_GPU_ENABLED is not YES")?,
         Verdict::Cpu { finding: Some(finding) } => {
             writeln!(out, "  cpu      {}: {}", finding.reason, finding.summary)?;
-            writeln!(out, "  fix      {}", finding.fix())?;
+            writeln!(out, "  fix      {}", finding.reason.fix(distribution))?;
         }
     }
     Ok(())

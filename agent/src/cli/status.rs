@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use serde_json::{Value as Json, json};
 
+use crate::distribution::Distribution;
 use crate::docker::engine::{Container, Engine, EngineError};
+use crate::gpu::reason::Reason;
 use crate::lock;
 use crate::plan::{REASON_LABEL, SUMMARY_LABEL, VERDICT_LABEL};
 use crate::report::Report;
@@ -18,6 +20,7 @@ pub(super) struct Status {
     container: Result<Option<Container>, String>,
     agent_runs: bool,
     report: Option<Report>,
+    distribution: Distribution,
 }
 
 impl Status {
@@ -30,7 +33,13 @@ impl Status {
             Err(_) => Err(format!("the Docker engine gave no answer within {} s", PATIENCE.as_secs())),
         };
         let state_dir = &settings.state.dir;
-        Self { name, container, agent_runs: lock::is_held(state_dir), report: Report::read(state_dir) }
+        Self {
+            name,
+            container,
+            agent_runs: lock::is_held(state_dir),
+            report: Report::read(state_dir),
+            distribution: Distribution::read(&settings.machine.root),
+        }
     }
 
     /// Whether the node's container runs: ours, and not paused.
@@ -63,7 +72,9 @@ impl Status {
         let label = |name: &str| found.labels.get(name);
         match label(VERDICT_LABEL) {
             Some(device) => {
-                json!({"device": device, "reason": label(REASON_LABEL), "summary": label(SUMMARY_LABEL)})
+                let reason = label(REASON_LABEL);
+                let fix = reason.and_then(|code| Reason::from_code(code)).map(|reason| reason.fix(self.distribution));
+                json!({"device": device, "reason": reason, "summary": label(SUMMARY_LABEL), "fix": fix})
             }
             None => Json::Null,
         }

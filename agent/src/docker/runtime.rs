@@ -215,7 +215,11 @@ pub async fn ensure_runtime(engine: &Engine, facts: &EngineFacts, settings: &Doc
     if find_program(&settings.runtime_path).is_none() {
         return Err(Finding::new(
             Reason::RuntimeMissing,
-            format!("{} is not installed on this machine", settings.runtime_path),
+            format!(
+                "{} is not installed on this machine, and Docker's runtimes are: {}",
+                settings.runtime_path,
+                facts.runtimes.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
+            ),
         ));
     }
     let not_configured = |what: String| Finding::new(Reason::RuntimeNotConfigured, what);
@@ -266,7 +270,10 @@ async fn reload(command: &[String]) -> Result<(), String> {
     let running = Command::new(program).args(arguments).stdin(std::process::Stdio::null()).kill_on_drop(true).output();
     match tokio::time::timeout(RELOAD_LIMIT, running).await {
         Ok(Ok(output)) if output.status.success() => Ok(()),
-        Ok(Ok(output)) => Err(format!("{line}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim())),
+        Ok(Ok(output)) => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            Err(format!("{line}: {}: {said}", output.status).trim_end_matches([':', ' ', '\n']).to_owned())
+        }
         Ok(Err(error)) => Err(format!("{line}: {error}")),
         Err(_) => Err(format!("{line} did not end within {} s", RELOAD_LIMIT.as_secs())),
     }

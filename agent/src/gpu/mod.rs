@@ -1,5 +1,6 @@
 //! The GPU: what is present (sysfs), what was promised (context), what the driver says (NVML), and what follows from it.
 
+pub mod kernel;
 pub mod library;
 pub mod nvml;
 pub mod pci;
@@ -12,7 +13,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::config::Config;
-use crate::settings::GpuSettings;
+use crate::settings::Settings;
 use pci::PciFacts;
 use probe::ProbeOutcome;
 use reason::Reason;
@@ -37,7 +38,7 @@ pub struct Detection {
 ///
 /// sysfs comes first, and NVML is not called at all where sysfs has decided: called as root on a machine without a
 /// driver it would create device nodes.
-pub async fn detect_gpus(config: &Config, settings: &GpuSettings, wait: Duration) -> Detection {
+pub async fn detect_gpus(config: &Config, settings: &Settings, wait: Duration) -> Detection {
     let deadline = Instant::now() + wait;
     loop {
         let detection = detect_once(config, settings).await;
@@ -48,15 +49,15 @@ pub async fn detect_gpus(config: &Config, settings: &GpuSettings, wait: Duration
     }
 }
 
-async fn detect_once(config: &Config, settings: &GpuSettings) -> Detection {
+async fn detect_once(config: &Config, settings: &Settings) -> Detection {
+    let facts = pci::read_facts(&settings.gpu.sysfs, &settings.machine.root);
     if !config.gpu_enabled {
-        return Detection { facts: pci::read_facts(&settings.sysfs), outcome: None, verdict: Verdict::not_wanted() };
+        return Detection { facts, outcome: None, verdict: Verdict::not_wanted() };
     }
-    let facts = pci::read_facts(&settings.sysfs);
     if let Some(verdict) = verdict::before_the_probe(config, &facts) {
         return Detection { facts, outcome: None, verdict };
     }
-    let outcome = probe::probe(&settings.nvml_library, settings.probe_timeout).await;
+    let outcome = probe::probe(&settings.gpu.nvml_library, settings.gpu.probe_timeout).await;
     let verdict = verdict::after_the_probe(config, &facts, &outcome);
     Detection { facts, outcome: Some(outcome), verdict }
 }

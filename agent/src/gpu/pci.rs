@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Serialize, Serializer};
 
+use super::kernel::KernelFacts;
+
 /// The PCI vendor number of NVIDIA (pci.ids).
 const NVIDIA: u32 = 0x10de;
 /// The PCI class of display controllers (pci.ids): VGA 0300, 3D 0302, other 0380.
@@ -109,6 +111,17 @@ impl PciDevice {
         self.vendor == NVIDIA && self.class >> 16 == DISPLAY
     }
 
+    /// Whether one may have taken it for a GPU of NVIDIA: another vendor's, or another function of an NVIDIA card.
+    pub fn is_similar_to_gpu(&self) -> bool {
+        self.vendor == NVIDIA || self.class >> 16 == DISPLAY
+    }
+
+    /// [`PciDevice::ids`] and the driver.
+    pub fn described(&self) -> String {
+        let driver = self.driver.as_deref().map_or("no driver".into(), |driver| format!("driver {driver}"));
+        format!("{}, {driver}", self.ids())
+    }
+
     /// `vendor:device, class cccc`, as lspci -nn gives them.
     pub fn ids(&self) -> String {
         let device = self.device.map_or("????".into(), |device| format!("{device:04x}"));
@@ -125,6 +138,8 @@ pub struct PciFacts {
     pub module_version: Option<String>,
     /// The module's state while it is not yet `live` (`coming`, `going`).
     pub module_pending: Option<String>,
+    /// What the kernel has for the driver; looked for where a GPU is there without it.
+    pub kernel: KernelFacts,
     /// What could not be read, with the reason: a verdict on such facts says so.
     pub unreadable: Vec<String>,
 }
@@ -141,8 +156,8 @@ impl PciFacts {
     }
 }
 
-/// Reads the facts below `sysfs` (normally `/sys`). What cannot be read is listed in the answer; nothing is guessed.
-pub fn read_facts(sysfs: &Path) -> PciFacts {
+/// Reads the facts below `sysfs` (normally `/sys`), those of the kernel also below `root` (normally `/`). What cannot be read is listed in the answer; nothing is guessed.
+pub fn read_facts(sysfs: &Path, root: &Path) -> PciFacts {
     let mut facts = PciFacts::default();
     let bus = sysfs.join("bus/pci/devices");
     match std::fs::read_dir(&bus) {
@@ -166,6 +181,10 @@ pub fn read_facts(sysfs: &Path) -> PciFacts {
     facts.module_version = read_optional(&module.join("version"), &mut facts.unreadable);
     facts.module_pending =
         read_optional(&module.join("initstate"), &mut facts.unreadable).filter(|state| state != "live");
+    if facts.gpus().any(|gpu| gpu.driver.is_none()) || (facts.module_version.is_none() && facts.gpus().next().is_some())
+    {
+        facts.kernel = KernelFacts::read(sysfs, root);
+    }
     facts
 }
 
@@ -231,7 +250,7 @@ mod tests {
 
     #[test]
     fn a_folder_that_is_no_sysfs_is_said_to_be_unreadable() {
-        let facts = read_facts(Path::new("/proc/self/status"));
+        let facts = read_facts(Path::new("/proc/self/status"), Path::new("/"));
         assert!(facts.devices.is_empty() && !facts.unreadable.is_empty(), "{facts:?}");
     }
 }

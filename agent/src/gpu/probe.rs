@@ -29,13 +29,20 @@ pub enum ProbeOutcome {
     /// An answer.
     Answered(ProbeAnswer),
     /// None in this time; the child was killed.
-    TimedOut(Duration),
+    TimedOut {
+        /// The time.
+        limit: Duration,
+        /// What the library's file tells.
+        library: LibraryFile,
+    },
     /// The child died by a signal.
     Crashed {
         /// Its number.
         signal: i32,
         /// The end of what it wrote to its standard error.
         said: String,
+        /// What the library's file tells.
+        library: LibraryFile,
     },
     /// The child could not be run, or said something else.
     Failed(String),
@@ -50,7 +57,7 @@ impl ProbeOutcome {
                 format!("driver {driver}, {} GPU(s)", report.gpus.len())
             }
             Self::Answered(ProbeAnswer::Failed { fault, .. }) => format!("{} failed: {}", fault.call, fault.text),
-            Self::TimedOut(limit) => format!("no answer within {} s", limit.as_secs_f64()),
+            Self::TimedOut { limit, .. } => format!("no answer within {} s", limit.as_secs_f64()),
             Self::Crashed { signal, .. } => format!("died by signal {signal}"),
             Self::Failed(why) => why.clone(),
         }
@@ -76,7 +83,9 @@ pub async fn probe(library: &str, limit: Duration) -> ProbeOutcome {
         Err(error) => return ProbeOutcome::Failed(format!("the probe could not be started: {error}")),
     };
     let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
-    let outcome = tokio::time::timeout(limit, answer_of(&mut child)).await.unwrap_or(ProbeOutcome::TimedOut(limit));
+    let outcome = tokio::time::timeout(limit, answer_of(&mut child))
+        .await
+        .unwrap_or(ProbeOutcome::TimedOut { limit, library: LibraryFile::default() });
     // A process that hangs inside the driver may not even die of SIGKILL: it is not waited for.
     if let Some(group) = group {
         let _ = kill_process_group(group, Signal::KILL);
@@ -84,19 +93,23 @@ pub async fn probe(library: &str, limit: Duration) -> ProbeOutcome {
     explained(outcome, library)
 }
 
-/// Mapping a file that is cut off ends by SIGBUS once its missing end is touched: that is the file's fault.
+/// With the library's file, about which a child that has hung or died says nothing. Mapping one that is cut off ends by SIGBUS
+/// once its missing end is touched: that is the file's fault.
 fn explained(outcome: ProbeOutcome, library: &str) -> ProbeOutcome {
     const SIGBUS: i32 = 7;
-    if !matches!(outcome, ProbeOutcome::Crashed { signal: SIGBUS, .. }) {
-        return outcome;
+    match outcome {
+        ProbeOutcome::TimedOut { limit, .. } => ProbeOutcome::TimedOut { limit, library: LibraryFile::look(library) },
+        ProbeOutcome::Crashed { signal, said, .. } => {
+            let library = LibraryFile::look(library);
+            if signal != SIGBUS || library.damage.is_none() {
+                return ProbeOutcome::Crashed { signal, said, library };
+            }
+            let text = "the loader died by SIGBUS".into();
+            let fault = Fault { call: "dlopen".into(), kind: FaultKind::Library, text };
+            ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library })
+        }
+        other => other,
     }
-    let library = LibraryFile::look(library);
-    if library.damage.is_none() {
-        return outcome;
-    }
-    let text = "the loader died by SIGBUS".into();
-    let fault = Fault { call: "dlopen".into(), kind: FaultKind::Library, text };
-    ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library })
 }
 
 async fn answer_of(child: &mut Child) -> ProbeOutcome {
@@ -138,7 +151,7 @@ async fn answer_of(child: &mut Child) -> ProbeOutcome {
     }
     match ended {
         Some(Ok(status)) => match status.signal() {
-            Some(signal) => ProbeOutcome::Crashed { signal, said: said.text() },
+            Some(signal) => ProbeOutcome::Crashed { signal, said: said.text(), library: LibraryFile::default() },
             None => ProbeOutcome::Failed(format!("the probe ended without an answer ({status}){}", said.quoted())),
         },
         Some(Err(error)) => ProbeOutcome::Failed(format!("the probe could not be waited for: {error}")),

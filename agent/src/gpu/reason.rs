@@ -5,6 +5,8 @@ use std::fmt;
 
 use serde::{Serialize, Serializer};
 
+use crate::distribution::Distribution;
+
 /// Why a node runs on the CPU although a GPU was wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "each variant is documented by its entry in the catalogue")]
@@ -46,8 +48,44 @@ pub struct Entry {
     /// What it means, in one sentence.
     pub meaning: &'static str,
     /// What an operator does about it.
-    pub fix: &'static str,
+    pub fix: Fix,
 }
+
+/// What an operator does about a [`Reason`]: commands, or an attribute of the VM template.
+#[derive(Debug)]
+pub enum Fix {
+    /// The same on every machine.
+    Everywhere(&'static str),
+    /// Commands that differ. Those for Debian and Ubuntu name packages of Debian 12 and 13, of Ubuntu 22.04 and 24.04, or of
+    /// NVIDIA's own repositories.
+    #[expect(missing_docs, reason = "each field is the distribution of its name")]
+    Each { debian: &'static str, ubuntu: &'static str, elsewhere: &'static str },
+}
+
+impl Fix {
+    /// The wording for a machine of this distribution.
+    pub fn on(&self, distribution: Distribution) -> &'static str {
+        match (self, distribution) {
+            (Self::Everywhere(fix), _) => fix,
+            (Self::Each { debian, .. }, Distribution::Debian) => debian,
+            (Self::Each { ubuntu, .. }, Distribution::Ubuntu) => ubuntu,
+            (Self::Each { elsewhere, .. }, Distribution::Other) => elsewhere,
+        }
+    }
+
+    /// Every wording, with whom it is for: what documents show.
+    pub fn all(&self) -> Vec<(&'static str, &'static str)> {
+        match self {
+            Self::Everywhere(fix) => vec![("Fix", fix)],
+            Self::Each { debian, ubuntu, elsewhere } => {
+                vec![("Fix on Debian", debian), ("Fix on Ubuntu", ubuntu), ("Fix elsewhere", elsewhere)]
+            }
+        }
+    }
+}
+
+/// nvidia-container-toolkit is in no release of Debian or Ubuntu (source: NVIDIA's installation guide of the toolkit).
+const APT_TOOLKIT: &str = "curl -fsSL https://nvidia.github.io/libnvidia-container/gpgkey -o /etc/apt/keyrings/nvidia-container-toolkit.asc && echo 'deb [signed-by=/etc/apt/keyrings/nvidia-container-toolkit.asc] https://nvidia.github.io/libnvidia-container/stable/deb/$(ARCH) /' > /etc/apt/sources.list.d/nvidia-container-toolkit.list && apt update && apt install nvidia-container-toolkit, or correct runtime_path under [docker] in /etc/supernode-agent/agent.toml; then systemctl restart flower-supernode";
 
 /// Every reason, in the order of the manual.
 pub const CATALOGUE: &[Entry] = &[
@@ -56,161 +94,213 @@ pub const CATALOGUE: &[Entry] = &[
         code: "gpu-not-present",
         message_id: "869c911fe2436c713e5625d9c8cf4c9e",
         meaning: "There is no NVIDIA GPU in this VM, and OpenNebula passed none through.",
-        fix: "add PCI=[VENDOR=\"10de\",CLASS=\"0302\"] (CLASS=\"0300\" for GeForce cards) to the VM template and instantiate the VM anew, or set FL_GPU_ENABLED=NO",
+        fix: Fix::Everywhere(
+            "add PCI=[VENDOR=\"10de\",CLASS=\"0302\"] (CLASS=\"0300\" for GeForce cards) to the VM template and instantiate the VM anew, or set FL_GPU_ENABLED=NO",
+        ),
     },
     Entry {
         reason: Reason::GpuNotPassedThrough,
         code: "gpu-not-passed-through",
         message_id: "1066eaea8fabf0f00ff7b11691329178",
         meaning: "OpenNebula promised a PCI device that is not in this VM, or is not a GPU.",
-        fix: "on the host, bind every function of the card to vfio-pci (driverctl set-override ADDRESS vfio-pci), check the PCI attribute of the VM template, then power the VM off and on (onevm poweroff, onevm resume)",
+        fix: Fix::Everywhere(
+            "on the host, bind every function of the card to vfio-pci (driverctl set-override ADDRESS vfio-pci), check the PCI attribute of the VM template, then onevm poweroff VMID and onevm resume VMID",
+        ),
     },
     Entry {
         reason: Reason::DriverNotLoaded,
         code: "driver-not-loaded",
         message_id: "5f1fd82962f550c642c9e6b8df7f1387",
         meaning: "The GPU is in this VM, but no NVIDIA driver drives it.",
-        fix: "install the driver (Debian: apt install nvidia-driver linux-headers-$(uname -r); Ubuntu: ubuntu-drivers install --gpgpu) and run modprobe nvidia; if that fails, dmesg tells why: with Secure Boot the module must be signed (template: OS=[FIRMWARE_SECURE=\"NO\"])",
+        fix: Fix::Each {
+            debian: "apt update && apt install linux-headers-$(uname -r) nvidia-driver (with contrib, non-free and non-free-firmware among the Components in /etc/apt), then modprobe nvidia && systemctl restart flower-supernode; if modprobe fails, dmesg tells why; under Secure Boot enrol the module's key (mokutil --import /var/lib/dkms/mok.pub, then reboot) or set OS=[FIRMWARE_SECURE=\"NO\"] in the VM template",
+            ubuntu: "apt update && apt install ubuntu-drivers-common && ubuntu-drivers install --gpgpu, then modprobe nvidia && systemctl restart flower-supernode; if modprobe fails, dmesg tells why; under Secure Boot a module that DKMS built needs its key enrolled (mokutil --import /var/lib/shim-signed/mok/MOK.der, then reboot), or OS=[FIRMWARE_SECURE=\"NO\"] in the VM template",
+            elsewhere: "install the headers of the kernel that uname -r names and NVIDIA's driver (https://docs.nvidia.com/datacenter/tesla/driver-installation-guide), then modprobe nvidia && systemctl restart flower-supernode; if modprobe fails, dmesg tells why; under Secure Boot sign the module or set OS=[FIRMWARE_SECURE=\"NO\"] in the VM template",
+        },
     },
     Entry {
         reason: Reason::WrongDriver,
         code: "wrong-driver",
         message_id: "4a21c34a34c4463b4a26f0f47fa4f3fc",
         meaning: "The GPU is bound to a driver that is not NVIDIA's.",
-        fix: "keep the other driver away (echo 'blacklist nouveau' > /etc/modprobe.d/blacklist-nouveau.conf; update-initramfs -u), install NVIDIA's driver (Debian: apt install nvidia-driver; Ubuntu: ubuntu-drivers install --gpgpu) and reboot the VM",
+        fix: Fix::Each {
+            debian: "keep the other driver away (nouveau: echo blacklist nouveau > /etc/modprobe.d/blacklist-nouveau.conf && update-initramfs -u; vfio-pci: driverctl unset-override ADDRESS), apt update && apt install linux-headers-$(uname -r) nvidia-driver (with contrib, non-free and non-free-firmware among the Components in /etc/apt), then reboot the VM",
+            ubuntu: "keep the other driver away (nouveau: echo blacklist nouveau > /etc/modprobe.d/blacklist-nouveau.conf && update-initramfs -u; vfio-pci: driverctl unset-override ADDRESS), apt update && apt install ubuntu-drivers-common && ubuntu-drivers install --gpgpu, then reboot the VM",
+            elsewhere: "keep the other driver away (nouveau: echo blacklist nouveau > /etc/modprobe.d/blacklist-nouveau.conf && dracut --force; vfio-pci: driverctl unset-override ADDRESS), install NVIDIA's driver (https://docs.nvidia.com/datacenter/tesla/driver-installation-guide), then reboot the VM",
+        },
     },
     Entry {
         reason: Reason::DriverLibraryMissing,
         code: "driver-library-missing",
         message_id: "3d9e6a70c29c26b0ad619e7c3452f819",
         meaning: "NVIDIA's management library, libnvidia-ml, cannot be loaded.",
-        fix: "install the library of the driver's version (Debian: apt install --reinstall libnvidia-ml1; Ubuntu: apt install --reinstall libnvidia-compute-VERSION), or correct nvml_library in agent.toml",
+        fix: Fix::Each {
+            debian: "apt install --reinstall libnvidia-ml1 (component non-free), or correct nvml_library under [gpu] in /etc/supernode-agent/agent.toml; then systemctl restart flower-supernode",
+            ubuntu: "apt reinstall '?and(?installed,?name(^libnvidia-compute))' (where none is installed: ubuntu-drivers install --gpgpu), or correct nvml_library under [gpu] in /etc/supernode-agent/agent.toml; then systemctl restart flower-supernode",
+            elsewhere: "reinstall NVIDIA's driver, so that ldconfig -p lists libnvidia-ml.so.1, or correct nvml_library under [gpu] in /etc/supernode-agent/agent.toml; then systemctl restart flower-supernode",
+        },
     },
     Entry {
         reason: Reason::DriverLibraryMismatch,
         code: "driver-library-mismatch",
         message_id: "6074d8d4b5903c4b79186a849e15b008",
         meaning: "NVIDIA's library and its kernel module are of different versions: the driver was upgraded and the old module is still loaded.",
-        fix: "reboot the VM (or, with the node stopped: modprobe -r nvidia_uvm nvidia_drm nvidia_modeset nvidia && modprobe nvidia)",
+        fix: Fix::Everywhere(
+            "reboot the VM (or, with the node stopped: modprobe -r nvidia_uvm nvidia_drm nvidia_modeset nvidia && modprobe nvidia)",
+        ),
     },
     Entry {
         reason: Reason::DriverTooOld,
         code: "driver-too-old",
         message_id: "920648ef6b2ccdb3a941d40f17c3e454",
         meaning: "NVIDIA's library lacks a function that the agent needs.",
-        fix: "upgrade the driver to 510 or later (Debian: apt install nvidia-driver; Ubuntu: ubuntu-drivers install --gpgpu) and reboot the VM",
+        fix: Fix::Each {
+            debian: "apt update && apt install nvidia-driver (510 or later; Debian 12 has 535, Debian 13 has 550), then reboot the VM",
+            ubuntu: "apt update && apt install ubuntu-drivers-common && ubuntu-drivers install --gpgpu (510 or later), then reboot the VM",
+            elsewhere: "upgrade NVIDIA's driver to 510 or later and reboot the VM",
+        },
     },
     Entry {
         reason: Reason::DriverNotReady,
         code: "driver-not-ready",
         message_id: "76f2f36361cf9117eb3e9bf4c625c8f1",
         meaning: "The driver was still initialising when the wait for it ended.",
-        fix: "raise wait_seconds under [gpu] in agent.toml, run nvidia-persistenced so that the driver stays initialised, then systemctl restart flower-supernode",
+        fix: Fix::Everywhere(
+            "raise wait_seconds under [gpu] in /etc/supernode-agent/agent.toml, let the driver stay initialised (systemctl enable --now nvidia-persistenced), then systemctl restart flower-supernode",
+        ),
     },
     Entry {
         reason: Reason::DriverTimeout,
         code: "driver-timeout",
         message_id: "632522984070cc6524a56426a352b948",
         meaning: "The driver gave no answer in time, and the probe was killed.",
-        fix: "look for NVRM and Xid lines in dmesg; power the VM off and on (onevm poweroff, onevm resume); for a slow machine raise probe_timeout_seconds under [gpu] in agent.toml",
+        fix: Fix::Everywhere(
+            "dmesg | grep -E 'NVRM|Xid' tells what the driver met; onevm poweroff VMID and onevm resume VMID; for a slow machine raise probe_timeout_seconds under [gpu] in /etc/supernode-agent/agent.toml",
+        ),
     },
     Entry {
         reason: Reason::DriverCrash,
         code: "driver-crash",
         message_id: "c7b45707d896819569dfb772f309bad4",
         meaning: "NVIDIA's library crashed while it was asked.",
-        fix: "reinstall the driver so that library and module are whole and of one version (Debian: apt install --reinstall libnvidia-ml1 nvidia-kernel-dkms), then reboot the VM",
+        fix: Fix::Each {
+            debian: "apt install --reinstall libnvidia-ml1 nvidia-kernel-dkms, so that library and module are whole and of one version, then reboot the VM",
+            ubuntu: "apt reinstall '?and(?installed,?name(nvidia))', so that library and module are whole and of one version, then reboot the VM",
+            elsewhere: "reinstall NVIDIA's driver, so that library and module are whole and of one version, then reboot the VM",
+        },
     },
     Entry {
         reason: Reason::DriverError,
         code: "driver-error",
         message_id: "9a7e3235982d23dc830c8cf451b4e4ae",
         meaning: "NVIDIA's library reported an error.",
-        fix: "look for NVRM and Xid lines in dmesg, run nvidia-smi, and reboot the VM if the error stays",
+        fix: Fix::Everywhere(
+            "dmesg | grep -E 'NVRM|Xid' and nvidia-smi tell what the driver met; reboot the VM if the error stays",
+        ),
     },
     Entry {
         reason: Reason::PermissionDenied,
         code: "permission-denied",
         message_id: "47e30f688916bd6a5265fa5f9b3ff4be",
         meaning: "The agent was refused access to the GPU.",
-        fix: "run the agent as root, check the mode of /dev/nvidia* (crw-rw-rw-), and let the unit have the devices (systemctl edit flower-supernode: [Service] DeviceAllow=char-nvidia rw)",
+        fix: Fix::Everywhere(
+            "run the agent as root, check the mode of /dev/nvidia* (crw-rw-rw-), and let the unit have the devices (systemctl edit flower-supernode: [Service] DeviceAllow=char-nvidia rw)",
+        ),
     },
     Entry {
         reason: Reason::GpuCountZero,
         code: "gpu-count-zero",
         message_id: "cdf0a052644d95a2ca1c47e9e6f6e254",
         meaning: "The driver is loaded and sees no GPU.",
-        fix: "look in dmesg for why the driver refused the card (an unsupported GPU, too small BARs, a vGPU licence), check nvidia-smi -L, and use a driver branch that supports the card",
+        fix: Fix::Everywhere(
+            "dmesg | grep NVRM tells why the driver refused the card (an unsupported GPU, too small BARs, a vGPU licence); use a driver branch that supports the card, and check with nvidia-smi -L",
+        ),
     },
     Entry {
         reason: Reason::GpuLost,
         code: "gpu-lost",
         message_id: "242b4cbfa36c8e84a8b0c84dbe4ce8b2",
         meaning: "The GPU has fallen off the bus.",
-        fix: "power the VM off and on (onevm poweroff, onevm resume); if the GPU stays lost, power-cycle the host",
+        fix: Fix::Everywhere("onevm poweroff VMID and onevm resume VMID; if the GPU stays lost, power-cycle the host"),
     },
     Entry {
         reason: Reason::GpuResetRequired,
         code: "gpu-reset-required",
         message_id: "1c190f27419460b56b8b76a01484e1b7",
         meaning: "The GPU asks for a reset.",
-        fix: "reset it with nvidia-smi -r while nothing uses it, or power the VM off and on (onevm poweroff, onevm resume)",
+        fix: Fix::Everywhere("nvidia-smi -r while nothing uses the GPU, or onevm poweroff VMID and onevm resume VMID"),
     },
     Entry {
         reason: Reason::GpuUnhealthy,
         code: "gpu-unhealthy",
         message_id: "6c671ecda1c186e72cd246afe26c6835",
         meaning: "The GPU reports a hardware fault.",
-        fix: "nvidia-smi -q shows the fault; reset the GPU (nvidia-smi -r) or power the VM off and on; if it comes back, replace the card, its power cable or its slot",
+        fix: Fix::Everywhere(
+            "nvidia-smi -q shows the fault; nvidia-smi -r, or onevm poweroff VMID and onevm resume VMID; if it comes back, replace the card, its power cable or its slot",
+        ),
     },
     Entry {
         reason: Reason::DeviceSelectionEmpty,
         code: "device-selection-empty",
         message_id: "107ccbb7d992cd1d8145c3926255cb55",
         meaning: "FL_CUDA_VISIBLE_DEVICES selects no GPU that exists in this VM.",
-        fix: "set FL_CUDA_VISIBLE_DEVICES to all or to one of the GPUs that supernode-agent gpu lists, or set FL_GPU_ENABLED=NO",
+        fix: Fix::Everywhere(
+            "set FL_CUDA_VISIBLE_DEVICES to all or to one of the GPUs that supernode-agent gpu lists (a card in MIG mode without an instance: nvidia-smi mig -cgi PROFILE -C makes one, nvidia-smi -mig 0 ends the mode), or set FL_GPU_ENABLED=NO",
+        ),
     },
     Entry {
         reason: Reason::RuntimeMissing,
         code: "runtime-missing",
         message_id: "9717a5010ebb71160385380f3acd0c34",
         meaning: "The GPU works, but nvidia-container-runtime, by which Docker hands it over, is not installed.",
-        fix: "install NVIDIA's container toolkit (apt install nvidia-container-toolkit, from NVIDIA's package repository), or correct runtime_path in agent.toml; then systemctl restart flower-supernode",
+        fix: Fix::Each {
+            debian: APT_TOOLKIT,
+            ubuntu: APT_TOOLKIT,
+            elsewhere: "curl -fsSL https://nvidia.github.io/libnvidia-container/stable/rpm/nvidia-container-toolkit.repo -o /etc/yum.repos.d/nvidia-container-toolkit.repo && dnf install nvidia-container-toolkit, or correct runtime_path under [docker] in /etc/supernode-agent/agent.toml; then systemctl restart flower-supernode",
+        },
     },
     Entry {
         reason: Reason::RuntimeNotConfigured,
         code: "runtime-not-configured",
         message_id: "84f63351174b9bf685aa4aaf8164c23a",
         meaning: "Docker does not know the nvidia runtime, and it could not be told.",
-        fix: "mend daemon.json so that it is one JSON object (an empty one is {}), run supernode-agent configure-runtime and systemctl reload docker; journalctl -u docker shows what Docker objects to",
+        fix: Fix::Everywhere(
+            "mend daemon.json so that it is one JSON object (an empty one is {}), run supernode-agent configure-runtime and systemctl reload docker; journalctl -u docker shows what Docker objects to",
+        ),
     },
     Entry {
         reason: Reason::RuntimeStartFailed,
         code: "runtime-start-failed",
         message_id: "03fe86fa94199f10a149a588cd19bd0a",
         meaning: "Docker refused to start the container with the GPU.",
-        fix: "try the GPU in any container (docker run --rm --runtime=nvidia -e NVIDIA_VISIBLE_DEVICES=all IMAGE nvidia-smi); reinstall nvidia-container-toolkit if that fails as well; then systemctl restart flower-supernode",
+        fix: Fix::Everywhere(
+            "try the GPU in any container (docker run --rm --runtime=nvidia -e NVIDIA_VISIBLE_DEVICES=all IMAGE nvidia-smi); reinstall nvidia-container-toolkit if that fails as well; then systemctl restart flower-supernode",
+        ),
     },
     Entry {
         reason: Reason::GpuNotVisible,
         code: "gpu-not-visible",
         message_id: "91c7fbd4d4b9839bf139d6263045e9d7",
         meaning: "The container started with the GPU, and the GPU is not in it.",
-        fix: "check that the nvidia runtime of daemon.json is NVIDIA's own and that /etc/nvidia-container-runtime/config.toml has no mode that skips the devices; then systemctl restart flower-supernode",
+        fix: Fix::Everywhere(
+            "check that the nvidia runtime of daemon.json is NVIDIA's own and that /etc/nvidia-container-runtime/config.toml has no mode that skips the devices; then systemctl restart flower-supernode",
+        ),
     },
     Entry {
         reason: Reason::GpuFailed,
         code: "gpu-failed",
         message_id: "642dd8c826e27e90105ed2d5d392ac67",
         meaning: "The GPU failed while the node was running.",
-        fix: "look up the Xid in dmesg, reset the GPU (nvidia-smi -r) or power the VM off and on, then systemctl restart flower-supernode",
+        fix: Fix::Everywhere(
+            "look up the Xid in dmesg, reset the GPU (nvidia-smi -r) or power the VM off and on, then systemctl restart flower-supernode",
+        ),
     },
     Entry {
         reason: Reason::FrameworkWithoutGpu,
         code: "framework-without-gpu",
         message_id: "e8aa94a4f59ab3df3719d167f6cc7216",
         meaning: "The framework has no GPU build.",
-        fix: "set ML_FRAMEWORK to pytorch or tensorflow, or set FL_GPU_ENABLED=NO",
+        fix: Fix::Everywhere("set ML_FRAMEWORK to pytorch or tensorflow, or set FL_GPU_ENABLED=NO"),
     },
 ];
 
@@ -224,6 +314,11 @@ impl Reason {
     /// The stable code, such as `driver-not-loaded`.
     pub fn code(self) -> &'static str {
         self.entry().code
+    }
+
+    /// What an operator does about it on a machine of this distribution.
+    pub fn fix(self, distribution: Distribution) -> &'static str {
+        self.entry().fix.on(distribution)
     }
 
     /// The reason with this code.
@@ -262,11 +357,6 @@ impl Finding {
     pub fn new(reason: Reason, summary: impl Into<String>) -> Self {
         Self { reason, summary: one_line(&summary.into()), pci_address: None, gpu_uuid: None }
     }
-
-    /// What an operator does about it.
-    pub fn fix(&self) -> &'static str {
-        self.reason.entry().fix
-    }
 }
 
 /// Foreign text in one line of bounded length.
@@ -295,9 +385,24 @@ mod tests {
             assert!(entry.message_id.len() == 32 && entry.message_id.bytes().all(|b| b.is_ascii_hexdigit()));
             assert!(seen.insert(entry.message_id), "{} is not unique", entry.message_id);
             assert!(seen.insert(entry.code), "{} is not unique", entry.code);
-            assert!(!entry.meaning.is_empty() && !entry.fix.is_empty());
+            assert!(!entry.meaning.is_empty());
+            assert!(entry.fix.all().iter().all(|(_, fix)| !fix.is_empty() && !fix.ends_with('.')), "{}", entry.code);
         }
         assert_eq!(CATALOGUE.last().unwrap().reason, Reason::FrameworkWithoutGpu, "an entry is missing");
+    }
+
+    #[test]
+    fn a_fix_with_a_package_is_that_of_the_machines_own_distribution() {
+        for entry in CATALOGUE {
+            let [debian, ubuntu, elsewhere] =
+                [Distribution::Debian, Distribution::Ubuntu, Distribution::Other].map(|on| entry.fix.on(on));
+            assert!(!debian.contains("ubuntu-drivers") && !debian.contains("dnf "), "{debian}");
+            assert!(!ubuntu.contains("nvidia-driver ") && !ubuntu.contains("dnf "), "{ubuntu}");
+            assert!(!elsewhere.contains("apt ") && !elsewhere.contains("ubuntu-drivers"), "{elsewhere}");
+            for fix in [debian, ubuntu, elsewhere] {
+                assert!(!fix.contains("Debian:") && !fix.contains("Ubuntu:"), "{fix}");
+            }
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use super::probe::ProbeOutcome;
 use super::reason::{Finding, Reason};
 use crate::config::values::{DeviceName, DeviceSelection};
 use crate::config::{Config, Framework};
+use crate::distribution::Distribution;
 
 /// What the node runs on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,8 +82,8 @@ impl Verdict {
         }
     }
 
-    /// The form of `plan --json` and `gpu --json`.
-    pub fn to_json(&self) -> Json {
+    /// The form of `plan --json` and `gpu --json`; the fix is that of the distribution.
+    pub fn to_json(&self, distribution: Distribution) -> Json {
         match self {
             Self::Gpu { devices, missing } => json!({"device": "cuda", "devices": devices, "missing": missing}),
             Self::Cpu { finding: None } => json!({"device": "cpu", "reason": null, "summary": null, "fix": null}),
@@ -90,7 +91,7 @@ impl Verdict {
                 "device": "cpu",
                 "reason": finding.reason,
                 "summary": finding.summary,
-                "fix": finding.fix(),
+                "fix": finding.reason.fix(distribution),
                 "pci_address": finding.pci_address,
                 "gpu_uuid": finding.gpu_uuid,
             }),
@@ -117,7 +118,7 @@ pub fn before_the_probe(config: &Config, facts: &PciFacts) -> Option<Verdict> {
 }
 
 fn present_gpus(facts: &PciFacts) -> String {
-    let present: Vec<String> = facts.gpus().map(|gpu| format!("{} ({})", gpu.address, gpu.ids())).collect();
+    let present: Vec<String> = facts.gpus().map(|gpu| format!("{} ({})", gpu.address, gpu.described())).collect();
     if present.is_empty() { "this VM has no NVIDIA GPU".into() } else { format!("this VM has {}", present.join(", ")) }
 }
 
@@ -150,7 +151,9 @@ fn broken_promises(config: &Config, facts: &PciFacts) -> Vec<BrokenPromise> {
                 Some(address) => match facts.at(address) {
                     None => (false, "and there is no device at that address".to_owned()),
                     Some(device) if device.is_nvidia_display() => return None,
-                    Some(device) => (true, format!("and the device there is not an NVIDIA GPU ({})", device.ids())),
+                    Some(device) => {
+                        (true, format!("and the device there is not an NVIDIA GPU ({})", device.described()))
+                    }
                 },
             };
             Some(BrokenPromise { place, is_foreign, sentence: format!("{promise}, {what}") })
@@ -162,10 +165,11 @@ fn without_driver(config: &Config, facts: &PciFacts) -> Option<Finding> {
     if facts.gpus().next().is_none() {
         let broken = broken_promises(config, facts);
         let Some(first) = broken.first() else {
-            return Some(Finding::new(
-                Reason::GpuNotPresent,
-                "this VM has no NVIDIA GPU on its PCI bus (vendor 10de, class 03xx), and the context has no PCI<n>_ADDRESS of one",
-            ));
+            let what = format!(
+                "OpenNebula passed no GPU to this VM (the context has no PCI<n>_ADDRESS of one), and there is no NVIDIA GPU (vendor 10de, class 03xx) among its {}",
+                other_devices(facts)
+            );
+            return Some(Finding::new(Reason::GpuNotPresent, what));
         };
         let place = Some(first.place.clone());
         let sentences: Vec<&str> = broken.iter().map(|promise| promise.sentence.as_str()).collect();
@@ -174,8 +178,24 @@ fn without_driver(config: &Config, facts: &PciFacts) -> Option<Finding> {
     if facts.gpus().any(|gpu| gpu.driver.as_deref() == Some("nvidia")) {
         return None;
     }
-    let foreign = facts.gpus().find(|gpu| gpu.driver.is_some());
-    foreign.or(facts.gpus().next()).map(|gpu| not_driven(gpu, facts))
+    let (bound, unbound): (Vec<_>, Vec<_>) = facts.gpus().partition(|gpu| gpu.driver.is_some());
+    let mut findings = bound.into_iter().chain(unbound).map(|gpu| not_driven(gpu, facts));
+    let first = findings.next()?;
+    let summaries: Vec<String> = std::iter::once(first.summary).chain(findings.map(|other| other.summary)).collect();
+    Some(Finding { summary: summaries.join("; "), ..first })
+}
+
+/// The PCI devices of a VM without an NVIDIA GPU: their number, and those that one may have taken for it.
+fn other_devices(facts: &PciFacts) -> String {
+    let similar: Vec<String> = facts
+        .devices
+        .iter()
+        .filter(|device| device.is_similar_to_gpu())
+        .map(|device| format!("{} ({})", device.address, device.described()))
+        .collect();
+    let count = facts.devices.len();
+    let devices = if count == 1 { "1 PCI device".into() } else { format!("{count} PCI devices") };
+    if similar.is_empty() { devices } else { format!("{devices}; those nearest to one are {}", similar.join(", ")) }
 }
 
 /// Why NVIDIA's driver does not drive this GPU.
@@ -193,12 +213,19 @@ fn not_driven(gpu: &PciDevice, facts: &PciFacts) -> Finding {
             let module = match (&facts.module_version, &facts.module_pending) {
                 (_, Some(state)) => format!("the nvidia module is still {state}"),
                 (Some(version), None) => format!("the nvidia module {version} is loaded and has not taken it"),
-                (None, None) => "the nvidia module is not loaded".into(),
+                (None, None) => not_loaded(facts),
             };
             (Reason::DriverNotLoaded, format!("no driver is bound to the GPU {address} ({ids}): {module}"))
         }
     };
     Finding { pci_address: Some(address.to_string()), ..Finding::new(reason, what) }
+}
+
+/// That the module is not loaded, and what is seen of the causes.
+fn not_loaded(facts: &PciFacts) -> String {
+    let parts: Vec<String> =
+        std::iter::once("the nvidia module is not loaded".into()).chain(facts.kernel.obstacles()).collect();
+    parts.join("; ")
 }
 
 /// What follows from the driver's answer, once [`before_the_probe`] had nothing to say.
@@ -209,15 +236,22 @@ pub fn after_the_probe(config: &Config, facts: &PciFacts, outcome: &ProbeOutcome
             Err(finding) => finding,
         },
         ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library }) => driver_failure(fault, library, facts),
-        ProbeOutcome::TimedOut(limit) => about_the_gpus(
+        ProbeOutcome::TimedOut { limit, library } => about_the_gpus(
             Reason::DriverTimeout,
-            format!("NVML gave no answer within {} s, and the probe was killed", limit.as_secs_f64()),
+            format!(
+                "NVML gave no answer within {} s, and the probe was killed{}",
+                limit.as_secs_f64(),
+                library_in_words(library)
+            ),
             facts,
         ),
-        ProbeOutcome::Crashed { signal, said } => {
+        ProbeOutcome::Crashed { signal, said, library } => {
             let said = if said.is_empty() { String::new() } else { format!(", with the last words: {said}") };
             let name = signal_name(*signal);
-            let what = format!("the probe died by signal {signal}{name} while it asked NVIDIA's library{said}");
+            let what = format!(
+                "the probe died by signal {signal}{name} while it asked NVIDIA's library{said}{}",
+                library_in_words(library)
+            );
             about_the_gpus(Reason::DriverCrash, what, facts)
         }
         ProbeOutcome::Failed(why) => about_the_gpus(Reason::DriverError, why.clone(), facts),
@@ -316,9 +350,23 @@ fn driver_failure(fault: &Fault, library: &LibraryFile, facts: &PciFacts) -> Fin
             library.version.as_deref().unwrap_or("of an unknown version"),
             facts.module_version.as_deref().unwrap_or("of an unknown version"),
         ),
-        _ => what,
+        Reason::DriverNotLoaded if facts.module_version.is_none() => {
+            format!("{what}{}; {}", library_in_words(library), not_loaded(facts))
+        }
+        _ => format!("{what}{}", library_in_words(library)),
     };
     about_the_gpus(reason, summary, facts)
+}
+
+/// Which library answered, as the end of a sentence; nothing where it is not known.
+fn library_in_words(library: &LibraryFile) -> String {
+    match library {
+        LibraryFile { path: Some(path), version: Some(version), .. } => {
+            format!("; the library is {path}, version {version}")
+        }
+        LibraryFile { path: Some(path), .. } => format!("; the library is {path}"),
+        LibraryFile { path: None, .. } => String::new(),
+    }
 }
 
 /// Why a GPU that the driver lists cannot be used.
@@ -513,6 +561,7 @@ mod tests {
 
     use one_context::Context;
 
+    use super::super::kernel::KernelFacts;
     use super::super::nvml::ProbedMig;
     use super::*;
     use crate::config::Prebaked;
@@ -618,8 +667,18 @@ mod tests {
             ("driver-too-old", config(&[]), on_nvidia.clone(), failed(FaultKind::Symbol, "undefined symbol")),
             ("driver-too-old", config(&[]), on_nvidia.clone(), code(13)),
             ("driver-not-ready", config(&[]), on_nvidia.clone(), code(27)),
-            ("driver-timeout", config(&[]), on_nvidia.clone(), ProbeOutcome::TimedOut(Duration::from_secs(20))),
-            ("driver-crash", config(&[]), on_nvidia.clone(), ProbeOutcome::Crashed { signal: 11, said: String::new() }),
+            (
+                "driver-timeout",
+                config(&[]),
+                on_nvidia.clone(),
+                ProbeOutcome::TimedOut { limit: Duration::from_secs(20), library: LibraryFile::default() },
+            ),
+            (
+                "driver-crash",
+                config(&[]),
+                on_nvidia.clone(),
+                ProbeOutcome::Crashed { signal: 11, said: String::new(), library: LibraryFile::default() },
+            ),
             ("driver-error", config(&[]), on_nvidia.clone(), code(999)),
             ("driver-error", config(&[]), on_nvidia.clone(), code(20)),
             ("permission-denied", config(&[]), on_nvidia.clone(), code(4)),
@@ -705,7 +764,7 @@ mod tests {
         );
         assert_eq!(
             finding_of(facts(&[device(A, 0x8086, 0x02_00_00, Some("igb"))])).summary,
-            "OpenNebula passed 0000:01:00.0 to this VM (PCI0_ADDRESS='01:00.0'), and the device there is not an NVIDIA GPU (8086:20b5, class 0200)"
+            "OpenNebula passed 0000:01:00.0 to this VM (PCI0_ADDRESS='01:00.0'), and the device there is not an NVIDIA GPU (8086:20b5, class 0200, driver igb)"
         );
         assert_eq!(
             finding_of(facts(&[gpu_at(A, Some("nouveau"))])).summary,
@@ -713,6 +772,66 @@ mod tests {
         );
         let both = finding(decide(&promised, &two().0, &failed(FaultKind::Code(18), "mismatch")));
         assert!(both.summary.contains("560.35.03") && both.summary.contains("550.54.15"), "{}", both.summary);
+    }
+
+    #[test]
+    fn what_keeps_the_module_from_being_loaded_is_told_where_it_is_seen() {
+        let bare = PciFacts { module_version: None, ..facts(&[gpu_at(A, None)]) };
+        let summary = |kernel| {
+            let facts = PciFacts { kernel, ..bare.clone() };
+            finding(before_the_probe(&config(&[]), &facts).unwrap()).summary
+        };
+        let start =
+            "no driver is bound to the GPU 0000:01:00.0 (10de:20b5, class 0302): the nvidia module is not loaded";
+        assert_eq!(summary(KernelFacts::default()), start);
+        let kernel = |has_module, has_headers, secure_boot| KernelFacts {
+            release: Some("6.1.0-9-amd64".into()),
+            has_module: Some(has_module),
+            dkms: None,
+            has_headers: Some(has_headers),
+            secure_boot: Some(secure_boot),
+        };
+        assert_eq!(
+            summary(kernel(false, false, false)),
+            format!(
+                "{start}; none is installed for the kernel 6.1.0-9-amd64; the headers of the kernel 6.1.0-9-amd64, without which DKMS builds none, are not installed"
+            )
+        );
+        assert_eq!(
+            summary(kernel(true, false, true)),
+            format!(
+                "{start}; one is installed for the kernel 6.1.0-9-amd64; Secure Boot is on, so the kernel refuses a module without a signature that it knows"
+            )
+        );
+        // Where a driver is bound, NVML alone says that none is loaded.
+        let facts = PciFacts {
+            module_version: None,
+            kernel: kernel(false, true, false),
+            ..facts(&[gpu_at(A, Some("nvidia"))])
+        };
+        let by_nvml = finding(decide(&config(&[]), &facts, &failed(FaultKind::Code(9), "no driver"))).summary;
+        assert!(
+            by_nvml.contains("error 9: no driver; the nvidia module is not loaded; none is installed"),
+            "{by_nvml}"
+        );
+    }
+
+    #[test]
+    fn a_vm_without_a_gpu_is_told_with_what_it_has_instead() {
+        let screen = device("0000:00:02.0", 0x1234, 0x03_00_00, Some("bochs-drm"));
+        let facts = facts(&[screen, device("0000:00:03.0", 0x1af4, 0x02_00_00, Some("virtio-pci"))]);
+        assert_eq!(
+            finding(before_the_probe(&config(&[]), &facts).unwrap()).summary,
+            "OpenNebula passed no GPU to this VM (the context has no PCI<n>_ADDRESS of one), and there is no NVIDIA GPU (vendor 10de, class 03xx) among its 2 PCI devices; those nearest to one are 0000:00:02.0 (1234:20b5, class 0300, driver bochs-drm)"
+        );
+    }
+
+    #[test]
+    fn every_gpu_that_is_not_driven_is_told() {
+        let facts = facts(&[gpu_at(A, None), gpu_at(B, Some("nouveau"))]);
+        let finding = finding(before_the_probe(&config(&[]), &facts).unwrap());
+        assert_eq!((finding.reason, finding.pci_address.as_deref()), (Reason::WrongDriver, Some(B)));
+        assert!(finding.summary.contains(A) && finding.summary.contains(B), "{}", finding.summary);
     }
 
     #[test]

@@ -1,0 +1,914 @@
+//! Every cause for which a node runs on the CPU, up to the launch and at the launch: each is produced as really as a machine
+//! without a GPU can, by `supernode-agent run` on a real Docker engine of the test's own. `make test` prints the table.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::{GPU_A, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, two_gpus, up, wanted, warnings};
+use serde_json::{Value, json};
+use supernode_tests::{Agent, Case, Engine, RuntimeMode, Sysfs, nvml_library, run};
+
+/// Codes that come about only while the container runs, and the file of the tests that produce them.
+const WHILE_RUNNING: &[(&str, &str)] = &[("gpu-failed", "tests/tests/watch.rs")];
+
+type Prepare = dyn Fn(&Engine, &mut Case);
+
+/// A way in which a node loses its GPU.
+struct Cause {
+    code: &'static str,
+    /// How it is produced: for the table.
+    how: String,
+    /// What the summary must tell of the particulars.
+    words: Vec<String>,
+    /// Makes a good machine, with its GPU and on its engine, to one with this fault.
+    prepare: Box<Prepare>,
+}
+
+impl Cause {
+    fn new(
+        code: &'static str,
+        how: impl Into<String>,
+        words: &[&str],
+        prepare: impl Fn(&Engine, &mut Case) + 'static,
+    ) -> Self {
+        let words = words.iter().map(|words| (*words).to_owned()).collect();
+        Self { code, how: how.into(), words, prepare: Box::new(prepare) }
+    }
+
+    /// A machine with these PCI devices and this context.
+    fn on_bus(
+        code: &'static str,
+        how: &str,
+        words: &[&str],
+        sysfs: impl Fn() -> Sysfs + 'static,
+        more: &'static [(&'static str, &'static str)],
+    ) -> Self {
+        Self::new(code, how, words, move |_, case| {
+            case.sysfs(&sysfs()).context(&in_json(more));
+        })
+    }
+
+    /// A library that does as the script of the stand-in says.
+    fn of_library(code: &'static str, how: impl Into<String>, words: &[&str], script: Value) -> Self {
+        Self::new(code, how, words, move |_, case| {
+            case.nvml(&script);
+        })
+    }
+
+    /// A file in the place of the library; `None`: there is none.
+    fn of_file(
+        code: &'static str,
+        how: &str,
+        words: &[&str],
+        bytes: impl Fn(Vec<u8>) -> Option<Vec<u8>> + 'static,
+    ) -> Self {
+        Self::new(code, how, words, move |_, case| {
+            let path = case.path("libnvidia-ml.so.1");
+            if let Some(bytes) = bytes(fs::read(nvml_library()).unwrap()) {
+                fs::write(&path, bytes).unwrap();
+            }
+            case.set("gpu.nvml_library", path.to_string_lossy().into_owned());
+        })
+    }
+}
+
+/// The context of a node that wants the GPU, with its log in JSON.
+fn in_json<'a>(more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
+    wanted(&[&[("FL_LOG_FORMAT", "json")], more].concat())
+}
+
+const GPU: &str = "0000:01:00.0";
+
+/// What sysfs shows: found before NVML is asked.
+fn on_the_bus() -> Vec<Cause> {
+    let passed = "OpenNebula passed 0000:01:00.0 to this VM";
+    let nic = || Sysfs::new().device(GPU, "0x8086", "0x020000", Some("igb"));
+    let screen = || Sysfs::new().device("0000:00:02.0", "0x1234", "0x030000", Some("bochs-drm"));
+    vec![
+        Cause::on_bus(
+            "gpu-not-present",
+            "nothing promised, no GPU on the bus",
+            &["passed no GPU", "2 PCI devices", "0000:00:02.0 (1234:20f1, class 0300, driver bochs-drm)"],
+            screen,
+            &[("PCI0_ADDRESS", "")],
+        ),
+        Cause::on_bus(
+            "gpu-not-present",
+            "a PCI NIC promised as a NIC (PCI0_MAC), and no GPU",
+            &["passed no GPU"],
+            nic,
+            &[("PCI0_MAC", "02:00:00:00:00:01")],
+        ),
+        Cause::on_bus(
+            "gpu-not-passed-through",
+            "promised, and nothing at that address",
+            &[passed, "no device at that address"],
+            Sysfs::new,
+            &[],
+        ),
+        Cause::on_bus(
+            "gpu-not-passed-through",
+            "promised, and a NIC at that address",
+            &[passed, "not an NVIDIA GPU (8086:20f1, class 0200, driver igb)"],
+            nic,
+            &[],
+        ),
+        Cause::on_bus(
+            "gpu-not-passed-through",
+            "two promised, and nothing at either address",
+            &[passed, "0000:21:00.0"],
+            Sysfs::new,
+            &[("PCI1_ADDRESS", "21:00.0")],
+        ),
+        Cause::on_bus(
+            "driver-not-loaded",
+            "a GPU without a driver",
+            &["no driver is bound to the GPU 0000:01:00.0 (10de:20f1, class 0302)", "module is not loaded"],
+            || Sysfs::new().gpu(GPU),
+            &[],
+        ),
+        Cause::on_bus(
+            "driver-not-loaded",
+            "a GPU that the loaded module has not taken",
+            &[GPU, "module 550.54.15 is loaded and has not taken it"],
+            || Sysfs::new().gpu(GPU).module("550.54.15"),
+            &[],
+        ),
+        Cause::on_bus(
+            "driver-not-loaded",
+            "a module that is still coming when the wait ends",
+            &[GPU, "still coming"],
+            || Sysfs::new().gpu(GPU).module_in_state("550.54.15", "coming"),
+            &[],
+        ),
+        Cause::new(
+            "driver-not-loaded",
+            "no module for the kernel, no headers, Secure Boot on",
+            &[
+                "none is installed for the kernel 6.1.0-37-amd64",
+                "headers of the kernel 6.1.0-37-amd64",
+                "Secure Boot is on",
+            ],
+            |_, case| {
+                case.sysfs(&Sysfs::new().gpu(GPU).secure_boot(true));
+                let list = "kernel/drivers/video/fbdev/nvidia/nvidiafb.ko.xz:\n";
+                case.kernel("6.1.0-37-amd64", &[("lib/modules/6.1.0-37-amd64/modules.dep", list)]);
+            },
+        ),
+        Cause::new(
+            "driver-not-loaded",
+            "DKMS has built the module for the kernel of before",
+            &["DKMS has nvidia-current 535.261.03 and has built none for the kernel 6.1.0-38-amd64; the headers"],
+            |_, case| {
+                case.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
+                let built = "var/lib/dkms/nvidia-current/535.261.03/6.1.0-37-amd64/x86_64/module/nvidia-current.ko.xz";
+                case.kernel("6.1.0-38-amd64", &[(built, ""), ("etc/debian_version", "12.11\n")]);
+            },
+        ),
+        Cause::new(
+            "driver-not-loaded",
+            "a module for the kernel, not loaded",
+            &["one is installed for the kernel 6.8.0-60-generic"],
+            |_, case| {
+                case.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
+                let list = "kernel/nvidia-570-server/nvidia.ko:\n";
+                case.kernel("6.8.0-60-generic", &[("lib/modules/6.8.0-60-generic/modules.dep", list)]);
+            },
+        ),
+        Cause::on_bus(
+            "wrong-driver",
+            "a GPU on nouveau",
+            &[GPU, "10de:20f1", "driver nouveau"],
+            || Sysfs::new().gpu(GPU).driver("nouveau"),
+            &[],
+        ),
+        Cause::on_bus(
+            "wrong-driver",
+            "a GPU on vfio-pci, with FL_LOG_LEVEL=ERROR",
+            &[GPU, "driver vfio-pci"],
+            || Sysfs::new().gpu(GPU).driver("vfio-pci"),
+            &[("FL_LOG_LEVEL", "ERROR")],
+        ),
+        Cause::on_bus(
+            "wrong-driver",
+            "two GPUs, on nouveau and on nothing",
+            &[GPU, "0000:21:00.0", "driver nouveau"],
+            || Sysfs::new().gpu("0000:21:00.0").gpu(GPU).driver("nouveau"),
+            &[],
+        ),
+    ]
+}
+
+/// What the operator chose.
+fn of_the_choice() -> Vec<Cause> {
+    vec![
+        Cause::on_bus(
+            "device-selection-empty",
+            "FL_CUDA_VISIBLE_DEVICES=none",
+            &["'none'", GPU],
+            sysfs_of_one,
+            &[("FL_CUDA_VISIBLE_DEVICES", "none")],
+        ),
+        Cause::on_bus(
+            "device-selection-empty",
+            "FL_CUDA_VISIBLE_DEVICES names an index that is not there",
+            &["'3'", GPU_A, GPU],
+            sysfs_of_one,
+            &[("FL_CUDA_VISIBLE_DEVICES", "3")],
+        ),
+        Cause::new(
+            "device-selection-empty",
+            "a card in MIG mode without an instance",
+            &[GPU_A, "in MIG mode, without an instance"],
+            |_, case| {
+                let mut machine = one_gpu();
+                machine["gpus"][0]["mig"] = json!([]);
+                case.nvml(&machine);
+            },
+        ),
+        Cause::on_bus(
+            "framework-without-gpu",
+            "ML_FRAMEWORK=sklearn",
+            &["scikit-learn"],
+            sysfs_of_one,
+            &[("ML_FRAMEWORK", "sklearn")],
+        ),
+    ]
+}
+
+/// What the driver's library does: every file that is none, then one that misbehaves.
+fn of_the_library() -> Vec<Cause> {
+    let missing = "driver-library-missing";
+    let sick = |key: &str, value: Value| {
+        let mut machine = one_gpu();
+        machine["gpus"][0][key] = value;
+        machine
+    };
+    vec![
+        Cause::of_file(missing, "no library", &["it is not installed", GPU, "550.54.15"], |_| None),
+        Cause::of_file(missing, "10 bytes of a library", &["it is cut off: 10 of"], |whole| Some(whole[..10].to_vec())),
+        Cause::of_file(
+            missing,
+            "12 KiB of a library: who maps it dies by SIGBUS",
+            &["it is cut off: 12288 of"],
+            |whole| Some(whole[..3 * 4096].to_vec()),
+        ),
+        Cause::of_file(missing, "an empty file", &["it is cut off: 0 of"], |_| Some(Vec::new())),
+        Cause::of_file(missing, "a text", &["no ELF header"], |_| Some(vec![b'#'; 200])),
+        // EI_CLASS, and e_machine: ARM.
+        Cause::of_file(missing, "a 32-bit library", &["another machine (32 bits"], |whole| {
+            Some(with_byte(whole, 4, 1))
+        }),
+        Cause::of_file(missing, "a library for ARM", &["another machine (64 bits, ELF machine 40)"], |whole| {
+            Some(with_byte(whole, 18, 40))
+        }),
+        Cause::new("driver-too-old", "a library without NVML's functions (libm)", &["nvmlInit_v2"], |_, case| {
+            case.set("gpu.nvml_library", "libm.so.6");
+        }),
+        Cause::new(
+            "driver-library-mismatch",
+            "a library 560.35.03 beside a module 550.54.15",
+            &["the library is 560.35.03", "kernel module is 550.54.15"],
+            |_, case| {
+                case.nvml(&json!({"fail": {"nvmlInit_v2": 18}}));
+                let file = case.path("libnvidia-ml.so.560.35.03");
+                fs::copy(nvml_library(), &file).unwrap();
+                let link = case.path("libnvidia-ml.so.1");
+                symlink("libnvidia-ml.so.560.35.03", &link).unwrap();
+                case.set("gpu.nvml_library", link.to_string_lossy().into_owned());
+            },
+        ),
+        Cause::of_library(
+            "driver-timeout",
+            "a library that hangs in nvmlInit",
+            &["within 1 s", GPU, "550.54.15", "libnvml_standin.so"],
+            json!({"hang": ["nvmlInit_v2"]}),
+        ),
+        Cause::of_library(
+            "driver-timeout",
+            "a library that hangs in nvmlDeviceGetCount",
+            &["within 1 s", GPU],
+            json!({"hang": ["nvmlDeviceGetCount_v2"]}),
+        ),
+        Cause::of_library(
+            "driver-crash",
+            "a library that dies by SIGSEGV",
+            &["signal 11 (SIGSEGV)", GPU, "550.54.15", "libnvml_standin.so"],
+            json!({"crash": ["nvmlInit_v2"]}),
+        ),
+        Cause::of_library(
+            "driver-crash",
+            "a library that sends itself SIGSEGV",
+            &["signal 11 (SIGSEGV)"],
+            json!({"raise": ["nvmlInit_v2"]}),
+        ),
+        Cause::of_library(
+            "gpu-count-zero",
+            "a driver that counts no GPU",
+            &["driver 550.54.15 is loaded and sees no GPU", GPU],
+            json!({"gpus": []}),
+        ),
+        Cause::of_library(
+            "gpu-unhealthy",
+            "an uncorrectable ECC error",
+            &[GPU_A, GPU, "1 uncorrectable ECC error"],
+            sick("ecc_uncorrected", json!(1)),
+        ),
+        Cause::of_library(
+            "gpu-unhealthy",
+            "a row that could not be remapped",
+            &[GPU_A, GPU, "could not be remapped"],
+            sick("remap_failed", json!(true)),
+        ),
+        Cause::of_library(
+            "gpu-lost",
+            "a GPU that is lost when it is asked for its name",
+            &[GPU_A, GPU, "nvmlDeviceGetName"],
+            sick("fail", json!({"nvmlDeviceGetName": 15})),
+        ),
+    ]
+}
+
+fn with_byte(mut bytes: Vec<u8>, at: usize, value: u8) -> Vec<u8> {
+    bytes[at] = value;
+    bytes
+}
+
+/// Each code that NVML can answer (nvml.h, `nvmlReturn_t`).
+fn of_nvmls_codes() -> Vec<Cause> {
+    let expected = |code: u32| match code {
+        4 | 17 => "permission-denied",
+        8 | 11 | 14 => "gpu-unhealthy",
+        9 => "driver-not-loaded",
+        12 => "driver-library-missing",
+        13 => "driver-too-old",
+        15 => "gpu-lost",
+        16 => "gpu-reset-required",
+        18 => "driver-library-mismatch",
+        27 => "driver-not-ready",
+        28 => "gpu-count-zero",
+        _ => "driver-error",
+    };
+    (1..=30)
+        .chain([999])
+        .map(|code| {
+            let told = format!("NVML error {code}:");
+            let script = json!({"fail": {"nvmlInit_v2": code}});
+            Cause::of_library(expected(code), format!("NVML answers {code}"), &[&told, GPU], script)
+        })
+        .collect()
+}
+
+/// What Docker lacks before the launch. Docker does not know the runtime, neither before nor after.
+fn before_the_runtime() -> Vec<Cause> {
+    let of_reload = |how: &'static str, text: &'static str, reload: &'static [&'static str], words: &[&str]| {
+        Cause::new("runtime-not-configured", how, words, move |engine, case| {
+            fs::write(engine.daemon_json(), text).unwrap();
+            case.set("docker.reload_command", reload);
+        })
+    };
+    vec![
+        Cause::new(
+            "runtime-missing",
+            "nvidia-container-runtime is not installed",
+            &["nvidia-container-runtime-is-not-here is not installed", "Docker's runtimes are: ", "runc"],
+            |_, case| {
+                case.set("docker.runtime_path", "nvidia-container-runtime-is-not-here");
+            },
+        ),
+        of_reload("daemon.json is no JSON", "{\n  \"debug\": yes\n}", &["true"], &["daemon.json", "line 2, column 12"]),
+        of_reload("Docker cannot be reloaded", "{}", &["false"], &["daemon.json", "could not be reloaded"]),
+        of_reload("Docker does not register the runtime", "{}", &["true"], &["daemon.json", "did not register"]),
+    ]
+}
+
+/// What goes wrong at the launch itself, with the runtime registered.
+fn at_the_launch() -> Vec<Cause> {
+    let refuses = |how: &'static str, message: &'static str| {
+        Cause::new(
+            "runtime-start-failed",
+            how,
+            &["Docker did not start the container with the GPU", "nvidia-container-cli", message],
+            move |engine, _| {
+                engine.nvidia_runtime(RuntimeMode::FailWith(message.into()), &one_gpu());
+            },
+        )
+    };
+    vec![
+        refuses("the runtime finds no driver", "initialization error: nvml error: driver not loaded"),
+        refuses(
+            "the runtime finds the driver too old for the image",
+            "requirement error: unsatisfied condition: cuda>=12.8, please update your driver to a newer version",
+        ),
+        refuses("the runtime knows no such GPU", "device error: GPU-x: unknown device"),
+        Cause::new(
+            "runtime-start-failed",
+            "a runtime that is no program",
+            &["Docker did not start the container with the GPU", "exec format error"],
+            |engine, _| {
+                let path = engine.runtime_path();
+                fs::remove_file(&path).unwrap();
+                fs::write(&path, "#").unwrap();
+                fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            },
+        ),
+        Cause::new(
+            "gpu-not-visible",
+            "the runtime starts the container without the device",
+            &[GPU_A, "is not in it"],
+            |engine, _| {
+                engine.nvidia_runtime(RuntimeMode::NoDevice, &one_gpu());
+            },
+        ),
+        Cause::new(
+            "runtime-missing",
+            "Docker's entry leads to a program that is gone",
+            &["nvidia-container-runtime", "no such program"],
+            |engine, case| {
+                fs::remove_file(engine.runtime_path()).unwrap();
+                case.set("docker.runtime_path", "nvidia-container-runtime-is-not-here");
+            },
+        ),
+    ]
+}
+
+fn every_cause() -> Vec<Cause> {
+    [on_the_bus(), of_the_choice(), of_the_library(), of_nvmls_codes(), before_the_runtime(), at_the_launch()]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+/// A good machine on the engine, made one with this fault.
+fn machine_with(cause: &Cause, engine: &Engine) -> Case {
+    engine.install_nvidia_runtime();
+    engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
+    fs::write(engine.daemon_json(), "{}\n").unwrap();
+    let mut case = Case::new();
+    case.engine(engine).nvml(&one_gpu()).sysfs(&sysfs_of_one()).context(&in_json(&[]));
+    case.set("gpu.probe_timeout_seconds", 1);
+    (cause.prepare)(engine, &mut case);
+    case
+}
+
+/// The entries of an agent whose log is in JSON.
+fn entries(agent: &Agent) -> Vec<Value> {
+    agent
+        .lines()
+        .iter()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
+}
+
+/// The entry tells the cause: code, particulars, fix, and the MESSAGE_ID under which `journalctl -x` explains it.
+#[track_caller]
+fn assert_tells(cause: &Cause, entry: &Value, documented: &Documented) {
+    let text = |field: &str| entry[field].as_str().unwrap_or_default();
+    assert_eq!(text("fl_gpu_reason"), cause.code, "{}: {entry:#}", cause.how);
+    for words in &cause.words {
+        assert!(text("fl_gpu_summary").contains(words.as_str()), "{}: {words}: {entry:#}", cause.how);
+    }
+    assert_eq!(text("message_id"), documented.message_id, "{entry:#}");
+    assert!(documented.fixes.iter().any(|fix| fix == text("fl_gpu_fix")), "{documented:#?}: {entry:#}");
+    let message = text("message");
+    for part in [cause.code, text("fl_gpu_summary"), text("fl_gpu_fix")] {
+        assert!(!part.is_empty() && message.contains(part), "{part}: {message}");
+    }
+}
+
+/// Produces each cause, and sees that it ends as a node on the CPU after exactly one WARNING, which came before the start.
+fn assert_each_is_announced(engine: &Engine, causes: &[Cause]) {
+    let documented = documented();
+    engine.import_image(&["flower-supernode-sklearn:1.31.0"]);
+    for cause in causes {
+        let case = machine_with(cause, engine);
+        let began = Instant::now();
+        let mut agent = case.start();
+        agent.wait_for_line("No usable GPU, this node runs on the CPU.", PATIENCE);
+        let seconds = began.elapsed().as_secs_f64();
+        agent.wait_for_notify("READY=1", PATIENCE);
+        let entries = entries(&agent);
+        let place = |wanted: &dyn Fn(&Value) -> bool| entries.iter().position(wanted);
+        let warnings: Vec<&Value> = entries.iter().filter(|entry| entry["level"] == "WARNING").collect();
+        assert_eq!(warnings.len(), 1, "{}: {entries:#?}", cause.how);
+        assert_tells(cause, warnings[0], &documented[cause.code]);
+        assert_eq!(warnings[0]["fl_gpu_status"], "cpu-fallback");
+        let started =
+            |entry: &Value| entry["message"].as_str().is_some_and(|said| said.starts_with("started the container"));
+        // At the level ERROR nothing but the WARNING is told.
+        if let Some(started) = place(&started) {
+            assert!(place(&|entry| entry["level"] == "WARNING") < Some(started), "{}: {entries:#?}", cause.how);
+        } else {
+            assert_eq!(entries.len(), 1, "{}: {entries:#?}", cause.how);
+        }
+        assert_on_cpu_for(cause.code, &agent, engine);
+        assert_eq!(agent.terminate(), 0);
+        engine.docker(&["rm", "-f", "flower-supernode"]);
+        tell(cause, seconds);
+    }
+}
+
+/// The container runs, on the CPU, and both it and the unit's status say why.
+#[track_caller]
+fn assert_on_cpu_for(code: &str, agent: &Agent, engine: &Engine) {
+    assert_eq!(inspect(engine, "{{.State.Running}} {{.HostConfig.Runtime}}"), "true runc");
+    assert_eq!(inspect(engine, "{{index .Config.Labels \"supernode-agent.reason\"}}"), code);
+    let env = inspect(engine, "{{range .Config.Env}}{{println .}}{{end}}");
+    assert!(env.contains("NVIDIA_VISIBLE_DEVICES=void") && env.contains("FL_DEVICE=cpu"), "{env}");
+    let status = agent.notifications().into_iter().rfind(|told| told.contains("READY=1")).unwrap();
+    assert!(status.contains(code), "{status}");
+    let containers = engine.docker(&["ps", "-aq"]).stdout;
+    assert_eq!(containers.lines().count(), 1, "a dead container is still there");
+}
+
+/// A line of the table that `make test` prints.
+fn tell(cause: &Cause, seconds: f64) {
+    say(&format!("CAUSE {:<24} {seconds:>5.2} s  {}", cause.code, cause.how));
+}
+
+/// A whole line, in one piece. Not by a print macro: the test runner would swallow what a passing test prints.
+fn say(line: &str) {
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
+/// What the journal's catalog says of a code.
+#[derive(Debug)]
+struct Documented {
+    message_id: String,
+    /// The fix for the distribution of a [`Case`], Debian; the only one where there are no others.
+    fixes: Vec<String>,
+}
+
+fn in_tree(relative: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(relative);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Every code of the catalogue, as the journal's catalog has it, which is made from the code's table and checked against it
+/// (agent/tests/documents.rs).
+fn documented() -> BTreeMap<String, Documented> {
+    in_tree("systemd/supernode-agent.catalog")
+        .split("\n-- ")
+        .skip(1)
+        .map(|entry| {
+            let (message_id, rest) = entry.split_once('\n').unwrap();
+            let code = rest.lines().find_map(|line| line.strip_prefix("Subject: No usable GPU: ")).unwrap();
+            let (_, fixes) = rest.split_once("@FL_GPU_SUMMARY@\n\n").unwrap();
+            // Each begins a line; its own lines were wrapped.
+            let mut texts: Vec<String> = Vec::new();
+            for line in fixes.lines() {
+                match texts.last_mut() {
+                    Some(text) if !line.starts_with("Fix") => *text = format!("{text} {line}"),
+                    _ => texts.push(line.to_owned()),
+                }
+            }
+            let for_debian = ["Fix: ", "Fix on Debian: "];
+            let fixes = texts.iter().filter_map(|text| for_debian.iter().find_map(|start| text.strip_prefix(start)));
+            let fixes = fixes.map(|fix| fix.trim().to_owned()).collect();
+            (code.to_owned(), Documented { message_id: message_id.to_owned(), fixes })
+        })
+        .collect()
+}
+
+#[test]
+fn what_sysfs_shows_is_announced() {
+    let Some((engine, _)) = engine_with(&one_gpu()) else { return };
+    assert_each_is_announced(&engine, &on_the_bus());
+    // A machine without a GPU has no business in daemon.json.
+    assert_eq!(fs::read_to_string(engine.daemon_json()).unwrap().trim(), "{}");
+}
+
+#[test]
+fn what_the_operator_chose_without_effect_is_announced() {
+    let Some((engine, _)) = engine_with(&one_gpu()) else { return };
+    assert_each_is_announced(&engine, &of_the_choice());
+}
+
+#[test]
+fn whatever_the_drivers_library_does_is_announced() {
+    let Some((engine, _)) = engine_with(&one_gpu()) else { return };
+    assert_each_is_announced(&engine, &of_the_library());
+}
+
+#[test]
+fn each_code_of_nvml_is_announced() {
+    let Some((engine, _)) = engine_with(&one_gpu()) else { return };
+    assert_each_is_announced(&engine, &of_nvmls_codes());
+}
+
+#[test]
+fn what_docker_lacks_and_what_it_refuses_is_announced() {
+    let Some((engine, _)) = engine_with(&one_gpu()) else { return };
+    assert_each_is_announced(&engine, &before_the_runtime());
+    assert_each_is_announced(&engine, &at_the_launch());
+}
+
+#[test]
+fn every_code_of_the_catalogue_is_produced_and_documented() {
+    let produced: BTreeSet<&str> = every_cause().iter().map(|cause| cause.code).collect();
+    let documented = documented();
+    let (readme, manual) = (in_tree("README.md"), in_tree("packaging/man/supernode-agent.8"));
+    for (code, entry) in &documented {
+        let elsewhere = WHILE_RUNNING.iter().find(|(other, _)| other == code);
+        assert!(produced.contains(code.as_str()) != elsewhere.is_some(), "{code} is produced by no test, or by two");
+        let id = &entry.message_id;
+        assert!(id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit()), "{code}: {id}");
+        assert!(entry.fixes.len() == 1 && !entry.fixes[0].is_empty(), "{code}: {entry:?}");
+        assert!(readme.contains(&format!("\n| `{code}` | ")), "README.md has no row for {code}");
+        let heading = format!("\n.B {}\n", code.replace('-', "\\-"));
+        assert!(manual.contains(&heading) && manual.contains(id.as_str()), "the manual has no entry for {code}");
+    }
+    for (code, file) in WHILE_RUNNING {
+        if Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file).exists() {
+            assert!(in_tree(file).contains(&format!("\"{code}\"")), "{file} does not produce {code}");
+        } else {
+            say(&format!("SKIPPED: {code} is not produced, there is no {file}"));
+        }
+    }
+    for code in produced.iter().copied().chain(WHILE_RUNNING.iter().map(|(code, _)| *code)) {
+        assert!(documented.contains_key(code), "{code} is not in the catalogue");
+    }
+}
+
+#[test]
+fn where_a_gpu_is_required_every_code_is_an_error_and_nothing_runs() {
+    let Some((engine, _)) = engine_with(&one_gpu()) else { return };
+    let documented = documented();
+    let mut seen = BTreeSet::new();
+    for cause in every_cause().iter().filter(|cause| seen.insert(cause.code)) {
+        let case = machine_with(cause, &engine);
+        // As the fault was prepared, and with the one variable more.
+        let context = fs::read_to_string(case.path("context/context.sh.network")).unwrap();
+        for stage in ["local", "online", "network"] {
+            let path = case.path("context").join(format!("context.sh.{stage}"));
+            fs::remove_file(&path).unwrap();
+            fs::write(path, format!("{context}FL_GPU_REQUIRED='YES'\n")).unwrap();
+        }
+        let mut agent = case.start();
+        assert_eq!(agent.wait_exit(PATIENCE), 78, "systemd must not try for ever: {}: {:#?}", cause.how, agent.lines());
+        let entries = entries(&agent);
+        let told = entries.iter().find(|entry| entry["fl_gpu_status"] == "required");
+        let told = told.unwrap_or_else(|| panic!("{}: {entries:#?}", cause.how));
+        assert_eq!(told["level"], "ERROR");
+        assert_tells(cause, told, &documented[cause.code]);
+        assert!(!entries.iter().any(|entry| entry["level"] == "WARNING"), "{}: {entries:#?}", cause.how);
+        assert!(!agent.notifications().iter().any(|told| told.contains("READY=1")));
+        assert_eq!(engine.docker(&["ps", "-q"]).stdout, "", "{}: a container runs", cause.how);
+        engine.docker(&["rm", "-f", "flower-supernode"]);
+    }
+}
+
+#[test]
+fn the_fix_is_that_of_the_machines_own_distribution() {
+    for (os_release, words, not) in [
+        ("ID=debian\nVERSION_ID=\"13\"\n", "linux-headers-$(uname -r) nvidia-driver", "ubuntu-drivers"),
+        ("ID=ubuntu\nID_LIKE=debian\n", "ubuntu-drivers install --gpgpu", "nvidia-driver "),
+        ("ID=\"almalinux\"\nID_LIKE=\"rhel fedora\"\n", "NVIDIA's driver", "apt "),
+    ] {
+        let mut case = Case::new();
+        case.sysfs(&Sysfs::new().gpu(GPU)).context(&in_json(&[])).os_release(os_release);
+        case.set("docker.ready_timeout_seconds", 0).set("gpu.wait_seconds", 0);
+        let assert_own = |fix: &str| assert!(fix.contains(words) && !fix.contains(not), "{os_release}: {fix}");
+        for command in ["gpu", "plan"] {
+            assert_own(json_of(&case.run_command(command, &["--json"]))["gpu"]["verdict"]["fix"].as_str().unwrap());
+            let text = case.run_command(command, &[]).stdout;
+            assert_own(text.lines().find(|line| line.starts_with("  fix ")).unwrap());
+        }
+        let mut agent = case.start();
+        assert_eq!(agent.wait_exit(PATIENCE), 1);
+        let warning = entries(&agent).into_iter().find(|entry| entry["level"] == "WARNING").unwrap();
+        assert_own(warning["fl_gpu_fix"].as_str().unwrap());
+        assert_own(warning["message"].as_str().unwrap());
+    }
+}
+
+#[test]
+fn status_gives_the_same_fix_with_the_agents_report_and_without() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&Sysfs::new().gpu(GPU)).context(&wanted(&[])).os_release("ID=ubuntu\nID_LIKE=debian\n");
+    let mut agent = up(&case);
+    agent.kill9();
+    for _ in ["from the report", "from the container's labels"] {
+        let status = json_of(&case.run_command("status", &["--json"]));
+        let fix = status["gpu"]["verdict"]["fix"].as_str().unwrap_or_default();
+        assert!(fix.contains("ubuntu-drivers install --gpgpu"), "{status:#}");
+        fs::remove_file(case.path("state/status.json")).unwrap_or_default();
+    }
+    drop(engine);
+}
+
+// What was promised, and what is there. The CPU's cases are causes of the table above, each with its code.
+
+#[test]
+fn a_gpu_that_is_there_without_a_promise_is_used_and_nothing_is_warned_of() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[("PCI0_ADDRESS", "")]));
+    let agent = up(&case);
+    assert_eq!(warnings(&agent), Vec::<String>::new());
+    assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
+}
+
+#[test]
+fn of_two_promised_gpus_the_one_that_is_there_is_used_with_a_warning_for_the_other() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[("PCI1_ADDRESS", "21:00.0")]));
+    let agent = up(&case);
+    let warnings = warnings(&agent);
+    assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
+    for words in ["not every GPU is used", "OpenNebula passed 0000:21:00.0 to this VM", "no device at that address"] {
+        assert!(warnings[0].contains(words), "{warnings:?}");
+    }
+    let lines = agent.lines();
+    let place = |text: &str| lines.iter().position(|line| line.contains(text)).unwrap();
+    assert!(place(" WARNING ") < place("started the container"), "{lines:#?}");
+    assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
+    assert_eq!(engine.records().last().unwrap().gpus, [GPU_A]);
+}
+
+#[test]
+fn of_two_gpus_the_one_without_a_driver_is_left_out_with_a_warning() {
+    let Some((engine, mut case)) = engine_with(&two_gpus()) else { return };
+    let sysfs = Sysfs::new().gpu("0000:21:00.0").driver("nouveau").gpu(GPU).driver("nvidia").module("550.54.15");
+    case.sysfs(&sysfs).nvml(&one_gpu()).context(&wanted(&[("PCI1_ADDRESS", "21:00.0")]));
+    let agent = up(&case);
+    let warnings = warnings(&agent);
+    assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
+    assert!(warnings[0].contains("0000:21:00.0") && warnings[0].contains("wrong-driver"), "{warnings:?}");
+    assert_eq!(engine.records().last().unwrap().gpus, [GPU_A]);
+}
+
+#[test]
+fn promised_and_present_without_a_driver_is_laid_on_the_driver() {
+    for (sysfs, expected) in
+        [(Sysfs::new().gpu(GPU), "driver-not-loaded"), (Sysfs::new().gpu(GPU).driver("nouveau"), "wrong-driver")]
+    {
+        let mut case = Case::new();
+        for promise in ["01:00.0", ""] {
+            case.sysfs(&sysfs).context(&wanted(&[("PCI0_ADDRESS", promise)]));
+            assert_eq!(json_of(&case.run_command("gpu", &["--json"]))["gpu"]["verdict"]["reason"], expected);
+        }
+    }
+}
+
+// What more there is to some of them.
+
+/// The node runs on the CPU, for `reason`, after exactly one WARNING, which came before the container's start.
+#[track_caller]
+fn assert_cpu_for(reason: &str, agent: &Agent, engine: &Engine) {
+    agent.wait_for_line("started the container", PATIENCE);
+    let warnings = warnings(agent);
+    assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
+    assert!(warnings[0].contains(reason) && warnings[0].contains("Fix: "), "{warnings:?}");
+    let lines = agent.lines();
+    let place = |text: &str| lines.iter().position(|line| line.contains(text)).unwrap();
+    assert!(place(" WARNING ") < place("started the container"), "{lines:#?}");
+    assert_on_cpu_for(reason, agent, engine);
+}
+
+#[test]
+fn the_warning_comes_at_any_log_level_and_in_json_with_its_fields() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&Sysfs::new()).context(&wanted(&[("FL_LOG_LEVEL", "ERROR"), ("FL_LOG_FORMAT", "json")]));
+    let agent = up(&case);
+    let lines = agent.lines();
+    assert_eq!(lines.len(), 1, "{lines:#?}");
+    let entry: Value = serde_json::from_str(&lines[0]).unwrap();
+    assert_eq!(entry["level"], "WARNING");
+    assert_eq!(entry["fl_gpu_reason"], "gpu-not-passed-through");
+    assert_eq!(entry["pci_address"], "0000:01:00.0");
+    assert_eq!(entry["message_id"].as_str().unwrap().len(), 32);
+    drop(agent);
+    drop(engine);
+}
+
+#[test]
+fn a_runtime_that_is_not_installed_is_named() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&sysfs_of_one())
+        .context(&wanted(&[]))
+        .set("docker.runtime_path", "nvidia-container-runtime-is-not-here");
+    assert_cpu_for("runtime-missing", &up(&case), &engine);
+    assert_eq!(fs::read_to_string(engine.daemon_json()).unwrap().trim(), "{}");
+}
+
+#[test]
+fn an_operators_entry_without_its_program_is_named_whether_docker_had_it_before_or_not() {
+    let Some((mut engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let text = r#"{"runtimes": {"nvidia": {"path": "/nowhere/nvidia-container-runtime"}}}"#;
+    fs::write(engine.daemon_json(), text).unwrap();
+    for _ in ["registered by the reload", "registered at Docker's start"] {
+        let mut agent = up(&case);
+        assert_cpu_for("runtime-missing", &agent, &engine);
+        assert!(warnings(&agent)[0].contains("/nowhere/nvidia-container-runtime"), "{:?}", warnings(&agent));
+        assert_eq!(agent.terminate(), 0);
+        engine.docker(&["rm", "-f", "flower-supernode"]);
+        engine.restart();
+    }
+    assert_eq!(fs::read_to_string(engine.daemon_json()).unwrap(), text);
+}
+
+#[test]
+fn a_launch_that_docker_refuses_ends_on_the_cpu_and_is_adopted_as_such() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    engine.nvidia_runtime(RuntimeMode::Fail, &one_gpu());
+    let mut agent = up(&case);
+    assert_cpu_for("runtime-start-failed", &agent, &engine);
+    assert!(warnings(&agent)[0].contains("nvidia-container-cli"), "Docker's own text: {:?}", warnings(&agent));
+    let containers = engine.docker(&["ps", "-aq"]).stdout;
+    assert_eq!(containers.lines().count(), 1, "the dead container is still there");
+    // The agent dies; the next one finds the node that stands in for the GPU node, says so again, and lets it be.
+    let pid = inspect(&engine, "{{.State.Pid}}");
+    agent.kill9();
+    let agent = up(&case);
+    assert_eq!(inspect(&engine, "{{.State.Pid}}"), pid);
+    assert_eq!(warnings(&agent).len(), 1);
+    assert!(warnings(&agent)[0].contains("runtime-start-failed"));
+    drop(agent);
+    // Mended and started anew, the node is on the GPU.
+    engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
+    engine.docker(&["stop", "flower-supernode"]);
+    let agent = up(&case);
+    assert_eq!(warnings(&agent), Vec::<String>::new());
+    assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
+}
+
+#[test]
+fn nvidias_own_library_without_a_driver_says_that_none_is_loaded_and_without_a_gpu_is_never_loaded() {
+    let Some(library) = nvidias_library() else { return };
+    let Some((engine, _)) = engine_with(&one_gpu()) else { return };
+    let at = library.to_string_lossy().into_owned();
+    let device_nodes = || {
+        let nodes = fs::read_dir("/dev").unwrap().flatten();
+        nodes.filter(|node| node.file_name().to_string_lossy().starts_with("nvidia")).count()
+    };
+    let before = device_nodes();
+    let name = library.canonicalize().unwrap();
+    let version = name.to_string_lossy().rsplit_once(".so.").unwrap().1.to_owned();
+    let how = format!("NVIDIA's own libnvidia-ml {version}, without a driver");
+    let (path, on_disk) = (at.clone(), version.clone());
+    let words = ["NVML error 9: ", "the nvidia module is not loaded", GPU, on_disk.as_str()];
+    let cause = Cause::new("driver-not-loaded", how, &words, move |_, case| {
+        case.sysfs(&Sysfs::new().gpu(GPU).driver("nvidia"));
+        case.set("gpu.nvml_library", path.as_str()).set("gpu.probe_timeout_seconds", 20);
+    });
+    assert_each_is_announced(&engine, &[cause]);
+    // As root, the library made /dev/nvidiactl: nothing of ours, taken away again.
+    if before == 0 {
+        let _ = fs::remove_file("/dev/nvidiactl");
+    }
+    // The loader's own record of what it opened, by agent and probe alike.
+    let loaded = |sysfs: &Sysfs, expected: &str| {
+        let mut case = Case::new();
+        case.sysfs(sysfs).context(&wanted(&[])).set("gpu.nvml_library", at.as_str());
+        let record = case.path("loader");
+        case.env("LD_DEBUG", "files").env("LD_DEBUG_OUTPUT", record);
+        case.set("docker.ready_timeout_seconds", 0).set("gpu.wait_seconds", 0);
+        let mut agent = case.start();
+        assert_eq!(agent.wait_exit(PATIENCE), 1);
+        assert!(warnings(&agent)[0].contains(expected), "{:#?}", agent.lines());
+        let records = fs::read_dir(case.path("")).unwrap().flatten().map(|entry| entry.path());
+        let records: Vec<PathBuf> = records.filter(|path| path.to_string_lossy().contains("/loader.")).collect();
+        assert!(!records.is_empty(), "the loader kept no record");
+        records.iter().any(|path| String::from_utf8_lossy(&fs::read(path).unwrap()).contains("libnvidia-ml"))
+    };
+    assert!(loaded(&sysfs_of_one(), "driver-not-loaded"), "this record would not have shown it");
+    if before == 0 {
+        let _ = fs::remove_file("/dev/nvidiactl");
+    }
+    assert!(!loaded(&Sysfs::new(), "gpu-not-passed-through"), "NVIDIA's library was loaded on a machine without a GPU");
+    assert_eq!(device_nodes(), before);
+}
+
+/// The real libnvidia-ml, unpacked from Debian's package where the machine's package sources have it.
+fn nvidias_library() -> Option<PathBuf> {
+    if Path::new("/proc/driver/nvidia").exists() {
+        say("SKIPPED: this machine has a driver, the library would find it");
+        return None;
+    }
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?
+        .join("supernode-agent/libnvidia-ml1");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/fetch-libnvidia-ml.sh");
+    let output = run(Command::new(script).arg(&cache), Duration::from_secs(300));
+    match output.stdout.lines().next() {
+        Some(path) => Some(PathBuf::from(path)),
+        None => {
+            say(&format!(
+                "SKIPPED: NVIDIA's libnvidia-ml1 (Debian non-free) is not to be had: {}",
+                output.stderr.trim()
+            ));
+            None
+        }
+    }
+}
