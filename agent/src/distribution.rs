@@ -3,13 +3,15 @@
 use std::fs;
 use std::path::Path;
 
-/// The distributions whose packages the catalogue of reasons knows.
+/// The distributions whose commands fixes know.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Distribution {
     /// Debian and what is made from it, but for Ubuntu.
     Debian,
     /// Ubuntu and what is made from it.
     Ubuntu,
+    /// Fedora, RHEL, AlmaLinux, Rocky and what is made from them.
+    RedHat,
     /// Any other, or not to be told.
     #[default]
     Other,
@@ -31,9 +33,21 @@ impl Distribution {
         let known = |id: &str| match id {
             "ubuntu" => Some(Self::Ubuntu),
             "debian" => Some(Self::Debian),
+            "fedora" | "rhel" | "centos" => Some(Self::RedHat),
             _ => None,
         };
         known(value("ID")).or_else(|| value("ID_LIKE").split_whitespace().find_map(known)).unwrap_or_default()
+    }
+
+    /// The command that installs a package, by its names in Debian's world and in Red Hat's.
+    pub fn install(self, deb: &str, rpm: &str) -> String {
+        match self {
+            Self::Debian | Self::Ubuntu => format!("apt install {deb}"),
+            Self::RedHat => format!("dnf install {rpm}"),
+            Self::Other => {
+                format!("install {deb} (Debian, Ubuntu: apt install {deb}; RHEL, AlmaLinux: dnf install {rpm})")
+            }
+        }
     }
 }
 
@@ -49,7 +63,7 @@ mod tests {
             ("ID=linuxmint\nID_LIKE=\"ubuntu debian\"\n", Distribution::Ubuntu),
             ("ID=raspbian\nID_LIKE=debian", Distribution::Debian),
             ("ID='debian'\n", Distribution::Debian),
-            ("ID=\"almalinux\"\nID_LIKE=\"rhel centos fedora\"\n", Distribution::Other),
+            ("ID=\"almalinux\"\nID_LIKE=\"rhel centos fedora\"\n", Distribution::RedHat),
             ("VERSION_ID=debian\n# ID=debian\n", Distribution::Other),
             ("", Distribution::Other),
         ] {

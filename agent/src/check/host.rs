@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 
 use super::root::Root;
-use super::{Check, Distribution, Level};
+use super::{Check, Level};
+use crate::distribution::Distribution;
 use crate::gpu::pci::{PciAddress, PciDevice, PciFacts};
 
 /// Where OpenNebula's probe on the host reads which devices it reports.

@@ -166,74 +166,13 @@ fn read_pci(root: &Root, sysfs: &str) -> PciFacts {
     };
     match root.escape(&folder.join("bus/pci/devices")) {
         Some(link) => unreadable(format!("{}: it leads out of {}", link.display(), root.path().display())),
-        None => pci::read_facts(&folder),
-    }
-}
-
-/// The distribution of a machine, as far as the fixes differ by it (os-release(5)).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Distribution {
-    /// Debian and what names it as its kin.
-    Debian,
-    /// Ubuntu.
-    Ubuntu,
-    /// Fedora, RHEL, AlmaLinux, Rocky.
-    RedHat,
-    /// Another one, or none that says its name: both forms of a fix are shown.
-    Other,
-}
-
-impl Distribution {
-    /// Reads the text of os-release.
-    pub fn parse(os_release: &str) -> Self {
-        let value = |key: &str| {
-            os_release.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).unwrap_or_default()
-        };
-        let names = format!("{} {}", value("ID"), value("ID_LIKE")).replace(['"', '\''], " ");
-        for name in names.split_whitespace() {
-            match name {
-                "ubuntu" => return Self::Ubuntu,
-                "debian" => return Self::Debian,
-                "fedora" | "rhel" | "centos" => return Self::RedHat,
-                _ => {}
-            }
-        }
-        Self::Other
-    }
-
-    /// The fix of the catalogue, with the one command of this distribution where it has one for each:
-    /// `(Debian: A; Ubuntu: B)`.
-    pub fn choose(self, fix: &str) -> String {
-        let parts = || {
-            let (before, rest) = fix.split_once("(Debian: ")?;
-            let (debian, rest) = rest.split_once("; Ubuntu: ")?;
-            let (ubuntu, after) = rest.split_once(')')?;
-            let command = match self {
-                Self::Debian => debian,
-                Self::Ubuntu => ubuntu,
-                Self::RedHat | Self::Other => return None,
-            };
-            Some(format!("{before}({command}){after}"))
-        };
-        parts().unwrap_or_else(|| fix.to_owned())
-    }
-
-    /// The command that installs a package, by its names in Debian's world and in Red Hat's.
-    pub fn install(self, deb: &str, rpm: &str) -> String {
-        match self {
-            Self::Debian | Self::Ubuntu => format!("apt install {deb}"),
-            Self::RedHat => format!("dnf install {rpm}"),
-            Self::Other => {
-                format!("install {deb} (Debian, Ubuntu: apt install {deb}; RHEL, AlmaLinux: dnf install {rpm})")
-            }
-        }
+        None => pci::read_facts(&folder, root.path()),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::reason::CATALOGUE;
 
     #[test]
     fn a_table_has_the_word_the_id_the_line_and_the_fix() {
@@ -252,32 +191,5 @@ mod tests {
         assert!(String::from_utf8(text).unwrap().contains("\x1b[31mERROR  \x1b[0m"));
         assert_eq!(diagnosis.to_json()["checks"][1]["level"], "ERROR");
         assert_eq!(diagnosis.to_json()["checks"][0].get("line"), None);
-    }
-
-    #[test]
-    fn the_distribution_is_read_as_os_release_tells_it() {
-        for (text, expected) in [
-            ("NAME=\"Debian GNU/Linux\"\nID=debian\n", Distribution::Debian),
-            ("ID=ubuntu\nID_LIKE=debian\n", Distribution::Ubuntu),
-            ("ID=\"almalinux\"\nID_LIKE=\"rhel centos fedora\"\n", Distribution::RedHat),
-            ("ID=linuxmint\nID_LIKE=\"ubuntu debian\"\n", Distribution::Ubuntu),
-            ("ID=arch\n", Distribution::Other),
-            ("", Distribution::Other),
-        ] {
-            assert_eq!(Distribution::parse(text), expected, "{text}");
-        }
-    }
-
-    #[test]
-    fn a_fix_names_the_command_of_this_distribution_alone() {
-        for entry in CATALOGUE.iter().filter(|entry| entry.fix.contains("; Ubuntu: ")) {
-            let debian = Distribution::Debian.choose(entry.fix);
-            let ubuntu = Distribution::Ubuntu.choose(entry.fix);
-            for fix in [&debian, &ubuntu] {
-                assert!(!fix.contains("Ubuntu: ") && !fix.contains("Debian: "), "{}: {fix}", entry.code);
-            }
-            assert_ne!(debian, ubuntu);
-            assert_eq!(Distribution::Other.choose(entry.fix), entry.fix);
-        }
     }
 }

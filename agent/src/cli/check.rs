@@ -8,7 +8,8 @@ use clap::{Args, Subcommand};
 
 use super::Failure;
 use crate::check::root::Root;
-use crate::check::{Check, Diagnosis, Distribution, host, template, vm};
+use crate::check::{Check, Diagnosis, host, template, vm};
+use crate::distribution::Distribution;
 use crate::journal::error_chain;
 use crate::settings::{DEFAULT_PATH, Settings};
 

@@ -69,7 +69,7 @@ impl Fix {
             (Self::Everywhere(fix), _) => fix,
             (Self::Each { debian, .. }, Distribution::Debian) => debian,
             (Self::Each { ubuntu, .. }, Distribution::Ubuntu) => ubuntu,
-            (Self::Each { elsewhere, .. }, Distribution::Other) => elsewhere,
+            (Self::Each { elsewhere, .. }, Distribution::RedHat | Distribution::Other) => elsewhere,
         }
     }
 

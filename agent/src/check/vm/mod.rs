@@ -6,9 +6,10 @@ mod facts;
 use one_context::Context;
 use serde_json::Value as Json;
 
-use super::{Check, Distribution, Level};
+use super::{Check, Level};
 use crate::config::values::DeviceSelection;
 use crate::config::{Config, Framework, Prebaked};
+use crate::distribution::Distribution;
 use crate::docker::daemon_json::RUNTIME_NAME;
 use crate::gpu::pci::PciAddress;
 use crate::gpu::reason::{Finding, Reason};
@@ -70,8 +71,8 @@ impl Vm<'_> {
         if self.is_wanted() { Level::Error } else { Level::Warning }
     }
 
-    fn fix(&self, reason: Reason) -> String {
-        self.distribution.choose(reason.entry().fix)
+    fn fix(&self, reason: Reason) -> &'static str {
+        reason.fix(self.distribution)
     }
 
     fn of_finding(&self, id: &'static str, finding: &Finding) -> Check {
@@ -700,7 +701,7 @@ mod tests {
         one(|facts| facts.pci.module_pending = Some("coming".into()), Error, "kernel-module", "coming", "wait_seconds");
         one(|facts| facts.nvml = Ok(failed(18)), Error, "nvml", "driver-library-mismatch", "reboot");
         one(
-            |facts| facts.nvml = Ok(ProbeOutcome::TimedOut(Duration::from_secs(20))),
+            |facts| facts.nvml = Ok(ProbeOutcome::TimedOut { limit: Duration::from_secs(20), library: LibraryFile::default() }),
             Error,
             "nvml",
             "driver-timeout",
