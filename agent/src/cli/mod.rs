@@ -17,8 +17,7 @@ use serde_json::json;
 use crate::boot::{self, BootError, EXIT_CONFIG, EXIT_RETRY};
 use crate::config::{Config, Remarks};
 use crate::docker::runtime::{configure_daemon_json, find_program};
-use crate::gpu::detect_gpus;
-use crate::gpu::nvml;
+use crate::gpu::{detect_gpus, listen, nvml};
 use crate::journal::error_chain;
 use crate::settings::Settings;
 use plan::{Plan, gpu_json, write_gpu};
@@ -77,6 +76,15 @@ enum Command {
     NvmlProbe {
         /// The library
         library: String,
+    },
+    /// Watch GPUs and print what happens to them: the other child process of the agent
+    #[command(name = crate::gpu::watch::SUBCOMMAND, hide = true)]
+    NvmlWatch {
+        /// The library
+        library: String,
+        /// The UUIDs of GPUs and MIG instances
+        #[arg(required = true)]
+        devices: Vec<String>,
     },
 }
 
@@ -145,6 +153,10 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             nvml::answer_on_stdout(library)?;
             return Ok(ExitCode::SUCCESS);
         }
+        Command::NvmlWatch { library, devices } => {
+            listen::tell_on_stdout(library, devices)?;
+            return Ok(ExitCode::SUCCESS);
+        }
         Command::Variables { json, format } => {
             if *json {
                 writeln!(out, "{:#}", variables::as_json())?;
@@ -195,7 +207,7 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             }
             ExitCode::SUCCESS
         }
-        Command::NvmlProbe { .. } | Command::Variables { .. } => ExitCode::SUCCESS,
+        Command::NvmlProbe { .. } | Command::NvmlWatch { .. } | Command::Variables { .. } => ExitCode::SUCCESS,
     };
     // A probe that hangs in the driver must not keep the agent from ending.
     runtime.shutdown_background();
