@@ -265,8 +265,19 @@ async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
     let refused_hash = None;
     reporter.doing("Starting the container");
     let remark = None;
-    let mut node =
-        Node { config, settings, superlink, image, machine, access, verdict, reporter, refused_hash, announced, remark };
+    let mut node = Node {
+        config,
+        settings,
+        superlink,
+        image,
+        machine,
+        access,
+        verdict,
+        reporter,
+        refused_hash,
+        announced,
+        remark,
+    };
     let container = node.bring_up(&engine).await?;
     drop(starting);
     node.report_running();

@@ -131,7 +131,12 @@ pub fn warn_tried_again(finding: &Finding) {
 
 /// The WARNING of a node whose GPU failed, and nothing is done about it.
 pub fn warn_ignored(finding: &Finding) {
-    log_finding!(Level::WARN, finding, "ignored", "The GPU failed, and the node goes on with it (gpu.on_failure is ignore).");
+    log_finding!(
+        Level::WARN,
+        finding,
+        "ignored",
+        "The GPU failed, and the node goes on with it (gpu.on_failure is ignore)."
+    );
 }
 
 /// How a line on stderr looks.

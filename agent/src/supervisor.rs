@@ -28,8 +28,8 @@ use crate::config::Config;
 use crate::config::values::ImageRef;
 use crate::docker::engine::{Container, Engine, EngineError};
 use crate::docker::runtime::GpuAccess;
-use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::presence::{self, devices_missing_in};
+use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::gpu::watch::Watch;
 use crate::gpu::{self, detect_gpus};
@@ -428,6 +428,9 @@ impl Node {
                     self.remark = Some("the GPU is usable now: systemctl restart flower-supernode to use it".into());
                 }
             }
+            if self.verdict.devices().is_empty() {
+                life.watch.begin_anew();
+            }
             self.report_running();
         }
     }
@@ -452,7 +455,7 @@ impl Node {
             self.leave_gpu(finding)?;
             self.reporter.doing("The GPU failed, moving to the CPU");
         }
-        life.watch.forget_failures();
+        life.watch.begin_anew();
         self.up_again(engine, &mut life.pause, "does not come up").await
     }
 
@@ -483,7 +486,7 @@ impl Node {
         if let Err(error) = self.take_away(engine, container).await {
             tracing::error!("the container cannot be removed: {}", journal::error_chain(&error));
         }
-        life.watch.forget_failures();
+        life.watch.begin_anew();
         self.up_again(engine, &mut life.pause, "does not come up").await
     }
 

@@ -205,9 +205,11 @@ impl<'n> Rounds<'n> {
         if self.patients.len() == 1 {
             return 0;
         }
-        let named = event.device.uuid().ok().and_then(|card| {
-            self.patients.iter().position(|patient| patient.card.as_deref() == Some(&card))
-        });
+        let named = event
+            .device
+            .uuid()
+            .ok()
+            .and_then(|card| self.patients.iter().position(|patient| patient.card.as_deref() == Some(&card)));
         let ill = || self.patients.iter().position(|patient| nvml::examine(self.nvml, &patient.uuid).is_err());
         named.or_else(ill).unwrap_or(0)
     }

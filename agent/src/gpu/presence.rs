@@ -39,10 +39,7 @@ pub fn devices_missing_in(container: &Container, devices: &[GpuDevice]) -> io::R
     };
     let there = if nodes.is_empty() { "no /dev/nvidia<n>".into() } else { nodes.join(", ") };
     let titles: Vec<String> = missing.iter().map(ToString::to_string).collect();
-    Ok(Some(not_visible(
-        first,
-        format!("the container runs, and {} is not in it (it has {there})", titles.join(", ")),
-    )))
+    Ok(Some(not_visible(first, format!("the container runs, and {} is not in it (it has {there})", titles.join(", ")))))
 }
 
 fn not_visible(device: &GpuDevice, summary: String) -> Finding {
@@ -153,7 +150,9 @@ fn gpu_is_taken(manager: &str, scope: &str) -> bool {
     // With `auto` and an empty list everything is allowed.
     let is_closed = values(scope, "DevicePolicy").iter().any(|policy| policy != "auto");
     let names_gpu = |rule: &String| {
-        ["/dev/char/195:", "/dev/nvidia", "char-195", "char-nvidia", "char-*"].iter().any(|begin| rule.starts_with(begin))
+        ["/dev/char/195:", "/dev/nvidia", "char-195", "char-nvidia", "char-*"]
+            .iter()
+            .any(|begin| rule.starts_with(begin))
     };
     is_loaded && is_closed && loaded > started && !values(scope, "DeviceAllow").iter().any(names_gpu)
 }

@@ -35,9 +35,9 @@ const LONGEST_LINE_BYTES: usize = 1 << 16;
 const SILENCE: Duration = Duration::from_secs(8);
 const MOST_SILENCES: u32 = 2;
 /// The pause before a child that has died is started again: the first and the longest. With each comes a probe, which finds a
-/// GPU that is lost; so it is a short one.
+/// GPU that is lost, within half a minute even where it takes all of its time: so it is a short one.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(8);
 /// A life of this length makes the next pause the first again.
 const HEALTHY_AFTER: Duration = Duration::from_secs(600);
 /// So many deaths in a row are told.
@@ -74,8 +74,8 @@ impl Default for Watch {
 }
 
 impl Watch {
-    /// A container was made anew, or a GPU is given another try: what failed before may fail again.
-    pub fn forget_failures(&mut self) {
+    /// Ends the child, until it is needed again. In another container, or at another try, what has failed may fail again.
+    pub fn begin_anew(&mut self) {
         self.failures.clear();
         self.watcher = None;
     }
@@ -91,8 +91,8 @@ impl Watch {
                     }
                     continue;
                 }
-                Heard::Silence => {
-                    let seconds = SILENCE.as_secs() * u64::from(MOST_SILENCES);
+                Heard::Silence(length) => {
+                    let seconds = length.as_secs();
                     let what = format!(
                         "NVIDIA's driver does not answer: the watcher gave no sign of life for {seconds} s and was killed"
                     );
@@ -158,7 +158,12 @@ impl Watch {
             Some(finding) => format!("{}: {}", finding.reason, finding.summary),
             None => "the driver does not list it as usable any more".into(),
         };
-        self.failed(devices, Some(&lost.uuid), About::Death, format!("the GPU watcher {death}, and a probe says: {why}"))
+        self.failed(
+            devices,
+            Some(&lost.uuid),
+            About::Death,
+            format!("the GPU watcher {death}, and a probe says: {why}"),
+        )
     }
 
     /// What follows from what the child said.
@@ -173,12 +178,8 @@ impl Watch {
             // The end follows.
             Notice::Alive | Notice::Failed { .. } => None,
             Notice::Event { uuid, xid, times } => self.judge_event(uuid, xid, times, devices),
-            Notice::Fault { uuid, fault } => {
-                self.failed(devices, Some(&uuid), About::Health, describe_fault(&fault))
-            }
-            Notice::Ailing { uuid, ailments } => {
-                self.failed(devices, Some(&uuid), About::Health, ailments.join("; "))
-            }
+            Notice::Fault { uuid, fault } => self.failed(devices, Some(&uuid), About::Health, describe_fault(&fault)),
+            Notice::Ailing { uuid, ailments } => self.failed(devices, Some(&uuid), About::Health, ailments.join("; ")),
             Notice::LibraryGone { path } => {
                 let what = format!("libnvidia-ml has gone from {path}: the driver was removed under the node");
                 self.failed(devices, None, About::Library, what)
@@ -227,8 +228,8 @@ impl Watch {
 
 enum Heard {
     Said(Notice),
-    /// It hung, and was killed.
-    Silence,
+    /// Nothing for so long: it is killed.
+    Silence(Duration),
     /// It has ended: how, as the end of a sentence.
     End(String),
 }
@@ -286,7 +287,7 @@ impl Watcher {
                 Err(_) => {
                     silences += 1;
                     if silences == MOST_SILENCES {
-                        return Heard::Silence;
+                        return Heard::Silence(self.limit * MOST_SILENCES);
                     }
                     continue;
                 }
@@ -380,7 +381,7 @@ mod tests {
         assert_eq!(watch.judge(event("GPU-b", Some(79)), &devices), None);
         assert!(watch.judge(event("GPU-a", Some(79)), &devices).is_some(), "another device");
         assert!(watch.judge(event("GPU-b", None), &devices).is_some(), "another fault");
-        watch.forget_failures();
+        watch.begin_anew();
         assert!(watch.judge(event("GPU-b", Some(79)), &devices).is_some());
     }
 

@@ -20,13 +20,23 @@ pub enum Class {
 }
 
 impl Class {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::ResetGpu,
+        Self::RestartMachine,
+        Self::FatalForWorkload,
+        Self::Application,
+        Self::Ignore,
+        Self::Information,
+    ];
+
     /// Whether the node leaves the GPU for it.
     pub fn is_fatal(self) -> bool {
         matches!(self, Self::ResetGpu | Self::RestartMachine | Self::FatalForWorkload)
     }
 
     /// What NVIDIA advises, as the end of a sentence.
-    fn advice(self) -> &'static str {
+    pub fn advice(self) -> &'static str {
         match self {
             Self::ResetGpu => "the GPU must be reset",
             Self::RestartMachine => "the machine must be restarted",

@@ -43,12 +43,8 @@ fn set(handle: SetHandle) -> Answer<Arc<Mutex<Set>>> {
 
 pub(crate) fn create() -> SetHandle {
     let number = LAST.fetch_add(1, Ordering::Relaxed) + 1;
-    let set = Set {
-        created: Instant::now(),
-        created_at: SystemTime::now(),
-        watched: Vec::new(),
-        told: BTreeMap::new(),
-    };
+    let set =
+        Set { created: Instant::now(), created_at: SystemTime::now(), watched: Vec::new(), told: BTreeMap::new() };
     lock(&SETS).insert(number, Arc::new(Mutex::new(set)));
     std::ptr::without_provenance_mut(number)
 }
