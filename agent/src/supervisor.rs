@@ -532,11 +532,12 @@ impl Node {
         }
     }
 
-    /// Gives the GPU that failed the tries that are left: with the container stopped, for a GPU that is in use cannot be
-    /// reset. Whether a probe finds it well again.
+    /// Gives the GPU that failed the tries that are left: with container and watcher stopped, for a GPU that is in use cannot
+    /// be reset. Whether a probe finds it well again.
     async fn gpu_is_back(&self, engine: &Engine, container: &Container, finding: &Finding, life: &mut Life) -> bool {
         journal::warn_tried_again(finding);
         self.reporter.doing(&format!("The GPU failed, trying it again: {}", finding.summary));
+        life.watch.begin_anew();
         if let Err(error) = engine.stop(&container.id, self.settings.container.stop_timeout).await {
             tracing::warn!("the container does not stop: {}", journal::error_chain(&error));
         }

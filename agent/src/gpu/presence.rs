@@ -149,12 +149,13 @@ fn gpu_is_taken(manager: &str, scope: &str) -> bool {
     let is_loaded = values(scope, "LoadState") == ["loaded"];
     // With `auto` and an empty list everything is allowed.
     let is_closed = values(scope, "DevicePolicy").iter().any(|policy| policy != "auto");
-    let names_gpu = |rule: &String| {
-        ["/dev/char/195:", "/dev/nvidia", "char-195", "char-nvidia", "char-*"]
-            .iter()
-            .any(|begin| rule.starts_with(begin))
+    // Every container may make nodes of any device (`char-* m`), which opens none of them.
+    let opens_gpu = |rule: &String| {
+        let (devices, access) = rule.split_once(' ').unwrap_or((rule, "rwm"));
+        let names_gpu = ["/dev/char/195:", "/dev/nvidia", "char-195", "char-nvidia", "char-*"];
+        access.contains(['r', 'w']) && names_gpu.iter().any(|begin| devices.starts_with(begin))
     };
-    is_loaded && is_closed && loaded > started && !values(scope, "DeviceAllow").iter().any(names_gpu)
+    is_loaded && is_closed && loaded > started && !values(scope, "DeviceAllow").iter().any(opens_gpu)
 }
 
 #[cfg(test)]
@@ -162,8 +163,10 @@ mod tests {
     use super::*;
 
     const RELOADED: &str = "UnitsLoadTimestampMonotonic=900000000\n";
-    const HOOK: &str = "LoadState=loaded\nActiveEnterTimestampMonotonic=500000000\nDevicePolicy=strict\n\
-                        DeviceAllow=/dev/char/1:3 rwm\nDeviceAllow=char-pts rwm\n";
+    /// As systemd 257 shows the scope of a container of Docker 26.
+    const HOOK: &str = "DevicePolicy=strict\nDeviceAllow=char-pts rwm\nDeviceAllow=/dev/char/1:3 rwm\n\
+                        DeviceAllow=char-* m\nDeviceAllow=block-* m\nLoadState=loaded\n\
+                        ActiveEnterTimestampMonotonic=500000000\n";
 
     #[test]
     fn a_reload_after_the_start_takes_the_gpu_from_a_scope_whose_rules_have_none() {
@@ -173,10 +176,12 @@ mod tests {
     #[test]
     fn nothing_is_taken_where_one_thing_is_otherwise() {
         assert!(!gpu_is_taken("UnitsLoadTimestampMonotonic=400000000\n", HOOK), "the reload came before");
+        assert!(!gpu_is_taken("UnitsLoadTimestampMonotonic=0\n", HOOK), "no reload since the boot");
         assert!(!gpu_is_taken("UnitsLoadTimestampMonotonic=\n", HOOK), "a systemd that does not tell");
         assert!(!gpu_is_taken("", HOOK));
         assert!(!gpu_is_taken(RELOADED, ""));
-        for rule in ["/dev/char/195:0 rwm", "/dev/nvidia0 rw", "char-nvidia-frontend rwm", "char-195 rw", "char-* m"] {
+        for rule in ["/dev/char/195:0 rwm", "/dev/nvidia0 rw", "char-nvidia-frontend rwm", "char-195 rw", "char-* rwm"]
+        {
             assert!(!gpu_is_taken(RELOADED, &format!("{HOOK}DeviceAllow={rule}\n")), "{rule}");
         }
         for (this, that) in [
