@@ -403,7 +403,7 @@ impl Node {
                     let devices = self.verdict.devices();
                     // It may have ended of the very fault that the watcher is about to tell.
                     let failed = tokio::select! {
-                        finding = life.watch.until_failed(&self.config, &self.settings.gpu, devices),
+                        finding = life.watch.until_failed(&self.config, &self.settings, devices),
                             if !devices.is_empty() => Some(finding),
                         () = self.rest(&mut life.pause, &what) => None,
                     };
@@ -495,11 +495,11 @@ impl Node {
         let by_hook = self.access == GpuAccess::Runtime;
         tokio::select! {
             end = engine.wait(&container.id) => Change::Ended(end),
-            finding = life.watch.until_failed(&self.config, &self.settings.gpu, devices), if !devices.is_empty() => {
+            finding = life.watch.until_failed(&self.config, &self.settings, devices), if !devices.is_empty() => {
                 Change::Failed(finding)
             }
             finding = presence::until_lost(container, devices, by_hook), if !devices.is_empty() => Change::Lost(finding),
-            () = gpu::until_usable(&self.config, &self.settings.gpu), if life.waits_for_gpu => Change::Usable,
+            () = gpu::until_usable(&self.config, &self.settings), if life.waits_for_gpu => Change::Usable,
         }
     }
 

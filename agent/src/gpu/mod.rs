@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::config::Config;
-use crate::settings::GpuSettings;
+use crate::settings::{GpuSettings, Settings};
 use pci::PciFacts;
 use probe::ProbeOutcome;
 use reason::Reason;
@@ -76,11 +76,11 @@ pub fn may_come_late(verdict: &Verdict) -> bool {
 }
 
 /// Looks for the GPU at a slow pace until it is usable.
-pub async fn until_usable(config: &Config, settings: &GpuSettings) {
+pub async fn until_usable(config: &Config, settings: &Settings) {
     let mut pause = LATE_PAUSE;
     loop {
         tokio::time::sleep(pause).await;
-        let detection = detect_once(config, settings).await;
+        let detection = detect_once(config, &settings.gpu).await;
         if !detection.verdict.devices().is_empty() {
             return;
         }

@@ -70,17 +70,18 @@ fn gpu_nodes(dev: &Path) -> io::Result<Vec<String>> {
 /// hook changes the device cgroup behind systemd's back.
 pub async fn until_lost(container: &Container, devices: &[GpuDevice], by_hook: bool) -> Finding {
     let mut systemd = Systemd::default();
-    for look in 1_u32.. {
-        tokio::time::sleep(LOOK).await;
-        match devices_missing_in(container, devices) {
-            Ok(None) => {}
-            Ok(Some(finding)) => return finding,
-            Err(error) => tracing::debug!("cannot see whether the GPU is in the container: {error}"),
+    loop {
+        for _ in 0..LOOKS_A_QUESTION {
+            tokio::time::sleep(LOOK).await;
+            match devices_missing_in(container, devices) {
+                Ok(None) => {}
+                Ok(Some(finding)) => return finding,
+                Err(error) => tracing::debug!("cannot see whether the GPU is in the container: {error}"),
+            }
         }
         if by_hook
-            && look.is_multiple_of(LOOKS_A_QUESTION)
-            && systemd.has_taken_gpu_from(&container.id).await
             && let Some(first) = devices.first()
+            && systemd.has_taken_gpu_from(&container.id).await
         {
             return not_visible(
                 first,
@@ -90,8 +91,6 @@ pub async fn until_lost(container: &Container, devices: &[GpuDevice], by_hook: b
             );
         }
     }
-    // After four billion looks, six centuries.
-    std::future::pending().await
 }
 
 /// What systemd was heard to say last.

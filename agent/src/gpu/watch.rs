@@ -23,7 +23,7 @@ use super::reason::{Finding, Reason};
 use super::verdict::{GpuDevice, describe_fault, signal_name};
 use super::xid::{Class, Xid};
 use crate::config::Config;
-use crate::settings::GpuSettings;
+use crate::settings::{GpuSettings, Settings};
 
 /// The hidden subcommand that the child runs.
 pub const SUBCOMMAND: &str = "nvml-watch";
@@ -82,9 +82,9 @@ impl Watch {
 
     /// Watches `devices`, at least one, until one of them fails in a way that was not told yet. What changes nothing is
     /// logged, once.
-    pub async fn until_failed(&mut self, config: &Config, settings: &GpuSettings, devices: &[GpuDevice]) -> Finding {
+    pub async fn until_failed(&mut self, config: &Config, settings: &Settings, devices: &[GpuDevice]) -> Finding {
         loop {
-            let death = match self.heard(settings, devices).await {
+            let death = match self.heard(&settings.gpu, devices).await {
                 Heard::Said(notice) => {
                     if let Some(finding) = self.judge(notice, devices) {
                         return finding;
@@ -136,7 +136,7 @@ impl Watch {
         &mut self,
         death: &str,
         config: &Config,
-        settings: &GpuSettings,
+        settings: &Settings,
         devices: &[GpuDevice],
     ) -> Option<Finding> {
         self.deaths += 1;
@@ -152,7 +152,7 @@ impl Watch {
         }
         tokio::time::sleep(self.pause).await;
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-        let verdict = super::detect_gpus(config, settings, Duration::ZERO).await.verdict;
+        let verdict = super::detect_gpus(config, &settings.gpu, Duration::ZERO).await.verdict;
         let lost = devices.iter().find(|device| !verdict.devices().iter().any(|found| found.uuid == device.uuid))?;
         let why = match verdict.finding() {
             Some(finding) => format!("{}: {}", finding.reason, finding.summary),
