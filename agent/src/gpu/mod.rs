@@ -1,4 +1,5 @@
-//! The GPU: what is present (sysfs), what was promised (context), what the driver says (NVML), and what follows from it.
+//! The GPU: what is present (sysfs), what was promised (context), what the driver says (NVML), and what follows from it; and,
+//! while the node runs, what becomes of it.
 
 pub mod library;
 pub mod listen;
