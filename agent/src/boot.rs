@@ -1,6 +1,5 @@
 //! The story of `run`, from the context to the supervised container.
 
-use std::convert::Infallible;
 use std::path::Path;
 use std::pin::pin;
 use std::process::ExitCode;
@@ -24,7 +23,7 @@ use crate::plan::{self, Machine};
 use crate::report::Reporter;
 use crate::settings::{Settings, SettingsError};
 use crate::superlink::{SuperLink, SuperLinkError, static_superlink};
-use crate::supervisor::{LaunchError, Node, announce};
+use crate::supervisor::{Anew, LaunchError, Node, announce};
 use crate::systemd::{self, LongStep};
 
 /// Exit code: a failure that a retry may cure.
@@ -220,10 +219,10 @@ async fn live_until_signal(
         let mut life = pin!(live(wish.clone(), Rc::clone(reporter)));
         let new = loop {
             tokio::select! {
-                lived = &mut life => match lived {
-                    Ok(never) => match never {},
-                    Err(error) => return Err(error),
-                },
+                lived = &mut life => {
+                    let Anew = lived?;
+                    break wish.clone();
+                }
                 signal = signals.next() => match signal {
                     Received::End(name) => {
                         tracing::info!("received {name}");
@@ -245,8 +244,8 @@ async fn live_until_signal(
     }
 }
 
-/// Brings the node up and keeps it up.
-async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Infallible, BootError> {
+/// Brings the node up and keeps it up, until something new asks for the story from its beginning.
+async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
     let Wish { config, superlink, settings } = wish;
     let starting = LongStep::begin();
     reporter.doing("Looking for the GPU and the Docker engine");
@@ -267,6 +266,7 @@ async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Infallible, BootErro
     let announced = verdict.finding().map(|finding| finding.reason);
     let refused_hash = None;
     reporter.doing("Starting the container");
+    let remark = None;
     let mut node = Node {
         config,
         settings,
@@ -279,6 +279,7 @@ async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Infallible, BootErro
         reporter,
         refused_hash,
         announced,
+        remark,
     };
     let container = node.bring_up(&engine).await?;
     drop(starting);

@@ -122,6 +122,39 @@ pub fn error_required(finding: &Finding, distribution: Distribution) {
     );
 }
 
+/// The error of a node that must have a GPU and has lost it while it ran.
+pub fn error_required_lost(finding: &Finding, distribution: Distribution) {
+    log_finding!(
+        Level::ERROR,
+        finding,
+        distribution,
+        "required",
+        "The GPU failed, and FL_GPU_REQUIRED is YES: this node stops."
+    );
+}
+
+/// The WARNING of a node whose GPU failed and is tried again.
+pub fn warn_tried_again(finding: &Finding, distribution: Distribution) {
+    log_finding!(
+        Level::WARN,
+        finding,
+        distribution,
+        "retry",
+        "The GPU failed and is tried again (gpu.on_failure is restart)."
+    );
+}
+
+/// The WARNING of a node whose GPU failed, and nothing is done about it.
+pub fn warn_ignored(finding: &Finding, distribution: Distribution) {
+    log_finding!(
+        Level::WARN,
+        finding,
+        distribution,
+        "ignored",
+        "The GPU failed, and the node goes on with it (gpu.on_failure is ignore)."
+    );
+}
+
 /// How a line on stderr looks.
 enum Format {
     /// Time, level, message.

@@ -7,6 +7,7 @@
 //! sysfs -> PciFacts ─────────────────┼-> Verdict ┐
 //! child -> ProbeOutcome ─────────────┘           ├-> ContainerSpec -> Engine -> Supervisor
 //! static address -> SuperLink ───────────────────┘
+//! child -> Notice -> Watch -> Finding ────────────────────────────────────────────┘
 //! ```
 
 pub mod atomic;

@@ -5,12 +5,18 @@
 //!          ┌──────────────── adopt ───────────────┐
 //! look ────┤                                      ├──> running ──ended──> pause ──> look
 //!          └─ (stop, remove) create, start, check ┘       │
-//!                   │ refused with the GPU             SIGTERM
-//!                   └──> WARNING, once, then on the CPU    └──> stop
+//!                   │ refused with the GPU                │
+//!                   └──> WARNING, once, then on the CPU   │
+//!                                                         ├─ the GPU failed ─> WARNING
+//!                                                         │      ├─ cpu ─────> look, on the CPU
+//!                                                         │      ├─ restart ─> stop, pause, probe ─> look; in the end cpu
+//!                                                         │      └─ ignore ──> running
+//!                                                         ├─ the container lost the GPU ─> WARNING, remove ─> look
+//!                                                         ├─ on the CPU, and the GPU is usable now: announce,
+//!                                                         │      or (gpu.on_late) the whole story again
+//!                                                         └─ SIGTERM ──> stop
 //! ```
 
-use std::convert::Infallible;
-use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -23,12 +29,15 @@ use crate::config::values::ImageRef;
 use crate::distribution::Distribution;
 use crate::docker::engine::{Container, Engine, EngineError};
 use crate::docker::runtime::GpuAccess;
+use crate::gpu::presence::{self, devices_missing_in};
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::{GpuDevice, Verdict};
+use crate::gpu::watch::Watch;
+use crate::gpu::{self, detect_gpus};
 use crate::journal;
 use crate::plan::{self, ContainerSpec, Machine};
 use crate::report::Reporter;
-use crate::settings::Settings;
+use crate::settings::{OnFailure, OnLate, Settings};
 use crate::site;
 use crate::superlink::SuperLink;
 
@@ -37,6 +46,9 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// A run of this length makes the next pause the first again.
 const HEALTHY_AFTER: Duration = Duration::from_secs(600);
+/// The pauses before a GPU that failed is tried again: as many as tries. They begin anew once it has worked for
+/// [`HEALTHY_AFTER`].
+const GPU_PAUSES: [Duration; 3] = [Duration::from_secs(5), Duration::from_secs(10), Duration::from_secs(20)];
 /// While the engine is away it is looked for this often.
 const ENGINE_PAUSE: Duration = Duration::from_secs(2);
 
@@ -65,7 +77,50 @@ pub struct Node {
     pub refused_hash: Option<String>,
     /// The reason of the WARNING that holds: it is not given again for every try.
     pub announced: Option<Reason>,
+    /// What is true beside the verdict, for the status.
+    pub remark: Option<String>,
 }
+
+/// What ends the quiet life of a running container.
+enum Change {
+    /// It has ended, with this exit code, or the engine went away.
+    Ended(Option<i64>),
+    /// Its GPU failed.
+    Failed(Finding),
+    /// It has no GPU any more, and the machine has.
+    Lost(Finding),
+    /// It runs on the CPU, and the GPU is usable now.
+    Usable,
+}
+
+/// What its supervisor remembers of the node's life so far.
+struct Life {
+    /// The pause before the next start.
+    pause: Duration,
+    watch: Watch,
+    /// The pauses before the tries that a failed GPU has left.
+    gpu_pauses: std::slice::Iter<'static, Duration>,
+    /// Whether the GPU may become usable, which is told once.
+    waits_for_gpu: bool,
+    /// Whether the last quiet time was a long one.
+    was_healthy: bool,
+}
+
+impl Life {
+    fn new(verdict: &Verdict) -> Self {
+        Self {
+            pause: FIRST_PAUSE,
+            watch: Watch::default(),
+            gpu_pauses: GPU_PAUSES.iter(),
+            waits_for_gpu: gpu::may_come_late(verdict),
+            was_healthy: false,
+        }
+    }
+}
+
+/// What a node is in want of that its supervisor cannot give: the story from the beginning, because the GPU is usable now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Anew;
 
 /// Why the container does not run.
 #[derive(Debug, thiserror::Error)]
@@ -122,9 +177,17 @@ impl Node {
 
     /// The line for `systemctl status`.
     fn status(&self) -> String {
+        let runs = self.runs_on();
+        match &self.remark {
+            Some(remark) => format!("{runs}; {remark}"),
+            None => runs,
+        }
+    }
+
+    fn runs_on(&self) -> String {
         match &self.verdict {
             Verdict::Gpu { devices, .. } => {
-                let names: Vec<String> = devices.iter().map(title).collect();
+                let names: Vec<String> = devices.iter().map(ToString::to_string).collect();
                 format!("Running on {}", names.join(", "))
             }
             Verdict::Cpu { finding: None } => "Running on the CPU (FL_GPU_ENABLED is not YES)".into(),
@@ -145,6 +208,21 @@ impl Node {
         }
         self.verdict = Verdict::cpu(finding);
         Ok(())
+    }
+
+    /// Leaves a GPU that failed while the container ran on it. An agent that is started again adopts the container on the
+    /// CPU: only one that is stopped gives the GPU another chance.
+    ///
+    /// # Errors
+    /// When there must be a GPU.
+    fn leave_gpu(&mut self, finding: Finding) -> Result<(), LaunchError> {
+        if self.config.gpu_required {
+            journal::error_required_lost(&finding, self.distribution);
+            return Err(LaunchError::GpuRequired);
+        }
+        self.announced = None;
+        self.refused_hash = Some(self.spec().hash());
+        self.fall_back(finding)
     }
 
     /// Adopts the running container of this very specification, or replaces whatever has its name.
@@ -169,7 +247,7 @@ impl Node {
             let found = engine.find_container(&spec.name).await?;
             if let Some(container) = found.as_ref().filter(|container| container.running) {
                 if container.spec_hash() == Some(&spec.hash()) {
-                    let Some(finding) = devices_missing_in(container, self.verdict.devices()) else {
+                    let Some(finding) = missing_in(container, self.verdict.devices()) else {
                         tracing::info!("adopted the running container {} ({})", spec.name, short(&container.id));
                         if container.paused {
                             tracing::warn!("the container {} is paused: docker unpause {0}", spec.name);
@@ -258,7 +336,7 @@ impl Node {
             let message = "it was removed right after its start".into();
             return Err(EngineError::Failed { doing: "start the container", message }.into());
         };
-        if let Some(finding) = devices_missing_in(&container, self.verdict.devices()) {
+        if let Some(finding) = missing_in(&container, self.verdict.devices()) {
             return Ok(Launched::NotOnGpu(finding));
         }
         tracing::info!(
@@ -267,7 +345,7 @@ impl Node {
             short(&container.id),
             spec.image,
             match &self.verdict {
-                Verdict::Gpu { devices, .. } => devices.iter().map(title).collect::<Vec<_>>().join(", "),
+                Verdict::Gpu { devices, .. } => devices.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
                 Verdict::Cpu { .. } => "the CPU".into(),
             }
         );
@@ -289,55 +367,201 @@ impl Node {
         engine.start(&id).await
     }
 
-    /// Watches the container and starts it again whenever it ends. Never returns: a signal ends it from outside.
+    /// Watches the container and its GPU, and starts it again whenever it ends. Returns only where the story is to begin
+    /// anew: a signal ends it from outside.
     ///
     /// # Errors
-    /// When there must be a GPU and the container does not come up on it again.
-    pub async fn supervise(&mut self, mut engine: Engine, mut container: Container) -> Result<Infallible, LaunchError> {
-        let mut pause = FIRST_PAUSE;
+    /// When there must be a GPU, and it has failed or the container does not come up on it again.
+    pub async fn supervise(&mut self, mut engine: Engine, mut container: Container) -> Result<Anew, LaunchError> {
+        let mut life = Life::new(&self.verdict);
         loop {
             let watched_since = Instant::now();
-            let end = engine.wait(&container.id).await;
-            let engine_went = engine.facts().await.is_err();
-            if engine_went {
-                engine = self.engine_again().await;
+            let change = self.next_change(&engine, &container, &mut life).await;
+            life.was_healthy = watched_since.elapsed() >= HEALTHY_AFTER;
+            if life.was_healthy {
+                life.gpu_pauses = GPU_PAUSES.iter();
             }
-            // The connection may have gone and the container not.
-            if end.is_none()
-                && let Ok(Some(found)) = engine.find_container(&container.id).await
-                && found.running
-            {
-                tokio::time::sleep(FIRST_PAUSE).await;
-                continue;
-            }
-            // A container that went down with the engine is not to blame.
-            if engine_went || watched_since.elapsed() >= HEALTHY_AFTER {
-                pause = FIRST_PAUSE;
-            }
-            let what = match end {
-                Some(code) => format!("ended with exit code {code}"),
-                None => "is gone".into(),
-            };
-            container = loop {
-                let seconds = pause.as_secs();
-                tracing::warn!(
-                    "the container {} {what}; starting it again in {seconds} s",
-                    self.settings.container.name
-                );
-                self.reporter.doing(&format!("The container {what}, starting it again in {seconds} s"));
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(LONGEST_PAUSE);
-                match self.bring_up(&engine).await {
-                    Ok(container) => break container,
-                    Err(LaunchError::GpuRequired) => return Err(LaunchError::GpuRequired),
-                    Err(error) => tracing::error!("the container does not come up: {}", journal::error_chain(&error)),
+            match change {
+                Change::Ended(end) => {
+                    let engine_went = engine.facts().await.is_err();
+                    if engine_went {
+                        engine = self.engine_again().await;
+                    }
+                    // The connection may have gone and the container not.
+                    if end.is_none()
+                        && let Ok(Some(found)) = engine.find_container(&container.id).await
+                        && found.running
+                    {
+                        tokio::time::sleep(FIRST_PAUSE).await;
+                        continue;
+                    }
+                    // A container that went down with the engine is not to blame.
+                    if engine_went || life.was_healthy {
+                        life.pause = FIRST_PAUSE;
+                    }
+                    let what = match end {
+                        Some(code) => format!("ended with exit code {code}"),
+                        None => "is gone".into(),
+                    };
+                    let devices = self.verdict.devices();
+                    // It may have ended of the very fault that the watcher is about to tell.
+                    let failed = tokio::select! {
+                        finding = life.watch.until_failed(&self.config, &self.settings, devices),
+                            if !devices.is_empty() => Some(finding),
+                        () = self.rest(&mut life.pause, &what) => None,
+                    };
+                    container = match failed {
+                        Some(finding) => self.after_failure(finding, &mut engine, container, &mut life).await?,
+                        None => self.up_again(&mut engine, &mut life.pause, &what).await?,
+                    };
                 }
-                if engine.facts().await.is_err() {
-                    engine = self.engine_again().await;
+                Change::Failed(finding) => {
+                    container = self.after_failure(finding, &mut engine, container, &mut life).await?;
                 }
-            };
+                Change::Lost(finding) => {
+                    container = self.after_loss(&finding, &mut engine, &container, &mut life).await?;
+                }
+                Change::Usable => {
+                    life.waits_for_gpu = false;
+                    if self.settings.gpu.on_late == OnLate::Restart {
+                        tracing::warn!("GPU is usable now, and gpu.on_late is restart: the container is replaced");
+                        return Ok(Anew);
+                    }
+                    tracing::info!("GPU is usable now; restart flower-supernode to use it");
+                    self.remark = Some("the GPU is usable now: systemctl restart flower-supernode to use it".into());
+                }
+            }
+            if self.verdict.devices().is_empty() {
+                life.watch.begin_anew();
+            }
             self.report_running();
         }
+    }
+
+    /// What `gpu.on_failure` wants.
+    async fn after_failure(
+        &mut self,
+        finding: Finding,
+        engine: &mut Engine,
+        container: Container,
+        life: &mut Life,
+    ) -> Result<Container, LaunchError> {
+        self.remark = None;
+        let on_failure = self.settings.gpu.on_failure;
+        if on_failure == OnFailure::Ignore {
+            journal::warn_ignored(&finding, self.distribution);
+            self.remark = Some(format!("the GPU failed, which is ignored: {}", finding.summary));
+            return Ok(container);
+        }
+        let tries_again = on_failure == OnFailure::Restart && life.gpu_pauses.len() > 0;
+        if !(tries_again && self.gpu_is_back(engine, &container, &finding, life).await) {
+            self.leave_gpu(finding)?;
+            self.reporter.doing("The GPU failed, moving to the CPU");
+        }
+        life.watch.begin_anew();
+        self.up_again(engine, &mut life.pause, "does not come up").await
+    }
+
+    /// The machine has the GPU: a container that is made anew may have it.
+    async fn after_loss(
+        &mut self,
+        finding: &Finding,
+        engine: &mut Engine,
+        container: &Container,
+        life: &mut Life,
+    ) -> Result<Container, LaunchError> {
+        self.remark = None;
+        tracing::warn!(
+            gpu_uuid = finding.gpu_uuid,
+            pci_address = finding.pci_address,
+            "the container {} has lost its GPU and is made anew: {}",
+            self.settings.container.name,
+            finding.summary
+        );
+        self.reporter.doing("The container has lost its GPU, making it anew");
+        // One that is lost soon after another has to wait, lest a node does nothing but start.
+        if life.was_healthy {
+            life.pause = FIRST_PAUSE;
+        } else if life.pause > FIRST_PAUSE {
+            tokio::time::sleep(life.pause).await;
+        }
+        life.pause = (life.pause * 2).min(LONGEST_PAUSE);
+        if let Err(error) = self.take_away(engine, container).await {
+            tracing::error!("the container cannot be removed: {}", journal::error_chain(&error));
+        }
+        life.watch.begin_anew();
+        self.up_again(engine, &mut life.pause, "does not come up").await
+    }
+
+    async fn next_change(&self, engine: &Engine, container: &Container, life: &mut Life) -> Change {
+        let devices = self.verdict.devices();
+        let by_hook = self.access == GpuAccess::Runtime;
+        tokio::select! {
+            end = engine.wait(&container.id) => Change::Ended(end),
+            finding = life.watch.until_failed(&self.config, &self.settings, devices), if !devices.is_empty() => {
+                Change::Failed(finding)
+            }
+            finding = presence::until_lost(container, devices, by_hook), if !devices.is_empty() => Change::Lost(finding),
+            () = gpu::until_usable(&self.config, &self.settings), if life.waits_for_gpu => Change::Usable,
+        }
+    }
+
+    /// Says that the container is started again, and waits with it, longer each time.
+    async fn rest(&self, pause: &mut Duration, what: &str) {
+        let seconds = pause.as_secs();
+        tracing::warn!("the container {} {what}; starting it again in {seconds} s", self.settings.container.name);
+        self.reporter.doing(&format!("The container {what}, starting it again in {seconds} s"));
+        tokio::time::sleep(*pause).await;
+        *pause = (*pause * 2).min(LONGEST_PAUSE);
+    }
+
+    /// Brings the container up, however often that is to be tried.
+    async fn up_again(
+        &mut self,
+        engine: &mut Engine,
+        pause: &mut Duration,
+        what: &str,
+    ) -> Result<Container, LaunchError> {
+        loop {
+            match self.bring_up(engine).await {
+                Ok(container) => return Ok(container),
+                Err(LaunchError::GpuRequired) => return Err(LaunchError::GpuRequired),
+                Err(error) => tracing::error!("the container does not come up: {}", journal::error_chain(&error)),
+            }
+            if engine.facts().await.is_err() {
+                *engine = self.engine_again().await;
+            }
+            self.rest(pause, what).await;
+        }
+    }
+
+    /// Gives the GPU that failed the tries that are left: with container and watcher stopped, for a GPU that is in use cannot
+    /// be reset. Whether a probe finds it well again.
+    async fn gpu_is_back(&self, engine: &Engine, container: &Container, finding: &Finding, life: &mut Life) -> bool {
+        journal::warn_tried_again(finding, self.distribution);
+        self.reporter.doing(&format!("The GPU failed, trying it again: {}", finding.summary));
+        life.watch.begin_anew();
+        if let Err(error) = engine.stop(&container.id, self.settings.container.stop_timeout).await {
+            tracing::warn!("the container does not stop: {}", journal::error_chain(&error));
+        }
+        for pause in life.gpu_pauses.by_ref() {
+            tracing::info!("looking at the GPU again in {} s", pause.as_secs());
+            tokio::time::sleep(*pause).await;
+            let verdict = detect_gpus(&self.config, &self.settings, Duration::ZERO).await.verdict;
+            let is_well = |device: &GpuDevice| verdict.devices().iter().any(|found| found.uuid == device.uuid);
+            if self.verdict.devices().iter().all(is_well) {
+                tracing::info!("a probe finds the GPU well: the container is started on it again");
+                return true;
+            }
+            let why = verdict.finding().map_or_else(String::new, |finding| finding.summary.clone());
+            tracing::info!("the GPU is not well: {why}");
+        }
+        false
+    }
+
+    async fn take_away(&self, engine: &Engine, container: &Container) -> Result<(), EngineError> {
+        engine.stop(&container.id, self.settings.container.stop_timeout).await?;
+        engine.remove(container).await
     }
 
     /// The engine, once it answers again.
@@ -387,61 +611,12 @@ fn stands_in_for(container: &Container, wanted: &ContainerSpec) -> Option<Findin
     Some(Finding::new(reason, label(plan::SUMMARY_LABEL)?))
 }
 
-/// Looks, from outside, whether the device nodes of `devices` are in the container: nothing is needed in the image.
-/// `None` where all are there, and where it cannot be told.
-fn devices_missing_in(container: &Container, devices: &[GpuDevice]) -> Option<Finding> {
-    if devices.is_empty() || container.pid == 0 {
-        return None;
-    }
-    let dev = format!("/proc/{}/root/dev", container.pid);
-    let nodes = match gpu_nodes(Path::new(&dev)) {
-        Ok(nodes) => nodes,
-        Err(error) => {
-            tracing::info!("cannot see whether the GPU is in the container: {dev}: {error}");
-            return None;
-        }
-    };
-    let missing: Vec<String> = devices
-        .iter()
-        .filter(|device| match device.minor {
-            Some(minor) => !nodes.contains(&format!("/dev/nvidia{minor}")),
-            None => nodes.is_empty(),
-        })
-        .map(title)
-        .collect();
-    if missing.is_empty() {
-        return None;
-    }
-    let there = if nodes.is_empty() { "no /dev/nvidia<n>".into() } else { nodes.join(", ") };
-    Some(Finding {
-        gpu_uuid: devices.first().map(|device| device.uuid.clone()),
-        pci_address: devices.first().map(|device| device.pci_address.clone()),
-        ..Finding::new(
-            Reason::GpuNotVisible,
-            format!("the container runs, and {} is not in it (it has {there})", missing.join(", ")),
-        )
+/// The devices that are not in the container. Where it cannot be told, none.
+fn missing_in(container: &Container, devices: &[GpuDevice]) -> Option<Finding> {
+    devices_missing_in(container, devices).unwrap_or_else(|error| {
+        tracing::info!("cannot see whether the GPU is in the container: {error}");
+        None
     })
-}
-
-/// The `/dev/nvidia<n>` among the character devices of a /dev. The driver gives a GPU the number of its minor.
-fn gpu_nodes(dev: &Path) -> std::io::Result<Vec<String>> {
-    let mut nodes = Vec::new();
-    for entry in std::fs::read_dir(dev)?.flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let numbered = name
-            .strip_prefix("nvidia")
-            .is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()));
-        if numbered && entry.file_type()?.is_char_device() {
-            nodes.push(format!("/dev/{name}"));
-        }
-    }
-    nodes.sort();
-    Ok(nodes)
-}
-
-fn title(device: &GpuDevice) -> String {
-    let name = device.name.as_deref().unwrap_or("GPU");
-    format!("{name} ({}, {})", device.uuid, device.pci_address)
 }
 
 fn short(id: &str) -> &str {

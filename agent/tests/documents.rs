@@ -10,6 +10,7 @@ use supernode_agent::cli::variables::as_markdown;
 use supernode_agent::cli::visible_command;
 use supernode_agent::config::variables::VARIABLES;
 use supernode_agent::gpu::reason::CATALOGUE;
+use supernode_agent::gpu::xid::{Class, XIDS};
 
 fn in_tree(relative: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(relative)
@@ -47,7 +48,19 @@ fn the_tables_of_the_readme_are_those_of_the_code() {
     }
     let end = "<!-- end -->";
     let text = with_part(&read("README.md"), "<!-- from: supernode-agent variables", end, &as_markdown());
-    is_or_becomes("README.md", &with_part(&text, "<!-- from the catalogue", end, &reasons));
+    let text = with_part(&text, "<!-- from the catalogue", end, &reasons);
+    is_or_becomes("README.md", &with_part(&text, "<!-- from the XIDs", end, &xids()));
+}
+
+fn xids() -> String {
+    let mut table = String::from("| the XID says | fatal | XIDs |\n| --- | --- | --- |\n");
+    for class in Class::ALL {
+        let of_class = XIDS.iter().filter(|entry| entry.class == class);
+        let numbers: Vec<String> = of_class.map(|entry| entry.number.to_string()).collect();
+        let fatal = if class.is_fatal() { "yes" } else { "no" };
+        table.push_str(&format!("| {} | {fatal} | {} |\n", class.advice(), numbers.join(", ")));
+    }
+    table
 }
 
 #[test]

@@ -95,6 +95,26 @@ fn a_boot_with_a_gpu_runs_on_it_and_docker_is_neither_restarted_nor_reloaded() {
 }
 
 #[test]
+fn a_daemon_reload_takes_the_gpu_from_a_container_that_has_it_by_the_hook_alone() {
+    let lost = "has lost its GPU and is made anew";
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
+    // The unit sees it from within its sandbox, by what systemd shows.
+    machine.file("standin/runtime.json", r#"{"mode": "hook", "nvml": "/standin/nvml.json"}"#);
+    let boot = machine.boot(&format!(
+        "systemctl daemon-reload
+         wait_for sh -c 'journalctl --no-pager --unit flower-supernode | grep \"{lost}\"'
+         wait_for sh -c 'test \"$(journalctl --no-pager --unit flower-supernode | grep -c \"started the container\")\" = 2'
+         {CONTAINER} systemctl status flower-supernode"
+    ));
+    let warnings = boot.warnings_of(UNIT);
+    assert_eq!(warnings.len(), 1, "{}", boot.story());
+    assert_eq!(warnings[0]["GPU_UUID"], GPU_A, "{}", boot.story());
+    assert!(warnings[0]["MESSAGE"].as_str().is_some_and(|said| said.contains("daemon-reload")), "{}", boot.story());
+    says(&boot, &["runs true on nvidia", "Status: \"Running on NVIDIA A100"]);
+}
+
+#[test]
 fn a_required_gpu_that_is_absent_fails_the_unit_and_ready_is_not_reported() {
     let Some(machine) = Machine::new() else { return };
     machine.context(&wanted(&[

@@ -24,7 +24,7 @@ use nvml_wrapper::{
     structs::device::FieldId,
 };
 use serde_json::{Value, json};
-use supernode_tests::{Output, Sandbox, nvml_library, run};
+use supernode_tests::{Output, Sandbox, eventually, nvml_library, run};
 
 /// NVML_FI_DEV_REMAPPED_FAILURE of nvml.h; the wrapper has no getter for it.
 const REMAP_FAILURE: FieldId = FieldId(145);
@@ -243,6 +243,21 @@ fn each_event_is_told_once_and_in_its_time() {
     ]}));
     // GPU 1 and other kinds are not watched; after the one event there is nothing more to wait for.
     assert_eq!(machine.answers("xid"), ["GPU-a Some(Value(79)) true", "Timeout"]);
+}
+
+#[test]
+fn an_event_with_a_file_is_told_to_the_sets_that_were_there_when_it_was_written() {
+    let sandbox = Sandbox::new("moment");
+    let past = sandbox.write("past", "");
+    let machine = Machine::new(&json!({"gpus": [{"uuid": "GPU-a"}], "events": [
+        {"type": "xid", "data": 79, "when_file": past},
+        {"type": "xid", "data": 48, "when_file": sandbox.join("never")},
+    ]}));
+    assert!(eventually(Duration::from_secs(5), || {
+        let written = fs::metadata(sandbox.join("past")).unwrap().modified().unwrap();
+        written.elapsed().is_ok_and(|age| age > Duration::from_millis(100))
+    }));
+    assert_eq!(machine.answers("xid"), ["Timeout"]);
 }
 
 #[test]

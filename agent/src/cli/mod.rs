@@ -19,8 +19,7 @@ use crate::boot::{self, BootError, EXIT_CONFIG, EXIT_RETRY};
 use crate::config::{Config, Remarks};
 use crate::distribution::Distribution;
 use crate::docker::runtime::{configure_daemon_json, find_program};
-use crate::gpu::detect_gpus;
-use crate::gpu::nvml;
+use crate::gpu::{detect_gpus, listen, nvml};
 use crate::journal::error_chain;
 use crate::settings::Settings;
 use plan::{Plan, gpu_json, write_gpu};
@@ -84,6 +83,15 @@ enum Command {
     NvmlProbe {
         /// The library
         library: String,
+    },
+    /// Watch GPUs and print what happens to them: the other child process of the agent
+    #[command(name = crate::gpu::watch::SUBCOMMAND, hide = true)]
+    NvmlWatch {
+        /// The library
+        library: String,
+        /// The UUIDs of GPUs and MIG instances
+        #[arg(required = true)]
+        devices: Vec<String>,
     },
 }
 
@@ -152,6 +160,10 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             nvml::answer_on_stdout(library)?;
             return Ok(ExitCode::SUCCESS);
         }
+        Command::NvmlWatch { library, devices } => {
+            listen::tell_on_stdout(library, devices)?;
+            return Ok(ExitCode::SUCCESS);
+        }
         Command::Variables { json, format } => {
             if *json {
                 writeln!(out, "{:#}", variables::as_json())?;
@@ -201,7 +213,9 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             }
             ExitCode::SUCCESS
         }
-        Command::Check { .. } | Command::NvmlProbe { .. } | Command::Variables { .. } => ExitCode::SUCCESS,
+        Command::Check { .. } | Command::NvmlProbe { .. } | Command::NvmlWatch { .. } | Command::Variables { .. } => {
+            ExitCode::SUCCESS
+        }
     };
     // A probe that hangs in the driver must not keep the agent from ending.
     runtime.shutdown_background();

@@ -1,12 +1,17 @@
-//! The GPU: what is present (sysfs), what was promised (context), what the driver says (NVML), and what follows from it.
+//! The GPU: what is present (sysfs), what was promised (context), what the driver says (NVML), and what follows from it; and,
+//! while the node runs, what becomes of it.
 
 pub mod kernel;
 pub mod library;
+pub mod listen;
 pub mod nvml;
 pub mod pci;
+pub mod presence;
 pub mod probe;
 pub mod reason;
 pub mod verdict;
+pub mod watch;
+pub mod xid;
 
 use std::time::Duration;
 
@@ -21,6 +26,9 @@ use verdict::Verdict;
 
 /// How often a driver that is still coming is looked for.
 const PAUSE: Duration = Duration::from_millis(500);
+/// How often after that: in sysfs, and, where that shows a driver, by the probe, ever more rarely.
+const LATE_PAUSE: Duration = Duration::from_secs(10);
+const LONGEST_LATE_PAUSE: Duration = Duration::from_secs(300);
 
 /// The verdict and what it rests on.
 #[derive(Debug)]
@@ -46,6 +54,40 @@ pub async fn detect_gpus(config: &Config, settings: &Settings, wait: Duration) -
             return detection;
         }
         tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// Whether a node that runs on the CPU for this reason may find its GPU usable later: somebody installs, loads or binds the
+/// driver, or plugs the device in. A GPU that failed is not among them, nor a driver that hangs whoever asks it.
+pub fn may_come_late(verdict: &Verdict) -> bool {
+    verdict.finding().is_some_and(|finding| {
+        matches!(
+            finding.reason,
+            Reason::GpuNotPresent
+                | Reason::GpuNotPassedThrough
+                | Reason::DriverNotLoaded
+                | Reason::WrongDriver
+                | Reason::DriverLibraryMissing
+                | Reason::DriverLibraryMismatch
+                | Reason::DriverNotReady
+                | Reason::DriverError
+                | Reason::PermissionDenied
+                | Reason::GpuCountZero
+        )
+    })
+}
+
+/// Looks for the GPU at a slow pace until it is usable.
+pub async fn until_usable(config: &Config, settings: &Settings) {
+    let mut pause = LATE_PAUSE;
+    loop {
+        tokio::time::sleep(pause).await;
+        let detection = detect_once(config, settings).await;
+        if !detection.verdict.devices().is_empty() {
+            return;
+        }
+        // sysfs costs nothing; the probe loads NVIDIA's library.
+        pause = if detection.outcome.is_some() { (pause * 2).min(LONGEST_LATE_PAUSE) } else { LATE_PAUSE };
     }
 }
 

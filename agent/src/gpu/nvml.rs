@@ -9,6 +9,7 @@ use std::os::fd::AsFd as _;
 use nvml_wrapper::enum_wrappers::device::{EccCounter, MemoryError};
 use nvml_wrapper::enums::device::SampleValue;
 use nvml_wrapper::error::NvmlError;
+use nvml_wrapper::struct_wrappers::device::PciInfo;
 use nvml_wrapper::structs::device::FieldId;
 use nvml_wrapper::{Device, Nvml};
 use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
@@ -105,7 +106,7 @@ pub enum FaultKind {
 }
 
 impl Fault {
-    fn new(call: &str, error: NvmlError) -> Self {
+    pub(super) fn new(call: &str, error: NvmlError) -> Self {
         let text = error.to_string();
         let kind = match error {
             NvmlError::LibloadingError(_) => FaultKind::Library,
@@ -118,7 +119,7 @@ impl Fault {
 
     /// Whether a failure like this of a getter that is only good to have means that the GPU itself does not answer as it
     /// should. Not every card, driver or container gives every value, so any other failure means "not known".
-    fn is_of_the_gpu(&self) -> bool {
+    pub(super) fn is_of_the_gpu(&self) -> bool {
         const INSUFFICIENT_POWER: u32 = 8;
         const DRIVER_NOT_LOADED: u32 = 9;
         const IRQ_ISSUE: u32 = 11;
@@ -150,15 +151,21 @@ impl Fault {
 /// # Errors
 /// When the answer cannot be written.
 pub fn answer_on_stdout(library: &str) -> std::io::Result<()> {
-    // A probe that hangs ends with the agent, however that ends.
-    set_parent_process_death_signal(Some(Signal::KILL))?;
-    die_by_the_first_signal()?;
-    // The library may write to the standard output, or close it: the answer has a way of its own.
-    let mut out = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
-    rustix::stdio::dup2_stdout(std::io::stderr())?;
+    let mut out = settle_as_child()?;
     let mut answer = serde_json::to_vec(&ask(library))?;
     answer.push(b'\n');
     out.write_all(&answer)
+}
+
+/// Makes this process a child that may load the library, and gives it a way to its parent that is its own.
+pub(super) fn settle_as_child() -> std::io::Result<File> {
+    // A child that hangs ends with the agent, however that ends.
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    die_by_the_first_signal()?;
+    // The library may write to the standard output, or close it.
+    let out = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
+    rustix::stdio::dup2_stdout(std::io::stderr())?;
+    Ok(out)
 }
 
 /// Rust lets the first SIGSEGV and SIGBUS pass that is sent and not caused, and takes its handler away: a library that
@@ -182,13 +189,18 @@ fn ask(library: &str) -> ProbeAnswer {
     }
 }
 
-fn report(library: &str) -> Result<DriverReport, Fault> {
+/// Loads the library and opens NVML.
+pub(super) fn open(library: &str) -> Result<ManuallyDrop<Nvml>, Fault> {
     let nvml = Nvml::builder().lib_path(library.as_ref()).init().map_err(|error| {
         let call = if matches!(error, NvmlError::LibloadingError(_)) { "dlopen" } else { "nvmlInit_v2" };
         Fault::new(call, error)
     })?;
     // nvmlShutdown could hang, crash or be missing, and the answer would be lost: the end of the process does its work.
-    let nvml = ManuallyDrop::new(nvml);
+    Ok(ManuallyDrop::new(nvml))
+}
+
+fn report(library: &str) -> Result<DriverReport, Fault> {
+    let nvml = open(library)?;
     let count = nvml.device_count().map_err(|error| Fault::new("nvmlDeviceGetCount_v2", error))?;
     if count > MOST_GPUS {
         let text = format!("it counts {count} GPUs");
@@ -211,7 +223,7 @@ fn describe(nvml: &Nvml, index: u32) -> ProbedGpu {
 fn fill_in(nvml: &Nvml, gpu: &mut ProbedGpu) -> Result<(), Fault> {
     let device = nvml.device_by_index(gpu.index).map_err(|error| Fault::new("nvmlDeviceGetHandleByIndex_v2", error))?;
     // Without these two the GPU can neither be handed over nor be told from another: they are needed.
-    let pci = device.pci_info().map_err(|error| Fault::new("nvmlDeviceGetPciInfo_v3", error))?;
+    let pci = pci_of(&device)?;
     gpu.pci_address = Some(PciAddress::parse(&pci.bus_id).map_or(pci.bus_id, |address| address.to_string()));
     gpu.uuid = Some(uuid_of(&device)?);
     // These are good to have.
@@ -223,8 +235,32 @@ fn fill_in(nvml: &Nvml, gpu: &mut ProbedGpu) -> Result<(), Fault> {
     Ok(())
 }
 
+/// The card that a device named by its UUID is, or is an instance of.
+pub(super) fn card_of<'n>(nvml: &'n Nvml, uuid: &str) -> Result<Device<'n>, Fault> {
+    let device = nvml.device_by_uuid(uuid).map_err(|error| Fault::new("nvmlDeviceGetHandleByUUID", error))?;
+    if !uuid.starts_with("MIG-") {
+        return Ok(device);
+    }
+    device.mig_parent_device().map_err(|error| Fault::new("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", error))
+}
+
+/// Looks again at a device that was usable: what the probe asks of every GPU.
+///
+/// # Errors
+/// A call that failed in a way that makes the GPU unusable. With success come the hardware faults, normally none.
+pub(super) fn examine(nvml: &Nvml, uuid: &str) -> Result<Vec<String>, Fault> {
+    let card = card_of(nvml, uuid)?;
+    pci_of(&card)?;
+    uuid_of(&card)?;
+    ailments(&card)
+}
+
+fn pci_of(device: &Device<'_>) -> Result<PciInfo, Fault> {
+    device.pci_info().map_err(|error| Fault::new("nvmlDeviceGetPciInfo_v3", error))
+}
+
 /// By its UUID a GPU is handed over, in a list with commas: an empty one would ask the runtime for no GPU at all.
-fn uuid_of(device: &Device<'_>) -> Result<String, Fault> {
+pub(super) fn uuid_of(device: &Device<'_>) -> Result<String, Fault> {
     const CALL: &str = "nvmlDeviceGetUUID";
     let uuid = device.uuid().map_err(|error| Fault::new(CALL, error))?;
     if uuid.is_empty() || !uuid.bytes().all(|byte| byte.is_ascii_graphic() && byte != b',') {

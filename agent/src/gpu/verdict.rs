@@ -1,5 +1,7 @@
 //! The verdict: a pure function of the configuration, the facts of the machine and the answer of the probe.
 
+use std::fmt;
+
 use serde::Serialize;
 use serde_json::{Value as Json, json};
 
@@ -45,6 +47,12 @@ pub struct GpuDevice {
     /// `n` of the card's `/dev/nvidia<n>`.
     #[serde(skip)]
     pub minor: Option<u32>,
+}
+
+impl fmt::Display for GpuDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({}, {})", self.name.as_deref().unwrap_or("GPU"), self.uuid, self.pci_address)
+    }
 }
 
 impl Verdict {
@@ -268,7 +276,7 @@ fn about_the_gpus(reason: Reason, what: String, facts: &PciFacts) -> Finding {
     }
 }
 
-fn signal_name(signal: i32) -> &'static str {
+pub(super) fn signal_name(signal: i32) -> &'static str {
     match signal {
         4 => " (SIGILL)",
         6 => " (SIGABRT)",
@@ -320,7 +328,7 @@ fn reason_of(fault: &Fault) -> Reason {
     }
 }
 
-fn describe_fault(fault: &Fault) -> String {
+pub(super) fn describe_fault(fault: &Fault) -> String {
     let Fault { call, kind, text } = fault;
     match kind {
         FaultKind::Library => text.clone(),

@@ -8,7 +8,7 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use crate::{
@@ -23,10 +23,11 @@ pub(crate) type SetHandle = *mut c_void;
 /// One event set.
 struct Set {
     created: Instant,
+    created_at: SystemTime,
     /// GPU index and mask of each registration.
     watched: Vec<(usize, u64)>,
-    /// Indices of the script's events that were told already.
-    told: Vec<usize>,
+    /// How often each of the script's events, by its index, was told already.
+    told: BTreeMap<usize, u64>,
 }
 
 static SETS: Mutex<BTreeMap<usize, Arc<Mutex<Set>>>> = Mutex::new(BTreeMap::new());
@@ -42,7 +43,8 @@ fn set(handle: SetHandle) -> Answer<Arc<Mutex<Set>>> {
 
 pub(crate) fn create() -> SetHandle {
     let number = LAST.fetch_add(1, Ordering::Relaxed) + 1;
-    let set = Set { created: Instant::now(), watched: Vec::new(), told: Vec::new() };
+    let set =
+        Set { created: Instant::now(), created_at: SystemTime::now(), watched: Vec::new(), told: BTreeMap::new() };
     lock(&SETS).insert(number, Arc::new(Mutex::new(set)));
     std::ptr::without_provenance_mut(number)
 }
@@ -74,14 +76,31 @@ pub(crate) fn wait(call: &Call, handle: SetHandle, timeout: Duration) -> Answer<
 }
 
 fn next<'call>(call: &'call Call, set: &mut Set) -> Option<&'call Event> {
-    let age = set.created.elapsed();
-    let due = |event: &Event| {
-        age >= Duration::from_millis(event.after_ms)
-            && event.when_file.as_deref().is_none_or(|file| file.exists())
-            && set.watched.iter().any(|(gpu, mask)| *gpu == event.gpu && mask & event.kind.bit() != 0)
+    let happened = |number: &usize, event: &Event| {
+        let due = set.times(event);
+        let watched = set.watched.iter().any(|(gpu, mask)| *gpu == event.gpu && mask & event.kind.bit() != 0);
+        watched && due > set.told.get(number).copied().unwrap_or(0)
     };
-    let (number, event) =
-        call.script.events.iter().enumerate().find(|(number, event)| !set.told.contains(number) && due(event))?;
-    set.told.push(number);
+    let (number, event) = call.script.events.iter().enumerate().find(|(number, event)| happened(number, event))?;
+    *set.told.entry(number).or_default() += 1;
     Some(event)
+}
+
+impl Set {
+    /// How often the event has happened since the set is there.
+    fn times(&self, event: &Event) -> u64 {
+        /// The clock of files is that much behind.
+        const TICK: Duration = Duration::from_millis(20);
+        let since = match &event.when_file {
+            None => Some(self.created.elapsed()),
+            Some(file) => {
+                let written = std::fs::metadata(file).and_then(|file| file.modified());
+                written.ok().filter(|at| *at + TICK >= self.created_at).map(|at| at.elapsed().unwrap_or_default())
+            }
+        };
+        match since.and_then(|since| since.checked_sub(Duration::from_millis(event.after_ms))) {
+            None => 0,
+            Some(since) => 1 + (since.as_micros() * u128::from(event.per_second) / 1_000_000) as u64,
+        }
+    }
 }

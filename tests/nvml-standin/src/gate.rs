@@ -5,11 +5,12 @@ use std::{
     ffi::c_int,
     fs::OpenOptions,
     io::Write,
+    os::unix::fs::MetadataExt,
     path::Path,
     process::Command,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use crate::{
@@ -25,9 +26,14 @@ enum State {
     /// NVML counts: as many shutdowns as inits.
     Open {
         script: Arc<Script>,
+        /// Which file that was.
+        stamp: Stamp,
         users: u32,
     },
 }
+
+/// Tells one file from the next of its name: its inode and when it was written.
+type Stamp = Option<(u64, SystemTime)>;
 
 static STATE: Mutex<State> = Mutex::new(State::Closed);
 
@@ -43,16 +49,36 @@ pub(crate) struct Call {
 
 /// Runs the body of a function other than `nvmlInit`, unless the script has something else in mind for it.
 pub(crate) fn gate(name: &'static str, body: impl FnOnce(&Call) -> Answer) -> u32 {
-    let script = match &*state() {
+    let script = match &mut *state() {
         State::Closed => return UNINITIALIZED.0,
         State::Broken => return UNKNOWN.0,
-        State::Open { script, .. } => Arc::clone(script),
+        State::Open { script, stamp, .. } => {
+            renew(script, stamp);
+            Arc::clone(script)
+        }
     };
     returned(pass(Call { name, script }, body))
 }
 
+/// Takes up a script that was put in the place of the one that was read: the machine has changed under the process. One that
+/// is not understood changes nothing.
+fn renew(script: &mut Arc<Script>, stamp: &mut Stamp) {
+    let now = stamp_of_script();
+    if now.is_none() || now == *stamp {
+        return;
+    }
+    *stamp = now;
+    match read_script() {
+        Ok(new) => *script = Arc::new(new),
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "nvml-standin: {error}");
+        }
+    }
+}
+
 /// `nvmlInit`: reads the script, and opens NVML where the script allows it.
 pub(crate) fn open(name: &'static str) -> u32 {
+    let stamp = stamp_of_script();
     let script = match read_script() {
         Ok(script) => Arc::new(script),
         Err(error) => {
@@ -71,7 +97,7 @@ pub(crate) fn open(name: &'static str) -> u32 {
             State::Open { users, .. } => users + 1,
             State::Closed | State::Broken => 1,
         };
-        *state = State::Open { script: Arc::clone(&call.script), users };
+        *state = State::Open { script: Arc::clone(&call.script), stamp, users };
         Ok(())
     }))
 }
@@ -90,6 +116,11 @@ pub(crate) fn note(name: &str) {
     if let State::Open { script, .. } = &*state() {
         log(script, name);
     }
+}
+
+fn stamp_of_script() -> Stamp {
+    let file = std::fs::metadata(env::var_os("NVML_STANDIN")?).ok()?;
+    Some((file.ino(), file.modified().ok()?))
 }
 
 fn read_script() -> Result<Script, String> {

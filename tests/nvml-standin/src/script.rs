@@ -1,6 +1,7 @@
 //! The JSON that a test writes: the driver and the GPUs of the machine, and what goes wrong with them.
 //!
-//! Every key may be left out. What a card has not (`ecc_uncorrected`, `temperature`, …) is answered NOT_SUPPORTED, as
+//! A file that is renamed into the place of one that was read is taken up by the next call: cards fall ill while a process
+//! runs. Every key may be left out. What a card has not (`ecc_uncorrected`, `temperature`, …) is answered NOT_SUPPORTED, as
 //! a real card does. A key, or the name of a function, that is not known is an error: a typing error in a test is loud.
 
 use std::{
@@ -126,8 +127,12 @@ pub(crate) struct Event {
     /// Counted from the creation of the event set.
     #[serde(default)]
     pub(crate) after_ms: u64,
-    /// It happens no earlier than this file exists: for a test that wants to choose the moment.
+    /// It happens when this file is written: for a test that wants to choose the moment. As with a real card, a set that is
+    /// made later does not hear of it.
     pub(crate) when_file: Option<PathBuf>,
+    /// It happens so many times a second from then on, without end.
+    #[serde(default)]
+    pub(crate) per_second: u32,
     #[serde(rename = "type")]
     pub(crate) kind: EventKind,
     /// The XID, for `xid`.

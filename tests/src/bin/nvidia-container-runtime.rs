@@ -41,6 +41,8 @@ struct Control {
 enum Mode {
     /// As the real one on a machine that works.
     Ok,
+    /// As the real one with its hook, of whose device rules systemd does not know: there are the nodes, and no leave.
+    Hook,
     /// As the real one when nvidia-container-cli fails.
     Fail,
     /// Starts the container and gives it nothing.
@@ -194,7 +196,8 @@ fn prepare(bundle: &Path, id: &str) -> Result<(), String> {
     if selected.is_empty() {
         return Ok(());
     }
-    add_devices(&mut config, &selected).ok_or_else(|| format!("{}: no linux section", config_path.display()))?;
+    add_devices(&mut config, &selected, control.mode == Mode::Ok)
+        .ok_or_else(|| format!("{}: no linux section", config_path.display()))?;
     fs::write(&config_path, config.to_string()).map_err(|error| format!("{}: {error}", config_path.display()))
 }
 
@@ -220,7 +223,7 @@ fn decide(control: &Control, machine: &Machine, env: &Map<String, Value>) -> Res
     match control.mode {
         Mode::Fail => Err(hook_failed(control.message.as_deref().unwrap_or(NO_DRIVER))),
         Mode::NoDevice => Ok(Vec::new()),
-        Mode::Ok => {
+        Mode::Ok | Mode::Hook => {
             select(machine, wanted).map_err(|unknown| hook_failed(&format!("device error: {unknown}: unknown device")))
         }
     }
@@ -262,8 +265,8 @@ fn hook_failed(message: &str) -> String {
     )
 }
 
-/// The device nodes, and the leave of the device cgroup to use them.
-fn add_devices(config: &mut Value, selected: &[Selected]) -> Option<()> {
+/// The device nodes, and, with `leave`, that of the device cgroup to use them.
+fn add_devices(config: &mut Value, selected: &[Selected], leave: bool) -> Option<()> {
     let mut nodes =
         vec![("/dev/nvidiactl".to_owned(), NVIDIA, NVIDIA_CTL), ("/dev/nvidia-uvm".to_owned(), NVIDIA_UVM, 0)];
     for gpu in selected {
@@ -278,6 +281,9 @@ fn add_devices(config: &mut Value, selected: &[Selected]) -> Option<()> {
             "path": path, "type": "c", "major": major, "minor": minor, "fileMode": 0o666, "uid": 0, "gid": 0,
         });
         list(linux, "devices")?.push(device);
+        if !leave {
+            continue;
+        }
         let resources = linux.entry("resources").or_insert_with(|| json!({})).as_object_mut()?;
         let rule = json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rwm"});
         list(resources, "devices")?.push(rule);

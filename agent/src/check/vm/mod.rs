@@ -701,7 +701,10 @@ mod tests {
         one(|facts| facts.pci.module_pending = Some("coming".into()), Error, "kernel-module", "coming", "wait_seconds");
         one(|facts| facts.nvml = Ok(failed(18)), Error, "nvml", "driver-library-mismatch", "reboot");
         one(
-            |facts| facts.nvml = Ok(ProbeOutcome::TimedOut { limit: Duration::from_secs(20), library: LibraryFile::default() }),
+            |facts| {
+                facts.nvml =
+                    Ok(ProbeOutcome::TimedOut { limit: Duration::from_secs(20), library: LibraryFile::default() })
+            },
             Error,
             "nvml",
             "driver-timeout",

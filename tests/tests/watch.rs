@@ -1,0 +1,448 @@
+//! The node while it runs: a GPU that fails, a container that loses it, a driver that comes late.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use common::{
+    GPU_A, GPU_B, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, sysfs_of_two, two_gpus, up, wanted,
+    warnings,
+};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use supernode_tests::{Agent, Case, Engine, RuntimeMode, Sandbox, Sysfs, eventually, nvml_library};
+
+/// What the contract gives the agent to say that a GPU is lost, and the container's replacement.
+const LOSS_LIMIT: Duration = Duration::from_secs(30);
+
+/// A node on a GPU, with a watcher that listens.
+struct Node {
+    engine: Engine,
+    case: Case,
+    /// The moments of events, and the log of NVML's calls.
+    folder: Sandbox,
+    machine: Value,
+    agent: Agent,
+}
+
+impl Node {
+    /// The machine with these XIDs, each of which happens when it is fired; `settings` are for agent.toml.
+    fn with(machine: Value, xids: &[u64], settings: &[(&str, &str)], context: &[(&str, &str)]) -> Option<Self> {
+        let folder = Sandbox::new("watch");
+        let events: Vec<Value> = xids
+            .iter()
+            .map(|xid| json!({"type": "xid", "data": xid, "when_file": folder.join(format!("xid-{xid}"))}))
+            .collect();
+        Self::with_events(machine, folder, &json!(events), settings, context)
+    }
+
+    fn with_events(
+        mut machine: Value,
+        folder: Sandbox,
+        events: &Value,
+        settings: &[(&str, &str)],
+        context: &[(&str, &str)],
+    ) -> Option<Self> {
+        machine["events"] = events.clone();
+        machine["log"] = json!(folder.join("calls"));
+        let (engine, mut case) = engine_with(&machine)?;
+        let sysfs = if machine["gpus"].as_array().unwrap().len() == 2 { sysfs_of_two() } else { sysfs_of_one() };
+        case.sysfs(&sysfs).context(&wanted(context));
+        for (key, value) in settings {
+            case.set(key, *value);
+        }
+        let agent = up(&case);
+        let node = Self { engine, case, folder, machine, agent };
+        node.wait_for_watcher();
+        Some(node)
+    }
+
+    /// Waits until a watcher has begun to wait for events.
+    fn wait_for_watcher(&self) {
+        assert!(eventually(PATIENCE, || self.calls().contains("nvmlEventSetWait_v2")), "{:#?}", self.agent.lines());
+    }
+
+    fn calls(&self) -> String {
+        fs::read_to_string(self.folder.join("calls")).unwrap_or_default()
+    }
+
+    fn fire(&self, xid: u64) {
+        self.folder.write(format!("xid-{xid}"), "");
+    }
+
+    /// Changes what NVML says from its next call on.
+    fn now(&mut self, key: &str, value: Value) {
+        self.machine[key] = value;
+        self.case.nvml(&self.machine);
+    }
+
+    /// Waits until a container runs with this runtime.
+    #[track_caller]
+    fn wait_for_runtime(&self, runtime: &str) {
+        let format = "{{.State.Running}} {{.HostConfig.Runtime}}";
+        let shown = || self.engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout;
+        let is_there = eventually(PATIENCE, || shown().trim() == format!("true {runtime}"));
+        assert!(is_there, "{}: {:#?}", shown(), self.agent.lines());
+    }
+
+    #[track_caller]
+    fn wait_for_status(&self, words: &str) {
+        let said = eventually(PATIENCE, || {
+            let status = json_of(&self.case.run_command("status", &["--json"]));
+            status["agent"]["status"].as_str().is_some_and(|status| status.contains(words))
+        });
+        assert!(said, "{words}: {:#?}", self.agent.notifications());
+    }
+
+    fn id(&self) -> String {
+        inspect(&self.engine, "{{.Id}} {{.State.Pid}}")
+    }
+
+    /// The process of the watcher.
+    fn watcher(&self) -> Option<u32> {
+        watcher_of(self.agent.pid())
+    }
+
+    /// The one WARNING was given, with these words, and then the node went to the CPU.
+    #[track_caller]
+    fn assert_fell_back(&self, words: &[&str]) {
+        self.wait_for_runtime("runc");
+        self.wait_for_status("Running on the CPU: gpu-failed");
+        let warnings = warnings(&self.agent);
+        assert_eq!(warnings.len(), 1, "{:#?}", self.agent.lines());
+        for words in [&["gpu-failed", GPU_A, "0000:01:00.0", "Fix: "], words].concat() {
+            assert!(warnings[0].contains(words), "{words}: {warnings:?}");
+        }
+        let lines = self.agent.lines();
+        let warned = lines.iter().position(|line| line.contains(" WARNING ")).unwrap();
+        let replaced = lines.iter().rposition(|line| line.contains("replacing the container")).unwrap();
+        assert!(warned < replaced, "{lines:#?}");
+        let verdict = &json_of(&self.case.run_command("status", &["--json"]))["gpu"]["verdict"];
+        assert_eq!(verdict["reason"], "gpu-failed", "{verdict}");
+        assert_eq!(inspect(&self.engine, "{{index .Config.Labels \"supernode-agent.reason\"}}"), "gpu-failed");
+        assert!(eventually(PATIENCE, || self.watcher().is_none()), "nobody needs a watcher on the CPU");
+    }
+}
+
+fn watcher_of(agent: u32) -> Option<u32> {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).find(|pid: &u32| {
+        let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        read("cmdline").contains("nvml-watch") && read("status").contains(&format!("\nPPid:\t{agent}\n"))
+    })
+}
+
+fn kill9(pid: u32) {
+    kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), Signal::KILL).unwrap();
+}
+
+/// The most memory that a process ever had, in KiB.
+fn peak_kib(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[test]
+fn a_fatal_xid_is_warned_of_with_its_meaning_and_the_node_goes_on_on_the_cpu() {
+    let Some(mut node) = Node::with(one_gpu(), &[79], &[], &[]) else { return };
+    node.fire(79);
+    node.assert_fell_back(&["XID 79: the GPU has fallen off the bus", "NVIDIA A100"]);
+    // The agent dies; the next one keeps the node where it is, and says why.
+    let before = node.id();
+    node.agent.kill9();
+    let agent = up(&node.case);
+    assert_eq!(node.id(), before);
+    assert!(warnings(&agent).iter().any(|line| line.contains("gpu-failed")), "{:#?}", agent.lines());
+}
+
+#[test]
+fn a_container_that_dies_of_the_fault_is_not_started_on_that_gpu_again() {
+    let Some(node) = Node::with(one_gpu(), &[79], &[], &[]) else { return };
+    // The driver tells of it when the container has gone already.
+    node.engine.docker(&["kill", "flower-supernode"]).expect_success();
+    node.agent.wait_for_line("ended with exit code 137", PATIENCE);
+    node.fire(79);
+    node.wait_for_runtime("runc");
+    let line = node.agent.wait_for_line("gpu-failed", PATIENCE);
+    assert!(line.contains("XID 79: "), "{line}");
+    let launches = node.agent.lines().iter().filter(|line| line.contains("started the container")).count();
+    assert_eq!(launches, 2, "{:#?}", node.agent.lines());
+}
+
+#[test]
+fn a_gpu_that_failed_is_tried_again_where_that_is_wanted_and_then_left() {
+    let settings = &[("gpu.on_failure", "restart")];
+    let Some(mut node) = Node::with(one_gpu(), &[48, 119], settings, &[]) else { return };
+    let first = node.id();
+    node.fire(48);
+    node.agent.wait_for_line("a probe finds the GPU well", PATIENCE);
+    assert!(eventually(PATIENCE, || {
+        node.agent.lines().iter().filter(|line| line.contains("started the container")).count() == 2
+    }));
+    node.wait_for_runtime("nvidia");
+    node.wait_for_status("Running on NVIDIA A100");
+    assert_ne!(node.id(), first);
+    let warned = warnings(&node.agent);
+    assert_eq!(warned.len(), 1, "{warned:?}");
+    assert!(warned[0].contains("is tried again") && warned[0].contains("XID 48: "), "{warned:?}");
+    // Now it is not well again.
+    assert!(eventually(PATIENCE, || node.calls().matches("nvmlEventSetCreate").count() >= 4), "{}", node.calls());
+    assert!(eventually(PATIENCE, || node.calls().trim_end().ends_with("nvmlEventSetWait_v2")), "{}", node.calls());
+    node.fire(119);
+    node.agent.wait_for_line("XID 119: ", PATIENCE);
+    node.now("fail", json!({"nvmlInit_v2": 999}));
+    node.agent.wait_for_line("No usable GPU, this node runs on the CPU. gpu-failed", PATIENCE);
+    node.wait_for_runtime("runc");
+    let tries = node.agent.lines().iter().filter(|line| line.contains("looking at the GPU again in")).count();
+    assert_eq!(tries, 3, "{:#?}", node.agent.lines());
+    assert_eq!(warnings(&node.agent).len(), 3, "{:#?}", node.agent.lines());
+}
+
+#[test]
+fn a_failure_that_is_to_be_ignored_is_a_warning_alone() {
+    let Some(node) = Node::with(one_gpu(), &[79, 48], &[("gpu.on_failure", "ignore")], &[]) else { return };
+    let before = node.id();
+    for xid in [79, 48] {
+        node.fire(xid);
+        node.agent.wait_for_line(&format!("XID {xid}: "), PATIENCE);
+    }
+    node.wait_for_status("the GPU failed, which is ignored");
+    assert_eq!(node.id(), before);
+    let warnings = warnings(&node.agent);
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    assert!(warnings[0].contains("gpu-failed") && warnings[0].contains("the node goes on with it"), "{warnings:?}");
+}
+
+#[test]
+fn an_applications_xid_is_told_once_and_changes_nothing() {
+    let folder = Sandbox::new("watch");
+    let event = |xid: u64, gpu: u32| {
+        let file = folder.join(format!("xid-{xid}"));
+        json!({"type": "xid", "data": xid, "gpu": gpu, "when_file": file, "per_second": 50})
+    };
+    let events = json!([event(13, 0), event(31, 1), event(45, 0)]);
+    let Some(node) = Node::with_events(two_gpus(), folder, &events, &[], &[]) else { return };
+    let before = node.id();
+    for (xid, uuid) in [(13, GPU_A), (31, GPU_B), (45, GPU_A)] {
+        node.fire(xid);
+        let line = node.agent.wait_for_line(&format!("XID {xid}: "), PATIENCE);
+        assert!(line.contains(uuid), "{line}");
+    }
+    let told = node.agent.lines().iter().filter(|line| line.contains("XID ")).count();
+    assert_eq!(told, 3, "{:#?}", node.agent.lines());
+    assert_eq!(warnings(&node.agent).len(), 2, "the last one is for information");
+    assert_eq!(node.id(), before);
+}
+
+#[test]
+fn the_card_of_a_mig_instance_is_watched_for_it() {
+    let mut machine = one_gpu();
+    machine["gpus"][0]["mig"] = json!([{"uuid": "MIG-aaaa"}, {"uuid": "MIG-bbbb"}]);
+    let context = &[("FL_CUDA_VISIBLE_DEVICES", "MIG-bbbb")];
+    let Some(node) = Node::with(machine, &[79], &[], context) else { return };
+    node.fire(79);
+    let line = node.agent.wait_for_line("gpu-failed", PATIENCE);
+    assert!(line.contains("MIG-bbbb") && line.contains("0000:01:00.0"), "{line}");
+    node.wait_for_runtime("runc");
+}
+
+#[test]
+fn a_gpu_that_does_not_answer_any_more_is_lost_within_half_a_minute() {
+    let Some(mut node) = Node::with(one_gpu(), &[], &[], &[]) else { return };
+    let begun = Instant::now();
+    node.now("fail", json!({"nvmlDeviceGetHandleByUUID": 15, "nvmlEventSetWait_v2": 15}));
+    node.agent.wait_for_line("gpu-failed", LOSS_LIMIT);
+    assert!(begun.elapsed() < LOSS_LIMIT);
+    node.assert_fell_back(&["NVML error 15"]);
+}
+
+#[test]
+fn a_library_that_has_gone_is_a_gpu_that_is_lost() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let folder = Sandbox::new("watch");
+    let library = case.path("libnvidia-ml.so.1");
+    symlink(nvml_library(), &library).unwrap();
+    let mut machine = one_gpu();
+    machine["log"] = json!(folder.join("calls"));
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[])).nvml(&machine);
+    case.set("gpu.nvml_library", library.to_string_lossy().into_owned());
+    let agent = up(&case);
+    let node = Node { engine, case, folder, machine, agent };
+    node.wait_for_watcher();
+    fs::remove_file(&library).unwrap();
+    node.agent.wait_for_line("gpu-failed", LOSS_LIMIT);
+    node.assert_fell_back(&["libnvidia-ml has gone"]);
+}
+
+#[test]
+fn a_watcher_that_hangs_is_a_gpu_that_is_lost() {
+    let Some(mut node) = Node::with(one_gpu(), &[], &[], &[]) else { return };
+    let watcher = node.watcher().unwrap();
+    node.now("hang", json!(["nvmlEventSetWait_v2"]));
+    node.agent.wait_for_line("gpu-failed", LOSS_LIMIT);
+    node.assert_fell_back(&["driver does not answer", "was killed"]);
+    assert!(!Path::new(&format!("/proc/{watcher}")).exists());
+}
+
+#[test]
+fn a_watcher_that_was_killed_comes_back_and_nothing_changes() {
+    let Some(mut node) = Node::with(one_gpu(), &[79], &[], &[]) else { return };
+    let (before, first) = (node.id(), node.watcher().unwrap());
+    kill9(first);
+    node.agent.wait_for_line("the GPU watcher died by signal 9", PATIENCE);
+    assert!(eventually(PATIENCE, || node.watcher().is_some_and(|watcher| watcher != first)));
+    assert_eq!(node.id(), before);
+    assert_eq!(warnings(&node.agent), Vec::<String>::new());
+    // It ends with the agent, however that ends.
+    let second = node.watcher().unwrap();
+    node.agent.kill9();
+    assert!(eventually(PATIENCE, || !Path::new(&format!("/proc/{second}")).exists()));
+    assert_eq!(node.id(), before);
+}
+
+#[test]
+fn a_watcher_that_cannot_come_back_is_a_gpu_that_is_lost() {
+    let Some(mut node) = Node::with(one_gpu(), &[], &[], &[]) else { return };
+    node.now("fail", json!({"nvmlInit_v2": 9}));
+    kill9(node.watcher().unwrap());
+    node.agent.wait_for_line("gpu-failed", LOSS_LIMIT);
+    node.assert_fell_back(&["died by signal 9 (SIGKILL)", "driver-not-loaded"]);
+}
+
+#[test]
+fn a_flood_of_events_costs_neither_journal_nor_memory() {
+    let folder = Sandbox::new("watch");
+    let event = |xid: u64, per_second: u32| {
+        let file = folder.join(format!("xid-{xid}"));
+        json!({"type": "xid", "data": xid, "when_file": file, "per_second": per_second})
+    };
+    let events = json!([event(79, 1), event(13, 10_000)]);
+    let debug = &[("FL_LOG_LEVEL", "DEBUG")];
+    let Some(node) = Node::with_events(one_gpu(), folder, &events, &[], debug) else { return };
+    let watcher = node.watcher().unwrap();
+    let (agent_before, watcher_before) = (peak_kib(node.agent.pid()), peak_kib(watcher));
+    node.fire(13);
+    node.agent.wait_for_line("XID 13: ", PATIENCE);
+    let is_flood = || node.calls().matches("nvmlEventSetWait_v2").count() > 40_000;
+    assert!(eventually(PATIENCE, is_flood), "no flood");
+    let lines = node.agent.lines().iter().filter(|line| line.contains("XID 13")).count();
+    assert!(lines <= 3, "{lines}: {:#?}", node.agent.lines());
+    for (what, pid, before) in [("agent", node.agent.pid(), agent_before), ("watcher", watcher, watcher_before)] {
+        let grown = peak_kib(pid).saturating_sub(before);
+        assert!(grown < 2048, "the {what} has grown by {grown} KiB");
+    }
+    // In the flood the one that matters is not lost.
+    node.fire(79);
+    node.agent.wait_for_line("XID 79: ", PATIENCE);
+    node.wait_for_runtime("runc");
+}
+
+#[test]
+fn a_required_gpu_that_fails_is_an_error_and_the_container_is_stopped() {
+    let Some(mut node) = Node::with(one_gpu(), &[79], &[], &[("FL_GPU_REQUIRED", "YES")]) else { return };
+    node.fire(79);
+    assert_eq!(node.agent.wait_exit(PATIENCE), 78);
+    let line = node.agent.wait_for_line(" ERROR The GPU failed, and FL_GPU_REQUIRED is YES", PATIENCE);
+    assert!(line.contains("gpu-failed") && line.contains("XID 79: "), "{line}");
+    assert_eq!(inspect(&node.engine, "{{.State.Running}}"), "false");
+}
+
+#[test]
+fn a_container_that_lost_its_device_nodes_is_made_anew_once() {
+    let Some(node) = Node::with(one_gpu(), &[], &[], &[]) else { return };
+    let before = node.id();
+    let pid = inspect(&node.engine, "{{.State.Pid}}");
+    fs::remove_file(format!("/proc/{pid}/root/dev/nvidia0")).unwrap();
+    let line = node.agent.wait_for_line("has lost its GPU and is made anew", PATIENCE);
+    assert!(line.contains(" WARNING ") && line.contains(GPU_A), "{line}");
+    assert!(eventually(PATIENCE, || {
+        let pid = node.engine.docker(&["inspect", "--format", "{{.State.Pid}}", "flower-supernode"]).stdout;
+        pid.trim() != "0" && Path::new(&format!("/proc/{}/root/dev/nvidia0", pid.trim())).exists()
+    }));
+    node.wait_for_status("Running on NVIDIA A100");
+    assert_ne!(node.id(), before);
+    assert_eq!(inspect(&node.engine, "{{.HostConfig.Runtime}}"), "nvidia");
+    assert_eq!(warnings(&node.agent).len(), 1, "{:#?}", node.agent.lines());
+}
+
+#[test]
+fn a_container_whose_gpu_systemd_took_is_made_anew_once() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let folder = Sandbox::new("watch");
+    // The engine of a test leaves cgroups to itself: this systemctl tells of a scope all the same. The scope of a container
+    // that came later has started later.
+    let systemctl = format!(
+        r#"#!/bin/sh
+case "$*" in
+*UnitsLoadTimestampMonotonic*) echo "UnitsLoadTimestampMonotonic=$(cat {0}/reloaded)" ;;
+*docker-"$(cat {0}/first)".scope) printf '%s\n' LoadState=loaded ActiveEnterTimestampMonotonic=5000 DevicePolicy=strict "DeviceAllow=/dev/char/1:3 rwm" ;;
+*) printf '%s\n' LoadState=loaded ActiveEnterTimestampMonotonic=9500 DevicePolicy=strict ;;
+esac
+"#,
+        folder.path().display()
+    );
+    folder.write("reloaded", "1000");
+    let program = case.write("bin/systemctl", systemctl);
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut machine = one_gpu();
+    machine["log"] = json!(folder.join("calls"));
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[])).nvml(&machine);
+    let agent = up(&case);
+    let node = Node { engine, case, folder, machine, agent };
+    let before = node.id();
+    node.folder.write("first", inspect(&node.engine, "{{.Id}}"));
+    node.folder.write("reloaded", "9000");
+    let line = node.agent.wait_for_line("has lost its GPU and is made anew", PATIENCE);
+    assert!(line.contains(" WARNING ") && line.contains("daemon-reload"), "{line}");
+    assert!(eventually(PATIENCE, || {
+        node.agent.lines().iter().filter(|line| line.contains("started the container")).count() == 2
+    }));
+    node.wait_for_runtime("nvidia");
+    node.wait_for_status("Running on NVIDIA A100");
+    assert_ne!(node.id(), before);
+    assert_eq!(warnings(&node.agent).len(), 1, "{:#?}", node.agent.lines());
+}
+
+#[test]
+fn a_driver_that_comes_after_the_wait_is_announced_and_not_taken_by_force() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let sysfs = Sysfs::new().gpu("0000:01:00.0");
+    case.sysfs(&sysfs).context(&wanted(&[]));
+    let agent = up(&case);
+    let before = inspect(&engine, "{{.Id}} {{.State.Pid}}");
+    let _sysfs = sysfs.driver("nvidia").module("550.54.15");
+    let line = agent.wait_for_line("GPU is usable now; restart flower-supernode to use it", PATIENCE);
+    assert!(line.contains(" INFO "), "{line}");
+    assert!(eventually(PATIENCE, || {
+        let status = json_of(&case.run_command("status", &["--json"]));
+        let text = status["agent"]["status"].as_str().unwrap_or_default();
+        text.contains("driver-not-loaded") && text.contains("the GPU is usable now")
+    }));
+    assert_eq!(inspect(&engine, "{{.Id}} {{.State.Pid}}"), before);
+    assert_eq!(warnings(&agent).len(), 1, "{:#?}", agent.lines());
+}
+
+#[test]
+fn a_driver_that_comes_after_the_wait_is_taken_where_that_is_wanted() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let sysfs = Sysfs::new().gpu("0000:01:00.0");
+    case.sysfs(&sysfs).context(&wanted(&[])).set("gpu.on_late", "restart");
+    let agent = up(&case);
+    engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
+    let _sysfs = sysfs.driver("nvidia").module("550.54.15");
+    let line = agent.wait_for_line("GPU is usable now", PATIENCE);
+    assert!(line.contains(" WARNING ") && line.contains("replaced"), "{line}");
+    assert!(eventually(PATIENCE, || {
+        let format = "{{.State.Running}} {{.HostConfig.Runtime}}";
+        engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout.trim() == "true nvidia"
+    }));
+    assert!(eventually(PATIENCE, || {
+        json_of(&case.run_command("status", &["--json"]))["gpu"]["verdict"]["device"] == "cuda"
+    }));
+    assert_eq!(warnings(&agent).len(), 2, "{:#?}", agent.lines());
+}
