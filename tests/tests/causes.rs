@@ -860,6 +860,16 @@ fn nvidias_own_library_without_a_driver_says_that_none_is_loaded_and_without_a_g
         nodes.filter(|node| node.file_name().to_string_lossy().starts_with("nvidia")).count()
     };
     let before = device_nodes();
+    // As root, the library makes /dev/nvidiactl: nothing of ours, taken away again, whatever comes.
+    struct NodeGoes(bool);
+    impl Drop for NodeGoes {
+        fn drop(&mut self) {
+            if self.0 {
+                let _ = fs::remove_file("/dev/nvidiactl");
+            }
+        }
+    }
+    let node = NodeGoes(before == 0);
     let name = library.canonicalize().unwrap();
     let version = name.to_string_lossy().rsplit_once(".so.").unwrap().1.to_owned();
     let how = format!("NVIDIA's own libnvidia-ml {version}, without a driver");
@@ -870,10 +880,6 @@ fn nvidias_own_library_without_a_driver_says_that_none_is_loaded_and_without_a_g
         case.set("gpu.nvml_library", path.as_str()).set("gpu.probe_timeout_seconds", 20);
     });
     assert_each_is_announced(&engine, &[cause]);
-    // As root, the library made /dev/nvidiactl: nothing of ours, taken away again.
-    if before == 0 {
-        let _ = fs::remove_file("/dev/nvidiactl");
-    }
     // The loader's own record of what it opened, by agent and probe alike.
     let loaded = |sysfs: &Sysfs, expected: &str| {
         let mut case = Case::new();
@@ -891,9 +897,7 @@ fn nvidias_own_library_without_a_driver_says_that_none_is_loaded_and_without_a_g
         records.iter().any(|path| String::from_utf8_lossy(&fs::read(path).unwrap()).contains("libnvidia-ml"))
     };
     assert!(loaded(&sysfs_of_one(), "driver-not-loaded"), "this record would not have shown it");
-    if before == 0 {
-        let _ = fs::remove_file("/dev/nvidiactl");
-    }
+    drop(node);
     assert!(!loaded(&Sysfs::new(), "gpu-not-passed-through"), "NVIDIA's library was loaded on a machine without a GPU");
     assert_eq!(device_nodes(), before);
 }
