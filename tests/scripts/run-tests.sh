@@ -14,7 +14,7 @@ step() {
 }
 rust_tests() {
     # --nocapture would mix the tests' lines; the lines of skipped tests come through --show-output.
-    RUST_BACKTRACE=0 cargo test --workspace --locked --quiet -- --show-output 2>&1 | tee -a "$log"
+    RUST_BACKTRACE=0 cargo test --workspace --locked --quiet --no-fail-fast -- --show-output 2>&1 | tee -a "$log"
 }
 # The machines that boot have it as dpkg installs it.
 build_package() {
