@@ -6,13 +6,14 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Write as _;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{GPU_A, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, two_gpus, up, wanted, warnings};
+use common::{
+    GPU_A, PATIENCE, engine_with, inspect, json_of, one_gpu, say, sysfs_of_one, tell, two_gpus, up, wanted, warnings,
+};
 use serde_json::{Value, json};
 use supernode_tests::{Agent, Case, Engine, RuntimeMode, Sysfs, nvml_library, run};
 
@@ -518,7 +519,7 @@ fn assert_each_is_announced(engine: &Engine, causes: &[Cause]) {
         assert_on_cpu_for(cause.code, &agent, engine);
         assert_eq!(agent.terminate(), 0);
         engine.docker(&["rm", "-f", "flower-supernode"]);
-        tell(cause, seconds);
+        tell(cause.code, seconds, &cause.how);
     }
 }
 
@@ -533,16 +534,6 @@ fn assert_on_cpu_for(code: &str, agent: &Agent, engine: &Engine) {
     assert!(status.contains(code), "{status}");
     let containers = engine.docker(&["ps", "-aq"]).stdout;
     assert_eq!(containers.lines().count(), 1, "a dead container is still there");
-}
-
-/// A line of the table that `make test` prints.
-fn tell(cause: &Cause, seconds: f64) {
-    say(&format!("CAUSE {:<24} {seconds:>5.2} s  {}", cause.code, cause.how));
-}
-
-/// A whole line, in one piece. Not by a print macro: the test runner would swallow what a passing test prints.
-fn say(line: &str) {
-    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// What the journal's catalog says of a code.

@@ -9,8 +9,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{
-    GPU_A, GPU_B, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, sysfs_of_two, two_gpus, up, wanted,
-    warnings,
+    GPU_A, GPU_B, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, sysfs_of_two, tell, two_gpus, up,
+    wanted, warnings,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -107,6 +107,14 @@ impl Node {
         watcher_of(self.agent.pid())
     }
 
+    /// Waits for the WARNING of a failure that was brought about just now, `how` tells by what, and puts it into the table.
+    #[track_caller]
+    fn wait_for_failure(&self, since: Instant, how: &str) {
+        self.agent.wait_for_line("gpu-failed", LOSS_LIMIT);
+        tell("gpu-failed", since.elapsed().as_secs_f64(), how);
+        assert!(since.elapsed() < LOSS_LIMIT);
+    }
+
     /// The one WARNING was given, with these words, and then the node went to the CPU.
     #[track_caller]
     fn assert_fell_back(&self, words: &[&str]) {
@@ -150,7 +158,9 @@ fn peak_kib(pid: u32) -> u64 {
 #[test]
 fn a_fatal_xid_is_warned_of_with_its_meaning_and_the_node_goes_on_on_the_cpu() {
     let Some(mut node) = Node::with(one_gpu(), &[79], &[], &[]) else { return };
+    let begun = Instant::now();
     node.fire(79);
+    node.wait_for_failure(begun, "while running: XID 79");
     node.assert_fell_back(&["XID 79: the GPU has fallen off the bus", "NVIDIA A100"]);
     // The agent dies; the next one keeps the node where it is, and says why.
     let before = node.id();
@@ -256,8 +266,7 @@ fn a_gpu_that_does_not_answer_any_more_is_lost_within_half_a_minute() {
     let Some(mut node) = Node::with(one_gpu(), &[], &[], &[]) else { return };
     let begun = Instant::now();
     node.now("fail", json!({"nvmlDeviceGetHandleByUUID": 15, "nvmlEventSetWait_v2": 15}));
-    node.agent.wait_for_line("gpu-failed", LOSS_LIMIT);
-    assert!(begun.elapsed() < LOSS_LIMIT);
+    node.wait_for_failure(begun, "while running: NVML answers 15");
     node.assert_fell_back(&["NVML error 15"]);
 }
 
@@ -274,8 +283,9 @@ fn a_library_that_has_gone_is_a_gpu_that_is_lost() {
     let agent = up(&case);
     let node = Node { engine, case, folder, machine, agent };
     node.wait_for_watcher();
+    let begun = Instant::now();
     fs::remove_file(&library).unwrap();
-    node.agent.wait_for_line("gpu-failed", LOSS_LIMIT);
+    node.wait_for_failure(begun, "while running: the library is removed");
     node.assert_fell_back(&["libnvidia-ml has gone"]);
 }
 
@@ -283,8 +293,9 @@ fn a_library_that_has_gone_is_a_gpu_that_is_lost() {
 fn a_watcher_that_hangs_is_a_gpu_that_is_lost() {
     let Some(mut node) = Node::with(one_gpu(), &[], &[], &[]) else { return };
     let watcher = node.watcher().unwrap();
+    let begun = Instant::now();
     node.now("hang", json!(["nvmlEventSetWait_v2"]));
-    node.agent.wait_for_line("gpu-failed", LOSS_LIMIT);
+    node.wait_for_failure(begun, "while running: the driver hangs");
     node.assert_fell_back(&["driver does not answer", "was killed"]);
     assert!(!Path::new(&format!("/proc/{watcher}")).exists());
 }
@@ -309,8 +320,9 @@ fn a_watcher_that_was_killed_comes_back_and_nothing_changes() {
 fn a_watcher_that_cannot_come_back_is_a_gpu_that_is_lost() {
     let Some(mut node) = Node::with(one_gpu(), &[], &[], &[]) else { return };
     node.now("fail", json!({"nvmlInit_v2": 9}));
+    let begun = Instant::now();
     kill9(node.watcher().unwrap());
-    node.agent.wait_for_line("gpu-failed", LOSS_LIMIT);
+    node.wait_for_failure(begun, "while running: the watcher dies, and the driver is gone");
     node.assert_fell_back(&["died by signal 9 (SIGKILL)", "driver-not-loaded"]);
 }
 

@@ -1,6 +1,7 @@
 //! Machines that several test files set up.
 #![allow(clippy::panic, dead_code, reason = "a test fails by a panic; each test file uses its own part")]
 
+use std::io::Write as _;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -78,4 +79,14 @@ pub(crate) fn warnings(agent: &Agent) -> Vec<String> {
 pub(crate) fn inspect(engine: &Engine, template: &str) -> String {
     let output = engine.docker(&["inspect", "--format", template, "flower-supernode"]);
     output.expect_success().trim().to_owned()
+}
+
+/// A line of the table that `make test` prints: a cause of a node on the CPU, and the time to the WARNING.
+pub(crate) fn tell(code: &str, seconds: f64, how: &str) {
+    say(&format!("CAUSE {code:<24} {seconds:>5.2} s  {how}"));
+}
+
+/// A whole line, in one piece. Not by a print macro: the test runner would swallow what a passing test prints.
+pub(crate) fn say(line: &str) {
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
