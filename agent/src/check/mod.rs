@@ -7,10 +7,12 @@ pub mod template;
 pub mod vm;
 
 use std::io::{self, Write};
+use std::path::Path;
 
 use serde::Serialize;
 use serde_json::{Value as Json, json};
 
+use crate::gpu::kernel::KernelFacts;
 use crate::gpu::pci::{self, PciFacts};
 use crate::gpu::reason::one_line;
 use root::Root;
@@ -166,7 +168,9 @@ fn read_pci(root: &Root, sysfs: &str) -> PciFacts {
     };
     match root.escape(&folder.join("bus/pci/devices")) {
         Some(link) => unreadable(format!("{}: it leads out of {}", link.display(), root.path().display())),
-        None => pci::read_facts(&folder, root.path()),
+        None => {
+            pci::read_facts(&folder, || KernelFacts::read(Path::new(sysfs), |path| root.at(Path::new("/").join(path))))
+        }
     }
 }
 
@@ -191,5 +195,19 @@ mod tests {
         assert!(String::from_utf8(text).unwrap().contains("\x1b[31mERROR  \x1b[0m"));
         assert_eq!(diagnosis.to_json()["checks"][1]["level"], "ERROR");
         assert_eq!(diagnosis.to_json()["checks"][0].get("line"), None);
+    }
+
+    #[test]
+    fn the_kernel_of_a_root_is_not_that_of_this_machine() {
+        let folder = std::env::temp_dir().join(format!("supernode-agent-kernel-of-root-{}", std::process::id()));
+        let gpu = folder.join("sys/bus/pci/devices/0000:01:00.0");
+        std::fs::create_dir_all(&gpu).unwrap();
+        for (name, value) in [("vendor", "0x10de"), ("class", "0x030200"), ("device", "0x20f1")] {
+            std::fs::write(gpu.join(name), value).unwrap();
+        }
+        std::os::unix::fs::symlink("/proc", folder.join("proc")).unwrap();
+        let facts = read_pci(&Root::new(&folder), "/sys");
+        std::fs::remove_dir_all(folder).unwrap();
+        assert_eq!((facts.gpus().count(), facts.kernel), (1, KernelFacts::default()), "{:?}", facts.unreadable);
     }
 }

@@ -2,7 +2,7 @@
 //! and certain; what cannot be told is left open.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -25,28 +25,29 @@ pub struct KernelFacts {
 }
 
 impl KernelFacts {
-    /// Looks below `root` (normally `/`) for the kernel and its modules, and below `sysfs` for Secure Boot.
-    pub fn read(sysfs: &Path, root: &Path) -> Self {
-        let mut facts = Self { secure_boot: secure_boot(sysfs), ..Self::default() };
-        let release = fs::read_to_string(root.join("proc/sys/kernel/osrelease")).ok();
+    /// Looks for the kernel and its modules, and below `sysfs` for Secure Boot. `at` tells where a path lies, which is one below
+    /// the root folder, or the absolute one of sysfs.
+    pub fn read(sysfs: &Path, at: impl Fn(&Path) -> PathBuf) -> Self {
+        let secure_boot = secure_boot(&at(&sysfs.join(SECURE_BOOT)));
+        let at = |path: String| at(Path::new(&path));
+        let mut facts = Self { secure_boot, ..Self::default() };
+        let release = fs::read_to_string(at("proc/sys/kernel/osrelease".into())).ok();
         let Some(release) = release.map(|text| text.trim().to_owned()).filter(|text| !text.is_empty()) else {
             return facts;
         };
-        let modules = root.join("lib/modules").join(&release);
         // The unit's sandbox hides the folder of modules (ProtectKernelModules=); what DKMS has and /usr/src stay visible.
-        let list = fs::read_to_string(modules.join("modules.dep")).ok();
-        let (dkms, is_built) = dkms(&root.join("var/lib/dkms"), &release);
+        let list = fs::read_to_string(at(format!("lib/modules/{release}/modules.dep"))).ok();
+        let (dkms, is_built) = dkms(&at, &release);
         facts.has_module = list.as_deref().map(lists_nvidia).or(dkms.is_some().then_some(is_built));
         facts.dkms = dkms;
-        let sources = root.join("usr/src");
         let headers = [
-            sources.join(format!("linux-headers-{release}")),
-            sources.join("kernels").join(&release),
-            modules.join("build"),
+            format!("usr/src/linux-headers-{release}"),
+            format!("usr/src/kernels/{release}"),
+            format!("lib/modules/{release}/build"),
         ];
-        let is_told = list.is_some() || root.join("etc/debian_version").exists();
+        let is_told = list.is_some() || at("etc/debian_version".into()).exists();
         facts.has_headers =
-            if headers.iter().any(|folder| folder.exists()) { Some(true) } else { is_told.then_some(false) };
+            if headers.into_iter().any(|folder| at(folder).exists()) { Some(true) } else { is_told.then_some(false) };
         facts.release = Some(release);
         facts
     }
@@ -93,18 +94,19 @@ fn lists_nvidia(modules_dep: &str) -> bool {
 }
 
 /// What DKMS has of NVIDIA's driver, and whether that is built for this kernel: `<name>/<version>/<kernel>` (dkms(8)).
-fn dkms(folder: &Path, release: &str) -> (Option<String>, bool) {
-    let names_in = |folder: &Path| {
-        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+fn dkms(at: &dyn Fn(String) -> PathBuf, release: &str) -> (Option<String>, bool) {
+    const FOLDER: &str = "var/lib/dkms";
+    let names_in = |folder: String| {
+        let entries = fs::read_dir(at(folder)).into_iter().flatten().flatten();
         let mut names: Vec<_> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
         names.sort();
         names
     };
     let (mut source, mut is_built) = (None, false);
-    for name in names_in(folder).into_iter().filter(|name| is_driver(name)) {
-        let versions = names_in(&folder.join(&name));
+    for name in names_in(FOLDER.into()).into_iter().filter(|name| is_driver(name)) {
+        let versions = names_in(format!("{FOLDER}/{name}"));
         for version in versions.into_iter().filter(|version| version.starts_with(|c: char| c.is_ascii_digit())) {
-            is_built |= folder.join(&name).join(&version).join(release).is_dir();
+            is_built |= at(format!("{FOLDER}/{name}/{version}/{release}")).is_dir();
             source = Some(format!("{name} {version}"));
         }
     }
@@ -112,8 +114,8 @@ fn dkms(folder: &Path, release: &str) -> (Option<String>, bool) {
 }
 
 /// Four bytes of attributes, then the value (Linux, Documentation/filesystems/efivarfs.rst).
-fn secure_boot(sysfs: &Path) -> Option<bool> {
-    let bytes = fs::read(sysfs.join(SECURE_BOOT)).ok()?;
+fn secure_boot(variable: &Path) -> Option<bool> {
+    let bytes = fs::read(variable).ok()?;
     bytes.get(4).map(|value| *value == 1)
 }
 
@@ -152,7 +154,7 @@ mod tests {
         fs::write(root.join("etc/debian_version"), "12.11\n").unwrap();
         let obstacles = |release: &str| {
             fs::write(root.join("proc/sys/kernel/osrelease"), format!("{release}\n")).unwrap();
-            KernelFacts::read(Path::new("/nowhere"), &root).obstacles()
+            KernelFacts::read(Path::new("/nowhere"), |path| root.join(path)).obstacles()
         };
         let built = obstacles("6.1.0-9-amd64");
         let not_built = obstacles("6.1.0-10-amd64");
@@ -169,7 +171,7 @@ mod tests {
     #[test]
     fn what_cannot_be_told_is_left_open() {
         let nowhere = Path::new("/nowhere");
-        assert_eq!(KernelFacts::read(nowhere, nowhere), KernelFacts::default());
+        assert_eq!(KernelFacts::read(nowhere, |path| nowhere.join(path)), KernelFacts::default());
         assert_eq!(KernelFacts::default().obstacles(), Vec::<String>::new());
     }
 }

@@ -19,6 +19,7 @@ use tokio::time::Instant;
 
 use crate::config::Config;
 use crate::settings::Settings;
+use kernel::KernelFacts;
 use pci::PciFacts;
 use probe::ProbeOutcome;
 use reason::Reason;
@@ -92,7 +93,8 @@ pub async fn until_usable(config: &Config, settings: &Settings) {
 }
 
 async fn detect_once(config: &Config, settings: &Settings) -> Detection {
-    let facts = pci::read_facts(&settings.gpu.sysfs, &settings.machine.root);
+    let (sysfs, root) = (&settings.gpu.sysfs, &settings.machine.root);
+    let facts = pci::read_facts(sysfs, || KernelFacts::read(sysfs, |path| root.join(path)));
     if !config.gpu_enabled {
         return Detection { facts, outcome: None, verdict: Verdict::not_wanted() };
     }

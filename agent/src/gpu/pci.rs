@@ -156,8 +156,9 @@ impl PciFacts {
     }
 }
 
-/// Reads the facts below `sysfs` (normally `/sys`), those of the kernel also below `root` (normally `/`). What cannot be read is listed in the answer; nothing is guessed.
-pub fn read_facts(sysfs: &Path, root: &Path) -> PciFacts {
+/// Reads the facts below `sysfs` (normally `/sys`), and by `kernel` those of the kernel where they matter. What cannot be read
+/// is listed in the answer; nothing is guessed.
+pub fn read_facts(sysfs: &Path, kernel: impl FnOnce() -> KernelFacts) -> PciFacts {
     let mut facts = PciFacts::default();
     let bus = sysfs.join("bus/pci/devices");
     match std::fs::read_dir(&bus) {
@@ -183,7 +184,7 @@ pub fn read_facts(sysfs: &Path, root: &Path) -> PciFacts {
         read_optional(&module.join("initstate"), &mut facts.unreadable).filter(|state| state != "live");
     if facts.gpus().any(|gpu| gpu.driver.is_none()) || (facts.module_version.is_none() && facts.gpus().next().is_some())
     {
-        facts.kernel = KernelFacts::read(sysfs, root);
+        facts.kernel = kernel();
     }
     facts
 }
@@ -250,7 +251,7 @@ mod tests {
 
     #[test]
     fn a_folder_that_is_no_sysfs_is_said_to_be_unreadable() {
-        let facts = read_facts(Path::new("/proc/self/status"), Path::new("/"));
+        let facts = read_facts(Path::new("/proc/self/status"), KernelFacts::default);
         assert!(facts.devices.is_empty() && !facts.unreadable.is_empty(), "{facts:?}");
     }
 }

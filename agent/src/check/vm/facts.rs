@@ -44,8 +44,6 @@ pub struct VmFacts {
     pub nvml: Result<ProbeOutcome, String>,
     /// Whether the firmware is UEFI.
     pub is_uefi: Result<bool, String>,
-    /// Whether Secure Boot is on, as far as it is told.
-    pub is_secure: bool,
     /// DMI's product_name and product_version, where there are any.
     pub machine: Result<Vec<String>, String>,
     /// /proc/cpuinfo.
@@ -122,10 +120,6 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
             Ok(false) if !sysfs.is_dir() => Err("there is no /sys".into()),
             answer => answer.map_err(|error| format!("/sys/firmware/efi: {error}")),
         },
-        // Four bytes of attributes, then the value (UEFI specification, global variables).
-        is_secure: root
-            .read("/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c")
-            .is_ok_and(|variable| variable.is_some_and(|bytes| bytes.ends_with('\u{1}'))),
         machine: ["product_name", "product_version"]
             .iter()
             .filter_map(|name| root.read(&format!("/sys/class/dmi/id/{name}")).transpose())

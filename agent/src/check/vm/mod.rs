@@ -201,7 +201,8 @@ impl Vm<'_> {
             }
             (Some(version), None) => Check::ok(ID, format!("nvidia {version}")),
             (None, None) if is_there => {
-                let signed = if self.facts.is_secure { "; Secure Boot is on: it must be signed" } else { "" };
+                let is_secure = pci.kernel.secure_boot == Some(true);
+                let signed = if is_secure { "; Secure Boot is on: it must be signed" } else { "" };
                 let finding = format!("the nvidia module is not loaded (/sys/module/nvidia){signed}");
                 Check::bad(ID, self.bad(), finding, self.fix(Reason::DriverNotLoaded))
             }
@@ -631,7 +632,6 @@ mod tests {
             },
             nvml: Ok(ProbeOutcome::Answered(ProbeAnswer::Driver(report))),
             is_uefi: Ok(true),
-            is_secure: false,
             machine: Ok(vec!["Standard PC (Q35 + ICH9, 2009)".into(), "pc-q35-8.2".into()]),
             cpuinfo: Ok(Some(
                 "processor\t: 0\nmodel name\t: AMD EPYC 7543\nflags\t\t: fpu avx avx2 hypervisor\n".into(),
@@ -691,7 +691,7 @@ mod tests {
         let nouveau = bad(|facts| {
             facts.pci.devices[1].driver = Some("nouveau".into());
             facts.pci.module_version = None;
-            facts.is_secure = true;
+            facts.pci.kernel.secure_boot = Some(true);
             facts.nvml = Err("no GPU is bound to the nvidia driver".into());
         });
         let ids: Vec<_> = nouveau.iter().map(|(level, id, ..)| (*level, *id)).collect();
