@@ -20,7 +20,11 @@ pub enum Distribution {
 impl Distribution {
     /// Reads `etc/os-release` below `root`, else `usr/lib/os-release` (os-release(5) has them in this order).
     pub fn read(root: &Path) -> Self {
-        let read = |file| fs::read_to_string(root.join(file)).ok();
+        Self::told_by(|file| fs::read_to_string(root.join(file)).ok())
+    }
+
+    /// The same, where `read` gives the text of a file below the root.
+    pub fn told_by(read: impl Fn(&str) -> Option<String>) -> Self {
         read("etc/os-release").or_else(|| read("usr/lib/os-release")).map_or(Self::Other, |text| Self::parse(&text))
     }
 

@@ -139,10 +139,7 @@ impl Root {
         if name.starts_with('/') {
             return Some(PathBuf::from(name)).filter(|path| is_program(path));
         }
-        ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
-            .map(|folder| Path::new(folder).join(name))
-            .into_iter()
-            .find(|path| is_program(path))
+        runtime::SERVICE_FOLDERS.map(|folder| Path::new(folder).join(name)).into_iter().find(|path| is_program(path))
     }
 }
 

@@ -73,8 +73,7 @@ pub(super) fn check(subject: &Subject, settings: Option<&Path>, out: &mut dyn Wr
 }
 
 fn distribution(root: &Root) -> Distribution {
-    let text = ["/etc/os-release", "/usr/lib/os-release"].iter().find_map(|path| root.read(path).ok().flatten());
-    Distribution::parse(&text.unwrap_or_default())
+    Distribution::told_by(|file| root.read(&format!("/{file}")).ok().flatten())
 }
 
 fn check_vm(root: &Root, settings: Option<&Path>) -> Result<Diagnosis, Failure> {

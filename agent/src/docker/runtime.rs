@@ -163,9 +163,11 @@ fn text_of(bytes: &[u8]) -> Result<&str, Refused> {
     })
 }
 
+/// The folders that services have in their PATH.
+pub const SERVICE_FOLDERS: [&str; 6] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
+
 /// The program that `name` leads to: a path, or a name in PATH and in the folders that services have in theirs.
 pub fn find_program(name: &str) -> Option<PathBuf> {
-    const SERVICE_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     let is_program =
         |path: &Path| path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.mode() & 0o111 != 0);
     if name.starts_with('/') {
@@ -176,7 +178,7 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
-        .chain(std::env::split_paths(SERVICE_PATH))
+        .chain(SERVICE_FOLDERS.map(PathBuf::from))
         .map(|folder| folder.join(name))
         .find(|candidate| is_program(candidate))
 }
