@@ -14,7 +14,7 @@ build: ## the agent, as it is shipped
 deb: ## the Debian package, in target/debian
 	@packaging/build-deb.sh
 
-image: deb ## the QCOW2 for OpenNebula, in target/image; packaging/image/build-image.sh tells the choices
+image: ## the QCOW2 for OpenNebula, in target/image; packaging/image/build-image.sh tells the choices
 	@packaging/install-tools.sh image
 	@packaging/image/build-image.sh "$$(packaging/build-deb.sh)" "$${CARGO_TARGET_DIR:-target}/image/supernode-base.qcow2"
 

@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     image,
-    process::{Output, eventually, run, running, signal, start_tied, tied, wait},
+    process::{Output, eventually, run, running, signal, skip_or_fail, start_tied, tied, wait},
     sandbox::{Sandbox, runtime_binary, unique_name, write},
 };
 
@@ -81,14 +81,8 @@ impl EngineBuilder {
     pub fn start(self) -> Option<Engine> {
         match self.try_start() {
             Ok(engine) => Some(engine),
-            Err(reason) if env::var_os("SUPERNODE_TESTS_REQUIRE_DOCKER").is_some_and(|value| value == "1") => {
-                panic!("no Docker engine, and SUPERNODE_TESTS_REQUIRE_DOCKER=1: {reason}")
-            }
             Err(reason) => {
-                let thread = std::thread::current();
-                let test = thread.name().unwrap_or("a test").to_owned();
-                // Not by a print macro: the test runner would swallow what a passing test prints.
-                let _ = writeln!(std::io::stderr(), "SKIPPED: {reason} ({test})");
+                skip_or_fail("Docker engine", &reason);
                 None
             }
         }

@@ -1,7 +1,7 @@
 //! Processes with a deadline, and waiting for what takes a moment.
 
 use std::{
-    io::{BufRead, BufReader, Read},
+    io::{BufRead, BufReader, Read, Write},
     os::unix::process::ExitStatusExt,
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
@@ -167,4 +167,15 @@ impl Lines {
         let (lines, _) = waited.unwrap_or_else(PoisonError::into_inner);
         find(&lines)
     }
+}
+
+/// Says that this test is skipped, and why; where everything must be to be had, it fails.
+#[track_caller]
+pub(crate) fn skip_or_fail(what: &str, reason: &str) {
+    if std::env::var_os("SUPERNODE_TESTS_REQUIRE_DOCKER").is_some_and(|value| value == "1") {
+        panic!("no {what}, and SUPERNODE_TESTS_REQUIRE_DOCKER=1: {reason}");
+    }
+    let thread = thread::current();
+    // Not by a print macro: the test runner would swallow what a passing test prints.
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {reason} ({})", thread.name().unwrap_or("a test"));
 }

@@ -3,9 +3,7 @@
 
 mod common;
 
-use std::io::Write as _;
-
-use common::{GPU_A, one_gpu, sysfs_of_one, wanted};
+use common::{GPU_A, one_gpu, say, sysfs_of_one, wanted};
 use serde_json::Value;
 use supernode_tests::{Boot, Machine};
 
@@ -313,15 +311,13 @@ fn a_whole_vm_with_a_kernel_a_cd_and_a_network_boots_to_a_node_and_the_agent_tak
         .sum();
     let own = (started - first).saturating_sub(docker);
     let share = own as f64 * 100.0 / started as f64;
-    // Not by a print macro: the test runner would show it only where the test fails.
-    let _ = writeln!(
-        std::io::stderr(),
+    say(&format!(
         "MEASURED: from power-on to the container {:.1} s; from the agent's first line on {:.3} s, of it Docker's calls \
          {:.3} s and the agent's own {:.3} s: {share:.2} % of the boot",
         started as f64 / 1e6,
         (started - first) as f64 / 1e6,
         docker as f64 / 1e6,
         own as f64 / 1e6,
-    );
+    ));
     assert!(share < 1.0, "{}", boot.story());
 }
