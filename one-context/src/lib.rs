@@ -15,6 +15,7 @@
 //! ```
 
 pub mod context;
+pub mod onegate;
 pub mod parse;
 pub mod source;
 
