@@ -4,25 +4,31 @@ use std::path::Path;
 use std::pin::pin;
 use std::process::ExitCode;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use one_context::Context;
+use one_context::onegate::{OneGateError, Service};
 use one_context::source::{SourceError, read_context};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::config::values::ImageRef;
+use crate::backoff::{Backoff, with_jitter};
+use crate::cloud::Cloud;
+use crate::config::values::{ImageRef, Version};
 use crate::config::{self, Config, ConfigErrors, LogLevel, Prebaked, Remarks};
 use crate::distribution::Distribution;
 use crate::docker::engine::{Engine, EngineError, Image};
 use crate::docker::runtime::{GpuAccess, choose_access, ensure_runtime};
+use crate::flower;
 use crate::gpu::detect_gpus;
+use crate::gpu::reason::one_line;
 use crate::gpu::verdict::Verdict;
 use crate::journal;
 use crate::lock::{Lock, LockError};
+use crate::partition::{self, Keeper, Partition};
 use crate::plan::{self, Machine};
 use crate::report::Reporter;
 use crate::settings::{Settings, SettingsError};
-use crate::superlink::{SuperLink, SuperLinkError, static_superlink};
+use crate::superlink::{self, Found, Gate, SuperLink, SuperLinkError, find_superlink};
 use crate::supervisor::{Anew, LaunchError, Node, announce};
 use crate::systemd::{self, LongStep};
 
@@ -78,7 +84,8 @@ impl BootError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Context(error) if error.is_invalid() => EXIT_CONFIG,
-            Self::Settings(_) | Self::Config(_) | Self::SuperLink(_) => EXIT_CONFIG,
+            Self::Settings(_) | Self::Config(_) => EXIT_CONFIG,
+            Self::SuperLink(error) if error.is_final() => EXIT_CONFIG,
             Self::Launch(LaunchError::GpuRequired) => EXIT_CONFIG,
             _ => EXIT_RETRY,
         }
@@ -95,6 +102,8 @@ pub async fn run(settings: Settings, settings_file: Option<&Path>) -> ExitCode {
         Ok(context) => {
             let (level, as_json) = config::log_settings(&context);
             journal::init(level, as_json);
+            // Before anything can fail: what an earlier boot has published is not true any more.
+            reporter.publish_by(Cloud::of(&context, &settings).ok().as_ref());
             run_until_signal(&context, settings, settings_file, lock, &reporter).await
         }
         Err(error) => {
@@ -115,6 +124,7 @@ pub async fn run(settings: Settings, settings_file: Option<&Path>) -> ExitCode {
     };
     log_error(&error);
     reporter.stopping(&failure_line(&error));
+    reporter.finish().await;
     ExitCode::from(error.exit_code())
 }
 
@@ -138,16 +148,18 @@ fn failure_line(error: &BootError) -> String {
 #[derive(Debug, Clone, PartialEq)]
 struct Wish {
     config: Config,
-    superlink: SuperLink,
     settings: Settings,
+    /// The way to OneGate, or why there is none.
+    cloud: Result<Cloud, String>,
 }
 
 impl Wish {
     fn read(context: &Context, settings: Settings) -> Result<Self, BootError> {
         let (config, remarks) = configure(context, &settings)?;
         log_remarks(&config, &remarks);
-        let superlink = static_superlink(&config)?;
-        Ok(Self { config, superlink, settings })
+        let cloud = Cloud::of(context, &settings);
+        superlink::check(gate_of(&cloud), &config, SystemTime::now())?;
+        Ok(Self { config, settings, cloud })
     }
 
     /// Reads everything again. `None` where nothing has changed, or what is there now cannot be used.
@@ -193,9 +205,9 @@ async fn run_until_signal(
     }
     reporter.stopping("Stopping the container");
     let _extension = LongStep::begin();
-    let stopped = tokio::select! {
-        stopped = stop_container(&wish.settings) => stopped,
-        name = signals.end() => Err(format!("{name} came again and ended the wait for it")),
+    let (stopped, ()) = tokio::select! {
+        ended = async { tokio::join!(stop_container(&wish.settings), reporter.finish()) } => ended,
+        name = signals.end() => (Err(format!("{name} came again and ended the wait for it")), ()),
     };
     let name = wish.settings.container.name;
     match (lived, stopped) {
@@ -244,25 +256,40 @@ async fn live_until_signal(
     }
 }
 
+fn gate_of(cloud: &Result<Cloud, String>) -> Gate<'_> {
+    cloud.as_ref().map(Cloud::gate).map_err(String::as_str)
+}
+
 /// Brings the node up and keeps it up, until something new asks for the story from its beginning.
 async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
-    let Wish { config, superlink, settings } = wish;
+    let Wish { config, settings, cloud } = wish;
     let starting = LongStep::begin();
+    reporter.publish_by(cloud.as_ref().ok());
+    reporter.news(|news| (news.version, news.framework) = (config.version.to_string(), config.framework.to_string()));
     reporter.doing("Looking for the GPU and the Docker engine");
-    let (engine, detection) = tokio::join!(
-        Engine::wait_until_ready(&settings.docker.socket, settings.docker.ready_timeout),
-        detect_gpus(&config, &settings, settings.gpu.wait),
-    );
-    let verdict = detection.verdict;
-    let distribution = Distribution::read(&settings.machine.root);
-    // The GPU's finding comes first: where a GPU is required, an absent engine must not hide that there is none.
-    if let Some(finding) = verdict.finding() {
-        announce(&config, finding, distribution)?;
-    }
-    let engine = engine?;
-    let (verdict, access) = make_docker_able(&config, verdict, &engine, &settings, distribution).await?;
-    let (image, found) = find_image(&config, &engine, &settings.container.name, &reporter).await?;
-    let machine = Machine { image_python_path: found.variable("PYTHONPATH"), ..this_machine() };
+    let (prepared, superlink) = {
+        // The SuperLink is looked for meanwhile. It may come last by hours, which is no reason to keep the machine's boot.
+        let mut preparing = pin!(prepare(&config, &settings, &reporter));
+        let mut searching = pin!(search(&config, &settings, &cloud, &reporter));
+        let mut early = None;
+        let prepared = loop {
+            tokio::select! {
+                prepared = &mut preparing => break prepared?,
+                found = &mut searching, if early.is_none() => early = Some(found?),
+            }
+        };
+        let superlink = match early {
+            Some(superlink) => superlink,
+            None => {
+                reporter.ready_but_waiting();
+                searching.await?
+            }
+        };
+        (prepared, superlink)
+    };
+    let Prepared { engine, distribution, verdict, access, image, python_path } = prepared;
+    warn_of_other_release(&config, &image, superlink.version.as_ref());
+    let machine = Machine { image_python_path: python_path, ..this_machine() };
     let announced = verdict.finding().map(|finding| finding.reason);
     let refused_hash = None;
     reporter.doing("Starting the container");
@@ -270,6 +297,7 @@ async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
     let mut node = Node {
         config,
         settings,
+        cloud: cloud.ok(),
         superlink,
         image,
         machine,
@@ -280,11 +308,147 @@ async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
         refused_hash,
         announced,
         remark,
+        connection: Connection::default(),
     };
     let container = node.bring_up(&engine).await?;
     drop(starting);
     node.report_running();
     Ok(node.supervise(engine, container).await?)
+}
+
+/// What the container needs beside the SuperLink.
+struct Prepared {
+    engine: Engine,
+    distribution: Distribution,
+    verdict: Verdict,
+    access: GpuAccess,
+    image: ImageRef,
+    /// PYTHONPATH in that image.
+    python_path: Option<String>,
+}
+
+async fn prepare(config: &Config, settings: &Settings, reporter: &Reporter) -> Result<Prepared, BootError> {
+    let (engine, detection) = tokio::join!(
+        Engine::wait_until_ready(&settings.docker.socket, settings.docker.ready_timeout),
+        detect_gpus(config, settings, settings.gpu.wait),
+    );
+    let verdict = detection.verdict;
+    let distribution = Distribution::read(&settings.machine.root);
+    // The GPU's finding comes first: where a GPU is required, an absent engine must not hide that there is none.
+    if let Some(finding) = verdict.finding() {
+        announce(config, finding, distribution)?;
+    }
+    let engine = engine?;
+    let (verdict, access) = make_docker_able(config, verdict, &engine, settings, distribution).await?;
+    let (image, found) = find_image(config, &engine, &settings.container.name, reporter).await?;
+    let python_path = found.variable("PYTHONPATH");
+    Ok(Prepared { engine, distribution, verdict, access, image, python_path })
+}
+
+/// Looks for the SuperLink until it is found, as `FL_EDGE_BACKOFF` wants it.
+async fn search(
+    config: &Config,
+    settings: &Settings,
+    cloud: &Result<Cloud, String>,
+    reporter: &Reporter,
+) -> Result<SuperLink, SuperLinkError> {
+    /// Nodes that boot together do not ask together; what a machine needs until Docker runs is more.
+    const SPREAD: Duration = Duration::from_secs(2);
+    let mut backoff = match config.edge_backoff {
+        "fixed" => Backoff::fixed(),
+        _ => Backoff::exponential(Duration::from_secs(config.edge_max_backoff)),
+    };
+    if config.superlink_address.is_none() {
+        tokio::time::sleep(SPREAD.mul_f64(fastrand::f64())).await;
+    }
+    let mut told = String::new();
+    loop {
+        let error = match find_superlink(gate_of(cloud), config, SystemTime::now()).await {
+            Ok(found) => return Ok(with_partition(found, config, settings, cloud, backoff.tries()).await),
+            Err(error) if error.is_final() => return Err(error),
+            Err(error) => error,
+        };
+        let why = one_line(&journal::error_chain(&error));
+        let Some(pause) = backoff.after_failure() else {
+            return Err(SuperLinkError::GaveUp { tries: backoff.tries(), last: Box::new(error) });
+        };
+        let pause = with_jitter(pause, fastrand::f64());
+        let (attempt, seconds) = (backoff.tries() + 1, pause.as_secs());
+        reporter.waiting(&format!("waiting for the SuperLink (attempt {attempt}, next in {seconds} s): {why}"));
+        // A night of this is one line, for as long as it is the same.
+        if why != told {
+            tracing::warn!("waiting for the SuperLink, asking again in {seconds} s: {why}");
+            told = why;
+        }
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Says what was found, and adds this node's share of the data.
+async fn with_partition(
+    found: Found,
+    config: &Config,
+    settings: &Settings,
+    cloud: &Result<Cloud, String>,
+    tries: u32,
+) -> SuperLink {
+    let Found { mut superlink, service, warnings } = found;
+    for warning in &warnings {
+        tracing::warn!("{warning}");
+    }
+    if let Some(vm_id) = superlink.vm_id {
+        let way = if superlink.ca.is_some() { "TLS" } else { "no TLS" };
+        tracing::info!("found the SuperLink at {} (VM {vm_id}, {way}, attempt {})", superlink.address, tries + 1);
+    }
+    if config.node_config.is_none()
+        && let Ok(cloud) = cloud
+    {
+        superlink.partition = partition_of(cloud, service, settings).await;
+    }
+    superlink
+}
+
+/// This node's share of the data. It is worth a few tries, and not the node.
+async fn partition_of(cloud: &Cloud, mut service: Option<Service>, settings: &Settings) -> Option<Partition> {
+    const TRIES: u32 = 3;
+    const PAUSE: Duration = Duration::from_secs(2);
+    let keeper = Keeper::of(settings, cloud.vm_id());
+    if let Some(partition) = keeper.of_this_boot() {
+        return Some(partition);
+    }
+    let mut tries = 1;
+    loop {
+        let taken = async {
+            let service = match service.take() {
+                Some(service) => service,
+                None => cloud.gate().service().await?,
+            };
+            partition::take(cloud.gate(), &service, &keeper).await
+        };
+        match taken.await {
+            Ok(partition) => return partition,
+            Err(OneGateError::NotInService) => return None,
+            Err(error) if tries == TRIES => {
+                tracing::warn!(
+                    "OneGate does not tell which share of the data is this node's, FL_NODE_CONFIG stays empty: {}",
+                    one_line(&journal::error_chain(&error))
+                );
+                return None;
+            }
+            Err(_) => tries += 1,
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// A release that differs from the SuperLink's is told before the launch. Of an operator's own image it is not known.
+fn warn_of_other_release(config: &Config, image: &ImageRef, superlink: Option<&Version>) {
+    let own = if config.image.is_none() { image.version() } else { None };
+    if let (Some(own), Some(superlink)) = (own, superlink)
+        && let Some(text) = flower::compatibility(&own, superlink)
+    {
+        tracing::warn!("{text}");
+    }
 }
 
 /// Reads and checks every variable.

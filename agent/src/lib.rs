@@ -11,15 +11,19 @@
 //! ```
 
 pub mod atomic;
+pub mod backoff;
 pub mod boot;
 pub mod check;
 pub mod cli;
+pub mod cloud;
 pub mod config;
 pub mod distribution;
 pub mod docker;
 pub mod gpu;
+pub mod flower;
 pub mod journal;
 pub mod lock;
+pub mod partition;
 pub mod plan;
 pub mod report;
 pub mod settings;

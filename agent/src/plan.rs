@@ -8,6 +8,7 @@ use crate::config::values::{ImageRef, NodeConfig, Version};
 use crate::config::{Config, Framework};
 use crate::docker::runtime::GpuAccess;
 use crate::gpu::verdict::Verdict;
+use crate::partition::Partition;
 use crate::settings::Settings;
 use crate::site;
 use crate::superlink::SuperLink;
@@ -202,8 +203,13 @@ fn arguments(config: &Config, superlink: Option<&SuperLink>) -> Vec<String> {
         }
     }
     add(&["--isolation", config.isolation]);
-    if let Some(node_config) = &config.node_config {
-        add(&["--node-config", node_config.as_str()]);
+    let partition = superlink.and_then(|superlink| superlink.partition);
+    match (&config.node_config, partition) {
+        (Some(node_config), _) => add(&["--node-config", node_config.as_str()]),
+        (None, Some(Partition { id, count })) => {
+            add(&["--node-config", &format!("partition-id={id} num-partitions={count}")]);
+        }
+        (None, None) => {}
     }
     // Flower reads 0 as "once": without the flag it tries for ever.
     if config.max_retries > 0 {

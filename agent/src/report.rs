@@ -1,4 +1,5 @@
-//! What the agent tells of itself while it runs: one line for the service manager, and the status file that `status` reads.
+//! What the agent tells of itself while it runs: one line for the service manager, the status file that `status` reads, and what
+//! the cloud hears.
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -7,8 +8,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use crate::atomic;
+use crate::cloud::{Cloud, News, Publisher};
 use crate::gpu::reason::one_line;
 use crate::journal;
+use crate::partition::Partition;
+use crate::superlink::SuperLink;
 use crate::systemd;
 
 /// The content of the status file.
@@ -26,6 +30,12 @@ pub struct Report {
     pub verdict: Json,
     /// The SuperLink that it connects to.
     pub superlink: Option<String>,
+    /// Whether it is connected to it, as Flower says.
+    #[serde(default)]
+    pub connected: bool,
+    /// The share of the data that the service has for it.
+    #[serde(default)]
+    pub partition: Option<Partition>,
 }
 
 impl Report {
@@ -44,6 +54,10 @@ fn file_in(state_dir: &Path) -> PathBuf {
 pub struct Reporter {
     file: Option<PathBuf>,
     report: RefCell<Report>,
+    news: RefCell<News>,
+    publisher: RefCell<Option<Publisher>>,
+    /// What is waited for while everything else is ready.
+    waiting: RefCell<String>,
 }
 
 impl Reporter {
@@ -51,7 +65,42 @@ impl Reporter {
     pub fn new(state_dir: Option<&Path>) -> Self {
         let version = env!("CARGO_PKG_VERSION").into();
         let report = RefCell::new(Report { version, pid: std::process::id(), ..Report::default() });
-        Self { file: state_dir.map(file_in), report }
+        Self {
+            file: state_dir.map(file_in),
+            report,
+            news: RefCell::default(),
+            publisher: RefCell::default(),
+            waiting: RefCell::default(),
+        }
+    }
+
+    /// Publishes by this way from now on. Only who keeps the status file does: there is one agent a machine.
+    pub fn publish_by(&self, cloud: Option<&Cloud>) {
+        let Some(cloud) = cloud.filter(|_| self.file.is_some()) else {
+            self.publisher.replace(None);
+            return;
+        };
+        let mut publisher = self.publisher.borrow_mut();
+        if !publisher.as_ref().is_some_and(|publisher| publisher.is_by(cloud)) {
+            let new = publisher.insert(Publisher::new(cloud.clone()));
+            new.publish(&self.news.borrow());
+        }
+    }
+
+    /// Changes what is published.
+    pub fn news(&self, change: impl FnOnce(&mut News)) {
+        change(&mut self.news.borrow_mut());
+        if let Some(publisher) = &*self.publisher.borrow() {
+            publisher.publish(&self.news.borrow());
+        }
+    }
+
+    /// The last words to the cloud.
+    pub async fn finish(&self) {
+        let publisher = self.publisher.take();
+        if let Some(publisher) = publisher {
+            publisher.finish().await;
+        }
     }
 
     /// What is being done.
@@ -67,12 +116,31 @@ impl Reporter {
         systemd::status(&one_line(status));
     }
 
-    /// What the node will run on, in the form of `plan --json`, and connect to.
-    pub fn decided(&self, verdict: Json, superlink: &str) {
+    /// What is waited for although everything else is ready.
+    pub fn waiting(&self, status: &str) {
+        self.doing(status);
+        self.waiting.replace(status.to_owned());
+    }
+
+    /// Everything is ready but for what is waited for.
+    pub fn ready_but_waiting(&self) {
+        let status = self.waiting.borrow().clone();
+        self.ready(&status);
+    }
+
+    /// What the node runs on, in the form of `plan --json`, and what it connects to.
+    pub fn decided(&self, verdict: Json, superlink: &SuperLink) {
         self.keep(|report| {
             report.verdict = verdict;
-            report.superlink = Some(superlink.to_owned());
+            report.superlink = Some(superlink.address.to_string());
+            report.partition = superlink.partition;
         });
+    }
+
+    /// Whether the node is connected to its SuperLink.
+    pub fn connected(&self, connected: bool) {
+        self.keep(|report| report.connected = connected);
+        self.news(|news| news.ready = connected);
     }
 
     /// The node runs.

@@ -158,6 +158,8 @@ pub struct MetricsSettings {
 pub struct StateSettings {
     /// Folder for what the agent keeps while the machine is up.
     pub dir: PathBuf,
+    /// Folder for what it keeps over reboots.
+    pub lasting_dir: PathBuf,
 }
 
 impl Default for ContextSettings {
@@ -220,7 +222,7 @@ impl Default for OneGateSettings {
 
 impl Default for StateSettings {
     fn default() -> Self {
-        Self { dir: "/run/supernode-agent".into() }
+        Self { dir: "/run/supernode-agent".into(), lasting_dir: "/var/lib/supernode-agent".into() }
     }
 }
 
@@ -267,7 +269,7 @@ impl Settings {
 
     /// What TOML accepts and this machine could not do anything with: each with the key, the value, and what is accepted.
     fn refusals(&self) -> Vec<String> {
-        let Self { context, gpu, docker, container, machine, state, .. } = self;
+        let Self { context, gpu, docker, container, machine, onegate, state, .. } = self;
         let path = |key, path: &Path| (key, path.is_absolute(), format!("{path:?}"), "must be an absolute path");
         // A relative path would depend on the folder that somebody started the agent in.
         let is_program = |name: &str| !name.trim().is_empty() && (name.starts_with('/') || !name.contains('/'));
@@ -318,7 +320,20 @@ impl Settings {
                 "must be at most 8796093022207: Docker counts in bytes, up to 2^63 - 1",
             ),
             path("machine.root", &machine.root),
+            (
+                "onegate.ca_file",
+                onegate.ca_file.is_empty() || onegate.ca_file.starts_with('/'),
+                format!("{:?}", onegate.ca_file),
+                "must be an absolute path, or empty",
+            ),
+            (
+                "onegate.timeout_seconds",
+                !onegate.timeout.is_zero(),
+                onegate.timeout.as_secs().to_string(),
+                "must be at least 1",
+            ),
             path("state.dir", &state.dir),
+            path("state.lasting_dir", &state.lasting_dir),
         ]
         .into_iter()
         .filter(|(_, right, ..)| !right)
@@ -382,7 +397,10 @@ mod tests {
             ("container", "log_driver = \"\"", "must be auto or"),
             ("container", "shm_size_mib = 8796093022208", "must be at most 8796093022207"),
             ("machine", "root = \"\"", absolute),
+            ("onegate", "ca_file = \"ca.crt\"", "must be an absolute path, or empty"),
+            ("onegate", "timeout_seconds = 0", "must be at least 1"),
             ("state", "dir = \"state\"", absolute),
+            ("state", "lasting_dir = \"\"", absolute),
         ] {
             let message = Settings::parse(&format!("[{section}]\n{setting}\n")).expect_err(setting);
             assert!(message.starts_with(&format!("{section}.{setting}: {accepted}")), "{setting}: {message}");

@@ -1,7 +1,20 @@
-//! Which SuperLink the node connects to, and why it is trusted.
+//! Which SuperLink the node connects to, and why it is trusted: the address that the operator gave, else what OneGate says of
+//! the service. What another VM publishes is untrusted: it is read like an operator's input, and never makes a connection less
+//! safe than the operator wants it.
+
+use std::net::IpAddr;
+use std::time::SystemTime;
+
+use one_context::onegate::{OneGate, OneGateError, Service, Vm};
 
 use crate::config::Config;
-use crate::config::values::{Certificate, HostPort};
+use crate::config::values::{HostPort, Version, parse_yes_no, shown};
+use crate::config::certificate::Certificate;
+use crate::flower;
+use crate::partition::Partition;
+
+/// The role of a service in which the SuperLink is, as OneFlow's templates name it.
+pub const ROLE: &str = "superlink";
 
 /// A SuperLink and the way to speak with it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -10,33 +23,257 @@ pub struct SuperLink {
     pub address: HostPort,
     /// The CA that its certificate must come from; without one the connection is in the clear.
     pub ca: Option<Certificate>,
+    /// Its VM, where it was found through OneGate.
+    pub vm_id: Option<u64>,
+    /// The release of Flower that it publishes.
+    pub version: Option<Version>,
+    /// The share of the data that the service has for this node.
+    pub partition: Option<Partition>,
 }
 
-/// Why there is no SuperLink to connect to. The operator's settings cause all of them.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+/// Why there is no SuperLink to connect to.
+#[derive(Debug, thiserror::Error)]
 pub enum SuperLinkError {
-    /// Nobody said where it is.
+    /// Nobody said where it is, and OneGate cannot be asked.
     #[error(
-        "FL_SUPERLINK_ADDRESS is not set, and this release does not discover the SuperLink through OneGate: set it to host:port"
+        "FL_SUPERLINK_ADDRESS is not set, and the SuperLink cannot be looked for through OneGate: {0}; set FL_SUPERLINK_ADDRESS to host:port, or run the VM in a OneFlow service"
     )]
-    NoAddress,
+    NoOneGate(String),
+    /// OneGate has no answer.
+    #[error("OneGate does not tell the SuperLink")]
+    OneGate(#[from] OneGateError),
+    /// The VM is in no service.
+    #[error(
+        "FL_SUPERLINK_ADDRESS is not set, and this VM is in no OneFlow service that could have a SuperLink: set FL_SUPERLINK_ADDRESS to host:port, or run the VM in a service with a role {ROLE}"
+    )]
+    NoService,
+    /// The service is made of other roles.
+    #[error(
+        "FL_SUPERLINK_ADDRESS is not set, and the service {service} has no role {ROLE} (it has {roles}): name the SuperLink's role {ROLE}, or set FL_SUPERLINK_ADDRESS to host:port"
+    )]
+    NoRole {
+        /// Its name.
+        service: String,
+        /// What it has instead.
+        roles: String,
+    },
+    /// The role is empty.
+    #[error("the role {ROLE} of the service has no VM yet")]
+    NoVm,
+    /// The VM does not run.
+    #[error("the SuperLink's VM {0} is not running yet (onevm show {0})")]
+    NotRunning(u64),
+    /// Nothing tells its address.
+    #[error("the SuperLink's VM {0} has published no FL_ENDPOINT and has no NIC with an address (onevm show {0})")]
+    NoAddress(u64),
+    /// What the SuperLink's VM has published is not what it should be.
+    #[error("the SuperLink's VM {vm_id} has published {attribute}={value}: {refusal}")]
+    Published {
+        /// The VM.
+        vm_id: u64,
+        /// The attribute.
+        attribute: &'static str,
+        /// Its value, fit to be shown.
+        value: String,
+        /// What is accepted.
+        refusal: String,
+    },
     /// TLS is wanted and there is nothing to check the certificate against.
     #[error(
         "FL_TLS_ENABLED is YES and FL_SSL_CA_CERTFILE is not set: set it to the base64 of the CA's PEM certificate (base64 -w0 ca.crt)"
     )]
     NoCertificate,
+    /// The same, where the SuperLink could have published it.
+    #[error(
+        "TLS is wanted ({wish}), FL_SSL_CA_CERTFILE is not set, and the SuperLink's VM {vm_id} has published no FL_CA_CERT: the node does not connect without a CA; set FL_SSL_CA_CERTFILE to the base64 of the CA's PEM certificate (base64 -w0 ca.crt)"
+    )]
+    NoPublishedCertificate {
+        /// Who wants it.
+        wish: &'static str,
+        /// The VM.
+        vm_id: u64,
+    },
+    /// The CA is of no use now.
+    #[error("FL_SSL_CA_CERTFILE: {0}")]
+    Certificate(String),
+    /// The tries of FL_EDGE_BACKOFF=fixed are over.
+    #[error("the SuperLink was not found in {tries} tries (FL_EDGE_BACKOFF is fixed)")]
+    GaveUp {
+        /// How many.
+        tries: u32,
+        /// Why the last one failed.
+        #[source]
+        last: Box<SuperLinkError>,
+    },
 }
 
-/// The SuperLink that the operator named.
+impl SuperLinkError {
+    /// Whether only a change of this VM's own configuration can cure it; anything else is asked for again.
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::NoOneGate(_) | Self::NoService | Self::NoRole { .. } | Self::NoCertificate | Self::Certificate(_) => true,
+            Self::OneGate(error) => error.is_final(),
+            _ => false,
+        }
+    }
+}
+
+/// What one look brings.
+#[derive(Debug)]
+pub struct Found {
+    /// The SuperLink; its partition is not looked for here.
+    pub superlink: SuperLink,
+    /// The service, where OneGate was asked for it.
+    pub service: Option<Service>,
+    /// What the operator should know: each is a WARNING.
+    pub warnings: Vec<String>,
+}
+
+/// The way to OneGate, or why there is none.
+pub type Gate<'a> = Result<&'a OneGate, &'a str>;
+
+/// Looks once: the operator's address, else the role `superlink` of the service and what its VM has published. OneGate is
+/// asked only for what the operator does not say.
 ///
 /// # Errors
-/// When the address is missing, or TLS is wanted without a CA: the connection is never downgraded in silence.
-pub fn static_superlink(config: &Config) -> Result<SuperLink, SuperLinkError> {
-    let address = config.superlink_address.clone().ok_or(SuperLinkError::NoAddress)?;
-    let ca = match (config.tls.unwrap_or(false), &config.ca_certificate) {
-        (false, _) => None,
-        (true, Some(ca)) => Some(ca.clone()),
-        (true, None) => return Err(SuperLinkError::NoCertificate),
+/// Why there is none; [`SuperLinkError::is_final`] tells whether to look again. Where TLS is wanted there is none without a
+/// CA that is valid at `now`: the connection is never downgraded in silence.
+pub async fn find_superlink(gate: Gate<'_>, config: &Config, now: SystemTime) -> Result<Found, SuperLinkError> {
+    let Some(address) = &config.superlink_address else {
+        let gate = gate.map_err(|why| SuperLinkError::NoOneGate(why.into()))?;
+        return ask(gate, config, now).await;
     };
-    Ok(SuperLink { address, ca })
+    let found = |superlink, warnings| Ok(Found { superlink, service: None, warnings });
+    let superlink = SuperLink { address: address.clone(), ca: None, vm_id: None, version: None, partition: None };
+    match (config.tls.unwrap_or(false), &config.ca_certificate) {
+        (false, _) => found(superlink, Vec::new()),
+        (true, Some(own)) => {
+            let (ca, warnings) = own_ca(own, now)?;
+            found(SuperLink { ca: Some(ca), ..superlink }, warnings)
+        }
+        (true, None) => {
+            let gate = gate.map_err(|_| SuperLinkError::NoCertificate)?;
+            match ask(gate, config, now).await {
+                Ok(found) => Ok(Found { superlink: SuperLink { ca: found.superlink.ca, ..superlink }, ..found }),
+                Err(error) if error.is_final() => Err(SuperLinkError::NoCertificate),
+                Err(error) => Err(error),
+            }
+        }
+    }
+}
+
+/// What of this can be judged without asking anybody.
+///
+/// # Errors
+/// A final one.
+pub fn check(gate: Gate<'_>, config: &Config, now: SystemTime) -> Result<(), SuperLinkError> {
+    match (&config.superlink_address, &config.ca_certificate, gate) {
+        (None, _, Err(why)) => return Err(SuperLinkError::NoOneGate(why.into())),
+        (Some(_), None, Err(_)) if config.tls == Some(true) => return Err(SuperLinkError::NoCertificate),
+        (_, Some(own), _) if config.tls == Some(true) => drop(own_ca(own, now)?),
+        _ => {}
+    }
+    Ok(())
+}
+
+fn own_ca(ca: &Certificate, now: SystemTime) -> Result<(Certificate, Vec<String>), SuperLinkError> {
+    let (ca, warnings) = ca.valid_at(now).map_err(SuperLinkError::Certificate)?;
+    Ok((ca, warnings.into_iter().map(|line| format!("FL_SSL_CA_CERTFILE: {line}")).collect()))
+}
+
+async fn ask(gate: &OneGate, config: &Config, now: SystemTime) -> Result<Found, SuperLinkError> {
+    let service = gate.service().await.map_err(|error| match error {
+        OneGateError::NotInService => SuperLinkError::NoService,
+        error => error.into(),
+    })?;
+    let vm = superlink_vm(gate, &service).await?;
+    let (superlink, warnings) = trust(config, &vm, now)?;
+    Ok(Found { superlink, service: Some(service), warnings })
+}
+
+/// The first VM of the role that runs.
+async fn superlink_vm(gate: &OneGate, service: &Service) -> Result<Vm, SuperLinkError> {
+    let Some(role) = service.roles.iter().find(|role| role.name.eq_ignore_ascii_case(ROLE)) else {
+        if service.roles.is_empty() {
+            return Err(SuperLinkError::NoVm);
+        }
+        let roles: Vec<String> = service.roles.iter().take(8).map(|role| shown(&role.name)).collect();
+        return Err(SuperLinkError::NoRole { service: shown(&service.name), roles: roles.join(", ") });
+    };
+    let mut failed = SuperLinkError::NoVm;
+    for node in &role.nodes {
+        let vm = gate.vm_of_service(node.vm_id).await?;
+        if vm.is_running != Some(false) {
+            return Ok(vm);
+        }
+        failed = SuperLinkError::NotRunning(vm.id);
+    }
+    Err(failed)
+}
+
+/// What is made of the SuperLink's VM. Pure.
+fn trust(config: &Config, vm: &Vm, now: SystemTime) -> Result<(SuperLink, Vec<String>), SuperLinkError> {
+    let published = |name: &'static str| vm.attributes.get(name).map(|text| text.trim()).filter(|text| !text.is_empty());
+    let refused = |attribute, value: String, refusal| SuperLinkError::Published { vm_id: vm.id, attribute, value, refusal };
+    let mut warnings = Vec::new();
+    let version = match published("FL_VERSION").map(|text| (text, Version::parse(text))) {
+        Some((_, Ok(version))) => Some(version),
+        Some((text, Err(refusal))) => {
+            warnings.push(format!(
+                "the SuperLink's VM {} has published FL_VERSION='{}', which is not looked at: {refusal}",
+                vm.id,
+                shown(text)
+            ));
+            None
+        }
+        None => None,
+    };
+    let address = match published("FL_ENDPOINT") {
+        Some(text) => HostPort::parse(text)
+            .map_err(|refusal| refused("FL_ENDPOINT", format!("'{}'", shown(text)), refusal))?,
+        None => {
+            let address = vm.addresses.first().ok_or(SuperLinkError::NoAddress(vm.id))?;
+            let port = flower::fleet_port(version.as_ref().unwrap_or(&config.version));
+            let text = match address {
+                IpAddr::V4(address) => format!("{address}:{port}"),
+                IpAddr::V6(address) => format!("[{address}]:{port}"),
+            };
+            HostPort::parse(&text).map_err(|refusal| refused("NIC", text.clone(), refusal))?
+        }
+    };
+    let advertised = match published("FL_TLS") {
+        Some(text) => {
+            Some(parse_yes_no(text).map_err(|refusal| refused("FL_TLS", format!("'{}'", shown(text)), refusal))?)
+        }
+        None => None,
+    };
+    let wants_tls = config.tls.or(advertised).unwrap_or(false);
+    let ca = match (wants_tls, &config.ca_certificate) {
+        (false, own) => {
+            if advertised == Some(true) {
+                warnings.push("the SuperLink speaks TLS, and FL_TLS_ENABLED is NO: the node will not reach it".into());
+            } else if own.is_some() && config.tls.is_none() {
+                warnings.push(
+                    "FL_SSL_CA_CERTFILE is set, and the SuperLink does not offer TLS: the connection is in the clear; set FL_TLS_ENABLED=YES to insist on TLS"
+                        .into(),
+                );
+            }
+            None
+        }
+        (true, Some(own)) => {
+            let (ca, more) = own_ca(own, now)?;
+            warnings.extend(more);
+            Some(ca)
+        }
+        (true, None) => {
+            let wish = if config.tls == Some(true) { "FL_TLS_ENABLED is YES" } else { "the SuperLink's FL_TLS is YES" };
+            let text = published("FL_CA_CERT")
+                .ok_or(SuperLinkError::NoPublishedCertificate { wish, vm_id: vm.id })?;
+            let of_peer = |refusal| refused("FL_CA_CERT", format!("({} characters)", text.chars().count()), refusal);
+            let (ca, more) = Certificate::parse(text).and_then(|ca| ca.valid_at(now)).map_err(of_peer)?;
+            warnings.extend(more.into_iter().map(|line| format!("FL_CA_CERT of the SuperLink's VM {}: {line}", vm.id)));
+            Some(ca)
+        }
+    };
+    Ok((SuperLink { address, ca, vm_id: Some(vm.id), version, partition: None }, warnings))
 }

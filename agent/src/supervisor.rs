@@ -14,17 +14,23 @@
 //!                                                         ├─ the container lost the GPU ─> WARNING, remove ─> look
 //!                                                         ├─ on the CPU, and the GPU is usable now: announce,
 //!                                                         │      or (gpu.on_late) the whole story again
+//!                                                         ├─ Flower hangs ────> WARNING, stop ─> look
+//!                                                         ├─ not connected, and the service has another SuperLink:
+//!                                                         │      remove ─> look
 //!                                                         └─ SIGTERM ──> stop
 //! ```
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
 use crate::atomic;
+use crate::backoff::{Backoff, with_jitter};
+use crate::cloud::Cloud;
 use crate::config::Config;
+use crate::connection::{Connection, Tracker};
 use crate::config::values::ImageRef;
 use crate::distribution::Distribution;
 use crate::docker::engine::{Container, Engine, EngineError};
@@ -34,12 +40,13 @@ use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::gpu::watch::Watch;
 use crate::gpu::{self, detect_gpus};
+use crate::health::{Dead, Liveness};
 use crate::journal;
 use crate::plan::{self, ContainerSpec, Machine};
 use crate::report::Reporter;
 use crate::settings::{OnFailure, OnLate, Settings};
 use crate::site;
-use crate::superlink::SuperLink;
+use crate::superlink::{Found, SuperLink, find_superlink};
 
 /// The pause before a container that has ended is started again: the first, and the longest.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -59,6 +66,8 @@ pub struct Node {
     pub config: Config,
     /// Where things are.
     pub settings: Settings,
+    /// The way to OneGate, where there is one.
+    pub cloud: Option<Cloud>,
     /// What the node connects to.
     pub superlink: SuperLink,
     /// The image that was found.
@@ -79,6 +88,8 @@ pub struct Node {
     pub announced: Option<Reason>,
     /// What is true beside the verdict, for the status.
     pub remark: Option<String>,
+    /// What Flower says of its connection.
+    pub connection: Connection,
 }
 
 /// What ends the quiet life of a running container.
@@ -91,6 +102,12 @@ enum Change {
     Lost(Finding),
     /// It runs on the CPU, and the GPU is usable now.
     Usable,
+    /// Flower has said something of its connection.
+    Connection(Connection),
+    /// Flower does not answer any more.
+    Hangs(Dead),
+    /// The service has another SuperLink.
+    Moved(Box<Found>),
 }
 
 /// What its supervisor remembers of the node's life so far.
@@ -98,6 +115,8 @@ struct Life {
     /// The pause before the next start.
     pause: Duration,
     watch: Watch,
+    /// What reads the container's log, and asks Flower for its health: of the container of this id and start.
+    flower: Option<(Container, Tracker, Liveness)>,
     /// The pauses before the tries that a failed GPU has left.
     gpu_pauses: std::slice::Iter<'static, Duration>,
     /// Whether the GPU may become usable, which is told once.
@@ -111,6 +130,7 @@ impl Life {
         Self {
             pause: FIRST_PAUSE,
             watch: Watch::default(),
+            flower: None,
             gpu_pauses: GPU_PAUSES.iter(),
             waits_for_gpu: gpu::may_come_late(verdict),
             was_healthy: false,
@@ -171,17 +191,28 @@ impl Node {
 
     /// Tells that the node runs, and on what.
     pub fn report_running(&self) {
-        self.reporter.decided(self.verdict.to_json(self.distribution), &self.superlink.address.to_string());
+        self.reporter.decided(self.verdict.to_json(self.distribution), &self.superlink);
+        self.reporter.news(|news| {
+            news.gpus = self.verdict.devices().iter().filter_map(|device| device.name.clone()).collect();
+            (news.gpu_status, news.fallback_reason) = match &self.verdict {
+                Verdict::Gpu { .. } => ("gpu", ""),
+                Verdict::Cpu { finding: Some(finding) } => ("cpu-fallback", finding.reason.code()),
+                Verdict::Cpu { finding: None } => ("cpu", ""),
+            };
+            news.partition = self.superlink.partition.map(|partition| partition.id);
+        });
+        self.reporter.connected(self.connection.is_connected());
         self.reporter.ready(&self.status());
     }
 
     /// The line for `systemctl status`.
     fn status(&self) -> String {
-        let runs = self.runs_on();
-        match &self.remark {
-            Some(remark) => format!("{runs}; {remark}"),
-            None => runs,
+        let mut status = format!("{}; {} {}", self.runs_on(), self.connection, self.superlink.address);
+        if let Some(remark) = &self.remark {
+            status.push_str("; ");
+            status.push_str(remark);
         }
+        status
     }
 
     fn runs_on(&self) -> String {
@@ -421,6 +452,33 @@ impl Node {
                 Change::Lost(finding) => {
                     container = self.after_loss(&finding, &mut engine, &container, &mut life).await?;
                 }
+                Change::Connection(connection) => {
+                    match &connection {
+                        Connection::Connected { node_id: Some(id) } => {
+                            tracing::info!("connected to the SuperLink {} as SuperNode {id}", self.superlink.address);
+                        }
+                        Connection::Connected { node_id: None } => {
+                            tracing::info!("connected to the SuperLink {} again", self.superlink.address);
+                        }
+                        Connection::Lost => {
+                            tracing::info!("not connected to the SuperLink {} any more", self.superlink.address);
+                        }
+                        Connection::Unknown => {}
+                    }
+                    self.connection = connection;
+                }
+                Change::Hangs(dead) => {
+                    container = self.after_hang(&dead, &mut engine, &container, &mut life).await?;
+                }
+                Change::Moved(found) => {
+                    for warning in &found.warnings {
+                        tracing::warn!("{warning}");
+                    }
+                    let partition = self.superlink.partition;
+                    self.superlink = SuperLink { partition, ..found.superlink };
+                    tracing::info!("the service has its SuperLink at {} now", self.superlink.address);
+                    container = self.up_again(&mut engine, &mut life.pause, "does not come up").await?;
+                }
                 Change::Usable => {
                     life.waits_for_gpu = false;
                     if self.settings.gpu.on_late == OnLate::Restart {
@@ -493,10 +551,61 @@ impl Node {
         self.up_again(engine, &mut life.pause, "does not come up").await
     }
 
+    /// Flower hangs: it is ended, with a short grace, for it does nothing that could be finished, and started again.
+    async fn after_hang(
+        &mut self,
+        dead: &Dead,
+        engine: &mut Engine,
+        container: &Container,
+        life: &mut Life,
+    ) -> Result<Container, LaunchError> {
+        const GRACE: Duration = Duration::from_secs(5);
+        let name = &self.settings.container.name;
+        tracing::warn!("Flower in the container {name} does not answer its health check ({dead}): starting it again");
+        self.reporter.connected(false);
+        self.reporter.doing("Flower hangs, starting the container again");
+        if let Err(error) = engine.stop(&container.id, GRACE.min(self.settings.container.stop_timeout)).await {
+            tracing::warn!("the container does not stop: {}", journal::error_chain(&error));
+        }
+        life.watch.begin_anew();
+        self.up_again(engine, &mut life.pause, "does not come up").await
+    }
+
+    /// Looks, while a discovered SuperLink is not reached, whether the service has it elsewhere by now, or trusts another CA.
+    async fn until_moved(&self) -> Found {
+        /// Flower itself tries again for that long first.
+        const FIRST_LOOK: Duration = Duration::from_secs(60);
+        let Some(cloud) = &self.cloud else {
+            return std::future::pending().await;
+        };
+        let mut backoff = Backoff::exponential(Duration::from_secs(self.config.edge_max_backoff));
+        let mut pause = FIRST_LOOK;
+        loop {
+            tokio::time::sleep(with_jitter(pause, fastrand::f64())).await;
+            match find_superlink(Ok(cloud.gate()), &self.config, SystemTime::now()).await {
+                Ok(found)
+                    if found.superlink.address != self.superlink.address
+                        || found.superlink.ca != self.superlink.ca =>
+                {
+                    return found;
+                }
+                Ok(_) => {}
+                Err(error) => tracing::debug!("looking for the SuperLink again: {}", journal::error_chain(&error)),
+            }
+            pause = backoff.after_failure().unwrap_or(pause).max(FIRST_LOOK);
+        }
+    }
+
     async fn next_change(&self, engine: &Engine, container: &Container, life: &mut Life) -> Change {
         let devices = self.verdict.devices();
         let by_hook = self.access == GpuAccess::Runtime;
+        let (tracker, liveness) = life.of_flower(engine, container);
+        let searches = self.superlink.vm_id.is_some() && !self.connection.is_connected();
+        let asks = self.settings.container.health_check;
         tokio::select! {
+            connection = tracker.next_change() => Change::Connection(connection),
+            dead = liveness.until_dead(), if asks => Change::Hangs(dead),
+            found = self.until_moved(), if searches => Change::Moved(Box::new(found)),
             end = engine.wait(&container.id) => Change::Ended(end),
             finding = life.watch.until_failed(&self.config, &self.settings, devices), if !devices.is_empty() => {
                 Change::Failed(finding)

@@ -204,8 +204,9 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             ExitCode::SUCCESS
         }
         Command::Plan { json } => {
-            let (config, remarks) = configured(&settings)?;
-            let plan = runtime.block_on(Plan::make(config, remarks, &settings));
+            let context = read_context(&settings.context.dir).map_err(BootError::from)?;
+            let (config, remarks) = boot::configure(&context, &settings).map_err(BootError::from)?;
+            let plan = runtime.block_on(Plan::make(config, remarks, &context, &settings));
             if json {
                 writeln!(out, "{:#}", plan.to_json())?
             } else {

@@ -2,28 +2,35 @@
 
 use std::io::{self, Write};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use one_context::Context;
+use one_context::onegate::OneGateError;
 use serde_json::{Value as Json, json};
 
 use crate::boot;
+use crate::cloud::Cloud;
 use crate::config::values::ImageRef;
 use crate::config::{Config, Remarks};
 use crate::distribution::Distribution;
 use crate::docker::daemon_json::RUNTIME_NAME;
 use crate::docker::engine::{Engine, EngineError, EngineFacts};
 use crate::docker::runtime::{GpuAccess, choose_access, find_program};
+use crate::gpu::reason::one_line;
 use crate::gpu::verdict::Verdict;
 use crate::gpu::{Detection, detect_gpus};
+use crate::journal::error_chain;
+use crate::partition::{self, Keeper};
 use crate::plan::{self, ContainerSpec, Machine};
 use crate::settings::Settings;
-use crate::superlink::static_superlink;
+use crate::superlink::{Found, SuperLink, find_superlink};
 
 /// Everything up to the launch, and what could not be learned on the way.
 pub(super) struct Plan {
     config: Config,
     remarks: Remarks,
     detection: Detection,
+    superlink: Option<SuperLink>,
     container: ContainerSpec,
     distribution: Distribution,
     /// What `run` would stop at, or do otherwise, as far as can be told.
@@ -31,10 +38,13 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub(super) async fn make(config: Config, remarks: Remarks, settings: &Settings) -> Self {
+    pub(super) async fn make(config: Config, remarks: Remarks, context: &Context, settings: &Settings) -> Self {
         let mut notes = Vec::new();
-        let (detection, engine) =
-            tokio::join!(detect_gpus(&config, settings, Duration::ZERO), look_at_engine(&settings.docker.socket));
+        let (detection, engine, superlink) = tokio::join!(
+            detect_gpus(&config, settings, Duration::ZERO),
+            look_at_engine(&settings.docker.socket),
+            look_for_superlink(&config, context, settings, &mut notes),
+        );
         let image = plan::wanted_image(&config);
         let mut machine = boot::this_machine();
         let mut facts = None;
@@ -46,10 +56,6 @@ impl Plan {
             Err(why) => notes.push(format!(
                 "{why}: it is not known whether it has the image {image}, the nvidia runtime and CDI devices"
             )),
-        }
-        let superlink = static_superlink(&config);
-        if let Err(error) = &superlink {
-            notes.push(format!("the node would not start: {error}"));
         }
         let access = choose_access(settings.gpu.injection, detection.verdict.devices(), facts.as_ref());
         let needs_runtime = matches!(detection.verdict, Verdict::Gpu { .. }) && access == GpuAccess::Runtime;
@@ -64,14 +70,14 @@ impl Plan {
             &config,
             &detection.verdict,
             &access,
-            superlink.as_ref().ok(),
+            superlink.as_ref(),
             &image,
             &machine,
             settings,
         );
         let container = container.redacted(config.node_config.as_ref());
         let distribution = Distribution::read(&settings.machine.root);
-        Self { config, remarks, detection, container, distribution, notes }
+        Self { config, remarks, detection, superlink, container, distribution, notes }
     }
 
     pub(super) fn to_json(&self) -> Json {
@@ -80,6 +86,7 @@ impl Plan {
             "warnings": self.remarks.unknown,
             "idle": self.remarks.idle,
             "gpu": gpu_json(&self.detection, self.distribution),
+            "superlink": self.superlink.as_ref().map(superlink_json),
             "container": self.container,
             "notes": self.notes,
         })
@@ -98,6 +105,12 @@ impl Plan {
         write_list(out, "Warnings", &self.remarks.unknown)?;
         write_list(out, "Idle settings", &self.remarks.idle)?;
         write_gpu(out, &self.detection, self.distribution)?;
+        if let Some(superlink) = &self.superlink {
+            let vm = superlink.vm_id.map_or(String::new(), |id| format!(", VM {id} of the service"));
+            let way = if superlink.ca.is_some() { "TLS" } else { "no TLS" };
+            writeln!(out, "SuperLink")?;
+            writeln!(out, "  address  {} ({way}{vm})", superlink.address)?;
+        }
         let container = &self.container;
         writeln!(out, "Container")?;
         writeln!(out, "  name     {}", container.name)?;
@@ -120,6 +133,42 @@ impl Plan {
         }
         write_list(out, "Notes", &self.notes)
     }
+}
+
+/// One look, which publishes nothing and keeps nothing.
+async fn look_for_superlink(
+    config: &Config,
+    context: &Context,
+    settings: &Settings,
+    notes: &mut Vec<String>,
+) -> Option<SuperLink> {
+    let cloud = Cloud::of(context, settings);
+    let gate = cloud.as_ref().map(Cloud::gate).map_err(String::as_str);
+    let Found { mut superlink, service, warnings } = match find_superlink(gate, config, SystemTime::now()).await {
+        Ok(found) => found,
+        Err(error) => {
+            let outcome = if error.is_final() { "the node would not start" } else { "the node would wait" };
+            notes.push(format!("{outcome}: {}", one_line(&error_chain(&error))));
+            return None;
+        }
+    };
+    notes.extend(warnings);
+    if let (None, Ok(cloud)) = (&config.node_config, &cloud) {
+        let keeper = Keeper::of(settings, cloud.vm_id());
+        let service = match service {
+            Some(service) => Ok(service),
+            None => cloud.gate().service().await,
+        };
+        superlink.partition = keeper.of_this_boot().or_else(|| partition::known(service.as_ref().ok()?, &keeper));
+        match service {
+            Ok(_) if superlink.partition.is_none() => {
+                notes.push("the node would take a partition that no other node of the service has".into());
+            }
+            Ok(_) | Err(OneGateError::NotInService) => {}
+            Err(error) => notes.push(format!("the partition is not known: {}", one_line(&error_chain(&error)))),
+        }
+    }
+    Some(superlink)
 }
 
 async fn look_at_engine(socket: &Path) -> Result<(Engine, EngineFacts), String> {
@@ -147,6 +196,16 @@ async fn with_image(engine: &Engine, image: &ImageRef, machine: Machine, notes: 
             machine
         }
     }
+}
+
+fn superlink_json(superlink: &SuperLink) -> Json {
+    json!({
+        "address": superlink.address.to_string(),
+        "tls": superlink.ca.is_some(),
+        "vm_id": superlink.vm_id,
+        "version": superlink.version.as_ref().map(ToString::to_string),
+        "partition": superlink.partition,
+    })
 }
 
 pub(super) fn gpu_json(detection: &Detection, distribution: Distribution) -> Json {

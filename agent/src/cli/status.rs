@@ -9,6 +9,7 @@ use crate::distribution::Distribution;
 use crate::docker::engine::{Container, Engine, EngineError};
 use crate::gpu::reason::Reason;
 use crate::lock;
+use crate::partition::Partition;
 use crate::plan::{REASON_LABEL, SUMMARY_LABEL, VERDICT_LABEL};
 use crate::report::Report;
 use crate::settings::Settings;
@@ -98,6 +99,8 @@ impl Status {
             "container": container,
             "gpu": {"verdict": self.verdict()},
             "superlink": report.and_then(|report| report.superlink.as_ref()),
+            "connected": self.is_ready() && self.agent_runs && report.is_some_and(|report| report.connected),
+            "partition": report.and_then(|report| report.partition),
             "agent": {
                 "running": self.agent_runs,
                 "pid": report.filter(|_| self.agent_runs).map(|report| report.pid),
@@ -135,7 +138,15 @@ impl Status {
             return writeln!(out, "Agent      not running");
         };
         if let Some(superlink) = &report.superlink {
-            writeln!(out, "SuperLink  {superlink}")?;
+            let connected = match (self.agent_runs, report.connected) {
+                (true, true) => "connected",
+                (true, false) => "not connected",
+                (false, _) => "it is not known whether it is connected",
+            };
+            let share = report.partition.map_or(String::new(), |Partition { id, count }| {
+                format!("; partition {id} of {count}")
+            });
+            writeln!(out, "SuperLink  {superlink}, {connected}{share}")?;
         }
         let since = to_seconds(&report.since);
         if self.agent_runs {

@@ -188,6 +188,12 @@ impl ImageRef {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// The release of Flower that its tag names, where it is one.
+    pub fn version(&self) -> Option<Version> {
+        let (_, tag) = self.0.rsplit_once(':')?;
+        Version::parse(tag).ok()
+    }
 }
 
 impl fmt::Display for ImageRef {
