@@ -540,7 +540,7 @@ mod tests {
                 Kind::HostPort => "h:25",
                 Kind::Devices => "25",
                 Kind::NodeConfig => "k=25",
-                Kind::Certificate => include_str!("../../tests/ca.crt"),
+                Kind::Certificate => CA,
             };
             let default = Config::from_context(&context(&[]), &Prebaked::default()).unwrap().0;
             for name in variable.names() {
@@ -631,6 +631,47 @@ mod tests {
             [
                 "ONEAPP_FL_GPU_MEMORY_FRACTION is idle: FL_GPU_ENABLED is not YES",
                 "FL_EDGE_MAX_BACKOFF is idle: FL_SUPERLINK_ADDRESS is set, nothing is discovered",
+            ]
+        );
+    }
+
+    const CA: &str = include_str!("../../tests/ca.crt");
+
+    #[test]
+    fn a_ca_without_tls_is_a_connection_in_the_clear_and_warned_of() {
+        let (_, remarks) = read(&[("ONEAPP_FL_SSL_CA_CERTFILE", CA), ("FL_SUPERLINK_ADDRESS", "h:1")]).unwrap();
+        assert_eq!(
+            remarks.warnings().collect::<Vec<_>>(),
+            [
+                "ONEAPP_FL_SSL_CA_CERTFILE is set and FL_TLS_ENABLED is not: the connection to the SuperLink is NOT encrypted; set FL_TLS_ENABLED=YES"
+            ]
+        );
+        assert_eq!(remarks.idle, Vec::<String>::new());
+        // Whoever says NO means it.
+        let (_, remarks) =
+            read(&[("FL_SSL_CA_CERTFILE", CA), ("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "NO")]).unwrap();
+        assert_eq!(remarks.warnings().count(), 0);
+        assert_eq!(remarks.idle, ["FL_SSL_CA_CERTFILE is idle: FL_TLS_ENABLED is NO"]);
+        // Without an address the SuperLink has its say.
+        let (_, remarks) = read(&[("FL_SSL_CA_CERTFILE", CA)]).unwrap();
+        assert_eq!((remarks.warnings().count(), remarks.idle.len()), (0, 0));
+    }
+
+    #[test]
+    fn how_a_ca_was_written_and_what_stood_beside_it_is_remarked() {
+        let bundle = format!("{}{CA}", include_str!("../../tests/certificates/leaf.crt"));
+        let (config, remarks) = read(&[("FL_SSL_CA_CERTFILE", &bundle), ("FL_TLS_ENABLED", "YES")]).unwrap();
+        assert_eq!(config.ca_certificate.unwrap().pem(), CA);
+        assert_eq!(
+            remarks.doubtful,
+            [
+                "FL_SSL_CA_CERTFILE: what is no CA is left out: CN=superlink.example, which is no CA (its basicConstraints do not say CA:TRUE)"
+            ]
+        );
+        assert_eq!(
+            remarks.notes,
+            [
+                "FL_SSL_CA_CERTFILE is PEM text; the base64 of it is expected (base64 -w0 ca.crt), and the text is taken as it is"
             ]
         );
     }

@@ -723,6 +723,15 @@ mod tests {
             "did you mean",
             "CONTEXT",
         );
+        let ca = include_str!("../../../tests/ca.crt");
+        let in_the_clear = format!("FL_GPU_ENABLED='YES'\nFL_SUPERLINK_ADDRESS='h:1'\nFL_SSL_CA_CERTFILE='{ca}'\n");
+        one(
+            |facts| facts.config = config(&in_the_clear),
+            Warning,
+            "configuration",
+            "NOT encrypted; set FL_TLS_ENABLED=YES",
+            "CONTEXT",
+        );
     }
 
     #[test]
