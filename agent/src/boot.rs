@@ -469,10 +469,10 @@ pub fn configure(context: &Context, settings: &Settings) -> Result<(Config, Rema
 }
 
 fn log_remarks(config: &Config, remarks: &Remarks) {
-    for line in &remarks.unknown {
+    for line in remarks.warnings() {
         tracing::warn!("{line}");
     }
-    for line in &remarks.idle {
+    for line in remarks.idle.iter().chain(&remarks.notes) {
         tracing::info!("{line}");
     }
     if config.gpu_enabled && config.dcgm_enabled {

@@ -8,8 +8,8 @@ use std::time::SystemTime;
 use one_context::onegate::{OneGate, OneGateError, Service, Vm};
 
 use crate::config::Config;
+use crate::config::certificate::{Certificate, Valid};
 use crate::config::values::{HostPort, Version, parse_yes_no, shown};
-use crate::config::certificate::Certificate;
 use crate::flower;
 use crate::partition::Partition;
 
@@ -177,8 +177,8 @@ pub fn check(gate: Gate<'_>, config: &Config, now: SystemTime) -> Result<(), Sup
 }
 
 fn own_ca(ca: &Certificate, now: SystemTime) -> Result<(Certificate, Vec<String>), SuperLinkError> {
-    let (ca, warnings) = ca.valid_at(now).map_err(SuperLinkError::Certificate)?;
-    Ok((ca, warnings.into_iter().map(|line| format!("FL_SSL_CA_CERTFILE: {line}")).collect()))
+    let Valid { certificate, warnings } = ca.valid_at(now).map_err(SuperLinkError::Certificate)?;
+    Ok((certificate, warnings.into_iter().map(|line| format!("FL_SSL_CA_CERTFILE: {line}")).collect()))
 }
 
 async fn ask(gate: &OneGate, config: &Config, now: SystemTime) -> Result<Found, SuperLinkError> {
@@ -270,9 +270,11 @@ fn trust(config: &Config, vm: &Vm, now: SystemTime) -> Result<(SuperLink, Vec<St
             let text = published("FL_CA_CERT")
                 .ok_or(SuperLinkError::NoPublishedCertificate { wish, vm_id: vm.id })?;
             let of_peer = |refusal| refused("FL_CA_CERT", format!("({} characters)", text.chars().count()), refusal);
-            let (ca, more) = Certificate::parse(text).and_then(|ca| ca.valid_at(now)).map_err(of_peer)?;
-            warnings.extend(more.into_iter().map(|line| format!("FL_CA_CERT of the SuperLink's VM {}: {line}", vm.id)));
-            Some(ca)
+            let ca = Certificate::parse(text).map_err(of_peer)?;
+            let valid = ca.valid_at(now).map_err(of_peer)?;
+            let remarks = ca.left_out().map(str::to_owned).into_iter().chain(valid.warnings);
+            warnings.extend(remarks.map(|line| format!("FL_CA_CERT of the SuperLink's VM {}: {line}", vm.id)));
+            Some(valid.certificate)
         }
     };
     Ok((SuperLink { address, ca, vm_id: Some(vm.id), version, partition: None }, warnings))

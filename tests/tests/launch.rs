@@ -387,7 +387,8 @@ fn the_container_is_confined_as_the_contract_says() {
 fn another_ca_is_another_container() {
     let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
     let pem = include_str!("../../agent/tests/ca.crt");
-    let ids: Vec<String> = [pem.to_owned(), pem.replace('\n', "\r\n"), pem.repeat(2)]
+    let two = format!("{pem}{}", include_str!("../../agent/tests/certificates/hospital-ca.crt"));
+    let ids: Vec<String> = [pem.to_owned(), pem.replace('\n', "\r\n"), two]
         .iter()
         .map(|pem| {
             case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", pem)]);

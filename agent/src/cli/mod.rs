@@ -195,7 +195,8 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             let (config, remarks) = configured(&settings)?;
             let detection = runtime.block_on(detect_gpus(&config, &settings, Duration::ZERO));
             let distribution = Distribution::read(&settings.machine.root);
-            let document = json!({"gpu": gpu_json(&detection, distribution), "warnings": remarks.unknown});
+            let document =
+                json!({"gpu": gpu_json(&detection, distribution), "warnings": remarks.warnings().collect::<Vec<_>>()});
             if json {
                 writeln!(out, "{document:#}")?
             } else {

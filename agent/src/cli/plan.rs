@@ -33,13 +33,14 @@ pub(super) struct Plan {
     superlink: Option<SuperLink>,
     container: ContainerSpec,
     distribution: Distribution,
-    /// What `run` would stop at, or do otherwise, as far as can be told.
+    /// What is taken although it is not written as it should be; what `run` would stop at, or do otherwise, as far as can be
+    /// told.
     notes: Vec<String>,
 }
 
 impl Plan {
     pub(super) async fn make(config: Config, remarks: Remarks, context: &Context, settings: &Settings) -> Self {
-        let mut notes = Vec::new();
+        let mut notes = remarks.notes.clone();
         let (detection, engine, superlink) = tokio::join!(
             detect_gpus(&config, settings, Duration::ZERO),
             look_at_engine(&settings.docker.socket),
@@ -83,7 +84,7 @@ impl Plan {
     pub(super) fn to_json(&self) -> Json {
         json!({
             "config": self.config.resolved(),
-            "warnings": self.remarks.unknown,
+            "warnings": self.remarks.warnings().collect::<Vec<_>>(),
             "idle": self.remarks.idle,
             "gpu": gpu_json(&self.detection, self.distribution),
             "superlink": self.superlink.as_ref().map(superlink_json),
@@ -102,7 +103,7 @@ impl Plan {
                 other => writeln!(out, "  {name:<27} {other}")?,
             }
         }
-        write_list(out, "Warnings", &self.remarks.unknown)?;
+        write_list(out, "Warnings", self.remarks.warnings())?;
         write_list(out, "Idle settings", &self.remarks.idle)?;
         write_gpu(out, &self.detection, self.distribution)?;
         if let Some(superlink) = &self.superlink {
@@ -266,10 +267,10 @@ pub(super) fn write_gpu(out: &mut dyn Write, detection: &Detection, distribution
     Ok(())
 }
 
-fn write_list(out: &mut dyn Write, title: &str, lines: &[String]) -> io::Result<()> {
-    if lines.is_empty() {
-        return Ok(());
+fn write_list<'a>(out: &mut dyn Write, title: &str, lines: impl IntoIterator<Item = &'a String>) -> io::Result<()> {
+    let mut lines = lines.into_iter().peekable();
+    if lines.peek().is_some() {
+        writeln!(out, "{title}")?;
     }
-    writeln!(out, "{title}")?;
-    lines.iter().try_for_each(|line| writeln!(out, "  {line}"))
+    lines.try_for_each(|line| writeln!(out, "  {line}"))
 }

@@ -1,5 +1,6 @@
 //! Context -> Config: every variable checked before anything is done, all errors together.
 
+pub mod certificate;
 pub mod values;
 pub mod variables;
 
@@ -139,8 +140,19 @@ pub struct Config {
 pub struct Remarks {
     /// Unknown names: each is a WARNING.
     pub unknown: Vec<String>,
+    /// Settings that do not do all that they seem to: each is a WARNING.
+    pub doubtful: Vec<String>,
     /// Settings that another one makes idle: each is an INFO.
     pub idle: Vec<String>,
+    /// Settings that are taken although they are not written as they should be: each is an INFO.
+    pub notes: Vec<String>,
+}
+
+impl Remarks {
+    /// All that is a WARNING.
+    pub fn warnings(&self) -> impl Iterator<Item = &String> {
+        self.unknown.iter().chain(&self.doubtful)
+    }
 }
 
 /// Everything that is wrong with the configuration, one line each.
@@ -257,10 +269,7 @@ impl Config {
             log_level,
             log_json,
             tls: found.yes_no("FL_TLS_ENABLED"),
-            ca_certificate: match found.take("FL_SSL_CA_CERTFILE") {
-                Some(Value::Certificate(certificate)) => Some(certificate),
-                _ => None,
-            },
+            ca_certificate: found.ca().map(|(_, ca)| ca.clone()),
             keepalive_time,
             keepalive_timeout,
             edge_backoff: found.choice("FL_EDGE_BACKOFF").unwrap_or("exponential"),
@@ -279,7 +288,12 @@ impl Config {
         if !found.errors.is_empty() {
             return Err(ConfigErrors(found.errors));
         }
-        let remarks = Remarks { unknown: unknown_names(context), idle: idle_settings(&config, &found) };
+        let remarks = Remarks {
+            unknown: unknown_names(context),
+            doubtful: doubtful_settings(&config, &found),
+            idle: idle_settings(&config, &found),
+            notes: notes(&found),
+        };
         Ok((config, remarks))
     }
 
@@ -406,6 +420,14 @@ impl Found {
         }
     }
 
+    /// The CA, with the name under which it was set.
+    fn ca(&self) -> Option<(&str, &Certificate)> {
+        match self.get("FL_SSL_CA_CERTFILE")? {
+            Set { name, value: Value::Certificate(ca), .. } => Some((name, ca)),
+            _ => None,
+        }
+    }
+
     fn log_settings(&self) -> (LogLevel, bool) {
         let level = self.choice("FL_LOG_LEVEL").map_or(LogLevel::Info, LogLevel::parse);
         (level, self.choice("FL_LOG_FORMAT") == Some("json"))
@@ -434,6 +456,26 @@ fn unknown_names(context: &Context) -> Vec<String> {
         .collect()
 }
 
+fn doubtful_settings(config: &Config, found: &Found) -> Vec<String> {
+    let Some((name, ca)) = found.ca() else { return Vec::new() };
+    let mut doubtful = Vec::new();
+    if config.tls.is_none() && config.superlink_address.is_some() {
+        doubtful.push(format!(
+            "{name} is set and FL_TLS_ENABLED is not: the connection to the SuperLink is NOT encrypted; set FL_TLS_ENABLED=YES"
+        ));
+    }
+    doubtful.extend(ca.left_out().map(|what| format!("{name}: {what}")));
+    doubtful
+}
+
+fn notes(found: &Found) -> Vec<String> {
+    let raw = found.ca().filter(|(_, ca)| ca.was_raw_pem());
+    let note = raw.map(|(name, _)| {
+        format!("{name} is PEM text; the base64 of it is expected (base64 -w0 ca.crt), and the text is taken as it is")
+    });
+    note.into_iter().collect()
+}
+
 fn idle_settings(config: &Config, found: &Found) -> Vec<String> {
     const GPU_ONLY: [&str; 4] =
         ["FL_GPU_REQUIRED", "FL_CUDA_VISIBLE_DEVICES", "FL_GPU_MEMORY_FRACTION", "FL_DCGM_ENABLED"];
@@ -449,8 +491,7 @@ fn idle_settings(config: &Config, found: &Found) -> Vec<String> {
     };
     note(&GPU_ONLY, config.gpu_enabled, "FL_GPU_ENABLED is not YES");
     note(&["FLOWER_VERSION"], config.image.is_none(), "FL_SUPERNODE_IMAGE names the image");
-    let tls_possible = config.tls.unwrap_or(config.superlink_address.is_none());
-    note(&["FL_SSL_CA_CERTFILE"], tls_possible, "FL_TLS_ENABLED is not YES");
+    note(&["FL_SSL_CA_CERTFILE"], config.tls != Some(false), "FL_TLS_ENABLED is NO");
     note(&DISCOVERY_ONLY, config.superlink_address.is_none(), "FL_SUPERLINK_ADDRESS is set, nothing is discovered");
     let discovered_with_cap = config.edge_backoff == "exponential" || config.superlink_address.is_some();
     note(&["FL_EDGE_MAX_BACKOFF"], discovered_with_cap, "FL_EDGE_BACKOFF is fixed");
@@ -499,7 +540,7 @@ mod tests {
                 Kind::HostPort => "h:25",
                 Kind::Devices => "25",
                 Kind::NodeConfig => "k=25",
-                Kind::Certificate => include_str!("../../tests/ca.crt"),
+                Kind::Certificate => CA,
             };
             let default = Config::from_context(&context(&[]), &Prebaked::default()).unwrap().0;
             for name in variable.names() {
@@ -590,6 +631,47 @@ mod tests {
             [
                 "ONEAPP_FL_GPU_MEMORY_FRACTION is idle: FL_GPU_ENABLED is not YES",
                 "FL_EDGE_MAX_BACKOFF is idle: FL_SUPERLINK_ADDRESS is set, nothing is discovered",
+            ]
+        );
+    }
+
+    const CA: &str = include_str!("../../tests/ca.crt");
+
+    #[test]
+    fn a_ca_without_tls_is_a_connection_in_the_clear_and_warned_of() {
+        let (_, remarks) = read(&[("ONEAPP_FL_SSL_CA_CERTFILE", CA), ("FL_SUPERLINK_ADDRESS", "h:1")]).unwrap();
+        assert_eq!(
+            remarks.warnings().collect::<Vec<_>>(),
+            [
+                "ONEAPP_FL_SSL_CA_CERTFILE is set and FL_TLS_ENABLED is not: the connection to the SuperLink is NOT encrypted; set FL_TLS_ENABLED=YES"
+            ]
+        );
+        assert_eq!(remarks.idle, Vec::<String>::new());
+        // Whoever says NO means it.
+        let (_, remarks) =
+            read(&[("FL_SSL_CA_CERTFILE", CA), ("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "NO")]).unwrap();
+        assert_eq!(remarks.warnings().count(), 0);
+        assert_eq!(remarks.idle, ["FL_SSL_CA_CERTFILE is idle: FL_TLS_ENABLED is NO"]);
+        // Without an address the SuperLink has its say.
+        let (_, remarks) = read(&[("FL_SSL_CA_CERTFILE", CA)]).unwrap();
+        assert_eq!((remarks.warnings().count(), remarks.idle.len()), (0, 0));
+    }
+
+    #[test]
+    fn how_a_ca_was_written_and_what_stood_beside_it_is_remarked() {
+        let bundle = format!("{}{CA}", include_str!("../../tests/certificates/leaf.crt"));
+        let (config, remarks) = read(&[("FL_SSL_CA_CERTFILE", &bundle), ("FL_TLS_ENABLED", "YES")]).unwrap();
+        assert_eq!(config.ca_certificate.unwrap().pem(), CA);
+        assert_eq!(
+            remarks.doubtful,
+            [
+                "FL_SSL_CA_CERTFILE: what is no CA is left out: CN=superlink.example, which is no CA (its basicConstraints do not say CA:TRUE)"
+            ]
+        );
+        assert_eq!(
+            remarks.notes,
+            [
+                "FL_SSL_CA_CERTFILE is PEM text; the base64 of it is expected (base64 -w0 ca.crt), and the text is taken as it is"
             ]
         );
     }

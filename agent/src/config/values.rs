@@ -6,8 +6,7 @@ use std::collections::hash_map::Entry;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use base64::Engine as _;
-
+pub use super::certificate::Certificate;
 use crate::gpu::pci::PciAddress;
 
 /// Why a value is refused: the second half of `VARIABLE='value': must be …`.
@@ -594,118 +593,6 @@ fn check_pair(key: &str, value: &str) -> Result<(), &'static str> {
     }
 }
 
-/// A PEM certificate, or several.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Certificate(String);
-
-impl fmt::Debug for Certificate {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Certificate({} bytes)", self.0.len())
-    }
-}
-
-impl Certificate {
-    /// Reads base64 of PEM text (line breaks and blanks in it are dropped), or the PEM text itself. The certificates are
-    /// kept as RFC 7468 wants them: gRPC's reader is stricter than people and their mail programs are.
-    ///
-    /// # Errors
-    /// What is accepted. The value is never repeated: it may be a private key by mistake.
-    pub fn parse(text: &str) -> Result<Self, Refusal> {
-        const EXPECTED: &str = "must be the base64 of a PEM certificate";
-        let text = if text.contains("-----BEGIN") {
-            text.to_owned()
-        } else {
-            let bytes = decode_base64(text).ok_or_else(|| format!("{EXPECTED}; it is not base64"))?;
-            String::from_utf8(bytes).map_err(|_| format!("{EXPECTED}; what it encodes is not text"))?
-        };
-        if text.contains("PRIVATE KEY-----") {
-            return Err(format!("{EXPECTED}; it holds a private key, which must not leave its owner"));
-        }
-        let mut rest = text.as_str();
-        let mut pem = String::new();
-        while let Some((_, body)) = rest.split_once("-----BEGIN CERTIFICATE-----") {
-            let (body, after) = body
-                .split_once("-----END CERTIFICATE-----")
-                .ok_or_else(|| format!("{EXPECTED}; its END line is missing"))?;
-            let der = decode_base64(body).filter(|der| is_certificate(der)).ok_or_else(|| {
-                format!("{EXPECTED}; what stands between BEGIN and END is not a certificate, or not a whole one")
-            })?;
-            push_pem(&mut pem, &der);
-            rest = after;
-        }
-        if pem.is_empty() {
-            return Err(format!("{EXPECTED}; there is no BEGIN CERTIFICATE line"));
-        }
-        Ok(Self(pem))
-    }
-
-    /// The PEM text.
-    pub fn pem(&self) -> &str {
-        &self.0
-    }
-}
-
-/// Whether `der` is one whole certificate, as far as its frame tells: a sequence of the signed part (a sequence), the
-/// algorithm (a sequence) and the signature (a bit string), and nothing after them (RFC 5280, section 4.1).
-fn is_certificate(der: &[u8]) -> bool {
-    const SEQUENCE: u8 = 0x30;
-    const BIT_STRING: u8 = 0x03;
-    let Some((SEQUENCE, mut inside, [])) = der_element(der) else {
-        return false;
-    };
-    for expected in [SEQUENCE, SEQUENCE, BIT_STRING] {
-        match der_element(inside) {
-            Some((tag, content, rest)) if tag == expected && !content.is_empty() => inside = rest,
-            _ => return false,
-        }
-    }
-    inside.is_empty()
-}
-
-/// The first element of `der`: its tag, its content and what follows it. DER writes a length in one way only (X.690,
-/// section 10.1): below 128 in one byte, else as the number of bytes that follow, which do not begin with 0.
-fn der_element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
-    let (&tag, rest) = der.split_first()?;
-    let (&first, rest) = rest.split_first()?;
-    let (length, rest) = match first {
-        0..=0x7f => (usize::from(first), rest),
-        // Four bytes of length are more than fits in a context.
-        0x81..=0x84 => {
-            let (bytes, rest) = rest.split_at_checked(usize::from(first & 0x7f))?;
-            let length = bytes.iter().fold(0, |length, byte| length << 8 | usize::from(*byte));
-            (Some(length).filter(|length| *length >= 0x80 && bytes.first() != Some(&0))?, rest)
-        }
-        _ => return None,
-    };
-    let (content, rest) = rest.split_at_checked(length)?;
-    Some((tag, content, rest))
-}
-
-/// Adds a certificate to `pem`, in lines of 64 characters.
-fn push_pem(pem: &mut String, der: &[u8]) {
-    let base64 = base64::prelude::BASE64_STANDARD.encode(der);
-    let mut rest = base64.as_str();
-    pem.push_str("-----BEGIN CERTIFICATE-----\n");
-    while !rest.is_empty() {
-        let (line, after) = rest.split_at(rest.len().min(64));
-        pem.push_str(line);
-        pem.push('\n');
-        rest = after;
-    }
-    pem.push_str("-----END CERTIFICATE-----\n");
-}
-
-/// Standard base64 (RFC 4648, section 4), in lines or in one, padded or not.
-fn decode_base64(text: &str) -> Option<Vec<u8>> {
-    use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
-    const LENIENT: GeneralPurpose = GeneralPurpose::new(
-        &base64::alphabet::STANDARD,
-        GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
-    );
-    let joined: String = text.split_ascii_whitespace().collect();
-    LENIENT.decode(joined).ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -1007,106 +894,11 @@ mod tests {
         }
     }
 
-    const PEM: &str = include_str!("../../tests/ca.crt");
-
-    /// An element of DER with the shortest length there is.
-    fn element(tag: u8, content: &[u8]) -> Vec<u8> {
-        let length = content.len();
-        let mut der = vec![tag];
-        match length {
-            0..0x80 => der.push(length as u8),
-            0x80..0x100 => der.extend([0x81, length as u8]),
-            _ => der.extend([0x82, (length >> 8) as u8, length as u8]),
-        }
-        der.extend(content);
-        der
-    }
-
-    fn pem_of(der: &[u8]) -> String {
-        let mut pem = String::new();
-        push_pem(&mut pem, der);
-        pem
-    }
-
-    #[test]
-    fn a_certificate_comes_as_base64_or_as_pem_and_a_key_never() {
-        use base64::prelude::{BASE64_STANDARD, BASE64_STANDARD_NO_PAD};
-        let wrapped = BASE64_STANDARD
-            .encode(PEM)
-            .as_bytes()
-            .chunks(20)
-            .map(|c| String::from_utf8_lossy(c).into_owned())
-            .collect::<Vec<_>>()
-            .join("\n");
-        for text in [PEM, &BASE64_STANDARD.encode(PEM), &BASE64_STANDARD_NO_PAD.encode(PEM), &wrapped] {
-            assert_eq!(Certificate::parse(text).unwrap().pem(), PEM);
-        }
-        let key = "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----";
-        for text in [
-            key,
-            &BASE64_STANDARD.encode(key),
-            &format!("{PEM}{key}"),
-            "!!!",
-            "aGVsbG8=",
-            "-----BEGIN CERTIFICATE-----\nMAA=",
-            "-----BEGIN CERTIFICATE-----\nc2VjcmV0\n-----END CERTIFICATE-----",
-            "-----BEGIN PUBLIC KEY-----\nc2VjcmV0\n-----END PUBLIC KEY-----",
-        ] {
-            let refusal = Certificate::parse(text).unwrap_err();
-            assert!(
-                refusal.starts_with("must be the base64 of a PEM certificate") && !refusal.contains("c2VjcmV0"),
-                "{refusal}"
-            );
-        }
-    }
-
-    #[test]
-    fn certificates_are_kept_as_grpc_reads_them_whatever_stood_around_them() {
-        let in_one_line = PEM.replace('\n', " ");
-        let for_windows = PEM.replace('\n', "\r\n");
-        let with_text = format!("subject=CN = a CA\n{}# the next\n{PEM}bye", PEM.trim_end_matches('\n'));
-        for (text, expected) in
-            [(in_one_line, PEM.into()), (for_windows, PEM.into()), (with_text, format!("{PEM}{PEM}"))]
-        {
-            assert_eq!(Certificate::parse(&text).expect(&text).pem(), expected);
-        }
-    }
-
-    #[test]
-    fn a_certificate_is_whole_to_its_last_byte() {
-        let signed = element(0x30, &[1; 300]);
-        let rest = [element(0x30, &[2; 3]), element(0x03, &[0; 130])].concat();
-        let whole = element(0x30, &[signed.clone(), rest.clone()].concat());
-        assert!(Certificate::parse(&pem_of(&whole)).is_ok());
-        let cut_off = &whole[..whole.len() - 1];
-        let more = [&whole[..], &[0]].concat();
-        let long_length = [&[0x30, 0x83, 0][..], &whole[2..]].concat();
-        let endless = [&[0x30, 0x80][..], &whole[4..], &[0, 0]].concat();
-        for der in [
-            cut_off,
-            &more,
-            &long_length,
-            &endless,
-            &element(0x30, &[]),
-            &element(0x30, &signed),
-            &element(0x30, &[&signed[..], &rest, &rest].concat()),
-            &element(0x31, &[&signed[..], &rest].concat()),
-            // A public key: an algorithm and a bit string.
-            &element(0x30, &rest),
-            &[0x30],
-            &[0x30, 0x84, 0xff, 0xff, 0xff, 0xff],
-            &[],
-        ] {
-            let refusal = Certificate::parse(&pem_of(der)).expect_err(&format!("{der:02x?}"));
-            assert!(refusal.ends_with("is not a certificate, or not a whole one"), "{refusal}");
-        }
-    }
-
     proptest! {
         #[test]
         fn no_text_makes_a_parser_panic(text in "\\PC{0,40}") {
             let _ = (parse_count(&text, 0), Fraction::parse(&text), Version::parse(&text), ImageRef::parse(&text));
-            let _ = (HostPort::parse(&text), DeviceSelection::parse(&text), NodeConfig::parse(&text), Certificate::parse(&text));
+            let _ = (HostPort::parse(&text), DeviceSelection::parse(&text), NodeConfig::parse(&text));
         }
 
         #[test]

@@ -104,7 +104,7 @@ impl Kind {
                     .into()
             }
             Self::NodeConfig => "space-separated key=value, values TOML scalars".into(),
-            Self::Certificate => "base64 of a PEM certificate".into(),
+            Self::Certificate => "base64 of a CA's PEM certificate, or of several".into(),
         }
     }
 }

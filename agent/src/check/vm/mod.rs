@@ -99,15 +99,12 @@ impl Vm<'_> {
                 let fix = "correct the CONTEXT of the VM (onevm updateconf VM); supernode-agent variables shows what is accepted";
                 errors.iter().map(|error| Check::error(ID, error, fix)).collect()
             }
-            Ok((_, remarks)) if remarks.unknown.is_empty() => {
+            Ok((_, remarks)) if remarks.warnings().next().is_none() => {
                 vec![Check::ok(ID, "the context can be read, and its variables are valid")]
             }
             Ok((_, remarks)) => remarks
-                .unknown
-                .iter()
-                .map(|remark| {
-                    Check::warning(ID, remark, "correct the name in the CONTEXT of the VM (onevm updateconf VM)")
-                })
+                .warnings()
+                .map(|remark| Check::warning(ID, remark, "correct the CONTEXT of the VM (onevm updateconf VM)"))
                 .collect(),
         }
     }
@@ -724,6 +721,15 @@ mod tests {
             Warning,
             "configuration",
             "did you mean",
+            "CONTEXT",
+        );
+        let ca = include_str!("../../../tests/ca.crt");
+        let in_the_clear = format!("FL_GPU_ENABLED='YES'\nFL_SUPERLINK_ADDRESS='h:1'\nFL_SSL_CA_CERTFILE='{ca}'\n");
+        one(
+            |facts| facts.config = config(&in_the_clear),
+            Warning,
+            "configuration",
+            "NOT encrypted; set FL_TLS_ENABLED=YES",
             "CONTEXT",
         );
     }
