@@ -16,6 +16,7 @@ use crate::cloud::Cloud;
 use crate::config::values::{ImageRef, Version};
 use crate::config::{self, Config, ConfigErrors, LogLevel, Prebaked, Remarks};
 use crate::distribution::Distribution;
+use crate::connection::Connection;
 use crate::docker::engine::{Engine, EngineError, Image};
 use crate::docker::runtime::{GpuAccess, choose_access, ensure_runtime};
 use crate::flower;

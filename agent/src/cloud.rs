@@ -221,3 +221,38 @@ fn attributes(access: &Access, news: &News) -> Vec<(&'static str, String)> {
     }
     attributes
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn access(report_ready: bool) -> Access {
+        Access { endpoint: "http://h".into(), vm_id: "101".into(), token: Secret::new("t"), report_ready }
+    }
+
+    fn text(access: &Access, news: &News) -> String {
+        let lines: Vec<String> = attributes(access, news).iter().map(|(name, value)| format!("{name}={value}")).collect();
+        lines.join("\n")
+    }
+
+    #[test]
+    fn ready_is_told_only_while_it_is_true_and_only_where_the_cloud_waits_for_it() {
+        let mut news = News { gpu_status: "gpu", gpus: vec!["NVIDIA A100".into()], ..News::default() };
+        assert!(!text(&access(true), &news).contains("READY=YES"));
+        news.ready = true;
+        let all = text(&access(true), &news);
+        assert!(all.contains("FL_NODE_READY=YES") && all.ends_with("\nREADY=YES"), "{all}");
+        assert!(!text(&access(false), &news).contains("\nREADY="));
+    }
+
+    #[test]
+    fn what_an_earlier_boot_left_is_overwritten() {
+        let before = text(&access(false), &News::default());
+        for line in ["FL_GPU_AVAILABLE=NO", "FL_GPU_STATUS=", "FL_GPU_FALLBACK_REASON=", "FL_GPU_COUNT=", "FL_GPU_NAME="] {
+            assert!(before.lines().any(|found| found == line), "{line}: {before}");
+        }
+        let news = News { gpu_status: "cpu-fallback", fallback_reason: "gpu-not-present", ..News::default() };
+        let fallback = text(&access(false), &news);
+        assert!(fallback.contains("FL_GPU_AVAILABLE=NO\nFL_GPU_STATUS=cpu-fallback\nFL_GPU_FALLBACK_REASON=gpu-not-present\nFL_GPU_COUNT=0"));
+    }
+}

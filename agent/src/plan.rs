@@ -312,7 +312,6 @@ mod tests {
     use crate::config::Prebaked;
     use crate::gpu::reason::{Finding, Reason};
     use crate::gpu::verdict::GpuDevice;
-    use crate::superlink::static_superlink;
 
     fn gpu() -> Verdict {
         let device = |index: u32, pci_address: &str, memory_mib| GpuDevice {
@@ -332,7 +331,13 @@ mod tests {
         let (config, _) = Config::from_context(&context, &Prebaked::default()).unwrap();
         let machine = Machine { memory_mib: 8000, has_journal: true, image_python_path: Some("/app/lib".into()) };
         let image = wanted_image(&config);
-        let superlink = static_superlink(&config).ok();
+        let superlink = config.superlink_address.clone().map(|address| SuperLink {
+            address,
+            ca: config.ca_certificate.clone().filter(|_| config.tls == Some(true)),
+            vm_id: None,
+            version: None,
+            partition: None,
+        });
         plan_container(&config, verdict, access, superlink.as_ref(), &image, &machine, &Settings::default())
     }
 

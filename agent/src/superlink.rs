@@ -279,3 +279,113 @@ fn trust(config: &Config, vm: &Vm, now: SystemTime) -> Result<(SuperLink, Vec<St
     };
     Ok((SuperLink { address, ca, vm_id: Some(vm.id), version, partition: None }, warnings))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use one_context::Context;
+
+    use super::*;
+    use crate::config::Prebaked;
+
+    const CA: &str = include_str!("../tests/certificates/hospital-ca.crt");
+    const LEAF: &str = include_str!("../tests/certificates/leaf.crt");
+
+    fn config(pairs: &[(&str, &str)]) -> Config {
+        let text: String = pairs.iter().map(|(name, value)| format!("{name}='{value}'\n")).collect();
+        Config::from_context(&Context::parse(text.as_bytes()).unwrap(), &Prebaked::default()).unwrap().0
+    }
+
+    fn vm(attributes: &[(&str, &str)]) -> Vm {
+        Vm {
+            id: 100,
+            name: "superlink_0_(service_7)".into(),
+            is_running: Some(true),
+            attributes: attributes.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+            addresses: vec!["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()],
+        }
+    }
+
+    fn now() -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(1_800_000_000)
+    }
+
+    fn trusted(pairs: &[(&str, &str)], attributes: &[(&str, &str)]) -> Result<(SuperLink, Vec<String>), SuperLinkError> {
+        trust(&config(pairs), &vm(attributes), now())
+    }
+
+    fn address(pairs: &[(&str, &str)], attributes: &[(&str, &str)]) -> String {
+        trusted(pairs, attributes).unwrap().0.address.to_string()
+    }
+
+    #[test]
+    fn the_published_endpoint_comes_before_the_first_nic_and_flowers_port() {
+        assert_eq!(address(&[], &[("FL_ENDPOINT", " superlink.example:9999 ")]), "superlink.example:9999");
+        assert_eq!(address(&[], &[("FL_ENDPOINT", " ")]), "10.0.0.5:9092");
+        assert_eq!(address(&[], &[("FL_VERSION", "1.41.0")]), "10.0.0.5:8000");
+        assert_eq!(address(&[("FLOWER_VERSION", "1.40.0")], &[]), "10.0.0.5:8000");
+        let mut only_ipv6 = vm(&[]);
+        only_ipv6.addresses.remove(0);
+        assert_eq!(trust(&config(&[]), &only_ipv6, now()).unwrap().0.address.to_string(), "[fd00::5]:9092");
+        only_ipv6.addresses.clear();
+        assert!(matches!(trust(&config(&[]), &only_ipv6, now()), Err(SuperLinkError::NoAddress(100))));
+    }
+
+    #[test]
+    fn what_a_peer_publishes_is_checked_and_may_heal() {
+        for (name, value) in [
+            ("FL_ENDPOINT", "http://h:1"),
+            ("FL_ENDPOINT", "h:1 --insecure"),
+            ("FL_ENDPOINT", "h\n:1"),
+            ("FL_ENDPOINT", "10.0.0.5"),
+            ("FL_TLS", "perhaps"),
+        ] {
+            let error = trusted(&[], &[(name, value)]).unwrap_err();
+            assert!(!error.is_final());
+            let text = error.to_string();
+            assert!(text.starts_with(&format!("the SuperLink's VM 100 has published {name}='")), "{text}");
+            assert!(!text.contains('\n'), "{text}");
+        }
+        let (superlink, warnings) = trusted(&[], &[("FL_VERSION", "new")]).unwrap();
+        assert_eq!((superlink.version, warnings.len()), (None, 1));
+    }
+
+    #[test]
+    fn the_operators_word_on_tls_wins_and_nothing_is_downgraded() {
+        let tls = |pairs: &[(&str, &str)], attributes: &[(&str, &str)]| {
+            trusted(pairs, attributes).map(|(superlink, warnings)| (superlink.ca.is_some(), warnings.len()))
+        };
+        assert_eq!(tls(&[], &[]).unwrap(), (false, 0));
+        assert_eq!(tls(&[], &[("FL_TLS", "YES"), ("FL_CA_CERT", CA)]).unwrap(), (true, 0));
+        assert_eq!(tls(&[("FL_TLS_ENABLED", "YES")], &[("FL_TLS", "NO"), ("FL_CA_CERT", CA)]).unwrap(), (true, 0));
+        assert_eq!(tls(&[("FL_TLS_ENABLED", "NO")], &[("FL_TLS", "YES"), ("FL_CA_CERT", CA)]).unwrap(), (false, 1));
+        assert_eq!(tls(&[("FL_SSL_CA_CERTFILE", CA)], &[("FL_TLS", "NO")]).unwrap(), (false, 1), "not in silence");
+        for attributes in [&[("FL_TLS", "YES")][..], &[("FL_TLS", "YES"), ("FL_CA_CERT", LEAF)]] {
+            assert!(!tls(&[], attributes).unwrap_err().is_final());
+        }
+        assert!(matches!(tls(&[("FL_TLS_ENABLED", "YES")], &[]), Err(SuperLinkError::NoPublishedCertificate { .. })));
+    }
+
+    #[test]
+    fn the_operators_ca_comes_before_the_published_one() {
+        let own = [("FL_SSL_CA_CERTFILE", CA)];
+        let (superlink, _) = trusted(&own, &[("FL_TLS", "YES"), ("FL_CA_CERT", "no certificate at all")]).unwrap();
+        assert!(superlink.ca.unwrap().pem().contains("BEGIN CERTIFICATE"));
+    }
+
+    #[test]
+    fn what_needs_nobody_to_be_asked_is_told_at_once() {
+        let far = now() + Duration::from_secs(200 * 366 * 24 * 3600);
+        let final_error = |pairs: &[(&str, &str)], now| check(Err("no token"), &config(pairs), now).unwrap_err();
+        assert!(final_error(&[], now()).to_string().contains("no token"));
+        assert!(matches!(
+            final_error(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES")], now()),
+            SuperLinkError::NoCertificate
+        ));
+        let expired = [("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", CA)];
+        assert!(check(Err("no token"), &config(&expired), now()).is_ok());
+        let error = final_error(&expired, far);
+        assert!(error.is_final() && error.to_string().contains("expired"), "{error}");
+    }
+}

@@ -115,26 +115,50 @@ struct Life {
     /// The pause before the next start.
     pause: Duration,
     watch: Watch,
-    /// What reads the container's log, and asks Flower for its health: of the container of this id and start.
-    flower: Option<(Container, Tracker, Liveness)>,
+    flower: FlowerWatch,
     /// The pauses before the tries that a failed GPU has left.
     gpu_pauses: std::slice::Iter<'static, Duration>,
     /// Whether the GPU may become usable, which is told once.
     waits_for_gpu: bool,
-    /// Whether the last quiet time was a long one.
+    /// Whether the container had been up for long when the last change came.
     was_healthy: bool,
 }
 
 impl Life {
-    fn new(verdict: &Verdict) -> Self {
+    fn new(verdict: &Verdict, engine: &Engine, container: &Container) -> Self {
         Self {
             pause: FIRST_PAUSE,
             watch: Watch::default(),
-            flower: None,
+            flower: FlowerWatch::new(engine, container),
             gpu_pauses: GPU_PAUSES.iter(),
             waits_for_gpu: gpu::may_come_late(verdict),
             was_healthy: false,
         }
+    }
+}
+
+/// What looks after Flower in one run of a container.
+struct FlowerWatch {
+    id: String,
+    started_at: String,
+    since: Instant,
+    tracker: Tracker,
+    liveness: Liveness,
+}
+
+impl FlowerWatch {
+    fn new(engine: &Engine, container: &Container) -> Self {
+        Self {
+            id: container.id.clone(),
+            started_at: container.started_at.clone(),
+            since: Instant::now(),
+            tracker: Tracker::new(engine, container),
+            liveness: Liveness::new(container),
+        }
+    }
+
+    fn is_of(&self, container: &Container) -> bool {
+        self.id == container.id && self.started_at == container.started_at
     }
 }
 
@@ -404,11 +428,10 @@ impl Node {
     /// # Errors
     /// When there must be a GPU, and it has failed or the container does not come up on it again.
     pub async fn supervise(&mut self, mut engine: Engine, mut container: Container) -> Result<Anew, LaunchError> {
-        let mut life = Life::new(&self.verdict);
+        let mut life = Life::new(&self.verdict, &engine, &container);
         loop {
-            let watched_since = Instant::now();
             let change = self.next_change(&engine, &container, &mut life).await;
-            life.was_healthy = watched_since.elapsed() >= HEALTHY_AFTER;
+            life.was_healthy = life.flower.since.elapsed() >= HEALTHY_AFTER;
             if life.was_healthy {
                 life.gpu_pauses = GPU_PAUSES.iter();
             }
@@ -424,6 +447,7 @@ impl Node {
                         && found.running
                     {
                         tokio::time::sleep(FIRST_PAUSE).await;
+                        life.flower.tracker = Tracker::new(&engine, &container);
                         continue;
                     }
                     // A container that went down with the engine is not to blame.
@@ -491,6 +515,10 @@ impl Node {
             }
             if self.verdict.devices().is_empty() {
                 life.watch.begin_anew();
+            }
+            if !life.flower.is_of(&container) {
+                life.flower = FlowerWatch::new(&engine, &container);
+                self.connection = Connection::default();
             }
             self.report_running();
         }
@@ -599,7 +627,7 @@ impl Node {
     async fn next_change(&self, engine: &Engine, container: &Container, life: &mut Life) -> Change {
         let devices = self.verdict.devices();
         let by_hook = self.access == GpuAccess::Runtime;
-        let (tracker, liveness) = life.of_flower(engine, container);
+        let FlowerWatch { tracker, liveness, .. } = &mut life.flower;
         let searches = self.superlink.vm_id.is_some() && !self.connection.is_connected();
         let asks = self.settings.container.health_check;
         tokio::select! {
