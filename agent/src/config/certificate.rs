@@ -203,7 +203,8 @@ fn read_der(der: &[u8]) -> Result<Piece, String> {
     }
 }
 
-/// Whether a certificate is a CA's, as BoringSSL, which gRPC brings along, and OpenSSL have it.
+/// Whether a certificate is a CA's (RFC 5280, sections 4.2.1.3 and 4.2.1.9). gRPC 1.85 looks at keyUsage alone: there a
+/// server's own certificate would do as well, until the server has its next one.
 fn judge(certificate: &x509_cert::Certificate, der: &[u8]) -> Result<Piece, String> {
     let signed = &certificate.tbs_certificate;
     if signed.extensions.is_some() && signed.version != Version::V3 {
@@ -211,7 +212,7 @@ fn judge(certificate: &x509_cert::Certificate, der: &[u8]) -> Result<Piece, Stri
     }
     let constraints = signed.get::<BasicConstraints>().map_err(|_| NOT_WHOLE)?;
     let usage = signed.get::<KeyUsage>().map_err(|_| NOT_WHOLE)?;
-    // X.509 v1 has no way to say it.
+    // X.509 v1 has no way to say it; OpenSSL and BoringSSL believe it when it is self-signed.
     let is_v1_root = signed.version == Version::V1 && signed.subject == signed.issuer;
     let subject = subject(&signed.subject);
     let why_not = if !constraints.map_or(is_v1_root, |(_, constraints)| constraints.ca) {
