@@ -606,8 +606,9 @@ impl Node {
         let Some(cloud) = &self.cloud else {
             return std::future::pending().await;
         };
-        let mut backoff = Backoff::exponential(Duration::from_secs(self.config.edge_max_backoff));
-        let mut pause = FIRST_LOOK;
+        let cap = Duration::from_secs(self.config.edge_max_backoff);
+        let first = FIRST_LOOK.min(cap);
+        let (mut backoff, mut pause) = (Backoff::exponential(cap), first);
         loop {
             tokio::time::sleep(with_jitter(pause, fastrand::f64())).await;
             match find_superlink(Ok(cloud.gate()), &self.config, SystemTime::now()).await {
@@ -620,7 +621,7 @@ impl Node {
                 Ok(_) => {}
                 Err(error) => tracing::debug!("looking for the SuperLink again: {}", journal::error_chain(&error)),
             }
-            pause = backoff.after_failure().unwrap_or(pause).max(FIRST_LOOK);
+            pause = backoff.after_failure().unwrap_or(pause).max(first);
         }
     }
 

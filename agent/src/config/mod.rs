@@ -11,7 +11,8 @@ use one_context::Context;
 use serde_json::{Map, Value as Json, json};
 
 use crate::gpu::pci::PciAddress;
-use values::{Certificate, DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Version, shown};
+use certificate::Certificate;
+use values::{DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Version, shown};
 use variables::{Kind, VARIABLES, Value, Variable};
 
 /// The machine-learning framework of the node's image.

@@ -6,7 +6,6 @@ use std::collections::hash_map::Entry;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-pub use super::certificate::Certificate;
 use crate::gpu::pci::PciAddress;
 
 /// Why a value is refused: the second half of `VARIABLE='value': must be …`.

@@ -1,0 +1,385 @@
+//! The SuperLink through OneGate: found, waited for, trusted, followed; the share of the data; and what the cloud is told.
+//! Real engines, OneGate's stand-in, and images that do as Flower does when it connects.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::time::Duration;
+
+use common::{PATIENCE, inspect, json_of, up, warnings};
+use supernode_tests::{Agent, Case, Engine, OneGateStandIn, Reply, Request, eventually, image};
+
+/// The node's VM, and the SuperLink's.
+const NODE: u32 = 101;
+const SUPERLINK: u32 = 100;
+const SERVICE: u32 = 7;
+/// Tries come fast: the cap is that of the pauses, the first among them.
+const FAST: (&str, &str) = ("FL_EDGE_MAX_BACKOFF", "1");
+
+/// A service of a SuperLink, which has published its endpoint, and one node.
+fn service() -> OneGateStandIn {
+    let onegate = OneGateStandIn::start();
+    onegate.change(|state| {
+        state.join(SERVICE, "superlink", SUPERLINK).nic("10.0.0.5").attribute("FL_ENDPOINT", "10.9.8.7:9092");
+        state.join(SERVICE, "supernode", NODE).nic("10.0.0.6");
+    });
+    onegate
+}
+
+/// A machine of the service, without an engine.
+fn machine(onegate: &OneGateStandIn, variables: &[(&str, &str)]) -> Case {
+    let mut case = Case::new();
+    let all: Vec<_> = std::iter::once(FAST).chain(variables.iter().copied()).collect();
+    case.context(&all).onegate(onegate, NODE);
+    case
+}
+
+fn machine_with_engine(onegate: &OneGateStandIn, variables: &[(&str, &str)]) -> Option<(Engine, Case)> {
+    let engine = Engine::start()?;
+    engine.import_image(&[image::PYTORCH]);
+    let mut case = machine(onegate, variables);
+    case.engine(&engine);
+    Some((engine, case))
+}
+
+fn arguments(engine: &Engine) -> String {
+    inspect(engine, "{{join .Args \" \"}}")
+}
+
+/// The updates of a VM, in their order.
+fn updates(onegate: &OneGateStandIn) -> Vec<String> {
+    onegate.requests().iter().filter_map(Request::update).collect()
+}
+
+fn attribute(onegate: &OneGateStandIn, vm: u32, name: &str) -> Option<String> {
+    onegate.change(|state| state.vms[&vm].user_template.get(name).cloned())
+}
+
+#[track_caller]
+fn wait_for_attribute(onegate: &OneGateStandIn, name: &str, value: &str) {
+    let arrived = eventually(PATIENCE, || attribute(onegate, NODE, name).as_deref() == Some(value));
+    assert!(arrived, "{name} is {:?}; {:#?}", attribute(onegate, NODE, name), updates(onegate));
+}
+
+fn connected(agent: &Agent) {
+    agent.wait_for_line("connected to the SuperLink", PATIENCE);
+}
+
+#[test]
+fn a_node_of_a_service_needs_no_address() {
+    let onegate = service();
+    let Some((engine, mut case)) = machine_with_engine(&onegate, &[]) else { return };
+    let plan = json_of(&case.run_command("plan", &["--json"]));
+    assert_eq!(plan["superlink"]["address"], "10.9.8.7:9092");
+    assert_eq!(plan["superlink"]["vm_id"], SUPERLINK);
+    assert_eq!(updates(&onegate), Vec::<String>::new(), "plan publishes nothing");
+    case.set("container.stop_timeout_seconds", 5);
+    let agent = up(&case);
+    assert_eq!(warnings(&agent), Vec::<String>::new());
+    let arguments = arguments(&engine);
+    assert!(arguments.contains("--superlink 10.9.8.7:9092 --insecure"), "{arguments}");
+    assert!(arguments.contains("--node-config partition-id=0 num-partitions=1"), "{arguments}");
+}
+
+#[test]
+fn without_an_endpoint_it_is_the_first_nic_and_the_port_of_the_superlinks_release() {
+    let onegate = service();
+    onegate.change(|state| {
+        let vm = state.vms.get_mut(&SUPERLINK).unwrap();
+        vm.user_template.remove("FL_ENDPOINT");
+        vm.attribute("FL_VERSION", "1.41.0");
+    });
+    let Some((engine, case)) = machine_with_engine(&onegate, &[]) else { return };
+    let agent = up(&case);
+    assert!(arguments(&engine).contains("--superlink 10.0.0.5:8000"), "{}", arguments(&engine));
+    let warnings = warnings(&agent);
+    assert!(warnings.len() == 1 && warnings[0].contains("1.41.0") && warnings[0].contains("1.31.0"), "{warnings:#?}");
+    let launched = agent.lines().iter().position(|line| line.contains("started the container")).unwrap();
+    let warned = agent.lines().iter().position(|line| line.contains("1.41.0")).unwrap();
+    assert!(warned < launched, "the warning comes first: {:#?}", agent.lines());
+}
+
+#[test]
+fn a_superlink_that_comes_late_is_waited_for_while_the_unit_is_ready() {
+    let onegate = service();
+    onegate.change(|state| state.vms.get_mut(&SUPERLINK).unwrap().lcm_state = 1);
+    let Some((engine, case)) = machine_with_engine(&onegate, &[]) else { return };
+    let agent = case.start();
+    agent.wait_for_notify("READY=1", PATIENCE);
+    agent.wait_for_notify("STATUS=waiting for the SuperLink (attempt 3, next in 1 s)", PATIENCE);
+    assert_eq!(engine.docker(&["ps", "-aq"]).expect_success(), "", "no container before there is a SuperLink");
+    let status = case.run_command("status", &[]);
+    assert!(status.stdout.contains("waiting for the SuperLink (attempt "), "{status:?}");
+    assert_eq!(case.run_command("status", &["--ready"]).code, Some(1));
+    onegate.change(|state| state.vms.get_mut(&SUPERLINK).unwrap().lcm_state = 3);
+    agent.wait_for_line("started the container", PATIENCE);
+    let waiting = warnings(&agent).into_iter().filter(|line| line.contains("VM 100 is not running")).count();
+    assert_eq!(waiting, 1, "a night of waiting is one line: {:#?}", warnings(&agent));
+}
+
+#[test]
+fn only_what_the_operator_must_cure_ends_the_node() {
+    let onegate = service();
+    let ends = |case: &Case, said: &str| {
+        let output = case.run_command("run", &[]);
+        assert_eq!(output.code, Some(78), "{output:?}");
+        assert!(output.stderr.contains(said), "{said}: {output:?}");
+        let plan = json_of(&case.run_command("plan", &["--json"]));
+        assert!(plan["notes"].to_string().contains("the node would not start"), "{plan:#}");
+    };
+    onegate.change(|state| state.services.get_mut(&SERVICE).unwrap().roles[0].0 = "server".into());
+    ends(&machine(&onegate, &[]), "has no role superlink (it has server, supernode)");
+    onegate.change(|state| {
+        state.services.clear();
+        state.vms.get_mut(&NODE).unwrap().user_template.clear();
+    });
+    ends(&machine(&onegate, &[]), "in no OneFlow service");
+    let mut case = machine(&onegate, &[]);
+    case.context_file("one_env", "export TOKENTXT=\"\"\n");
+    ends(&case, "has no token (TOKEN=YES");
+    let mut case = Case::new();
+    case.context(&[]);
+    ends(&case, "the context has no ONEGATE_ENDPOINT");
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES")]);
+    ends(&case, "FL_SSL_CA_CERTFILE is not set");
+}
+
+#[test]
+fn whatever_else_onegate_answers_it_is_asked_again() {
+    let onegate = service();
+    let faults = || {
+        vec![
+            Reply::Status(401, "Not authorized".into()),
+            Reply::Status(404, "Service 7 not found".into()),
+            Reply::Status(400, "Service 7 does not contain VM 101".into()),
+            Reply::Status(403, "restricted".into()),
+            Reply::Status(500, "rejected".into()),
+            Reply::Bytes(b"\x00\x01 no HTTP\r\n\r\n".to_vec()),
+            Reply::HalfBody,
+            Reply::Redirect("http://127.0.0.1:1/service".into()),
+            Reply::Close,
+        ]
+    };
+    let Some((engine, mut case)) = machine_with_engine(&onegate, &[]) else { return };
+    case.set("onegate.timeout_seconds", 2);
+    onegate.script("/service", faults());
+    let agent = case.start();
+    agent.wait_for_line("started the container", PATIENCE);
+    let told = warnings(&agent);
+    for text in ["Not authorized", "Service 7 not found", "does not contain VM 101", "restricted", "rejected", "302"] {
+        assert!(told.iter().any(|line| line.contains("waiting for the SuperLink") && line.contains(text)), "{text}: {told:#?}");
+    }
+    let asked = onegate.requests().iter().filter(|request| request.path() == "/service").count();
+    assert!(asked > faults().len(), "{asked}");
+    assert!(arguments(&engine).contains("10.9.8.7:9092"));
+    let token = onegate.change(|state| state.vms[&NODE].token.clone());
+    assert!(!agent.lines().iter().any(|line| line.contains(&token)), "the token is in the log");
+}
+
+#[test]
+fn slow_and_endless_answers_end_with_the_time_that_one_request_has() {
+    let onegate = service();
+    let Some((_engine, mut case)) = machine_with_engine(&onegate, &[]) else { return };
+    case.set("onegate.timeout_seconds", 1);
+    onegate.script("/service", [Reply::Hang, Reply::Slow, Reply::Endless]);
+    let agent = case.start();
+    agent.wait_for_line("started the container", PATIENCE);
+}
+
+#[test]
+fn fixed_gives_up_after_thirty_tries_and_systemd_may_try_again() {
+    // Thirty tries take five minutes: the count is a unit test's, here the way out is.
+    let onegate = service();
+    onegate.change(|state| state.oneflow_down = true);
+    let case = machine(&onegate, &[("FL_EDGE_BACKOFF", "fixed")]);
+    let mut agent = case.start();
+    agent.wait_for_line("waiting for the SuperLink, asking again in 1", PATIENCE);
+    assert_eq!(agent.wait_exit(PATIENCE), 1, "there is no Docker either");
+}
+
+const CA: &str = include_str!("../../agent/tests/ca.crt");
+const LEAF: &str = include_str!("../../agent/tests/certificates/leaf.crt");
+
+fn base64(text: &str) -> String {
+    let sandbox = supernode_tests::Sandbox::new("base64");
+    let file = sandbox.write("text", text);
+    let mut command = std::process::Command::new("base64");
+    supernode_tests::run(command.arg("-w0").arg(file), PATIENCE).expect_success().to_owned()
+}
+
+#[test]
+fn a_superlink_with_tls_is_trusted_by_the_ca_that_it_published_and_by_no_leaf() {
+    let onegate = service();
+    onegate.change(|state| {
+        state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_TLS", "YES").attribute("FL_CA_CERT", &base64(LEAF));
+    });
+    let Some((engine, case)) = machine_with_engine(&onegate, &[]) else { return };
+    let agent = case.start();
+    agent.wait_for_line("the SuperLink's VM 100 has published FL_CA_CERT=", PATIENCE);
+    onegate.change(|state| state.vms.get_mut(&SUPERLINK).unwrap().user_template.remove("FL_CA_CERT"));
+    agent.wait_for_line("the node does not connect without a CA", PATIENCE);
+    assert_eq!(engine.docker(&["ps", "-aq"]).expect_success(), "");
+    onegate.change(|state| {
+        state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_CA_CERT", &base64(CA));
+    });
+    agent.wait_for_line("started the container", PATIENCE);
+    assert!(arguments(&engine).contains("--root-certificates /app/ca.crt"), "{}", arguments(&engine));
+    let written = case.path("certs/ca.crt");
+    assert!(fs::read_to_string(&written).unwrap().starts_with("-----BEGIN CERTIFICATE-----\n"));
+    let metadata = fs::metadata(&written).unwrap();
+    assert_eq!((metadata.mode() & 0o7777, metadata.uid()), (0o644, 0));
+}
+
+#[test]
+fn a_peer_cannot_talk_a_node_out_of_its_tls() {
+    let onegate = service();
+    onegate.change(|state| {
+        state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_TLS", "NO");
+    });
+    let own = [("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", &base64(CA))];
+    let Some((engine, case)) = machine_with_engine(&onegate, &own) else { return };
+    let _agent = up(&case);
+    assert!(arguments(&engine).contains("--root-certificates /app/ca.crt"), "{}", arguments(&engine));
+}
+
+#[test]
+fn the_cloud_hears_ready_once_flower_is_connected_and_no_at_the_stop() {
+    let onegate = service();
+    onegate.change(|state| {
+        // Left by an earlier boot.
+        state.vms.get_mut(&NODE).unwrap().attribute("READY", "YES").attribute("FL_GPU_NAME", "NVIDIA A100");
+    });
+    let variables = [("REPORT_READY", "YES"), ("FL_NODE_CONFIG", "test-never-connects=true")];
+    let Some((engine, mut case)) = machine_with_engine(&onegate, &variables) else { return };
+    let agent = up(&case);
+    wait_for_attribute(&onegate, "FL_GPU_STATUS", "cpu");
+    for (name, value) in [("READY", "NO"), ("FL_NODE_READY", "NO"), ("FL_GPU_NAME", ""), ("FL_NODE_ID", "101")] {
+        assert_eq!(attribute(&onegate, NODE, name).as_deref(), Some(value), "{name}");
+    }
+    assert!(case.run_command("status", &[]).stdout.contains("not connected"));
+    assert!(!onegate.requests().iter().any(Request::opens_gate), "{:#?}", updates(&onegate));
+    drop(agent);
+    engine.docker(&["rm", "-f", "flower-supernode"]).expect_success();
+
+    case.context(&[FAST, ("REPORT_READY", "YES")]);
+    let mut agent = up(&case);
+    connected(&agent);
+    wait_for_attribute(&onegate, "READY", "YES");
+    let last = updates(&onegate).pop().unwrap();
+    for line in ["FL_NODE_READY=YES", "FL_VERSION=1.31.0", "FL_FRAMEWORK=pytorch", "FL_GPU_AVAILABLE=NO", "FL_GPU_COUNT=0"] {
+        assert!(last.lines().any(|found| found == line), "{line}: {last}");
+    }
+    assert_eq!(json_of(&case.run_command("status", &["--json"]))["connected"], true);
+    agent.wait_for_notify("connected to 10.9.8.7:9092", PATIENCE);
+    assert_eq!(agent.terminate(), 0);
+    for (name, value) in [("READY", "NO"), ("FL_NODE_READY", "NO"), ("FL_GPU_AVAILABLE", "NO"), ("FL_GPU_STATUS", "")] {
+        assert_eq!(attribute(&onegate, NODE, name).as_deref(), Some(value), "{name}");
+    }
+}
+
+#[test]
+fn an_invalid_configuration_is_not_ready_in_the_cloud_either() {
+    let onegate = service();
+    onegate.change(|state| {
+        state.vms.get_mut(&NODE).unwrap().attribute("READY", "YES").attribute("FL_NODE_READY", "YES");
+    });
+    let case = machine(&onegate, &[("REPORT_READY", "YES"), ("FL_GPU_MEMORY_FRACTION", "7")]);
+    assert_eq!(case.run_command("run", &[]).code, Some(78));
+    assert_eq!(attribute(&onegate, NODE, "READY").as_deref(), Some("NO"));
+    assert_eq!(attribute(&onegate, NODE, "FL_NODE_READY").as_deref(), Some("NO"));
+}
+
+#[test]
+fn a_cloud_that_does_not_listen_costs_one_warning() {
+    let onegate = service();
+    let Some((_engine, case)) = machine_with_engine(&onegate, &[]) else { return };
+    // Every PUT, until it is told otherwise.
+    onegate.script("PUT /vm", std::iter::repeat_n(Reply::Status(500, "rejected".into()), 3));
+    let agent = up(&case);
+    connected(&agent);
+    agent.wait_for_line("OneGate takes what the node publishes again", PATIENCE);
+    wait_for_attribute(&onegate, "FL_NODE_READY", "YES");
+    let told: Vec<_> = warnings(&agent);
+    assert!(told.len() == 1 && told[0].contains("OneGate does not take what the node publishes"), "{told:#?}");
+}
+
+#[test]
+fn a_node_keeps_its_share_over_restarts_and_reboots_whatever_becomes_of_the_others() {
+    let onegate = service();
+    onegate.change(|state| {
+        state.join(SERVICE, "supernode", 99);
+        // As OneFlow lists and names them: 99 was first.
+        let nodes = &mut state.services.get_mut(&SERVICE).unwrap().roles[1].1;
+        *nodes = vec![99, NODE];
+        state.vms.get_mut(&99).unwrap().name = "supernode_0_(service_7)".into();
+        state.vms.get_mut(&NODE).unwrap().name = "supernode_1_(service_7)".into();
+    });
+    let Some((engine, case)) = machine_with_engine(&onegate, &[]) else { return };
+    let mut agent = up(&case);
+    assert!(arguments(&engine).contains("partition-id=1 num-partitions=2"), "{}", arguments(&engine));
+    wait_for_attribute(&onegate, "FL_PARTITION_ID", "1");
+    // 99 is replaced by 102: the index of this node in the list is 0 now.
+    onegate.change(|state| {
+        state.vms.remove(&99);
+        state.join(SERVICE, "supernode", 102).name = "supernode_2_(service_7)".into();
+        let nodes = &mut state.services.get_mut(&SERVICE).unwrap().roles[1].1;
+        *nodes = vec![NODE, 102];
+    });
+    let container = inspect(&engine, "{{.Id}}");
+    agent.kill9();
+    let agent = up(&case);
+    agent.wait_for_line("adopted the running container", PATIENCE);
+    assert_eq!(inspect(&engine, "{{.Id}}"), container, "nothing has changed for it");
+    drop(agent);
+    // A reboot: /run is empty, the boot is another.
+    engine.docker(&["stop", "flower-supernode"]).expect_success();
+    case.write("root/proc/sys/kernel/random/boot_id", "another\n");
+    let _agent = up(&case);
+    assert!(arguments(&engine).contains("partition-id=1 num-partitions=2"), "{}", arguments(&engine));
+
+    // The one that came for 99 takes what is free, and says so.
+    let mut other = Case::new();
+    other.context(&[FAST]).onegate(&onegate, 102);
+    let Some(engine) = Engine::start() else { return };
+    engine.import_image(&[image::PYTORCH]);
+    other.engine(&engine);
+    let _other = up(&other);
+    assert!(arguments(&engine).contains("partition-id=0 num-partitions=2"), "{}", arguments(&engine));
+    assert_eq!(attribute(&onegate, 102, "FL_PARTITION_ID").as_deref(), Some("0"));
+}
+
+#[test]
+fn a_node_with_an_address_asks_the_service_for_its_share_alone_and_starts_without() {
+    let onegate = service();
+    let address = [("FL_SUPERLINK_ADDRESS", "192.0.2.1:9092")];
+    let Some((engine, case)) = machine_with_engine(&onegate, &address) else { return };
+    let agent = up(&case);
+    let first = arguments(&engine);
+    assert!(first.contains("--superlink 192.0.2.1:9092") && first.contains("partition-id=0 num-partitions=1"), "{first}");
+    drop(agent);
+    let _ = fs::remove_dir_all(case.path("lasting"));
+    onegate.change(|state| state.oneflow_down = true);
+    let agent = up(&case);
+    assert!(!arguments(&engine).contains("partition-id"), "{}", arguments(&engine));
+    assert!(warnings(&agent).iter().any(|line| line.contains("FL_NODE_CONFIG stays empty")), "{:#?}", warnings(&agent));
+}
+
+#[test]
+fn a_superlink_that_moved_is_followed_while_it_is_not_reached() {
+    let onegate = service();
+    let Some((engine, case)) = machine_with_engine(&onegate, &[("FL_NODE_CONFIG", "test-never-connects=true")]) else {
+        return;
+    };
+    let agent = up(&case);
+    let before = inspect(&engine, "{{.Id}}");
+    onegate.change(|state| {
+        state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_ENDPOINT", "10.9.8.8:9092");
+    });
+    agent.wait_for_line("the service has its SuperLink at 10.9.8.8:9092 now", PATIENCE);
+    assert!(eventually(Duration::from_secs(30), || {
+        let found = engine.docker(&["inspect", "--format", "{{.Id}} {{.Args}}", "flower-supernode"]).stdout;
+        !found.contains(&before) && found.contains("10.9.8.8:9092")
+    }));
+}
