@@ -164,7 +164,7 @@ fn whatever_else_onegate_answers_it_is_asked_again() {
     };
     let Some((engine, mut case)) = machine_with_engine(&onegate, &[]) else { return };
     case.set("onegate.timeout_seconds", 2);
-    onegate.script("/service", faults());
+    onegate.script("GET /service", faults());
     let agent = case.start();
     agent.wait_for_line("started the container", PATIENCE);
     let told = warnings(&agent);
@@ -183,7 +183,7 @@ fn slow_and_endless_answers_end_with_the_time_that_one_request_has() {
     let onegate = service();
     let Some((_engine, mut case)) = machine_with_engine(&onegate, &[]) else { return };
     case.set("onegate.timeout_seconds", 1);
-    onegate.script("/service", [Reply::Hang, Reply::Slow, Reply::Endless]);
+    onegate.script("GET /service", [Reply::Hang, Reply::Slow, Reply::Endless]);
     let agent = case.start();
     agent.wait_for_line("started the container", PATIENCE);
 }
