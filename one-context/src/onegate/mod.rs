@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::Full;
-use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderValue};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HOST};
 use hyper::{Method, Request, StatusCode};
 use tokio_rustls::rustls::ClientConfig;
 
@@ -35,15 +35,14 @@ const EXCERPT_CHARACTERS: usize = 200;
 /// A client for the VM that it runs in. Each call is one request over its own connection, and needs a Tokio runtime with I/O and
 /// time.
 ///
-/// It goes to the endpoint and nowhere else: no proxy is used, whatever the environment says (OneGate's usual address is
-/// link-local), and no redirect is followed, as the token goes with each request.
+/// It goes to the endpoint and nowhere else, as the token goes with each request: no redirect is followed, and no proxy is used,
+/// since hyper reads no environment. OneGate's usual address is link-local, where no proxy gets.
 #[derive(Debug)]
 pub struct OneGate {
     endpoint: Endpoint,
     tls: Option<Arc<ClientConfig>>,
     vm_id: u64,
-    /// Marked as sensitive, so that no `Debug` shows it.
-    token: HeaderValue,
+    token: Secret,
     limit: Duration,
 }
 
@@ -192,9 +191,10 @@ fn meaning(status: u16, text: &str) -> &'static str {
         400 if text.contains("does not contain VM") => {
             "OneFlow has not registered this VM yet, or it is of another service"
         }
+        400 if text.contains("is empty") => "OneFlow has not registered the VMs of this service yet",
         400 => "OneGate does not take this request",
         401 => "the token is not valid for this VM, or OneGate does not reach oned",
-        403 => "the configuration of OneGate does not allow it",
+        403 => "OneGate's configuration does not allow it",
         404 if text.contains("Service") => "there is no such service, or OneFlow is down",
         404 => "OpenNebula has no such VM, or this is not OneGate",
         500 => "OpenNebula rejects it, or OneGate is broken",
@@ -204,11 +204,11 @@ fn meaning(status: u16, text: &str) -> &'static str {
 }
 
 impl OneGate {
-    /// A client with what the VM's context says: the endpoint (`ONEGATE_ENDPOINT`), the VM's number (`VMID`), and the token. Where the
-    /// endpoint is https, the server's certificate must come from the CAs in `ca_file` (PEM, one or several), or without a file from
-    /// those that the machine trusts. `timeout` is for each request as a whole, from connecting to the last byte of the reply.
+    /// A client with what the VM's context says: the endpoint (`ONEGATE_ENDPOINT`), the VM's number (`VMID`), and the token.
+    /// `timeout` is for each request as a whole, from connecting to the last byte of the reply.
     ///
-    /// Reads the certificates, and so blocks.
+    /// Where the endpoint is https, the server's certificate must come from one of the CAs in `ca_file` (PEM) and no other; without a
+    /// file, from one that the machine trusts (or that `SSL_CERT_FILE` and `SSL_CERT_DIR` name). They are read here, which blocks.
     ///
     /// # Errors
     /// [`OneGateError`] where one of them cannot be used; it is final.
@@ -221,17 +221,14 @@ impl OneGate {
     ) -> Result<Self, OneGateError> {
         let endpoint = Endpoint::parse(endpoint).map_err(|problem| OneGateError::BadEndpoint { problem })?;
         let vm_id = shape::decimal(vm_id).ok_or(OneGateError::BadVmId)?;
-        let is_token = !token.expose().is_empty() && token.expose().bytes().all(|byte| byte.is_ascii_graphic());
-        let token = HeaderValue::from_str(token.expose()).ok().filter(|_| is_token);
-        let mut token = token.ok_or(OneGateError::BadToken)?;
-        token.set_sensitive(true);
-        let tls = if endpoint.is_https {
-            let origin = || ca_file.map_or_else(|| "this machine".to_owned(), |path| path.display().to_string());
-            let tls = http::tls(ca_file).map_err(|source| OneGateError::NoCertificates { origin: origin(), source })?;
-            Some(tls)
-        } else {
-            None
-        };
+        let token_text = token.expose();
+        if token_text.is_empty() || !token_text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(OneGateError::BadToken);
+        }
+        let tls = endpoint.is_https.then(|| http::tls(ca_file)).transpose().map_err(|source| {
+            let origin = ca_file.map_or_else(|| "this machine".to_owned(), |path| path.display().to_string());
+            OneGateError::NoCertificates { origin, source }
+        })?;
         Ok(Self { endpoint, tls, vm_id, token, limit: timeout })
     }
 
@@ -285,14 +282,14 @@ impl OneGate {
         })
     }
 
-    /// The body of a reply that is none of a refusal.
+    /// The body of the reply to a request that OneGate takes; with a form where that is not empty.
     async fn request(&self, method: Method, route: &str, form: String) -> Result<Vec<u8>, OneGateError> {
         let request = self.named(&method, route);
         let mut message = Request::builder()
             .method(method)
             .uri(format!("{}{route}", self.endpoint.prefix))
             .header(HOST, &self.endpoint.authority)
-            .header("X-ONEGATE-TOKEN", &self.token)
+            .header("X-ONEGATE-TOKEN", self.token.expose())
             .header("X-ONEGATE-VMID", self.vm_id)
             .header(CONNECTION, "close");
         if !form.is_empty() {
@@ -329,10 +326,7 @@ impl OneGate {
     /// the token.
     fn excerpt(&self, body: &[u8]) -> String {
         let text = String::from_utf8_lossy(body);
-        let text = match self.token.to_str() {
-            Ok(token) => text.replace(token, "(the token)"),
-            Err(_) => String::new(),
-        };
+        let text = text.replace(self.token.expose(), "(the token)");
         let mut excerpt = String::new();
         for character in text.trim().chars() {
             if excerpt.chars().count() >= EXCERPT_CHARACTERS {

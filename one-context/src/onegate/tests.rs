@@ -234,8 +234,9 @@ async fn a_refusal_says_what_it_probably_is_and_what_onegate_says() {
             "Service 7 does not contain VM 101",
             "OneFlow has not registered this VM yet, or it is of another service",
         ),
+        (400, "Service 7 is empty.", "OneFlow has not registered the VMs of this service yet"),
         (400, "Bad request", "OneGate does not take this request"),
-        (403, "Action (update) on resource (vm) not supported", "the configuration of OneGate does not allow it"),
+        (403, "Action (update) on resource (vm) not supported", "OneGate's configuration does not allow it"),
         (404, "Service 7 not found", "there is no such service, or OneFlow is down"),
         (
             404,
