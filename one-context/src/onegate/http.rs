@@ -55,7 +55,10 @@ pub(super) fn tls(ca_file: Option<&Path>) -> io::Result<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     match ca_file {
         Some(path) => {
-            let pem = read_regular(path, CA_FILE_LIMIT_BYTES)?;
+            let pem = read_regular(path, CA_FILE_LIMIT_BYTES + 1)?;
+            if pem.len() as u64 > CA_FILE_LIMIT_BYTES {
+                return Err(io::Error::other("it is too large"));
+            }
             for certificate in CertificateDer::pem_slice_iter(&pem) {
                 roots.add(certificate.map_err(io::Error::other)?).map_err(io::Error::other)?;
             }

@@ -508,11 +508,19 @@ async fn a_server_without_tls_is_an_error() {
 
 #[test]
 fn a_ca_file_that_cannot_be_used_is_named() {
-    let no_pem = TempFile::new(b"certificate".to_vec());
-    let half = TempFile::new(fs::read(tls_file("ca.pem")).unwrap()[..100].to_vec());
-    let no_certificate = TempFile::new(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n".to_vec());
+    let ca = fs::read(tls_file("ca.pem")).unwrap();
+    let no_certificate = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    let files = [
+        b"certificate".to_vec(),
+        ca[..100].to_vec(),
+        no_certificate.to_vec(),
+        [&ca, no_certificate.as_slice()].concat(),
+        [ca.as_slice(), &[b'\n'; 1024 * 1024]].concat(),
+    ]
+    .map(TempFile::new);
     let key = tls_file("server.key");
-    for path in [&no_pem.0, &half.0, &no_certificate.0, &key, Path::new("/nowhere/ca.pem"), Path::new("/")] {
+    let others = [&key, Path::new("/nowhere/ca.pem"), Path::new("/")];
+    for path in files.iter().map(|file| file.0.as_path()).chain(others) {
         let error = client_of("https://onegate.example", "101", TOKEN, Some(path)).unwrap_err();
         assert!(matches!(error, OneGateError::NoCertificates { .. }) && error.is_final(), "{error:?}");
         assert!(error.to_string().ends_with(&path.display().to_string()) && error.source().is_some(), "{error}");
