@@ -6,7 +6,8 @@
 //!
 //! - [`parse`]: the text of `context.sh` to names and values (pure)
 //! - [`context`]: [`Context`], the typed look-ups (pure)
-//! - [`source`]: which file to read, and when it is whole (the only input and output)
+//! - [`source`]: which file to read, and when it is whole
+//! - [`onegate`]: what the cloud tells a running VM, and what that publishes
 //!
 //! ```
 //! let context = one_context::Context::parse(b"# a comment\nSET_HOSTNAME='alice'\\''s node'\nVMID='7'\n")?;

@@ -1,4 +1,4 @@
-//! Which file of one-context to read, and when it is whole. All input of this crate is here, and it blocks.
+//! Which file of one-context to read, and when it is whole. It blocks.
 //! Nothing is ever given to a shell: values come from `context.sh.*`, and only the token from `one_env`.
 
 use std::fs::{self, File};
@@ -116,18 +116,20 @@ fn is_token_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'=' | b'_' | b'-')
 }
 
-/// The first `limit` bytes of a file; the limit holds for the reading itself, as a file can grow.
+/// [`read_regular`], with the path in the error.
 fn read_head(path: &Path, limit: u64) -> Result<Vec<u8>, SourceError> {
-    let read = || {
-        // To open a FIFO is to wait for somebody who writes.
-        if !fs::metadata(path)?.is_file() {
-            return Err(io::Error::other("it is not a regular file"));
-        }
-        let mut head = Vec::new();
-        File::open(path)?.take(limit).read_to_end(&mut head)?;
-        Ok(head)
-    };
-    read().map_err(|source| SourceError::Unreadable { path: path.to_owned(), source })
+    read_regular(path, limit).map_err(|source| SourceError::Unreadable { path: path.to_owned(), source })
+}
+
+/// The first `limit` bytes of a regular file; the limit holds for the reading itself, as a file can grow.
+pub(crate) fn read_regular(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    // To open a FIFO is to wait for somebody who writes.
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    let mut head = Vec::new();
+    File::open(path)?.take(limit).read_to_end(&mut head)?;
+    Ok(head)
 }
 
 /// Why there is no context, or no token.
