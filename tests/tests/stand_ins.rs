@@ -148,7 +148,8 @@ fn the_image_says_what_it_was_given_and_ends_as_it_is_told() {
     let id = engine.docker(&["run", "--detach", "--init", image::PYTORCH, "--insecure", "--superlink", "a:9092"]);
     let id = id.expect_success();
     let logs = || engine.docker(&["logs", id]).stdout;
-    assert!(eventually(SECONDS, || logs().contains("SuperNode ID: 1")), "{}", logs());
+    let connected = || engine.docker(&["logs", id]).stderr == "\x1b[92mINFO \x1b[0m:      SuperNode ID: 1\n";
+    assert!(eventually(SECONDS, || connected() && logs().contains("env PATH=")), "{}", logs());
     let said = logs();
     for line in ["arg --insecure", "arg --superlink", "arg a:9092", "env FROM_IMAGE=yes"] {
         assert!(said.lines().any(|said| said == line), "{line}: {said}");
