@@ -49,7 +49,7 @@ while :; do
 done
 "#;
 
-const APPLETS: &[&str] = &["cat", "env", "id", "ls", "sed", "sh", "sleep", "sort", "touch", "true", "wget"];
+const APPLETS: &[&str] = &["cat", "env", "id", "ls", "nc", "sed", "sh", "sleep", "sort", "touch", "true"];
 
 /// Instructions that make an image out of the file system, as `docker import --change` takes them.
 pub(crate) const INSTRUCTIONS: &[&str] =
