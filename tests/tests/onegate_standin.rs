@@ -280,9 +280,11 @@ fn answers_that_do_not_end() {
 #[test]
 fn a_onegate_that_is_away_refuses_and_comes_back_at_its_address() {
     let mut onegate = onegate();
+    let address = onegate.address();
     onegate.stop();
-    assert_eq!(TcpStream::connect(onegate.address()).unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+    assert_eq!(TcpStream::connect(address).unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
     onegate.restart();
+    assert_eq!(onegate.address(), address);
     assert_eq!(get(&onegate, "/service", 101), text(200, SERVICE_JSON));
 }
 

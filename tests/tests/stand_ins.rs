@@ -255,6 +255,12 @@ fn the_cloud_is_reached_by_engines_and_their_containers_and_by_nobody_else() {
     assert_eq!(onegate.requests().len(), 4);
     std::net::TcpStream::connect_timeout(&onegate.address(), Duration::from_millis(500)).expect_err("another network");
 
+    // Where OneGate is usually: not an address of the network, but behind the default route.
+    let mut command = in_namespace(cloud.network_namespace(), "ip");
+    supernode_tests::run(command.args(["address", "add", "169.254.16.9/32", "dev", "br0"]), SECONDS).expect_success();
+    let link_local = OneGateStandIn::start_in(cloud.network_namespace(), [169, 254, 16, 9].into());
+    assert_eq!(curl(&engines[0], &link_local), (Some(0), "401".to_owned()));
+
     // One engine's outage is not the other's, and ends without a trace.
     cloud.unlink(&engines[0]);
     assert_eq!(curl(&engines[0], &onegate).0, Some(28));
