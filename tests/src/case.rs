@@ -36,8 +36,9 @@ pub struct Case {
     env: BTreeMap<OsString, OsString>,
     path_first: Vec<PathBuf>,
     agent: Option<PathBuf>,
-    /// What the test gave the context, and what OpenNebula adds.
+    /// What the test gave the context.
     variables: BTreeMap<String, String>,
+    /// What OpenNebula adds.
     onegate: Option<OneGate>,
     /// The network namespace that the agent runs in; otherwise this process's.
     namespace: Option<String>,
@@ -236,7 +237,8 @@ impl Case {
     }
 
     /// Has the agent run in the engine's network namespace: in production the agent and Docker share the network, and the
-    /// agent reaches containers by the addresses of their bridge.
+    /// agent reaches containers by the addresses of their bridge. A OneGate on 127.0.0.1 is not reached from there: see
+    /// [`OneGateStandIn::start_in`].
     pub fn in_namespace_of(&mut self, engine: &Engine) -> &mut Self {
         self.namespace = Some(engine.network_namespace().to_owned());
         self

@@ -17,7 +17,7 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A network namespace with a bridge, 10.77.0.1/24, to which engines are connected. What runs in it (a SuperLink, the
 /// stand-in for OneGate) is reached from an engine's namespace and from its containers. All names are within namespaces,
-/// so that clouds of several tests do not meet. It ends with this value; an engine's cable with it.
+/// so that clouds of several tests do not meet. It ends with this value, and the cables with it.
 #[derive(Debug)]
 pub struct Cloud {
     namespace: String,
@@ -53,7 +53,7 @@ impl Cloud {
         address(1)
     }
 
-    /// Connects an engine, with everything it has behind it reached by way of the cloud; gives the engine's address.
+    /// Connects an engine, which reaches by way of the cloud whatever is not its own; gives the engine's address.
     ///
     /// # Panics
     /// Where the engine is connected to a cloud already.

@@ -30,8 +30,8 @@ pub use state::{Service, Shape, State, Vm};
 /// As many agents as may knock in the same moment.
 const BACKLOG: i32 = 4096;
 
-/// A request is sent in one go; who takes longer is gone.
-const READ_TIMEOUT: Duration = Duration::from_secs(30);
+/// A request is sent in one go, and its answer read; who takes longer is gone.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How often a connection that is kept from its end looks whether OneGate is still there.
 const STEP: Duration = Duration::from_millis(100);
@@ -107,8 +107,8 @@ impl Request {
 
     /// A field of the body, decoded.
     fn form(&self, name: &str) -> Option<String> {
-        let pairs = self.body.split('&').filter_map(|pair| pair.split_once('='));
-        pairs.into_iter().find(|(known, _)| *known == name).map(|(_, value)| decoded(value))
+        let mut pairs = self.body.split('&').filter_map(|pair| pair.split_once('='));
+        pairs.find(|(known, _)| *known == name).map(|(_, value)| decoded(value))
     }
 
     /// Whether a script for this route is for this request.
@@ -286,7 +286,12 @@ fn listen_at(namespace: Option<&str>, address: SocketAddr, shared: &Arc<Mutex<Sh
                 return;
             }
         };
-        while let Ok((stream, _)) = socket.accept() {
+        while !connection.stopped.load(Ordering::Relaxed) {
+            let Ok((stream, _)) = socket.accept() else {
+                // A client that is gone again, or no more files for now.
+                thread::sleep(STEP / 10);
+                continue;
+            };
             let connection = connection.clone();
             // Where no thread is to be had, the connection is closed.
             let _ = thread::Builder::new().stack_size(256 << 10).spawn(move || {
@@ -308,8 +313,8 @@ struct Connection {
 
 impl Connection {
     fn serve(&self, mut stream: &TcpStream) -> io::Result<()> {
-        stream.set_read_timeout(Some(READ_TIMEOUT))?;
-        stream.set_write_timeout(Some(STEP))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
         let request = read_request(stream)?;
         let chunked = request.header("Transfer-Encoding").is_some();
         let reply = self.record(&request);
@@ -322,17 +327,17 @@ impl Connection {
             Reply::Regular => stream.write_all(http(regular()).as_bytes()),
             Reply::Status(status, text) => stream.write_all(http((status, text)).as_bytes()),
             Reply::Redirect(location) => {
-                let head = head(302, 0);
-                stream.write_all(head.replace("\r\n\r\n", &format!("\r\nLocation: {location}\r\n\r\n")).as_bytes())
+                stream.write_all(head(302, &format!("Content-Length: 0\r\nLocation: {location}\r\n")).as_bytes())
             }
             Reply::Bytes(bytes) => stream.write_all(&bytes),
             Reply::HalfBody => {
                 let (status, body) = regular();
-                stream.write_all(head(status, body.len().max(1)).as_bytes())?;
+                stream.write_all(head(status, &content_length(body.len().max(1))).as_bytes())?;
                 stream.write_all(&body.as_bytes()[..body.len() / 2])
             }
             Reply::Endless => {
-                stream.write_all(head(200, 0).replace("Content-Length: 0\r\n", "").as_bytes())?;
+                stream.write_all(head(200, "").as_bytes())?;
+                stream.set_write_timeout(Some(STEP))?;
                 self.unless_stopped(STEP / 10, || match stream.write(&[b' '; 64 << 10]) {
                     Err(error) if !waits(&error) => Err(error),
                     _ => Ok(true),
@@ -416,15 +421,20 @@ fn read_request(stream: &TcpStream) -> io::Result<Request> {
     Ok(request)
 }
 
-fn head(status: u16, length: usize) -> String {
+/// The head of an answer, with more headers, a line each.
+fn head(status: u16, more: &str) -> String {
     format!(
         "HTTP/1.1 {status} Status {status}\r\nContent-Type: application/json;charset=utf-8\r\n\
-         Content-Length: {length}\r\nConnection: close\r\n\r\n"
+         {more}Connection: close\r\n\r\n"
     )
 }
 
+fn content_length(length: usize) -> String {
+    format!("Content-Length: {length}\r\n")
+}
+
 fn http((status, body): (u16, String)) -> String {
-    head(status, body.len()) + &body
+    head(status, &content_length(body.len())) + &body
 }
 
 /// Takes the encoding of a form off.
