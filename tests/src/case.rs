@@ -20,6 +20,8 @@ use serde_json::{Value, json};
 
 use crate::{
     engine::Engine,
+    network::in_namespace,
+    onegate::OneGateStandIn,
     process::{Lines, Output, run, signal, start_tied, tied, wait},
     sandbox::{Sandbox, agent_binary, nvml_library, write},
     sysfs::Sysfs,
@@ -34,8 +36,22 @@ pub struct Case {
     env: BTreeMap<OsString, OsString>,
     path_first: Vec<PathBuf>,
     agent: Option<PathBuf>,
+    /// What the test gave the context.
+    variables: BTreeMap<String, String>,
+    /// What OpenNebula adds.
+    onegate: Option<OneGate>,
+    /// The network namespace that the agent runs in; otherwise this process's.
+    namespace: Option<String>,
     /// Kept as long as the machine.
     sysfs: Option<Sysfs>,
+}
+
+/// What a VM with `TOKEN=YES` gets.
+#[derive(Debug)]
+struct OneGate {
+    endpoint: String,
+    vm_id: String,
+    token: String,
 }
 
 impl Case {
@@ -53,6 +69,9 @@ impl Case {
             env: BTreeMap::new(),
             path_first: vec![bin],
             agent: None,
+            variables: BTreeMap::new(),
+            onegate: None,
+            namespace: None,
             sysfs: None,
         };
         for (key, folder) in [
@@ -128,9 +147,37 @@ impl Case {
 
     /// The variables of the context, in OpenNebula's form, in the files of all stages.
     pub fn context(&mut self, variables: &[(&str, &str)]) -> &mut Self {
-        let text = context_text(variables);
+        self.variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        self.write_context()
+    }
+
+    /// Makes it a VM of this OneGate, by what OpenNebula adds to the context of such a VM and by its token in `one_env`. A
+    /// variable given to [`Case::context`] has precedence.
+    ///
+    /// # Panics
+    /// Where OneGate knows no such VM.
+    #[track_caller]
+    pub fn onegate(&mut self, onegate: &OneGateStandIn, vm_id: u32) -> &mut Self {
+        let token = onegate.change(|state| state.vms.get(&vm_id).map(|vm| vm.token.clone()));
+        let token = token.unwrap_or_else(|| panic!("OneGate knows no VM {vm_id}"));
+        self.onegate = Some(OneGate { endpoint: onegate.endpoint(), vm_id: vm_id.to_string(), token });
+        self.write_context()
+    }
+
+    fn write_context(&mut self) -> &mut Self {
+        let mut all: BTreeMap<&str, &str> = BTreeMap::new();
+        if let Some(OneGate { endpoint, vm_id, .. }) = &self.onegate {
+            all.extend([("TOKEN", "YES"), ("ONEGATE_ENDPOINT", endpoint), ("VMID", vm_id)]);
+        }
+        all.extend(self.variables.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+        let variables: Vec<_> = all.into_iter().collect();
+        let text = context_text(&variables);
+        let one_env = self.onegate.as_ref().map(|onegate| onegate.one_env(&variables));
         for stage in ["local", "online", "network"] {
             self.context_file(&format!("context.sh.{stage}"), &text);
+        }
+        if let Some(one_env) = one_env {
+            self.context_file("one_env", one_env);
         }
         self
     }
@@ -189,6 +236,14 @@ impl Case {
             .set("docker.reload_command", engine.reload_command())
     }
 
+    /// Has the agent run in the engine's network namespace: in production the agent and Docker share the network, and the
+    /// agent reaches containers by the addresses of their bridge. A OneGate on 127.0.0.1 is not reached from there: see
+    /// [`OneGateStandIn::start_in`].
+    pub fn in_namespace_of(&mut self, engine: &Engine) -> &mut Self {
+        self.namespace = Some(engine.network_namespace().to_owned());
+        self
+    }
+
     /// The file of settings, written as it stands now.
     #[must_use]
     pub fn settings_file(&self) -> PathBuf {
@@ -212,7 +267,7 @@ impl Case {
     /// The same, with a time of its own.
     #[track_caller]
     pub fn run_command_within(&self, subcommand: &str, arguments: &[&str], timeout: Duration) -> Output {
-        let mut command = self.prepare(Command::new(self.agent_program()), subcommand);
+        let mut command = self.prepare(self.agent_command(), subcommand);
         run(command.args(arguments), timeout)
     }
 
@@ -227,9 +282,7 @@ impl Case {
         let _ = fs::remove_file(&socket);
         let notified = Lines::default();
         listen(&socket, notified.clone());
-        let mut tied_agent = tied();
-        tied_agent.arg(self.agent_program());
-        let mut command = self.prepare(tied_agent, "run");
+        let mut command = self.prepare(tied(&self.agent_command()), "run");
         // A group of its own: the agent's children end with it, whatever state it is in.
         command.env("NOTIFY_SOCKET", &socket).process_group(0);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -242,10 +295,14 @@ impl Case {
         Agent { child, lines, stdout, notified, socket }
     }
 
-    fn agent_program(&self) -> PathBuf {
+    /// A command that becomes the agent.
+    fn agent_command(&self) -> Command {
         let program = self.agent.clone().unwrap_or_else(agent_binary);
         assert!(program.is_file(), "{}: there is no such agent", program.display());
-        program
+        match &self.namespace {
+            Some(namespace) => in_namespace(namespace, program),
+            None => Command::new(program),
+        }
     }
 
     /// Adds the subcommand and the settings to a command that names the agent, and the agent's environment.
@@ -261,6 +318,16 @@ impl Case {
             .envs(&self.env)
             .current_dir(self.sandbox.path());
         command
+    }
+}
+
+impl OneGate {
+    /// `one_env` as the context scripts write it: the three lines of OneGate, then every variable, without any escaping.
+    fn one_env(&self, variables: &[(&str, &str)]) -> String {
+        let Self { endpoint, vm_id, token } = self;
+        let first = [("TOKENTXT", token.as_str()), ("VMID", vm_id), ("ONEGATE_ENDPOINT", endpoint)];
+        let lines = first.iter().chain(variables);
+        lines.map(|(name, value)| format!("export {name}=\"{value}\"\n")).collect()
     }
 }
 

@@ -19,6 +19,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     image,
+    network::{add_namespace, in_namespace, remove_namespace},
     process::{Output, eventually, run, running, signal, skip_or_fail, start_tied, tied, wait},
     sandbox::{Sandbox, runtime_binary, unique_name, write},
 };
@@ -102,13 +103,7 @@ impl EngineBuilder {
         first.extend(self.path_first);
         let mut engine =
             Engine { sandbox, namespace: unique_name("net"), env: self.env, path: path(&first), dockerd: None };
-        let namespace = engine.namespace.as_str();
-        for arguments in [&["netns", "add", namespace][..], &["-n", namespace, "link", "set", "lo", "up"]] {
-            let output = run(Command::new("ip").args(arguments).env("PATH", path(&[])), COMMAND_TIMEOUT);
-            if output.code != Some(0) {
-                return Err(format!("ip {}: {}", arguments.join(" "), output.stderr.trim()));
-            }
-        }
+        add_namespace(&engine.namespace)?;
         write(&engine.daemon_json(), self.daemon_json);
         if self.runtime {
             engine.install_nvidia_runtime();
@@ -354,11 +349,9 @@ impl Engine {
         let log = fs::OpenOptions::new().append(true).create(true).open(self.sandbox.join("dockerd.log"));
         let log = log.map_err(|error| format!("dockerd.log: {error}"))?;
         let errors = log.try_clone().map_err(|error| format!("dockerd.log: {error}"))?;
-        let mut command = tied();
+        let mut command = tied(&in_namespace(&self.namespace, "unshare"));
         command
-            .arg("nsenter")
-            .arg(format!("--net=/run/netns/{}", self.namespace))
-            .args(["unshare", "--mount", "sh", "-ec", OWN_ETC])
+            .args(["--mount", "sh", "-ec", OWN_ETC])
             .arg(self.sandbox.path())
             .arg("--config-file")
             .arg(self.daemon_json())
@@ -453,7 +446,7 @@ impl Drop for Engine {
         self.kill();
         self.end_leftovers();
         self.unmount_leftovers();
-        run(Command::new("ip").args(["netns", "del", &self.namespace]).env("PATH", path(&[])), COMMAND_TIMEOUT);
+        remove_namespace(&self.namespace);
     }
 }
 
@@ -472,7 +465,7 @@ fn lacking() -> Result<(), String> {
 }
 
 /// This process's PATH with folders before it, and the system's own folders behind it.
-fn path(first: &[PathBuf]) -> OsString {
+pub(crate) fn path(first: &[PathBuf]) -> OsString {
     let own = env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"].map(PathBuf::from);
     let folders = first.iter().cloned().chain(env::split_paths(&own)).chain(system);

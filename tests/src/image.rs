@@ -1,8 +1,9 @@
 //! The framework images' stand-in: busybox, a user 49999, and a script in the place of `flower-supernode`.
 //!
 //! The script prints each argument as `arg VALUE`, its environment as `env K=V`, NVIDIA's device nodes as `device PATH`,
-//! then `SuperNode ID: 1`, and waits for SIGTERM, on which it exits 0. Words in `--node-config` change that:
-//! `test-exit=3` ends it with 3 after half a second, `test-ignore-term=true` makes it deaf to SIGTERM.
+//! then on standard error, as Flower does when it is connected, `INFO :      SuperNode ID: 1` with colours, and waits for
+//! SIGTERM, on which it exits 0. Words in `--node-config` change that: `test-exit=3` ends it with 3 after half a second,
+//! `test-ignore-term=true` makes it deaf to SIGTERM, `test-never-connects=true` keeps that last line back.
 
 use std::{
     os::unix::fs::symlink,
@@ -21,6 +22,7 @@ const SCRIPT: &str = r#"#!/bin/sh
 # Stands for Flower's flower-supernode.
 set -u
 exit_code=
+connects=yes
 trap 'exit 0' TERM INT
 for argument in "$@"; do
     echo "arg $argument"
@@ -28,6 +30,7 @@ for argument in "$@"; do
         case $word in
             test-exit=*) exit_code=${word#test-exit=} ;;
             test-ignore-term=true) trap '' TERM ;;
+            test-never-connects=true) connects= ;;
         esac
     done
 done
@@ -35,7 +38,7 @@ env | sort | sed 's/^/env /'
 for node in /dev/nvidia*; do
     [ -e "$node" ] && echo "device $node"
 done
-echo "SuperNode ID: 1"
+[ -n "$connects" ] && printf '\033[92mINFO \033[0m:      SuperNode ID: 1\n' >&2
 if [ -n "$exit_code" ]; then
     sleep 0.5
     exit "$exit_code"
@@ -46,7 +49,7 @@ while :; do
 done
 "#;
 
-const APPLETS: &[&str] = &["cat", "env", "id", "ls", "sed", "sh", "sleep", "sort", "touch", "true"];
+const APPLETS: &[&str] = &["cat", "env", "id", "ls", "nc", "sed", "sh", "sleep", "sort", "touch", "true"];
 
 /// Instructions that make an image out of the file system, as `docker import --change` takes them.
 pub(crate) const INSTRUCTIONS: &[&str] =

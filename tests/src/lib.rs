@@ -7,6 +7,8 @@
 //! | `nvml-standin` | `libnvidia-ml.so.1`, answering from the JSON given to [`Case::nvml`] |
 //! | [`Engine`] | a Docker engine in a network namespace of its own |
 //! | `nvidia-container-runtime` | nvidia's runtime, obeying [`Engine::nvidia_runtime`] |
+//! | [`Cloud`] | the network that engines are connected to |
+//! | [`OneGateStandIn`] | OneGate, with the VMs and services that a test gives it, and faults |
 //! | [`Machine`] | a whole VM: systemd, Docker, the package, and what contextualizes it |
 //! | [`image`] | the framework images, made of busybox and one script |
 //!
@@ -23,6 +25,8 @@ mod case;
 mod engine;
 pub mod image;
 mod machine;
+mod network;
+pub mod onegate;
 mod process;
 mod sandbox;
 mod sysfs;
@@ -30,6 +34,8 @@ mod sysfs;
 pub use case::{Agent, Case};
 pub use engine::{Engine, EngineBuilder, Record, RuntimeMode};
 pub use machine::{Boot, Machine};
+pub use network::{Cloud, in_namespace};
+pub use onegate::OneGateStandIn;
 pub use process::{Output, eventually, run};
 pub use sandbox::{Sandbox, agent_binary, nvml_library, runtime_binary};
 pub use sysfs::Sysfs;

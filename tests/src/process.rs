@@ -58,12 +58,12 @@ pub fn run(command: &mut Command, timeout: Duration) -> Output {
     Output { stdout: text(stdout), stderr: text(stderr), code: status.code(), signal: status.signal() }
 }
 
-/// The beginning of a command that does not outlive the test's process, however that ends: program and arguments follow,
-/// and [`start_tied`] starts it.
-pub(crate) fn tied() -> Command {
-    let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "TERM", "--"]);
-    command
+/// The beginning of a command that does not outlive the test's process, however that ends. More arguments may follow, and
+/// [`start_tied`] starts it. Of `command` the program and its arguments are taken.
+pub(crate) fn tied(command: &Command) -> Command {
+    let mut tied = Command::new("setpriv");
+    tied.args(["--pdeathsig", "TERM", "--"]).arg(command.get_program()).args(command.get_args());
+    tied
 }
 
 /// Starts a command from a thread that lasts as long as the process: the kernel counts the end of the *thread* that

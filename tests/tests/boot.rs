@@ -35,7 +35,7 @@ fn a_boot_without_a_gpu_has_one_warning_with_cause_and_fix_and_a_node_on_the_cpu
          {CONTAINER}
          journalctl --no-pager --unit flower-supernode --priority warning --catalog
          journalctl --no-pager --output cat MESSAGE_ID=1066eaea8fabf0f00ff7b11691329178
-         wait_for sh -c 'journalctl --no-pager CONTAINER_NAME=flower-supernode | grep \"SuperNode ID: 1\"'
+         wait_for sh -c 'journalctl --no-pager --all CONTAINER_NAME=flower-supernode | grep \"SuperNode ID: 1\"'
          cat /run/onegate-was-told
          supernode-agent status
          systemctl list-units --failed --plain --no-legend"

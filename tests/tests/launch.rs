@@ -296,7 +296,7 @@ fn a_container_that_does_not_listen_to_sigterm_is_killed_after_its_grace() {
     case.set("container.stop_timeout_seconds", 1);
     let mut agent = up(&case);
     agent.wait_for_line("started the container", PATIENCE);
-    assert!(eventually(PATIENCE, || engine.docker(&["logs", "flower-supernode"]).stdout.contains("SuperNode ID")));
+    assert!(eventually(PATIENCE, || engine.docker(&["logs", "flower-supernode"]).stderr.contains("SuperNode ID")));
     assert_eq!(agent.terminate(), 0);
     assert_eq!(inspect(&engine, "{{.State.Running}} {{.State.ExitCode}}"), "false 137");
 }

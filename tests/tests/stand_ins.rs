@@ -1,4 +1,5 @@
-//! The harness itself: an engine of one's own, the image, and nvidia's runtime in each of its modes.
+//! The harness itself: an engine of one's own, the image, nvidia's runtime in each of its modes, and the network between
+//! engines.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
 
 use std::{
@@ -7,7 +8,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use supernode_tests::{Engine, Output, RuntimeMode, eventually, image};
+use supernode_tests::{Case, Cloud, Engine, OneGateStandIn, Output, RuntimeMode, eventually, image, in_namespace};
 
 const SECONDS: Duration = Duration::from_secs(10);
 
@@ -148,7 +149,8 @@ fn the_image_says_what_it_was_given_and_ends_as_it_is_told() {
     let id = engine.docker(&["run", "--detach", "--init", image::PYTORCH, "--insecure", "--superlink", "a:9092"]);
     let id = id.expect_success();
     let logs = || engine.docker(&["logs", id]).stdout;
-    assert!(eventually(SECONDS, || logs().contains("SuperNode ID: 1")), "{}", logs());
+    let connected = || engine.docker(&["logs", id]).stderr == "\x1b[92mINFO \x1b[0m:      SuperNode ID: 1\n";
+    assert!(eventually(SECONDS, || connected() && logs().contains("env PATH=")), "{}", logs());
     let said = logs();
     for line in ["arg --insecure", "arg --superlink", "arg a:9092", "env FROM_IMAGE=yes"] {
         assert!(said.lines().any(|said| said == line), "{line}: {said}");
@@ -163,6 +165,10 @@ fn the_image_says_what_it_was_given_and_ends_as_it_is_told() {
 
     let output = engine.docker(&["run", "--rm", image::PYTORCH, "--node-config", "a=1 test-exit=3"]);
     assert_eq!(output.code, Some(3), "{output:#?}");
+    assert!(output.stderr.contains("SuperNode ID: 1"), "{output:#?}");
+    let never = "test-exit=3 test-never-connects=true";
+    let output = engine.docker(&["run", "--rm", image::PYTORCH, "--node-config", never]);
+    assert_eq!((output.code, output.stderr.as_str()), (Some(3), ""), "{output:#?}");
 }
 
 #[test]
@@ -210,4 +216,105 @@ fn a_daemon_json_that_docker_refuses_is_told() {
     let refused = Engine::builder().daemon_json(r#"{"no-such-key": 1}"#).try_start();
     let reason = refused.expect_err("a refusal");
     assert!(reason.contains("no-such-key"), "{reason}");
+}
+
+/// Two engines at a cloud with a OneGate that knows VM 101.
+fn cloud() -> Option<(Cloud, [Engine; 2], OneGateStandIn)> {
+    let engines = [Engine::start()?, Engine::start()?];
+    let mut cloud = Cloud::new();
+    for (engine, address) in engines.iter().zip(["10.77.0.2", "10.77.0.3"]) {
+        assert_eq!(cloud.connect(engine).to_string(), address);
+    }
+    let onegate = OneGateStandIn::start_in(cloud.network_namespace(), cloud.address());
+    onegate.change(|state| {
+        state.vm(101);
+    });
+    Some((cloud, engines, onegate))
+}
+
+/// Asks for `/vm` without a token, from an engine's namespace: curl's exit code and the status.
+fn curl(engine: &Engine, onegate: &OneGateStandIn) -> (Option<i32>, String) {
+    let mut command = in_namespace(engine.network_namespace(), "curl");
+    command.args(["--silent", "--max-time", "2", "--output", "/dev/null", "--write-out", "%{http_code}"]);
+    let output = supernode_tests::run(command.arg(onegate.endpoint() + "/vm"), SECONDS);
+    (output.code, output.stdout)
+}
+
+#[test]
+fn the_cloud_is_reached_by_engines_and_their_containers_and_by_nobody_else() {
+    let Some((cloud, engines, onegate)) = cloud() else { return };
+    assert_eq!(onegate.endpoint(), format!("http://10.77.0.1:{}", onegate.address().port()));
+    // Not busybox's wget: it asks for the number of http's port, and dies where there is no C library to know it.
+    let ask = format!(r"printf 'GET /vm HTTP/1.1\r\n\r\n' | nc -w 5 10.77.0.1 {}", onegate.address().port());
+    for engine in &engines {
+        assert_eq!(curl(engine, &onegate), (Some(0), "401".to_owned()));
+        engine.import_image(&[image::PYTORCH]);
+        let output = engine.docker(&["run", "--rm", "--entrypoint", "sh", image::PYTORCH, "-c", &ask]);
+        assert!(output.stdout.contains("Not authorized"), "{output:#?}");
+    }
+    assert_eq!(onegate.requests().len(), 4);
+    std::net::TcpStream::connect_timeout(&onegate.address(), Duration::from_millis(500)).expect_err("another network");
+
+    // Where OneGate is usually: not an address of the network, but behind the default route.
+    let mut command = in_namespace(cloud.network_namespace(), "ip");
+    supernode_tests::run(command.args(["address", "add", "169.254.16.9/32", "dev", "br0"]), SECONDS).expect_success();
+    let link_local = OneGateStandIn::start_in(cloud.network_namespace(), [169, 254, 16, 9].into());
+    assert_eq!(curl(&engines[0], &link_local), (Some(0), "401".to_owned()));
+
+    // One engine's outage is not the other's, and ends without a trace.
+    cloud.unlink(&engines[0]);
+    assert_eq!(curl(&engines[0], &onegate).0, Some(28));
+    assert_eq!(curl(&engines[1], &onegate).0, Some(0));
+    cloud.link(&engines[0]);
+    assert!(eventually(SECONDS, || curl(&engines[0], &onegate) == (Some(0), "401".to_owned())));
+}
+
+#[test]
+fn clouds_do_not_meet_and_leave_nothing() {
+    let Some((first, [engine, _], onegate)) = cloud() else { return };
+    let Some((second, [other, _], other_onegate)) = cloud() else { return };
+    assert_eq!(curl(&engine, &onegate).0, Some(0));
+    assert_eq!(curl(&other, &other_onegate).0, Some(0));
+    assert_eq!((onegate.requests().len(), other_onegate.requests().len()), (1, 1));
+
+    let namespace = format!("/run/netns/{}", first.network_namespace());
+    assert!(Path::new(&namespace).exists());
+    drop(first);
+    assert!(!Path::new(&namespace).exists());
+    let links = |engine: &Engine| {
+        let mut command = in_namespace(engine.network_namespace(), "ip");
+        supernode_tests::run(command.args(["-brief", "link"]), SECONDS).stdout
+    };
+    assert!(!links(&engine).contains("cloud0"), "{}", links(&engine));
+    assert!(links(&other).contains("cloud0"), "{}", links(&other));
+    drop(second);
+}
+
+#[test]
+fn an_agent_in_the_namespace_of_its_engine_is_the_process_that_was_started() {
+    let Some((_cloud, [engine, _], onegate)) = cloud() else { return };
+    engine.import_image(&[image::PYTORCH]);
+    let mut case = Case::new();
+    let script = r#"#!/bin/sh
+trap 'exit 3' TERM
+. ./context/context.sh.network
+token=$(sed -n 's/^export TOKENTXT="\(.*\)"$/\1/p' context/one_env)
+curl --silent -H "X-ONEGATE-VMID: $VMID" -H "X-ONEGATE-TOKEN: $token" "$ONEGATE_ENDPOINT/vm" >&2
+echo >&2
+echo "$1 $$ $(readlink /proc/self/ns/net)" >&2
+while [ "$1" = run ]; do sleep 0.05; done
+"#;
+    let agent = case.write("agent.sh", script);
+    std::fs::set_permissions(&agent, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    case.agent(agent).engine(&engine).in_namespace_of(&engine).onegate(&onegate, 101);
+
+    let mut command = in_namespace(engine.network_namespace(), "readlink");
+    let namespace = supernode_tests::run(command.arg("/proc/self/ns/net"), SECONDS).expect_success().to_owned();
+    let mut agent = case.start();
+    agent.wait_for_line(r#""ID":"101""#, SECONDS);
+    let line = agent.wait_for_line("run ", SECONDS);
+    assert_eq!(line, format!("run {} {namespace}", agent.pid()));
+    assert_eq!(agent.terminate(), 3);
+    let output = case.run_command("plan", &[]);
+    assert!(output.stderr.contains(&namespace), "{output:#?}");
 }
