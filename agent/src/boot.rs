@@ -282,10 +282,11 @@ async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
         let superlink = match early {
             Some(superlink) => superlink,
             None => {
-                reporter.ready_but_waiting();
+                reporter.rest_is_ready();
                 searching.await?
             }
         };
+        reporter.waited();
         (prepared, superlink)
     };
     let Prepared { engine, distribution, verdict, access, image, python_path } = prepared;

@@ -1,7 +1,7 @@
 //! What the agent tells of itself while it runs: one line for the service manager, the status file that `status` reads, and what
 //! the cloud hears.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -56,8 +56,10 @@ pub struct Reporter {
     report: RefCell<Report>,
     news: RefCell<News>,
     publisher: RefCell<Option<Publisher>>,
-    /// What is waited for while everything else is ready.
-    waiting: RefCell<String>,
+    /// What is waited for beside the rest, once something is.
+    waiting: RefCell<Option<String>>,
+    /// Whether the rest is ready.
+    rest_is_ready: Cell<bool>,
 }
 
 impl Reporter {
@@ -71,6 +73,7 @@ impl Reporter {
             news: RefCell::default(),
             publisher: RefCell::default(),
             waiting: RefCell::default(),
+            rest_is_ready: Cell::default(),
         }
     }
 
@@ -116,16 +119,24 @@ impl Reporter {
         systemd::status(&one_line(status));
     }
 
-    /// What is waited for although everything else is ready.
+    /// What is waited for beside the rest.
     pub fn waiting(&self, status: &str) {
-        self.doing(status);
-        self.waiting.replace(status.to_owned());
+        self.waiting.replace(Some(status.to_owned()));
+        if self.rest_is_ready.get() { self.ready(status) } else { self.doing(status) }
     }
 
-    /// Everything is ready but for what is waited for.
-    pub fn ready_but_waiting(&self) {
-        let status = self.waiting.borrow().clone();
-        self.ready(&status);
+    /// Everything is ready but for what is waited for: it may be waited for by hours.
+    pub fn rest_is_ready(&self) {
+        self.rest_is_ready.set(true);
+        if let Some(status) = &*self.waiting.borrow() {
+            self.ready(status);
+        }
+    }
+
+    /// Nothing is waited for any more.
+    pub fn waited(&self) {
+        self.waiting.replace(None);
+        self.rest_is_ready.set(false);
     }
 
     /// What the node runs on, in the form of `plan --json`, and what it connects to.

@@ -84,6 +84,7 @@ impl Case {
             ("container.prebaked_dir", "prebaked"),
             ("machine.root", "root"),
             ("state.dir", "state"),
+            ("state.lasting_dir", "lasting"),
         ] {
             let path = case.path(folder);
             case.set(key, path.to_string_lossy().into_owned());

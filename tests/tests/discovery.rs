@@ -9,7 +9,8 @@ use std::os::unix::fs::MetadataExt as _;
 use std::time::Duration;
 
 use common::{PATIENCE, inspect, json_of, up, warnings};
-use supernode_tests::{Agent, Case, Engine, OneGateStandIn, Reply, Request, eventually, image};
+use supernode_tests::onegate::{Reply, Request};
+use supernode_tests::{Agent, Case, Engine, OneGateStandIn, eventually, image};
 
 /// The node's VM, and the SuperLink's.
 const NODE: u32 = 101;
@@ -307,14 +308,11 @@ fn a_cloud_that_does_not_listen_costs_one_warning() {
 
 #[test]
 fn a_node_keeps_its_share_over_restarts_and_reboots_whatever_becomes_of_the_others() {
-    let onegate = service();
+    let onegate = OneGateStandIn::start();
     onegate.change(|state| {
+        state.join(SERVICE, "superlink", SUPERLINK).attribute("FL_ENDPOINT", "10.9.8.7:9092");
         state.join(SERVICE, "supernode", 99);
-        // As OneFlow lists and names them: 99 was first.
-        let nodes = &mut state.services.get_mut(&SERVICE).unwrap().roles[1].1;
-        *nodes = vec![99, NODE];
-        state.vms.get_mut(&99).unwrap().name = "supernode_0_(service_7)".into();
-        state.vms.get_mut(&NODE).unwrap().name = "supernode_1_(service_7)".into();
+        state.join(SERVICE, "supernode", NODE);
     });
     let Some((engine, case)) = machine_with_engine(&onegate, &[]) else { return };
     let mut agent = up(&case);
@@ -323,9 +321,8 @@ fn a_node_keeps_its_share_over_restarts_and_reboots_whatever_becomes_of_the_othe
     // 99 is replaced by 102: the index of this node in the list is 0 now.
     onegate.change(|state| {
         state.vms.remove(&99);
-        state.join(SERVICE, "supernode", 102).name = "supernode_2_(service_7)".into();
-        let nodes = &mut state.services.get_mut(&SERVICE).unwrap().roles[1].1;
-        *nodes = vec![NODE, 102];
+        state.services.get_mut(&SERVICE).unwrap().roles[1].1.retain(|id| *id != 99);
+        state.join(SERVICE, "supernode", 102);
     });
     let container = inspect(&engine, "{{.Id}}");
     agent.kill9();

@@ -62,6 +62,8 @@ impl Vm {
 pub struct Service {
     /// The VMs of each role, in the order in which OneFlow made them.
     pub roles: Vec<(String, Vec<u32>)>,
+    /// The number that the next VM of each role gets in its name: none is ever given twice.
+    pub next_numbers: BTreeMap<String, u32>,
 }
 
 /// The forms of OpenNebula's JSON that differ between versions and places.
@@ -97,12 +99,17 @@ impl State {
     /// A VM of a role, made as OneFlow makes it: the VM is told first and listed then. For the time between, when OneGate
     /// says that the service does not contain it, set its SERVICE_ID alone.
     pub fn join(&mut self, service: u32, role: &str, id: u32) -> &mut Vm {
-        let roles = &mut self.services.entry(service).or_default().roles;
-        match roles.iter_mut().find(|(name, _)| name == role) {
+        let of_service = self.services.entry(service).or_default();
+        match of_service.roles.iter_mut().find(|(name, _)| name == role) {
             Some((_, nodes)) => nodes.push(id),
-            None => roles.push((role.to_owned(), vec![id])),
+            None => of_service.roles.push((role.to_owned(), vec![id])),
         }
-        self.vm(id).attribute("SERVICE_ID", &service.to_string()).attribute("ROLE_NAME", role)
+        let next = of_service.next_numbers.entry(role.to_owned()).or_default();
+        let name = format!("{role}_{next}_(service_{service})");
+        *next += 1;
+        let vm = self.vm(id);
+        vm.name = name;
+        vm.attribute("SERVICE_ID", &service.to_string()).attribute("ROLE_NAME", role)
     }
 
     /// The status and the body.
