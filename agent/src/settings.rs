@@ -123,6 +123,8 @@ pub struct ContainerSettings {
     pub log_driver: String,
     /// Size of `/dev/shm` in MiB; 0 is half of the machine's memory.
     pub shm_size_mib: u64,
+    /// Whether Flower is asked for its health, and a container that hangs is started again.
+    pub health_check: bool,
 }
 
 /// `[machine]`
@@ -202,6 +204,7 @@ impl Default for ContainerSettings {
             stop_timeout: Duration::from_secs(30),
             log_driver: "auto".into(),
             shm_size_mib: 0,
+            health_check: true,
         }
     }
 }
