@@ -38,7 +38,7 @@ pub struct Release {
 }
 
 /// The first with `--isolation`; it has all flags of flower-supernode that the agent uses but [`HEALTH_FLAG`], and so have
-/// all later ones (`client/supernode/app.py`, from 1.20.0 `supernode/cli/flower_supernode.py`). Port 9092: `server/app.py`,
+/// all later ones (`client/supernode/app.py`, from 1.19.0 `supernode/cli/flower_supernode.py`). Port 9092: `server/app.py`,
 /// from 1.12.0 `common/constant.py`.
 const V1_11: Release = Release {
     since: [1, 11, 0],
@@ -128,8 +128,8 @@ pub enum Said {
     Reconnected,
     /// An attempt failed; Flower goes on trying.
     Retrying,
-    /// Flower gives up, or the process ends. It ends also when it is back at a SuperLink that was started again and does not
-    /// know the node any more.
+    /// Flower gives up, or ends: when it is told to, and when the SuperLink was started again and so does not know the node any
+    /// more. A 1.31.0 that is the first process of its container may hang after these words.
     Ended,
 }
 
@@ -142,12 +142,11 @@ pub enum Said {
 pub fn said(line: &str) -> Option<Said> {
     let line = after_colour(line);
     let rest = ["INFO", "WARNING", "ERROR"].iter().find_map(|level| line.strip_prefix(level))?;
-    let rest = after_colour(rest.trim_start_matches(|c: char| c.is_ascii_digit() || " -:,".contains(c)));
-    let sentence = rest.trim_start_matches([' ', ':']);
-    // There is a colon between them, and none was left out with the rest of the line.
-    if !line[..line.len() - sentence.len()].contains(':') {
+    let (time, sentence) = rest.split_once(": ")?;
+    if !time.bytes().all(|b| b.is_ascii_digit() || b" -:,\x1b[;m".contains(&b)) {
         return None;
     }
+    let sentence = sentence.trim_start();
     if let Some(id) = sentence.strip_prefix("SuperNode ID: ") {
         return id.trim_end().parse().ok().map(Said::Registered);
     }

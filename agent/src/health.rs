@@ -163,6 +163,8 @@ pub struct Liveness {
     run: (String, String),
     was_well: bool,
     failures: u32,
+    /// When to ask next: not sooner, however often the watch is taken up again.
+    next: Option<Instant>,
     /// Whether a container was taken for dead that had never been well, and none has been well since.
     doubts: bool,
 }
@@ -181,15 +183,19 @@ impl Liveness {
     async fn until_dead_by(&mut self, check: impl AsyncFn() -> Result<(), HealthError>, container: &Container) -> Dead {
         if (&self.run.0, &self.run.1) != (&container.id, &container.started_at) {
             self.run = (container.id.clone(), container.started_at.clone());
-            (self.was_well, self.failures) = (false, 0);
+            (self.was_well, self.failures, self.next) = (false, 0, None);
         }
         let has_started = Instant::now() + STARTED_AFTER.saturating_sub(container.running_for());
         loop {
+            if let Some(next) = self.next {
+                tokio::time::sleep_until(next).await;
+            }
             let Err(error) = check().await else {
                 (self.was_well, self.failures, self.doubts) = (true, 0, false);
-                tokio::time::sleep(PAUSE).await;
+                self.next = Some(Instant::now() + PAUSE);
                 continue;
             };
+            self.next = Some(Instant::now() + PAUSE_AFTER_FAILURE);
             tracing::debug!("no sign of health: {}", error_chain(&error));
             let refused = matches!(error, HealthError::Refused { .. });
             if self.was_well || (refused && !self.doubts && Instant::now() >= has_started) {
@@ -200,7 +206,6 @@ impl Liveness {
                 self.doubts = !self.was_well;
                 return Dead { last: error };
             }
-            tokio::time::sleep(PAUSE_AFTER_FAILURE).await;
         }
     }
 }
@@ -215,6 +220,7 @@ mod tests {
     use hyper::server::conn::http2 as server;
     use hyper::service::service_fn;
     use hyper::{HeaderMap, StatusCode};
+    use tokio::io::AsyncReadExt as _;
     use tokio::net::TcpListener;
 
     use super::*;
@@ -269,7 +275,11 @@ mod tests {
         // The kernel takes the connection, and nobody answers: so it is with a process that hangs.
         let error = check(address, Duration::from_millis(50)).await.unwrap_err();
         assert!(matches!(error, HealthError::TimedOut { .. }), "{error:?}");
-        drop(listener);
+        // Nothing of the call is left behind.
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let left = tokio::time::timeout(LIMIT, stream.read_to_end(&mut Vec::new())).await;
+        assert!(left.is_ok(), "the connection is still there");
+        drop((listener, stream));
         let error = check(address, LIMIT).await.unwrap_err();
         assert!(matches!(error, HealthError::Refused { .. }), "{error:?}");
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -353,8 +363,22 @@ mod tests {
         assert_eq!(seconds_to_death(liveness, &started(LONG_AGO), &[refused]).await, Some(10));
         assert_eq!(seconds_to_death(liveness, &started(JUST_NOW), &[refused]).await, None);
         // One that does serve it is trusted again.
-        assert_eq!(seconds_to_death(liveness, &started(JUST_NOW), &[WELL, refused]).await, Some(25));
+        assert_eq!(seconds_to_death(liveness, &started("9998-01-01T00:00:00Z"), &[WELL, refused]).await, Some(25));
         assert_eq!(seconds_to_death(liveness, &started(LONG_AGO), &[refused]).await, Some(10));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_that_is_taken_up_again_and_again_asks_no_more_often() {
+        let (liveness, container, asked) = (&mut Liveness::default(), started(JUST_NOW), Cell::new(0));
+        let check = async || {
+            asked.set(asked.get() + 1);
+            if asked.get() == 1 { Ok(()) } else { timed_out() }
+        };
+        let since = Instant::now();
+        while tokio::time::timeout(Duration::from_millis(100), liveness.until_dead_by(check, &container)).await.is_err()
+        {
+        }
+        assert_eq!((asked.get(), since.elapsed().as_secs()), (4, 25));
     }
 
     #[tokio::test(start_paused = true)]

@@ -499,3 +499,43 @@ fn body_of(spec: &ContainerSpec) -> ContainerCreateBody {
         ..ContainerCreateBody::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bollard::models::EndpointSettings;
+
+    use super::*;
+
+    #[test]
+    fn a_container_has_run_since_its_last_start() {
+        let container = |started_at: &str| Container { started_at: started_at.into(), ..Container::default() };
+        let started = |text| container(text).started().and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+        assert_eq!(started("2026-11-26T16:11:13.123456789Z"), Some(Duration::from_secs(1_795_709_473)));
+        assert_eq!(started("2026-11-26T16:11:13Z"), Some(Duration::from_secs(1_795_709_473)));
+        // One that was never started.
+        assert_eq!(started("0001-01-01T00:00:00Z"), None);
+        assert_eq!(started(""), None);
+        assert!(container("2024-01-01T00:00:00Z").running_for() > Duration::from_secs(86_400));
+        assert_eq!(container("9999-01-01T00:00:00Z").running_for(), Duration::ZERO);
+    }
+
+    #[test]
+    fn the_address_is_that_in_the_first_network_that_gives_one() {
+        let network = |v4: &str, v6: &str| EndpointSettings {
+            ip_address: Some(v4.into()),
+            global_ipv6_address: Some(v6.into()),
+            ..EndpointSettings::default()
+        };
+        let address = |networks: Vec<(&str, EndpointSettings)>| {
+            let networks = networks.into_iter().map(|(name, network)| (name.to_owned(), network)).collect();
+            ip_address_in(NetworkSettings { networks: Some(networks), ..NetworkSettings::default() })
+                .map(|address| address.to_string())
+        };
+        assert_eq!(address(vec![("host", network("", ""))]), None);
+        assert_eq!(address(vec![("bridge", network("172.17.0.2", ""))]).as_deref(), Some("172.17.0.2"));
+        assert_eq!(
+            address(vec![("b", network("10.0.0.2", "")), ("a", network("", "fd00::2"))]).as_deref(),
+            Some("fd00::2")
+        );
+    }
+}
