@@ -290,7 +290,7 @@ async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
         (prepared, superlink)
     };
     let Prepared { engine, distribution, verdict, access, image, python_path } = prepared;
-    warn_of_other_release(&config, &image, superlink.version.as_ref());
+    warn_of_release(&config, &image, superlink.version.as_ref());
     let machine = Machine { image_python_path: python_path, ..this_machine() };
     let announced = verdict.finding().map(|finding| finding.reason);
     let refused_hash = None;
@@ -311,6 +311,7 @@ async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
         announced,
         remark,
         connection: Connection::default(),
+        reached: false,
     };
     let container = node.bring_up(&engine).await?;
     drop(starting);
@@ -443,13 +444,16 @@ async fn partition_of(cloud: &Cloud, mut service: Option<Service>, settings: &Se
     }
 }
 
-/// A release that differs from the SuperLink's is told before the launch. Of an operator's own image it is not known.
-fn warn_of_other_release(config: &Config, image: &ImageRef, superlink: Option<&Version>) {
-    let own = if config.image.is_none() { image.version() } else { None };
-    if let (Some(own), Some(superlink)) = (own, superlink)
-        && let Some(text) = flower::compatibility(&own, superlink)
-    {
-        tracing::warn!("{text}");
+/// A release that the agent does not know, or that differs from the SuperLink's, is told before the launch. That of an
+/// operator's own image is not known.
+fn warn_of_release(config: &Config, image: &ImageRef, superlink: Option<&Version>) {
+    if config.image.is_some() {
+        return;
+    }
+    let version = plan::version_in(config, image);
+    let other = superlink.and_then(|superlink| flower::compatibility(version, superlink));
+    for warning in flower::too_old(version).into_iter().chain(other) {
+        tracing::warn!("{warning}");
     }
 }
 

@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::config::values::{ImageRef, NodeConfig, Version};
 use crate::config::{Config, Framework};
 use crate::docker::runtime::GpuAccess;
+use crate::flower::{HEALTH_FLAG, HEALTH_PORT, Release};
 use crate::gpu::verdict::Verdict;
 use crate::partition::Partition;
 use crate::settings::Settings;
@@ -136,6 +137,12 @@ pub fn prebaked_image(config: &Config) -> Option<ImageRef> {
     config.image.is_none().then(|| image_of(config.prebaked.framework, &config.prebaked.version))
 }
 
+/// The release of Flower in `image`, as far as it is known: for an operator's own image it is what FLOWER_VERSION says, or
+/// that of the prebaked one.
+pub fn version_in<'a>(config: &'a Config, image: &ImageRef) -> &'a Version {
+    if prebaked_image(config).as_ref() == Some(image) { &config.prebaked.version } else { &config.version }
+}
+
 fn image_of(framework: Framework, version: &Version) -> ImageRef {
     match framework {
         Framework::Base => ImageRef::of("flwr/supernode", version),
@@ -163,7 +170,7 @@ pub fn plan_container(
     let mut spec = ContainerSpec {
         name: settings.container.name.clone(),
         image: image.to_string(),
-        args: arguments(config, superlink),
+        args: arguments(config, superlink, Release::of(version_in(config, image))),
         env: environment(config, verdict, access, machine),
         runtime: runtime.into(),
         cdi_devices,
@@ -192,7 +199,7 @@ pub fn plan_container(
     spec
 }
 
-fn arguments(config: &Config, superlink: Option<&SuperLink>) -> Vec<String> {
+fn arguments(config: &Config, superlink: Option<&SuperLink>, release: &Release) -> Vec<String> {
     let mut args = Vec::new();
     let mut add = |words: &[&str]| args.extend(words.iter().map(|word| (*word).to_owned()));
     if let Some(superlink) = superlink {
@@ -217,6 +224,9 @@ fn arguments(config: &Config, superlink: Option<&SuperLink>) -> Vec<String> {
     }
     if config.max_wait_time > 0 {
         add(&["--max-wait-time", &config.max_wait_time.to_string()]);
+    }
+    if release.serves_health() {
+        add(&[HEALTH_FLAG, &format!("0.0.0.0:{HEALTH_PORT}")]);
     }
     args
 }
@@ -362,7 +372,10 @@ mod tests {
     fn retries_of_0_are_left_out_for_flower_reads_0_as_once() {
         let cpu = Verdict::not_wanted();
         let args = |context: &str| spec(context, &cpu, &GpuAccess::Runtime).args;
-        assert_eq!(args("FL_MAX_RETRIES='0'\nFL_MAX_WAIT_TIME='0'\n"), ["--isolation", "subprocess"]);
+        assert_eq!(
+            args("FL_MAX_RETRIES='0'\nFL_MAX_WAIT_TIME='0'\n"),
+            ["--isolation", "subprocess", "--health-server-address", "0.0.0.0:9099"]
+        );
         let all = args(
             "FL_SUPERLINK_ADDRESS='[::1]:9092'\nFL_MAX_RETRIES='3'\nFL_MAX_WAIT_TIME='60'\nFL_ISOLATION='process'\nFL_NODE_CONFIG='a=1 b=\"x y\"'\n",
         );
@@ -379,9 +392,21 @@ mod tests {
                 "--max-retries",
                 "3",
                 "--max-wait-time",
-                "60"
+                "60",
+                "--health-server-address",
+                "0.0.0.0:9099"
             ]
         );
+    }
+
+    #[test]
+    fn a_flag_that_the_release_in_the_image_does_not_know_is_left_out() {
+        let prebaked = Prebaked { version: Version::of(1, 20, 0), ..Prebaked::default() };
+        let context = Context::parse(b"FLOWER_VERSION='1.31.0'\n").unwrap();
+        let (config, _) = Config::from_context(&context, &prebaked).unwrap();
+        let args = |image: &ImageRef| arguments(&config, None, Release::of(version_in(&config, image)));
+        assert!(args(&wanted_image(&config)).contains(&HEALTH_FLAG.into()));
+        assert_eq!(args(&prebaked_image(&config).unwrap()), ["--isolation", "subprocess"]);
     }
 
     #[test]
@@ -422,7 +447,7 @@ mod tests {
         assert_eq!(fallback.labels[REASON_LABEL], "gpu-lost");
         assert_ne!(cpu.hash(), spec("FL_LOG_LEVEL='DEBUG'\n", &Verdict::not_wanted(), &GpuAccess::Runtime).hash());
         // Another hash for the same wish makes every node replace its container at the next upgrade: think twice.
-        assert_eq!(cpu.hash(), "651266b145be4e1a");
+        assert_eq!(cpu.hash(), "e0122d98a7ba84ea");
     }
 
     #[test]

@@ -123,7 +123,7 @@ pub struct ContainerSettings {
     pub log_driver: String,
     /// Size of `/dev/shm` in MiB; 0 is half of the machine's memory.
     pub shm_size_mib: u64,
-    /// stub
+    /// Whether Flower is asked for its health, and a container that hangs is started again.
     pub health_check: bool,
 }
 

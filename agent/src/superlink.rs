@@ -10,7 +10,7 @@ use one_context::onegate::{OneGate, OneGateError, Service, Vm};
 use crate::config::Config;
 use crate::config::certificate::{Certificate, Valid};
 use crate::config::values::{HostPort, Version, parse_yes_no, shown};
-use crate::flower;
+use crate::flower::Release;
 use crate::partition::Partition;
 
 /// The role of a service in which the SuperLink is, as OneFlow's templates name it.
@@ -233,7 +233,7 @@ fn trust(config: &Config, vm: &Vm, now: SystemTime) -> Result<(SuperLink, Vec<St
             .map_err(|refusal| refused("FL_ENDPOINT", format!("'{}'", shown(text)), refusal))?,
         None => {
             let address = vm.addresses.first().ok_or(SuperLinkError::NoAddress(vm.id))?;
-            let port = flower::fleet_port(version.as_ref().unwrap_or(&config.version));
+            let port = Release::of(version.as_ref().unwrap_or(&config.version)).fleet_port();
             let text = match address {
                 IpAddr::V4(address) => format!("{address}:{port}"),
                 IpAddr::V6(address) => format!("[{address}]:{port}"),

@@ -29,12 +29,13 @@ use tokio::time::Instant;
 use crate::atomic;
 use crate::backoff::{Backoff, with_jitter};
 use crate::cloud::Cloud;
-use crate::config::Config;
-use crate::connection::{Connection, Tracker};
+use crate::config::{Config, LogLevel};
+use crate::connection::{Connection, Listener, until_reached};
 use crate::config::values::ImageRef;
 use crate::distribution::Distribution;
 use crate::docker::engine::{Container, Engine, EngineError};
 use crate::docker::runtime::GpuAccess;
+use crate::flower::Release;
 use crate::gpu::presence::{self, devices_missing_in};
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::{GpuDevice, Verdict};
@@ -90,6 +91,8 @@ pub struct Node {
     pub remark: Option<String>,
     /// What Flower says of its connection.
     pub connection: Connection,
+    /// Whether the container has a connection to the SuperLink's port: what there is to go by where Flower's log says nothing.
+    pub reached: bool,
 }
 
 /// What ends the quiet life of a running container.
@@ -104,6 +107,8 @@ enum Change {
     Usable,
     /// Flower has said something of its connection.
     Connection(Connection),
+    /// Whether there is a connection to the SuperLink's port has changed.
+    Reached(bool),
     /// Flower does not answer any more.
     Hangs(Dead),
     /// The service has another SuperLink.
@@ -115,7 +120,8 @@ struct Life {
     /// The pause before the next start.
     pause: Duration,
     watch: Watch,
-    flower: FlowerWatch,
+    run: Run,
+    liveness: Liveness,
     /// The pauses before the tries that a failed GPU has left.
     gpu_pauses: std::slice::Iter<'static, Duration>,
     /// Whether the GPU may become usable, which is told once.
@@ -129,7 +135,8 @@ impl Life {
         Self {
             pause: FIRST_PAUSE,
             watch: Watch::default(),
-            flower: FlowerWatch::new(engine, container),
+            run: Run::new(engine, container),
+            liveness: Liveness::default(),
             gpu_pauses: GPU_PAUSES.iter(),
             waits_for_gpu: gpu::may_come_late(verdict),
             was_healthy: false,
@@ -137,23 +144,21 @@ impl Life {
     }
 }
 
-/// What looks after Flower in one run of a container.
-struct FlowerWatch {
+/// What listens to one run of a container.
+struct Run {
     id: String,
     started_at: String,
     since: Instant,
-    tracker: Tracker,
-    liveness: Liveness,
+    listener: Listener,
 }
 
-impl FlowerWatch {
+impl Run {
     fn new(engine: &Engine, container: &Container) -> Self {
         Self {
             id: container.id.clone(),
             started_at: container.started_at.clone(),
             since: Instant::now(),
-            tracker: Tracker::new(engine, container),
-            liveness: Liveness::new(container),
+            listener: Listener::new(engine.log(container)),
         }
     }
 
@@ -225,13 +230,27 @@ impl Node {
             };
             news.partition = self.superlink.partition.map(|partition| partition.id);
         });
-        self.reporter.connected(self.connection.is_connected());
+        self.reporter.connected(self.is_connected());
         self.reporter.ready(&self.status());
+    }
+
+    fn release(&self) -> &'static Release {
+        Release::of(plan::version_in(&self.config, &self.image))
+    }
+
+    /// Whether the container's log tells when Flower has connected.
+    fn log_tells(&self) -> bool {
+        matches!(self.config.log_level, LogLevel::Debug | LogLevel::Info) && self.release().tells_node_id()
+    }
+
+    fn is_connected(&self) -> bool {
+        if self.log_tells() { self.connection.node_id().is_some() } else { self.reached }
     }
 
     /// The line for `systemctl status`.
     fn status(&self) -> String {
-        let mut status = format!("{}; {} {}", self.runs_on(), self.connection, self.superlink.address);
+        let connected = if self.is_connected() { "connected to" } else { "not connected to" };
+        let mut status = format!("{}; {connected} {}", self.runs_on(), self.superlink.address);
         if let Some(remark) = &self.remark {
             status.push_str("; ");
             status.push_str(remark);
@@ -431,7 +450,7 @@ impl Node {
         let mut life = Life::new(&self.verdict, &engine, &container);
         loop {
             let change = self.next_change(&engine, &container, &mut life).await;
-            life.was_healthy = life.flower.since.elapsed() >= HEALTHY_AFTER;
+            life.was_healthy = life.run.since.elapsed() >= HEALTHY_AFTER;
             if life.was_healthy {
                 life.gpu_pauses = GPU_PAUSES.iter();
             }
@@ -447,7 +466,7 @@ impl Node {
                         && found.running
                     {
                         tokio::time::sleep(FIRST_PAUSE).await;
-                        life.flower.tracker = Tracker::new(&engine, &container);
+                        life.run.listener = Listener::new(engine.log(&container));
                         continue;
                     }
                     // A container that went down with the engine is not to blame.
@@ -477,19 +496,20 @@ impl Node {
                     container = self.after_loss(&finding, &mut engine, &container, &mut life).await?;
                 }
                 Change::Connection(connection) => {
-                    match &connection {
-                        Connection::Connected { node_id: Some(id) } => {
-                            tracing::info!("connected to the SuperLink {} as SuperNode {id}", self.superlink.address);
+                    let address = &self.superlink.address;
+                    match connection {
+                        Connection::Connected { node_id, .. } => {
+                            tracing::info!("connected to the SuperLink {address} as SuperNode {node_id}");
                         }
-                        Connection::Connected { node_id: None } => {
-                            tracing::info!("connected to the SuperLink {} again", self.superlink.address);
-                        }
-                        Connection::Lost => {
-                            tracing::info!("not connected to the SuperLink {} any more", self.superlink.address);
-                        }
+                        Connection::Lost { .. } => tracing::info!("not connected to the SuperLink {address}"),
                         Connection::Unknown => {}
                     }
                     self.connection = connection;
+                }
+                Change::Reached(reached) => {
+                    let no = if reached { "" } else { "no " };
+                    tracing::info!("the container has {no}connection to the SuperLink {}", self.superlink.address);
+                    self.reached = reached;
                 }
                 Change::Hangs(dead) => {
                     container = self.after_hang(&dead, &mut engine, &container, &mut life).await?;
@@ -516,9 +536,9 @@ impl Node {
             if self.verdict.devices().is_empty() {
                 life.watch.begin_anew();
             }
-            if !life.flower.is_of(&container) {
-                life.flower = FlowerWatch::new(&engine, &container);
-                self.connection = Connection::default();
+            if !life.run.is_of(&container) {
+                life.run = Run::new(&engine, &container);
+                (self.connection, self.reached) = (Connection::default(), false);
             }
             self.report_running();
         }
@@ -588,8 +608,14 @@ impl Node {
         life: &mut Life,
     ) -> Result<Container, LaunchError> {
         const GRACE: Duration = Duration::from_secs(5);
+        if let Ok(Some(found)) = engine.find_container(&container.id).await
+            && found.paused
+        {
+            tracing::debug!("the container is paused: it is not asked for its health");
+            return Ok(container.clone());
+        }
         let name = &self.settings.container.name;
-        tracing::warn!("Flower in the container {name} does not answer its health check ({dead}): starting it again");
+        tracing::warn!("Flower in the container {name} hangs and is started again: {dead}");
         self.reporter.connected(false);
         self.reporter.doing("Flower hangs, starting the container again");
         if let Err(error) = engine.stop(&container.id, GRACE.min(self.settings.container.stop_timeout)).await {
@@ -628,12 +654,13 @@ impl Node {
     async fn next_change(&self, engine: &Engine, container: &Container, life: &mut Life) -> Change {
         let devices = self.verdict.devices();
         let by_hook = self.access == GpuAccess::Runtime;
-        let FlowerWatch { tracker, liveness, .. } = &mut life.flower;
-        let searches = self.superlink.vm_id.is_some() && !self.connection.is_connected();
-        let asks = self.settings.container.health_check;
+        let port = self.superlink.address.port();
+        let searches = self.superlink.vm_id.is_some() && !self.is_connected();
+        let asks = self.settings.container.health_check && self.release().serves_health();
         tokio::select! {
-            connection = tracker.next_change() => Change::Connection(connection),
-            dead = liveness.until_dead(), if asks => Change::Hangs(dead),
+            connection = life.run.listener.next_change() => Change::Connection(connection),
+            () = until_reached(container, port, !self.reached), if !self.log_tells() => Change::Reached(!self.reached),
+            dead = life.liveness.until_dead(container), if asks => Change::Hangs(dead),
             found = self.until_moved(), if searches => Change::Moved(Box::new(found)),
             end = engine.wait(&container.id) => Change::Ended(end),
             finding = life.watch.until_failed(&self.config, &self.settings, devices), if !devices.is_empty() => {

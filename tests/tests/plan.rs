@@ -54,7 +54,9 @@ fn a_plan_has_the_form_of_the_contract() {
     assert_eq!(container["name"], "flower-supernode");
     assert_eq!(container["image"], "flower-supernode-pytorch:1.31.0");
     assert_eq!(container["runtime"], "nvidia");
-    assert_eq!(container["args"], json!(["--superlink", "10.9.8.7:9092", "--insecure", "--isolation", "subprocess"]));
+    let health = ["--health-server-address", "0.0.0.0:9099"];
+    let args = ["--superlink", "10.9.8.7:9092", "--insecure", "--isolation", "subprocess", health[0], health[1]];
+    assert_eq!(container["args"], json!(args));
     let env = &container["env"];
     assert_eq!(env["NVIDIA_VISIBLE_DEVICES"], format!("{GPU_A},{GPU_B}"));
     assert_eq!(env["FL_DEVICE"], "cuda");

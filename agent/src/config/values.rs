@@ -1,6 +1,7 @@
 //! The values that operators write, as types: each is parsed once, here, and is valid ever after.
 //! A parser answers with what is accepted ("must be …"); who asked adds the variable's name and the value.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fmt;
@@ -87,14 +88,22 @@ impl fmt::Display for Fraction {
     }
 }
 
-/// A release of Flower, `X.Y.Z`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Version(String);
+/// A release of Flower, `X.Y.Z`: shown as it was written, compared by its numbers.
+#[derive(Debug, Clone)]
+pub struct Version {
+    text: String,
+    numbers: [u32; 3],
+}
 
 impl Version {
     /// The release `major.minor.patch`.
     pub fn of(major: u16, minor: u16, patch: u16) -> Self {
-        Self(format!("{major}.{minor}.{patch}"))
+        Self { text: format!("{major}.{minor}.{patch}"), numbers: [major, minor, patch].map(u32::from) }
+    }
+
+    /// Major, minor, patch.
+    pub fn numbers(&self) -> [u32; 3] {
+        self.numbers
     }
 
     /// Reads `X.Y.Z`, each a decimal number.
@@ -102,19 +111,40 @@ impl Version {
     /// # Errors
     /// What is accepted, for any other text.
     pub fn parse(text: &str) -> Result<Self, Refusal> {
-        let parts: Vec<&str> = text.split('.').collect();
-        let numeric = |p: &&str| (1..=5).contains(&p.len()) && p.bytes().all(|b| b.is_ascii_digit());
-        if parts.len() == 3 && parts.iter().all(numeric) {
-            Ok(Self(text.into()))
-        } else {
-            Err("must be a Flower release X.Y.Z, such as 1.31.0".into())
-        }
+        let number = |part: &str| {
+            let numeric = (1..=5).contains(&part.len()) && part.bytes().all(|b| b.is_ascii_digit());
+            numeric.then(|| part.parse().ok()).flatten()
+        };
+        let numbers: Option<Vec<u32>> = text.split('.').map(number).collect();
+        let numbers = numbers.and_then(|numbers| <[u32; 3]>::try_from(numbers).ok());
+        let numbers = numbers.ok_or("must be a Flower release X.Y.Z, such as 1.31.0")?;
+        Ok(Self { text: text.into(), numbers })
+    }
+}
+
+impl PartialEq for Version {
+    fn eq(&self, other: &Self) -> bool {
+        self.numbers == other.numbers
+    }
+}
+
+impl Eq for Version {}
+
+impl PartialOrd for Version {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Version {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.numbers.cmp(&other.numbers)
     }
 }
 
 impl fmt::Display for Version {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 
@@ -186,12 +216,6 @@ impl ImageRef {
     pub fn as_str(&self) -> &str {
         &self.0
     }
-
-    /// The release of Flower that its tag names, where it is one.
-    pub fn version(&self) -> Option<Version> {
-        let (_, tag) = self.0.rsplit_once(':')?;
-        Version::parse(tag).ok()
-    }
 }
 
 impl fmt::Display for ImageRef {
@@ -239,6 +263,13 @@ impl HostPort {
                 Err("must be host:port with a name, an IPv4 or an [IPv6] address and a port from 1 to 65535".into())
             }
         }
+    }
+}
+
+impl HostPort {
+    /// The port.
+    pub fn port(&self) -> u16 {
+        self.0.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).unwrap_or(0)
     }
 }
 
@@ -637,6 +668,15 @@ mod tests {
     fn a_version_has_three_numbers() {
         assert_eq!(Version::parse("1.31.0").unwrap().to_string(), "1.31.0");
         refuses(Version::parse, &["1.31", "v1.31.0", "1.31.0.1", "1.31.x", "latest", "1..0", "1.31.0 "]);
+    }
+
+    #[test]
+    fn versions_are_compared_by_their_numbers_and_shown_as_written() {
+        let version = |text: &str| Version::parse(text).unwrap();
+        assert!(version("1.9.0") < version("1.31.0") && version("1.31.0") < version("1.31.1"));
+        assert!(version("2.0.0") > version("1.99999.9"));
+        assert_eq!(version("1.031.0"), Version::of(1, 31, 0));
+        assert_eq!(version("1.031.0").to_string(), "1.031.0");
     }
 
     #[test]

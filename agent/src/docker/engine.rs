@@ -1,22 +1,26 @@
 //! Our words over bollard: what the agent asks of a container engine, and answers instead of status codes.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::path::Path;
-use std::time::Duration;
+use std::str::FromStr as _;
+use std::time::{Duration, SystemTime};
 
 use bollard::errors::Error as ApiError;
 use bollard::models::{
-    ContainerCreateBody, DeviceRequest, HostConfig, HostConfigLogConfig, Mount, MountType, RestartPolicy,
-    RestartPolicyNameEnum,
+    ContainerCreateBody, DeviceRequest, HostConfig, HostConfigLogConfig, Mount, MountType, NetworkSettings,
+    RestartPolicy, RestartPolicyNameEnum,
 };
 use bollard::query_parameters::{
-    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, InspectContainerOptions, RemoveContainerOptionsBuilder,
-    StartContainerOptions, StopContainerOptionsBuilder, WaitContainerOptions,
+    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, InspectContainerOptions, LogsOptionsBuilder,
+    RemoveContainerOptionsBuilder, StartContainerOptions, StopContainerOptionsBuilder, WaitContainerOptions,
 };
 use bollard::{API_DEFAULT_VERSION, Docker};
 use futures_util::StreamExt as _;
 use tokio::time::Instant;
+use x509_cert::der::DateTime;
 
+use super::log::Log;
 use crate::config::values::ImageRef;
 use crate::gpu::reason::one_line;
 use crate::journal::error_chain;
@@ -28,6 +32,8 @@ const CALL_LIMIT: Duration = Duration::from_secs(60);
 const START_LIMIT: Duration = Duration::from_secs(120);
 /// A pull that says nothing for so long has come to a standstill.
 const PULL_SILENCE: Duration = Duration::from_secs(300);
+/// A container may say nothing for ever.
+const LOG_SILENCE: Duration = Duration::from_secs(u32::MAX as u64);
 const PAUSE: Duration = Duration::from_millis(250);
 
 /// An engine that has answered.
@@ -172,7 +178,7 @@ impl Image {
 }
 
 /// A container as the engine sees it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Container {
     /// Its id.
     pub id: String,
@@ -192,9 +198,24 @@ pub struct Container {
     pub image_id: String,
     /// Its labels.
     pub labels: HashMap<String, String>,
+    /// Its address in a network of Docker; none where it has the host's network, or has ended.
+    pub ip_address: Option<IpAddr>,
 }
 
 impl Container {
+    /// When it was started last, to the second.
+    fn started(&self) -> Option<SystemTime> {
+        // The fraction of the second has as many digits as Docker likes.
+        let second = DateTime::from_str(&format!("{}Z", self.started_at.get(..19)?)).ok()?;
+        Some(second.to_system_time())
+    }
+
+    /// For how long it has been running since it was started last, to the second; zero where that cannot be told.
+    pub fn running_for(&self) -> Duration {
+        let since = self.started().and_then(|started| started.elapsed().ok());
+        since.unwrap_or_default()
+    }
+
     /// The hash of the specification that it was made from, where it is ours.
     pub fn spec_hash(&self) -> Option<&str> {
         self.labels.get(SPEC_HASH_LABEL).map(String::as_str)
@@ -337,6 +358,7 @@ impl Engine {
                     image: config.image.unwrap_or_default(),
                     image_id: found.image.unwrap_or_default(),
                     labels: config.labels.unwrap_or_default(),
+                    ip_address: found.network_settings.and_then(ip_address_in),
                 }))
             }
             Err(error) if error.is_status(404) => Ok(None),
@@ -409,6 +431,30 @@ impl Engine {
             Some(Err(_)) | None => None,
         }
     }
+
+    /// Follows what the container writes, from its last start on: what it wrote in an earlier life is left out. Docker reads
+    /// its own log back, whichever driver keeps it, as long as that driver can be read.
+    pub fn log(&self, container: &Container) -> Log {
+        // Docker counts in seconds here: the last words of a life that ended in this very second would be among them, were it
+        // not for the pause before a start.
+        let since = container.started().and_then(|started| started.duration_since(SystemTime::UNIX_EPOCH).ok());
+        let options = LogsOptionsBuilder::default()
+            .follow(true)
+            .stdout(true)
+            .stderr(true)
+            .since(since.and_then(|since| since.as_secs().try_into().ok()).unwrap_or(0))
+            .build();
+        // Engines before 27 begin their answer with the first line, which may be long in coming.
+        let patient = self.docker.clone().with_timeout(LOG_SILENCE);
+        Log::new(patient.logs(&container.id, Some(options)))
+    }
+}
+
+fn ip_address_in(settings: NetworkSettings) -> Option<IpAddr> {
+    // In the order of their names: the same one every time.
+    let networks: BTreeMap<String, _> = settings.networks?.into_iter().collect();
+    let addresses = networks.into_values().flat_map(|network| [network.ip_address, network.global_ipv6_address]);
+    addresses.flatten().find_map(|address| address.parse().ok())
 }
 
 fn body_of(spec: &ContainerSpec) -> ContainerCreateBody {
@@ -451,5 +497,45 @@ fn body_of(spec: &ContainerSpec) -> ContainerCreateBody {
             ..HostConfig::default()
         }),
         ..ContainerCreateBody::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bollard::models::EndpointSettings;
+
+    use super::*;
+
+    #[test]
+    fn a_container_has_run_since_its_last_start() {
+        let container = |started_at: &str| Container { started_at: started_at.into(), ..Container::default() };
+        let started = |text| container(text).started().and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+        assert_eq!(started("2026-11-26T16:11:13.123456789Z"), Some(Duration::from_secs(1_795_709_473)));
+        assert_eq!(started("2026-11-26T16:11:13Z"), Some(Duration::from_secs(1_795_709_473)));
+        // One that was never started.
+        assert_eq!(started("0001-01-01T00:00:00Z"), None);
+        assert_eq!(started(""), None);
+        assert!(container("2024-01-01T00:00:00Z").running_for() > Duration::from_secs(86_400));
+        assert_eq!(container("9999-01-01T00:00:00Z").running_for(), Duration::ZERO);
+    }
+
+    #[test]
+    fn the_address_is_that_in_the_first_network_that_gives_one() {
+        let network = |v4: &str, v6: &str| EndpointSettings {
+            ip_address: Some(v4.into()),
+            global_ipv6_address: Some(v6.into()),
+            ..EndpointSettings::default()
+        };
+        let address = |networks: Vec<(&str, EndpointSettings)>| {
+            let networks = networks.into_iter().map(|(name, network)| (name.to_owned(), network)).collect();
+            ip_address_in(NetworkSettings { networks: Some(networks), ..NetworkSettings::default() })
+                .map(|address| address.to_string())
+        };
+        assert_eq!(address(vec![("host", network("", ""))]), None);
+        assert_eq!(address(vec![("bridge", network("172.17.0.2", ""))]).as_deref(), Some("172.17.0.2"));
+        assert_eq!(
+            address(vec![("b", network("10.0.0.2", "")), ("a", network("", "fd00::2"))]).as_deref(),
+            Some("fd00::2")
+        );
     }
 }

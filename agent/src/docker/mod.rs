@@ -2,4 +2,5 @@
 
 pub mod daemon_json;
 pub mod engine;
+pub mod log;
 pub mod runtime;
