@@ -7,6 +7,7 @@
 //! | `nvml-standin` | `libnvidia-ml.so.1`, answering from the JSON given to [`Case::nvml`] |
 //! | [`Engine`] | a Docker engine in a network namespace of its own |
 //! | `nvidia-container-runtime` | nvidia's runtime, obeying [`Engine::nvidia_runtime`] |
+//! | [`SuperLink`] | nothing: it is Flower's own, and so is what the nodes train with it |
 //! | [`Machine`] | a whole VM: systemd, Docker, the package, and what contextualizes it |
 //! | [`image`] | the framework images, made of busybox and one script |
 //!
@@ -21,6 +22,7 @@
 
 mod case;
 mod engine;
+mod federation;
 pub mod image;
 mod machine;
 mod process;
@@ -29,6 +31,7 @@ mod sysfs;
 
 pub use case::{Agent, Case};
 pub use engine::{Engine, EngineBuilder, Record, RuntimeMode};
+pub use federation::{Flower, Round, State, SuperLink};
 pub use machine::{Boot, Machine};
 pub use process::{Output, eventually, run};
 pub use sandbox::{Sandbox, agent_binary, nvml_library, runtime_binary};
