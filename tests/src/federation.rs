@@ -286,6 +286,9 @@ impl Inside {
 impl Drop for Inside {
     /// The kernel lets the first process of a namespace go when all others are gone: then nobody listens any more.
     fn drop(&mut self) {
+        if let Ok(Some(_)) = self.outside.try_wait() {
+            return;
+        }
         match self.pid() {
             Some(pid) => signal(pid, Signal::KILL),
             None => drop(self.outside.kill()),
