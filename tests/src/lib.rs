@@ -9,6 +9,7 @@
 //! | `nvidia-container-runtime` | nvidia's runtime, obeying [`Engine::nvidia_runtime`] |
 //! | [`Cloud`] | the network that engines are connected to |
 //! | [`OneGateStandIn`] | OneGate, with the VMs and services that a test gives it, and faults |
+//! | [`SuperLink`] | nothing: it is Flower's own, and so is what the nodes train with it |
 //! | [`Machine`] | a whole VM: systemd, Docker, the package, and what contextualizes it |
 //! | [`image`] | the framework images, made of busybox and one script |
 //!
@@ -23,6 +24,7 @@
 
 mod case;
 mod engine;
+mod federation;
 pub mod image;
 mod machine;
 mod network;
@@ -33,6 +35,7 @@ mod sysfs;
 
 pub use case::{Agent, Case};
 pub use engine::{Engine, EngineBuilder, Record, RuntimeMode};
+pub use federation::{Flower, Round, State, SuperLink};
 pub use machine::{Boot, Machine};
 pub use network::{Cloud, in_namespace};
 pub use onegate::OneGateStandIn;

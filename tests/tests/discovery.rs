@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::time::Duration;
 
-use common::{PATIENCE, inspect, json_of, up, warnings};
+use common::{PATIENCE, base64, inspect, json_of, up, warnings};
 use supernode_tests::onegate::{Reply, Request};
 use supernode_tests::{Agent, Case, Engine, OneGateStandIn, eventually, image};
 
@@ -202,13 +202,6 @@ fn fixed_gives_up_after_thirty_tries_and_systemd_may_try_again() {
 
 const CA: &str = include_str!("../../agent/tests/ca.crt");
 const LEAF: &str = include_str!("../../agent/tests/certificates/leaf.crt");
-
-fn base64(text: &str) -> String {
-    let sandbox = supernode_tests::Sandbox::new("base64");
-    let file = sandbox.write("text", text);
-    let mut command = std::process::Command::new("base64");
-    supernode_tests::run(command.arg("-w0").arg(file), PATIENCE).expect_success().to_owned()
-}
 
 #[test]
 fn a_superlink_with_tls_is_trusted_by_the_ca_that_it_published_and_by_no_leaf() {

@@ -2,10 +2,11 @@
 #![allow(clippy::panic, dead_code, reason = "a test fails by a panic; each test file uses its own part")]
 
 use std::io::Write as _;
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use supernode_tests::{Agent, Case, Engine, Output, RuntimeMode, Sysfs, image};
+use supernode_tests::{Agent, Case, Engine, Output, RuntimeMode, Sandbox, Sysfs, image, run};
 
 /// More than any step takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -67,6 +68,13 @@ pub(crate) fn up(case: &Case) -> Agent {
 #[track_caller]
 pub(crate) fn json_of(output: &Output) -> Value {
     serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+/// A text in base64, in one line, as a context variable or an attribute of OneGate has a certificate.
+pub(crate) fn base64(text: &str) -> String {
+    let sandbox = Sandbox::new("base64");
+    let file = sandbox.write("text", text);
+    run(Command::new("base64").arg("-w0").arg(file), PATIENCE).expect_success().to_owned()
 }
 
 /// The lines of an agent that are WARNINGs.
