@@ -15,8 +15,8 @@ use crate::backoff::{Backoff, with_jitter};
 use crate::cloud::Cloud;
 use crate::config::values::{ImageRef, Version};
 use crate::config::{self, Config, ConfigErrors, LogLevel, Prebaked, Remarks};
-use crate::distribution::Distribution;
 use crate::connection::Connection;
+use crate::distribution::Distribution;
 use crate::docker::engine::{Engine, EngineError, Image};
 use crate::docker::runtime::{GpuAccess, choose_access, ensure_runtime};
 use crate::flower;
@@ -355,8 +355,8 @@ async fn search(
     cloud: &Result<Cloud, String>,
     reporter: &Reporter,
 ) -> Result<SuperLink, SuperLinkError> {
-    /// Nodes that boot together do not ask together; what a machine needs until Docker runs is more.
-    const SPREAD: Duration = Duration::from_secs(2);
+    /// Nodes that boot together do not ask together. Docker and the GPU take their time meanwhile.
+    const SPREAD: Duration = Duration::from_secs(5);
     let mut backoff = match config.edge_backoff {
         "fixed" => Backoff::fixed(),
         _ => Backoff::exponential(Duration::from_secs(config.edge_max_backoff)),

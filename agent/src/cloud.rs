@@ -44,10 +44,10 @@ impl Access {
             }
             Err(error) => return Err(one_line(&error_chain(&error))),
         };
-        let report_ready = context.text("REPORT_READY").ok().flatten().is_some_and(|text| parse_yes_no(text) == Ok(true));
+        let report_ready =
+            context.text("REPORT_READY").ok().flatten().is_some_and(|text| parse_yes_no(text) == Ok(true));
         Ok(Self { endpoint, vm_id, token, report_ready })
     }
-
 }
 
 /// OneGate as this VM reaches it.
@@ -231,7 +231,8 @@ mod tests {
     }
 
     fn text(access: &Access, news: &News) -> String {
-        let lines: Vec<String> = attributes(access, news).iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let lines: Vec<String> =
+            attributes(access, news).iter().map(|(name, value)| format!("{name}={value}")).collect();
         lines.join("\n")
     }
 
@@ -248,11 +249,15 @@ mod tests {
     #[test]
     fn what_an_earlier_boot_left_is_overwritten() {
         let before = text(&access(false), &News::default());
-        for line in ["FL_GPU_AVAILABLE=NO", "FL_GPU_STATUS=", "FL_GPU_FALLBACK_REASON=", "FL_GPU_COUNT=", "FL_GPU_NAME="] {
+        for line in
+            ["FL_GPU_AVAILABLE=NO", "FL_GPU_STATUS=", "FL_GPU_FALLBACK_REASON=", "FL_GPU_COUNT=", "FL_GPU_NAME="]
+        {
             assert!(before.lines().any(|found| found == line), "{line}: {before}");
         }
         let news = News { gpu_status: "cpu-fallback", fallback_reason: "gpu-not-present", ..News::default() };
         let fallback = text(&access(false), &news);
-        assert!(fallback.contains("FL_GPU_AVAILABLE=NO\nFL_GPU_STATUS=cpu-fallback\nFL_GPU_FALLBACK_REASON=gpu-not-present\nFL_GPU_COUNT=0"));
+        assert!(fallback.contains(
+            "FL_GPU_AVAILABLE=NO\nFL_GPU_STATUS=cpu-fallback\nFL_GPU_FALLBACK_REASON=gpu-not-present\nFL_GPU_COUNT=0"
+        ));
     }
 }

@@ -192,11 +192,8 @@ fn free_partition(role: &Role, vm_id: u64) -> Partition {
         return with_count(id, count);
     }
     let mut free: BTreeSet<u64> = (0..count).filter(|id| !others.contains(id)).collect();
-    let mut without: Vec<&Node> = role
-        .nodes
-        .iter()
-        .filter(|node| node.vm_id == vm_id || published(node).is_none())
-        .collect();
+    let mut without: Vec<&Node> =
+        role.nodes.iter().filter(|node| node.vm_id == vm_id || published(node).is_none()).collect();
     without.sort_by_key(|node| node.vm_id);
     let mut homeless = Vec::new();
     for node in without {

@@ -111,7 +111,9 @@ impl SuperLinkError {
     /// Whether only a change of this VM's own configuration can cure it; anything else is asked for again.
     pub fn is_final(&self) -> bool {
         match self {
-            Self::NoOneGate(_) | Self::NoService | Self::NoRole { .. } | Self::NoCertificate | Self::Certificate(_) => true,
+            Self::NoOneGate(_) | Self::NoService | Self::NoRole { .. } | Self::NoCertificate | Self::Certificate(_) => {
+                true
+            }
             Self::OneGate(error) => error.is_final(),
             _ => false,
         }
@@ -213,8 +215,10 @@ async fn superlink_vm(gate: &OneGate, service: &Service) -> Result<Vm, SuperLink
 
 /// What is made of the SuperLink's VM. Pure.
 fn trust(config: &Config, vm: &Vm, now: SystemTime) -> Result<(SuperLink, Vec<String>), SuperLinkError> {
-    let published = |name: &'static str| vm.attributes.get(name).map(|text| text.trim()).filter(|text| !text.is_empty());
-    let refused = |attribute, value: String, refusal| SuperLinkError::Published { vm_id: vm.id, attribute, value, refusal };
+    let published =
+        |name: &'static str| vm.attributes.get(name).map(|text| text.trim()).filter(|text| !text.is_empty());
+    let refused =
+        |attribute, value: String, refusal| SuperLinkError::Published { vm_id: vm.id, attribute, value, refusal };
     let mut warnings = Vec::new();
     let version = match published("FL_VERSION").map(|text| (text, Version::parse(text))) {
         Some((_, Ok(version))) => Some(version),
@@ -229,8 +233,9 @@ fn trust(config: &Config, vm: &Vm, now: SystemTime) -> Result<(SuperLink, Vec<St
         None => None,
     };
     let address = match published("FL_ENDPOINT") {
-        Some(text) => HostPort::parse(text)
-            .map_err(|refusal| refused("FL_ENDPOINT", format!("'{}'", shown(text)), refusal))?,
+        Some(text) => {
+            HostPort::parse(text).map_err(|refusal| refused("FL_ENDPOINT", format!("'{}'", shown(text)), refusal))?
+        }
         None => {
             let address = vm.addresses.first().ok_or(SuperLinkError::NoAddress(vm.id))?;
             let port = Release::of(version.as_ref().unwrap_or(&config.version)).fleet_port();
@@ -267,8 +272,7 @@ fn trust(config: &Config, vm: &Vm, now: SystemTime) -> Result<(SuperLink, Vec<St
         }
         (true, None) => {
             let wish = if config.tls == Some(true) { "FL_TLS_ENABLED is YES" } else { "the SuperLink's FL_TLS is YES" };
-            let text = published("FL_CA_CERT")
-                .ok_or(SuperLinkError::NoPublishedCertificate { wish, vm_id: vm.id })?;
+            let text = published("FL_CA_CERT").ok_or(SuperLinkError::NoPublishedCertificate { wish, vm_id: vm.id })?;
             let of_peer = |refusal| refused("FL_CA_CERT", format!("({} characters)", text.chars().count()), refusal);
             let ca = Certificate::parse(text).map_err(of_peer)?;
             let valid = ca.valid_at(now).map_err(of_peer)?;
@@ -311,7 +315,10 @@ mod tests {
         UNIX_EPOCH + Duration::from_secs(1_800_000_000)
     }
 
-    fn trusted(pairs: &[(&str, &str)], attributes: &[(&str, &str)]) -> Result<(SuperLink, Vec<String>), SuperLinkError> {
+    fn trusted(
+        pairs: &[(&str, &str)],
+        attributes: &[(&str, &str)],
+    ) -> Result<(SuperLink, Vec<String>), SuperLinkError> {
         trust(&config(pairs), &vm(attributes), now())
     }
 

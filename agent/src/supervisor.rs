@@ -29,9 +29,9 @@ use tokio::time::Instant;
 use crate::atomic;
 use crate::backoff::{Backoff, with_jitter};
 use crate::cloud::Cloud;
+use crate::config::values::ImageRef;
 use crate::config::{Config, LogLevel};
 use crate::connection::{Connection, Listener, until_reached};
-use crate::config::values::ImageRef;
 use crate::distribution::Distribution;
 use crate::docker::engine::{Container, Engine, EngineError};
 use crate::docker::runtime::GpuAccess;
@@ -639,8 +639,7 @@ impl Node {
             tokio::time::sleep(with_jitter(pause, fastrand::f64())).await;
             match find_superlink(Ok(cloud.gate()), &self.config, SystemTime::now()).await {
                 Ok(found)
-                    if found.superlink.address != self.superlink.address
-                        || found.superlink.ca != self.superlink.ca =>
+                    if found.superlink.address != self.superlink.address || found.superlink.ca != self.superlink.ca =>
                 {
                     return found;
                 }

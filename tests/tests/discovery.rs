@@ -170,7 +170,10 @@ fn whatever_else_onegate_answers_it_is_asked_again() {
     agent.wait_for_line("started the container", PATIENCE);
     let told = warnings(&agent);
     for text in ["Not authorized", "Service 7 not found", "does not contain VM 101", "restricted", "rejected", "302"] {
-        assert!(told.iter().any(|line| line.contains("waiting for the SuperLink") && line.contains(text)), "{text}: {told:#?}");
+        assert!(
+            told.iter().any(|line| line.contains("waiting for the SuperLink") && line.contains(text)),
+            "{text}: {told:#?}"
+        );
     }
     let asked = onegate.requests().iter().filter(|request| request.path() == "/service").count();
     assert!(asked > faults().len(), "{asked}");
@@ -262,7 +265,9 @@ fn the_cloud_hears_ready_once_flower_is_connected_and_no_at_the_stop() {
     connected(&agent);
     wait_for_attribute(&onegate, "READY", "YES");
     let last = updates(&onegate).pop().unwrap();
-    for line in ["FL_NODE_READY=YES", "FL_VERSION=1.31.0", "FL_FRAMEWORK=pytorch", "FL_GPU_AVAILABLE=NO", "FL_GPU_COUNT=0"] {
+    for line in
+        ["FL_NODE_READY=YES", "FL_VERSION=1.31.0", "FL_FRAMEWORK=pytorch", "FL_GPU_AVAILABLE=NO", "FL_GPU_COUNT=0"]
+    {
         assert!(last.lines().any(|found| found == line), "{line}: {last}");
     }
     assert_eq!(json_of(&case.run_command("status", &["--json"]))["connected"], true);
@@ -347,7 +352,10 @@ fn a_node_with_an_address_asks_the_service_for_its_share_alone_and_starts_withou
     let Some((engine, case)) = machine_with_engine(&onegate, &address) else { return };
     let agent = up(&case);
     let first = arguments(&engine);
-    assert!(first.contains("--superlink 192.0.2.1:9092") && first.contains("partition-id=0 num-partitions=1"), "{first}");
+    assert!(
+        first.contains("--superlink 192.0.2.1:9092") && first.contains("partition-id=0 num-partitions=1"),
+        "{first}"
+    );
     drop(agent);
     let _ = fs::remove_dir_all(case.path("lasting"));
     onegate.change(|state| state.oneflow_down = true);

@@ -177,7 +177,11 @@ impl Node {
     fn assert_hang_was_told(&self) {
         let lines = self.agent.lines();
         let said = |text: &str| lines.iter().filter(|line| line.contains(text)).count();
-        assert_eq!(said("started the container") - 1, said("WARNING Flower in the container") + said("ended with exit code"), "{lines:#?}");
+        assert_eq!(
+            said("started the container") - 1,
+            said("WARNING Flower in the container") + said("ended with exit code"),
+            "{lines:#?}"
+        );
     }
 
     /// Whether its last word was goodbye, and its container runs for all that.

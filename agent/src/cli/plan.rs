@@ -67,15 +67,8 @@ impl Plan {
                 settings.docker.runtime_path
             ));
         }
-        let container = plan::plan_container(
-            &config,
-            &detection.verdict,
-            &access,
-            superlink.as_ref(),
-            &image,
-            &machine,
-            settings,
-        );
+        let container =
+            plan::plan_container(&config, &detection.verdict, &access, superlink.as_ref(), &image, &machine, settings);
         let container = container.redacted(config.node_config.as_ref());
         let distribution = Distribution::read(&settings.machine.root);
         Self { config, remarks, detection, superlink, container, distribution, notes }

@@ -143,9 +143,9 @@ impl Status {
                 (true, false) => "not connected",
                 (false, _) => "it is not known whether it is connected",
             };
-            let share = report.partition.map_or(String::new(), |Partition { id, count }| {
-                format!("; partition {id} of {count}")
-            });
+            let share = report
+                .partition
+                .map_or(String::new(), |Partition { id, count }| format!("; partition {id} of {count}"));
             writeln!(out, "SuperLink  {superlink}, {connected}{share}")?;
         }
         let since = to_seconds(&report.since);

@@ -3,8 +3,7 @@
 
 use super::certificate::Certificate;
 use super::values::{
-    DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Refusal, Version, parse_count,
-    parse_yes_no, shown,
+    DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Refusal, Version, parse_count, parse_yes_no, shown,
 };
 
 /// What a variable accepts.
