@@ -266,6 +266,7 @@ async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
     let Wish { config, settings, cloud } = wish;
     let starting = LongStep::begin();
     reporter.publish_by(cloud.as_ref().ok());
+    reporter.connected(false);
     reporter.news(|news| (news.version, news.framework) = (config.version.to_string(), config.framework.to_string()));
     reporter.doing("Looking for the GPU and the Docker engine");
     let (prepared, superlink) = {
@@ -411,37 +412,38 @@ async fn with_partition(
     superlink
 }
 
-/// This node's share of the data. It is worth a few tries, and not the node.
+/// This node's share of the data. It is worth some seconds, and not the node.
 async fn partition_of(cloud: &Cloud, mut service: Option<Service>, settings: &Settings) -> Option<Partition> {
-    const TRIES: u32 = 3;
+    const LIMIT: Duration = Duration::from_secs(15);
     const PAUSE: Duration = Duration::from_secs(2);
     let keeper = Keeper::of(settings, cloud.vm_id());
     if let Some(partition) = keeper.of_this_boot() {
         return Some(partition);
     }
-    let mut tries = 1;
-    loop {
-        let taken = async {
-            let service = match service.take() {
-                Some(service) => service,
-                None => cloud.gate().service().await?,
+    let mut why = format!("no answer within {} s", LIMIT.as_secs());
+    let take = async {
+        loop {
+            let taken = async {
+                let service = match service.take() {
+                    Some(service) => service,
+                    None => cloud.gate().service().await?,
+                };
+                partition::take(cloud.gate(), &service, &keeper).await
             };
-            partition::take(cloud.gate(), &service, &keeper).await
-        };
-        match taken.await {
-            Ok(partition) => return partition,
-            Err(OneGateError::NotInService) => return None,
-            Err(error) if tries == TRIES => {
-                tracing::warn!(
-                    "OneGate does not tell which share of the data is this node's, FL_NODE_CONFIG stays empty: {}",
-                    one_line(&journal::error_chain(&error))
-                );
-                return None;
+            match taken.await {
+                Ok(partition) => return partition,
+                Err(OneGateError::NotInService) => return None,
+                Err(error) => why = one_line(&journal::error_chain(&error)),
             }
-            Err(_) => tries += 1,
+            tokio::time::sleep(PAUSE).await;
         }
-        tokio::time::sleep(PAUSE).await;
-    }
+    };
+    tokio::time::timeout(LIMIT, take).await.unwrap_or_else(|_| {
+        tracing::warn!(
+            "OneGate does not tell which share of the data is this node's, FL_NODE_CONFIG stays empty: {why}"
+        );
+        None
+    })
 }
 
 /// A release that the agent does not know, or that differs from the SuperLink's, is told before the launch. That of an

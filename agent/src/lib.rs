@@ -5,9 +5,10 @@
 //! ```text
 //! context files -> Context -> Config ┐
 //! sysfs -> PciFacts ─────────────────┼-> Verdict ┐
-//! child -> ProbeOutcome ─────────────┘           ├-> ContainerSpec -> Engine -> Supervisor
-//! static address -> SuperLink ───────────────────┘
-//! child -> Notice -> Watch -> Finding ────────────────────────────────────────────┘
+//! child -> ProbeOutcome ─────────────┘           ├-> ContainerSpec -> Engine -> Supervisor -> Reporter -> systemd, OneGate
+//! address, or OneGate -> SuperLink ──────────────┘                                 │
+//! child -> Notice -> Watch -> Finding ─────────────────────────────────────────────┤
+//! the container's log -> Connection, its health -> Liveness ───────────────────────┘
 //! ```
 
 pub mod atomic;

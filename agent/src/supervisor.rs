@@ -616,7 +616,6 @@ impl Node {
         }
         let name = &self.settings.container.name;
         tracing::warn!("Flower in the container {name} hangs and is started again: {dead}");
-        self.reporter.connected(false);
         self.reporter.doing("Flower hangs, starting the container again");
         if let Err(error) = engine.stop(&container.id, GRACE.min(self.settings.container.stop_timeout)).await {
             tracing::warn!("the container does not stop: {}", journal::error_chain(&error));
@@ -673,6 +672,7 @@ impl Node {
     /// Says that the container is started again, and waits with it, longer each time.
     async fn rest(&self, pause: &mut Duration, what: &str) {
         let seconds = pause.as_secs();
+        self.reporter.connected(false);
         tracing::warn!("the container {} {what}; starting it again in {seconds} s", self.settings.container.name);
         self.reporter.doing(&format!("The container {what}, starting it again in {seconds} s"));
         tokio::time::sleep(*pause).await;
@@ -686,6 +686,7 @@ impl Node {
         pause: &mut Duration,
         what: &str,
     ) -> Result<Container, LaunchError> {
+        self.reporter.connected(false);
         loop {
             match self.bring_up(engine).await {
                 Ok(container) => return Ok(container),
@@ -703,6 +704,7 @@ impl Node {
     /// be reset. Whether a probe finds it well again.
     async fn gpu_is_back(&self, engine: &Engine, container: &Container, finding: &Finding, life: &mut Life) -> bool {
         journal::warn_tried_again(finding, self.distribution);
+        self.reporter.connected(false);
         self.reporter.doing(&format!("The GPU failed, trying it again: {}", finding.summary));
         life.watch.begin_anew();
         if let Err(error) = engine.stop(&container.id, self.settings.container.stop_timeout).await {

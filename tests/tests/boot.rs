@@ -37,6 +37,7 @@ fn a_boot_without_a_gpu_has_one_warning_with_cause_and_fix_and_a_node_on_the_cpu
          journalctl --no-pager --output cat MESSAGE_ID=1066eaea8fabf0f00ff7b11691329178
          wait_for sh -c 'journalctl --no-pager --all CONTAINER_NAME=flower-supernode | grep \"SuperNode ID: 1\"'
          cat /run/onegate-was-told
+         wait_for sh -c 'supernode-agent status | grep \"10.9.8.7:9092, connected\"'
          supernode-agent status
          systemctl list-units --failed --plain --no-legend"
     ));
