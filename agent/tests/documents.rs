@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 
 use clap_complete::{Shell, generate};
 use supernode_agent::check::{Level, template};
-use supernode_agent::cli::templates::{Node, Release, service, vm_template};
+use supernode_agent::cli::templates::{
+    Node, Release, appliance_markdown, appliance_params, appliance_template, service, vm_template,
+};
 use supernode_agent::cli::variables::as_markdown;
 use supernode_agent::cli::visible_command;
 use supernode_agent::config::variables::VARIABLES;
@@ -154,6 +156,19 @@ fn the_services_have_every_variable_and_pass_the_check() {
         let text = format!("{:#}\n", service(release));
         is_or_becomes(file, &text);
         is_without_finding(file, &text);
+    }
+}
+
+#[test]
+fn the_appliance_has_every_variable() {
+    const TABLE: &str = "from the table of variables";
+    for (file, end, part) in [
+        ("appliance.sh", "# end", appliance_params()),
+        ("9470177f-a0dd-450b-90eb-e4325ac71e7e.yaml", "  # end", appliance_template()),
+        ("README.md", "<!-- end -->", appliance_markdown()),
+    ] {
+        let file = format!("packaging/marketplace/appliances/flower-supernode/{file}");
+        is_or_becomes(&file, &with_part(&read(&file), TABLE, end, &part));
     }
 }
 
