@@ -1,7 +1,6 @@
-//! `check template`: an OpenNebula VM template against what a SuperNode on a passed-through GPU needs, and a service template
-//! of OneFlow ([`service`]) against what its nodes need. Pure: text in,
-//! checks out. What OpenNebula takes is in its manual (Virtual Machine Template Reference; PCI Passthrough) and, for
-//! 6.10 and 7.x, in src/vm and src/parsers of OpenNebula/one.
+//! `check template`: an OpenNebula VM template against what a SuperNode on a passed-through GPU needs; for a service template
+//! of OneFlow see service.rs. Pure: text in, checks out. What OpenNebula takes is in its manual (Virtual Machine Template
+//! Reference; PCI Passthrough) and, for 6.10 and 7.x, in src/vm and src/parsers of OpenNebula/one.
 
 mod parse;
 mod service;

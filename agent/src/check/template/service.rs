@@ -178,6 +178,10 @@ mod tests {
             "variable",
             "not a known",
         );
+        // Whatever is in the JSON, it is judged.
+        judge(
+            r#"{"roles": [1, {"name": 2, "parents": 3, "vm_template_contents": "$ $$é"}], "custom_attrs": {"X": 1}}"#,
+        );
         let syntax = judge("{\n\"roles\": [}");
         assert_eq!((syntax.len(), syntax[0].id, syntax[0].line), (1, "syntax", Some(2)));
     }

@@ -9,6 +9,10 @@ describe 'supernode-agent' do
         @info[:vm].ssh(command)
     end
 
+    def main_pid
+        output_of('systemctl show -p MainPID --value flower-supernode.service')
+    end
+
     def output_of(command)
         ssh(command).stdout.to_s.strip
     end
@@ -51,9 +55,11 @@ describe 'supernode-agent' do
 
     it 'leaves the container alone when the agent is killed' do
         container = output_of("docker inspect -f '{{.Id}} {{.State.StartedAt}}' flower-supernode")
+        agent = main_pid
         ssh('systemctl kill --kill-whom=main --signal=KILL flower-supernode.service').expect_success
         limit = Time.now + 120
-        sleep 5 until ssh('systemctl is-active flower-supernode.service').success? || Time.now > limit
+        sleep 5 until [agent, '0'].none?(main_pid) || Time.now > limit
+        expect(main_pid).not_to eq(agent)
         expect(output_of("docker inspect -f '{{.Id}} {{.State.StartedAt}}' flower-supernode")).to eq(container)
     end
 
