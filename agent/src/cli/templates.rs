@@ -240,10 +240,10 @@ mod tests {
             .filter(|key| key != "private")
             .collect();
         for key in in_order {
-            contents = contents.replace(&format!("${key}"), &format!("of {key}"));
+            contents = contents.replace(&format!("${key}"), &format!("<{key}>"));
         }
         for name in inputs {
-            assert!(contents.contains(&format!("\n{name}=\"of {name}\"\n")), "{name}: {contents}");
+            assert!(contents.contains(&format!("\n{name}=\"<{name}>\"\n")), "{name}: {contents}");
         }
     }
 
