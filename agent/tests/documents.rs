@@ -6,6 +6,10 @@
 use std::path::{Path, PathBuf};
 
 use clap_complete::{Shell, generate};
+use supernode_agent::check::{Level, template};
+use supernode_agent::cli::templates::{
+    Node, Release, appliance_markdown, appliance_params, appliance_template, service, vm_template,
+};
 use supernode_agent::cli::variables::as_markdown;
 use supernode_agent::cli::visible_command;
 use supernode_agent::config::variables::VARIABLES;
@@ -128,6 +132,50 @@ fn the_manual_of_the_settings_is_the_example_file() {
     }
     let page = "packaging/man/agent.toml.5";
     is_or_becomes(page, &with_part(&read(page), ".\\\" from packaging/examples", ".\\\" end", &settings));
+}
+
+#[test]
+fn the_vm_templates_have_every_variable_and_pass_the_check() {
+    for (node, file) in [
+        (Node::Gpu, "packaging/opennebula/supernode-gpu-6.10.tmpl"),
+        (Node::Gpu, "packaging/opennebula/supernode-gpu-7.tmpl"),
+        (Node::Cpu, "packaging/opennebula/supernode-cpu-6.10.tmpl"),
+        (Node::Cpu, "packaging/opennebula/supernode-cpu-7.tmpl"),
+    ] {
+        let text = with_part(&read(file), "# from the table of variables", "# end", &vm_template(node));
+        is_or_becomes(file, &text);
+        is_without_finding(file, &text);
+    }
+}
+
+#[test]
+fn the_services_have_every_variable_and_pass_the_check() {
+    for (release, file) in
+        [(Release::V6, "packaging/opennebula/service-6.10.json"), (Release::V7, "packaging/opennebula/service-7.json")]
+    {
+        let text = format!("{:#}\n", service(release));
+        is_or_becomes(file, &text);
+        is_without_finding(file, &text);
+    }
+}
+
+#[test]
+fn the_appliance_has_every_variable() {
+    const TABLE: &str = "from the table of variables";
+    for (file, end, part) in [
+        ("appliance.sh", "# end", appliance_params()),
+        ("9470177f-a0dd-450b-90eb-e4325ac71e7e.yaml", "  # end", appliance_template()),
+        ("README.md", "<!-- end -->", appliance_markdown()),
+    ] {
+        let file = format!("packaging/marketplace/appliances/flower-supernode/{file}");
+        is_or_becomes(&file, &with_part(&read(&file), TABLE, end, &part));
+    }
+}
+
+#[track_caller]
+fn is_without_finding(file: &str, text: &str) {
+    let found: Vec<_> = template::judge(text).into_iter().filter(|check| check.level != Level::Ok).collect();
+    assert_eq!(found, [], "{file}");
 }
 
 #[test]

@@ -46,7 +46,7 @@ complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; a
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; and not __fish_seen_subcommand_from vm host template help" -s h -l help -d 'Print help'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; and not __fish_seen_subcommand_from vm host template help" -f -a "vm" -d 'This VM: GPU, driver, Docker, image, and what its template could give it'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; and not __fish_seen_subcommand_from vm host template help" -f -a "host" -d 'This KVM host: IOMMU, vfio, and what OpenNebula is told of its GPUs'
-complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; and not __fish_seen_subcommand_from vm host template help" -f -a "template" -d 'An OpenNebula VM template: what GPU passthrough and the node need'
+complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; and not __fish_seen_subcommand_from vm host template help" -f -a "template" -d 'An OpenNebula template: what GPU passthrough and the node need'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; and not __fish_seen_subcommand_from vm host template help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; and __fish_seen_subcommand_from vm" -l root -d 'Check the machine whose root folder is DIR, and look at nothing outside of it' -r -F
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; and __fish_seen_subcommand_from vm" -l settings -d 'Settings of this machine, instead of /etc/supernode-agent/agent.toml' -r -F
@@ -61,7 +61,7 @@ complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; a
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; and __fish_seen_subcommand_from template" -s h -l help -d 'Print help'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; and __fish_seen_subcommand_from help" -f -a "vm" -d 'This VM: GPU, driver, Docker, image, and what its template could give it'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; and __fish_seen_subcommand_from help" -f -a "host" -d 'This KVM host: IOMMU, vfio, and what OpenNebula is told of its GPUs'
-complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; and __fish_seen_subcommand_from help" -f -a "template" -d 'An OpenNebula VM template: what GPU passthrough and the node need'
+complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; and __fish_seen_subcommand_from help" -f -a "template" -d 'An OpenNebula template: what GPU passthrough and the node need'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand status" -l settings -d 'Settings of this machine, instead of /etc/supernode-agent/agent.toml' -r -F
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand status" -l json -d 'Print JSON'
@@ -71,7 +71,7 @@ complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand configur
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand configure-runtime" -s h -l help -d 'Print help'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand variables" -l format -d 'How the table looks' -r -f -a "table\t'For a terminal'
 markdown\t'For a document'
-user-inputs\t'The USER_INPUTS of an OpenNebula template'"
+user-inputs\t'The CONTEXT and the USER_INPUTS of an OpenNebula template'"
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand variables" -l settings -d 'Settings of this machine, instead of /etc/supernode-agent/agent.toml' -r -F
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand variables" -l json -d 'Print JSON'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand variables" -s h -l help -d 'Print help (see more with \'--help\')'
@@ -85,4 +85,4 @@ complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand help; an
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand help; and not __fish_seen_subcommand_from run plan gpu check status configure-runtime variables help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand help; and __fish_seen_subcommand_from check" -f -a "vm" -d 'This VM: GPU, driver, Docker, image, and what its template could give it'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand help; and __fish_seen_subcommand_from check" -f -a "host" -d 'This KVM host: IOMMU, vfio, and what OpenNebula is told of its GPUs'
-complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand help; and __fish_seen_subcommand_from check" -f -a "template" -d 'An OpenNebula VM template: what GPU passthrough and the node need'
+complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand help; and __fish_seen_subcommand_from check" -f -a "template" -d 'An OpenNebula template: what GPU passthrough and the node need'

@@ -22,9 +22,9 @@ pub(super) enum Subject {
     Vm(Machine),
     /// This KVM host: IOMMU, vfio, and what OpenNebula is told of its GPUs
     Host(Machine),
-    /// An OpenNebula VM template: what GPU passthrough and the node need
+    /// An OpenNebula template: what GPU passthrough and the node need
     Template {
-        /// The template, in OpenNebula's text form
+        /// The VM template in OpenNebula's text form, or the service template in JSON
         file: PathBuf,
         /// Print JSON
         #[arg(long)]

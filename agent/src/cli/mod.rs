@@ -3,6 +3,7 @@
 mod check;
 mod plan;
 mod status;
+pub mod templates;
 pub mod variables;
 
 use std::io::{self, Write};

@@ -1,9 +1,10 @@
-//! The table of variables, as JSON, text, Markdown and OpenNebula's USER_INPUTS.
+//! The table of variables, as JSON, text and Markdown; what OpenNebula takes is made by [`super::templates`].
 
 use clap::ValueEnum;
 use serde_json::{Value as Json, json};
 
-use crate::config::variables::{Kind, VARIABLES, Variable};
+use super::templates::{self, Node};
+use crate::config::variables::{VARIABLES, Variable};
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
 pub(super) enum Format {
@@ -12,7 +13,7 @@ pub(super) enum Format {
     Table,
     /// For a document
     Markdown,
-    /// The USER_INPUTS of an OpenNebula template
+    /// The CONTEXT and the USER_INPUTS of an OpenNebula template
     UserInputs,
 }
 
@@ -51,7 +52,7 @@ pub(super) fn as_text(format: Format) -> String {
                 + "Each is also read with ONEAPP_ before its name.\n"
         }
         Format::Markdown => as_markdown(),
-        Format::UserInputs => as_user_inputs(),
+        Format::UserInputs => templates::vm_template(Node::Gpu),
     }
 }
 
@@ -65,31 +66,4 @@ pub fn as_markdown() -> String {
         text.push_str(&format!("| {} | {} |\n", names.join(", "), cells.join(" | ")));
     }
     text
-}
-
-/// `VAR="O|type|description|parameters|default"`: three fields or five, as OpenNebula reads them.
-pub(crate) fn as_user_inputs() -> String {
-    let input = |variable: &Variable| {
-        let about = variable.about;
-        match variable.kind {
-            Kind::YesNo if variable.unset == "NO" => format!("O|boolean|{about}| |NO"),
-            // Where being unset means something of its own, it must be possible to stay unset.
-            Kind::YesNo => format!("O|list|{about}|,YES,NO|"),
-            Kind::Choice(words) if words.contains(&variable.unset) => {
-                format!("O|list|{about}|{}|{}", words.join(","), variable.unset)
-            }
-            Kind::Choice(words) => format!("O|list|{about}|,{}|", words.join(",")),
-            Kind::Count(_) => {
-                let default = variable.unset.split(' ').next().unwrap_or_default();
-                format!("O|number|{about}| |{default}")
-            }
-            Kind::Fraction => format!("O|number-float|{about}"),
-            Kind::Certificate => format!("O|text64|{about}"),
-            _ => format!("O|text|{about}"),
-        }
-    };
-    let lines: Vec<String> =
-        VARIABLES.iter().map(|variable| format!("  {}=\"{}\"", variable.name, input(variable))).collect();
-    let order: Vec<&str> = VARIABLES.iter().map(|variable| variable.name).collect();
-    format!("USER_INPUTS=[\n{} ]\nINPUTS_ORDER=\"{}\"\n", lines.join(",\n"), order.join(","))
 }

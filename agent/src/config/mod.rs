@@ -478,8 +478,6 @@ fn notes(found: &Found) -> Vec<String> {
 }
 
 fn idle_settings(config: &Config, found: &Found) -> Vec<String> {
-    const GPU_ONLY: [&str; 4] =
-        ["FL_GPU_REQUIRED", "FL_CUDA_VISIBLE_DEVICES", "FL_GPU_MEMORY_FRACTION", "FL_DCGM_ENABLED"];
     const DISCOVERY_ONLY: [&str; 2] = ["FL_EDGE_BACKOFF", "FL_EDGE_MAX_BACKOFF"];
     let mut idle = Vec::new();
     let mut note = |names: &[&str], active: bool, why: &str| {
@@ -490,7 +488,7 @@ fn idle_settings(config: &Config, found: &Found) -> Vec<String> {
             }
         }
     };
-    note(&GPU_ONLY, config.gpu_enabled, "FL_GPU_ENABLED is not YES");
+    note(variables::GPU_ONLY, config.gpu_enabled, "FL_GPU_ENABLED is not YES");
     note(&["FLOWER_VERSION"], config.image.is_none(), "FL_SUPERNODE_IMAGE names the image");
     note(&["FL_SSL_CA_CERTFILE"], config.tls != Some(false), "FL_TLS_ENABLED is NO");
     note(&DISCOVERY_ONLY, config.superlink_address.is_none(), "FL_SUPERLINK_ADDRESS is set, nothing is discovered");

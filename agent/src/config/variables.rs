@@ -138,6 +138,10 @@ impl Variable {
 /// Frameworks, as [`super::Framework`] reads them.
 pub const FRAMEWORKS: &[&str] = &["pytorch", "tensorflow", "sklearn", "base"];
 
+/// The variables that do nothing unless `FL_GPU_ENABLED` is YES.
+pub const GPU_ONLY: &[&str] =
+    &["FL_GPU_REQUIRED", "FL_CUDA_VISIBLE_DEVICES", "FL_GPU_MEMORY_FRACTION", "FL_DCGM_ENABLED"];
+
 /// Every variable the agent knows, in the order of the manual.
 pub const VARIABLES: &[Variable] = &[
     Variable {

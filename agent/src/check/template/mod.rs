@@ -1,8 +1,9 @@
-//! `check template`: an OpenNebula VM template against what a SuperNode on a passed-through GPU needs. Pure: text in,
-//! checks out. What OpenNebula takes is in its manual (Virtual Machine Template Reference; PCI Passthrough) and, for
-//! 6.10 and 7.x, in src/vm and src/parsers of OpenNebula/one.
+//! `check template`: an OpenNebula VM template against what a SuperNode on a passed-through GPU needs; for a service template
+//! of OneFlow see service.rs. Pure: text in, checks out. What OpenNebula takes is in its manual (Virtual Machine Template
+//! Reference; PCI Passthrough) and, for 6.10 and 7.x, in src/vm and src/parsers of OpenNebula/one.
 
 mod parse;
+mod service;
 
 pub use parse::{Attribute, Pair, Place, SyntaxError, Vector, parse};
 
@@ -12,7 +13,7 @@ use crate::config::variables::{self, Kind};
 use crate::gpu::pci::PciAddress;
 
 /// Where the package puts what says whether the node is ready.
-const READY_SCRIPT: &str = "/opt/flower/scripts/health-check.sh";
+pub const READY_SCRIPT: &str = "/opt/flower/scripts/health-check.sh";
 /// What OVMF_UEFIS of OpenNebula 6.10 has by default.
 const UEFI_PATH: &str = "/usr/share/OVMF/OVMF_CODE.fd";
 /// The types of user inputs (src/cli/one_helper.rb of OpenNebula/one).
@@ -30,8 +31,11 @@ const INPUT_TYPES: &[&str] = &[
     "fixed",
 ];
 
-/// Checks the text of a template.
+/// Checks the text of a VM template, or of a service template of OneFlow, which is JSON.
 pub fn judge(text: &str) -> Vec<Check> {
+    if text.trim_start().starts_with('{') {
+        return service::judge(text);
+    }
     let attributes = match parse(text) {
         Ok(attributes) => attributes,
         Err(error) => {
@@ -93,9 +97,15 @@ impl Template {
 
     /// Whether this VM is to use a GPU: it asks for one, or its node does.
     fn wants_gpu(&self) -> bool {
-        let asked = ["FL_GPU_ENABLED", "ONEAPP_FL_GPU_ENABLED"].into_iter().find_map(|name| self.pair("CONTEXT", name));
-        asked.is_some_and(|pair| is_reference(&pair.value) || parse_yes_no(pair.value.trim()) == Ok(true))
-            || self.vectors("PCI").any(|pci| !is_nic(pci))
+        self.gpu_is(true) || self.pci_count() > 0
+    }
+
+    /// Whether CONTEXT switches the GPU on, or off; a reference counts as on.
+    fn gpu_is(&self, on: bool) -> bool {
+        ["FL_GPU_ENABLED", "ONEAPP_FL_GPU_ENABLED"]
+            .iter()
+            .filter_map(|name| self.pair("CONTEXT", name))
+            .any(|pair| parse_yes_no(pair.value.trim()) == Ok(on) || (on && is_reference(&pair.value)))
     }
 
     /// Of two keys of one name in brackets OpenNebula keeps the first.
@@ -212,6 +222,9 @@ impl Template {
         if let Some(misplaced) = self.single("PCI") {
             let finding = "PCI is not a vector: OpenNebula passes nothing through";
             return vec![Check::error("pci", finding, FIX).at(misplaced.place.line)];
+        }
+        if devices.is_empty() && self.gpu_is(false) {
+            return vec![Check::ok("pci", "no PCI attribute, and FL_GPU_ENABLED is NO: a node on the CPU")];
         }
         if devices.is_empty() {
             let finding = "there is no PCI attribute: this VM gets no GPU";
@@ -357,7 +370,7 @@ impl Template {
             let finding = "CONTEXT has no NETWORK=\"YES\": the VM's network cards get no address";
             checks.push(Check::warning("context-network", finding, "CONTEXT=[NETWORK=\"YES\"]").at(line));
         }
-        if self.pci_count() > 0 && !self.gpu_is_enabled() {
+        if self.pci_count() > 0 && !self.gpu_is(true) {
             let finding = "the VM gets a PCI device, and FL_GPU_ENABLED is not YES: the node would train on the CPU";
             checks.push(Check::warning("context-gpu", finding, "CONTEXT=[FL_GPU_ENABLED=\"YES\"]").at(line));
         }
@@ -366,13 +379,6 @@ impl Template {
 
     fn pci_count(&self) -> usize {
         self.vectors("PCI").filter(|pci| !is_nic(pci)).count()
-    }
-
-    fn gpu_is_enabled(&self) -> bool {
-        ["FL_GPU_ENABLED", "ONEAPP_FL_GPU_ENABLED"]
-            .iter()
-            .filter_map(|name| self.pair("CONTEXT", name))
-            .any(|pair| is_reference(&pair.value) || parse_yes_no(pair.value.trim()) == Ok(true))
     }
 
     /// The agent's variables in CONTEXT, by the table that the agent itself reads them by.
@@ -579,6 +585,13 @@ fn judge_input(pair: &Pair) -> Option<Check> {
     if !INPUT_TYPES.contains(&kind) {
         return wrong(format!("'{}' is no type of a user input ({})", shown(kind), INPUT_TYPES.join(", ")));
     }
+    // There is no default then that an empty answer could stand for (parse_user_inputs of src/cli/one_helper.rb).
+    if fields.len() == 3 && need == "O" && (kind.starts_with("number") || kind == "text64") {
+        let fate = if kind == "text64" { "dies of it" } else { "asks again for ever" };
+        let finding = format!("{name}: left empty, onetemplate instantiate {fate}, for a {kind} needs five fields");
+        let fix = format!("{name}=\"O|{kind}|{}| |\"", shown(fields[2]));
+        return Some(Check::warning("user-input", finding, fix));
+    }
     let (parameters, default) =
         (fields.get(3).copied().unwrap_or_default(), fields.get(4).copied().unwrap_or_default());
     if kind == "boolean" && parse_yes_no(default).is_err() {
@@ -602,7 +615,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::cli::variables::as_user_inputs;
+    use crate::cli::templates::{Node, vm_template};
 
     const GOOD: &str = r#"# A SuperNode on one GPU
 NAME="supernode"
@@ -719,6 +732,9 @@ INPUTS_ORDER="FL_GPU_ENABLED"
         one(INPUT, "O|boolean|Use the GPU", Error, "user-input", 17, "a boolean needs a default");
         one(INPUT, "O|boolean|Use the GPU| ", Error, "user-input", 17, "it has 4 fields");
         one(INPUT, "X|boolean|Use the GPU| |YES", Error, "user-input", 17, "must be M");
+        let number = "O|number|Use the GPU";
+        one(INPUT, number, Warning, "user-input", 17, "left empty, onetemplate instantiate asks again for ever");
+        one(INPUT, "O|text64|Use the GPU", Warning, "user-input", 17, "dies of it");
         one(INPUT, "O|bool|Use the GPU| |YES", Error, "user-input", 17, "no type");
         one(INPUT, "O|list|Use the GPU||", Error, "user-input", 17, "options");
         one(INPUT, "O|text|Use the GPU| |maybe", Error, "user-input", 17, "FL_GPU_ENABLED='maybe'");
@@ -734,11 +750,12 @@ INPUTS_ORDER="FL_GPU_ENABLED"
     }
 
     #[test]
-    fn the_user_inputs_that_the_agent_prints_are_right() {
-        let printed = as_user_inputs();
-        let wrong: Vec<_> =
-            bad(&printed).into_iter().filter(|(level, id, ..)| (*level, *id) == (Level::Error, "user-input")).collect();
-        assert_eq!(wrong, []);
+    fn what_the_agent_prints_for_a_template_is_right() {
+        for node in [Node::Gpu, Node::Cpu] {
+            let found = bad(&vm_template(node));
+            let wrong = found.iter().filter(|(_, id, ..)| !matches!(*id, "machine" | "firmware" | "cpu-model" | "pci"));
+            assert_eq!(wrong.collect::<Vec<_>>(), Vec::<&(Level, &str, Option<usize>, String)>::new());
+        }
     }
 
     #[test]

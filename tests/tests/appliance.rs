@@ -1,0 +1,218 @@
+//! The marketplace appliance: its appliance.sh is run, in mounts of its own, by a stand-in for the frame of one-apps and among
+//! stand-ins for the programs it calls; its other files are read as those read them who use them.
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by a panic, and says what it skips"
+)]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::PATIENCE;
+use supernode_tests::{Output, Sandbox, run};
+
+/// What /etc/one-appliance/service does with appliance.sh (`$2`, stage `$3`), as far as it can be seen from there. What the
+/// appliance writes to is copied to the folder `$1` in the end. Nothing of this machine is written to.
+const FRAME: &str = r#"
+set -e
+umask 0077
+for folder in /opt /etc/apt /var/lib/apt; do mount -t tmpfs tmpfs "$folder"; done
+mkdir -p /opt/one-appliance /etc/apt/sources.list.d
+[ -e "$1/no-package" ] || echo deb >/opt/one-appliance/supernode-agent.deb
+printf '%s\n' 'Types: deb' 'Components: main' >/etc/apt/sources.list.d/debian.sources
+echo 'deb http://debian trixie main' >/etc/apt/sources.list
+msg() {
+    printf '%s: %s\n' "$1" "${*:2}"
+    [ "$1" != error ]
+}
+default_service_help() {
+    printf '%s\n' "${ONE_SERVICE_PARAMS[@]}"
+}
+ONE_SERVICE_REPORT=$1/config
+PATH=$1/bin:$PATH
+. "$2"
+trap 'service_cleanup; cp -r /opt /etc/apt "$1"' EXIT
+"service_$3" 2>&1
+"#;
+
+/// Writes down how it was called, and answers as the program would.
+const PROGRAM: &str = r#"#!/bin/bash
+of=$(dirname "$(dirname "$0")")
+call="${0##*/} $*"
+echo "$call" >>"$of/calls"
+case $call in
+curl*) while [ "$1" != -o ]; do shift; done; echo key >"$2" ;;
+'supernode-agent status --ready') [ -e "$of/ready" ] || { echo 'it does not run'; exit 1; } ;;
+'supernode-agent status') echo 'Container  flower-supernode runs' ;;
+'supernode-agent --version') echo 'supernode-agent 1.2.3' ;;
+'systemctl is-active '*) echo active ;;
+'systemctl is-failed '*) [ -e "$of/failed" ] ;;
+'systemctl reload-or-restart '*) [ ! -e "$of/failed" ] ;;
+sleep*) touch "$of/ready" ;;
+esac
+"#;
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/marketplace/appliances/flower-supernode")
+}
+
+struct Appliance(Sandbox);
+
+impl Appliance {
+    fn new() -> Self {
+        let appliance = Self(Sandbox::new("appliance"));
+        let program = appliance.0.write("bin/program", PROGRAM);
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        for name in ["apt-get", "curl", "docker", "sleep", "supernode-agent", "systemctl"] {
+            symlink("program", appliance.0.join("bin").join(name)).unwrap();
+        }
+        appliance
+    }
+
+    /// With this file in its folder.
+    fn with(self, file: &str) -> Self {
+        self.0.write(file, "");
+        self
+    }
+
+    /// Runs a stage; nothing where there are no mounts of one's own.
+    #[track_caller]
+    fn run(&self, stage: &str, environment: &[(&str, &str)]) -> Option<Output> {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "bash", "-c", FRAME, "frame"]).arg(self.0.path()).arg(folder().join("appliance.sh"));
+        let output = run(command.arg(stage).envs(environment.iter().copied()), PATIENCE);
+        if output.stderr.contains("unshare failed") || output.stderr.contains("permission denied") {
+            println!("SKIPPED: no mount namespace of one's own here: {}", output.stderr.trim());
+            return None;
+        }
+        Some(output)
+    }
+
+    fn read(&self, file: &str) -> String {
+        fs::read_to_string(self.0.join(file)).unwrap_or_default()
+    }
+
+    fn calls(&self) -> Vec<String> {
+        self.read("calls").lines().map(str::to_owned).collect()
+    }
+}
+
+#[test]
+fn the_build_installs_docker_the_package_and_a_flower_image_and_starts_no_node() {
+    let appliance = Appliance::new();
+    let Some(output) = appliance.run("install", &[("FLOWER_VERSION", "1.30.0")]) else { return };
+    output.expect_success();
+    assert_eq!(
+        appliance.calls(),
+        [
+            "apt-get update -q",
+            "apt-get install -q -y docker.io ca-certificates curl",
+            "systemctl mask --runtime flower-supernode.service",
+            "apt-get install -q -y --no-install-recommends /opt/one-appliance/supernode-agent.deb",
+            "docker pull flwr/supernode:1.30.0",
+            "apt-get clean",
+        ]
+    );
+    assert_eq!(appliance.read("opt/flower/PREBAKED_VERSION"), "1.30.0\n");
+    assert_eq!(appliance.read("opt/flower/PREBAKED_FRAMEWORK"), "base\n");
+    assert!(!appliance.0.join("opt/one-appliance/supernode-agent.deb").exists());
+}
+
+#[test]
+fn nvidia_is_installed_where_it_is_asked_for() {
+    let appliance = Appliance::new();
+    let Some(output) = appliance.run("install", &[("NVIDIA", "YES")]) else { return };
+    output.expect_success();
+    let nvidia = appliance.calls().into_iter().find(|call| call.contains("nvidia-driver")).unwrap();
+    assert!(nvidia.contains(" nvidia-container-toolkit") && nvidia.contains(" linux-headers-amd64"), "{nvidia}");
+    let components = "main contrib non-free non-free-firmware\n";
+    assert!(appliance.read("apt/sources.list.d/debian.sources").ends_with(&format!("Components: {components}")));
+    assert!(appliance.read("apt/sources.list").ends_with(&format!(" trixie {components}")));
+    // As the agent's fix has it.
+    let list = appliance.read("apt/sources.list.d/nvidia-container-toolkit.list");
+    let catalogue = fs::read_to_string(folder().join("../../../../agent/src/gpu/reason.rs")).unwrap();
+    assert!(list.starts_with("deb ") && catalogue.contains(list.trim()), "{list}");
+    assert_eq!(appliance.read("apt/keyrings/nvidia-container-toolkit.asc"), "key\n");
+}
+
+#[test]
+fn a_build_without_the_package_says_so_before_it_does_anything() {
+    let appliance = Appliance::new().with("no-package");
+    let Some(output) = appliance.run("install", &[]) else { return };
+    assert_eq!(output.code, Some(1));
+    assert!(
+        output.stdout.contains("error: there is no package at /opt/one-appliance/supernode-agent.deb"),
+        "{output:?}"
+    );
+    assert_eq!(appliance.calls(), Vec::<String>::new());
+}
+
+#[test]
+fn a_boot_lets_the_agent_work_waits_for_the_node_and_writes_the_report() {
+    let appliance = Appliance::new();
+    let Some(output) = appliance.run("configure", &[]) else { return };
+    output.expect_success();
+    assert_eq!(appliance.calls()[0], "systemctl reload-or-restart flower-supernode.service");
+    fs::remove_file(appliance.0.join("config")).unwrap();
+    appliance.run("bootstrap", &[]).unwrap().expect_success();
+    let ready = appliance.calls().iter().filter(|call| *call == "supernode-agent status --ready").count();
+    assert_eq!(ready, 2, "asked again after a pause");
+    assert_eq!(
+        appliance.read("config"),
+        "[Flower SuperNode]\nunit = active\nagent = supernode-agent 1.2.3\nContainer  flower-supernode runs\n"
+    );
+    assert_eq!(fs::metadata(appliance.0.join("config")).unwrap().permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn a_node_that_does_not_start_is_a_failed_bootstrap_with_its_reason_and_a_report() {
+    for (file, environment) in [("failed", vec![]), ("slow", vec![("READY_SECONDS", "0")])] {
+        let appliance = Appliance::new().with(file);
+        let Some(output) = appliance.run("configure", &[]) else { return };
+        output.expect_success();
+        let output = appliance.run("bootstrap", &environment).unwrap();
+        assert_eq!(output.code, Some(1), "{output:?}");
+        assert!(output.stdout.contains("error: the SuperNode does not run: it does not run"), "{output:?}");
+        assert!(appliance.read("config").starts_with("[Flower SuperNode]\n"));
+    }
+}
+
+#[test]
+fn the_help_names_the_parameters() {
+    let Some(output) = Appliance::new().run("help", &[]) else { return };
+    let help = output.expect_success();
+    assert!(help.contains("ONEAPP_FL_GPU_ENABLED\nconfigure\n") && help.contains("GPU's memory"), "{help}");
+}
+
+#[test]
+fn the_marketplace_can_read_every_file() {
+    const READ: &str = r##"
+require "yaml"
+folder = ARGV.fetch(0)
+yaml = Dir["#{folder}/*.yaml"].to_h { |file| [File.basename(file), YAML.load_file(file)] }
+tests = yaml.fetch("tests.yaml")
+abort "tests.yaml is not the list of tests/" unless tests.sort == Dir.children("#{folder}/tests").sort
+tests.each { |test| abort "#{test}: bad Ruby" unless system("ruby", "-c", "#{folder}/tests/#{test}", out: File::NULL) }
+app = yaml.fetch("metadata.yaml").fetch(:app)
+abort "another name" unless app.fetch(:name) == File.basename(File.realpath(folder))
+description = yaml.find { |name, _| name =~ /\A\h{8}(-\h{4}){3}-\h{12}\.yaml\z/ }.last
+template = description.fetch("opennebula_template")
+inputs = template.fetch("user_inputs")
+abort "INPUTS_ORDER" unless template["inputs_order"].downcase.split(",") == inputs.keys
+abort "five fields" unless inputs.values.all? { |input| input.split("|", -1).size == 5 }
+abort "context" unless inputs.keys.all? { |name| template["context"][name] == "$#{name.upcase}" }
+abort "test parameters" unless app[:context][:params].keys.all? { |name| inputs.key?("oneapp_#{name}".downcase) }
+abort "logo" unless File.exist?("#{folder}/../../logos/#{description["logo"]}")
+"##;
+    if Command::new("ruby").arg("--version").output().is_err() {
+        println!("SKIPPED: there is no ruby, which the marketplace's tests are written in");
+        return;
+    }
+    run(Command::new("ruby").args(["-e", READ]).arg(folder()), PATIENCE).expect_success();
+}
