@@ -32,7 +32,7 @@ make_once() {
     mv -T "$part" "$made"
 }
 make_torch() {
-    # The distribution's own archive, as this machine reaches it; Ubuntu's has no trixie.
+    # The distribution's own archive, as this machine reaches it.
     local mirror
     mirror=$(awk '/^URIs:/ { print $2; exit } /^deb / { print $2; exit }' /etc/apt/sources.list.d/debian.sources \
         /etc/apt/sources.list 2>/dev/null || true)
