@@ -20,7 +20,7 @@ lint) wanted=(cc shellcheck) ;;
 deb) wanted=(cc dpkg-deb) ;;
 image) wanted=(cc dpkg-deb mmdebstrap ip nsenter mke2fs sfdisk mkfs.vfat mmd qemu-img) ;;
 test-image) wanted=(qemu-system-x86_64 xorriso) ;;
-test-images) wanted=(dockerd docker mmdebstrap) ;;
+test-images) wanted=(dockerd docker ip mmdebstrap) ;;
 *)
     echo "usage: install-tools.sh demo|test|lint|deb|image|test-image|test-images" >&2
     exit 2

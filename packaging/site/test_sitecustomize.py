@@ -59,7 +59,8 @@ class Hook(unittest.TestCase):
 
     def python(self, program, **env):
         env = {"PYTHONPATH": f"{HERE}{os.pathsep}{self.folder}", "PATH": os.environ["PATH"], **env}
-        done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=env, capture_output=True, text=True, timeout=60)
+        command = [sys.executable, "-c", textwrap.dedent(program)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
         self.assertEqual(done.returncode, 0, done.stderr)
         return done
 

@@ -22,25 +22,29 @@ fail() {
 }
 
 work=$(mktemp -d)
-dockerd_pid=''
+dockerd_pid='' bridge=sn-img-$$
 clean_up() {
     if [ -n "$dockerd_pid" ]; then
         kill "$dockerd_pid" 2>/dev/null || true
         wait "$dockerd_pid" 2>/dev/null || true
     fi
+    ip link del "$bridge" 2>/dev/null || true
     grep -F " $work/" /proc/self/mounts | cut -d' ' -f2 | sort -r | xargs -r umount -l 2>/dev/null || true
     rm -rf --one-file-system "$work"
 }
 trap clean_up EXIT
 
 say "an engine in $work"
-# In the machine's own network namespace, for pip; it makes no bridge and no rule there. What it writes to /etc goes to $work.
+# In the machine's own network namespace, for pip, with a bridge of its own, for `--bridge none` takes docker0 from the
+# machine's engine, and no rules. What it writes to /etc goes to $work.
+ip link add "$bridge" type bridge
+ip addr add 192.0.2.1/24 dev "$bridge"
 mkdir "$work/etc" "$work/etc-work"
 echo '{}' >"$work/daemon.json"
 # shellcheck disable=SC2016
 unshare --mount sh -ec 'mount -t overlay etc -o lowerdir=/etc,upperdir="$0/etc",workdir="$0/etc-work" /etc
     exec dockerd "$@"' "$work" --config-file "$work/daemon.json" --data-root "$work/data" --exec-root "$work/exec" \
-    --pidfile "$work/docker.pid" --host "unix://$work/docker.sock" --bridge none --iptables=false --ip6tables=false \
+    --pidfile "$work/docker.pid" --host "unix://$work/docker.sock" --bridge "$bridge" --iptables=false --ip6tables=false --ip-forward=false \
     --containerd-namespace "images-$$" --containerd-plugins-namespace "images-$$-plugins" >"$work/dockerd.log" 2>&1 &
 dockerd_pid=$!
 export DOCKER_HOST=unix://$work/docker.sock
@@ -65,27 +69,27 @@ as_the_agent() {
 }
 mib() { echo $(($(docker image inspect --format '{{.Size}}' "$1") / 1024 / 1024)); }
 for framework in "${frameworks[@]}"; do
-    variant=cpu
     case $framework in
     base) image=flwr/supernode:$FLOWER program='import flwr as framework' ;;
     sklearn) image=flower-supernode-sklearn:$FLOWER program='import sklearn as framework, sklearn.linear_model' ;;
     tensorflow) image=flower-supernode-tensorflow:$FLOWER program='import tensorflow as framework' ;;
     pytorch) image=flower-supernode-pytorch:$FLOWER program='import torch as framework' ;;
     esac
-    "$top/packaging/images/build.sh" "$framework" "$variant" --network host >"$work/build-$framework.log" 2>&1 ||
+    PIP_TRUSTED_HOST="${PIP_TRUSTED_HOST:-} index.invalid" "$top/packaging/images/build.sh" "$framework" cpu --network host \
+        >"$work/build-$framework.log" 2>&1 ||
         fail "$image was not built"
     version=$(as_the_agent "$image" --version) || fail "$image: flower-supernode --version"
     [[ $version == *"$FLOWER"* ]] || fail "$image has $version"
     program+='
-import os, sys, importlib.metadata
+import flwr, os
 assert (os.getuid(), os.getgid(), os.getcwd()) == (49999, 49999, "/app")
-source = importlib.import_module("flwr").__file__
-cached = importlib.util.cache_from_source(source)
-assert int.from_bytes(open(cached, "rb").read(12)[8:], "little") == int(os.stat(source).st_mtime), "stale .pyc"
-print(framework.__name__, framework.__version__ if hasattr(framework, "__version__") else "")'
+# A .pyc file is used where it has the time of its source.
+with open(flwr.__cached__, "rb") as cached:
+    assert int.from_bytes(cached.read(12)[8:], "little") == int(os.stat(flwr.__file__).st_mtime)
+print(framework.__name__, framework.__version__)'
     has=$(as_the_agent --entrypoint python3 "$image" -c "$program") || fail "$image: its framework"
     [ -z "$(docker run --rm --network none --user 0 --entrypoint find "$image" /root /tmp /app -name '*pip*')" ] ||
         fail "$image has a cache in it"
-    ! docker history --no-trunc "$image" | grep -q PIP_ || fail "$image tells with which index it was built"
+    ! docker history --no-trunc "$image" | grep -q index.invalid || fail "$image tells with which index it was built"
     say "$image: $version, $has, $(mib "$image") MiB, of them $(mib "$BASE") the base"
 done
