@@ -3,10 +3,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help build deb image demo test test-image fmt lint deny clean
+.PHONY: help build deb image demo test test-image test-images fmt lint deny clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## the agent, as it is shipped
 	cargo build --release --locked -p supernode-agent
@@ -27,6 +27,10 @@ test: ## all tests; what is skipped is printed with the reason
 test-image: image ## that very QCOW2, booted under UEFI
 	@packaging/install-tools.sh test-image
 	@tests/machines/test-image.sh "$${CARGO_TARGET_DIR:-target}/image/supernode-base.qcow2"
+
+test-images: ## the framework images base and sklearn, built without a registry and run as the agent runs them
+	@packaging/install-tools.sh test-images
+	@tests/scripts/test-images.sh
 
 fmt: ## format the code
 	cargo fmt --all

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the demo, the tests or CI need and this machine lacks, by package name, after saying so.
 #
-#   install-tools.sh demo|test|lint|deb|image|test-image
+#   install-tools.sh demo|test|lint|deb|image|test-image|test-images
 set -euo pipefail
 
 # What is looked for, and the package that brings it (Debian and Ubuntu).
@@ -20,8 +20,9 @@ lint) wanted=(cc shellcheck) ;;
 deb) wanted=(cc dpkg-deb) ;;
 image) wanted=(cc dpkg-deb mmdebstrap ip nsenter mke2fs sfdisk mkfs.vfat mmd qemu-img) ;;
 test-image) wanted=(qemu-system-x86_64 xorriso) ;;
+test-images) wanted=(dockerd docker ip mmdebstrap) ;;
 *)
-    echo "usage: install-tools.sh demo|test|lint|deb|image|test-image" >&2
+    echo "usage: install-tools.sh demo|test|lint|deb|image|test-image|test-images" >&2
     exit 2
     ;;
 esac
@@ -36,6 +37,8 @@ for tool in "${wanted[@]}"; do
 done
 # Firmware is no program.
 [ "$1" != test-image ] || [ -e /usr/share/OVMF/OVMF_CODE_4M.fd ] || missing+=(ovmf)
+# Nor is what Debian takes out of Python.
+[ "$1" != test ] || python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 [ ${#missing[@]} -gt 0 ] || exit 0
 mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
 

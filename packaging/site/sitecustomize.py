@@ -1,14 +1,14 @@
 """Makes PyTorch and TensorFlow keep to FL_GPU_MEMORY_FRACTION, in a ClientApp that knows nothing of it.
 
 supernode-agent mounts this folder into the container and puts it on PYTHONPATH. Python imports `sitecustomize` at every
-start; nothing is done then but to wait for the first import of a framework. The limit is applied without creating a CUDA
-context, and is soft: the context itself (some hundred MiB) is not counted.
+start; nothing is done then but to wait for the first import of a framework, and at the import nothing but to wait until the
+framework itself turns to the GPUs: what forks before that can use CUDA in its children. The limit is soft: CUDA's context
+(some hundred MiB) is not counted.
 """
 
-import importlib.machinery
-import importlib.util
 import os
 import sys
+from importlib.machinery import PathFinder
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 
@@ -17,24 +17,66 @@ def _say(text):
     print(f"supernode-agent: {text}", file=sys.stderr, flush=True)
 
 
+def _attempt(name, step, *arguments):
+    """The ClientApp must run all the same, and somebody must hear of it."""
+    try:
+        step(*arguments)
+    except Exception as error:
+        _say(f"FL_GPU_MEMORY_FRACTION could not be applied to {name}: {error!r}")
+
+
 def _limit_torch(torch, fraction):
     def limit():
-        # Runs when CUDA is initialised, or now if it is: devices can be counted then.
-        for index in range(torch.cuda.device_count()):
+        count = torch.cuda.device_count()
+        for index in range(count):
             torch.cuda.set_per_process_memory_fraction(fraction, index)
+        _say(f"PyTorch {torch.__version__} takes at most {fraction:g} of the memory of each GPU ({count} of them)")
 
-    torch.cuda._lazy_call(limit)
-    _say(f"PyTorch {torch.__version__} will take at most {fraction:g} of the memory of each GPU")
+    # Runs when CUDA is initialised, or now if it is. What it raises would keep CUDA from coming up.
+    torch.cuda._lazy_call(lambda: _attempt("torch", limit))
+    if not torch.backends.cuda.is_built():
+        _say(f"PyTorch {torch.__version__} is a build without CUDA: it will not use the GPU")
 
 
 def _limit_tensorflow(tensorflow, _fraction):
     limits = [int(part) for part in os.environ.get("FL_GPU_MEMORY_LIMITS_MIB", "").split(",") if part]
-    gpus = tensorflow.config.list_physical_devices("GPU")
-    for gpu, limit in zip(gpus, limits):
-        if limit > 0:
-            part = tensorflow.config.LogicalDeviceConfiguration(memory_limit=limit)
-            tensorflow.config.set_logical_device_configuration(gpu, [part])
-            _say(f"TensorFlow {tensorflow.__version__} will take at most {limit} MiB of {gpu.name}")
+    config = tensorflow.config
+    limited = []
+
+    def limit():
+        gpus = config.list_physical_devices("GPU")
+        for gpu, mib in zip(gpus, limits):
+            if mib > 0:
+                config.set_logical_device_configuration(gpu, [config.LogicalDeviceConfiguration(memory_limit=mib)])
+                limited.append(gpu)
+                _say(f"TensorFlow {tensorflow.__version__} takes at most {mib} MiB of {gpu.name}")
+        if not gpus:
+            _say(f"TensorFlow {tensorflow.__version__} sees no GPU")
+
+    # A GPU with a limit refuses `set_memory_growth`, which many ClientApps call. It grows all the same: the agent sets
+    # TF_FORCE_GPU_ALLOW_GROWTH.
+    set_memory_growth = config.experimental.set_memory_growth
+
+    def set_memory_growth_where_free(device, enable):
+        config.list_physical_devices("GPU")  # Sets the limits, if nothing has yet.
+        if device not in limited:
+            set_memory_growth(device, enable)
+
+    config.experimental.set_memory_growth = set_memory_growth_where_free
+
+    # TensorFlow lists its devices before it uses one, and that initialises CUDA.
+    context = getattr(sys.modules.get("tensorflow.python.eager.context"), "Context", None)
+    list_devices = getattr(context, "_initialize_physical_devices", None)
+    if list_devices is None:  # A release that is made otherwise inside: better too early than never.
+        limit()
+        return
+
+    def list_devices_and_limit(self, *arguments, **keywords):
+        context._initialize_physical_devices = list_devices
+        list_devices(self, *arguments, **keywords)
+        _attempt("tensorflow", limit)
+
+    context._initialize_physical_devices = list_devices_and_limit
 
 
 class _Watcher:
@@ -65,10 +107,7 @@ class _Watcher:
 
         def execute_and_limit(module):
             execute(module)
-            try:
-                step(module, self.fraction)
-            except Exception as error:  # The ClientApp must run all the same, and somebody must hear of it.
-                _say(f"FL_GPU_MEMORY_FRACTION could not be applied to {module.__name__}: {error!r}")
+            _attempt(module.__name__, step, module, self.fraction)
 
         loader.exec_module = execute_and_limit
 
@@ -86,9 +125,11 @@ def _start():
 def _run_the_next_sitecustomize():
     """The image's own sitecustomize, which ours hides, runs as if ours were not there."""
     others = [entry for entry in sys.path if os.path.abspath(entry or os.curdir) != _FOLDER]
-    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)
+    spec = PathFinder.find_spec("sitecustomize", others)
     if spec is None or spec.loader is None:
         return
+    import importlib.util  # A millisecond, for the few images that have one.
+
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
