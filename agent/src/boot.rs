@@ -25,6 +25,7 @@ use crate::gpu::reason::one_line;
 use crate::gpu::verdict::Verdict;
 use crate::journal;
 use crate::lock::{Lock, LockError};
+use crate::metrics;
 use crate::partition::{self, Keeper, Partition};
 use crate::plan::{self, Machine};
 use crate::report::Reporter;
@@ -261,8 +262,20 @@ fn gate_of(cloud: &Result<Cloud, String>) -> Gate<'_> {
     cloud.as_ref().map(Cloud::gate).map_err(String::as_str)
 }
 
-/// Brings the node up and keeps it up, until something new asks for the story from its beginning.
+/// The node's life, with the page of its metrics beside it.
 async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
+    let Some(address) = wish.settings.metrics.address() else {
+        return live_alone(wish, reporter).await;
+    };
+    let page = Rc::clone(&reporter);
+    tokio::select! {
+        lived = live_alone(wish, reporter) => lived,
+        never = metrics::serve::serve(address, || page.page()) => match never {},
+    }
+}
+
+/// Brings the node up and keeps it up, until something new asks for the story from its beginning.
+async fn live_alone(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
     let Wish { config, settings, cloud } = wish;
     let starting = LongStep::begin();
     reporter.publish_by(cloud.as_ref().ok());
@@ -316,7 +329,7 @@ async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
     };
     let container = node.bring_up(&engine).await?;
     drop(starting);
-    node.report_running();
+    node.report_running(&container);
     Ok(node.supervise(engine, container).await?)
 }
 

@@ -26,6 +26,7 @@ pub mod gpu;
 pub mod health;
 pub mod journal;
 pub mod lock;
+pub mod metrics;
 pub mod partition;
 pub mod plan;
 pub mod report;

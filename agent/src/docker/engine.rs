@@ -204,7 +204,7 @@ pub struct Container {
 
 impl Container {
     /// When it was started last, to the second.
-    fn started(&self) -> Option<SystemTime> {
+    pub fn started(&self) -> Option<SystemTime> {
         // The fraction of the second has as many digits as Docker likes.
         let second = DateTime::from_str(&format!("{}Z", self.started_at.get(..19)?)).ok()?;
         Some(second.to_system_time())
