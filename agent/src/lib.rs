@@ -19,6 +19,7 @@ pub mod cli;
 pub mod cloud;
 pub mod config;
 pub mod connection;
+pub mod dcgm;
 pub mod distribution;
 pub mod docker;
 pub mod flower;

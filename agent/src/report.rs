@@ -7,13 +7,14 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
+use tokio::sync::watch;
 
 use crate::atomic;
 use crate::cloud::{Cloud, News, Publisher};
 use crate::distribution::Distribution;
 use crate::docker::engine::Container;
 use crate::gpu::reason::one_line;
-use crate::gpu::verdict::Verdict;
+use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::journal;
 use crate::metrics::{self, Values};
 use crate::partition::Partition;
@@ -41,6 +42,9 @@ pub struct Report {
     /// The share of the data that the service has for it.
     #[serde(default)]
     pub partition: Option<Partition>,
+    /// How the DCGM exporter is doing, where one is wanted.
+    #[serde(default)]
+    pub exporter: Option<String>,
 }
 
 impl Report {
@@ -61,6 +65,7 @@ pub struct Reporter {
     report: RefCell<Report>,
     news: RefCell<News>,
     values: RefCell<Values>,
+    gpus_in_use: watch::Sender<Vec<GpuDevice>>,
     publisher: RefCell<Option<Publisher>>,
     /// What is waited for beside the rest, once something is.
     waiting: RefCell<Option<String>>,
@@ -78,6 +83,7 @@ impl Reporter {
             report,
             news: RefCell::default(),
             values: RefCell::default(),
+            gpus_in_use: watch::Sender::default(),
             publisher: RefCell::default(),
             waiting: RefCell::default(),
             rest_is_ready: Cell::default(),
@@ -159,11 +165,33 @@ impl Reporter {
     /// What the node runs on, and what it connects to.
     pub fn decided(&self, verdict: &Verdict, distribution: Distribution, superlink: &SuperLink) {
         self.metrics(|values| values.decided(verdict));
+        self.uses(verdict.devices());
         self.keep(|report| {
             report.verdict = verdict.to_json(distribution);
             report.superlink = Some(superlink.address.to_string());
             report.partition = superlink.partition;
         });
+    }
+
+    /// The GPUs that are in use. None while a GPU that failed is to be left alone: one that is in use cannot be reset.
+    pub fn uses(&self, devices: &[GpuDevice]) {
+        self.gpus_in_use.send_if_modified(|in_use| {
+            let changes = in_use != devices;
+            if changes {
+                *in_use = devices.to_vec();
+            }
+            changes
+        });
+    }
+
+    /// The GPUs that are in use, for who wants to hear of a change.
+    pub fn gpus_in_use(&self) -> watch::Receiver<Vec<GpuDevice>> {
+        self.gpus_in_use.subscribe()
+    }
+
+    /// How the DCGM exporter is doing; `None` where none is wanted.
+    pub fn exporter(&self, exporter: Option<String>) {
+        self.keep(|report| report.exporter = exporter.map(|text| one_line(&text)));
     }
 
     /// Whether the node is connected to its SuperLink.

@@ -175,6 +175,13 @@ pub struct DcgmSettings {
     pub listen: String,
 }
 
+impl DcgmSettings {
+    /// Where the exporter is; settings that were read have one.
+    pub fn address(&self) -> Option<SocketAddr> {
+        address(&self.listen)
+    }
+}
+
 /// `127.0.0.1:9400`, `[::1]:9400`: an address and no name, for what a name stands for may change, and a port that is known.
 fn address(text: &str) -> Option<SocketAddr> {
     text.parse().ok().filter(|address: &SocketAddr| address.port() != 0)
@@ -385,7 +392,7 @@ impl Settings {
             ),
             (
                 "dcgm.listen",
-                address(&dcgm.listen).is_some(),
+                dcgm.address().is_some(),
                 format!("{:?}", dcgm.listen),
                 "must be an IP address and a port from 1 to 65535, as 127.0.0.1:9400 or [::1]:9400",
             ),
