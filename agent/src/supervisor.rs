@@ -707,6 +707,7 @@ impl Node {
         journal::warn_tried_again(finding, self.distribution);
         self.reporter.down();
         self.reporter.doing(&format!("The GPU failed, trying it again: {}", finding.summary));
+        self.reporter.uses(&[]);
         life.watch.begin_anew();
         if let Err(error) = engine.stop(&container.id, self.settings.container.stop_timeout).await {
             tracing::warn!("the container does not stop: {}", journal::error_chain(&error));
