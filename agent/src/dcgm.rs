@@ -185,9 +185,6 @@ impl Exporter {
     /// Removes the container, where there is one of ours.
     async fn keep_away(&self, why: &str) -> Infallible {
         self.reporter.exporter(None);
-        if self.config.dcgm_enabled && self.config.gpu_enabled {
-            tracing::info!("FL_DCGM_ENABLED is idle: {why}");
-        }
         let mut pause = FIRST_PAUSE;
         while let Err(error) = self.take_away(why).await {
             tracing::debug!("the DCGM exporter cannot be removed: {}", error_chain(&error));
@@ -201,6 +198,9 @@ impl Exporter {
         let engine = Engine::connect(&self.settings.docker.socket).await?;
         let found = engine.find_container(&name_of(&self.settings)).await?;
         let Some(ours) = found.filter(|container| container.spec_hash().is_some()) else {
+            if self.config.dcgm_enabled && self.config.gpu_enabled {
+                tracing::info!("FL_DCGM_ENABLED is idle: {why}");
+            }
             return Ok(());
         };
         tracing::info!("removing the DCGM exporter: {why}");
