@@ -145,8 +145,8 @@ impl Exporter {
             let why = error_chain(&error);
             self.reporter.exporter(Some(format!("does not run: {why}")));
             match error {
-                // The node's supervisor tells of an engine that is away.
-                Trouble::Engine(EngineError::Unreachable { .. }) => {}
+                // Of an engine that is away the node's supervisor tells, and one that somebody has removed is made anew.
+                Trouble::Engine(EngineError::Unreachable { .. }) | Trouble::Ended(None) => {}
                 _ if told => tracing::debug!("the DCGM exporter {name} does not run: {why}"),
                 _ => {
                     tracing::warn!(

@@ -20,7 +20,7 @@ const MOST_XIDS: usize = 1024;
 pub struct Values {
     /// Whether the container runs.
     pub up: bool,
-    /// Whether Flower is connected to the SuperLink, and since when that is so.
+    /// Whether Flower is connected to the SuperLink.
     pub connected: bool,
     /// When that changed last.
     pub connection_changed: Option<SystemTime>,
