@@ -255,6 +255,20 @@ fn an_exporter_that_ends_is_started_again_and_warned_of_once() {
 }
 
 #[test]
+fn the_exporter_comes_back_with_an_engine_that_crashed_and_without_a_warning_of_its_own() {
+    let Some((mut engine, case)) = with_exporter(&one_gpu(), &[]) else { return };
+    let agent = up(&case);
+    let started = || agent.lines().iter().filter(|line| line.contains("started the DCGM exporter")).count();
+    assert!(eventually(PATIENCE, || started() == 1), "{:#?}", agent.lines());
+    engine.kill();
+    engine.restart();
+    assert!(eventually(PATIENCE, || started() == 2), "{:#?}", agent.lines());
+    wait_for_exporter(&engine, &agent, RUNS, "true");
+    let told = warnings(&agent);
+    assert!(!told.iter().any(|line| line.contains("DCGM")), "{told:#?}");
+}
+
+#[test]
 fn the_exporter_lets_go_of_a_gpu_that_failed_and_ends_with_it() {
     let folder = Sandbox::new("metrics");
     let Some((engine, mut case)) = with_exporter(&measured_gpu(&folder, &[48, 79]), &[]) else { return };
