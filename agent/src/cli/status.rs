@@ -81,6 +81,11 @@ impl Status {
         }
     }
 
+    /// How the DCGM exporter is doing, as far as an agent looks after it.
+    fn exporter(&self) -> Option<&str> {
+        self.report.as_ref().filter(|_| self.agent_runs)?.exporter.as_deref()
+    }
+
     pub(super) fn to_json(&self) -> Json {
         let container = self.container.as_ref().ok().and_then(Option::as_ref).map(|found| {
             json!({
@@ -101,6 +106,7 @@ impl Status {
             "superlink": report.and_then(|report| report.superlink.as_ref()),
             "connected": self.is_ready() && self.agent_runs && report.is_some_and(|report| report.connected),
             "partition": report.and_then(|report| report.partition),
+            "dcgm": self.exporter(),
             "agent": {
                 "running": self.agent_runs,
                 "pid": report.filter(|_| self.agent_runs).map(|report| report.pid),
@@ -147,6 +153,9 @@ impl Status {
                 .partition
                 .map_or(String::new(), |Partition { id, count }| format!("; partition {id} of {count}"));
             writeln!(out, "SuperLink  {superlink}, {connected}{share}")?;
+        }
+        if let Some(exporter) = self.exporter() {
+            writeln!(out, "DCGM       {exporter}")?;
         }
         let since = to_seconds(&report.since);
         if self.agent_runs {
