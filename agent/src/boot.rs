@@ -15,7 +15,6 @@ use crate::backoff::{Backoff, with_jitter};
 use crate::cloud::Cloud;
 use crate::config::values::{ImageRef, Version};
 use crate::config::{self, Config, ConfigErrors, LogLevel, Prebaked, Remarks};
-use crate::connection::Connection;
 use crate::distribution::Distribution;
 use crate::docker::engine::{Engine, EngineError, Image};
 use crate::docker::runtime::{GpuAccess, choose_access, ensure_runtime};
@@ -293,31 +292,10 @@ async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
     let Prepared { engine, distribution, verdict, access, image, python_path } = prepared;
     warn_of_release(&config, &image, superlink.version.as_ref());
     let machine = Machine { image_python_path: python_path, ..this_machine() };
-    let announced = verdict.finding().map(|finding| finding.reason);
-    let refused_hash = None;
     reporter.doing("Starting the container");
-    let remark = None;
-    let mut node = Node {
-        config,
-        settings,
-        cloud: cloud.ok(),
-        superlink,
-        image,
-        machine,
-        distribution,
-        access,
-        verdict,
-        reporter,
-        refused_hash,
-        announced,
-        remark,
-        connection: Connection::default(),
-        reached: false,
-    };
-    let container = node.bring_up(&engine).await?;
-    drop(starting);
-    node.report_running();
-    Ok(node.supervise(engine, container).await?)
+    let cloud = cloud.ok();
+    let node = Node { config, settings, cloud, superlink, image, machine, distribution, access, reporter };
+    Ok(node.live(verdict, engine, starting).await?)
 }
 
 /// What the container needs beside the SuperLink.
