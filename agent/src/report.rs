@@ -60,6 +60,8 @@ pub struct Reporter {
     waiting: RefCell<Option<String>>,
     /// Whether the rest is ready.
     rest_is_ready: Cell<bool>,
+    /// Whether the service manager takes the node for ready.
+    is_ready: Cell<bool>,
 }
 
 impl Reporter {
@@ -74,6 +76,7 @@ impl Reporter {
             publisher: RefCell::default(),
             waiting: RefCell::default(),
             rest_is_ready: Cell::default(),
+            is_ready: Cell::default(),
         }
     }
 
@@ -158,7 +161,23 @@ impl Reporter {
     pub fn ready(&self, status: &str) {
         let status = one_line(status);
         systemd::ready(&status);
+        self.is_ready.set(true);
         self.keep(|report| report.status = status);
+    }
+
+    /// The configuration is read again: whether the node was ready, and is not until that is told again.
+    pub fn reloading(&self) -> bool {
+        let was_ready = self.is_ready.take();
+        if was_ready {
+            systemd::reloading();
+        }
+        was_ready
+    }
+
+    /// The reload has changed nothing.
+    pub fn ready_as_before(&self) {
+        let status = self.report.borrow().status.clone();
+        self.ready(&status);
     }
 
     /// The agent is on its way out.

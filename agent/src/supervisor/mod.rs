@@ -32,7 +32,7 @@ use crate::report::Reporter;
 use crate::settings::Settings;
 use crate::site;
 use crate::superlink::{self, SuperLink, find_superlink};
-use crate::systemd::LongStep;
+use crate::systemd::{LongStep, Watchdog};
 use machine::{Act, Cause, Change, End, Event, Found, Grace, Machine, Rules, Step, Tell};
 
 /// The node: everything its container is made from.
@@ -92,8 +92,9 @@ pub enum LaunchError {
 }
 
 /// Who does what the machine decides.
-struct Supervisor {
+struct Supervisor<'a> {
     node: Node,
+    watchdog: &'a Watchdog,
     machine: Machine,
     engine: Engine,
     /// What has the container's name, as it was seen last.
@@ -166,7 +167,13 @@ impl Node {
     /// # Errors
     /// When the container does not come up at first; when there must be a GPU, and the container does not come up on it or it
     /// has failed.
-    pub async fn live(self, verdict: Verdict, engine: Engine, starting: LongStep) -> Result<Anew, LaunchError> {
+    pub async fn live(
+        self,
+        verdict: Verdict,
+        engine: Engine,
+        starting: LongStep,
+        watchdog: &Watchdog,
+    ) -> Result<Anew, LaunchError> {
         let rules = Rules {
             gpu_required: self.config.gpu_required,
             on_failure: self.settings.gpu.on_failure,
@@ -175,6 +182,7 @@ impl Node {
         let (machine, act) = Machine::new(rules, verdict);
         let mut supervisor = Supervisor {
             node: self,
+            watchdog,
             machine,
             engine,
             container: None,
@@ -244,7 +252,7 @@ impl Node {
     }
 }
 
-impl Supervisor {
+impl Supervisor<'_> {
     /// Does what the machine decides, one act after the other.
     async fn work(&mut self, mut act: Act) -> Result<Anew, LaunchError> {
         loop {
@@ -252,11 +260,26 @@ impl Supervisor {
                 Act::End(End::Anew) => return Ok(Anew),
                 Act::End(End::GpuRequired) => return Err(LaunchError::GpuRequired),
                 Act::End(End::NotUp) => return Err(self.error.take().unwrap_or_else(unexpected)),
-                act => self.perform(act).await,
+                act => {
+                    let limit = self.limit_of(&act);
+                    self.watchdog.during(limit, self.perform(act)).await
+                }
             };
             let Step { tell, act: next } = self.machine.after(event);
             tell.into_iter().for_each(|tell| self.tell(tell));
             act = next;
+        }
+    }
+
+    /// More than an act takes whose every call has a limit of its own, of a minute or two at the most. A wait for a change has
+    /// none by its nature.
+    fn limit_of(&self, act: &Act) -> Duration {
+        const CALLS: Duration = Duration::from_secs(600);
+        let Settings { gpu, container, .. } = &self.node.settings;
+        match act {
+            Act::Watch => Duration::MAX,
+            Act::Wait(pause) | Act::Rest(pause) => *pause + CALLS,
+            _ => CALLS.saturating_add(container.stop_timeout).saturating_add(gpu.probe_timeout),
         }
     }
 
