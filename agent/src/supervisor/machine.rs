@@ -2,25 +2,26 @@
 //! clock, and the time comes in with what has happened and goes out as pauses.
 //!
 //! ```text
-//!              same, running ──────────────────────────────────────────────┐
-//!              stands in for the GPU ──> on the CPU ──> look               │
-//!              ended, same ──> start it again ─refused─> clear             v
-//! look ──┬───> nothing ──────> make ──────────────────────────────────> watch
-//!    ^   ├───> other ────────> clear ──> make                             │
-//!    │   │                      │          │ not on the GPU: discard,     │
-//!    │   │ failed               │ failed   └─> on the CPU ──> look        │
-//!    │   v                      v                                         │
-//!    │  the engine answers? <─────────────────────────────────────────────┤ ended
-//!    │   │ no: wait, connect, wait, …                                     │
-//!    │   │ the container runs all the same ──> wait ──> watch             │
-//!    │   v                                                                │
-//!    ├─ pause (1 s, doubling to 60 s) <──┐                                │
-//!    ├─ pause, after the first ── lost its GPU, hangs, another SuperLink <┤
-//!    ├─ on the CPU <──────────────────── the GPU failed <─────────────────┤
-//!    └─ stop, pause, probe: well <────── the same, and is tried again <───┤
-//!                                                                         └─ usable now: told, or the story anew
+//! look ──┬─ runs, as it is wanted: adopted ────────────────────────────────────────────> watch
+//!   ^    ├─ nothing ─────────────────────────────> make ───────────────────────────────>   │
+//!   │    ├─ another ──────────────────> clear ──> make   │                             ^   │
+//!   │    ├─ ended, as it is wanted ──> start again ──────┼─────────────────────────────┘   │
+//!   │    │                              │ refused: clear │                                 │
+//!   │    │                                               │ without the GPU                 │
+//!   │    └─ stands in for the GPU ─────────> on the CPU <┴ discard                         │
+//!   │                                          │                                           │
+//!   ├──────────────────────────────────────────┘                                           │
+//!   │                                                                                      │
+//!   ├─ pause <── the engine answers? <── a launch failed, or the container ended <─────────┤
+//!   │                │ no: wait, connect, …      (it runs all the same: wait ──> watch)    │
+//!   ├─ stop, or take away <── pause, but for the first <── hangs, has lost its GPU <───────┤
+//!   ├─ pause, but for the first <── the service has another SuperLink <────────────────────┤
+//!   ├─ on the CPU <──────────────────────┬─ the GPU failed <───────────────────────────────┤
+//!   └─ well <── pause, probe <── stop <──┘  (ignored: watch)                               │
+//!                                                  the GPU is usable now: told, or anew <──┘
 //! ```
 //!
+//! The pause is 1 s, doubles up to 60 s, and is 1 s again after ten minutes of health or when the engine had gone.
 //! Whenever the node must have a GPU and would go on the CPU, it ends. So does a first launch that fails: the service manager
 //! tries again, from the beginning.
 

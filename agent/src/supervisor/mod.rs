@@ -302,8 +302,7 @@ impl Supervisor<'_> {
             Act::Stop(grace) => Ok(self.stop(grace).await),
             Act::TakeAway => Ok(self.take_away().await),
             Act::Probe => Ok(self.probe().await),
-            // Nothing is left to do.
-            Act::End(_) => std::future::pending().await,
+            Act::End(_) => Ok(Event::Done),
         };
         done.unwrap_or_else(|error| {
             self.error = Some(error);
@@ -454,12 +453,13 @@ impl Supervisor<'_> {
         let by_hook = node.access == GpuAccess::Runtime;
         let port = node.superlink.address.port();
         let (log_tells, reached) = (node.log_tells(), run.reached);
-        let searches = node.superlink.vm_id.is_some() && !is_connected(node, run);
+        let connected = is_connected(node, run);
+        let searches = node.superlink.vm_id.is_some() && !connected;
         let asks = node.settings.container.health_check && node.release().serves_health();
         tokio::select! {
             connection = run.listener.next_change() => News::Connection(connection),
             () = until_reached(container, port, !reached), if !log_tells => News::Reached(!reached),
-            dead = self.liveness.until_dead(container), if asks => News::Hangs(dead),
+            dead = self.liveness.until_dead(container, connected), if asks => News::Hangs(dead),
             found = node.until_moved(), if searches => News::Moved(Box::new(found)),
             end = self.engine.wait(&container.id) => News::Ended(end),
             finding = self.watch.until_failed(&node.config, &node.settings, devices), if !devices.is_empty() => {
