@@ -15,7 +15,6 @@ use crate::backoff::{Backoff, with_jitter};
 use crate::cloud::Cloud;
 use crate::config::values::{ImageRef, Version};
 use crate::config::{self, Config, ConfigErrors, LogLevel, Prebaked, Remarks};
-use crate::connection::Connection;
 use crate::dcgm::{self, Exporter};
 use crate::distribution::Distribution;
 use crate::docker::engine::{Engine, EngineError, Image};
@@ -33,7 +32,7 @@ use crate::report::Reporter;
 use crate::settings::{Settings, SettingsError};
 use crate::superlink::{self, Found, Gate, SuperLink, SuperLinkError, find_superlink};
 use crate::supervisor::{Anew, LaunchError, Node, announce};
-use crate::systemd::{self, LongStep};
+use crate::systemd::{LongStep, Watchdog};
 
 /// Exit code: a failure that a retry may cure.
 pub const EXIT_RETRY: u8 = 1;
@@ -100,14 +99,14 @@ pub async fn run(settings: Settings, settings_file: Option<&Path>) -> ExitCode {
     let lock = Lock::take(&settings.state.dir);
     // The status file is that of the agent that has the lock.
     let reporter = Rc::new(Reporter::new(lock.is_ok().then_some(settings.state.dir.as_path())));
-    systemd::feed_watchdog();
+    let watchdog = Watchdog::wanted();
     let result = match read_context(&settings.context.dir) {
         Ok(context) => {
             let (level, as_json) = config::log_settings(&context);
             journal::init(level, as_json);
             // Before anything can fail: what an earlier boot has published is not true any more.
             reporter.publish_by(Cloud::of(&context, &settings).ok().as_ref());
-            run_until_signal(&context, settings, settings_file, lock, &reporter).await
+            run_until_signal(&context, settings, settings_file, lock, &reporter, &watchdog).await
         }
         Err(error) => {
             journal::init(LogLevel::Info, false);
@@ -196,11 +195,12 @@ async fn run_until_signal(
     settings_file: Option<&Path>,
     lock: Result<Lock, LockError>,
     reporter: &Rc<Reporter>,
+    watchdog: &Watchdog,
 ) -> Result<End, BootError> {
     let mut wish = Wish::read(context, settings)?;
     let _lock = lock?;
     let mut signals = Signals::listen()?;
-    let lived = live_until_signal(&mut wish, settings_file, &mut signals, reporter).await;
+    let lived = live_until_signal(&mut wish, settings_file, &mut signals, reporter, watchdog).await;
     // A node that must have a GPU does not go on without: neither does a container of before.
     let stops = matches!(lived, Ok(End::Stop) | Err(BootError::Launch(LaunchError::GpuRequired)));
     if !stops {
@@ -208,10 +208,13 @@ async fn run_until_signal(
     }
     reporter.stopping("Stopping the container");
     let _extension = LongStep::begin();
-    let (stopped, ()) = tokio::select! {
-        ended = async { tokio::join!(stop_containers(&wish.settings), reporter.finish()) } => ended,
-        name = signals.end() => (Err(format!("{name} came again and ended the wait for it")), ()),
+    let stop = async {
+        tokio::select! {
+            ended = async { tokio::join!(stop_containers(&wish.settings), reporter.finish()) } => ended,
+            name = signals.end() => (Err(format!("{name} came again and ended the wait for it")), ()),
+        }
     };
+    let (stopped, ()) = watchdog.during(Duration::MAX, stop).await;
     let name = wish.settings.container.name;
     match (lived, stopped) {
         (lived, Ok(())) => lived,
@@ -229,9 +232,10 @@ async fn live_until_signal(
     settings_file: Option<&Path>,
     signals: &mut Signals,
     reporter: &Rc<Reporter>,
+    watchdog: &Watchdog,
 ) -> Result<End, BootError> {
     loop {
-        let mut life = pin!(live(wish.clone(), Rc::clone(reporter)));
+        let mut life = pin!(live(wish.clone(), Rc::clone(reporter), watchdog));
         let new = loop {
             tokio::select! {
                 lived = &mut life => {
@@ -248,8 +252,12 @@ async fn live_until_signal(
                         return Ok(End::Leave);
                     }
                     Received::Reload => {
-                        if let Some(new) = wish.reloaded(settings_file) {
-                            break new;
+                        let was_ready = reporter.reloading();
+                        match wish.reloaded(settings_file) {
+                            // It is ready once that runs.
+                            Some(new) => break new,
+                            None if was_ready => reporter.ready_as_before(),
+                            None => {}
                         }
                     }
                 },
@@ -264,26 +272,26 @@ fn gate_of(cloud: &Result<Cloud, String>) -> Gate<'_> {
 }
 
 /// The node's life, with the page of its metrics beside it.
-async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
+async fn live(wish: Wish, reporter: Rc<Reporter>, watchdog: &Watchdog) -> Result<Anew, BootError> {
     let Some(address) = wish.settings.metrics.address() else {
-        return live_alone(wish, reporter).await;
+        return live_alone(wish, reporter, watchdog).await;
     };
     let page = Rc::clone(&reporter);
     tokio::select! {
-        lived = live_alone(wish, reporter) => lived,
+        lived = live_alone(wish, reporter, watchdog) => lived,
         never = metrics::serve::serve(address, || page.page()) => match never {},
     }
 }
 
 /// Brings the node up and keeps it up, until something new asks for the story from its beginning.
-async fn live_alone(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
+async fn live_alone(wish: Wish, reporter: Rc<Reporter>, watchdog: &Watchdog) -> Result<Anew, BootError> {
     let Wish { config, settings, cloud } = wish;
     let starting = LongStep::begin();
     reporter.publish_by(cloud.as_ref().ok());
     reporter.connected(false);
     reporter.news(|news| (news.version, news.framework) = (config.version.to_string(), config.framework.to_string()));
     reporter.doing("Looking for the GPU and the Docker engine");
-    let (prepared, superlink) = {
+    let find = async {
         // The SuperLink is looked for meanwhile. It may come last by hours, which is no reason to keep the machine's boot.
         let mut preparing = pin!(prepare(&config, &settings, &reporter));
         let mut searching = pin!(search(&config, &settings, &cloud, &reporter));
@@ -302,44 +310,25 @@ async fn live_alone(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootErro
             }
         };
         reporter.waited();
-        (prepared, superlink)
+        Ok::<_, BootError>((prepared, superlink))
     };
+    // For as long as it takes: each of its steps has a limit of its own, but a SuperLink may be waited for without end.
+    let (prepared, superlink) = watchdog.during(Duration::MAX, find).await?;
     let Prepared { engine, distribution, verdict, access, image, python_path } = prepared;
     warn_of_release(&config, &image, superlink.version.as_ref());
     let machine = Machine { image_python_path: python_path, ..this_machine() };
-    let announced = verdict.finding().map(|finding| finding.reason);
-    let refused_hash = None;
     reporter.doing("Starting the container");
-    let remark = None;
-    let mut node = Node {
-        config,
-        settings,
-        cloud: cloud.ok(),
-        superlink,
-        image,
-        machine,
-        distribution,
-        access,
-        verdict,
-        reporter,
-        refused_hash,
-        announced,
-        remark,
-        connection: Connection::default(),
-        reached: false,
-    };
-    let container = node.bring_up(&engine).await?;
-    drop(starting);
-    node.report_running(&container);
     let exporter = Exporter {
-        config: node.config.clone(),
-        settings: node.settings.clone(),
-        access: node.access.clone(),
-        machine: node.machine.clone(),
-        reporter: Rc::clone(&node.reporter),
+        config: config.clone(),
+        settings: settings.clone(),
+        access: access.clone(),
+        machine: machine.clone(),
+        reporter: Rc::clone(&reporter),
     };
+    let cloud = cloud.ok();
+    let node = Node { config, settings, cloud, superlink, image, machine, distribution, access, reporter };
     tokio::select! {
-        lived = node.supervise(engine, container) => Ok(lived?),
+        lived = node.live(verdict, engine, starting, watchdog) => Ok(lived?),
         never = exporter.keep() => match never {},
     }
 }

@@ -112,9 +112,10 @@ impl Listener {
 /// Waits until a process of the container has a TCP connection to this port, or (`wanted` is false) has none any more. For a
 /// log that leaves Flower's word out: its level is above INFO, or its release too old.
 pub async fn until_reached(container: &Container, port: u16, wanted: bool) {
-    const PAUSE: Duration = Duration::from_secs(10);
+    // One that is there is seldom lost.
+    let pause = Duration::from_secs(if wanted { 10 } else { 30 });
     while has_connection_to(container.pid, port) != wanted {
-        tokio::time::sleep(PAUSE).await;
+        tokio::time::sleep(pause).await;
     }
 }
 

@@ -117,7 +117,10 @@ impl Exporter {
     pub async fn keep(self) -> Infallible {
         let mut in_use = self.reporter.gpus_in_use();
         loop {
-            let devices = in_use.borrow_and_update().clone();
+            let Some(devices) = in_use.borrow_and_update().clone() else {
+                let _ = in_use.changed().await;
+                continue;
+            };
             let wanted = plan_exporter(&self.config, &devices, &self.access, &self.settings, &self.machine);
             let keep = async {
                 match wanted {

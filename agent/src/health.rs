@@ -22,8 +22,10 @@ use crate::journal::error_chain;
 
 /// How long a check may take. A machine that is busy answers late.
 const CHECK_LIMIT: Duration = Duration::from_secs(10);
-/// The pause after a check that went well, and after one that failed.
-const PAUSE: Duration = Duration::from_secs(15);
+/// The pause between two checks of a node that is connected to its SuperLink, and of one that is not: a hang begins with that.
+const PAUSE: Duration = Duration::from_secs(60);
+const PAUSE_WHILE_APART: Duration = Duration::from_secs(15);
+/// The pause after a failure that counts.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
 /// So many failures in a row are a death.
 const FAILURES: u32 = 3;
@@ -163,39 +165,49 @@ pub struct Liveness {
     run: (String, String),
     was_well: bool,
     failures: u32,
-    /// When to ask next: not sooner, however often the watch is taken up again.
-    next: Option<Instant>,
+    /// When it was asked last: the pause is kept, however often the watch is taken up again.
+    asked: Option<Instant>,
     /// Whether a container was taken for dead that had never been well, and none has been well since.
     doubts: bool,
 }
 
 impl Liveness {
-    /// Asks for the health of `container` until it is dead. Never, where it has no address. A call that is given up loses
-    /// nothing.
-    pub async fn until_dead(&mut self, container: &Container) -> Dead {
+    /// Asks for the health of `container`, which is connected to its SuperLink or not, until it is dead. Never, where it has no
+    /// address. A call that is given up loses nothing.
+    pub async fn until_dead(&mut self, container: &Container, connected: bool) -> Dead {
         let Some(ip_address) = container.ip_address else {
             return std::future::pending().await;
         };
         let address = SocketAddr::new(ip_address, HEALTH_PORT);
-        self.until_dead_by(async || check(address, CHECK_LIMIT).await, container).await
+        self.until_dead_by(async || check(address, CHECK_LIMIT).await, container, connected).await
     }
 
-    async fn until_dead_by(&mut self, check: impl AsyncFn() -> Result<(), HealthError>, container: &Container) -> Dead {
+    async fn until_dead_by(
+        &mut self,
+        check: impl AsyncFn() -> Result<(), HealthError>,
+        container: &Container,
+        connected: bool,
+    ) -> Dead {
         if (&self.run.0, &self.run.1) != (&container.id, &container.started_at) {
             self.run = (container.id.clone(), container.started_at.clone());
-            (self.was_well, self.failures, self.next) = (false, 0, None);
+            (self.was_well, self.failures, self.asked) = (false, 0, None);
         }
         let has_started = Instant::now() + STARTED_AFTER.saturating_sub(container.running_for());
         loop {
-            if let Some(next) = self.next {
-                tokio::time::sleep_until(next).await;
+            if let Some(asked) = self.asked {
+                let pause = match (self.failures, connected) {
+                    (1.., _) => PAUSE_AFTER_FAILURE,
+                    (0, true) => PAUSE,
+                    (0, false) => PAUSE_WHILE_APART,
+                };
+                tokio::time::sleep_until(asked + pause).await;
             }
-            let Err(error) = check().await else {
+            let answer = check().await;
+            self.asked = Some(Instant::now());
+            let Err(error) = answer else {
                 (self.was_well, self.failures, self.doubts) = (true, 0, false);
-                self.next = Some(Instant::now() + PAUSE);
                 continue;
             };
-            self.next = Some(Instant::now() + PAUSE_AFTER_FAILURE);
             tracing::debug!("no sign of health: {}", error_chain(&error));
             let refused = matches!(error, HealthError::Refused { .. });
             if self.was_well || (refused && !self.doubts && Instant::now() >= has_started) {
@@ -324,7 +336,7 @@ mod tests {
             answer()
         };
         let since = Instant::now();
-        let dead = pin!(liveness.until_dead_by(check, container));
+        let dead = pin!(liveness.until_dead_by(check, container, false));
         tokio::time::timeout(Duration::from_secs(3600), dead).await.ok().map(|_| since.elapsed().as_secs())
     }
 
@@ -375,10 +387,27 @@ mod tests {
             if asked.get() == 1 { Ok(()) } else { timed_out() }
         };
         let since = Instant::now();
-        while tokio::time::timeout(Duration::from_millis(100), liveness.until_dead_by(check, &container)).await.is_err()
-        {
-        }
+        while tokio::time::timeout(Duration::from_millis(100), liveness.until_dead_by(check, &container, false))
+            .await
+            .is_err()
+        {}
         assert_eq!((asked.get(), since.elapsed().as_secs()), (4, 25));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_is_connected_is_asked_rarely_until_it_is_not_any_more() {
+        let (liveness, container, asked) = (&mut Liveness::default(), started(JUST_NOW), Cell::new(0));
+        let check = async || {
+            asked.set(asked.get() + 1);
+            if asked.get() <= 3 { Ok(()) } else { refused() }
+        };
+        let since = Instant::now();
+        let connected = liveness.until_dead_by(check, &container, true);
+        assert!(tokio::time::timeout(Duration::from_secs(150), connected).await.is_err());
+        assert_eq!(asked.get(), 3);
+        // The SuperLink has gone: the next check is due at once.
+        liveness.until_dead_by(check, &container, false).await;
+        assert_eq!((asked.get(), since.elapsed().as_secs()), (6, 160));
     }
 
     #[tokio::test(start_paused = true)]

@@ -65,12 +65,14 @@ pub struct Reporter {
     report: RefCell<Report>,
     news: RefCell<News>,
     values: RefCell<Values>,
-    gpus_in_use: watch::Sender<Vec<GpuDevice>>,
+    gpus_in_use: watch::Sender<Option<Vec<GpuDevice>>>,
     publisher: RefCell<Option<Publisher>>,
     /// What is waited for beside the rest, once something is.
     waiting: RefCell<Option<String>>,
     /// Whether the rest is ready.
     rest_is_ready: Cell<bool>,
+    /// Whether the service manager takes the node for ready.
+    is_ready: Cell<bool>,
 }
 
 impl Reporter {
@@ -87,6 +89,7 @@ impl Reporter {
             publisher: RefCell::default(),
             waiting: RefCell::default(),
             rest_is_ready: Cell::default(),
+            is_ready: Cell::default(),
         }
     }
 
@@ -176,16 +179,16 @@ impl Reporter {
     /// The GPUs that are in use. None while a GPU that failed is to be left alone: one that is in use cannot be reset.
     pub fn uses(&self, devices: &[GpuDevice]) {
         self.gpus_in_use.send_if_modified(|in_use| {
-            let changes = in_use != devices;
+            let changes = in_use.as_deref() != Some(devices);
             if changes {
-                *in_use = devices.to_vec();
+                *in_use = Some(devices.to_vec());
             }
             changes
         });
     }
 
-    /// The GPUs that are in use, for who wants to hear of a change.
-    pub fn gpus_in_use(&self) -> watch::Receiver<Vec<GpuDevice>> {
+    /// The GPUs that are in use, for who wants to hear of a change; `None` until the node is up.
+    pub fn gpus_in_use(&self) -> watch::Receiver<Option<Vec<GpuDevice>>> {
         self.gpus_in_use.subscribe()
     }
 
@@ -216,7 +219,23 @@ impl Reporter {
     pub fn ready(&self, status: &str) {
         let status = one_line(status);
         systemd::ready(&status);
+        self.is_ready.set(true);
         self.keep(|report| report.status = status);
+    }
+
+    /// The configuration is read again: whether the node was ready, and is not until that is told again.
+    pub fn reloading(&self) -> bool {
+        let was_ready = self.is_ready.take();
+        if was_ready {
+            systemd::reloading();
+        }
+        was_ready
+    }
+
+    /// The reload has changed nothing.
+    pub fn ready_as_before(&self) {
+        let status = self.report.borrow().status.clone();
+        self.ready(&status);
     }
 
     /// The agent is on its way out.

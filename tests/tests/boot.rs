@@ -235,6 +235,58 @@ fn a_context_that_changes_on_the_running_vm_replaces_the_container_only_for_a_re
 }
 
 #[test]
+fn a_reload_is_done_when_systemctl_says_so() {
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&wanted(&[]));
+    let boot = machine.boot(
+        "change() {
+             sed -i \"$1\" /run/one-context/context.sh.*
+             systemctl reload flower-supernode
+             wait_for sh -c 'test \"$(systemctl show --property ActiveState,SubState --value flower-supernode | xargs)\" = \"active running\"'
+         }
+         facts() { docker inspect --format '{{.Id}} {{.State.StartedAt}}' flower-supernode; }
+         first=$(facts)
+         change 's/10.9.8.7:9092/nowhere/'
+         journalctl --no-pager --unit flower-supernode --grep 'the node goes on with the old one'
+         test \"$(facts)\" = \"$first\"
+         change 's/nowhere/10.9.8.7:9092/'
+         test \"$(facts)\" = \"$first\"
+         change 's/10.9.8.7:9092/10.9.8.7:9999/'
+         docker inspect flower-supernode | grep 10.9.8.7:9999
+         systemctl show --property NRestarts flower-supernode",
+    );
+    says(&boot, &["NRestarts=0"]);
+    assert_eq!(entries(&boot, "started the container").len(), 2, "{}", boot.story());
+}
+
+#[test]
+fn an_agent_that_stands_still_is_started_again_by_the_watchdog_and_adopts_its_container() {
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&wanted(&[])).settings("[gpu]\nwait_seconds = 1\n").file(
+        "etc/systemd/system/flower-supernode.service.d/watchdog.conf",
+        "[Service]\nWatchdogSec=10\nRestartSec=1\n",
+    );
+    let boot = machine.boot(
+        "facts() { docker inspect --format '{{.Id}} {{.State.Pid}} {{.State.StartedAt}}' flower-supernode; }
+         agent() { systemctl show --property MainPID --value flower-supernode; }
+         container=$(facts) old=$(agent)
+         # Fed, it lives.
+         sleep 25
+         test \"$(agent)\" = \"$old\"
+         kill -STOP \"$old\"
+         adopted() { journalctl --no-pager --unit flower-supernode --grep 'adopted the running container'; }
+         wait_for adopted
+         wait_for systemctl is-active flower-supernode
+         test \"$(agent)\" != \"$old\"
+         test \"$(facts)\" = \"$container\"
+         systemctl show --property NRestarts flower-supernode",
+    );
+    says(&boot, &["NRestarts=1"]);
+    assert_eq!(entries(&boot, "Watchdog timeout").len(), 1, "{}", boot.story());
+    assert_eq!(entries(&boot, "started the container").len(), 1, "{}", boot.story());
+}
+
+#[test]
 fn an_upgrade_keeps_the_container_running_and_a_purge_leaves_nothing() {
     let Some(machine) = Machine::new() else { return };
     machine.context(&wanted(&[])).settings("[gpu]\nwait_seconds = 1\n");

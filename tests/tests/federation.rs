@@ -48,6 +48,19 @@ fn nodes_of_flower_1_41_train_and_after_a_quick_restart_of_the_superlink_train_a
     federation.restart_and_train(Duration::ZERO, RUN).unwrap_or_else(|error| panic!("{error}"));
 }
 
+#[test]
+fn an_agent_at_rest_wakes_up_a_few_times_a_minute() {
+    let Some(federation) = Federation::start("1.41.0", State::Memory, HEALTH_CHECK) else { return };
+    let wake_ups = || federation.nodes.iter().map(|node| wake_ups_of(node.agent.pid())).collect::<Vec<_>>();
+    // The last words of the start.
+    thread::sleep(Duration::from_secs(10));
+    let before = wake_ups();
+    thread::sleep(Duration::from_secs(60));
+    let a_minute: Vec<u64> = wake_ups().iter().zip(&before).map(|(after, before)| after - before).collect();
+    say(&format!("MEASURED wake-ups a minute of two agents at rest: {a_minute:?}"));
+    assert!(a_minute.iter().all(|wake_ups| *wake_ups < 15), "{a_minute:?}");
+}
+
 /// Seconds from the kill to the first round that both have trained, on two busy processors:
 ///
 /// | release | state | 20 s away | away for no longer than a start takes |
@@ -169,6 +182,8 @@ impl Node {
     fn start(release: &str, onegate: &OneGateStandIn, vm_id: u32, engine: Engine, health_check: bool) -> Self {
         let mut case = Case::new();
         case.engine(&engine).in_namespace_of(&engine).set("container.health_check", health_check);
+        // As in the unit.
+        case.env("WATCHDOG_USEC", "120000000");
         case.context(&[("FLOWER_VERSION", release), ("ML_FRAMEWORK", "base")]).onegate(onegate, vm_id);
         Self { agent: up(&case), _case: case, engine }
     }
@@ -201,6 +216,13 @@ impl Node {
         let log = self.engine.docker(&["logs", "flower-supernode"]);
         log.stdout + &log.stderr
     }
+}
+
+/// How often a process has gone to sleep so far.
+fn wake_ups_of(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
+    let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    count.and_then(|count| count.trim().parse().ok()).expect("a number")
 }
 
 #[track_caller]

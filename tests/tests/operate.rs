@@ -112,6 +112,37 @@ fn a_reload_replaces_the_container_only_for_a_real_change() {
 }
 
 #[test]
+fn the_service_manager_hears_when_a_reload_begins_and_when_it_is_done() {
+    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", "test-never-connects=true")]);
+    let agent = up(&case);
+    let run = || inspect(&engine, "{{.Id}} {{.State.StartedAt}}");
+    let first = run();
+    // From RELOADING=1 on, without what is told in between.
+    let reload = |until: &str| {
+        let before = agent.notifications().len();
+        agent.reload();
+        assert!(eventually(PATIENCE, || agent.notifications()[before..].iter().any(|told| told.contains(until))));
+        let told: Vec<String> = agent.notifications().split_off(before);
+        assert!(told[0].starts_with("RELOADING=1\nMONOTONIC_USEC="), "{told:#?}");
+        told.into_iter().skip(1).filter(|told| !told.contains("EXTEND_TIMEOUT_USEC=")).collect::<Vec<_>>()
+    };
+    let as_before = ["READY=1\nSTATUS=Running on the CPU (FL_GPU_ENABLED is not YES); not connected to h:1\n"];
+    assert_eq!(reload("READY=1"), as_before, "nothing has changed");
+    case.context(&[("FL_SUPERLINK_ADDRESS", "nowhere")]);
+    assert_eq!(reload("READY=1"), as_before, "what is there now is invalid");
+    agent.wait_for_line("FL_SUPERLINK_ADDRESS='nowhere': must be", PATIENCE);
+    assert_eq!(run(), first);
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:2"), ("FL_NODE_CONFIG", "test-never-connects=true")]);
+    let told = reload("READY=1");
+    assert!(told.len() > 1 && !told[0].contains("READY=1"), "{told:#?}");
+    assert!(told.last().unwrap().contains("not connected to h:2"), "{told:#?}");
+    assert_ne!(run(), first);
+    let started = agent.lines().iter().filter(|line| line.contains("started the container")).count();
+    assert_eq!(started, 2, "{:#?}", agent.lines());
+}
+
+#[test]
 fn a_reload_that_takes_the_gpu_away_is_a_fallback_with_its_warning() {
     let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
     case.sysfs(&sysfs_of_one()).context(&wanted(&[]));

@@ -1,0 +1,764 @@
+//! The container's life: adopted or replaced, watched, started again, stopped. The agent is its one owner.
+//!
+//! What is to be done is decided in [`machine`], where it is drawn; here it is done.
+
+pub mod machine;
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
+
+use crate::atomic;
+use crate::backoff::{Backoff, with_jitter};
+use crate::cloud::Cloud;
+use crate::config::values::ImageRef;
+use crate::config::{Config, LogLevel};
+use crate::connection::{Connection, Listener, until_reached};
+use crate::distribution::Distribution;
+use crate::docker::engine::{Container, Engine, EngineError};
+use crate::docker::runtime::GpuAccess;
+use crate::flower::Release;
+use crate::gpu::presence::{self, devices_missing_in};
+use crate::gpu::reason::{Finding, Reason};
+use crate::gpu::verdict::{GpuDevice, Verdict};
+use crate::gpu::watch::Watch;
+use crate::gpu::{self, detect_gpus};
+use crate::health::{Dead, Liveness};
+use crate::journal;
+use crate::plan::{self, ContainerSpec};
+use crate::report::Reporter;
+use crate::settings::Settings;
+use crate::site;
+use crate::superlink::{self, SuperLink, find_superlink};
+use crate::systemd::{LongStep, Watchdog};
+use machine::{Act, Cause, Change, End, Event, Found, Grace, Machine, Rules, Step, Tell};
+
+/// The node: everything its container is made from.
+#[derive(Debug)]
+pub struct Node {
+    /// What the operator wants.
+    pub config: Config,
+    /// Where things are.
+    pub settings: Settings,
+    /// The way to OneGate, where there is one.
+    pub cloud: Option<Cloud>,
+    /// What the node connects to.
+    pub superlink: SuperLink,
+    /// The image that was found.
+    pub image: ImageRef,
+    /// What the machine has.
+    pub machine: plan::Machine,
+    /// The distribution that fixes are for.
+    pub distribution: Distribution,
+    /// How the GPU gets in.
+    pub access: GpuAccess,
+    /// Who is told.
+    pub reporter: Rc<Reporter>,
+}
+
+/// What a node is in want of that its supervisor cannot give: the story from the beginning, because the GPU is usable now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Anew;
+
+/// Why the container does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The engine.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// There must be a GPU, and there is none.
+    #[error("FL_GPU_REQUIRED is YES and no GPU is usable")]
+    GpuRequired,
+    /// The container did not come up on the GPU, and Docker does not let go of it.
+    #[error(
+        "{summary}; and Docker does not let go of that container: end what hangs (ps -C nvidia-container-runtime), or restart Docker"
+    )]
+    Stuck {
+        /// What was found about the GPU.
+        summary: String,
+        /// What Docker said to the removal.
+        source: EngineError,
+    },
+    /// What the container mounts cannot be made.
+    #[error("cannot write {path}")]
+    Mounts {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// Who does what the machine decides.
+struct Supervisor<'a> {
+    node: Node,
+    watchdog: &'a Watchdog,
+    machine: Machine,
+    engine: Engine,
+    /// What has the container's name, as it was seen last.
+    container: Option<Container>,
+    /// The run of it that is listened to.
+    run: Option<Run>,
+    watch: Watch,
+    liveness: Liveness,
+    /// What is true beside the verdict, for the status.
+    remark: Option<String>,
+    /// Why the last launch failed.
+    error: Option<LaunchError>,
+    /// Until the container is up.
+    starting: Option<LongStep>,
+}
+
+/// One run of a container, and what is heard of it.
+struct Run {
+    id: String,
+    started_at: String,
+    since: Instant,
+    listener: Listener,
+    /// What Flower says of its connection.
+    connection: Connection,
+    /// Whether the container has a connection to the SuperLink's port: what there is to go by where Flower's log says nothing.
+    reached: bool,
+}
+
+impl Run {
+    fn new(engine: &Engine, container: &Container) -> Self {
+        Self {
+            id: container.id.clone(),
+            started_at: container.started_at.clone(),
+            since: Instant::now(),
+            listener: Listener::new(engine.log(container)),
+            connection: Connection::default(),
+            reached: false,
+        }
+    }
+
+    fn is_of(&self, container: &Container) -> bool {
+        self.id == container.id && self.started_at == container.started_at
+    }
+}
+
+/// What is heard of a running container.
+enum News {
+    /// It has ended, with this exit code, or the engine went away.
+    Ended(Option<i64>),
+    /// Its GPU failed.
+    Failed(Finding),
+    /// It has no GPU any more, and the machine has.
+    Lost(Finding),
+    /// It runs on the CPU, and the GPU is usable now.
+    Usable,
+    /// Flower has said something of its connection.
+    Connection(Connection),
+    /// Whether there is a connection to the SuperLink's port has changed.
+    Reached(bool),
+    /// Flower does not answer any more.
+    Hangs(Dead),
+    /// The service has another SuperLink.
+    Moved(Box<superlink::Found>),
+}
+
+impl Node {
+    /// Brings the container up on this verdict and keeps it up; `starting` ends once it is up. Returns only where the story is
+    /// to begin anew: a signal ends it from outside.
+    ///
+    /// # Errors
+    /// When the container does not come up at first; when there must be a GPU, and the container does not come up on it or it
+    /// has failed.
+    pub async fn live(
+        self,
+        verdict: Verdict,
+        engine: Engine,
+        starting: LongStep,
+        watchdog: &Watchdog,
+    ) -> Result<Anew, LaunchError> {
+        let rules = Rules {
+            gpu_required: self.config.gpu_required,
+            on_failure: self.settings.gpu.on_failure,
+            on_late: self.settings.gpu.on_late,
+        };
+        let (machine, act) = Machine::new(rules, verdict);
+        let reporter = Rc::clone(&self.reporter);
+        let mut supervisor = Supervisor {
+            node: self,
+            watchdog,
+            machine,
+            engine,
+            container: None,
+            run: None,
+            watch: Watch::new(reporter),
+            liveness: Liveness::default(),
+            remark: None,
+            error: None,
+            starting: Some(starting),
+        };
+        supervisor.work(act).await
+    }
+
+    fn spec_on(&self, verdict: &Verdict) -> ContainerSpec {
+        let superlink = Some(&self.superlink);
+        plan::plan_container(&self.config, verdict, &self.access, superlink, &self.image, &self.machine, &self.settings)
+    }
+
+    fn release(&self) -> &'static Release {
+        Release::of(plan::version_in(&self.config, &self.image))
+    }
+
+    /// Whether the container's log tells when Flower has connected.
+    fn log_tells(&self) -> bool {
+        matches!(self.config.log_level, LogLevel::Debug | LogLevel::Info) && self.release().tells_node_id()
+    }
+
+    /// Makes what the container's mounts need. Looked after at every start: a folder may have gone in between.
+    fn prepare_mounts(&self) -> Result<(), LaunchError> {
+        let failed = |path: &Path| {
+            let path = path.to_path_buf();
+            move |source| LaunchError::Mounts { path, source }
+        };
+        let data = &self.settings.container.data_dir;
+        std::fs::create_dir_all(data).map_err(failed(data))?;
+        if let Some(ca) = &self.superlink.ca {
+            let file = self.settings.container.certs_dir.join(plan::CA_FILE);
+            atomic::replace(&file, ca.pem().as_bytes()).map_err(failed(&file))?;
+        }
+        let state = &self.settings.state.dir;
+        site::write(state).map_err(failed(state))
+    }
+
+    /// Looks, while a discovered SuperLink is not reached, whether the service has it elsewhere by now, or trusts another CA.
+    async fn until_moved(&self) -> superlink::Found {
+        /// Flower itself tries again for that long first.
+        const FIRST_LOOK: Duration = Duration::from_secs(60);
+        let Some(cloud) = &self.cloud else {
+            return std::future::pending().await;
+        };
+        let cap = Duration::from_secs(self.config.edge_max_backoff);
+        let first = FIRST_LOOK.min(cap);
+        let (mut backoff, mut pause) = (Backoff::exponential(cap), first);
+        loop {
+            tokio::time::sleep(with_jitter(pause, fastrand::f64())).await;
+            match find_superlink(Ok(cloud.gate()), &self.config, SystemTime::now()).await {
+                Ok(found)
+                    if found.superlink.address != self.superlink.address || found.superlink.ca != self.superlink.ca =>
+                {
+                    return found;
+                }
+                Ok(_) => {}
+                Err(error) => tracing::debug!("looking for the SuperLink again: {}", journal::error_chain(&error)),
+            }
+            pause = backoff.after_failure().unwrap_or(pause).max(first);
+        }
+    }
+}
+
+impl Supervisor<'_> {
+    /// Does what the machine decides, one act after the other.
+    async fn work(&mut self, mut act: Act) -> Result<Anew, LaunchError> {
+        loop {
+            let event = match act {
+                Act::End(End::Anew) => return Ok(Anew),
+                Act::End(End::GpuRequired) => return Err(LaunchError::GpuRequired),
+                Act::End(End::NotUp) => return Err(self.error.take().unwrap_or_else(unexpected)),
+                act => {
+                    let limit = self.limit_of(&act);
+                    self.watchdog.during(limit, self.perform(act)).await
+                }
+            };
+            let Step { tell, act: next } = self.machine.after(event);
+            tell.into_iter().for_each(|tell| self.tell(tell));
+            act = next;
+        }
+    }
+
+    /// More than an act takes whose every call has a limit of its own, of a minute or two at the most. A wait for a change has
+    /// none by its nature.
+    fn limit_of(&self, act: &Act) -> Duration {
+        const CALLS: Duration = Duration::from_secs(600);
+        let Settings { gpu, container, .. } = &self.node.settings;
+        match act {
+            Act::Watch => Duration::MAX,
+            Act::Wait(pause) | Act::Rest(pause) => *pause + CALLS,
+            _ => CALLS.saturating_add(container.stop_timeout).saturating_add(gpu.probe_timeout),
+        }
+    }
+
+    async fn perform(&mut self, act: Act) -> Event {
+        let done = match act {
+            Act::Look => self.look().await,
+            Act::Clear => self.clear().await,
+            Act::Make => self.make().await,
+            Act::StartAgain => self.start_again().await,
+            Act::Discard(finding) => self.discard(finding).await,
+            Act::Watch => Ok(self.watch().await),
+            Act::AskEngine => Ok(Event::Engine { answers: self.engine.facts().await.is_ok() }),
+            Act::Connect => Ok(self.connect().await),
+            Act::See => Ok(self.see().await),
+            Act::Wait(pause) => {
+                tokio::time::sleep(pause).await;
+                Ok(Event::Done)
+            }
+            Act::Rest(pause) => Ok(self.rest(pause).await),
+            Act::Stop(grace) => Ok(self.stop(grace).await),
+            Act::TakeAway => Ok(self.take_away().await),
+            Act::Probe => Ok(self.probe().await),
+            Act::End(_) => Ok(Event::Done),
+        };
+        done.unwrap_or_else(|error| {
+            self.error = Some(error);
+            Event::Failed
+        })
+    }
+
+    fn spec(&self) -> ContainerSpec {
+        let mut spec = self.node.spec_on(self.machine.verdict());
+        if let Some(gpu) = self.machine.left_gpu() {
+            spec.labels.insert(plan::REFUSED_HASH_LABEL.into(), self.node.spec_on(gpu).hash());
+        }
+        spec
+    }
+
+    async fn look(&mut self) -> Result<Event, LaunchError> {
+        self.node.reporter.down();
+        self.node.prepare_mounts()?;
+        let spec = self.spec();
+        self.container = self.engine.find_container(&spec.name).await?;
+        let Some(container) = &self.container else {
+            return Ok(Event::Found(Found::Nothing));
+        };
+        let found = match (container.running, container.spec_hash() == Some(&spec.hash())) {
+            (true, true) => match missing_in(container, self.machine.verdict().devices()) {
+                None => Found::Same,
+                Some(finding) => Found::WithoutGpu(finding),
+            },
+            (true, false) => stands_in_for(container, &spec).map_or(Found::Other, Found::StandIn),
+            // One that has ended goes on, with its log, where it is what would be made now.
+            (false, _) if container.is_made_from(&spec) => {
+                let image = self.engine.find_image(&spec.image).await?;
+                let same = image.is_some_and(|image| image.id == container.image_id);
+                if same { Found::Ended } else { Found::Other }
+            }
+            (false, _) => Found::Other,
+        };
+        Ok(Event::Found(found))
+    }
+
+    async fn clear(&self) -> Result<Event, LaunchError> {
+        if let Some(old) = &self.container {
+            let name = &self.node.settings.container.name;
+            tracing::info!("replacing the container {name} ({})", short(&old.id));
+            self.stop_and_remove(old).await?;
+        }
+        Ok(Event::Done)
+    }
+
+    async fn make(&mut self) -> Result<Event, LaunchError> {
+        let spec = self.spec();
+        let made = async {
+            let id = self.engine.create(&spec).await?;
+            self.engine.start(&id).await
+        };
+        let made = made.await;
+        self.after_start(&spec, made).await
+    }
+
+    async fn start_again(&mut self) -> Result<Event, LaunchError> {
+        let id = self.container.as_ref().map(|container| container.id.as_str()).unwrap_or_default();
+        let started = self.engine.start(id).await;
+        if matches!(started, Err(EngineError::Refused { .. })) {
+            // What it was made with may have gone since: only one that is made now is judged.
+            return Ok(Event::Refused);
+        }
+        self.after_start(&self.spec(), started).await
+    }
+
+    async fn after_start(
+        &mut self,
+        spec: &ContainerSpec,
+        started: Result<(), EngineError>,
+    ) -> Result<Event, LaunchError> {
+        let verdict = self.machine.verdict();
+        if let Err(error) = started {
+            let on_gpu = matches!(verdict, Verdict::Gpu { .. });
+            return match error.may_be_of_the_gpu().filter(|_| on_gpu) {
+                Some(why) => Ok(Event::NotOnGpu(Finding::new(
+                    Reason::RuntimeStartFailed,
+                    format!("Docker did not start the container with the GPU: {why}"),
+                ))),
+                None => Err(error.into()),
+            };
+        }
+        let Some(container) = self.engine.find_container(&spec.name).await? else {
+            let message = "it was removed right after its start".into();
+            return Err(EngineError::Failed { doing: "start the container", message }.into());
+        };
+        if let Some(finding) = missing_in(&container, verdict.devices()) {
+            return Ok(Event::NotOnGpu(finding));
+        }
+        tracing::info!(
+            "started the container {} ({}) from {} on {}",
+            spec.name,
+            short(&container.id),
+            spec.image,
+            match verdict {
+                Verdict::Gpu { devices, .. } => titles(devices),
+                Verdict::Cpu { .. } => "the CPU".into(),
+            }
+        );
+        self.container = Some(container);
+        Ok(Event::Done)
+    }
+
+    /// Docker 20.10 holds on to a container for as long as its runtime hangs.
+    async fn discard(&self, finding: Finding) -> Result<Event, LaunchError> {
+        let removed = async {
+            match self.engine.find_container(&self.node.settings.container.name).await? {
+                Some(dead) => self.engine.remove(&dead).await,
+                None => Ok(()),
+            }
+        };
+        let stuck = |source| LaunchError::Stuck { summary: finding.summary, source };
+        removed.await.map_err(stuck)?;
+        Ok(Event::Done)
+    }
+
+    /// Watches the container until the machine has to decide something.
+    async fn watch(&mut self) -> Event {
+        let Some(container) = self.container.clone() else {
+            return Event::Failed;
+        };
+        if self.machine.verdict().devices().is_empty() {
+            self.watch.begin_anew();
+        }
+        let mut run = match self.run.take() {
+            Some(run) if run.is_of(&container) => run,
+            _ => Run::new(&self.engine, &container),
+        };
+        self.starting = None;
+        let change = loop {
+            self.report_running(&container, &run);
+            let news = self.next_news(&container, &mut run).await;
+            if let Some(change) = self.hear(news, &container, &mut run).await {
+                break change;
+            }
+        };
+        let up_for = run.since.elapsed();
+        self.run = Some(run);
+        Event::Changed { change, up_for }
+    }
+
+    async fn next_news(&mut self, container: &Container, run: &mut Run) -> News {
+        let node = &self.node;
+        let devices = self.machine.verdict().devices();
+        let by_hook = node.access == GpuAccess::Runtime;
+        let port = node.superlink.address.port();
+        let (log_tells, reached) = (node.log_tells(), run.reached);
+        let connected = is_connected(node, run);
+        let searches = node.superlink.vm_id.is_some() && !connected;
+        let asks = node.settings.container.health_check && node.release().serves_health();
+        tokio::select! {
+            connection = run.listener.next_change() => News::Connection(connection),
+            () = until_reached(container, port, !reached), if !log_tells => News::Reached(!reached),
+            dead = self.liveness.until_dead(container, connected), if asks => News::Hangs(dead),
+            found = node.until_moved(), if searches => News::Moved(Box::new(found)),
+            end = self.engine.wait(&container.id) => News::Ended(end),
+            finding = self.watch.until_failed(&node.config, &node.settings, devices), if !devices.is_empty() => {
+                News::Failed(finding)
+            }
+            finding = presence::until_lost(container, devices, by_hook), if !devices.is_empty() => News::Lost(finding),
+            () = gpu::until_usable(&node.config, &node.settings), if self.machine.waits_for_gpu() => News::Usable,
+        }
+    }
+
+    /// Tells the news, and answers with what is to be decided about.
+    async fn hear(&mut self, news: News, container: &Container, run: &mut Run) -> Option<Change> {
+        let (name, address) = (&self.node.settings.container.name, &self.node.superlink.address);
+        Some(match news {
+            News::Ended(code) => Change::Ended(code),
+            News::Failed(finding) => Change::Failed(finding),
+            News::Usable => Change::Usable,
+            News::Lost(finding) => {
+                self.remark = None;
+                tracing::warn!(
+                    gpu_uuid = finding.gpu_uuid,
+                    pci_address = finding.pci_address,
+                    "the container {name} has lost its GPU and is made anew: {}",
+                    finding.summary
+                );
+                self.node.reporter.doing("The container has lost its GPU, making it anew");
+                Change::Lost
+            }
+            News::Hangs(_) if self.is_paused(container).await => {
+                tracing::debug!("the container is paused: it is not asked for its health");
+                return None;
+            }
+            News::Hangs(dead) => {
+                tracing::warn!("Flower in the container {name} hangs and is started again: {dead}");
+                self.node.reporter.doing("Flower hangs, starting the container again");
+                Change::Hangs
+            }
+            News::Moved(found) => {
+                for warning in &found.warnings {
+                    tracing::warn!("{warning}");
+                }
+                let partition = self.node.superlink.partition;
+                self.node.superlink = SuperLink { partition, ..found.superlink };
+                tracing::info!("the service has its SuperLink at {} now", self.node.superlink.address);
+                Change::Moved
+            }
+            News::Connection(connection) => {
+                match connection {
+                    Connection::Connected { node_id, .. } => {
+                        tracing::info!("connected to the SuperLink {address} as SuperNode {node_id}");
+                    }
+                    Connection::Lost { .. } => tracing::info!("not connected to the SuperLink {address}"),
+                    Connection::Unknown => {}
+                }
+                run.connection = connection;
+                return None;
+            }
+            News::Reached(reached) => {
+                let no = if reached { "" } else { "no " };
+                tracing::info!("the container has {no}connection to the SuperLink {address}");
+                run.reached = reached;
+                return None;
+            }
+        })
+    }
+
+    async fn is_paused(&self, container: &Container) -> bool {
+        matches!(self.engine.find_container(&container.id).await, Ok(Some(found)) if found.paused)
+    }
+
+    async fn connect(&mut self) -> Event {
+        let engine = Engine::connect(&self.node.settings.docker.socket).await;
+        let answers = engine.is_ok();
+        if let Ok(engine) = engine {
+            self.engine = engine;
+        }
+        Event::Engine { answers }
+    }
+
+    async fn see(&mut self) -> Event {
+        let Some(container) = &self.container else {
+            return Event::Runs(false);
+        };
+        let runs = matches!(self.engine.find_container(&container.id).await, Ok(Some(found)) if found.running);
+        if runs && let Some(run) = &mut self.run {
+            run.listener = Listener::new(self.engine.log(container));
+        }
+        Event::Runs(runs)
+    }
+
+    async fn rest(&mut self, pause: Duration) -> Event {
+        let devices = self.machine.verdict().devices();
+        tokio::select! {
+            finding = self.watch.until_failed(&self.node.config, &self.node.settings, devices), if !devices.is_empty() => {
+                Event::Changed { change: Change::Failed(finding), up_for: Duration::ZERO }
+            }
+            () = tokio::time::sleep(pause) => Event::Done,
+        }
+    }
+
+    async fn stop(&mut self, grace: Grace) -> Event {
+        const SHORT: Duration = Duration::from_secs(5);
+        let whole = self.node.settings.container.stop_timeout;
+        let grace = match grace {
+            Grace::Whole => whole,
+            Grace::Short => SHORT.min(whole),
+        };
+        self.watch.begin_anew();
+        if let Some(container) = &self.container
+            && let Err(error) = self.engine.stop(&container.id, grace).await
+        {
+            tracing::warn!("the container does not stop: {}", journal::error_chain(&error));
+        }
+        Event::Done
+    }
+
+    async fn take_away(&mut self) -> Event {
+        self.watch.begin_anew();
+        if let Some(container) = &self.container
+            && let Err(error) = self.stop_and_remove(container).await
+        {
+            tracing::error!("the container cannot be removed: {}", journal::error_chain(&error));
+        }
+        Event::Done
+    }
+
+    async fn stop_and_remove(&self, container: &Container) -> Result<(), EngineError> {
+        self.engine.stop(&container.id, self.node.settings.container.stop_timeout).await?;
+        self.engine.remove(container).await
+    }
+
+    async fn probe(&self) -> Event {
+        let found = detect_gpus(&self.node.config, &self.node.settings, Duration::ZERO).await.verdict;
+        let is_well = |device: &GpuDevice| found.devices().iter().any(|found| found.uuid == device.uuid);
+        let well = self.machine.verdict().devices().iter().all(is_well);
+        if well {
+            tracing::info!("a probe finds the GPU well: the container is started on it again");
+        } else {
+            let why = found.finding().map_or("", |finding| &finding.summary);
+            tracing::info!("the GPU is not well: {why}");
+        }
+        Event::Well(well)
+    }
+
+    fn tell(&mut self, tell: Tell) {
+        let Node { config, settings, distribution, reporter, .. } = &self.node;
+        let name = &settings.container.name;
+        match tell {
+            Tell::Adopted => {
+                if let Some(container) = &self.container {
+                    tracing::info!("adopted the running container {name} ({})", short(&container.id));
+                    if container.paused {
+                        tracing::warn!("the container {name} is paused: docker unpause {name}");
+                    }
+                }
+            }
+            Tell::Replacing(finding) => tracing::warn!("replacing the running container: {}", finding.summary),
+            Tell::FallBack(finding) => warn_of_the_cpu(config, &finding, *distribution),
+            Tell::Required(finding) => journal::error_required(&finding, *distribution),
+            Tell::RequiredLost(finding) => journal::error_required_lost(&finding, *distribution),
+            Tell::MovesToCpu => {
+                self.remark = None;
+                self.watch.begin_anew();
+                reporter.doing("The GPU failed, moving to the CPU");
+            }
+            Tell::NotUp => {
+                let error = self.error.take().unwrap_or_else(unexpected);
+                tracing::error!("the container does not come up: {}", journal::error_chain(&error));
+            }
+            Tell::Again(cause, pause) => {
+                let what = match cause {
+                    Cause::Ended(Some(code)) => format!("ended with exit code {code}"),
+                    Cause::Ended(None) => "is gone".into(),
+                    Cause::NotUp => "does not come up".into(),
+                };
+                let seconds = pause.as_secs();
+                reporter.down();
+                tracing::warn!("the container {name} {what}; starting it again in {seconds} s");
+                reporter.doing(&format!("The container {what}, starting it again in {seconds} s"));
+            }
+            Tell::EngineAway => {
+                let socket = settings.docker.socket.display();
+                tracing::warn!("the Docker engine at {socket} does not answer; waiting for it");
+                reporter.doing("Waiting for the Docker engine");
+            }
+            Tell::EngineBack => tracing::info!("the Docker engine answers again"),
+            Tell::Ignored(finding) => {
+                journal::warn_ignored(&finding, *distribution);
+                self.remark = Some(format!("the GPU failed, which is ignored: {}", finding.summary));
+            }
+            Tell::TriedAgain(finding) => {
+                self.remark = None;
+                journal::warn_tried_again(&finding, *distribution);
+                reporter.down();
+                reporter.uses(&[]);
+                reporter.doing(&format!("The GPU failed, trying it again: {}", finding.summary));
+            }
+            Tell::LooksAgain(pause) => tracing::info!("looking at the GPU again in {} s", pause.as_secs()),
+            Tell::Usable => {
+                tracing::info!("GPU is usable now; restart flower-supernode to use it");
+                self.remark = Some("the GPU is usable now: systemctl restart flower-supernode to use it".into());
+            }
+            Tell::UsableTaken => {
+                tracing::warn!("GPU is usable now, and gpu.on_late is restart: the container is replaced");
+            }
+        }
+    }
+
+    /// Tells that the node runs, and on what.
+    fn report_running(&self, container: &Container, run: &Run) {
+        let Node { distribution, superlink, reporter, .. } = &self.node;
+        let verdict = self.machine.verdict();
+        reporter.up(container);
+        reporter.decided(verdict, *distribution, superlink);
+        reporter.news(|news| {
+            news.gpus = verdict.devices().iter().filter_map(|device| device.name.clone()).collect();
+            (news.gpu_status, news.fallback_reason) = match verdict {
+                Verdict::Gpu { .. } => ("gpu", ""),
+                Verdict::Cpu { finding: Some(finding) } => ("cpu-fallback", finding.reason.code()),
+                Verdict::Cpu { finding: None } => ("cpu", ""),
+            };
+            news.partition = superlink.partition.map(|partition| partition.id);
+        });
+        let is_connected = is_connected(&self.node, run);
+        reporter.connected(is_connected);
+        let connected = if is_connected { "connected to" } else { "not connected to" };
+        let mut status = format!("{}; {connected} {}", runs_on(verdict), superlink.address);
+        if let Some(remark) = &self.remark {
+            status.push_str("; ");
+            status.push_str(remark);
+        }
+        reporter.ready(&status);
+    }
+}
+
+fn is_connected(node: &Node, run: &Run) -> bool {
+    if node.log_tells() { run.connection.node_id().is_some() } else { run.reached }
+}
+
+fn runs_on(verdict: &Verdict) -> String {
+    match verdict {
+        Verdict::Gpu { devices, .. } => format!("Running on {}", titles(devices)),
+        Verdict::Cpu { finding: None } => "Running on the CPU (FL_GPU_ENABLED is not YES)".into(),
+        Verdict::Cpu { finding: Some(finding) } => {
+            format!("Running on the CPU: {}: {}", finding.reason, finding.summary)
+        }
+    }
+}
+
+fn titles(devices: &[GpuDevice]) -> String {
+    devices.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// The error of a launch that failed without one.
+fn unexpected() -> LaunchError {
+    let message = "what has happened does not fit what was done".into();
+    EngineError::Failed { doing: "bring the container up", message }.into()
+}
+
+/// Says why there is no GPU, and what helps on this distribution: the WARNING of the fallback, or the error where a GPU is
+/// required.
+///
+/// # Errors
+/// When there must be a GPU.
+pub fn announce(config: &Config, finding: &Finding, distribution: Distribution) -> Result<(), LaunchError> {
+    if config.gpu_required {
+        journal::error_required(finding, distribution);
+        return Err(LaunchError::GpuRequired);
+    }
+    warn_of_the_cpu(config, finding, distribution);
+    Ok(())
+}
+
+fn warn_of_the_cpu(config: &Config, finding: &Finding, distribution: Distribution) {
+    journal::warn_fallback(finding, distribution);
+    if let Some(fraction) = &config.memory_fraction {
+        tracing::info!("FL_GPU_MEMORY_FRACTION={fraction} is idle: this node runs on the CPU");
+    }
+}
+
+/// Whether `container` runs on the CPU because `wanted`, on the GPU, did not come up: why, as its labels tell.
+fn stands_in_for(container: &Container, wanted: &ContainerSpec) -> Option<Finding> {
+    let label = |name: &str| container.labels.get(name).map(String::as_str);
+    if label(plan::REFUSED_HASH_LABEL) != Some(wanted.hash().as_str()) {
+        return None;
+    }
+    let reason = Reason::from_code(label(plan::REASON_LABEL)?)?;
+    Some(Finding::new(reason, label(plan::SUMMARY_LABEL)?))
+}
+
+/// The devices that are not in the container. Where it cannot be told, none.
+fn missing_in(container: &Container, devices: &[GpuDevice]) -> Option<Finding> {
+    devices_missing_in(container, devices).unwrap_or_else(|error| {
+        tracing::info!("cannot see whether the GPU is in the container: {error}");
+        None
+    })
+}
+
+fn short(id: &str) -> &str {
+    id.get(..12).unwrap_or(id)
+}
