@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help build deb image demo test test-image test-images fmt lint deny clean
+.PHONY: help build deb image demo test test-image test-images fuzz mutants fmt lint deny clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,14 @@ test-image: image ## that very QCOW2, booted under UEFI
 test-images: ## the framework images base and sklearn, built without a registry and run as the agent runs them
 	@packaging/install-tools.sh test-images
 	@tests/scripts/test-images.sh
+
+fuzz: ## every parser of foreign bytes, FUZZ_SECONDS (300) each
+	@packaging/install-tools.sh fuzz
+	@tests/scripts/fuzz.sh
+
+mutants: ## how many changes of the pure modules their tests notice (hours); tests/scripts/mutants.sh FILE for one
+	@packaging/install-tools.sh mutants
+	@tests/scripts/mutants.sh
 
 fmt: ## format the code
 	cargo fmt --all

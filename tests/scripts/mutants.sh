@@ -2,7 +2,7 @@
 # `make mutants`: changes the pure modules (.cargo/mutants.toml) in every way that cargo-mutants knows, runs their tests on each
 # change, and prints for each module how many were noticed, and which were not. All of them take hours, one file minutes:
 #
-#   mutants.sh [FILE…]
+#   mutants.sh [FILE…]      # agent/src/backoff.rs, or any part of its name
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -12,7 +12,7 @@ program=$(packaging/cargo-tool.sh cargo-mutants 27.1.0)
 export CARGO_TARGET_DIR=${XDG_CACHE_HOME:-$HOME/.cache}/supernode-agent/mutants-build CARGO_PROFILE_DEV_DEBUG=none
 out=target/mutants.out
 status=0
-"$program" mutants --jobs 1 --output target "${@/#/--file=}" || status=$?
+"$program" mutants --jobs 1 --output target "${@/#/--re=}" || status=$?
 # 2 and 3: some were not noticed, or ran into the time limit, as one that loops for ever does. They are counted here.
 case $status in 0 | 2 | 3) ;; *) exit "$status" ;; esac
 awk -F: '
