@@ -66,8 +66,8 @@ pub fn is_held(state_dir: &Path) -> bool {
     }
 }
 
-/// Whether somebody has locked this file, as the kernel tells everybody: the fifth and sixth word of a line of /proc/locks are
-/// the process and device and inode (proc_locks(5)).
+/// Whether somebody has locked this file, as the kernel tells everybody: the sixth word of a line of /proc/locks is device and
+/// inode (proc_locks(5)).
 fn is_listed(path: &Path) -> bool {
     let (Ok(file), Ok(locks)) = (path.metadata(), std::fs::read_to_string("/proc/locks")) else {
         return false;
