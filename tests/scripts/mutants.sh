@@ -24,5 +24,5 @@ awk -F: '
             sum += all[file]; sum_noticed += noticed[file]
         }
         printf "   %3d of %3d (%5.1f %%) together\n", sum_noticed, sum, sum ? 100 * sum_noticed / sum : 100
-    }' $out/caught.txt $out/timeout.txt $out/missed.txt | sort -k7
+    }' $out/caught.txt $out/timeout.txt $out/missed.txt | sort -t')' -k2
 [ ! -s $out/missed.txt ] || sed 's/^/   not noticed: /' $out/missed.txt
