@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help build deb image demo test test-image test-images fmt lint deny clean
+.PHONY: help build deb image demo test test-image test-images fuzz mutants fmt lint deny clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,12 +32,22 @@ test-images: ## the framework images base and sklearn, built without a registry 
 	@packaging/install-tools.sh test-images
 	@tests/scripts/test-images.sh
 
+fuzz: ## every parser of foreign bytes, FUZZ_SECONDS (300) each
+	@packaging/install-tools.sh fuzz
+	@tests/scripts/fuzz.sh
+
+mutants: ## how many changes of the pure modules their tests notice (hours); tests/scripts/mutants.sh FILE for one
+	@packaging/install-tools.sh mutants
+	@tests/scripts/mutants.sh
+
 fmt: ## format the code
 	cargo fmt --all
+	cargo fmt --manifest-path tests/fuzz/Cargo.toml
 
 lint: ## rustfmt, clippy, rustdoc and shellcheck, warnings denied
 	@packaging/install-tools.sh lint
 	cargo fmt --all --check
+	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --locked --quiet
 	git ls-files -z | xargs -0 grep -lE '^#!.*\b(ba)?sh$$' | xargs shellcheck

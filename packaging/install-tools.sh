@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the demo, the tests or CI need and this machine lacks, by package name, after saying so.
 #
-#   install-tools.sh demo|test|lint|deb|image|test-image|test-images
+#   install-tools.sh demo|test|lint|deb|image|test-image|test-images|fuzz|mutants
 set -euo pipefail
 
 # What is looked for, and the package that brings it (Debian and Ubuntu).
@@ -10,7 +10,7 @@ declare -A packages=(
     [mmdebstrap]=mmdebstrap [python3]=python3 [busybox]=busybox-static [shellcheck]=shellcheck [cc]=gcc
     [setpriv]=util-linux [apparmor_parser]=apparmor [dpkg-deb]=dpkg [lintian]=lintian [systemd-nspawn]=systemd-container
     [qemu-system-x86_64]=qemu-system-x86 [xorriso]=xorriso [ruby]=ruby [mke2fs]=e2fsprogs [sfdisk]=fdisk
-    [mkfs.vfat]=dosfstools [mmd]=mtools [qemu-img]=qemu-utils [openssl]=openssl
+    [mkfs.vfat]=dosfstools [mmd]=mtools [qemu-img]=qemu-utils [openssl]=openssl [c++]=g++
 )
 case "${1:-}" in
 demo) wanted=(cc dockerd docker ip nsenter iptables mmdebstrap) ;;
@@ -21,13 +21,15 @@ deb) wanted=(cc dpkg-deb) ;;
 image) wanted=(cc dpkg-deb mmdebstrap ip nsenter mke2fs sfdisk mkfs.vfat mmd qemu-img) ;;
 test-image) wanted=(qemu-system-x86_64 xorriso) ;;
 test-images) wanted=(dockerd docker ip mmdebstrap) ;;
+fuzz) wanted=(cc c++) ;;
+mutants) wanted=(cc) ;;
 *)
-    echo "usage: install-tools.sh demo|test|lint|deb|image|test-image|test-images" >&2
+    echo "usage: install-tools.sh demo|test|lint|deb|image|test-image|test-images|fuzz|mutants" >&2
     exit 2
     ;;
 esac
 # Where the kernel has AppArmor on, Docker starts no container without the parser, which docker.io only recommends.
-if [ "$1" != lint ] && [ "$(cat /sys/module/apparmor/parameters/enabled 2>/dev/null)" = Y ]; then
+if [[ $1 != @(lint|fuzz|mutants) ]] && [ "$(cat /sys/module/apparmor/parameters/enabled 2>/dev/null)" = Y ]; then
     wanted+=(apparmor_parser)
 fi
 

@@ -213,8 +213,11 @@ async fn superlink_vm(gate: &OneGate, service: &Service) -> Result<Vm, SuperLink
     Err(failed)
 }
 
-/// What is made of the SuperLink's VM. Pure.
-fn trust(config: &Config, vm: &Vm, now: SystemTime) -> Result<(SuperLink, Vec<String>), SuperLinkError> {
+/// What is made of the SuperLink's VM, and what the operator should know of it: each is a WARNING. Pure.
+///
+/// # Errors
+/// Why the node does not connect to what the VM has published; as in [`find_superlink`].
+pub fn trust(config: &Config, vm: &Vm, now: SystemTime) -> Result<(SuperLink, Vec<String>), SuperLinkError> {
     let published =
         |name: &'static str| vm.attributes.get(name).map(|text| text.trim()).filter(|text| !text.is_empty());
     let refused =

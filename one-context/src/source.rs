@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
 use crate::context::{Context, Secret};
 use crate::parse::ParseError;
 
@@ -74,7 +77,7 @@ fn newest(dir: &Path) -> Result<PathBuf, SourceError> {
     let mut newest = None;
     for file in CONTEXT_FILES {
         let path = dir.join(file);
-        match fs::metadata(&path).and_then(|metadata| metadata.modified()) {
+        match fs::symlink_metadata(&path).and_then(|metadata| metadata.modified()) {
             Ok(modified) => {
                 if newest.as_ref().is_none_or(|(latest, _)| modified > *latest) {
                     newest = Some((modified, path));
@@ -102,13 +105,18 @@ pub fn read_token(dir: &Path) -> Result<Option<Secret>, SourceError> {
         }
         head => head?,
     };
+    Ok(token_in(&head))
+}
+
+/// The token in the beginning of a `one_env`, as in [`read_token`]. Pure.
+pub fn token_in(head: &[u8]) -> Option<Secret> {
     let token = head
         .split(|&byte| byte == b'\n')
         .take(ENV_OWN_LINES)
         .find_map(|line| line.strip_prefix(b"export TOKENTXT="))
         .and_then(|value| value.strip_prefix(b"\"")?.strip_suffix(b"\""))
         .filter(|token| !token.is_empty() && token.iter().copied().all(is_token_byte));
-    Ok(token.map(|token| Secret::new(String::from_utf8_lossy(token))))
+    token.map(|token| Secret::new(String::from_utf8_lossy(token)))
 }
 
 /// Base64, in its usual and its URL alphabet.
@@ -116,19 +124,27 @@ fn is_token_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'=' | b'_' | b'-')
 }
 
-/// [`read_regular`], with the path in the error.
+/// A file of one-context, which it writes as a file: a link in its place is somebody else's.
 fn read_head(path: &Path, limit: u64) -> Result<Vec<u8>, SourceError> {
-    read_regular(path, limit).map_err(|source| SourceError::Unreadable { path: path.to_owned(), source })
+    let head = read_regular(path, OFlags::NOFOLLOW, limit).map_err(|error| match error.raw_os_error() {
+        Some(code) if code == Errno::LOOP.raw_os_error() => {
+            io::Error::other("it is a link, which one-context never makes")
+        }
+        _ => error,
+    });
+    head.map_err(|source| SourceError::Unreadable { path: path.to_owned(), source })
 }
 
 /// The first `limit` bytes of a regular file; the limit holds for the reading itself, as a file can grow.
-pub(crate) fn read_regular(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    // To open a FIFO is to wait for somebody who writes.
-    if !fs::metadata(path)?.is_file() {
+pub(crate) fn read_regular(path: &Path, flags: OFlags, limit: u64) -> io::Result<Vec<u8>> {
+    // To open a FIFO is to wait for somebody who writes, unless it is said not to.
+    let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    if !file.metadata()?.is_file() {
         return Err(io::Error::other("it is not a regular file"));
     }
     let mut head = Vec::new();
-    File::open(path)?.take(limit).read_to_end(&mut head)?;
+    file.take(limit).read_to_end(&mut head)?;
     Ok(head)
 }
 
@@ -439,8 +455,17 @@ mod tests {
                 if name == ENV_FILE { read_token(&dir.0).unwrap_err() } else { read_context(&dir.0).unwrap_err() };
             assert!(not_a_file(&error) && !error.is_invalid(), "{error:?}");
         }
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_a_file_is_not_followed() {
+        let is_link = |error: &SourceError| error.source().unwrap().to_string().starts_with("it is a link");
         let dir = Dir::new();
-        std::os::unix::fs::symlink("/dev/zero", dir.0.join("context.sh.local")).unwrap();
-        assert!(not_a_file(&read_context(&dir.0).unwrap_err()));
+        dir.write("elsewhere", b"VMID='1'\nexport TOKENTXT=\"a\"\n", 0);
+        for name in ["context.sh.local", ENV_FILE] {
+            std::os::unix::fs::symlink(dir.0.join("elsewhere"), dir.0.join(name)).unwrap();
+        }
+        assert!(is_link(&read_context(&dir.0).unwrap_err()));
+        assert!(is_link(&read_token(&dir.0).unwrap_err()));
     }
 }

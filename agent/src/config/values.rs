@@ -285,7 +285,7 @@ fn parse_host_port_parts(text: &str, default_port: Option<u16>) -> Option<(&str,
         Some(rest) => {
             let (host, rest) = rest.split_once(']')?;
             host.parse::<Ipv6Addr>().ok()?;
-            (host, rest.strip_prefix(':'))
+            (host, if rest.is_empty() { None } else { Some(rest.strip_prefix(':')?) })
         }
         None => {
             let (host, port) = match text.split_once(':') {
@@ -755,6 +755,14 @@ mod tests {
                 "é",
             ],
         );
+    }
+
+    #[test]
+    fn a_registrys_ipv6_address_is_followed_by_its_port_or_by_nothing() {
+        for text in ["[fd00::1]/a", "[fd00::1]:5000/a"] {
+            assert!(ImageRef::parse(text).is_ok(), "{text}");
+        }
+        refuses(ImageRef::parse, &["[fd00::1]registry/a", "[fd00::1]\0/a", "[fd00::1]5000/a", "[fd00::1]:/a"]);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
+use rustix::fs::OFlags;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -55,7 +56,7 @@ pub(super) fn tls(ca_file: Option<&Path>) -> io::Result<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     match ca_file {
         Some(path) => {
-            let pem = read_regular(path, CA_FILE_LIMIT_BYTES + 1)?;
+            let pem = read_regular(path, OFlags::empty(), CA_FILE_LIMIT_BYTES + 1)?;
             if pem.len() as u64 > CA_FILE_LIMIT_BYTES {
                 return Err(io::Error::other("it is too large"));
             }

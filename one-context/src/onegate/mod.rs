@@ -2,13 +2,13 @@
 //!
 //! - `endpoint`: where it listens (pure)
 //! - `attributes`: attributes to the body of an update (pure)
-//! - `shape`: the JSON of its replies to services and VMs (pure)
+//! - [`shape`]: the JSON of its replies to services and VMs (pure)
 //! - `http`: one request (all input and output)
 
 mod attributes;
 mod endpoint;
 mod http;
-mod shape;
+pub mod shape;
 
 use std::collections::BTreeMap;
 use std::io;

@@ -24,7 +24,10 @@ pub enum ShapeError {
 }
 
 /// Reads the reply to `GET /service`.
-pub(super) fn service(json: &[u8]) -> Result<Service, ShapeError> {
+///
+/// # Errors
+/// [`ShapeError`] where it is none.
+pub fn service(json: &[u8]) -> Result<Service, ShapeError> {
     let reply: Value = serde_json::from_slice(json)?;
     let service = &reply["SERVICE"];
     if !service.is_object() {
@@ -38,7 +41,10 @@ pub(super) fn service(json: &[u8]) -> Result<Service, ShapeError> {
 }
 
 /// Reads the reply to `GET /vm` and `GET /vms/<id>`.
-pub(super) fn vm(json: &[u8]) -> Result<Vm, ShapeError> {
+///
+/// # Errors
+/// [`ShapeError`] where it is none.
+pub fn vm(json: &[u8]) -> Result<Vm, ShapeError> {
     let reply: Value = serde_json::from_slice(json)?;
     let vm = &reply["VM"];
     if !vm.is_object() {

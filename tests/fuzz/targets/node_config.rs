@@ -1,0 +1,19 @@
+//! `FL_NODE_CONFIG`: what is accepted is accepted again, and so is what people see of it; a refusal shows nothing of a text that
+//! may hold a secret.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use supernode_agent::config::values::NodeConfig;
+use supernode_fuzz::assert_shown;
+
+fuzz_target!(|text: &str| {
+    match NodeConfig::parse(text) {
+        Ok(config) => {
+            assert_eq!(NodeConfig::parse(config.as_str()).as_ref(), Ok(&config));
+            let redacted = config.redacted();
+            assert!(NodeConfig::parse(&redacted).is_ok(), "{redacted:?}");
+            assert!(NodeConfig::may_hold_secret(text) || redacted == config.as_str());
+        }
+        Err(refusal) => assert_shown(&refusal),
+    }
+});

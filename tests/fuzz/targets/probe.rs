@@ -1,0 +1,66 @@
+//! What the child processes answer, in which NVIDIA's code runs: the verdict on it is a GPU that can be named to Docker, or a
+//! reason that people can read.
+#![no_main]
+
+use std::cell::LazyCell;
+use std::fmt::Debug;
+
+use libfuzzer_sys::fuzz_target;
+use one_context::Context;
+use serde::{Serialize, de::DeserializeOwned};
+use supernode_agent::config::{Config, Prebaked};
+use supernode_agent::distribution::Distribution;
+use supernode_agent::gpu::listen::Notice;
+use supernode_agent::gpu::nvml::ProbeAnswer;
+use supernode_agent::gpu::pci::{PciAddress, PciDevice, PciFacts};
+use supernode_agent::gpu::probe::ProbeOutcome;
+use supernode_agent::gpu::verdict::after_the_probe;
+use supernode_fuzz::assert_shown;
+
+thread_local! {
+    static CONFIGS: LazyCell<Vec<Config>> = LazyCell::new(|| {
+        let configs = ["all", "1", "GPU-4", "0000:01:00.0,MIG-1"].iter().map(|devices| {
+            let text = format!("FL_GPU_ENABLED='YES'\nFL_CUDA_VISIBLE_DEVICES='{devices}'\nPCI0_ADDRESS='01:00.0'\n");
+            let context = Context::parse(text.as_bytes()).expect("a context");
+            Config::from_context(&context, &Prebaked::default()).expect("a configuration").0
+        });
+        configs.collect()
+    });
+    static FACTS: LazyCell<PciFacts> = LazyCell::new(|| {
+        let devices = ["0000:01:00.0", "0000:21:00.0"].iter().map(|address| PciDevice {
+            address: PciAddress::parse(address).expect("an address"),
+            vendor: 0x10de,
+            device: Some(0x20b5),
+            class: 0x03_02_00,
+            driver: Some("nvidia".into()),
+        });
+        PciFacts { devices: devices.collect(), ..PciFacts::default() }
+    });
+}
+
+/// What can be read is written as it was read.
+fn read<T: Serialize + DeserializeOwned + PartialEq + Debug>(line: &[u8]) -> Option<T> {
+    let read: T = serde_json::from_slice(line).ok()?;
+    let written = serde_json::to_vec(&read).expect("JSON");
+    assert_eq!(serde_json::from_slice::<T>(&written).ok().as_ref(), Some(&read));
+    Some(read)
+}
+
+fuzz_target!(|line: &[u8]| {
+    let _: Option<Notice> = read(line);
+    let Some(answer) = read::<ProbeAnswer>(line) else { return };
+    let outcome = ProbeOutcome::Answered(answer);
+    CONFIGS.with(|configs| {
+        for config in configs.iter() {
+            let verdict = FACTS.with(|facts| after_the_probe(config, facts, &outcome));
+            for device in verdict.devices() {
+                assert!(!device.uuid.is_empty() && !device.uuid.contains([',', '\0']), "{device:?}");
+                assert_shown(&device.to_string());
+            }
+            if let Some(finding) = verdict.finding() {
+                assert_shown(&finding.summary);
+            }
+            let _ = verdict.to_json(Distribution::default());
+        }
+    });
+});

@@ -1,0 +1,40 @@
+//! Single values: what is accepted is accepted again as it is shown, and is the same then.
+#![no_main]
+
+use std::fmt::{Debug, Display};
+
+use libfuzzer_sys::fuzz_target;
+use supernode_agent::config::values::{
+    DeviceSelection, Fraction, HostPort, ImageRef, MAX_COUNT, Refusal, Version, parse_count, parse_yes_no,
+};
+use supernode_agent::gpu::pci::PciAddress;
+use supernode_fuzz::assert_shown;
+
+fn assert_stable<T: PartialEq + Debug + Display>(text: &str, parse: impl Fn(&str) -> Result<T, Refusal>) {
+    match parse(text) {
+        Ok(value) => {
+            let shown = value.to_string();
+            assert_shown(&shown);
+            assert_eq!(parse(&shown), Ok(value));
+            // It becomes an argument, and must not be taken for an option.
+            assert!(!shown.starts_with('-'), "{shown}");
+        }
+        Err(refusal) => assert_shown(&refusal),
+    }
+}
+
+fuzz_target!(|text: &str| {
+    assert_stable(text, HostPort::parse);
+    assert_stable(text, ImageRef::parse);
+    assert_stable(text, Version::parse);
+    assert_stable(text, DeviceSelection::parse);
+    assert_stable(text, Fraction::parse);
+    assert_stable(text, |text| PciAddress::parse(text).ok_or_else(String::new));
+    if let Ok(fraction) = Fraction::parse(text) {
+        assert!(fraction.share() > 0.0 && fraction.share() <= 1.0);
+    }
+    if let Ok(count) = parse_count(text, 1) {
+        assert!((1..=MAX_COUNT).contains(&count));
+    }
+    let _ = parse_yes_no(text);
+});

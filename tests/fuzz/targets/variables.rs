@@ -1,0 +1,18 @@
+//! A whole context to a configuration: everything that is said of it is one line a problem, and no secret is in it.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use one_context::Context;
+use supernode_agent::config::{Config, Prebaked};
+use supernode_fuzz::assert_shown;
+
+fuzz_target!(|text: &[u8]| {
+    let Ok(context) = Context::parse(text) else { return };
+    match Config::from_context(&context, &Prebaked::default()) {
+        Ok((config, remarks)) => {
+            remarks.warnings().chain(&remarks.idle).chain(&remarks.notes).for_each(|line| assert_shown(line));
+            assert!(!config.resolved().is_empty());
+        }
+        Err(errors) => errors.0.iter().for_each(|line| assert_shown(line)),
+    }
+});

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# `make fuzz`: runs every fuzz target for FUZZ_SECONDS (300), as many at a time as there are processors, and prints how often
+# each was executed. A crash fails, with the input that reproduces it. What a run finds on its way is kept in the cache, where
+# the next one begins.
+#
+#   fuzz.sh [TARGET…]
+#
+# cargo-fuzz is not needed: the instrumentation is LLVM's, which the stable compiler has. There is no AddressSanitizer, for the
+# code under test is safe Rust; overflows and debug assertions are findings.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/../fuzz"
+seconds=${FUZZ_SECONDS:-300}
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/supernode-agent/fuzz
+triple=$(rustc -vV | sed -n 's/^host: //p')
+
+skip() {
+    echo "SKIPPED: fuzzing: $1"
+    [ -z "${FUZZ_REQUIRED:-}" ] || exit 1
+    exit 0
+}
+command -v c++ >/dev/null || skip "libFuzzer needs a C++ compiler (package g++)"
+# The versions that are shipped; cargo adds libFuzzer's.
+cp ../../Cargo.lock Cargo.lock
+cargo fetch --quiet --target "$triple" || skip "its crates cannot be had from here"
+
+# A build folder for each compiler: what changes in Cargo.lock is built anew, and the rest is not. --target, so that build scripts
+# are not instrumented.
+build=$cache/build-$(rustc -V | cut -d' ' -f2)
+flags=(-Cpasses=sancov-module)
+for flag in level=4 inline-8bit-counters pc-table trace-compares; do
+    flags+=("-Cllvm-args=-sanitizer-coverage-$flag")
+done
+began=$SECONDS
+RUSTFLAGS="${flags[*]}" cargo build --release --quiet --locked --bins --target "$triple" --target-dir "$build"
+echo "== built: $((SECONDS - began)) s"
+
+fuzz() {
+    local target=$1 status=0
+    mkdir -p "$cache/corpus/$target" "artifacts/$target"
+    "$build/$triple/release/$target" "$cache/corpus/$target" "corpus/$target" -max_total_time="$seconds" -max_len=8192 \
+        -timeout=10 -print_final_stats=1 -artifact_prefix="artifacts/$target/" >"$cache/$target.log" 2>&1 || status=$?
+    if [ $status = 0 ]; then
+        printf '   %-12s %10d executions in %d s\n' "$target" \
+            "$(sed -n 's/^stat::number_of_executed_units: *//p' "$cache/$target.log")" "$seconds"
+    else
+        echo "   $target FAILED: $cache/$target.log ends with"
+        tail -n 30 "$cache/$target.log"
+        return 1
+    fi
+}
+export -f fuzz
+export seconds cache build triple
+[ $# -gt 0 ] || mapfile -t < <(basename -s .rs targets/*.rs)
+printf '%s\n' "${@:-${MAPFILE[@]}}" | xargs -P "$(nproc)" -I{} bash -euo pipefail -c 'fuzz {}'
