@@ -7,7 +7,7 @@ use std::{
     net::Shutdown,
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
     thread,
     time::Duration,
 };
@@ -50,8 +50,8 @@ struct State {
     faulty: Option<(Faulty, Fault)>,
     /// How many calls hang.
     hanging: usize,
-    /// Both ends of every connection.
-    open: Vec<UnixStream>,
+    /// Every connection, to the agent and to the engine.
+    open: Vec<Weak<UnixStream>>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -85,8 +85,12 @@ impl DockerProxy {
         thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
                 let (shared, upstream) = (Arc::clone(&shared), upstream.clone());
-                // A connection that breaks is what this is about.
-                thread::spawn(move || shared.serve(client, &upstream));
+                thread::spawn(move || {
+                    let client = Arc::new(client);
+                    // A connection that breaks is what this is about.
+                    let _ = shared.serve(&client, &upstream);
+                    let _ = client.shutdown(Shutdown::Both);
+                });
             }
         });
     }
@@ -125,7 +129,7 @@ impl DockerProxy {
         self.set(Some((Faulty::Nth(number), fault)));
     }
 
-    /// Does this to every call whose name, `POST /containers/create`, ends with `kind`.
+    /// Does this to every call of this name, `POST /containers/create`.
     pub fn fault_of(&self, kind: &str, fault: Fault) {
         self.set(Some((Faulty::Kind(kind.to_owned()), fault)));
     }
@@ -149,7 +153,7 @@ impl DockerProxy {
 
     /// Cuts every connection that is open.
     pub fn cut(&self) {
-        for stream in self.shared.lock().open.drain(..) {
+        for stream in self.shared.lock().open.drain(..).filter_map(|stream| stream.upgrade()) {
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
@@ -164,72 +168,76 @@ impl Drop for DockerProxy {
 }
 
 impl Shared {
-    fn serve(&self, mut client: UnixStream, upstream: &Path) -> io::Result<()> {
-        let (head, body) = read_head(&mut client)?;
-        let call = name_of(&head);
-        let fault = {
-            let mut state = self.lock();
-            let number = state.calls.len();
-            let fault = state.faulty.as_ref().filter(|(faulty, _)| match faulty {
-                Faulty::Nth(wanted) => *wanted == number,
-                Faulty::Kind(kind) => call.ends_with(kind.as_str()),
-                Faulty::Every => true,
-            });
-            let fault = fault.map(|(_, fault)| *fault);
-            state.calls.push(call);
-            state.open.push(client.try_clone()?);
-            fault
-        };
+    fn serve(&self, client: &Arc<UnixStream>, upstream: &Path) -> io::Result<()> {
+        let (head, body) = read_head(client)?;
+        let fault = self.begin(name_of(&head), client);
         match fault {
-            Some(Fault::Refuse) => {
-                let message = r#"{"message":"the engine has a bad day"}"#;
-                let length = message.len();
-                return write!(
-                    client,
-                    "HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\n\
-                     Content-Length: {length}\r\nConnection: close\r\n\r\n{message}"
-                );
-            }
-            Some(Fault::Hang) => {
-                let mut state = self.lock();
-                state.hanging += 1;
-                self.changed.notify_all();
-                let waited = self.changed.wait_while(state, |state| state.faulty.is_some());
-                waited.unwrap_or_else(PoisonError::into_inner).hanging -= 1;
-                // Who has given up does not want it any more.
-                client.set_nonblocking(true)?;
-                if matches!(client.read(&mut [0]), Ok(0)) {
-                    return Ok(());
-                }
-                client.set_nonblocking(false)?;
-            }
+            Some(Fault::Refuse) => return refuse(client),
+            Some(Fault::Hang) if !self.hang(client)? => return Ok(()),
             Some(Fault::Delay(time)) => thread::sleep(time),
-            Some(Fault::Cut) | None => {}
+            Some(Fault::Hang | Fault::Cut) | None => {}
         }
-        let mut engine = UnixStream::connect(upstream)?;
-        self.lock().open.push(engine.try_clone()?);
+        let engine = Arc::new(UnixStream::connect(upstream)?);
+        self.lock().open.push(Arc::downgrade(&engine));
         // One call a connection: the engine closes it, so that the next one comes here as well.
         let head = head.replacen("\r\n", "\r\nConnection: close\r\n", 1);
-        engine.write_all(head.as_bytes())?;
-        engine.write_all(&body)?;
+        (&*engine).write_all(head.as_bytes())?;
+        (&*engine).write_all(&body)?;
         if fault == Some(Fault::Cut) {
             let mut first = [0; 64];
-            let length = engine.read(&mut first)?;
-            client.write_all(&first[..length])?;
-            return client.shutdown(Shutdown::Both);
+            let length = (&*engine).read(&mut first)?;
+            return (&**client).write_all(&first[..length]);
         }
-        let (mut from_client, mut to_engine) = (client.try_clone()?, engine.try_clone()?);
+        let (from_client, to_engine) = (Arc::clone(client), Arc::clone(&engine));
         thread::spawn(move || {
-            let _ = io::copy(&mut from_client, &mut to_engine);
+            let _ = io::copy(&mut &*from_client, &mut &*to_engine);
             let _ = to_engine.shutdown(Shutdown::Both);
         });
-        io::copy(&mut engine, &mut client)?;
-        client.shutdown(Shutdown::Both)
+        io::copy(&mut &*engine, &mut &**client).map(|_| ())
+    }
+
+    /// Notes the call; gives what is to become of it.
+    fn begin(&self, call: String, client: &Arc<UnixStream>) -> Option<Fault> {
+        let mut state = self.lock();
+        let number = state.calls.len();
+        let is_this = |faulty: &Faulty| match faulty {
+            Faulty::Nth(wanted) => *wanted == number,
+            Faulty::Kind(kind) => *kind == call,
+            Faulty::Every => true,
+        };
+        let fault = state.faulty.as_ref().filter(|(faulty, _)| is_this(faulty)).map(|(_, fault)| *fault);
+        state.calls.push(call);
+        state.open.retain(|stream| stream.strong_count() > 0);
+        state.open.push(Arc::downgrade(client));
+        fault
+    }
+
+    /// Waits until the fault is mended; whether the call is wanted still.
+    fn hang(&self, client: &UnixStream) -> io::Result<bool> {
+        let mut state = self.lock();
+        state.hanging += 1;
+        let waited = self.changed.wait_while(state, |state| state.faulty.is_some());
+        waited.unwrap_or_else(PoisonError::into_inner).hanging -= 1;
+        // Who has given up has closed its end.
+        client.set_nonblocking(true)?;
+        let given_up = matches!((&*client).read(&mut [0]), Ok(0));
+        client.set_nonblocking(false)?;
+        Ok(!given_up)
     }
 }
 
+fn refuse(mut client: &UnixStream) -> io::Result<()> {
+    let message = r#"{"message":"the engine has a bad day"}"#;
+    let length = message.len();
+    write!(
+        client,
+        "HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\
+         Connection: close\r\n\r\n{message}"
+    )
+}
+
 /// The head of a request, and what came of its body with it.
-fn read_head(client: &mut UnixStream) -> io::Result<(String, Vec<u8>)> {
+fn read_head(mut client: &UnixStream) -> io::Result<(String, Vec<u8>)> {
     let mut bytes = Vec::new();
     let mut buffer = [0; 4096];
     while bytes.len() < LARGEST_HEAD_BYTES {

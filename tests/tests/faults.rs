@@ -427,10 +427,13 @@ fn the_machine() {
         });
     }
     node.case.agent(agent_binary());
-    let context = |node: &Node, stage: &str| node.case.path(format!("context/context.sh.{stage}"));
+    let lose_context = |node: &Node| {
+        fs::remove_dir_all(node.case.path("context")).unwrap();
+        fs::create_dir(node.case.path("context")).unwrap();
+    };
     table.fault(&mut node, "the context is gone at the start", UP_IN_TWO, |node| {
         node.clear();
-        ["local", "online", "network"].map(|stage| fs::remove_file(context(node, stage)).unwrap());
+        lose_context(node);
         assert!(!node.tries());
         let since = Instant::now();
         node.context("");
@@ -439,7 +442,7 @@ fn the_machine() {
     });
     table.fault(&mut node, "the context is half written at the start", "the rest is waited for", |node| {
         node.clear();
-        let file = context(node, "network");
+        let file = node.case.path("context/context.sh.network");
         let whole = fs::read(&file).unwrap();
         fs::write(&file, &whole[..whole.len() / 2]).unwrap();
         node.start();
@@ -451,7 +454,7 @@ fn the_machine() {
     });
     table.fault(&mut node, "the context is gone while the node runs", "the same run", |node| {
         let before = node.run();
-        ["local", "online", "network"].map(|stage| fs::remove_file(context(node, stage)).unwrap());
+        lose_context(node);
         let since = Instant::now();
         node.agent().reload();
         node.agent().wait_for_line("the node goes on with the old one", PATIENCE);

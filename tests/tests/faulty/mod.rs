@@ -414,8 +414,9 @@ impl Table {
         }));
         match told {
             Ok(seconds) => say(&format!("FAULT {name:<58} held    recovered in {seconds:>5.1} s  {holds}")),
-            Err(_) => {
-                say(&format!("FAULT {name:<58} FAILED  {holds}"));
+            Err(why) => {
+                let why = why.downcast_ref::<String>().map_or("", String::as_str);
+                say(&format!("FAULT {name:<58} FAILED  {holds}\n{why}"));
                 self.failed.push(name.to_owned());
             }
         }
