@@ -314,6 +314,7 @@ async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
         connection: Connection::default(),
         reached: false,
     };
+    take_strays_away(&engine, &node.settings).await?;
     let container = node.bring_up(&engine).await?;
     drop(starting);
     node.report_running();
@@ -551,6 +552,19 @@ async fn find_image(
     };
     tracing::warn!("the image {wanted} is not to be had, the prebaked {prebaked} is used instead: {error}");
     Ok((prebaked, found))
+}
+
+/// Takes away what runs of ours under another name, because somebody gave it one or `container.name` was changed: it would
+/// train beside the node, on the same GPU.
+async fn take_strays_away(engine: &Engine, settings: &Settings) -> Result<(), EngineError> {
+    for name in engine.find_strays(&settings.container.name).await? {
+        tracing::warn!("the container {name} is this node's, under another name: it is stopped and removed");
+        if let Some(stray) = engine.find_container(&name).await? {
+            engine.stop(&stray.id, settings.container.stop_timeout).await?;
+            engine.remove(&stray).await?;
+        }
+    }
+    Ok(())
 }
 
 /// What of this machine the container's specification depends on.

@@ -263,7 +263,7 @@ fn name_of(head: &str) -> String {
     if parts.first().is_some_and(|first| first.starts_with("v1.")) {
         parts.remove(0);
     }
-    if parts.len() > 1 && parts[1] != "create" {
+    if parts.len() > 1 && !["create", "json"].contains(&parts[1]) {
         parts[1] = "*";
     }
     format!("{method} /{}", parts.join("/"))
@@ -274,5 +274,6 @@ fn a_call_has_a_name_without_version_id_and_query() {
     assert_eq!(name_of("GET /version HTTP/1.1\r\n"), "GET /version");
     assert_eq!(name_of("POST /v1.41/containers/create?name=x HTTP/1.1\r\n"), "POST /containers/create");
     assert_eq!(name_of("GET /v1.41/containers/ab12/json HTTP/1.1\r\n"), "GET /containers/*/json");
+    assert_eq!(name_of("GET /v1.41/containers/json?all=1 HTTP/1.1\r\n"), "GET /containers/json");
     assert_eq!(name_of("DELETE /containers/ab12 HTTP/1.1\r\n"), "DELETE /containers/*");
 }
