@@ -78,31 +78,37 @@ fn each_call_hanging_for_a_while_and_sigterm_meanwhile() {
 
 #[test]
 fn a_call_that_is_never_answered() {
-    const KINDS: [&str; 5] = [
-        "GET /info",
-        "GET /images/*/json",
-        "GET /containers/*/json",
-        "POST /containers/create",
-        "POST /containers/*/start",
-    ];
+    type Recovery = fn(&mut Node);
+    let at_the_next_start: Recovery = Node::up_in_two;
+    let on_the_cpu: Recovery = |node| {
+        node.start();
+        node.agent().wait_for_line("it had not started within 120 s", 3 * PATIENCE);
+        node.proxy.mend();
+        node.agent().wait_for_notify("READY=1", PATIENCE);
+    };
+    let gives_up = "given up after 60 s, up at the next start";
     // They wait for a minute or two, and do nothing: all of them at once.
-    let told: Vec<_> = KINDS
-        .iter()
-        .map(|kind| {
-            thread::spawn(move || {
-                let Some(mut node) = Node::new() else { return };
-                let mut table = Table::default();
-                table.fault(&mut node, &format!("never answered: {kind}"), "the end by itself, then up", |node| {
-                    node.proxy.fault_of(kind, Fault::Hang);
-                    let since = Instant::now();
-                    node.up_in_two();
-                    since
-                });
-                table.finish();
-            })
+    let threads = [
+        ("GET /info", gives_up, at_the_next_start),
+        ("GET /images/*/json", gives_up, at_the_next_start),
+        ("GET /containers/*/json", gives_up, at_the_next_start),
+        ("POST /containers/create", gives_up, at_the_next_start),
+        ("POST /containers/*/start", "given up after 120 s, the CPU with its WARNING", on_the_cpu),
+    ]
+    .map(|(call, holds, recovery)| {
+        thread::spawn(move || {
+            let Some(mut node) = Node::new() else { return };
+            let mut table = Table::default();
+            table.fault(&mut node, &format!("never answered: {call}"), holds, |node| {
+                node.proxy.fault_of(call, Fault::Hang);
+                let since = Instant::now();
+                recovery(node);
+                since
+            });
+            table.finish();
         })
-        .collect();
-    for thread in told {
+    });
+    for thread in threads {
         thread.join().unwrap();
     }
 }
@@ -223,7 +229,9 @@ fn docker_with_live_restore() {
             since
         });
     }
-    table.fault(&mut node, "the same, and Flower has never connected", "the unit says that the node runs", |node| {
+    let mend = "supervise() goes on with `continue` and leaves report_running() out";
+    let holds = "the unit says that the node runs";
+    table.open(&mut node, "the same, and Flower has never connected", holds, mend, |node| {
         node.reset();
         node.context("test-never-connects=true");
         node.up();
@@ -258,10 +266,6 @@ fn the_container() {
             "the container is replaced by a foreign one of its name",
             &[&["rm", "-f", "flower-supernode"], &["run", "-d", "--name", "flower-supernode", image::PYTORCH]],
         ),
-        (
-            "the container's image has lost its name, and it is killed",
-            &[&["rmi", "-f", image::PYTORCH], &["kill", "flower-supernode"]],
-        ),
     ] {
         table.fault(&mut node, name, anew, |node| {
             node.clear();
@@ -277,6 +281,18 @@ fn the_container() {
             since
         });
     }
+    let mend = "launch() removes a container that could go on, and cannot make another";
+    table.open(&mut node, "the image has lost its name, and the container is killed", anew, mend, |node| {
+        node.clear();
+        node.up();
+        let before = node.run();
+        docker(node, &["rmi", "-f", image::PYTORCH]);
+        docker(node, &["kill", "flower-supernode"]);
+        let since = Instant::now();
+        node.agent().wait_for_line("ended with exit code 137", PATIENCE);
+        assert!(eventually(PATIENCE / 6, || node.run().ends_with(" true") && node.run() != before));
+        since
+    });
     table.fault(&mut node, "the image is removed with the container, and comes again", anew, |node| {
         node.clear();
         node.engine.import_image(&[image::PYTORCH]);
@@ -326,6 +342,18 @@ fn the_container() {
         node.says_it_runs();
         since
     });
+    let mend = "nobody looks for `docker pause`: status --ready says no, OneGate and the unit say ready";
+    let holds = "the cloud hears that the node is not ready";
+    table.open(&mut node, "the container is paused, as the cloud sees it", holds, mend, |node| {
+        node.clear();
+        node.up();
+        node.is_published("FL_NODE_READY", "YES");
+        docker(node, &["pause", "flower-supernode"]);
+        let since = Instant::now();
+        let is_told = || node.published().get("FL_NODE_READY").is_some_and(|ready| ready == "NO");
+        assert!(eventually(PATIENCE / 4, is_told));
+        since
+    });
     table.fault(&mut node, "the container is paused", "not ready meanwhile, the same run after", |node| {
         node.clear();
         node.up();
@@ -362,8 +390,9 @@ fn disks() {
     node.onegate.change(|state| {
         state.join(7, "supernode", VM);
     });
-    for (folder, variables) in [("state", &[][..]), ("certs", &tls), ("lasting", &[("FL_LOG_LEVEL", "DEBUG")])] {
-        for pages in 0..=4 {
+    let folders = [("state", &[][..], 4), ("certs", &tls, 0), ("lasting", &[("FL_LOG_LEVEL", "DEBUG")], 2)];
+    for (folder, variables, most_pages) in folders {
+        for pages in 0..=most_pages {
             let name = format!("the disk of {folder} is full but for {pages} pages");
             table.fault(&mut node, &name, UP_IN_TWO, |node| {
                 node.clear();
@@ -375,6 +404,7 @@ fn disks() {
                 drop(disk);
                 let since = Instant::now();
                 if !is_up {
+                    assert!(node.said().iter().any(|line| line.contains("cannot write")), "{:#?}", node.said());
                     node.up();
                 }
                 since

@@ -407,18 +407,31 @@ impl Table {
     /// One fault: its name, what must hold, and its story, which ends when the node has recovered and gives the moment of
     /// the fault.
     pub(crate) fn fault(&mut self, node: &mut Node, name: &str, holds: &str, story: impl FnOnce(&mut Node) -> Instant) {
-        let told = catch_unwind(AssertUnwindSafe(|| {
-            let seconds = story(node).elapsed().as_secs_f64();
-            node.assert_trustworthy();
-            seconds
-        }));
-        match told {
-            Ok(seconds) => say(&format!("FAULT {name:<58} held    recovered in {seconds:>5.1} s  {holds}")),
+        match tell(node, story) {
+            Ok(seconds) => say(&format!("FAULT {name:<64} held    recovered in {seconds:>5.1} s  {holds}")),
             Err(why) => {
-                let why = why.downcast_ref::<String>().map_or("", String::as_str);
-                say(&format!("FAULT {name:<58} FAILED  {holds}\n{why}"));
+                say(&format!("FAULT {name:<64} FAILED  {holds}\n{why}"));
                 self.failed.push(name.to_owned());
             }
+        }
+    }
+
+    /// One that is known not to hold, with what is to be mended. Once it holds, that is a failure: it is to become a
+    /// [`Table::fault`].
+    pub(crate) fn open(
+        &mut self,
+        node: &mut Node,
+        name: &str,
+        holds: &str,
+        mend: &str,
+        story: impl FnOnce(&mut Node) -> Instant,
+    ) {
+        match tell(node, story) {
+            Ok(_) => {
+                say(&format!("FAULT {name:<64} FAILED  it holds: this is no open fault any more"));
+                self.failed.push(name.to_owned());
+            }
+            Err(_) => say(&format!("FAULT {name:<64} OPEN    {holds}: {mend}")),
         }
     }
 
@@ -431,4 +444,14 @@ impl Table {
         say(&format!("MEASURED peak memory of the agent over the faults so far: {peak:.1} MiB ({build} build)"));
         assert!(self.failed.is_empty(), "{:#?}", self.failed);
     }
+}
+
+/// Tells the story, and looks at what must always hold; gives the seconds from the fault to the recovery.
+fn tell(node: &mut Node, story: impl FnOnce(&mut Node) -> Instant) -> Result<f64, String> {
+    let told = catch_unwind(AssertUnwindSafe(|| {
+        let seconds = story(node).elapsed().as_secs_f64();
+        node.assert_trustworthy();
+        seconds
+    }));
+    told.map_err(|why| why.downcast_ref::<String>().cloned().unwrap_or_default())
 }
