@@ -453,11 +453,6 @@ impl Agent {
         self.signal(Signal::INT);
     }
 
-    /// SIGTERM, and nothing else.
-    pub fn ask_to_end(&self) {
-        self.signal(Signal::TERM);
-    }
-
     /// `systemctl reload`: SIGHUP.
     pub fn reload(&self) {
         self.signal(Signal::HUP);

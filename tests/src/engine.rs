@@ -225,7 +225,6 @@ impl Engine {
         command
             .args(arguments)
             .env("PATH", &self.path)
-            .env("TZ", "UTC")
             .env("DOCKER_HOST", format!("unix://{}", self.socket().display()))
             .env("DOCKER_CONFIG", self.sandbox.join("docker-config"))
             .env_remove("DOCKER_CONTEXT");

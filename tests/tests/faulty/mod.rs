@@ -237,7 +237,7 @@ impl Node {
         self.told.iter().cloned().chain(now).collect()
     }
 
-    /// What must hold whatever has happened.
+    /// What must hold whatever has happened; [`Node::assert_no_secret`] is the rest of it.
     #[track_caller]
     pub(crate) fn assert_trustworthy(&self) {
         let daemon_json = fs::read_to_string(self.engine.daemon_json()).unwrap();
@@ -253,7 +253,11 @@ impl Node {
         self.assert_one_at_a_time(&runs);
         self.assert_warned_before(&runs);
         self.assert_cloud_heard_the_truth(&runs);
-        self.assert_no_secret();
+    }
+
+    /// How many runs of its container the engine remembers since the last reset.
+    pub(crate) fn count_of_runs(&self) -> usize {
+        self.runs().len()
     }
 
     /// The runs of containers of ours, as the engine remembers them.
@@ -451,6 +455,7 @@ fn tell(node: &mut Node, story: impl FnOnce(&mut Node) -> Instant) -> Result<f64
     let told = catch_unwind(AssertUnwindSafe(|| {
         let seconds = story(node).elapsed().as_secs_f64();
         node.assert_trustworthy();
+        node.assert_no_secret();
         seconds
     }));
     told.map_err(|why| why.downcast_ref::<String>().cloned().unwrap_or_default())
