@@ -10,12 +10,12 @@ declare -A packages=(
     [mmdebstrap]=mmdebstrap [python3]=python3 [busybox]=busybox-static [shellcheck]=shellcheck [cc]=gcc
     [setpriv]=util-linux [apparmor_parser]=apparmor [dpkg-deb]=dpkg [lintian]=lintian [systemd-nspawn]=systemd-container
     [qemu-system-x86_64]=qemu-system-x86 [xorriso]=xorriso [ruby]=ruby [mke2fs]=e2fsprogs [sfdisk]=fdisk
-    [mkfs.vfat]=dosfstools [mmd]=mtools [qemu-img]=qemu-utils [openssl]=openssl [c++]=g++
+    [mkfs.vfat]=dosfstools [mmd]=mtools [qemu-img]=qemu-utils [openssl]=openssl [c++]=g++ [faketime]=faketime
 )
 case "${1:-}" in
 demo) wanted=(cc dockerd docker ip nsenter iptables mmdebstrap) ;;
 test) wanted=(cc dpkg-deb dockerd docker ip nsenter setpriv iptables busybox python3 mmdebstrap systemd-nspawn lintian
-    qemu-system-x86_64 xorriso mke2fs openssl ruby) ;;
+    qemu-system-x86_64 xorriso mke2fs openssl ruby faketime) ;;
 lint) wanted=(cc shellcheck) ;;
 deb) wanted=(cc dpkg-deb) ;;
 image) wanted=(cc dpkg-deb mmdebstrap ip nsenter mke2fs sfdisk mkfs.vfat mmd qemu-img) ;;

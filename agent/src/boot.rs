@@ -325,6 +325,7 @@ async fn live_alone(wish: Wish, reporter: Rc<Reporter>, watchdog: &Watchdog) -> 
         machine: machine.clone(),
         reporter: Rc::clone(&reporter),
     };
+    take_strays_away(&engine, &settings).await?;
     let cloud = cloud.ok();
     let node = Node { config, settings, cloud, superlink, image, machine, distribution, access, reporter };
     tokio::select! {
@@ -561,6 +562,19 @@ async fn find_image(
     };
     tracing::warn!("the image {wanted} is not to be had, the prebaked {prebaked} is used instead: {error}");
     Ok((prebaked, found))
+}
+
+/// Takes away what runs of ours under another name, because somebody gave it one or `container.name` was changed: it would
+/// train beside the node, on the same GPU.
+async fn take_strays_away(engine: &Engine, settings: &Settings) -> Result<(), EngineError> {
+    for name in engine.find_strays(settings).await? {
+        tracing::warn!("the container {name} is this node's, under another name: it is stopped and removed");
+        if let Some(stray) = engine.find_container(&name).await? {
+            engine.stop(&stray.id, settings.container.stop_timeout).await?;
+            engine.remove(&stray).await?;
+        }
+    }
+    Ok(())
 }
 
 /// What of this machine the container's specification depends on.

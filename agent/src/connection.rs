@@ -191,7 +191,8 @@ WARNING :   Connection attempt failed, retrying in 0.62 seconds
 INFO :      SuperNode terminated gracefully.
 WARNING :   Connection attempt failed, retrying in 0.62 seconds
 ";
-        let frames = stream::iter(log.as_bytes().chunks(7)).map(|part| Ok(LogOutput::StdErr { message: part.into() }));
+        let frames =
+            || stream::iter(log.as_bytes().chunks(7)).map(|part| Ok(LogOutput::StdErr { message: part.into() }));
         let mut listener = Listener::new(Log::new(frames));
         assert!(matches!(listener.next_change().await, Connection::Lost { node_id: None, .. }));
         assert_eq!(listener.next_change().await.node_id(), Some(7));

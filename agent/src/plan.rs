@@ -17,6 +17,8 @@ use crate::superlink::SuperLink;
 
 /// Label: the hash of the specification that a container was made from.
 pub const SPEC_HASH_LABEL: &str = "supernode-agent.spec-hash";
+/// Label: the agent's `state.dir`, of which there is one for each node on an engine: whose container it is.
+pub const STATE_DIR_LABEL: &str = "supernode-agent.state-dir";
 /// Label: `cuda` or `cpu`.
 pub const VERDICT_LABEL: &str = "supernode-agent.verdict";
 /// Label: size of `/dev/shm` in MiB.
@@ -201,6 +203,7 @@ pub fn plan_container(
         log_options,
     };
     spec.labels.insert(SPEC_HASH_LABEL.into(), spec.hash());
+    spec.labels.insert(STATE_DIR_LABEL.into(), settings.state.dir.to_string_lossy().into_owned());
     spec.labels.insert(SHM_SIZE_LABEL.into(), spec.shm_size_mib.to_string());
     spec.labels.insert(VERDICT_LABEL.into(), verdict.device().into());
     if let Verdict::Cpu { finding: Some(finding) } = verdict {

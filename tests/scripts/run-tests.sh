@@ -42,9 +42,15 @@ if grep -q 'CAUSE ' "$log"; then
     printf '   %d causes, %d codes\n' "$(grep -c 'CAUSE ' "$log")" \
         "$(grep -ho 'CAUSE [a-z-]*' "$log" | sort -u | wc -l)"
 fi
+# Each fault: what happened, whether what must hold did, the seconds until the node was well again.
+if grep -q 'FAULT ' "$log"; then
+    printf '== faults: what happened, the seconds until the node was well again, what must hold\n'
+    grep -ho 'FAULT .*' "$log" | sed 's/^FAULT /   /' | sort
+fi
 if grep -q MEASURED "$log"; then
     printf '== measured\n'
-    grep -h MEASURED "$log"
+    # Of what grows from test to test, the last.
+    grep -ho 'MEASURED.*' "$log" | awk '/so far/ { last = $0; next } { print } END { if (last) print last }'
 fi
 if grep -q SKIPPED "$log"; then
     printf '== skipped\n'

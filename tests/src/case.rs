@@ -425,6 +425,15 @@ impl Agent {
         status.code().unwrap_or_else(|| -status.signal().unwrap_or_default())
     }
 
+    /// The exit code, or minus the signal that ended it; `None` while it runs.
+    ///
+    /// # Panics
+    /// Where it is not a child of ours.
+    pub fn ended(&mut self) -> Option<i32> {
+        let status = self.child.try_wait().expect("a child of ours")?;
+        Some(status.code().unwrap_or_else(|| -status.signal().unwrap_or_default()))
+    }
+
     /// `systemctl stop`: SIGTERM, and the exit code.
     #[track_caller]
     pub fn terminate(&mut self) -> i32 {

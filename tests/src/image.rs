@@ -3,7 +3,8 @@
 //! The script prints each argument as `arg VALUE`, its environment as `env K=V`, NVIDIA's device nodes as `device PATH`,
 //! then on standard error, as Flower does when it is connected, `INFO :      SuperNode ID: 1` with colours, and waits for
 //! SIGTERM, on which it exits 0. Words in `--node-config` change that: `test-exit=3` ends it with 3 after half a second,
-//! `test-ignore-term=true` makes it deaf to SIGTERM, `test-never-connects=true` keeps that last line back.
+//! `test-ignore-term=true` makes it deaf to SIGTERM, `test-never-connects=true` keeps that last line back, and
+//! `test-floods=64` writes so many MiB without a line break before it. On SIGUSR1 it takes memory, up to half a GiB.
 
 use std::{
     os::unix::fs::symlink,
@@ -24,6 +25,7 @@ set -u
 exit_code=
 connects=yes
 trap 'exit 0' TERM INT
+trap 'x=x; while [ ${#x} -lt 300000000 ]; do x=$x$x; done' USR1
 for argument in "$@"; do
     echo "arg $argument"
     for word in $argument; do
@@ -31,6 +33,7 @@ for argument in "$@"; do
             test-exit=*) exit_code=${word#test-exit=} ;;
             test-ignore-term=true) trap '' TERM ;;
             test-never-connects=true) connects= ;;
+            test-floods=*) busybox head -c "${word#test-floods=}m" /dev/zero | busybox tr '\0' x ;;
         esac
     done
 done

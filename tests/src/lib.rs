@@ -7,6 +7,8 @@
 //! | `nvml-standin` | `libnvidia-ml.so.1`, answering from the JSON given to [`Case::nvml`] |
 //! | [`Engine`] | a Docker engine in a network namespace of its own |
 //! | `nvidia-container-runtime` | nvidia's runtime, obeying [`Engine::nvidia_runtime`] |
+//! | [`DockerProxy`] | the same engine on a bad day: it refuses a call, hangs in it, cuts its answer |
+//! | [`Mounted`] | a disk that is full, or read-only |
 //! | [`Cloud`] | the network that engines are connected to |
 //! | [`OneGateStandIn`] | OneGate, with the VMs and services that a test gives it, and faults |
 //! | [`SuperLink`] | nothing: it is Flower's own, and so is what the nodes train with it |
@@ -23,6 +25,7 @@
 )]
 
 mod case;
+mod disk;
 mod engine;
 mod federation;
 pub mod image;
@@ -30,15 +33,18 @@ mod machine;
 mod network;
 pub mod onegate;
 mod process;
+mod proxy;
 mod sandbox;
 mod sysfs;
 
 pub use case::{Agent, Case};
+pub use disk::Mounted;
 pub use engine::{Engine, EngineBuilder, Record, RuntimeMode};
 pub use federation::{Flower, Round, State, SuperLink};
 pub use machine::{Boot, Machine};
 pub use network::{Cloud, in_namespace};
 pub use onegate::OneGateStandIn;
 pub use process::{Output, eventually, run};
+pub use proxy::{DockerProxy, Fault};
 pub use sandbox::{Sandbox, agent_binary, nvml_library, runtime_binary};
 pub use sysfs::Sysfs;

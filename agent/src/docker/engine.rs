@@ -12,8 +12,9 @@ use bollard::models::{
     PortBinding, RestartPolicy, RestartPolicyNameEnum,
 };
 use bollard::query_parameters::{
-    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, InspectContainerOptions, LogsOptionsBuilder,
-    RemoveContainerOptionsBuilder, StartContainerOptions, StopContainerOptionsBuilder, WaitContainerOptions,
+    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, InspectContainerOptions, ListContainersOptionsBuilder,
+    LogsOptionsBuilder, RemoveContainerOptionsBuilder, StartContainerOptions, StopContainerOptionsBuilder,
+    WaitContainerOptions,
 };
 use bollard::{API_DEFAULT_VERSION, Docker};
 use futures_util::StreamExt as _;
@@ -366,6 +367,21 @@ impl Engine {
         }
     }
 
+    /// The names of this node's containers that run under another name than the settings give it.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub async fn find_strays(&self, settings: &Settings) -> Result<Vec<String>, EngineError> {
+        let ours = HashMap::from([("label", vec![format!("{STATE_DIR_LABEL}={}", settings.state.dir.display())])]);
+        let options = ListContainersOptionsBuilder::default().filters(&ours).build();
+        let call = self.docker.list_containers(Some(options));
+        let found = limited("look for other containers of the node", CALL_LIMIT, call).await?;
+        // Docker puts a slash before names.
+        let names = found.into_iter().filter_map(|container| container.names?.into_iter().next());
+        let names = names.map(|name| name.trim_start_matches('/').to_owned());
+        Ok(names.filter(|name| *name != settings.container.name).collect())
+    }
+
     /// Makes the container and answers with its id.
     ///
     /// # Errors
@@ -446,7 +462,8 @@ impl Engine {
             .build();
         // Engines before 27 begin their answer with the first line, which may be long in coming.
         let patient = self.docker.clone().with_timeout(LOG_SILENCE);
-        Log::new(patient.logs(&container.id, Some(options)))
+        let id = container.id.clone();
+        Log::new(move || patient.logs(&id, Some(options.clone())))
     }
 }
 

@@ -3,18 +3,29 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::pin::Pin;
+use std::time::Duration;
 
 use bollard::container::LogOutput;
 use bollard::errors::Error as ApiError;
 use futures_util::{Stream, StreamExt as _};
 use hyper::body::{Buf as _, Bytes};
+use tokio::time::Instant;
 
 /// What is kept of a line; the rest is passed over.
 const MOST_BYTES: usize = 1024;
+/// The pause before a log that cannot be read is read again: the first, and the longest. There are drivers that never can.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+type Frames = Pin<Box<dyn Stream<Item = Result<LogOutput, ApiError>> + Send>>;
 
 /// The lines of a container, as they are written.
 pub struct Log {
-    frames: Pin<Box<dyn Stream<Item = Result<LogOutput, ApiError>> + Send>>,
+    open: Box<dyn Fn() -> Frames + Send>,
+    frames: Frames,
+    /// When it is to be opened again, where it could not be read.
+    again_at: Option<Instant>,
+    pause: Duration,
     /// What of the last frame was not looked at yet.
     rest: Bytes,
     of_stderr: bool,
@@ -29,10 +40,17 @@ impl fmt::Debug for Log {
 }
 
 impl Log {
-    /// The lines in these frames.
-    pub(crate) fn new(frames: impl Stream<Item = Result<LogOutput, ApiError>> + Send + 'static) -> Self {
+    /// The lines in the frames that are there when it is opened.
+    pub(crate) fn new<F>(open: impl Fn() -> F + Send + 'static) -> Self
+    where
+        F: Stream<Item = Result<LogOutput, ApiError>> + Send + 'static,
+    {
+        let open = Box::new(move || -> Frames { Box::pin(open()) });
         Self {
-            frames: Box::pin(frames),
+            frames: open(),
+            open,
+            again_at: None,
+            pause: FIRST_PAUSE,
             rest: Bytes::new(),
             of_stderr: false,
             out: Line::default(),
@@ -40,8 +58,8 @@ impl Log {
         }
     }
 
-    /// The next line, without its end; of a long one the first kibibyte. `None` once the log has ended or cannot be read. A
-    /// call that is given up loses nothing.
+    /// The next line, without its end; of a long one the first kibibyte. `None` once the log has ended. One that cannot be
+    /// read is opened again after a pause, and its lines come again from the first. A call that is given up loses nothing.
     pub async fn next_line(&mut self) -> Option<Cow<'_, str>> {
         loop {
             let line = if self.of_stderr { &mut self.err } else { &mut self.out };
@@ -50,14 +68,22 @@ impl Log {
                 let line = if self.of_stderr { &self.err } else { &self.out };
                 return Some(String::from_utf8_lossy(&line.kept));
             }
+            if let Some(again_at) = self.again_at {
+                tokio::time::sleep_until(again_at).await;
+                self.again_at = None;
+                (self.out, self.err) = Default::default();
+                self.frames = (self.open)();
+            }
             match self.frames.next().await? {
                 Ok(frame) => {
+                    self.pause = FIRST_PAUSE;
                     self.of_stderr = matches!(frame, LogOutput::StdErr { .. });
                     self.rest = frame.into_bytes();
                 }
                 Err(error) => {
                     tracing::debug!("the container's log cannot be read: {error}");
-                    return None;
+                    self.again_at = Some(Instant::now() + self.pause);
+                    self.pause = (self.pause * 2).min(LONGEST_PAUSE);
                 }
             }
         }
@@ -105,7 +131,13 @@ mod tests {
     }
 
     async fn lines(frames: Vec<Result<LogOutput, ApiError>>) -> Vec<String> {
-        let mut log = Log::new(stream::iter(frames));
+        lines_of_each(vec![frames]).await
+    }
+
+    /// Of a log that has these frames each time it is opened.
+    async fn lines_of_each(openings: Vec<Vec<Result<LogOutput, ApiError>>>) -> Vec<String> {
+        let openings = std::sync::Mutex::new(openings.into_iter());
+        let mut log = Log::new(move || stream::iter(openings.lock().unwrap().next().unwrap()));
         let mut lines = Vec::new();
         while let Some(line) = log.next_line().await {
             lines.push(line.into_owned());
@@ -131,18 +163,23 @@ mod tests {
         assert!(line.kept.capacity() <= 2 * MOST_BYTES);
     }
 
-    #[tokio::test]
-    async fn a_log_that_cannot_be_read_ends() {
-        let frames = vec![out(b"a\n"), Err(ApiError::RequestTimeoutError), out(b"b\n")];
-        assert_eq!(lines(frames).await, ["a"]);
+    #[tokio::test(start_paused = true)]
+    async fn a_log_that_cannot_be_read_is_read_again_from_its_beginning() {
+        let bad = || Err(ApiError::RequestTimeoutError);
+        let openings = vec![vec![out(b"a\nhalf"), bad()], vec![bad()], vec![out(b"a\nb\n")]];
+        let since = Instant::now();
+        assert_eq!(lines_of_each(openings).await, ["a", "a", "b"]);
+        assert_eq!(since.elapsed(), 3 * FIRST_PAUSE);
     }
 
     #[tokio::test]
     async fn a_call_that_is_given_up_loses_nothing() {
-        let slow = stream::iter([out(b"a"), out(b"b\n")]).then(|frame| async {
-            tokio::task::yield_now().await;
-            frame
-        });
+        let slow = || {
+            stream::iter([out(b"a"), out(b"b\n")]).then(|frame| async {
+                tokio::task::yield_now().await;
+                frame
+            })
+        };
         let mut log = Log::new(slow);
         // Polled once, and dropped: the line is half there.
         for _ in 0..2 {

@@ -1,0 +1,62 @@
+//! Small and read-only file systems, over a folder of a machine.
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use crate::process::run;
+
+const PAGE: usize = 4096;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A file system that is mounted over a folder, for as long as this lives. What lay there comes back then, unchanged.
+#[derive(Debug)]
+pub struct Mounted {
+    folder: PathBuf,
+}
+
+impl Mounted {
+    /// A file system with a copy of what is in the folder, and then room for this many pages of 4096 bytes.
+    ///
+    /// # Panics
+    /// Where it cannot be mounted or filled.
+    #[must_use]
+    #[track_caller]
+    pub fn full_but_for(pages: usize, folder: &Path) -> Self {
+        let script = r#"mkdir -p "$1"; next=$(mktemp -d); mount -t tmpfs -o size=256k tmpfs "$next"
+            cp -a "$1/." "$next"; mount --move "$next" "$1"; rmdir "$next""#;
+        let mounted = Self::by(script, folder);
+        let filler = folder.join(".filler");
+        let mut file = fs::File::create(&filler).expect("the filler");
+        while file.write_all(&[b'x'; PAGE]).is_ok() {}
+        let length = file.metadata().expect("the filler").len();
+        file.set_len(length - (pages * PAGE) as u64).expect("a shorter filler");
+        mounted
+    }
+
+    /// The same folder, read-only.
+    ///
+    /// # Panics
+    /// Where it cannot be mounted.
+    #[must_use]
+    #[track_caller]
+    pub fn read_only(folder: &Path) -> Self {
+        Self::by(r#"mount --bind "$1" "$1"; mount -o remount,bind,ro "$1""#, folder)
+    }
+
+    #[track_caller]
+    fn by(script: &str, folder: &Path) -> Self {
+        run(Command::new("sh").args(["-ec", script, "sh"]).arg(folder), PATIENCE).expect_success();
+        Self { folder: folder.to_owned() }
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        run(Command::new("umount").arg("--lazy").arg(&self.folder), PATIENCE);
+    }
+}

@@ -1,0 +1,279 @@
+//! A stand-in for an engine that has a bad day: a unix socket before a real engine's, which forwards every call, and does to
+//! some of them what it is told.
+
+use std::{
+    fs, io,
+    io::{Read, Write},
+    net::Shutdown,
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
+    thread,
+    time::Duration,
+};
+
+use crate::sandbox::Sandbox;
+
+/// More than the head of any request.
+const LARGEST_HEAD_BYTES: usize = 64 * 1024;
+
+/// What becomes of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// It is answered with 500, and the engine never hears of it.
+    Refuse,
+    /// It is not answered, and the engine does not hear of it until [`DockerProxy::mend`].
+    Hang,
+    /// The engine hears of it after this time.
+    Delay(Duration),
+    /// The engine has done it, and the answer ends after its first bytes.
+    Cut,
+}
+
+/// The proxy. It ends with the test's process; calls that it has in hand end with this value.
+#[derive(Debug)]
+pub struct DockerProxy {
+    sandbox: Sandbox,
+    upstream: PathBuf,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    calls: Vec<String>,
+    faulty: Option<(Faulty, Fault)>,
+    /// How many calls hang.
+    hanging: usize,
+    /// Every connection, to the agent and to the engine.
+    open: Vec<Weak<UnixStream>>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Faulty {
+    Nth(usize),
+    Kind(String),
+    Every,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DockerProxy {
+    /// A proxy before the engine that listens on `upstream`, or will.
+    ///
+    /// # Panics
+    /// Where its socket cannot be made.
+    #[must_use]
+    pub fn start(upstream: &Path) -> Self {
+        let proxy = Self { sandbox: Sandbox::new("proxy"), upstream: upstream.to_owned(), shared: Arc::default() };
+        proxy.listen();
+        proxy
+    }
+
+    fn listen(&self) {
+        let listener = UnixListener::bind(self.socket()).expect("the proxy's socket");
+        let (shared, upstream) = (Arc::clone(&self.shared), self.upstream.clone());
+        thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let (shared, upstream) = (Arc::clone(&shared), upstream.clone());
+                thread::spawn(move || {
+                    let client = Arc::new(client);
+                    // A connection that breaks is what this is about.
+                    let _ = shared.serve(&client, &upstream);
+                    let _ = client.shutdown(Shutdown::Both);
+                });
+            }
+        });
+    }
+
+    /// Makes its socket anew, in which nobody finds the old one.
+    ///
+    /// # Panics
+    /// Where it cannot be made.
+    pub fn make_socket_anew(&self) {
+        fs::remove_file(self.socket()).expect("the proxy's socket");
+        self.cut();
+        self.listen();
+    }
+
+    /// Its socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.sandbox.join("docker.sock")
+    }
+
+    /// The calls since the last change of the faults, in the order in which they came:
+    /// `POST /containers/create`.
+    #[must_use]
+    pub fn calls(&self) -> Vec<String> {
+        self.shared.lock().calls.clone()
+    }
+
+    /// How many calls hang at the moment.
+    #[must_use]
+    pub fn hanging(&self) -> usize {
+        self.shared.lock().hanging
+    }
+
+    /// Does this to the call of that number, counted from now, from 0.
+    pub fn fault_at(&self, number: usize, fault: Fault) {
+        self.set(Some((Faulty::Nth(number), fault)));
+    }
+
+    /// Does this to every call of this name, `POST /containers/create`.
+    pub fn fault_of(&self, kind: &str, fault: Fault) {
+        self.set(Some((Faulty::Kind(kind.to_owned()), fault)));
+    }
+
+    /// Does this to every call.
+    pub fn fault_always(&self, fault: Fault) {
+        self.set(Some((Faulty::Every, fault)));
+    }
+
+    /// From now on every call is forwarded, those that hang among them.
+    pub fn mend(&self) {
+        self.set(None);
+    }
+
+    fn set(&self, faulty: Option<(Faulty, Fault)>) {
+        let mut state = self.shared.lock();
+        state.calls.clear();
+        state.faulty = faulty;
+        self.shared.changed.notify_all();
+    }
+
+    /// Cuts every connection that is open.
+    pub fn cut(&self) {
+        for stream in self.shared.lock().open.drain(..).filter_map(|stream| stream.upgrade()) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+impl Drop for DockerProxy {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.socket());
+        self.mend();
+        self.cut();
+    }
+}
+
+impl Shared {
+    fn serve(&self, client: &Arc<UnixStream>, upstream: &Path) -> io::Result<()> {
+        let (head, body) = read_head(client)?;
+        let fault = self.begin(name_of(&head), client);
+        match fault {
+            Some(Fault::Refuse) => return refuse(client),
+            Some(Fault::Hang) if !self.hang(client)? => return Ok(()),
+            Some(Fault::Delay(time)) => thread::sleep(time),
+            Some(Fault::Hang | Fault::Cut) | None => {}
+        }
+        let engine = Arc::new(UnixStream::connect(upstream)?);
+        self.lock().open.push(Arc::downgrade(&engine));
+        // One call a connection: the engine closes it, so that the next one comes here as well.
+        let head = head.replacen("\r\n", "\r\nConnection: close\r\n", 1);
+        (&*engine).write_all(head.as_bytes())?;
+        (&*engine).write_all(&body)?;
+        if fault == Some(Fault::Cut) {
+            let mut first = [0; 64];
+            let length = (&*engine).read(&mut first)?;
+            return (&**client).write_all(&first[..length]);
+        }
+        let (from_client, to_engine) = (Arc::clone(client), Arc::clone(&engine));
+        thread::spawn(move || {
+            let _ = io::copy(&mut &*from_client, &mut &*to_engine);
+            let _ = to_engine.shutdown(Shutdown::Both);
+        });
+        io::copy(&mut &*engine, &mut &**client).map(|_| ())
+    }
+
+    /// Notes the call; gives what is to become of it.
+    fn begin(&self, call: String, client: &Arc<UnixStream>) -> Option<Fault> {
+        let mut state = self.lock();
+        let number = state.calls.len();
+        let is_this = |faulty: &Faulty| match faulty {
+            Faulty::Nth(wanted) => *wanted == number,
+            Faulty::Kind(kind) => *kind == call,
+            Faulty::Every => true,
+        };
+        let fault = state.faulty.as_ref().filter(|(faulty, _)| is_this(faulty)).map(|(_, fault)| *fault);
+        state.calls.push(call);
+        state.open.retain(|stream| stream.strong_count() > 0);
+        state.open.push(Arc::downgrade(client));
+        fault
+    }
+
+    /// Waits until the fault is mended; whether the call is wanted still.
+    fn hang(&self, client: &UnixStream) -> io::Result<bool> {
+        let mut state = self.lock();
+        state.hanging += 1;
+        let waited = self.changed.wait_while(state, |state| state.faulty.is_some());
+        waited.unwrap_or_else(PoisonError::into_inner).hanging -= 1;
+        // Who has given up has closed its end.
+        client.set_nonblocking(true)?;
+        let given_up = matches!((&*client).read(&mut [0]), Ok(0));
+        client.set_nonblocking(false)?;
+        Ok(!given_up)
+    }
+}
+
+fn refuse(mut client: &UnixStream) -> io::Result<()> {
+    let message = r#"{"message":"the engine has a bad day"}"#;
+    let length = message.len();
+    write!(
+        client,
+        "HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\
+         Connection: close\r\n\r\n{message}"
+    )
+}
+
+/// The head of a request, and what came of its body with it.
+fn read_head(mut client: &UnixStream) -> io::Result<(String, Vec<u8>)> {
+    let mut bytes = Vec::new();
+    let mut buffer = [0; 4096];
+    while bytes.len() < LARGEST_HEAD_BYTES {
+        let length = client.read(&mut buffer)?;
+        if length == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        bytes.extend_from_slice(&buffer[..length]);
+        if let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") {
+            let body = bytes.split_off(end + 4);
+            return Ok((String::from_utf8_lossy(&bytes).into_owned(), body));
+        }
+    }
+    Err(io::ErrorKind::InvalidData.into())
+}
+
+/// `POST /containers/create`, out of `POST /v1.41/containers/create?name=x HTTP/1.1`; ids and names as `*`.
+fn name_of(head: &str) -> String {
+    let mut words = head.split(' ');
+    let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    let path = target.split('?').next().unwrap_or_default();
+    let mut parts: Vec<&str> = path.split('/').skip(1).collect();
+    if parts.first().is_some_and(|first| first.starts_with("v1.")) {
+        parts.remove(0);
+    }
+    if parts.len() > 1 && !["create", "json"].contains(&parts[1]) {
+        parts[1] = "*";
+    }
+    format!("{method} /{}", parts.join("/"))
+}
+
+#[test]
+fn a_call_has_a_name_without_version_id_and_query() {
+    assert_eq!(name_of("GET /version HTTP/1.1\r\n"), "GET /version");
+    assert_eq!(name_of("POST /v1.41/containers/create?name=x HTTP/1.1\r\n"), "POST /containers/create");
+    assert_eq!(name_of("GET /v1.41/containers/ab12/json HTTP/1.1\r\n"), "GET /containers/*/json");
+    assert_eq!(name_of("GET /v1.41/containers/json?all=1 HTTP/1.1\r\n"), "GET /containers/json");
+    assert_eq!(name_of("DELETE /containers/ab12 HTTP/1.1\r\n"), "DELETE /containers/*");
+}

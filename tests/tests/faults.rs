@@ -1,0 +1,730 @@
+//! Faults of what a node stands on, each with what must hold, and after each of them what must always hold: nothing of the
+//! operator's is lost, there is one container, it is not on the CPU without a WARNING, READY is true, no secret is told.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+
+mod common;
+mod faulty;
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{PATIENCE, base64, say, sysfs_of_one, wanted};
+use faulty::{Node, Table, VM};
+use supernode_tests::{Fault, Mounted, Sysfs, agent_binary, eventually, image};
+
+const UP_IN_TWO: &str = "up, if need be with the next start";
+
+/// A call of a boot: its number, its name, and what goes before that boot.
+type Call = (usize, String, fn(&mut Node));
+
+/// Every call of a boot, up to the two that last. Up to Docker's word that it has the runtime they are those of a boot on a
+/// Docker that has none; the others come on one that has, which need not be restarted each time.
+fn calls_of_a_boot(node: &mut Node) -> Vec<Call> {
+    let befores: [fn(&mut Node); 2] = [Node::reset, Node::clear];
+    let [(early, _), (_, late)] = befores.map(|before| {
+        before(node);
+        node.up();
+        node.connected();
+        assert_eq!(node.count_of_runs(), 1, "what is asserted of runs is asserted of something");
+        let calls = (0..).zip(node.proxy.calls()).map(|(number, call)| (number, call, before));
+        let last_info = calls.clone().filter(|(_, call, _)| call == "GET /info").map(|(number, _, _)| number).max();
+        calls.partition::<Vec<Call>, _>(|(number, _, _)| Some(*number) <= last_info)
+    });
+    [early, late].concat()
+}
+
+#[test]
+fn each_call_refused_and_each_answer_cut() {
+    let Some(mut node) = Node::new() else { return };
+    let mut table = Table::default();
+    for (number, call, before) in calls_of_a_boot(&mut node) {
+        for (fault, what) in [(Fault::Refuse, "500 to"), (Fault::Cut, "cut:")] {
+            table.fault(&mut node, &format!("{what} call {number}, {call}"), UP_IN_TWO, |node| {
+                before(node);
+                node.proxy.fault_at(number, fault);
+                let since = Instant::now();
+                node.up_in_two();
+                node.connected();
+                since
+            });
+        }
+    }
+    table.finish();
+}
+
+#[test]
+fn each_call_hanging_for_a_while_and_sigterm_meanwhile() {
+    let Some(mut node) = Node::new() else { return };
+    let mut table = Table::default();
+    for (number, call, before) in calls_of_a_boot(&mut node) {
+        let hangs = |node: &mut Node| {
+            before(node);
+            node.proxy.fault_at(number, Fault::Hang);
+            node.start();
+            assert!(eventually(PATIENCE, || node.proxy.hanging() == 1), "{:#?}", node.said());
+        };
+        table.fault(&mut node, &format!("hanging: call {number}, {call}"), "up as soon as it is answered", |node| {
+            hangs(node);
+            let since = Instant::now();
+            node.proxy.mend();
+            node.agent().wait_for_notify("READY=1", PATIENCE);
+            node.connected();
+            since
+        });
+        table.fault(&mut node, &format!("SIGTERM: call {number}, {call}"), "the end, no container", |node| {
+            hangs(node);
+            let since = Instant::now();
+            node.ends();
+            since
+        });
+    }
+    table.finish();
+}
+
+#[test]
+fn a_call_that_is_never_answered() {
+    type Recovery = fn(&mut Node);
+    let at_the_next_start: Recovery = Node::up_in_two;
+    let on_the_cpu: Recovery = |node| {
+        node.start();
+        node.agent().wait_for_line("it had not started within 120 s", 3 * PATIENCE);
+        node.proxy.mend();
+        node.agent().wait_for_notify("READY=1", PATIENCE);
+    };
+    let gives_up = "given up after 60 s, up at the next start";
+    // They wait for a minute or two, and do nothing: all of them at once.
+    let threads = [
+        ("GET /info", gives_up, at_the_next_start),
+        ("GET /images/*/json", gives_up, at_the_next_start),
+        ("GET /containers/*/json", gives_up, at_the_next_start),
+        ("POST /containers/create", gives_up, at_the_next_start),
+        ("POST /containers/*/start", "given up after 120 s, the CPU with its WARNING", on_the_cpu),
+    ]
+    .map(|(call, holds, recovery)| {
+        thread::spawn(move || {
+            let Some(mut node) = Node::new() else { return };
+            let mut table = Table::default();
+            table.fault(&mut node, &format!("never answered: {call}"), holds, |node| {
+                node.proxy.fault_of(call, Fault::Hang);
+                let since = Instant::now();
+                recovery(node);
+                since
+            });
+            table.finish();
+        })
+    });
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn docker() {
+    let Some(mut node) = Node::new() else { return };
+    let mut table = Table::default();
+    table.fault(&mut node, "Docker is absent at the start, and comes", "waited for", |node| {
+        node.engine.stop();
+        node.start();
+        node.agent().wait_for_notify("EXTEND_TIMEOUT_USEC=", PATIENCE);
+        node.engine.restart();
+        let since = Instant::now();
+        node.agent().wait_for_notify("READY=1", PATIENCE);
+        since
+    });
+    table.fault(&mut node, "Docker is absent for longer than is waited for", UP_IN_TWO, |node| {
+        node.clear();
+        node.engine.stop();
+        node.case.set("docker.ready_timeout_seconds", 1);
+        assert!(!node.tries());
+        node.engine.restart();
+        node.case.set("docker.ready_timeout_seconds", 10);
+        let since = Instant::now();
+        node.up();
+        since
+    });
+    table.fault(&mut node, "Docker takes half a second more for each call", "up", |node| {
+        node.reset();
+        node.proxy.fault_always(Fault::Delay(Duration::from_millis(500)));
+        let since = Instant::now();
+        node.up();
+        node.connected();
+        since
+    });
+    table.fault(&mut node, "dockerd is killed -9, and comes back", "up again, by itself", |node| {
+        node.reset();
+        node.up();
+        let before = node.run();
+        node.engine.kill();
+        node.engine.restart();
+        let since = Instant::now();
+        node.runs_anew_after(&before);
+        node.says_it_runs();
+        since
+    });
+    table.fault(&mut node, "Docker is restarted", "up again, by itself", |node| {
+        node.reset();
+        node.up();
+        let before = node.run();
+        node.engine.restart();
+        let since = Instant::now();
+        node.runs_anew_after(&before);
+        node.says_it_runs();
+        since
+    });
+    table.fault(&mut node, "Docker's socket is made anew", "watched as before", |node| {
+        node.reset();
+        node.up();
+        let since = Instant::now();
+        node.proxy.make_socket_anew();
+        watched_as_before(node);
+        since
+    });
+    table.fault(&mut node, "every connection to Docker is cut", "watched as before", |node| {
+        node.reset();
+        node.up();
+        node.connected();
+        let since = Instant::now();
+        node.proxy.cut();
+        watched_as_before(node);
+        since
+    });
+    table.fault(&mut node, "Docker does not give its container's log, and gives it later", "Flower is heard", |node| {
+        node.reset();
+        node.proxy.fault_of("GET /containers/*/logs", Fault::Refuse);
+        node.up();
+        thread::sleep(Duration::from_secs(2));
+        let since = Instant::now();
+        node.proxy.mend();
+        node.connected();
+        since
+    });
+    table.finish();
+}
+
+/// Nothing has happened to the container, and what happens to it now is seen.
+#[track_caller]
+fn watched_as_before(node: &mut Node) {
+    thread::sleep(Duration::from_secs(3));
+    let before = node.run();
+    assert!(before.ends_with(" true"), "{before}");
+    assert_eq!(node.said().iter().filter(|line| line.contains("started the container")).count(), 1);
+    node.says_it_runs();
+    node.engine.docker(&["kill", "flower-supernode"]).expect_success();
+    node.runs_anew_after(&before);
+}
+
+#[test]
+fn docker_with_live_restore() {
+    let Some(mut node) = Node::with_live_restore() else { return };
+    let mut table = Table::default();
+    for (what, kill) in [("restarted", false), ("killed -9", true)] {
+        let name = format!("Docker with live-restore is {what}");
+        table.fault(&mut node, &name, "the same run, watched as before", |node| {
+            node.reset();
+            node.up();
+            let before = node.run();
+            if kill {
+                node.engine.kill();
+            }
+            node.engine.restart();
+            let since = Instant::now();
+            node.agent().wait_for_line("the Docker engine answers again", PATIENCE);
+            assert_eq!(node.run(), before);
+            watched_as_before(node);
+            since
+        });
+    }
+    let mend = "supervise() goes on with `continue` and leaves report_running() out";
+    let holds = "the unit says that the node runs";
+    table.open(&mut node, "the same, and Flower has never connected", holds, mend, |node| {
+        node.reset();
+        node.context("test-never-connects=true");
+        node.up();
+        node.engine.restart();
+        let since = Instant::now();
+        node.agent().wait_for_line("the Docker engine answers again", PATIENCE);
+        node.says_it_runs();
+        since
+    });
+    table.finish();
+}
+
+#[test]
+fn the_container() {
+    let Some(mut node) = Node::new() else { return };
+    let mut table = Table::default();
+    let docker = |node: &Node, arguments: &[&str]| {
+        node.engine.docker(arguments).expect_success();
+    };
+    let anew = "up again, and the cloud was told";
+    for (name, end) in [
+        ("the container is killed", &[&["kill", "flower-supernode"][..]][..]),
+        (
+            "the container is killed for its memory",
+            &[
+                &["update", "--memory", "16m", "--memory-swap", "16m", "flower-supernode"],
+                &["kill", "--signal", "USR1", "flower-supernode"],
+            ],
+        ),
+        ("the container is removed by hand", &[&["rm", "-f", "flower-supernode"]]),
+        (
+            "the container is replaced by a foreign one of its name",
+            &[&["rm", "-f", "flower-supernode"], &["run", "-d", "--name", "flower-supernode", image::PYTORCH]],
+        ),
+    ] {
+        table.fault(&mut node, name, anew, |node| {
+            node.clear();
+            node.engine.import_image(&[image::PYTORCH]);
+            node.up();
+            node.connected();
+            node.is_published("FL_NODE_READY", "YES");
+            let before = node.run();
+            let since = Instant::now();
+            end.iter().for_each(|arguments| docker(node, arguments));
+            node.runs_anew_of_ours_after(&before);
+            node.says_it_runs();
+            since
+        });
+    }
+    let mend = "launch() removes a container that could go on, and cannot make another";
+    table.open(&mut node, "the image has lost its name, and the container is killed", anew, mend, |node| {
+        node.clear();
+        node.up();
+        let before = node.run();
+        docker(node, &["rmi", "-f", image::PYTORCH]);
+        docker(node, &["kill", "flower-supernode"]);
+        let since = Instant::now();
+        node.agent().wait_for_line("ended with exit code 137", PATIENCE);
+        assert!(eventually(PATIENCE / 6, || node.run().ends_with(" true") && node.run() != before));
+        since
+    });
+    table.fault(&mut node, "the image is removed with the container, and comes again", anew, |node| {
+        node.clear();
+        node.engine.import_image(&[image::PYTORCH]);
+        node.up();
+        let before = node.run();
+        docker(node, &["rmi", "-f", image::PYTORCH]);
+        docker(node, &["rm", "-f", "flower-supernode"]);
+        node.agent().wait_for_line("does not come up", PATIENCE);
+        node.engine.import_image(&[image::PYTORCH]);
+        let since = Instant::now();
+        node.runs_anew_of_ours_after(&before);
+        node.says_it_runs();
+        since
+    });
+    for code in [0, 1, 137] {
+        table.fault(&mut node, &format!("the container exits {code}, again and again"), "a pause that grows", |node| {
+            node.clear();
+            node.context(&format!("test-exit={code}"));
+            node.up();
+            let since = Instant::now();
+            for pause in [1, 2] {
+                let line = format!("ended with exit code {code}; starting it again in {pause} s");
+                node.agent().wait_for_line(&line, PATIENCE);
+            }
+            node.context("");
+            since
+        });
+    }
+    table.fault(&mut node, "the container is renamed, and the agent killed", "one container", |node| {
+        node.clear();
+        node.up();
+        docker(node, &["rename", "flower-supernode", "somebodys"]);
+        let since = Instant::now();
+        node.up();
+        since
+    });
+    table.fault(&mut node, "container.name is changed, and the agent told", "one container", |node| {
+        node.clear();
+        node.case.set("container.name", "another-name");
+        node.start();
+        node.connected();
+        node.case.set("container.name", "flower-supernode");
+        let _ = node.case.settings_file();
+        let since = Instant::now();
+        node.agent().reload();
+        node.runs_anew_after("");
+        node.says_it_runs();
+        since
+    });
+    let mend = "nobody looks for `docker pause`: status --ready says no, OneGate and the unit say ready";
+    let holds = "the cloud hears that the node is not ready";
+    table.open(&mut node, "the container is paused, as the cloud sees it", holds, mend, |node| {
+        node.clear();
+        node.up();
+        node.is_published("FL_NODE_READY", "YES");
+        docker(node, &["pause", "flower-supernode"]);
+        let since = Instant::now();
+        let is_told = || node.published().get("FL_NODE_READY").is_some_and(|ready| ready == "NO");
+        assert!(eventually(PATIENCE / 4, is_told));
+        since
+    });
+    table.fault(&mut node, "the container is paused", "not ready meanwhile, the same run after", |node| {
+        node.clear();
+        node.up();
+        let before = node.run();
+        docker(node, &["pause", "flower-supernode"]);
+        assert_eq!(node.case.run_command("status", &["--ready"]).code, Some(1));
+        docker(node, &["unpause", "flower-supernode"]);
+        let since = Instant::now();
+        assert_eq!(node.case.run_command("status", &["--ready"]).code, Some(0));
+        assert_eq!(node.run(), before);
+        since
+    });
+    table.finish();
+}
+
+/// A self-signed certificate, in base64 as `FL_SSL_CA_CERTFILE` has it.
+fn certificate() -> String {
+    let sandbox = supernode_tests::Sandbox::new("ca");
+    let (key, pem) = (sandbox.join("key"), sandbox.join("pem"));
+    let mut openssl = std::process::Command::new("openssl");
+    openssl.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "30"]);
+    openssl.args(["-subj", "/CN=ca", "-keyout"]).arg(&key).arg("-out").arg(&pem);
+    supernode_tests::run(&mut openssl, PATIENCE).expect_success();
+    base64(&fs::read_to_string(pem).unwrap())
+}
+
+#[test]
+fn disks() {
+    let Some(mut node) = Node::new() else { return };
+    let mut table = Table::default();
+    // Each folder with what makes the agent write there.
+    let certificate = certificate();
+    let tls = [("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", &certificate), ("REPORT_READY", "YES")];
+    node.onegate.change(|state| {
+        state.join(7, "supernode", VM);
+    });
+    let folders = [("state", &[][..], 4), ("certs", &tls, 0), ("lasting", &[("FL_LOG_LEVEL", "DEBUG")], 2)];
+    for (folder, variables, most_pages) in folders {
+        for pages in 0..=most_pages {
+            let name = format!("the disk of {folder} is full but for {pages} pages");
+            table.fault(&mut node, &name, UP_IN_TWO, |node| {
+                node.clear();
+                node.case.context(&wanted(variables));
+                let _ = fs::remove_dir_all(node.case.path(folder));
+                fs::create_dir_all(node.case.path(folder)).unwrap();
+                let disk = Mounted::full_but_for(pages, &node.case.path(folder));
+                let is_up = node.tries();
+                drop(disk);
+                let since = Instant::now();
+                if !is_up {
+                    assert!(node.said().iter().any(|line| line.contains("cannot write")), "{:#?}", node.said());
+                    node.up();
+                }
+                since
+            });
+        }
+    }
+    node.context("");
+    table.fault(&mut node, "the folder of the data cannot be made", UP_IN_TWO, |node| {
+        node.clear();
+        let folder = node.case.path("read-only");
+        fs::create_dir_all(&folder).unwrap();
+        node.case.set("container.data_dir", folder.join("data").to_string_lossy().into_owned());
+        let disk = Mounted::read_only(&folder);
+        assert!(!node.tries());
+        drop(disk);
+        let since = Instant::now();
+        node.up();
+        since
+    });
+    // A folder of its own for what Docker and the agent read and the agent writes.
+    let etc = node.case.path("etc");
+    fs::create_dir_all(&etc).unwrap();
+    let daemon_json = etc.join("daemon.json");
+    fs::rename(node.engine.daemon_json(), &daemon_json).unwrap();
+    symlink(&daemon_json, node.engine.daemon_json()).unwrap();
+    node.case.set("docker.daemon_json", daemon_json.to_string_lossy().into_owned());
+    type Mount = fn(&Path) -> Mounted;
+    let full: Mount = |folder| Mounted::full_but_for(0, folder);
+    let mounts: [(&str, Mount); 2] = [("the disk of /etc is full", full), ("/etc is read-only", Mounted::read_only)];
+    for (name, mount) in mounts {
+        table.fault(&mut node, name, "the CPU, with its WARNING; the GPU after it", |node| {
+            node.reset();
+            let disk = mount(&etc);
+            node.up();
+            node.agent().wait_for_line("runtime-not-configured", PATIENCE);
+            node.ends();
+            drop(disk);
+            let since = Instant::now();
+            node.up();
+            assert_eq!(common::inspect(&node.engine, "{{.HostConfig.Runtime}}"), "nvidia");
+            since
+        });
+    }
+    table.finish();
+}
+
+/// An agent that is started by a script of the machine, which ends with `exec "$agent" "$@"`.
+fn started_by(node: &mut Node, script: &str) {
+    let agent = agent_binary();
+    let text = format!("#!/bin/sh\nset -eu\nagent='{}'\n{script}\nexec \"$agent\" \"$@\"\n", agent.display());
+    let path = node.case.write("bin/started-by", text);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    node.case.agent(path);
+}
+
+#[test]
+fn the_machine() {
+    let Some(mut node) = Node::new() else { return };
+    let mut table = Table::default();
+    if Path::new("/run/systemd/journal/socket").exists() {
+        say("SKIPPED: this machine has a journal (FAULT no journal)");
+    } else {
+        table.fault(&mut node, "there is no journal, and the environment says so", "the log on stderr", |node| {
+            started_by(node, "export JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr)");
+            let since = Instant::now();
+            node.up();
+            assert!(node.said().iter().any(|line| line.contains("started the container")), "{:#?}", node.said());
+            since
+        });
+    }
+    for (what, script) in
+        [("is not named", "unset NOTIFY_SOCKET"), ("has nobody behind it", "export NOTIFY_SOCKET=/nowhere/notify")]
+    {
+        table.fault(&mut node, &format!("the notify socket {what}"), "up", |node| {
+            node.clear();
+            started_by(node, script);
+            let since = Instant::now();
+            node.start();
+            node.connected();
+            assert_eq!(node.running().as_deref(), Some("true"));
+            since
+        });
+    }
+    node.case.agent(agent_binary());
+    let lose_context = |node: &Node| {
+        fs::remove_dir_all(node.case.path("context")).unwrap();
+        fs::create_dir(node.case.path("context")).unwrap();
+    };
+    table.fault(&mut node, "the context is gone at the start", UP_IN_TWO, |node| {
+        node.clear();
+        lose_context(node);
+        assert!(!node.tries());
+        let since = Instant::now();
+        node.context("");
+        node.up();
+        since
+    });
+    table.fault(&mut node, "the context is half written at the start", "the rest is waited for", |node| {
+        node.clear();
+        let file = node.case.path("context/context.sh.network");
+        let whole = fs::read(&file).unwrap();
+        fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+        node.start();
+        thread::sleep(Duration::from_millis(200));
+        let since = Instant::now();
+        fs::write(&file, whole).unwrap();
+        node.agent().wait_for_notify("READY=1", PATIENCE);
+        since
+    });
+    table.fault(&mut node, "the context is gone while the node runs", "the same run", |node| {
+        let before = node.run();
+        lose_context(node);
+        let since = Instant::now();
+        node.agent().reload();
+        node.agent().wait_for_line("the node goes on with the old one", PATIENCE);
+        assert_eq!(node.run(), before);
+        since
+    });
+    table.fault(&mut node, "the context is changed while the node runs", "another container, one", |node| {
+        node.context("");
+        node.up();
+        let before = node.run();
+        node.context("changed=1");
+        let since = Instant::now();
+        node.agent().reload();
+        node.runs_anew_after(&before);
+        node.says_it_runs();
+        since
+    });
+    match faketime() {
+        None => say("SKIPPED: no libfaketime (Debian: faketime) (FAULT the clock is set back)"),
+        Some(library) => {
+            let clock = node.case.write("clock", "+0\n");
+            node.case.env("LD_PRELOAD", library).env("FAKETIME_TIMESTAMP_FILE", &clock);
+            node.case.env("FAKETIME_NO_CACHE", "1").env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+            table.fault(&mut node, "the clock is set back a day", "watched as before, and adopted", |node| {
+                node.clear();
+                node.up();
+                fs::write(&clock, "-1d\n").unwrap();
+                let since = Instant::now();
+                watched_as_before(node);
+                let before = node.run();
+                node.up();
+                assert_eq!(node.run(), before);
+                node.connected();
+                since
+            });
+        }
+    }
+    table.finish();
+}
+
+fn faketime() -> Option<PathBuf> {
+    let folders = fs::read_dir("/usr/lib").ok()?.flatten().map(|entry| entry.path());
+    folders.map(|folder| folder.join("faketime/libfaketime.so.1")).find(|library| library.is_file())
+}
+
+#[test]
+fn fifty_kills_of_a_boot() {
+    let Some(mut node) = Node::new() else { return };
+    let mut table = Table::default();
+    let given = std::env::var("SUPERNODE_TESTS_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed: u64 = given.unwrap_or_else(|| std::process::id().into());
+    say(&format!("MEASURED with SUPERNODE_TESTS_SEED={seed}: the moments at which the agent is killed"));
+    let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    node.reset();
+    let since = Instant::now();
+    node.up();
+    let whole = since.elapsed();
+    // Where Docker is making the container for the one that was killed, its name is taken and cannot be looked at.
+    table.fault(&mut node, "the agent is killed at 50 moments of a boot", UP_IN_TWO, |node| {
+        let mut longest = Duration::ZERO;
+        for kill in 0..50 {
+            // Each tenth on a Docker that knows no runtime yet.
+            if kill % 10 == 0 {
+                node.reset();
+            } else if kill % 2 == 0 {
+                node.clear();
+            }
+            // xorshift64.
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            node.start();
+            thread::sleep(whole.mul_f64(1.2 * (random >> 11) as f64 / (1u64 << 53) as f64));
+            let since = Instant::now();
+            node.up_in_two();
+            longest = longest.max(since.elapsed());
+            node.assert_trustworthy();
+        }
+        Instant::now() - longest
+    });
+    table.finish();
+}
+
+#[test]
+fn sigterm_in_each_phase() {
+    let Some(mut node) = Node::new() else { return };
+    let mut table = Table::default();
+    let the_end = "the end, no container";
+    table.fault(&mut node, "SIGTERM: waiting for Docker", the_end, |node| {
+        node.engine.stop();
+        node.start();
+        node.agent().wait_for_notify("EXTEND_TIMEOUT_USEC=", PATIENCE);
+        let since = Instant::now();
+        node.ends();
+        node.engine.restart();
+        since
+    });
+    table.fault(&mut node, "SIGTERM: waiting for the driver", the_end, |node| {
+        node.case.sysfs(&Sysfs::new().gpu("0000:01:00.0")).set("gpu.wait_seconds", 30);
+        node.start();
+        node.agent().wait_for_notify("Looking for the GPU", PATIENCE);
+        thread::sleep(Duration::from_millis(500));
+        let since = Instant::now();
+        node.ends();
+        since
+    });
+    node.case.sysfs(&sysfs_of_one()).set("gpu.wait_seconds", 1);
+    table.fault(&mut node, "SIGTERM: pulling the image", the_end, |node| {
+        node.engine.docker(&["rmi", image::PYTORCH]).expect_success();
+        node.proxy.fault_of("POST /images/create", Fault::Hang);
+        node.start();
+        node.agent().wait_for_notify("STATUS=Pulling", PATIENCE);
+        let since = Instant::now();
+        node.ends();
+        node.proxy.mend();
+        node.engine.import_image(&[image::PYTORCH]);
+        since
+    });
+    table.fault(&mut node, "SIGTERM: Docker is slow to start the container", the_end, |node| {
+        let runtime = node.engine.runtime_path();
+        let real = fs::read_link(&runtime).unwrap();
+        fs::remove_file(&runtime).unwrap();
+        let slow = "#!/bin/sh\ncase \" $* \" in *\" create \"*) sleep 2 ;; esac\n";
+        fs::write(&runtime, format!("{slow}exec '{}' \"$@\"\n", real.display())).unwrap();
+        fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).unwrap();
+        node.start();
+        let starts = || node.proxy.calls().iter().any(|call| call.ends_with("/start"));
+        assert!(eventually(PATIENCE, starts), "{:#?}", node.said());
+        let since = Instant::now();
+        node.ends();
+        thread::sleep(Duration::from_secs(3));
+        assert_eq!(node.running().as_deref(), Some("false"), "{:#?}", node.said());
+        node.engine.install_nvidia_runtime();
+        since
+    });
+    table.fault(&mut node, "SIGTERM: the node runs", the_end, |node| {
+        node.up();
+        let since = Instant::now();
+        node.ends();
+        node.is_published("FL_NODE_READY", "NO");
+        since
+    });
+    table.fault(&mut node, "SIGTERM: the pause before the next start", the_end, |node| {
+        node.context("test-exit=1");
+        node.up();
+        node.agent().wait_for_line("starting it again in 2 s", PATIENCE);
+        let since = Instant::now();
+        node.ends();
+        node.context("");
+        since
+    });
+    table.fault(&mut node, "two agents at once", "the second says so and leaves", |node| {
+        node.up();
+        let before = node.run();
+        let since = Instant::now();
+        let second = node.case.run_command("run", &[]);
+        assert_eq!(second.code, Some(1), "{second:?}");
+        assert!(second.stderr.contains("another supernode-agent runs already"), "{second:?}");
+        assert_eq!(node.run(), before);
+        since
+    });
+    table.finish();
+}
+
+/// A cgroup of one's own that allows this much memory; `None` where this machine lets nobody make one.
+fn cgroup(limit_mib: u64) -> Option<PathBuf> {
+    let (root, limit) = [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")]
+        .into_iter()
+        .find(|(root, _)| Path::new(root).join("cgroup.procs").exists())?;
+    let group = Path::new(root).join(format!("sn-faults-{}", std::process::id()));
+    fs::create_dir(&group).ok()?;
+    let limited = fs::write(group.join(limit), (limit_mib << 20).to_string());
+    if limited.is_err() {
+        let _ = fs::remove_dir(&group);
+    }
+    limited.ok().map(|()| group)
+}
+
+#[test]
+fn little_memory_and_a_chatty_container() {
+    let Some(mut node) = Node::new() else { return };
+    let mut table = Table::default();
+    let Some(group) = cgroup(32) else {
+        say("SKIPPED: no cgroup can be made here (FAULT 32 MiB of memory)");
+        return;
+    };
+    let name = "32 MiB of memory, and 64 MiB of log without a line break";
+    table.fault(&mut node, name, "up, and Flower's word is heard", |node| {
+        started_by(node, &format!("echo $$ >'{}/cgroup.procs'", group.display()));
+        node.context("test-floods=64");
+        let since = Instant::now();
+        node.up();
+        node.connected();
+        since
+    });
+    let peak =
+        ["memory.max_usage_in_bytes", "memory.peak"].iter().find_map(|file| fs::read_to_string(group.join(file)).ok());
+    let peak = peak.and_then(|peak| peak.trim().parse::<u64>().ok()).unwrap_or(0) >> 20;
+    say(&format!("MEASURED peak of the agent's cgroup, files among it: {peak} MiB of 32 MiB"));
+    drop(node);
+    assert!(eventually(PATIENCE, || fs::remove_dir(&group).is_ok()));
+    table.finish();
+}

@@ -1,0 +1,462 @@
+//! The node to which faults happen, what must hold after each of them, and the table of them.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use supernode_tests::{Agent, Case, DockerProxy, Engine, OneGateStandIn, RuntimeMode, agent_binary, eventually, image};
+
+use crate::common::{PATIENCE, one_gpu, say, sysfs_of_one, wanted};
+
+/// An operator's daemon.json.
+const OPERATORS: &str =
+    "{\n  \"log-level\": \"info\",\n  \"max-concurrent-downloads\": 7,\n  \"labels\": [\"rack=12\"]\n}\n";
+/// What the runtime's entry makes of its end: not a byte else is changed.
+const WITH_RUNTIME: &str =
+    ",\n  \"runtimes\": {\n    \"nvidia\": {\n      \"path\": \"nvidia-container-runtime\"\n    }\n  }\n}\n";
+
+/// What must be in no output; OneGate's token is the other.
+const PASSWORD: &str = "kxq7-zulu-9134";
+pub(crate) const VM: u32 = 101;
+/// How long a container may be dead before the cloud must not hear any more that it is ready.
+const NEWS_TRAVEL_SECONDS: f64 = 1.0;
+
+/// The most memory that an agent of this process had, in KiB.
+static PEAK_KIB: AtomicU64 = AtomicU64::new(0);
+
+/// A machine with a GPU that is wanted, behind an engine that can have a bad day; and all that its agents say.
+pub(crate) struct Node {
+    pub(crate) engine: Engine,
+    pub(crate) proxy: DockerProxy,
+    pub(crate) case: Case,
+    pub(crate) onegate: OneGateStandIn,
+    agent: Option<Agent>,
+    /// What earlier agents said, since the last [`Node::reset`].
+    told: Vec<String>,
+    /// When that was, in seconds since 1970.
+    since: f64,
+    /// The operator's daemon.json.
+    daemon_json: String,
+}
+
+impl Node {
+    pub(crate) fn new() -> Option<Self> {
+        Self::with(OPERATORS)
+    }
+
+    /// With a Docker that leaves containers alone when it restarts.
+    pub(crate) fn with_live_restore() -> Option<Self> {
+        Self::with(&OPERATORS.replace("\n}\n", ",\n  \"live-restore\": true\n}\n"))
+    }
+
+    fn with(daemon_json: &str) -> Option<Self> {
+        let engine = Engine::builder().daemon_json(daemon_json).with_nvidia_runtime().start()?;
+        engine.import_image(&[image::PYTORCH]);
+        engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
+        let proxy = DockerProxy::start(&engine.socket());
+        let onegate = OneGateStandIn::start();
+        onegate.change(|state| {
+            state.vm(VM);
+        });
+        let mut case = Case::new();
+        case.engine(&engine).nvml(&one_gpu()).sysfs(&sysfs_of_one()).onegate(&onegate, VM);
+        case.set("docker.socket", proxy.socket().to_string_lossy().into_owned());
+        let mut node = Self {
+            engine,
+            proxy,
+            case,
+            onegate,
+            agent: None,
+            told: Vec::new(),
+            since: seconds_now(),
+            daemon_json: daemon_json.to_owned(),
+        };
+        node.context("");
+        Some(node)
+    }
+
+    /// Its context, with these words for the container.
+    pub(crate) fn context(&mut self, words: &str) {
+        let config = format!("db-password=\"{PASSWORD}\" {words}");
+        self.case.context(&wanted(&[
+            ("FL_NODE_CONFIG", config.trim()),
+            ("FL_LOG_LEVEL", "DEBUG"),
+            ("REPORT_READY", "YES"),
+        ]));
+    }
+
+    /// A machine on which no agent has run yet, and a Docker that knows of no runtime. An engine that was killed forgets
+    /// what happened, and so do we.
+    pub(crate) fn reset(&mut self) {
+        self.agent = None;
+        self.proxy.mend();
+        self.engine.docker(&["rm", "-f", "flower-supernode"]);
+        self.engine.kill();
+        fs::write(self.engine.daemon_json(), &self.daemon_json).unwrap();
+        self.engine.restart();
+        self.forget();
+    }
+
+    /// The same without another Docker: the runtime stays registered.
+    pub(crate) fn clear(&mut self) {
+        self.agent = None;
+        self.proxy.mend();
+        self.engine.docker(&["rm", "-f", "flower-supernode"]);
+        self.forget();
+    }
+
+    fn forget(&mut self) {
+        self.told.clear();
+        self.since = seconds_now();
+    }
+
+    pub(crate) fn agent(&mut self) -> &mut Agent {
+        self.agent.as_mut().expect("an agent was started")
+    }
+
+    /// Starts an agent; one that runs is killed.
+    pub(crate) fn start(&mut self) {
+        self.end();
+        let agent = self.case.start();
+        watch_memory(agent.pid());
+        self.agent = Some(agent);
+    }
+
+    /// Keeps what the agent said, and kills it where it runs.
+    fn end(&mut self) {
+        if let Some(mut agent) = self.agent.take() {
+            agent.kill9();
+            assert_ready_was_true(&agent);
+            self.told.extend(said_by(&agent));
+        }
+    }
+
+    /// Starts an agent, and waits until the node is up.
+    #[track_caller]
+    pub(crate) fn up(&mut self) {
+        self.start();
+        self.agent().wait_for_notify("READY=1", PATIENCE);
+        assert_eq!(self.running().as_deref(), Some("true"), "READY, and {:#?}", self.said());
+    }
+
+    /// Starts an agent, and waits until the node is up, or the agent has ended with what a retry cures; whether it is up.
+    #[track_caller]
+    pub(crate) fn tries(&mut self) -> bool {
+        self.start();
+        let mut end = None;
+        let agent = self.agent();
+        let settled = eventually(3 * PATIENCE, || {
+            end = agent.ended();
+            end.is_some() || agent.notifications().iter().any(|told| told.contains("READY=1"))
+        });
+        assert!(settled, "neither ready nor at its end: {:#?}", self.said());
+        match end {
+            None => assert_eq!(self.running().as_deref(), Some("true"), "READY, and {:#?}", self.said()),
+            Some(code) => assert_eq!(code, 1, "{:#?}", self.said()),
+        }
+        end.is_none()
+    }
+
+    /// The same, and then the next agent, as systemd has it.
+    #[track_caller]
+    pub(crate) fn up_in_two(&mut self) {
+        if !self.tries() {
+            self.proxy.mend();
+            self.up();
+        }
+    }
+
+    /// Waits until the agent has ended by SIGTERM, and with it the container.
+    #[track_caller]
+    pub(crate) fn ends(&mut self) {
+        let code = self.agent().terminate();
+        assert_eq!(code, 0, "{:#?}", self.said());
+        assert!(self.agent().notifications().iter().any(|told| told.contains("STOPPING=1")), "{:#?}", self.said());
+        assert_ne!(self.running().as_deref(), Some("true"), "{:#?}", self.said());
+    }
+
+    /// Waits until this agent says that Flower is connected: then all there is of a node is there.
+    #[track_caller]
+    pub(crate) fn connected(&mut self) {
+        self.agent().wait_for_line("as SuperNode 1", PATIENCE);
+    }
+
+    /// Whether the container of that name runs; `None` where there is none, or no engine.
+    pub(crate) fn running(&self) -> Option<String> {
+        let shown = self.engine.docker(&["inspect", "--format", "{{.State.Running}}", "flower-supernode"]);
+        (shown.code == Some(0)).then(|| shown.stdout.trim().to_owned())
+    }
+
+    /// Which run of the container there is: its id and the time of its start.
+    pub(crate) fn run(&self) -> String {
+        let format = "{{.Id}} {{.State.StartedAt}} {{.State.Running}}";
+        self.engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout.trim().to_owned()
+    }
+
+    /// Waits until another run than this one is under way.
+    #[track_caller]
+    pub(crate) fn runs_anew_after(&self, before: &str) {
+        let again = eventually(PATIENCE, || {
+            let now = self.run();
+            now.ends_with(" true") && now != before
+        });
+        assert!(again, "{}: {:#?}", self.run(), self.said());
+    }
+
+    /// The same, where what is there may be somebody else's.
+    #[track_caller]
+    pub(crate) fn runs_anew_of_ours_after(&self, before: &str) {
+        let format = "{{index .Config.Labels \"supernode-agent.spec-hash\"}}";
+        let ours =
+            || !self.engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout.trim().is_empty();
+        assert!(eventually(PATIENCE, ours), "{:#?}", self.said());
+        self.runs_anew_after(before);
+    }
+
+    /// Waits until the agent says of itself that the node runs on its GPU.
+    #[track_caller]
+    pub(crate) fn says_it_runs(&self) {
+        let status = || self.case.run_command("status", &["--json"]).stdout;
+        let says = eventually(PATIENCE / 2, || status().contains("\"status\": \"Running on "));
+        assert!(says, "{}: {:#?}", status(), self.said());
+    }
+
+    /// Waits until OneGate has this of the node.
+    #[track_caller]
+    pub(crate) fn is_published(&self, name: &str, value: &str) {
+        let there = || self.published().get(name).is_some_and(|found| found == value);
+        assert!(eventually(PATIENCE, there), "{:?}: {:#?}", self.published(), self.said());
+    }
+
+    /// Everything that agents have said since the last reset: log, standard output, messages to systemd.
+    pub(crate) fn said(&self) -> Vec<String> {
+        let now = self.agent.iter().flat_map(said_by);
+        self.told.iter().cloned().chain(now).collect()
+    }
+
+    /// What must hold whatever has happened; [`Node::assert_no_secret`] is the rest of it.
+    #[track_caller]
+    pub(crate) fn assert_trustworthy(&self) {
+        let daemon_json = fs::read_to_string(self.engine.daemon_json()).unwrap();
+        let with_runtime = self.daemon_json.replace("\n}\n", WITH_RUNTIME);
+        assert!([&self.daemon_json, &with_runtime].contains(&&daemon_json), "{daemon_json}");
+        if let Some(agent) = &self.agent {
+            assert_ready_was_true(agent);
+        }
+        let ours = self.engine.docker(&["ps", "-aq", "--filter", "label=supernode-agent.spec-hash"]);
+        let ours = ours.expect_success().lines().count();
+        assert!(ours <= 1, "{ours} containers: {:#?}", self.said());
+        let runs = self.runs();
+        self.assert_one_at_a_time(&runs);
+        self.assert_warned_before(&runs);
+        self.assert_cloud_heard_the_truth(&runs);
+    }
+
+    /// How many runs of its container the engine remembers since the last reset.
+    pub(crate) fn count_of_runs(&self) -> usize {
+        self.runs().len()
+    }
+
+    /// The runs of containers of ours, as the engine remembers them.
+    fn runs(&self) -> Vec<Run> {
+        let format = "{{.TimeNano}} {{.Action}} {{.Actor.ID}} {{index .Actor.Attributes \"supernode-agent.verdict\"}}";
+        let events = self.engine.docker(&[
+            "events",
+            "--since",
+            "0",
+            "--until",
+            &format!("{:.3}", seconds_now()),
+            "--filter",
+            "type=container",
+            "--filter",
+            "event=start",
+            "--filter",
+            "event=die",
+            "--format",
+            format,
+        ]);
+        let mut runs: Vec<Run> = Vec::new();
+        for line in events.expect_success().lines() {
+            let words: Vec<&str> = line.split(' ').collect();
+            let [time, action, id, verdict] = words[..] else { panic!("{line}") };
+            let time = time.parse::<u64>().unwrap() as f64 / 1e9;
+            match action {
+                "start" if verdict != "<no" && !verdict.is_empty() => {
+                    runs.push(Run { id: id.into(), on_cpu: verdict == "cpu", from: time, to: f64::INFINITY });
+                }
+                "die" => {
+                    let last = runs.iter_mut().rev().find(|run| run.id == id);
+                    last.into_iter().for_each(|run| run.to = time);
+                }
+                _ => {}
+            }
+        }
+        runs.retain(|run| run.from >= self.since);
+        runs
+    }
+
+    fn assert_one_at_a_time(&self, runs: &[Run]) {
+        for (at, run) in runs.iter().enumerate() {
+            let other = runs[..at].iter().find(|other| other.to > run.from);
+            assert!(other.is_none(), "two containers ran at once: {runs:#?}, {:#?}", self.said());
+        }
+    }
+
+    fn assert_warned_before(&self, runs: &[Run]) {
+        let said = self.said();
+        let warnings = said.iter().filter(|line| line.contains(" WARNING ") && line.contains("runs on the CPU"));
+        let first = warnings.filter_map(|line| seconds_of(line)).fold(f64::INFINITY, f64::min);
+        for run in runs.iter().filter(|run| run.on_cpu) {
+            assert!(first < run.from, "no WARNING before {run:?}: {said:#?}");
+        }
+    }
+
+    fn assert_cloud_heard_the_truth(&self, runs: &[Run]) {
+        let first = runs.first().map_or(f64::INFINITY, |run| run.from);
+        for request in self.onegate.requests() {
+            let at = seconds_now() - request.at.elapsed().as_secs_f64();
+            let update = request.update().unwrap_or_default();
+            // Of what was before the first run that the engine remembers, nothing can be told.
+            if at < self.since.max(first) || !update.contains("READY=YES") {
+                continue;
+            }
+            let ran = runs.iter().any(|run| run.from <= at && at <= run.to + NEWS_TRAVEL_SECONDS);
+            assert!(ran, "{update:?} at {at}: {runs:#?}, {:#?}", self.said());
+        }
+    }
+
+    fn assert_no_secret(&self) {
+        let token = self.onegate.change(|state| state.vms[&VM].token.clone());
+        let mut all = self.said();
+        all.push(fs::read_to_string(self.case.path("state/status.json")).unwrap_or_default());
+        for command in ["status", "plan"] {
+            for arguments in [&[][..], &["--json"]] {
+                let output = self.case.run_command(command, arguments);
+                all.extend([output.stdout, output.stderr]);
+            }
+        }
+        for text in all {
+            assert!(!text.contains(PASSWORD) && !text.contains(&token), "a secret is in {text}");
+        }
+    }
+
+    /// What OneGate has of the node.
+    pub(crate) fn published(&self) -> BTreeMap<String, String> {
+        self.onegate.change(|state| state.vms[&VM].user_template.clone())
+    }
+}
+
+/// A run of a container, in seconds since 1970.
+#[derive(Debug)]
+struct Run {
+    id: String,
+    on_cpu: bool,
+    from: f64,
+    to: f64,
+}
+
+fn said_by(agent: &Agent) -> Vec<String> {
+    [agent.lines(), agent.stdout_lines(), agent.notifications()].concat()
+}
+
+/// Whoever says READY=1 to systemd has a container.
+#[track_caller]
+fn assert_ready_was_true(agent: &Agent) {
+    let lines = agent.lines();
+    let has_said = |text: &str| lines.iter().any(|line| line.contains(text));
+    if agent.notifications().iter().any(|told| told.contains("READY=1")) {
+        assert!(has_said("started the container") || has_said("adopted the running container"), "{lines:#?}");
+    }
+}
+
+fn seconds_now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64()
+}
+
+/// The time at the beginning of a line of the log, in seconds since 1970.
+fn seconds_of(line: &str) -> Option<f64> {
+    let (date, time) = line.split(' ').next()?.strip_suffix('Z')?.split_once('T')?;
+    let date: Vec<i64> = date.split('-').map_while(|part| part.parse().ok()).collect();
+    let time: Vec<f64> = time.split(':').map_while(|part| part.parse().ok()).collect();
+    let (&[year, month, day], &[hours, minutes, seconds]) = (date.as_slice(), time.as_slice()) else { return None };
+    // Howard Hinnant's days_from_civil, for years after 1970.
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let days = 365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1 - 719_468;
+    Some(days as f64 * 86_400.0 + hours * 3600.0 + minutes * 60.0 + seconds)
+}
+
+/// Notes the most memory that this process has, for as long as it lives.
+fn watch_memory(pid: u32) {
+    thread::spawn(move || {
+        while let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) {
+            let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            // A zombie has none.
+            let Some(kib) = peak.and_then(|peak| peak.trim().trim_end_matches(" kB").parse().ok()) else { return };
+            PEAK_KIB.fetch_max(kib, Ordering::Relaxed);
+            thread::sleep(Duration::from_millis(50));
+        }
+    });
+}
+
+/// The table that `make test` prints: a line for each fault.
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    failed: Vec<String>,
+}
+
+impl Table {
+    /// One fault: its name, what must hold, and its story, which ends when the node has recovered and gives the moment of
+    /// the fault.
+    pub(crate) fn fault(&mut self, node: &mut Node, name: &str, holds: &str, story: impl FnOnce(&mut Node) -> Instant) {
+        match tell(node, story) {
+            Ok(seconds) => say(&format!("FAULT {name:<64} held    recovered in {seconds:>5.1} s  {holds}")),
+            Err(why) => {
+                say(&format!("FAULT {name:<64} FAILED  {holds}\n{why}"));
+                self.failed.push(name.to_owned());
+            }
+        }
+    }
+
+    /// One that is known not to hold, with what is to be mended. Once it holds, that is a failure: it is to become a
+    /// [`Table::fault`].
+    pub(crate) fn open(
+        &mut self,
+        node: &mut Node,
+        name: &str,
+        holds: &str,
+        mend: &str,
+        story: impl FnOnce(&mut Node) -> Instant,
+    ) {
+        match tell(node, story) {
+            Ok(_) => {
+                say(&format!("FAULT {name:<64} FAILED  it holds: this is no open fault any more"));
+                self.failed.push(name.to_owned());
+            }
+            Err(_) => say(&format!("FAULT {name:<64} OPEN    {holds}: {mend}")),
+        }
+    }
+
+    /// The end of the table.
+    #[track_caller]
+    pub(crate) fn finish(self) {
+        let build = agent_binary();
+        let build = build.parent().and_then(|folder| folder.file_name()).unwrap_or_default().to_string_lossy();
+        let peak = PEAK_KIB.load(Ordering::Relaxed) as f64 / 1024.0;
+        say(&format!("MEASURED peak memory of the agent over the faults so far: {peak:.1} MiB ({build} build)"));
+        assert!(self.failed.is_empty(), "{:#?}", self.failed);
+    }
+}
+
+/// Tells the story, and looks at what must always hold; gives the seconds from the fault to the recovery.
+fn tell(node: &mut Node, story: impl FnOnce(&mut Node) -> Instant) -> Result<f64, String> {
+    let told = catch_unwind(AssertUnwindSafe(|| {
+        let seconds = story(node).elapsed().as_secs_f64();
+        node.assert_trustworthy();
+        node.assert_no_secret();
+        seconds
+    }));
+    told.map_err(|why| why.downcast_ref::<String>().cloned().unwrap_or_default())
+}
