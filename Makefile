@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help build deb image demo test test-image test-images fmt lint deny clean
+.PHONY: help build deb image demo test test-image test-images pictures fmt lint deny clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test-image: image ## that very QCOW2, booted under UEFI
 test-images: ## the framework images base and sklearn, built without a registry and run as the agent runs them
 	@packaging/install-tools.sh test-images
 	@tests/scripts/test-images.sh
+
+pictures: ## the README's pictures, drawn anew from packaging/pictures/boot.json and the code
+	@packaging/pictures/draw.py
 
 fmt: ## format the code
 	cargo fmt --all
