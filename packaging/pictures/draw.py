@@ -52,7 +52,7 @@ def text(x, y, words, size=13, colour=INK, anchor="start", weight="normal"):
 
 def picture(width, height, title, parts):
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
         f'font-family="system-ui, sans-serif">\n<title>{escape(title)}</title>\n'
         f'<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0 0L8 4L0 8z" fill="{LINE}"/></marker></defs>\n'

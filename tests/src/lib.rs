@@ -9,6 +9,7 @@
 //! | `nvidia-container-runtime` | nvidia's runtime, obeying [`Engine::nvidia_runtime`] |
 //! | [`Cloud`] | the network that engines are connected to |
 //! | [`OneGateStandIn`] | OneGate, with the VMs and services that a test gives it, and faults |
+//! | [`Registry`] | a registry of images that is slow |
 //! | [`SuperLink`] | nothing: it is Flower's own, and so is what the nodes train with it |
 //! | [`Machine`] | a whole VM: systemd, Docker, the package, and what contextualizes it |
 //! | [`image`] | the framework images, made of busybox and one script |
@@ -30,6 +31,7 @@ mod machine;
 mod network;
 pub mod onegate;
 mod process;
+mod registry;
 mod sandbox;
 mod sysfs;
 
@@ -40,5 +42,6 @@ pub use machine::{Boot, Machine};
 pub use network::{Cloud, in_namespace};
 pub use onegate::OneGateStandIn;
 pub use process::{Output, eventually, run};
+pub use registry::Registry;
 pub use sandbox::{Sandbox, agent_binary, nvml_library, runtime_binary};
 pub use sysfs::Sysfs;
