@@ -44,24 +44,22 @@ impl Pull {
 
     /// How far it is, in a few words; `None` as long as nothing is known.
     pub fn progress(&self) -> Option<String> {
-        let layers = || self.layers.values();
-        let size: u64 = layers().filter_map(|layer| layer.size).sum();
-        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         if self.layers.is_empty() {
-            None
-        } else if layers().all(|layer| layer.is_loaded) {
-            let (unpacked, all) = (layers().filter(|layer| layer.is_unpacked).count(), self.layers.len());
-            Some(format!("all of {} MiB is here, {unpacked} of {all} layers are unpacked", mib(size)))
-        } else if size == 0 {
-            None
-        } else {
-            let loaded: u64 =
-                layers().map(|layer| if layer.is_loaded { layer.size.unwrap_or(0) } else { layer.loaded }).sum();
-            // A few layers are loaded at a time: the others' sizes are still to come.
-            let is_whole = layers().all(|layer| layer.size.is_some() || layer.is_loaded);
-            let least = if is_whole { "" } else { "at least " };
-            Some(format!("{} % of {least}{} MiB", loaded * 100 / size, mib(size)))
+            return None;
         }
+        let layers = || self.layers.values();
+        if layers().all(|layer| layer.is_loaded) {
+            let (unpacked, all) = (layers().filter(|layer| layer.is_unpacked).count(), self.layers.len());
+            return Some(format!("all of it is here, {unpacked} of {all} layers are unpacked"));
+        }
+        let loaded: u64 =
+            layers().map(|layer| if layer.is_loaded { layer.size.unwrap_or(0) } else { layer.loaded }).sum();
+        let size: u64 = layers().filter_map(|layer| layer.size).sum();
+        let (percent, mib) = ((loaded * 100).checked_div(size)?, size.div_ceil(1 << 20));
+        // A few layers are loaded at a time: the others' sizes are still to come.
+        let is_whole = layers().all(|layer| layer.size.is_some() || layer.is_loaded);
+        let least = if is_whole { "" } else { "at least " };
+        Some(format!("{percent} % of {least}{mib} MiB"))
     }
 }
 
@@ -71,7 +69,9 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    fn after(steps: &[(&str, &str, Option<(u64, u64)>)]) -> Option<String> {
+    type Step = (&'static str, &'static str, Option<(u64, u64)>);
+
+    fn after(steps: &[Step]) -> Option<String> {
         let mut pull = Pull::default();
         for (id, status, bytes) in steps {
             pull.take(id, status, *bytes);
@@ -96,10 +96,10 @@ mod tests {
         // Unpacking counts from nothing again, and takes nothing back.
         assert_eq!(take("a", "Extracting", Some((1, 100 * MIB))), said("25 % of 400 MiB"));
         assert_eq!(take("a", "Pull complete", None), said("25 % of 400 MiB"));
-        assert_eq!(take("b", "Verifying Checksum", None), said("all of 400 MiB is here, 1 of 2 layers are unpacked"));
-        assert_eq!(take("b", "Pull complete", None), said("all of 400 MiB is here, 2 of 2 layers are unpacked"));
+        assert_eq!(take("b", "Verifying Checksum", None), said("all of it is here, 1 of 2 layers are unpacked"));
+        assert_eq!(take("b", "Pull complete", None), said("all of it is here, 2 of 2 layers are unpacked"));
         let digest = take("", "Digest: sha256:00", None);
-        assert_eq!(digest, said("all of 400 MiB is here, 2 of 2 layers are unpacked"));
+        assert_eq!(digest, said("all of it is here, 2 of 2 layers are unpacked"));
     }
 
     #[test]
