@@ -235,3 +235,11 @@ fn the_service_that_the_page_makes_passes_the_check() {
     let found: Vec<_> = template::judge(&made).into_iter().filter(|check| check.level != Level::Ok).collect();
     assert_eq!(found, []);
 }
+
+#[test]
+fn the_template_has_the_names_that_the_commands_use() {
+    let template = read("packaging/opennebula/supernode-gpu-7.tmpl");
+    for attribute in [r#"NAME="supernode-gpu""#, r#"IMAGE="supernode""#] {
+        assert!(template.contains(attribute), "{attribute}");
+    }
+}

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Whether a run of `make demo` is of the kind that the README has recorded: the same lines in the same order, but for what
-differs from run to run (times, sizes, addresses, ids).
+differs from run to run (times, sizes, addresses, ids, Docker's version).
 
     as-recorded.py RUN
 
@@ -19,13 +19,14 @@ DIFFERS = [
     (r"\b\d{12,}\b", "NUMBER"),
     (r"\b\d+ (s|KiB|MiB)\b", r"N \1"),
     (r"process \d+", "process N"),
+    (r"^ *\d+\.\d+\.\d+\S* \(", "VERSION ("),
     (r"/tmp/supernode-demo\.\w+", "FOLDER"),
 ]
 
 
 def kinds(text):
     for old, new in DIFFERS:
-        text = re.sub(old, new, text)
+        text = re.sub(old, new, text, flags=re.MULTILINE)
     return [line for line in (" ".join(line.split()) for line in text.splitlines()) if line]
 
 
