@@ -25,7 +25,7 @@ const SED: &str = "sed 's/: -1,/: 12,/; s/: -2,/: 13,/' packaging/opennebula/ser
 /// What no test runs, and why. The files that are named are checked: the package is installed into the machines of boot.rs and
 /// into the image, the templates pass `check template`, the image passes `make test-image`.
 const NOT_RUN: [(&str, &str); 8] = [
-    ("apt install ./target/debian/supernode-agent_*.deb", "it would install a daemon on the machine of the tests"),
+    ("apt install ./supernode-agent_*.deb", "it would install a daemon on the machine of the tests"),
     ("onehost sync -f", NO_CLOUD),
     (
         "oneimage create --name supernode --path supernode-base.qcow2 --format qcow2 --prefix vd --datastore default",

@@ -9,7 +9,7 @@ version=1.31.0
 image=flwr/supernode:$version
 daemon_json=/etc/docker/daemon.json
 
-build() { (cd "$top" && cargo build --release --locked --quiet -p supernode-agent); }
+build() { (cd "$top" && cargo build --release --locked -p supernode-agent); }
 
 if [ "$(id -u)" != 0 ]; then
     echo "The demo needs root for Docker and network namespaces: it installs and builds as you, and goes on by sudo."
@@ -87,7 +87,11 @@ how_far_is_pull() {
     layers=$(grep -c 'Pull complete' "$work/progress.log") || true
     echo "pulling: $layers of $all layers are here"
 }
-how_far_is_build() { echo "building, for $((SECONDS - step_began)) s: $(tail -n 1 "$work/progress.log")"; }
+how_far_is_build() {
+    local last
+    last=$(tail -n 1 "$work/progress.log")
+    echo "building, for $((SECONDS - step_began)) s${last:+: $last}"
+}
 # Our file and the command's have one position.
 how_far_is_load() {
     local position
@@ -143,7 +147,7 @@ finish "nothing else is installed"
 
 begin "the agent (cargo build --release)"
 built=${SUPERNODE_DEMO_BUILT:-}
-[ -n "$built" ] || build 2>&1 | show
+[ -n "$built" ] || progress how_far_is_build /dev/null build || fail "the agent was not built"
 agent=${CARGO_TARGET_DIR:-$top/target}/release/supernode-agent
 agent_version=$("$agent" --version) || fail "$agent does not run"
 finish "$agent_version, $(($(stat -c %s "$agent") / 1024)) KiB${built:+, built $built}"
