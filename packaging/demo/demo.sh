@@ -89,7 +89,7 @@ how_far_is_pull() {
 }
 how_far_is_build() {
     local last
-    last=$(tail -n 1 "$work/progress.log")
+    last=$(tail -n 1 "$work/progress.log" | sed 's/^ *//')
     echo "building, for $((SECONDS - step_began)) s${last:+: $last}"
 }
 # Our file and the command's have one position.
