@@ -16,6 +16,7 @@ use crate::cloud::Cloud;
 use crate::config::values::{ImageRef, Version};
 use crate::config::{self, Config, ConfigErrors, LogLevel, Prebaked, Remarks};
 use crate::connection::Connection;
+use crate::dcgm::{self, Exporter};
 use crate::distribution::Distribution;
 use crate::docker::engine::{Engine, EngineError, Image};
 use crate::docker::runtime::{GpuAccess, choose_access, ensure_runtime};
@@ -25,6 +26,7 @@ use crate::gpu::reason::one_line;
 use crate::gpu::verdict::Verdict;
 use crate::journal;
 use crate::lock::{Lock, LockError};
+use crate::metrics;
 use crate::partition::{self, Keeper, Partition};
 use crate::plan::{self, Machine};
 use crate::report::Reporter;
@@ -157,7 +159,7 @@ struct Wish {
 impl Wish {
     fn read(context: &Context, settings: Settings) -> Result<Self, BootError> {
         let (config, remarks) = configure(context, &settings)?;
-        log_remarks(&config, &remarks);
+        log_remarks(&remarks);
         let cloud = Cloud::of(context, &settings);
         superlink::check(gate_of(&cloud), &config, SystemTime::now())?;
         Ok(Self { config, settings, cloud })
@@ -207,7 +209,7 @@ async fn run_until_signal(
     reporter.stopping("Stopping the container");
     let _extension = LongStep::begin();
     let (stopped, ()) = tokio::select! {
-        ended = async { tokio::join!(stop_container(&wish.settings), reporter.finish()) } => ended,
+        ended = async { tokio::join!(stop_containers(&wish.settings), reporter.finish()) } => ended,
         name = signals.end() => (Err(format!("{name} came again and ended the wait for it")), ()),
     };
     let name = wish.settings.container.name;
@@ -261,8 +263,20 @@ fn gate_of(cloud: &Result<Cloud, String>) -> Gate<'_> {
     cloud.as_ref().map(Cloud::gate).map_err(String::as_str)
 }
 
-/// Brings the node up and keeps it up, until something new asks for the story from its beginning.
+/// The node's life, with the page of its metrics beside it.
 async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
+    let Some(address) = wish.settings.metrics.address() else {
+        return live_alone(wish, reporter).await;
+    };
+    let page = Rc::clone(&reporter);
+    tokio::select! {
+        lived = live_alone(wish, reporter) => lived,
+        never = metrics::serve::serve(address, || page.page()) => match never {},
+    }
+}
+
+/// Brings the node up and keeps it up, until something new asks for the story from its beginning.
+async fn live_alone(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
     let Wish { config, settings, cloud } = wish;
     let starting = LongStep::begin();
     reporter.publish_by(cloud.as_ref().ok());
@@ -316,8 +330,18 @@ async fn live(wish: Wish, reporter: Rc<Reporter>) -> Result<Anew, BootError> {
     };
     let container = node.bring_up(&engine).await?;
     drop(starting);
-    node.report_running();
-    Ok(node.supervise(engine, container).await?)
+    node.report_running(&container);
+    let exporter = Exporter {
+        config: node.config.clone(),
+        settings: node.settings.clone(),
+        access: node.access.clone(),
+        machine: node.machine.clone(),
+        reporter: Rc::clone(&node.reporter),
+    };
+    tokio::select! {
+        lived = node.supervise(engine, container) => Ok(lived?),
+        never = exporter.keep() => match never {},
+    }
 }
 
 /// What the container needs beside the SuperLink.
@@ -476,15 +500,12 @@ pub fn configure(context: &Context, settings: &Settings) -> Result<(Config, Rema
     }
 }
 
-fn log_remarks(config: &Config, remarks: &Remarks) {
+fn log_remarks(remarks: &Remarks) {
     for line in remarks.warnings() {
         tracing::warn!("{line}");
     }
     for line in remarks.idle.iter().chain(&remarks.notes) {
         tracing::info!("{line}");
-    }
-    if config.gpu_enabled && config.dcgm_enabled {
-        tracing::info!("FL_DCGM_ENABLED is idle: this release starts no DCGM exporter");
     }
 }
 
@@ -567,19 +588,19 @@ pub fn this_machine() -> Machine {
     }
 }
 
-/// Stops the container, with its grace; an engine that hangs does not keep the agent.
-async fn stop_container(settings: &Settings) -> Result<(), String> {
+/// Stops the container, with its grace, and the DCGM exporter; an engine that hangs does not keep the agent.
+async fn stop_containers(settings: &Settings) -> Result<(), String> {
     const MORE_THAN_GRACE: Duration = Duration::from_secs(10);
     let (name, grace) = (&settings.container.name, settings.container.stop_timeout);
+    let exporter = dcgm::name_of(settings);
     let stop = async {
         let engine = Engine::connect(&settings.docker.socket).await?;
-        match engine.find_container(name).await? {
-            Some(container) if container.running && container.spec_hash().is_some() => {
-                tracing::info!("stopping the container {name}");
-                engine.stop(&container.id, grace).await
-            }
-            _ => Ok(()),
+        let (node, exporter) =
+            tokio::join!(stop_container(&engine, name, grace), stop_container(&engine, &exporter, dcgm::GRACE));
+        if let Err(error) = exporter {
+            tracing::warn!("the DCGM exporter could not be stopped: {error}");
         }
+        node
     };
     match tokio::time::timeout(grace + MORE_THAN_GRACE, stop).await {
         // Without an engine there is, as far as can be told, no container.
@@ -589,6 +610,17 @@ async fn stop_container(settings: &Settings) -> Result<(), String> {
         }
         Ok(stopped) => stopped.map_err(|error| error.to_string()),
         Err(_) => Err(format!("Docker gave no answer within {} s", (grace + MORE_THAN_GRACE).as_secs())),
+    }
+}
+
+/// Stops a container of ours, where it runs.
+async fn stop_container(engine: &Engine, name: &str, grace: Duration) -> Result<(), EngineError> {
+    match engine.find_container(name).await? {
+        Some(container) if container.running && container.spec_hash().is_some() => {
+            tracing::info!("stopping the container {name}");
+            engine.stop(&container.id, grace).await
+        }
+        _ => Ok(()),
     }
 }
 

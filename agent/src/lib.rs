@@ -10,6 +10,9 @@
 //! child -> Notice -> Watch -> Finding ─────────────────────────────────────────────┤
 //! the container's log -> Connection, its health -> Liveness ───────────────────────┘
 //! ```
+//!
+//! Beside the Supervisor, and never the node's end: the Exporter, a container of its own, and the page of the metrics, which tells
+//! what the Reporter has heard.
 
 pub mod atomic;
 pub mod backoff;
@@ -19,6 +22,7 @@ pub mod cli;
 pub mod cloud;
 pub mod config;
 pub mod connection;
+pub mod dcgm;
 pub mod distribution;
 pub mod docker;
 pub mod flower;
@@ -26,6 +30,7 @@ pub mod gpu;
 pub mod health;
 pub mod journal;
 pub mod lock;
+pub mod metrics;
 pub mod partition;
 pub mod plan;
 pub mod report;

@@ -1,6 +1,7 @@
 //! Config + Verdict + SuperLink + Settings -> ContainerSpec: what the container will be. Pure.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 use serde::Serialize;
 
@@ -8,7 +9,7 @@ use crate::config::values::{ImageRef, NodeConfig, Version};
 use crate::config::{Config, Framework};
 use crate::docker::runtime::GpuAccess;
 use crate::flower::{HEALTH_FLAG, HEALTH_PORT, Release};
-use crate::gpu::verdict::Verdict;
+use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::partition::Partition;
 use crate::settings::Settings;
 use crate::site;
@@ -29,7 +30,9 @@ pub const SUMMARY_LABEL: &str = "supernode-agent.summary";
 pub const REFUSED_HASH_LABEL: &str = "supernode-agent.refused-spec-hash";
 
 /// The user that Flower's images run as.
-const USER: &str = "49999:49999";
+pub const USER: &str = "49999:49999";
+/// What of the driver a container with a GPU gets: CUDA, and NVML.
+pub const DRIVER_CAPABILITIES: &str = "compute,utility";
 const PIDS_LIMIT: i64 = 4096;
 const FLWR_HOME: &str = "/app/.flwr";
 const CA_TARGET: &str = "/app/ca.crt";
@@ -68,6 +71,9 @@ pub struct ContainerSpec {
     pub shm_size_mib: u64,
     /// Whether that size follows the machine's memory.
     pub shm_follows_memory: bool,
+    /// Ports that are reached from outside. Left out where there are none: the hash of a node's container is an old one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<PortSpec>,
     /// Docker's log driver.
     pub log_driver: String,
     /// Its options.
@@ -83,6 +89,15 @@ pub struct MountSpec {
     pub target: String,
     /// Whether the container may not write there.
     pub read_only: bool,
+}
+
+/// A port of the container, and where it is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PortSpec {
+    /// On the host.
+    pub listen: SocketAddr,
+    /// In the container.
+    pub port: u16,
 }
 
 /// What the specification needs to know of the machine.
@@ -160,12 +175,7 @@ pub fn plan_container(
     machine: &Machine,
     settings: &Settings,
 ) -> ContainerSpec {
-    let on_gpu = matches!(verdict, Verdict::Gpu { .. });
-    let (runtime, cdi_devices) = match (on_gpu, access) {
-        (true, GpuAccess::Runtime) => ("nvidia", Vec::new()),
-        (true, GpuAccess::Cdi(devices)) => ("runc", devices.clone()),
-        (false, _) => ("runc", Vec::new()),
-    };
+    let (runtime, cdi_devices) = way_in(verdict.devices(), access);
     let (log_driver, log_options) = logging(settings, machine);
     let mut spec = ContainerSpec {
         name: settings.container.name.clone(),
@@ -186,6 +196,7 @@ pub fn plan_container(
             size => size,
         },
         shm_follows_memory: settings.container.shm_size_mib == 0,
+        ports: Vec::new(),
         log_driver,
         log_options,
     };
@@ -231,6 +242,27 @@ fn arguments(config: &Config, superlink: Option<&SuperLink>, release: &Release) 
     args
 }
 
+/// How a container gets `devices`: the OCI runtime, and the CDI devices.
+pub fn way_in(devices: &[GpuDevice], access: &GpuAccess) -> (&'static str, Vec<String>) {
+    match access {
+        _ if devices.is_empty() => ("runc", Vec::new()),
+        GpuAccess::Runtime => ("nvidia", Vec::new()),
+        GpuAccess::Cdi(names) => ("runc", names.clone()),
+    }
+}
+
+/// The value of `NVIDIA_VISIBLE_DEVICES`.
+pub fn visible_devices(devices: &[GpuDevice], access: &GpuAccess) -> String {
+    match access {
+        GpuAccess::Runtime if !devices.is_empty() => {
+            let uuids: Vec<&str> = devices.iter().map(|device| device.uuid.as_str()).collect();
+            uuids.join(",")
+        }
+        // Where the devices come by CDI, a runtime that looks at this variable must add nothing.
+        _ => "void".into(),
+    }
+}
+
 fn environment(config: &Config, verdict: &Verdict, access: &GpuAccess, machine: &Machine) -> BTreeMap<String, String> {
     let mut env = BTreeMap::new();
     let mut set = |name: &str, value: &str| env.insert(name.to_owned(), value.to_owned());
@@ -242,20 +274,12 @@ fn environment(config: &Config, verdict: &Verdict, access: &GpuAccess, machine: 
     set("FL_GRPC_KEEPALIVE_TIME", &config.keepalive_time.to_string());
     set("FL_GRPC_KEEPALIVE_TIMEOUT", &config.keepalive_timeout.to_string());
     let devices = verdict.devices();
+    set("NVIDIA_VISIBLE_DEVICES", &visible_devices(devices, access));
     if devices.is_empty() {
-        set("NVIDIA_VISIBLE_DEVICES", "void");
         return env;
     }
-    match access {
-        GpuAccess::Runtime => {
-            let uuids: Vec<&str> = devices.iter().map(|device| device.uuid.as_str()).collect();
-            set("NVIDIA_VISIBLE_DEVICES", &uuids.join(","));
-            set("NVIDIA_DRIVER_CAPABILITIES", "compute,utility");
-        }
-        // The devices come by CDI: a runtime that looks at this variable must add nothing.
-        GpuAccess::Cdi(_) => {
-            set("NVIDIA_VISIBLE_DEVICES", "void");
-        }
+    if *access == GpuAccess::Runtime {
+        set("NVIDIA_DRIVER_CAPABILITIES", DRIVER_CAPABILITIES);
     }
     // CUDA's order is nvidia-smi's. CUDA_VISIBLE_DEVICES is left alone: the container has the selected GPUs and no other.
     set("CUDA_DEVICE_ORDER", "PCI_BUS_ID");
@@ -275,7 +299,7 @@ fn environment(config: &Config, verdict: &Verdict, access: &GpuAccess, machine: 
 }
 
 /// The share of each device's memory in MiB, in CUDA's order, 0 where the memory is not known.
-fn memory_limits(devices: &[crate::gpu::verdict::GpuDevice], share: f64) -> String {
+fn memory_limits(devices: &[GpuDevice], share: f64) -> String {
     let mut in_order: Vec<_> = devices.iter().collect();
     in_order.sort_by(|a, b| a.pci_address.cmp(&b.pci_address));
     // A limit of 0 would mean that it is not known.
@@ -300,7 +324,8 @@ fn mounts(config: &Config, verdict: &Verdict, superlink: Option<&SuperLink>, set
     mounts
 }
 
-fn logging(settings: &Settings, machine: &Machine) -> (String, BTreeMap<String, String>) {
+/// Docker's log driver, and its options.
+pub fn logging(settings: &Settings, machine: &Machine) -> (String, BTreeMap<String, String>) {
     let driver = match settings.container.log_driver.as_str() {
         "auto" if machine.has_journal => "journald",
         "auto" => "json-file",
@@ -321,7 +346,6 @@ mod tests {
     use super::*;
     use crate::config::Prebaked;
     use crate::gpu::reason::{Finding, Reason};
-    use crate::gpu::verdict::GpuDevice;
 
     fn gpu() -> Verdict {
         let device = |index: u32, pci_address: &str, memory_mib| GpuDevice {

@@ -1,5 +1,5 @@
-//! What the agent tells of itself while it runs: one line for the service manager, the status file that `status` reads, and what
-//! the cloud hears.
+//! What the agent tells of itself while it runs: one line for the service manager, the status file that `status` reads, what
+//! the cloud hears, and the metrics.
 
 use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
@@ -7,11 +7,16 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
+use tokio::sync::watch;
 
 use crate::atomic;
 use crate::cloud::{Cloud, News, Publisher};
+use crate::distribution::Distribution;
+use crate::docker::engine::Container;
 use crate::gpu::reason::one_line;
+use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::journal;
+use crate::metrics::{self, Values};
 use crate::partition::Partition;
 use crate::superlink::SuperLink;
 use crate::systemd;
@@ -37,6 +42,9 @@ pub struct Report {
     /// The share of the data that the service has for it.
     #[serde(default)]
     pub partition: Option<Partition>,
+    /// How the DCGM exporter is doing, where one is wanted.
+    #[serde(default)]
+    pub exporter: Option<String>,
 }
 
 impl Report {
@@ -56,6 +64,8 @@ pub struct Reporter {
     file: Option<PathBuf>,
     report: RefCell<Report>,
     news: RefCell<News>,
+    values: RefCell<Values>,
+    gpus_in_use: watch::Sender<Vec<GpuDevice>>,
     publisher: RefCell<Option<Publisher>>,
     /// What is waited for beside the rest, once something is.
     waiting: RefCell<Option<String>>,
@@ -74,6 +84,8 @@ impl Reporter {
             file: state_dir.map(file_in),
             report,
             news: RefCell::default(),
+            values: RefCell::default(),
+            gpus_in_use: watch::Sender::default(),
             publisher: RefCell::default(),
             waiting: RefCell::default(),
             rest_is_ready: Cell::default(),
@@ -100,6 +112,16 @@ impl Reporter {
         if let Some(publisher) = &*self.publisher.borrow() {
             publisher.publish(&self.news.borrow());
         }
+    }
+
+    /// Changes what the page with the metrics tells.
+    pub fn metrics(&self, change: impl FnOnce(&mut Values)) {
+        change(&mut self.values.borrow_mut());
+    }
+
+    /// The page with the metrics.
+    pub fn page(&self) -> String {
+        metrics::page(&self.values.borrow(), Instant::now())
     }
 
     /// The last words to the cloud.
@@ -151,22 +173,57 @@ impl Reporter {
         self.rest_is_ready.set(false);
     }
 
-    /// What the node runs on, in the form of `plan --json`, and what it connects to.
-    pub fn decided(&self, verdict: Json, superlink: &SuperLink) {
+    /// What the node runs on, and what it connects to.
+    pub fn decided(&self, verdict: &Verdict, distribution: Distribution, superlink: &SuperLink) {
+        self.metrics(|values| values.decided(verdict));
+        self.uses(verdict.devices());
         self.keep(|report| {
-            report.verdict = verdict;
+            report.verdict = verdict.to_json(distribution);
             report.superlink = Some(superlink.address.to_string());
             report.partition = superlink.partition;
         });
     }
 
+    /// The GPUs that are in use. None while a GPU that failed is to be left alone: one that is in use cannot be reset.
+    pub fn uses(&self, devices: &[GpuDevice]) {
+        self.gpus_in_use.send_if_modified(|in_use| {
+            let changes = in_use != devices;
+            if changes {
+                *in_use = devices.to_vec();
+            }
+            changes
+        });
+    }
+
+    /// The GPUs that are in use, for who wants to hear of a change.
+    pub fn gpus_in_use(&self) -> watch::Receiver<Vec<GpuDevice>> {
+        self.gpus_in_use.subscribe()
+    }
+
+    /// How the DCGM exporter is doing; `None` where none is wanted.
+    pub fn exporter(&self, exporter: Option<String>) {
+        self.keep(|report| report.exporter = exporter.map(|text| one_line(&text)));
+    }
+
     /// Whether the node is connected to its SuperLink.
     pub fn connected(&self, connected: bool) {
+        self.metrics(|values| values.connected(connected));
         self.keep(|report| report.connected = connected);
         self.news(|news| news.ready = connected);
     }
 
-    /// The node runs.
+    /// The container runs.
+    pub fn up(&self, container: &Container) {
+        self.metrics(|values| values.runs(container.started()));
+    }
+
+    /// The container does not run, or is about to be stopped.
+    pub fn down(&self) {
+        self.metrics(|values| values.up = false);
+        self.connected(false);
+    }
+
+    /// The node runs, or waits for its SuperLink alone.
     pub fn ready(&self, status: &str) {
         let status = one_line(status);
         systemd::ready(&status);

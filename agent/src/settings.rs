@@ -1,9 +1,12 @@
 //! agent.toml: where things are on this machine. What the operator of a VM wants is in the context variables instead.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
+
+use crate::config::values::ImageRef;
 
 /// Where the settings are when nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/supernode-agent/agent.toml";
@@ -23,6 +26,7 @@ pub struct Settings {
     pub machine: MachineSettings,
     pub onegate: OneGateSettings,
     pub metrics: MetricsSettings,
+    pub dcgm: DcgmSettings,
     pub state: StateSettings,
 }
 
@@ -150,8 +154,37 @@ pub struct OneGateSettings {
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MetricsSettings {
-    /// Address of the Prometheus page; empty: none.
+    /// Address and port of the Prometheus page; empty: none.
     pub listen: String,
+}
+
+impl MetricsSettings {
+    /// Where the page is, where there is one.
+    pub fn address(&self) -> Option<SocketAddr> {
+        address(&self.listen)
+    }
+}
+
+/// `[dcgm]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DcgmSettings {
+    /// The image of NVIDIA's DCGM exporter.
+    pub image: String,
+    /// Address and port at which the exporter is reached.
+    pub listen: String,
+}
+
+impl DcgmSettings {
+    /// Where the exporter is; settings that were read have one.
+    pub fn address(&self) -> Option<SocketAddr> {
+        address(&self.listen)
+    }
+}
+
+/// `127.0.0.1:9400`, `[::1]:9400`: an address and no name, for what a name stands for may change, and a port that is known.
+fn address(text: &str) -> Option<SocketAddr> {
+    text.parse().ok().filter(|address: &SocketAddr| address.port() != 0)
 }
 
 /// `[state]`
@@ -223,6 +256,16 @@ impl Default for OneGateSettings {
     }
 }
 
+impl Default for DcgmSettings {
+    fn default() -> Self {
+        Self {
+            // What NVIDIA's own README and Helm chart name (NVIDIA/dcgm-exporter, README.md, deployment/values.yaml).
+            image: "nvcr.io/nvidia/k8s/dcgm-exporter:4.5.3-4.8.2-distroless".into(),
+            listen: "127.0.0.1:9400".into(),
+        }
+    }
+}
+
 impl Default for StateSettings {
     fn default() -> Self {
         Self { dir: "/run/supernode-agent".into(), lasting_dir: "/var/lib/supernode-agent".into() }
@@ -272,7 +315,7 @@ impl Settings {
 
     /// What TOML accepts and this machine could not do anything with: each with the key, the value, and what is accepted.
     fn refusals(&self) -> Vec<String> {
-        let Self { context, gpu, docker, container, machine, onegate, state, .. } = self;
+        let Self { context, gpu, docker, container, machine, onegate, metrics, dcgm, state } = self;
         let path = |key, path: &Path| (key, path.is_absolute(), format!("{path:?}"), "must be an absolute path");
         // A relative path would depend on the folder that somebody started the agent in.
         let is_program = |name: &str| !name.trim().is_empty() && (name.starts_with('/') || !name.contains('/'));
@@ -334,6 +377,24 @@ impl Settings {
                 !onegate.timeout.is_zero(),
                 onegate.timeout.as_secs().to_string(),
                 "must be at least 1",
+            ),
+            (
+                "metrics.listen",
+                metrics.listen.is_empty() || metrics.address().is_some(),
+                format!("{:?}", metrics.listen),
+                "must be an IP address and a port from 1 to 65535, as 127.0.0.1:9401 or [::1]:9401, or empty",
+            ),
+            (
+                "dcgm.image",
+                ImageRef::parse(&dcgm.image).is_ok(),
+                format!("{:?}", dcgm.image),
+                "must be an image reference [host[:port]/]name[:tag][@sha256:digest]",
+            ),
+            (
+                "dcgm.listen",
+                dcgm.address().is_some(),
+                format!("{:?}", dcgm.listen),
+                "must be an IP address and a port from 1 to 65535, as 127.0.0.1:9400 or [::1]:9400",
             ),
             path("state.dir", &state.dir),
             path("state.lasting_dir", &state.lasting_dir),
@@ -402,6 +463,12 @@ mod tests {
             ("machine", "root = \"\"", absolute),
             ("onegate", "ca_file = \"ca.crt\"", "must be an absolute path, or empty"),
             ("onegate", "timeout_seconds = 0", "must be at least 1"),
+            ("metrics", "listen = \"localhost:9401\"", "must be an IP address and a port"),
+            ("metrics", "listen = \":9401\"", "must be an IP address and a port"),
+            ("metrics", "listen = \"127.0.0.1\"", "must be an IP address and a port"),
+            ("metrics", "listen = \"127.0.0.1:0\"", "must be an IP address and a port"),
+            ("dcgm", "image = \"\"", "must be an image reference"),
+            ("dcgm", "listen = \"\"", "must be an IP address and a port"),
             ("state", "dir = \"state\"", absolute),
             ("state", "lasting_dir = \"\"", absolute),
         ] {
@@ -410,6 +477,8 @@ mod tests {
         }
         let most = "[container]\nshm_size_mib = 8796093022207\n[gpu]\nnvml_library = \"/opt/libnvidia-ml.so.1\"\n";
         assert_eq!(Settings::parse(most).map(|settings| settings.container.shm_size_mib), Ok((1 << 43) - 1));
+        let page = Settings::parse("[metrics]\nlisten = \"[::1]:9401\"\n").map(|settings| settings.metrics.address());
+        assert_eq!(page, Ok("[::1]:9401".parse().ok()));
     }
 
     #[test]

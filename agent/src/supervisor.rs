@@ -131,14 +131,14 @@ struct Life {
 }
 
 impl Life {
-    fn new(verdict: &Verdict, engine: &Engine, container: &Container) -> Self {
+    fn new(node: &Node, engine: &Engine, container: &Container) -> Self {
         Self {
             pause: FIRST_PAUSE,
-            watch: Watch::default(),
+            watch: Watch::new(Rc::clone(&node.reporter)),
             run: Run::new(engine, container),
             liveness: Liveness::default(),
             gpu_pauses: GPU_PAUSES.iter(),
-            waits_for_gpu: gpu::may_come_late(verdict),
+            waits_for_gpu: gpu::may_come_late(&node.verdict),
             was_healthy: false,
         }
     }
@@ -219,8 +219,9 @@ impl Node {
     }
 
     /// Tells that the node runs, and on what.
-    pub fn report_running(&self) {
-        self.reporter.decided(self.verdict.to_json(self.distribution), &self.superlink);
+    pub fn report_running(&self, container: &Container) {
+        self.reporter.up(container);
+        self.reporter.decided(&self.verdict, self.distribution, &self.superlink);
         self.reporter.news(|news| {
             news.gpus = self.verdict.devices().iter().filter_map(|device| device.name.clone()).collect();
             (news.gpu_status, news.fallback_reason) = match &self.verdict {
@@ -447,7 +448,7 @@ impl Node {
     /// # Errors
     /// When there must be a GPU, and it has failed or the container does not come up on it again.
     pub async fn supervise(&mut self, mut engine: Engine, mut container: Container) -> Result<Anew, LaunchError> {
-        let mut life = Life::new(&self.verdict, &engine, &container);
+        let mut life = Life::new(self, &engine, &container);
         loop {
             let change = self.next_change(&engine, &container, &mut life).await;
             life.was_healthy = life.run.since.elapsed() >= HEALTHY_AFTER;
@@ -540,7 +541,7 @@ impl Node {
                 life.run = Run::new(&engine, &container);
                 (self.connection, self.reached) = (Connection::default(), false);
             }
-            self.report_running();
+            self.report_running(&container);
         }
     }
 
@@ -672,7 +673,7 @@ impl Node {
     /// Says that the container is started again, and waits with it, longer each time.
     async fn rest(&self, pause: &mut Duration, what: &str) {
         let seconds = pause.as_secs();
-        self.reporter.connected(false);
+        self.reporter.down();
         tracing::warn!("the container {} {what}; starting it again in {seconds} s", self.settings.container.name);
         self.reporter.doing(&format!("The container {what}, starting it again in {seconds} s"));
         tokio::time::sleep(*pause).await;
@@ -686,7 +687,7 @@ impl Node {
         pause: &mut Duration,
         what: &str,
     ) -> Result<Container, LaunchError> {
-        self.reporter.connected(false);
+        self.reporter.down();
         loop {
             match self.bring_up(engine).await {
                 Ok(container) => return Ok(container),
@@ -704,8 +705,9 @@ impl Node {
     /// be reset. Whether a probe finds it well again.
     async fn gpu_is_back(&self, engine: &Engine, container: &Container, finding: &Finding, life: &mut Life) -> bool {
         journal::warn_tried_again(finding, self.distribution);
-        self.reporter.connected(false);
+        self.reporter.down();
         self.reporter.doing(&format!("The GPU failed, trying it again: {}", finding.summary));
+        self.reporter.uses(&[]);
         life.watch.begin_anew();
         if let Err(error) = engine.stop(&container.id, self.settings.container.stop_timeout).await {
             tracing::warn!("the container does not stop: {}", journal::error_chain(&error));

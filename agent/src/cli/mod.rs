@@ -91,6 +91,9 @@ enum Command {
     /// Watch GPUs and print what happens to them: the other child process of the agent
     #[command(name = crate::gpu::watch::SUBCOMMAND, hide = true)]
     NvmlWatch {
+        /// Tell their figures as well
+        #[arg(long)]
+        readings: bool,
         /// The library
         library: String,
         /// The UUIDs of GPUs and MIG instances
@@ -164,8 +167,8 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             nvml::answer_on_stdout(library)?;
             return Ok(ExitCode::SUCCESS);
         }
-        Command::NvmlWatch { library, devices } => {
-            listen::tell_on_stdout(library, devices)?;
+        Command::NvmlWatch { readings, library, devices } => {
+            listen::tell_on_stdout(library, devices, *readings)?;
             return Ok(ExitCode::SUCCESS);
         }
         Command::Variables { json, format } => {

@@ -12,6 +12,7 @@ use crate::boot;
 use crate::cloud::Cloud;
 use crate::config::values::ImageRef;
 use crate::config::{Config, Remarks};
+use crate::dcgm::plan_exporter;
 use crate::distribution::Distribution;
 use crate::docker::daemon_json::RUNTIME_NAME;
 use crate::docker::engine::{Engine, EngineError, EngineFacts};
@@ -32,6 +33,8 @@ pub(super) struct Plan {
     detection: Detection,
     superlink: Option<SuperLink>,
     container: ContainerSpec,
+    /// The DCGM exporter, or why there is none.
+    exporter: Result<ContainerSpec, &'static str>,
     distribution: Distribution,
     /// What is taken although it is not written as it should be; what `run` would stop at, or do otherwise, as far as can be
     /// told.
@@ -67,11 +70,12 @@ impl Plan {
                 settings.docker.runtime_path
             ));
         }
+        let exporter = plan_exporter(&config, detection.verdict.devices(), &access, settings, &machine);
         let container =
             plan::plan_container(&config, &detection.verdict, &access, superlink.as_ref(), &image, &machine, settings);
         let container = container.redacted(config.node_config.as_ref());
         let distribution = Distribution::read(&settings.machine.root);
-        Self { config, remarks, detection, superlink, container, distribution, notes }
+        Self { config, remarks, detection, superlink, container, exporter, distribution, notes }
     }
 
     pub(super) fn to_json(&self) -> Json {
@@ -82,6 +86,7 @@ impl Plan {
             "gpu": gpu_json(&self.detection, self.distribution),
             "superlink": self.superlink.as_ref().map(superlink_json),
             "container": self.container,
+            "dcgm": {"container": self.exporter.as_ref().ok(), "reason": self.exporter.as_ref().err()},
             "notes": self.notes,
         })
     }
@@ -124,6 +129,14 @@ impl Plan {
         }
         for mount in &container.mounts {
             writeln!(out, "  mount    {} at {} (read-only)", mount.source, mount.target)?;
+        }
+        if let Ok(exporter) = &self.exporter {
+            writeln!(out, "DCGM exporter")?;
+            writeln!(out, "  name     {}", exporter.name)?;
+            writeln!(out, "  image    {}", exporter.image)?;
+            for port in &exporter.ports {
+                writeln!(out, "  listens  {}", port.listen)?;
+            }
         }
         write_list(out, "Notes", &self.notes)
     }

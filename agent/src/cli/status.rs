@@ -84,6 +84,11 @@ impl Status {
         }
     }
 
+    /// How the DCGM exporter is doing, as far as an agent looks after it.
+    fn exporter(&self) -> Option<&str> {
+        self.report.as_ref().filter(|_| self.agent_runs)?.exporter.as_deref()
+    }
+
     pub(super) fn to_json(&self) -> Json {
         let container = self.container.as_ref().ok().and_then(Option::as_ref).map(|found| {
             json!({
@@ -104,6 +109,7 @@ impl Status {
             "superlink": report.and_then(|report| report.superlink.as_ref()),
             "connected": self.is_ready() && self.agent_runs && report.is_some_and(|report| report.connected),
             "partition": report.and_then(|report| report.partition),
+            "dcgm": self.exporter(),
             "agent": {
                 "running": self.agent_runs,
                 "pid": report.filter(|_| self.agent_runs).map(|report| report.pid),
@@ -156,6 +162,9 @@ impl Status {
                 .partition
                 .map_or(String::new(), |Partition { id, count }| format!("; partition {id} of {count}"));
             row(Some(level), "SuperLink", format!("{superlink}, {connected}{share}"));
+        }
+        if let Some(exporter) = self.exporter() {
+            row(None, "DCGM", exporter.into());
         }
         let since = to_seconds(&report.since);
         // The row of the device has the finding.
@@ -326,6 +335,7 @@ mod tests {
             superlink: Some("10.9.8.7:9092".into()),
             connected: true,
             partition: Some(Partition { id: 3, count: 5 }),
+            exporter: None,
         };
         Status {
             name: "flower-supernode".into(),

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use bollard::errors::Error as ApiError;
 use bollard::models::{
     ContainerCreateBody, DeviceRequest, HostConfig, HostConfigLogConfig, Mount, MountType, NetworkSettings,
-    RestartPolicy, RestartPolicyNameEnum,
+    PortBinding, RestartPolicy, RestartPolicyNameEnum,
 };
 use bollard::query_parameters::{
     CreateContainerOptionsBuilder, CreateImageOptionsBuilder, InspectContainerOptions, LogsOptionsBuilder,
@@ -25,7 +25,7 @@ use super::pull::Pull;
 use crate::config::values::ImageRef;
 use crate::gpu::reason::one_line;
 use crate::journal::error_chain;
-use crate::plan::{ContainerSpec, SPEC_HASH_LABEL};
+use crate::plan::{ContainerSpec, PortSpec, SPEC_HASH_LABEL};
 
 /// How long one call may take as a whole, unless it waits for something by its nature.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
@@ -205,7 +205,7 @@ pub struct Container {
 
 impl Container {
     /// When it was started last, to the second.
-    fn started(&self) -> Option<SystemTime> {
+    pub fn started(&self) -> Option<SystemTime> {
         // The fraction of the second has as many digits as Docker likes.
         let second = DateTime::from_str(&format!("{}Z", self.started_at.get(..19)?)).ok()?;
         Some(second.to_system_time())
@@ -467,12 +467,18 @@ fn body_of(spec: &ContainerSpec) -> ContainerCreateBody {
         read_only: Some(mount.read_only),
         ..Mount::default()
     };
+    let name_of_port = |port: &PortSpec| format!("{}/tcp", port.port);
+    let binding = |port: &PortSpec| PortBinding {
+        host_ip: Some(port.listen.ip().to_string()),
+        host_port: Some(port.listen.port().to_string()),
+    };
     ContainerCreateBody {
         image: Some(spec.image.clone()),
         cmd: Some(spec.args.clone()),
         env: Some(spec.env.iter().map(|(name, value)| format!("{name}={value}")).collect()),
         labels: Some(spec.labels.clone().into_iter().collect()),
         user: Some(spec.user.clone()),
+        exposed_ports: Some(spec.ports.iter().map(name_of_port).collect()),
         // PID 1 of the container is Docker's init: the signal goes through it.
         stop_signal: Some("SIGTERM".into()),
         host_config: Some(HostConfig {
@@ -484,6 +490,9 @@ fn body_of(spec: &ContainerSpec) -> ContainerCreateBody {
                     ..DeviceRequest::default()
                 }]
             }),
+            port_bindings: Some(
+                spec.ports.iter().map(|port| (name_of_port(port), Some(vec![binding(port)]))).collect(),
+            ),
             mounts: Some(spec.mounts.iter().map(mount).collect()),
             tmpfs: Some(spec.tmpfs.clone().into_iter().collect()),
             cap_drop: Some(vec!["ALL".into()]),

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nvml_wrapper::bitmasks::event::EventTypes;
+use nvml_wrapper::enum_wrappers::device::TemperatureSensor;
 use nvml_wrapper::enums::event::XidError;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::struct_wrappers::event::EventData;
@@ -40,6 +41,13 @@ pub enum Notice {
     },
     /// It goes on.
     Alive,
+    /// How a device is doing.
+    Reading {
+        /// The device.
+        uuid: String,
+        /// The figures.
+        reading: Reading,
+    },
     /// The driver told of an event.
     Event {
         /// The device.
@@ -75,15 +83,48 @@ pub enum Notice {
     },
 }
 
-/// Watches the devices and tells of them on the standard output: all that the child process does, until it is killed.
+/// What NVML measures of a device. Not every one gives every figure: a MIG instance has memory and nothing else.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reading {
+    /// The share of the last sample period in which it worked, 0 to 100.
+    pub utilization_percent: Option<u32>,
+    /// Memory in use.
+    pub memory_used_bytes: Option<u64>,
+    /// All memory.
+    pub memory_total_bytes: Option<u64>,
+    /// Temperature of the chip.
+    pub temperature_celsius: Option<u32>,
+    /// Power draw.
+    pub power_milliwatts: Option<u32>,
+}
+
+impl Reading {
+    /// Asks NVML. What it does not give is left out: whether the device is well is told by others.
+    fn of(nvml: &Nvml, uuid: &str) -> Self {
+        let Ok(device) = nvml.device_by_uuid(uuid) else {
+            return Self::default();
+        };
+        let memory = device.memory_info().ok();
+        Self {
+            utilization_percent: device.utilization_rates().ok().map(|rates| rates.gpu),
+            memory_used_bytes: memory.as_ref().map(|memory| memory.used),
+            memory_total_bytes: memory.map(|memory| memory.total),
+            temperature_celsius: device.temperature(TemperatureSensor::Gpu).ok(),
+            power_milliwatts: device.power_usage().ok(),
+        }
+    }
+}
+
+/// Watches the devices and tells of them on the standard output, with `readings` also their figures: all that the child
+/// process does, until it is killed.
 ///
 /// # Errors
 /// When nobody reads any more.
-pub fn tell_on_stdout(library: &str, uuids: &[String]) -> io::Result<()> {
+pub fn tell_on_stdout(library: &str, uuids: &[String], readings: bool) -> io::Result<()> {
     let mut out = nvml::settle_as_child()?;
     let file = LibraryFile::look(library).path;
     match nvml::open(library) {
-        Ok(nvml) => Rounds::new(&nvml, uuids).go_on(library, file.as_deref(), &mut out),
+        Ok(nvml) => Rounds::new(&nvml, uuids, readings).go_on(library, file.as_deref(), &mut out),
         Err(fault) => say(&mut out, &Notice::Failed { fault }),
     }
 }
@@ -106,6 +147,8 @@ struct Patient {
 struct Rounds<'n> {
     nvml: &'n Nvml,
     patients: Vec<Patient>,
+    /// Whether their figures are told.
+    readings: bool,
     /// A wait that fails is no fault of one device: so many rounds in a row.
     failed_waits: u32,
     wait_fault: Option<Fault>,
@@ -114,14 +157,14 @@ struct Rounds<'n> {
 }
 
 impl<'n> Rounds<'n> {
-    fn new(nvml: &'n Nvml, uuids: &[String]) -> Self {
+    fn new(nvml: &'n Nvml, uuids: &[String], readings: bool) -> Self {
         let patients = uuids.iter().map(|uuid| Patient {
             uuid: uuid.clone(),
             card: nvml::card_of(nvml, uuid).and_then(|card| nvml::uuid_of(&card)).ok(),
             failed_looks: 0,
             told: false,
         });
-        Self { nvml, patients: patients.collect(), failed_waits: 0, wait_fault: None, absent: 0 }
+        Self { nvml, patients: patients.collect(), readings, failed_waits: 0, wait_fault: None, absent: 0 }
     }
 
     fn go_on(mut self, library: &str, file: Option<&str>, out: &mut File) -> io::Result<()> {
@@ -140,6 +183,9 @@ impl<'n> Rounds<'n> {
                 }
                 for ((patient, xid), times) in tally.due(Instant::now()) {
                     say(out, &Notice::Event { uuid: self.patients[patient].uuid.clone(), xid, times })?;
+                }
+                for Patient { uuid, .. } in self.patients.iter().filter(|_| self.readings) {
+                    say(out, &Notice::Reading { uuid: uuid.clone(), reading: Reading::of(self.nvml, uuid) })?;
                 }
                 say(out, &Notice::Alive)?;
                 next_round = Instant::now() + ROUND;

@@ -11,6 +11,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::Stdio;
+use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -23,7 +24,8 @@ use super::reason::{Finding, Reason};
 use super::verdict::{GpuDevice, describe_fault, signal_name};
 use super::xid::{Class, Xid};
 use crate::config::Config;
-use crate::settings::{GpuSettings, Settings};
+use crate::report::Reporter;
+use crate::settings::Settings;
 
 /// The hidden subcommand that the child runs.
 pub const SUBCOMMAND: &str = "nvml-watch";
@@ -58,6 +60,8 @@ enum About {
 /// The watch over the GPUs of a node. One child at a time; it ends with this value.
 #[derive(Debug)]
 pub struct Watch {
+    /// Who hears of figures and XIDs.
+    reporter: Rc<Reporter>,
     watcher: Option<Watcher>,
     pause: Duration,
     deaths: u32,
@@ -67,13 +71,12 @@ pub struct Watch {
     failures: Told,
 }
 
-impl Default for Watch {
-    fn default() -> Self {
-        Self { watcher: None, pause: FIRST_PAUSE, deaths: 0, told: Told::new(), failures: Told::new() }
-    }
-}
-
 impl Watch {
+    /// One that has not begun.
+    pub fn new(reporter: Rc<Reporter>) -> Self {
+        Self { reporter, watcher: None, pause: FIRST_PAUSE, deaths: 0, told: Told::new(), failures: Told::new() }
+    }
+
     /// Ends the child, until it is needed again. In another container, or at another try, what has failed may fail again.
     pub fn begin_anew(&mut self) {
         self.failures.clear();
@@ -84,7 +87,7 @@ impl Watch {
     /// logged, once.
     pub async fn until_failed(&mut self, config: &Config, settings: &Settings, devices: &[GpuDevice]) -> Finding {
         loop {
-            let death = match self.heard(&settings.gpu, devices).await {
+            let death = match self.heard(settings, devices).await {
                 Heard::Said(notice) => {
                     if let Some(finding) = self.judge(notice, devices) {
                         return finding;
@@ -109,7 +112,7 @@ impl Watch {
         }
     }
 
-    async fn heard(&mut self, settings: &GpuSettings, devices: &[GpuDevice]) -> Heard {
+    async fn heard(&mut self, settings: &Settings, devices: &[GpuDevice]) -> Heard {
         let uuids = || devices.iter().map(|device| device.uuid.clone());
         if self.watcher.as_ref().is_some_and(|watcher| !watcher.uuids.iter().cloned().eq(uuids())) {
             self.watcher = None;
@@ -177,6 +180,10 @@ impl Watch {
             }
             // The end follows.
             Notice::Alive | Notice::Failed { .. } => None,
+            Notice::Reading { uuid, reading } => {
+                self.reporter.metrics(|values| values.read(&uuid, reading));
+                None
+            }
             Notice::Event { uuid, xid, times } => self.judge_event(uuid, xid, times, devices),
             Notice::Fault { uuid, fault } => self.failed(devices, Some(&uuid), About::Health, describe_fault(&fault)),
             Notice::Ailing { uuid, ailments } => self.failed(devices, Some(&uuid), About::Health, ailments.join("; ")),
@@ -188,6 +195,9 @@ impl Watch {
     }
 
     fn judge_event(&mut self, uuid: String, xid: Option<u64>, times: u64, devices: &[GpuDevice]) -> Option<Finding> {
+        if let Some(xid) = xid {
+            self.reporter.metrics(|values| values.count_xid(&uuid, xid, times));
+        }
         let (class, text) = match xid.map(Xid) {
             Some(xid) => (xid.class(), xid.to_string()),
             None => (Class::FatalForWorkload, "a double-bit ECC error, which cannot be corrected".into()),
@@ -250,11 +260,14 @@ struct Watcher {
 }
 
 impl Watcher {
-    fn start(settings: &GpuSettings, uuids: Vec<String>) -> io::Result<Self> {
+    fn start(settings: &Settings, uuids: Vec<String>) -> io::Result<Self> {
+        // Nobody looks at figures where there is no page.
+        let readings = settings.metrics.address().map(|_| "--readings");
         let mut child = Command::new("/proc/self/exe")
             .arg(SUBCOMMAND)
+            .args(readings)
             .arg("--")
-            .arg(&settings.nvml_library)
+            .arg(&settings.gpu.nvml_library)
             .args(&uuids)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -272,7 +285,7 @@ impl Watcher {
             line: Vec::new(),
             since: Instant::now(),
             // It begins with what the probe does.
-            limit: (settings.probe_timeout / MOST_SILENCES).max(SILENCE),
+            limit: (settings.gpu.probe_timeout / MOST_SILENCES).max(SILENCE),
             last_words: None,
         })
     }
@@ -352,6 +365,10 @@ impl Drop for Watcher {
 mod tests {
     use super::*;
 
+    fn watch() -> Watch {
+        Watch::new(Rc::new(Reporter::new(None)))
+    }
+
     fn devices() -> Vec<GpuDevice> {
         ["GPU-a", "GPU-b"]
             .into_iter()
@@ -372,7 +389,7 @@ mod tests {
 
     #[test]
     fn a_fatal_xid_is_a_failure_with_number_meaning_and_device_and_is_told_once() {
-        let (mut watch, devices) = (Watch::default(), devices());
+        let (mut watch, devices) = (watch(), devices());
         let finding = watch.judge(event("GPU-b", Some(79)), &devices).unwrap();
         assert_eq!(finding.reason, Reason::GpuFailed);
         assert!(finding.summary.contains("NVIDIA L4 (GPU-b, ") && finding.summary.contains("XID 79: "), "{finding:?}");
@@ -387,7 +404,7 @@ mod tests {
 
     #[test]
     fn an_applications_xid_is_no_failure() {
-        let mut watch = Watch::default();
+        let mut watch = watch();
         for xid in [8, 13, 31, 43, 45, 63, 94, 154] {
             assert_eq!(watch.judge(event("GPU-a", Some(xid)), &devices()), None, "{xid}");
         }
@@ -395,7 +412,7 @@ mod tests {
 
     #[test]
     fn what_concerns_the_driver_names_every_device() {
-        let mut watch = Watch::default();
+        let mut watch = watch();
         let finding = watch.judge(Notice::LibraryGone { path: "/lib/x".into() }, &devices()).unwrap();
         assert!(finding.summary.contains("GPU-a") && finding.summary.contains("GPU-b"), "{finding:?}");
     }

@@ -1,0 +1,290 @@
+//! The agent's own page of metrics, and NVIDIA's DCGM exporter beside the node.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+
+mod common;
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+
+use common::{GPU_A, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings};
+use serde_json::{Value, json};
+use supernode_tests::{Agent, Case, Engine, Sandbox, eventually, run};
+
+/// The default of `dcgm.image`.
+const EXPORTER: &str = "nvcr.io/nvidia/k8s/dcgm-exporter:4.5.3-4.8.2-distroless";
+/// Stands for it: something listens on its port.
+const SERVES: &str = r#"ENTRYPOINT ["/bin/busybox", "httpd", "-f", "-p", "9400", "-h", "/"]"#;
+
+/// An address at which nobody listens.
+fn free_address() -> String {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}
+
+/// What is answered to this request, head and body; empty where nobody answers.
+fn answer(address: &str, request: &str) -> String {
+    let exchange = || {
+        let mut stream = TcpStream::connect(address)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(format!("{request} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).map(|_| answer)
+    };
+    exchange().unwrap_or_default()
+}
+
+#[track_caller]
+fn wait_for_page(address: &str, parts: &[&str]) -> String {
+    let mut page = String::new();
+    let has_all = eventually(PATIENCE, || {
+        page = answer(address, "GET /metrics");
+        parts.iter().all(|part| page.contains(part))
+    });
+    assert!(has_all, "{parts:?}: {page}");
+    page
+}
+
+fn reload(case: &Case, agent: &Agent) {
+    let _ = case.settings_file();
+    agent.reload();
+}
+
+/// One GPU that is measured, with an event file for each XID, and a log of NVML's calls.
+fn measured_gpu(folder: &Sandbox, xids: &[u64]) -> Value {
+    let mut machine = one_gpu();
+    let gpu = &mut machine["gpus"][0];
+    (gpu["utilization"], gpu["power_mw"], gpu["memory_used_mib"]) = (json!(25), json!(70_500), json!(1024));
+    let event = |xid: &u64| json!({"type": "xid", "data": xid, "when_file": folder.join(format!("xid-{xid}"))});
+    machine["events"] = xids.iter().map(event).collect();
+    machine["log"] = json!(folder.join("calls"));
+    machine
+}
+
+#[test]
+fn the_page_tells_of_node_and_gpu_and_follows_what_happens() {
+    let folder = Sandbox::new("metrics");
+    let machine = measured_gpu(&folder, &[31, 79]);
+    let Some((engine, mut case)) = engine_with(&machine) else { return };
+    let address = free_address();
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[])).set("metrics.listen", address.clone());
+    let agent = up(&case);
+    let gpu = format!("{{uuid=\"{GPU_A}\",name=\"NVIDIA A100\"}}");
+    let page = wait_for_page(
+        &address,
+        &[
+            "HTTP/1.1 200 OK\r\n",
+            "\r\ncontent-type: text/plain; version=0.0.4; charset=utf-8\r\n",
+            "\nsupernode_up 1\n",
+            "\nsupernode_connected 1\n",
+            "\nsupernode_connection_last_change_timestamp_seconds 1",
+            "\nsupernode_device_info{device=\"cuda\",reason=\"\"} 1\n",
+            "\nsupernode_container_start_time_seconds 1",
+            "\nsupernode_container_restarts_total 0\n",
+            &format!("\nsupernode_gpu_utilization_ratio{gpu} 0.25\n"),
+            &format!("\nsupernode_gpu_memory_used_bytes{gpu} 1073741824\n"),
+            &format!("\nsupernode_gpu_memory_total_bytes{gpu} 42949672960\n"),
+            &format!("\nsupernode_gpu_power_watts{gpu} 70.5\n"),
+        ],
+    );
+    // It has no such sensor.
+    assert!(!page.contains("temperature"), "{page}");
+    assert!(answer(&address, "GET /").starts_with("HTTP/1.1 404 "));
+    assert!(answer(&address, "DELETE /metrics").starts_with("HTTP/1.1 405 "));
+    let xid = |number: u64| format!("{{uuid=\"{GPU_A}\",name=\"NVIDIA A100\",xid=\"{number}\"}}");
+    folder.write("xid-31", "");
+    wait_for_page(
+        &address,
+        &[
+            &format!("\nsupernode_gpu_xid_errors_total{} 1\n", xid(31)),
+            &format!("\nsupernode_gpu_last_xid_timestamp_seconds{} 1", xid(31)),
+        ],
+    );
+    engine.docker(&["kill", "flower-supernode"]).expect_success();
+    wait_for_page(&address, &["\nsupernode_container_restarts_total 1\n", "\nsupernode_up 1\n"]);
+    folder.write("xid-79", "");
+    let page = wait_for_page(
+        &address,
+        &[
+            "\nsupernode_device_info{device=\"cpu\",reason=\"gpu-failed\"} 1\n",
+            "\nsupernode_container_restarts_total 2\n",
+            "\nsupernode_container_last_restart_timestamp_seconds 1",
+            &format!("\nsupernode_gpu_xid_errors_total{} 1\n", xid(79)),
+        ],
+    );
+    assert!(!page.contains("supernode_gpu_power_watts"), "nobody asks the GPU any more: {page}");
+    drop(agent);
+}
+
+#[test]
+fn without_a_page_nobody_measures_the_gpu() {
+    let folder = Sandbox::new("metrics");
+    let Some((_engine, mut case)) = engine_with(&measured_gpu(&folder, &[])) else { return };
+    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let _agent = up(&case);
+    let calls = || fs::read_to_string(folder.join("calls")).unwrap_or_default();
+    assert!(eventually(PATIENCE, || calls().contains("nvmlEventSetWait_v2")), "{}", calls());
+    assert!(!calls().contains("nvmlDeviceGetPowerUsage"), "{}", calls());
+}
+
+#[test]
+fn an_address_that_is_taken_is_a_warning_and_a_reload_brings_another() {
+    let Some((_engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("metrics.listen", address.clone());
+    let agent = up(&case);
+    let told = warnings(&agent);
+    assert!(told.len() == 1 && told[0].contains(&format!("metrics.listen = \"{address}\" cannot be had")), "{told:?}");
+    // A reload brings another one.
+    let free = free_address();
+    case.set("metrics.listen", free.clone());
+    reload(&case, &agent);
+    wait_for_page(&free, &["\nsupernode_up 1\n", "\nsupernode_device_info{device=\"cpu\",reason=\"\"} 1\n"]);
+    case.set("metrics.listen", "localhost:1");
+    let output = case.run_command("plan", &[]);
+    assert_eq!(output.code, Some(78));
+    assert!(output.stderr.contains("metrics.listen = \"localhost:1\": must be an IP address"), "{output:?}");
+}
+
+/// A node with the exporter, whose stand-in is there.
+fn with_exporter(machine: &Value, more: &[(&str, &str)]) -> Option<(Engine, Case)> {
+    let (engine, mut case) = engine_with(machine)?;
+    engine.import_image_with(&[EXPORTER], &[SERVES]);
+    let more = [&[("FL_DCGM_ENABLED", "YES")], more].concat();
+    case.sysfs(&sysfs_of_one()).context(&wanted(&more));
+    Some((engine, case))
+}
+
+fn exporter(engine: &Engine, template: &str) -> String {
+    engine.docker(&["inspect", "--format", template, "flower-supernode-dcgm"]).stdout.trim().to_owned()
+}
+
+#[track_caller]
+fn wait_for_exporter(engine: &Engine, agent: &Agent, template: &str, expected: &str) {
+    let is_so = eventually(PATIENCE, || exporter(engine, template) == expected);
+    assert!(is_so, "{}: {:#?}", exporter(engine, template), agent.lines());
+}
+
+/// What listens at this address in the engine's network says.
+fn fetched(engine: &Engine, address: &str) -> String {
+    let mut command = Command::new("nsenter");
+    command.arg(format!("--net=/run/netns/{}", engine.network_namespace()));
+    command.args(["busybox", "wget", "-q", "-O", "-", &format!("http://{address}/etc/passwd")]);
+    run(&mut command, PATIENCE).stdout
+}
+
+const RUNS: &str = "{{.State.Running}}";
+
+#[test]
+fn the_exporter_runs_on_the_nodes_gpu_is_adopted_replaced_stopped_and_removed() {
+    let Some((engine, mut case)) = with_exporter(&one_gpu(), &[]) else { return };
+    let planned = &json_of(&case.run_command("plan", &["--json"]))["dcgm"];
+    assert_eq!((&planned["container"]["image"], &planned["reason"]), (&json!(EXPORTER), &Value::Null));
+    let mut agent = up(&case);
+    agent.wait_for_line("started the DCGM exporter", PATIENCE);
+    assert_eq!(exporter(&engine, "{{.HostConfig.Runtime}} {{.HostConfig.CapDrop}}"), "nvidia [ALL]");
+    assert_eq!(engine.records().last().unwrap().gpus, [GPU_A]);
+    assert!(eventually(PATIENCE, || fetched(&engine, "127.0.0.1:9400").contains("49999")));
+    let status = case.run_command("status", &[]).stdout;
+    assert!(status.contains(&format!("DCGM       {EXPORTER} at 127.0.0.1:9400\n")), "{status}");
+    // An agent that dies leaves both, and the next adopts both.
+    let before = [inspect(&engine, "{{.Id}}"), exporter(&engine, "{{.Id}}")];
+    agent.kill9();
+    let mut agent = up(&case);
+    agent.wait_for_line("adopted the running DCGM exporter", PATIENCE);
+    assert_eq!([inspect(&engine, "{{.Id}}"), exporter(&engine, "{{.Id}}")], before);
+    // Another address is another exporter, and the same node.
+    case.set("dcgm.listen", "127.0.0.1:9555");
+    reload(&case, &agent);
+    assert!(eventually(PATIENCE, || fetched(&engine, "127.0.0.1:9555").contains("49999")), "{:#?}", agent.lines());
+    assert_ne!(exporter(&engine, "{{.Id}}"), before[1]);
+    assert_eq!(inspect(&engine, "{{.Id}}"), before[0]);
+    assert_eq!(agent.terminate(), 0);
+    assert_eq!(exporter(&engine, RUNS), "false");
+    assert_eq!(warnings(&agent), Vec::<String>::new());
+    // It is not wanted any more.
+    case.context(&wanted(&[]));
+    let planned = &json_of(&case.run_command("plan", &["--json"]))["dcgm"];
+    assert_eq!(planned, &json!({"container": null, "reason": "FL_DCGM_ENABLED is not YES"}));
+    let agent = up(&case);
+    agent.wait_for_line("removing the DCGM exporter: FL_DCGM_ENABLED is not YES", PATIENCE);
+    wait_for_exporter(&engine, &agent, RUNS, "");
+}
+
+#[test]
+fn a_container_of_somebody_else_stays_where_no_exporter_is_wanted() {
+    let Some((engine, mut case)) = with_exporter(&one_gpu(), &[]) else { return };
+    engine.docker(&["run", "-d", "--name", "flower-supernode-dcgm", EXPORTER]).expect_success();
+    case.context(&wanted(&[]));
+    let mut agent = up(&case);
+    assert_eq!(agent.terminate(), 0);
+    assert_eq!(exporter(&engine, RUNS), "true");
+}
+
+#[test]
+fn an_exporter_without_an_image_is_one_warning_and_neither_keeps_nor_ends_the_node() {
+    let Some((engine, mut case)) = with_exporter(&one_gpu(), &[]) else { return };
+    case.set("dcgm.image", "127.0.0.1:9/exporter:1");
+    let agent = up(&case);
+    let line = agent.wait_for_line("the DCGM exporter flower-supernode-dcgm does not run", PATIENCE);
+    assert!(line.contains(" WARNING ") && line.contains("the node goes on without"), "{line}");
+    let status = json_of(&case.run_command("status", &["--json"]));
+    assert!(status["dcgm"].as_str().unwrap().starts_with("does not run: "), "{status}");
+    assert_eq!(inspect(&engine, RUNS), "true");
+    // It is tried again.
+    engine.docker(&["tag", EXPORTER, "127.0.0.1:9/exporter:1"]).expect_success();
+    agent.wait_for_line("started the DCGM exporter", PATIENCE);
+    assert_eq!(warnings(&agent).len(), 1, "{:#?}", agent.lines());
+}
+
+#[test]
+fn an_exporter_that_ends_is_started_again_and_warned_of_once() {
+    let Some((engine, case)) = with_exporter(&one_gpu(), &[]) else { return };
+    let agent = up(&case);
+    let node = inspect(&engine, "{{.Id}} {{.State.Pid}}");
+    for round in 1..=2 {
+        let started = || agent.lines().iter().filter(|line| line.contains("started the DCGM exporter")).count();
+        assert!(eventually(PATIENCE, || started() == round), "{:#?}", agent.lines());
+        engine.docker(&["kill", "flower-supernode-dcgm"]).expect_success();
+    }
+    wait_for_exporter(&engine, &agent, RUNS, "true");
+    let told = warnings(&agent);
+    assert!(told.len() == 1 && told[0].contains("it ended with exit code 137"), "{told:?}");
+    assert_eq!(inspect(&engine, "{{.Id}} {{.State.Pid}}"), node);
+}
+
+#[test]
+fn the_exporter_comes_back_with_an_engine_that_crashed_and_without_a_warning_of_its_own() {
+    let Some((mut engine, case)) = with_exporter(&one_gpu(), &[]) else { return };
+    let agent = up(&case);
+    let started = || agent.lines().iter().filter(|line| line.contains("started the DCGM exporter")).count();
+    assert!(eventually(PATIENCE, || started() == 1), "{:#?}", agent.lines());
+    engine.kill();
+    engine.restart();
+    assert!(eventually(PATIENCE, || started() == 2), "{:#?}", agent.lines());
+    wait_for_exporter(&engine, &agent, RUNS, "true");
+    let told = warnings(&agent);
+    assert!(!told.iter().any(|line| line.contains("DCGM")), "{told:#?}");
+}
+
+#[test]
+fn the_exporter_lets_go_of_a_gpu_that_failed_and_ends_with_it() {
+    let folder = Sandbox::new("metrics");
+    let Some((engine, mut case)) = with_exporter(&measured_gpu(&folder, &[48, 79]), &[]) else { return };
+    case.set("gpu.on_failure", "restart");
+    let agent = up(&case);
+    agent.wait_for_line("started the DCGM exporter", PATIENCE);
+    let first = exporter(&engine, "{{.Id}}");
+    folder.write("xid-48", "");
+    agent.wait_for_line("removing the DCGM exporter: no GPU is in use", PATIENCE);
+    agent.wait_for_line("a probe finds the GPU well", PATIENCE);
+    wait_for_exporter(&engine, &agent, RUNS, "true");
+    assert_ne!(exporter(&engine, "{{.Id}}"), first);
+    case.set("gpu.on_failure", "cpu");
+    reload(&case, &agent);
+    agent.wait_for_line("adopted the running DCGM exporter", PATIENCE);
+    folder.write("xid-79", "");
+    wait_for_exporter(&engine, &agent, RUNS, "");
+    assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}} {{.State.Running}}"), "runc true");
+}
