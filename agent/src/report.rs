@@ -3,7 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
@@ -73,6 +73,8 @@ pub struct Reporter {
     rest_is_ready: Cell<bool>,
     /// Whether the service manager takes the node for ready.
     is_ready: Cell<bool>,
+    /// When progress was told last.
+    progress_told: Cell<Option<Instant>>,
 }
 
 impl Reporter {
@@ -90,6 +92,7 @@ impl Reporter {
             waiting: RefCell::default(),
             rest_is_ready: Cell::default(),
             is_ready: Cell::default(),
+            progress_told: Cell::default(),
         }
     }
 
@@ -140,9 +143,17 @@ impl Reporter {
         self.keep(|report| report.status = status);
     }
 
-    /// The same, for what changes many times a second: only the service manager hears it.
+    /// How far it is, which may change many times a second: it is told once a second, and is no new thing to be done.
     pub fn progress(&self, status: &str) {
-        systemd::status(&one_line(status));
+        const ONCE_IN: Duration = Duration::from_secs(1);
+        if self.progress_told.get().is_some_and(|told| told.elapsed() < ONCE_IN) {
+            return;
+        }
+        self.progress_told.set(Some(Instant::now()));
+        let status = one_line(status);
+        systemd::status(&status);
+        self.report.borrow_mut().status = status;
+        self.write();
     }
 
     /// What is waited for beside the rest.
@@ -252,13 +263,41 @@ impl Reporter {
         if report.status != before {
             report.since = journal::now();
         }
+        drop(report);
+        self.write();
+    }
+
+    fn write(&self) {
         // A structure of texts always has a JSON.
-        let text = serde_json::to_string_pretty(&*report).unwrap_or_default();
+        let text = serde_json::to_string_pretty(&*self.report.borrow()).unwrap_or_default();
         // Without the file the node is what it is; `status` says that it is not known.
         if let Some(file) = &self.file
             && let Err(error) = atomic::replace(file, text.as_bytes())
         {
             tracing::debug!("cannot write {}: {error}", file.display());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_reaches_the_status_file_once_a_second_and_does_not_touch_since_when() {
+        let dir = std::env::temp_dir().join(format!("supernode-report-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let reporter = Reporter::new(Some(&dir));
+        reporter.doing("Pulling it");
+        let since = Report::read(&dir).unwrap().since;
+        for percent in 0..100 {
+            reporter.progress(&format!("Pulling it: {percent} %"));
+        }
+        let told = Report::read(&dir).unwrap();
+        assert_eq!((told.status.as_str(), &told.since), ("Pulling it: 0 %", &since));
+        // What is done next is told at once.
+        reporter.doing("Starting the container");
+        assert_eq!(Report::read(&dir).unwrap().status, "Starting the container");
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -512,7 +512,7 @@ _supernode__agent() {
             return 0
             ;;
         supernode__subcmd__agent__subcmd__status)
-            opts="-h --json --ready --settings --help"
+            opts="-h --json --ready --watch --settings --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

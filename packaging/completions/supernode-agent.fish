@@ -66,6 +66,7 @@ complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand check; a
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand status" -l settings -d 'Settings of this machine, instead of /etc/supernode-agent/agent.toml' -r -F
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand status" -l json -d 'Print JSON'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand status" -l ready -d 'Exit 0 only while the container runs, and print nothing then'
+complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand status" -l watch -d 'Show it until Ctrl-C: on a terminal in place, elsewhere each change'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand status" -s h -l help -d 'Print help'
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand configure-runtime" -l settings -d 'Settings of this machine, instead of /etc/supernode-agent/agent.toml' -r -F
 complete -c supernode-agent -n "__fish_supernode_agent_using_subcommand configure-runtime" -s h -l help -d 'Print help'

@@ -9,7 +9,7 @@ version=1.31.0
 image=flwr/supernode:$version
 daemon_json=/etc/docker/daemon.json
 
-build() { (cd "$top" && cargo build --release --locked --quiet -p supernode-agent); }
+build() { (cd "$top" && cargo build --release --locked -p supernode-agent); }
 
 if [ "$(id -u)" != 0 ]; then
     echo "The demo needs root for Docker and network namespaces: it installs and builds as you, and goes on by sudo."
@@ -59,10 +59,49 @@ wait_for() {
         sleep 0.2
     done
 }
+# progress HOW_FAR INPUT COMMAND…: the command, with INPUT as its input and $work/progress.log for its words. Meanwhile HOW_FAR
+# says how far it is: in place on a terminal, elsewhere now and then.
+progress() {
+    local how_far=$1 input=$2 told=$SECONDS pid
+    shift 2
+    set -m # a process group of its own, which ends as a whole
+    "$@" <"$input" >"$work/progress.log" 2>&1 &
+    pid=$!
+    set +m
+    worker=$pid
+    while sleep 0.5 && kill -0 "$pid" 2>/dev/null; do
+        if [ -t 1 ]; then
+            printf '\r\e[K      %.70s' "$("$how_far" "$pid")"
+        elif [ $((SECONDS - told)) -ge 15 ]; then
+            told=$SECONDS
+            "$how_far" "$pid" | show
+        fi
+    done
+    [ ! -t 1 ] || printf '\r\e[K'
+    worker=''
+    wait "$pid"
+}
+how_far_is_pull() {
+    local layers all
+    all=$(grep -c 'Pulling fs layer' "$work/progress.log") || true
+    layers=$(grep -c 'Pull complete' "$work/progress.log") || true
+    echo "pulling: $layers of $all layers are here"
+}
+how_far_is_build() {
+    local last
+    last=$(tail -n 1 "$work/progress.log" | sed 's/^ *//')
+    echo "building, for $((SECONDS - step_began)) s${last:+: $last}"
+}
+# Our file and the command's have one position.
+how_far_is_load() {
+    local position
+    position=$(sed -n 's/^pos:[[:space:]]*//p' "/proc/$1/fdinfo/0" 2>/dev/null) || return 0
+    echo "loading: $((position * 100 / $(stat -c %s "$tar"))) % of $(($(stat -c %s "$tar") / 1024 / 1024)) MiB"
+}
 fingerprint() { sha256sum "$daemon_json" 2>/dev/null || echo "no $daemon_json"; }
 
 work=$(mktemp -d /tmp/supernode-demo.XXXXXX)
-agent_pid='' dockerd_pid='' namespace='' saved_daemon_json=''
+agent_pid='' dockerd_pid='' worker='' namespace='' saved_daemon_json=''
 # What clean_up may remove. Empty until an engine is chosen: on the machine's own, flower-supernode is somebody's node.
 containers=()
 name=flower-supernode
@@ -81,6 +120,7 @@ clean_up() {
     trap - EXIT INT TERM
     set +e # whatever fails here, the rest is cleaned up
     [ "$code" = 0 ] || [ "$code" = 130 ] || show_logs >&2
+    [ -z "$worker" ] || kill -- "-$worker" 2>/dev/null
     if [ -n "$agent_pid" ]; then
         kill "$agent_pid" 2>/dev/null
         wait "$agent_pid" 2>/dev/null
@@ -107,7 +147,7 @@ finish "nothing else is installed"
 
 begin "the agent (cargo build --release)"
 built=${SUPERNODE_DEMO_BUILT:-}
-[ -n "$built" ] || build 2>&1 | show
+[ -n "$built" ] || progress how_far_is_build /dev/null build || fail "the agent was not built"
 agent=${CARGO_TARGET_DIR:-$top/target}/release/supernode-agent
 agent_version=$("$agent" --version) || fail "$agent does not run"
 finish "$agent_version, $(($(stat -c %s "$agent") / 1024)) KiB${built:+, built $built}"
@@ -155,14 +195,16 @@ fi
 begin "the image $image, with a real Flower"
 if docker image inspect "$image" >/dev/null 2>&1; then
     finish "the engine has it"
-elif [ -z "$namespace" ] && timeout 120 docker pull --quiet "$image" >"$work/pull.log" 2>&1; then
+elif [ -z "$namespace" ] && progress how_far_is_pull /dev/null timeout 120 docker pull "$image"; then
     finish "pulled"
 else
-    say "      no registry: building it from the distribution's packages and Python's (once, about two minutes)"
-    tar=$("$top/packaging/images/base-tar.sh" "$version" 2>"$work/image.log") || fail "the image was not built"
+    say "      no registry: it is made of the distribution's packages and Python's (once, about two minutes)"
+    make_tar() { "$top/packaging/images/base-tar.sh" "$version" >"$work/tar"; }
+    progress how_far_is_build /dev/null make_tar || fail "the image was not built"
+    tar=$(cat "$work/tar")
     changes=()
     while IFS= read -r change; do changes+=(--change "$change"); done < <("$top/packaging/images/build-base.sh" --changes)
-    docker import "${changes[@]}" "$tar" "$image" >/dev/null
+    progress how_far_is_load "$tar" docker import "${changes[@]}" - "$image" || fail "the image was not loaded"
     finish "$(($(stat -c %s "$tar") / 1024 / 1024)) MiB"
 fi
 
@@ -215,11 +257,15 @@ show <"$work/agent.log"
 docker ps --filter "name=^$name\$" --format 'container {{.Names}}: {{.Image}}, {{.Status}}' | show
 finish "$(docker inspect --format 'runtime {{.HostConfig.Runtime}}, verdict {{index .Config.Labels "supernode-agent.verdict"}} {{index .Config.Labels "supernode-agent.reason"}}' "$name")"
 
-begin "Flower's own word that it is connected"
+begin "Flower's own word that it is connected, and supernode-agent status"
 node_log() { docker logs "$name" 2>&1 | sed 's,\x1b\[[0-9;]*m,,g'; }
 node_is_connected() { node_log | grep -q 'SuperNode ID:'; }
 wait_for 120 "the SuperNode does not connect" node_is_connected
 node_log | grep -E 'SuperNode ID:|Starting Flower SuperNode' | show
+status() { "$agent" status --settings "$work/agent.toml"; }
+agent_is_told() { status | grep -q '^SuperLink .*, connected'; }
+wait_for 60 "supernode-agent status does not tell that it is connected" agent_is_told
+status | show
 finish "connected"
 
 begin "the end: SIGTERM, as systemctl stop sends it"

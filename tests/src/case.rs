@@ -272,6 +272,12 @@ impl Case {
         run(command.args(arguments), timeout)
     }
 
+    /// A command of the agent, which ends with the test.
+    #[must_use]
+    pub fn command(&self, subcommand: &str) -> Command {
+        self.prepare(tied(&self.agent_command()), subcommand)
+    }
+
     /// Starts `supernode-agent run`, with a systemd that listens.
     ///
     /// # Panics
@@ -283,7 +289,7 @@ impl Case {
         let _ = fs::remove_file(&socket);
         let notified = Lines::default();
         listen(&socket, notified.clone());
-        let mut command = self.prepare(tied(&self.agent_command()), "run");
+        let mut command = self.command("run");
         // A group of its own: the agent's children end with it, whatever state it is in.
         command.env("NOTIFY_SOCKET", &socket).process_group(0);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -11,6 +11,7 @@
 //! | [`Mounted`] | a disk that is full, or read-only |
 //! | [`Cloud`] | the network that engines are connected to |
 //! | [`OneGateStandIn`] | OneGate, with the VMs and services that a test gives it, and faults |
+//! | [`Registry`] | a registry of images that is slow |
 //! | [`SuperLink`] | nothing: it is Flower's own, and so is what the nodes train with it |
 //! | [`Machine`] | a whole VM: systemd, Docker, the package, and what contextualizes it |
 //! | [`image`] | the framework images, made of busybox and one script |
@@ -34,6 +35,7 @@ mod network;
 pub mod onegate;
 mod process;
 mod proxy;
+mod registry;
 mod sandbox;
 mod sysfs;
 
@@ -46,5 +48,6 @@ pub use network::{Cloud, in_namespace};
 pub use onegate::OneGateStandIn;
 pub use process::{Output, eventually, run};
 pub use proxy::{DockerProxy, Fault};
+pub use registry::Registry;
 pub use sandbox::{Sandbox, agent_binary, nvml_library, runtime_binary};
 pub use sysfs::Sysfs;

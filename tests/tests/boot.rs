@@ -4,7 +4,7 @@
 mod common;
 
 use common::{GPU_A, one_gpu, say, sysfs_of_one, wanted};
-use serde_json::Value;
+use serde_json::{Value, json};
 use supernode_tests::{Boot, Machine};
 
 const UNIT: &str = "flower-supernode.service";
@@ -33,12 +33,16 @@ fn a_boot_without_a_gpu_has_one_warning_with_cause_and_fix_and_a_node_on_the_cpu
         "systemctl is-active flower-supernode docker
          systemctl status flower-supernode
          {CONTAINER}
-         journalctl --no-pager --unit flower-supernode --priority warning --catalog
+         journalctl -u flower-supernode -p warning -x
+         supernode-agent plan
+         supernode-agent check vm || true
          journalctl --no-pager --output cat MESSAGE_ID=1066eaea8fabf0f00ff7b11691329178
          wait_for sh -c 'journalctl --no-pager --all CONTAINER_NAME=flower-supernode | grep \"SuperNode ID: 1\"'
          cat /run/onegate-was-told
          wait_for sh -c 'supernode-agent status | grep \"10.9.8.7:9092, connected\"'
          supernode-agent status
+         journalctl CONTAINER_NAME=flower-supernode
+         docker logs flower-supernode
          systemctl list-units --failed --plain --no-legend"
     ));
     let warnings = boot.warnings_of(UNIT);
@@ -174,7 +178,9 @@ fn a_daemon_json_that_was_broken_before_the_boot_stays_as_it_is_and_is_told() {
     let broken = "{\"debug\": true,\n";
     machine.context(&wanted(&[])).file("etc/docker/daemon.json", broken);
     machine.settings("[docker]\nready_timeout_seconds = 2\n");
-    let boot = machine.boot("wait_for systemctl is-failed docker\n cat /etc/docker/daemon.json\n ls -A /etc/docker");
+    let boot = machine.boot(
+        "wait_for systemctl is-failed docker\n journalctl -u docker\n cat /etc/docker/daemon.json\n ls -A /etc/docker",
+    );
     assert_eq!(std::fs::read_to_string(machine.path("etc/docker/daemon.json")).unwrap(), broken);
     assert!(!entries(&boot, "docker.sock does not answer").is_empty(), "{}", boot.story());
     // As many tries as without us: systemd's limit for docker.service.
@@ -325,7 +331,11 @@ fn a_start_script_that_must_come_first_comes_first_with_the_drop_in() {
     machine.boot("test -e /run/start-script");
     machine.file("etc/systemd/system/flower-supernode.service.d/start-script-first.conf", drop_in);
     machine.boot("systemctl disable flower-supernode\n systemctl enable flower-supernode");
-    let boot = machine.boot(&format!("wait_for systemctl is-active flower-supernode\n {CONTAINER}"));
+    let boot = machine.boot(&format!(
+        "wait_for systemctl is-active flower-supernode
+         systemctl restart flower-supernode
+         {CONTAINER}"
+    ));
     says(&boot, &["runs true on runc"]);
     let place = |text: &str| {
         boot.journal.iter().position(|entry| entry["MESSAGE"].as_str().is_some_and(|said| said.starts_with(text)))
@@ -337,6 +347,43 @@ fn a_start_script_that_must_come_first_comes_first_with_the_drop_in() {
 /// Microseconds since the machine was turned on, at the entry's arrival in the journal.
 fn microseconds(entry: &Value) -> u64 {
     entry["__MONOTONIC_TIMESTAMP"].as_str().and_then(|text| text.parse().ok()).expect("a time")
+}
+
+/// Keeps when each unit that the node waits for was started, and what the agent did then: the data of the README's picture.
+fn record(boot: &Boot) {
+    // systemd's sd-messages.h: a unit is being started; it was started.
+    const STARTING: &str = "7d4958e842da4a758f6c1cdc7b36dcc5";
+    const STARTED: &str = "39f53479d3a045ac8e11786248231fbf";
+    let seconds = |entry: &Value| (microseconds(entry) as f64 / 1e4).round() / 100.0;
+    let first = |holds: &dyn Fn(&Value) -> bool| boot.journal.iter().find(|entry| holds(entry)).map(seconds);
+    let unit = |unit: &str| {
+        let told = |id: &str| first(&|entry| entry["UNIT"] == unit && entry["MESSAGE_ID"] == id).expect(unit);
+        json!({"unit": unit, "starting": told(STARTING), "started": told(STARTED)})
+    };
+    let moment = |what: &str, text: &str| {
+        let at = first(&|entry| {
+            entry["_SYSTEMD_UNIT"] == UNIT && entry["MESSAGE"].as_str().is_some_and(|said| said.contains(text))
+        });
+        json!({"what": what, "at": at.expect(text)})
+    };
+    let units = [
+        "one-context-local.service",
+        "flower-supernode-runtime.service",
+        "one-context-online.service",
+        "docker.service",
+        // In the place of a pull.
+        "harness-image.service",
+        UNIT,
+        "one-context.service",
+    ];
+    let data = json!({
+        "taken": "UPDATE_PICTURES=1 cargo test -p supernode-tests --test boot a_whole_vm, with SUPERNODE_DEB of make deb: a VM \
+                  with two processors that QEMU emulates, without a GPU; seconds from power-on, by the journal",
+        "units": units.map(unit),
+        "moments": [moment("WARNING", FALLBACK), moment("container", "started the container")],
+    });
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/pictures/boot.json");
+    std::fs::write(file, format!("{data:#}\n")).expect(file);
 }
 
 #[test]
@@ -353,6 +400,9 @@ fn a_whole_vm_with_a_kernel_a_cd_and_a_network_boots_to_a_node_and_the_agent_tak
     says(&boot, &["runs true on runc", "default via 10.0.2.2", "READY=YES"]);
     assert_eq!(boot.warnings_of(UNIT).len(), 1, "{}", boot.story());
     assert!(entries(&boot, "ordering cycle").is_empty(), "{}", boot.story());
+    if std::env::var_os("UPDATE_PICTURES").is_some() {
+        record(&boot);
+    }
     let of_agent = |entry: &&&Value| entry["SYSLOG_IDENTIFIER"] == "supernode-agent" && entry["_SYSTEMD_UNIT"] == UNIT;
     let all: Vec<&Value> = boot.journal.iter().collect();
     let first = microseconds(all.iter().find(of_agent).expect("the agent's first entry"));

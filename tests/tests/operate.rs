@@ -3,9 +3,12 @@
 
 mod common;
 
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Command, Stdio};
+
 use common::{GPU_A, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings};
-use serde_json::Value;
-use supernode_tests::{Case, Sysfs, eventually};
+use serde_json::{Value, json};
+use supernode_tests::{Case, Engine, Registry, Sysfs, eventually, run};
 
 fn status(case: &Case) -> Value {
     json_of(&case.run_command("status", &["--json"]))
@@ -74,6 +77,66 @@ fn status_says_what_runs_on_which_device_since_when_and_why() {
     ] {
         assert!(text.contains(words), "{words}: {text}");
     }
+}
+
+#[test]
+fn a_pull_is_told_in_percent_of_the_whole_image_to_systemd_and_to_status() {
+    let Some(engine) = Engine::start() else { return };
+    let registry = Registry::start(&engine);
+    let mut case = Case::new();
+    case.engine(&engine).context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_SUPERNODE_IMAGE", Registry::IMAGE)]);
+    let agent = case.start();
+    let told = agent.wait_for_notify(" % of ", PATIENCE);
+    assert!(told.starts_with(&format!("STATUS=Pulling {}: ", Registry::IMAGE)), "{told}");
+    assert!(eventually(PATIENCE, || {
+        let said = status(&case)["agent"]["status"].to_string();
+        said.contains("Pulling 127.0.0.1:5000/node:1: ") && said.contains(" % of ")
+    }));
+    assert!(case.run_command("status", &[]).stdout.contains("Agent      Pulling 127.0.0.1:5000/node:1: "));
+    registry.give_the_rest();
+    agent.wait_for_notify("READY=1", PATIENCE);
+    assert_eq!(status(&case)["container"]["image"], Registry::IMAGE);
+}
+
+#[test]
+fn who_watches_gets_each_change_once_and_ends_with_ctrl_c_or_with_the_reader() {
+    let case = Case::new();
+    let report = |words: &str| {
+        let report =
+            json!({"version": "0.1.0", "pid": 1, "status": words, "since": "", "verdict": null, "superlink": null});
+        std::fs::write(case.path("state/status.json"), report.to_string()).unwrap();
+    };
+    let watch = |arguments: &[&str]| {
+        let mut watcher = case.command("status").args(arguments).stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(watcher.stdout.take().unwrap()).lines().map(Result::unwrap);
+        (watcher, lines)
+    };
+    let ends = |watcher: &mut Child| {
+        let mut code = None;
+        eventually(PATIENCE, || {
+            code = watcher.try_wait().unwrap();
+            code.is_some()
+        });
+        code.and_then(|code| code.code())
+    };
+    report("Pulling it: 1 %");
+    let (mut watcher, mut lines) = watch(&["--watch", "--json"]);
+    let mut next = || serde_json::from_str::<Value>(&lines.next().unwrap()).unwrap()["agent"]["status"].clone();
+    assert_eq!(next(), "Pulling it: 1 %");
+    report("Pulling it: 2 %");
+    assert_eq!(next(), "Pulling it: 2 %");
+    drop(lines);
+    assert_eq!(ends(&mut watcher), Some(0), "nobody reads, and nothing changes");
+
+    let (mut watcher, mut lines) = watch(&["--watch"]);
+    assert!(lines.next().unwrap().starts_with("Container  "));
+    assert!(lines.next().unwrap().starts_with("Agent      not running; its last words, : Pulling it: 2 %"));
+    report("Stopped");
+    assert_eq!(lines.next().unwrap(), "", "a block for each change");
+    assert!(lines.next().unwrap().starts_with("Container  "));
+    let interrupt = format!("kill -INT {}", watcher.id());
+    run(Command::new("sh").args(["-c", &interrupt]), PATIENCE).expect_success();
+    assert_eq!(ends(&mut watcher), Some(0));
 }
 
 #[test]

@@ -38,13 +38,14 @@ impl Level {
         }
     }
 
-    /// The colour of the word on a terminal (ECMA-48).
-    fn colour(self) -> &'static str {
-        match self {
-            Self::Ok => "\x1b[32m",
-            Self::Warning => "\x1b[33m",
-            Self::Error => "\x1b[31m",
-        }
+    /// A word in its colour on a terminal (ECMA-48).
+    pub(crate) fn coloured(self, word: &str) -> String {
+        let colour = match self {
+            Self::Ok => 32,
+            Self::Warning => 33,
+            Self::Error => 31,
+        };
+        format!("\x1b[{colour}m{word}\x1b[0m")
     }
 }
 
@@ -137,7 +138,7 @@ impl Diagnosis {
         let width = self.checks.iter().map(|check| check.id.len()).max().unwrap_or(0);
         for Check { id, level, finding, fix, line } in &self.checks {
             let word = format!("{:<7}", level.word());
-            let word = if coloured { format!("{}{word}\x1b[0m", level.colour()) } else { word };
+            let word = if coloured { level.coloured(&word) } else { word };
             let place = line.map_or(String::new(), |line| format!("line {line}: "));
             writeln!(out, "{word}  {id:<width$}  {place}{finding}")?;
             if let Some(fix) = fix {

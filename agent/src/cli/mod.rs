@@ -24,7 +24,7 @@ use crate::gpu::{detect_gpus, listen, nvml};
 use crate::journal::error_chain;
 use crate::settings::Settings;
 use plan::{Plan, gpu_json, write_gpu};
-use status::Status;
+use status::{Status, Terminal};
 use variables::Format;
 
 /// Turns an OpenNebula VM into a Flower SuperNode, on its GPU or, with a warning, on the CPU.
@@ -65,8 +65,11 @@ enum Command {
         #[arg(long)]
         json: bool,
         /// Exit 0 only while the container runs, and print nothing then
-        #[arg(long, conflicts_with = "json")]
+        #[arg(long, conflicts_with_all = ["json", "watch"])]
         ready: bool,
+        /// Show it until Ctrl-C: on a terminal in place, elsewhere each change
+        #[arg(long)]
+        watch: bool,
     },
     /// Put the nvidia runtime into Docker's daemon.json, and nothing else
     ConfigureRuntime,
@@ -184,13 +187,17 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
     let runtime = async_runtime()?;
     let code = match cli.command {
         Command::Run => runtime.block_on(boot::run(settings, cli.settings.as_deref())),
-        Command::Status { json, ready } => {
+        Command::Status { json, watch: true, .. } => {
+            runtime.block_on(status::watch(&settings, json, out))?;
+            ExitCode::SUCCESS
+        }
+        Command::Status { json, ready, .. } => {
             let status = runtime.block_on(Status::look(&settings));
             match (ready, json) {
                 (true, _) if status.is_ready() => {}
                 (true, _) => return Err(Failure::new(EXIT_RETRY, status.headline())),
                 (false, true) => writeln!(out, "{:#}", status.to_json())?,
-                (false, false) => status.write(out)?,
+                (false, false) => write!(out, "{}", status.to_text(Terminal::of_stdout().as_ref()))?,
             }
             ExitCode::SUCCESS
         }

@@ -22,10 +22,12 @@ use tokio::time::Instant;
 use x509_cert::der::DateTime;
 
 use super::log::Log;
+use super::pull::Pull;
 use crate::config::values::ImageRef;
 use crate::gpu::reason::one_line;
 use crate::journal::error_chain;
-use crate::plan::{ContainerSpec, PortSpec, SPEC_HASH_LABEL};
+use crate::plan::{ContainerSpec, PortSpec, SPEC_HASH_LABEL, STATE_DIR_LABEL};
+use crate::settings::Settings;
 
 /// How long one call may take as a whole, unless it waits for something by its nature.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
@@ -320,6 +322,7 @@ impl Engine {
         const DOING: &str = "pull the image";
         let options = CreateImageOptionsBuilder::default().from_image(image.as_str()).build();
         let mut steps = self.docker.create_image(Some(options), None, None);
+        let mut pull = Pull::default();
         loop {
             let step = tokio::time::timeout(PULL_SILENCE, steps.next()).await;
             let Some(step) = step.map_err(|_| EngineError::TimedOut { doing: DOING, limit: PULL_SILENCE })? else {
@@ -329,12 +332,12 @@ impl Engine {
             if let Some(error) = step.error_detail.and_then(|detail| detail.message) {
                 return Err(EngineError::Failed { doing: DOING, message: error });
             }
-            let (id, status) = (step.id.unwrap_or_default(), step.status.unwrap_or_default());
-            match step.progress_detail.map(|detail| (detail.current, detail.total)) {
-                Some((Some(current), Some(total))) if total > 0 => {
-                    progress(format!("{status} {id}: {} of {} MiB", current >> 20, total >> 20));
-                }
-                _ => progress(format!("{status} {id}")),
+            let bytes = step
+                .progress_detail
+                .and_then(|detail| Some((u64::try_from(detail.current?).ok()?, u64::try_from(detail.total?).ok()?)));
+            pull.take(step.id.as_deref().unwrap_or_default(), step.status.as_deref().unwrap_or_default(), bytes);
+            if let Some(words) = pull.progress() {
+                progress(words);
             }
         }
     }

@@ -3,4 +3,5 @@
 pub mod daemon_json;
 pub mod engine;
 pub mod log;
+pub mod pull;
 pub mod runtime;
