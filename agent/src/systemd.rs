@@ -63,6 +63,7 @@ impl Watchdog {
         let mut work = pin!(work);
         loop {
             tokio::select! {
+                biased;
                 done = &mut work => return done,
                 () = tokio::time::sleep_until(self.next.get()) => {}
             }

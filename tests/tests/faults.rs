@@ -237,9 +237,8 @@ fn docker_with_live_restore() {
             since
         });
     }
-    let mend = "supervise() goes on with `continue` and leaves report_running() out";
     let holds = "the unit says that the node runs";
-    table.open(&mut node, "the same, and Flower has never connected", holds, mend, |node| {
+    table.fault(&mut node, "the same, and Flower has never connected", holds, |node| {
         node.reset();
         node.context("test-never-connects=true");
         node.up();
@@ -289,8 +288,7 @@ fn the_container() {
             since
         });
     }
-    let mend = "launch() removes a container that could go on, and cannot make another";
-    table.open(&mut node, "the image has lost its name, and the container is killed", anew, mend, |node| {
+    table.fault(&mut node, "the image has lost its name, and the container is killed", anew, |node| {
         node.clear();
         node.up();
         let before = node.run();
@@ -350,9 +348,8 @@ fn the_container() {
         node.says_it_runs();
         since
     });
-    let mend = "nobody looks for `docker pause`: status --ready says no, OneGate and the unit say ready";
     let holds = "the cloud hears that the node is not ready";
-    table.open(&mut node, "the container is paused, as the cloud sees it", holds, mend, |node| {
+    table.fault(&mut node, "the container is paused, as the cloud sees it", holds, |node| {
         node.clear();
         node.up();
         node.is_published("FL_NODE_READY", "YES");

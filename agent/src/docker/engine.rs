@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::path::Path;
 use std::str::FromStr as _;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bollard::errors::Error as ApiError;
 use bollard::models::{
@@ -12,9 +12,9 @@ use bollard::models::{
     PortBinding, RestartPolicy, RestartPolicyNameEnum,
 };
 use bollard::query_parameters::{
-    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, InspectContainerOptions, ListContainersOptionsBuilder,
-    LogsOptionsBuilder, RemoveContainerOptionsBuilder, StartContainerOptions, StopContainerOptionsBuilder,
-    WaitContainerOptions,
+    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, EventsOptionsBuilder, InspectContainerOptions,
+    ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder, StartContainerOptions,
+    StopContainerOptionsBuilder, WaitContainerOptions,
 };
 use bollard::{API_DEFAULT_VERSION, Docker};
 use futures_util::StreamExt as _;
@@ -438,6 +438,24 @@ impl Engine {
             Err(error) if !error.is_status(404) => Err(error),
             _ => Ok(()),
         }
+    }
+
+    /// Waits until somebody has paused the container, or (`wanted` is false) lets it go on. Never, where it cannot be told.
+    pub async fn until_paused(&self, id: &str, wanted: bool) {
+        let filters = HashMap::from([("container", vec![id]), ("event", vec!["pause", "unpause"])]);
+        // What happens between the look and the listening is among the events since then.
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs().to_string();
+        if matches!(self.find_container(id).await, Ok(Some(found)) if found.running && found.paused == wanted) {
+            return;
+        }
+        let options = EventsOptionsBuilder::default().since(&since).filters(&filters).build();
+        let mut events = self.docker.clone().with_timeout(LOG_SILENCE).events(Some(options));
+        while let Some(Ok(event)) = events.next().await {
+            if event.action.as_deref() == Some(if wanted { "pause" } else { "unpause" }) {
+                return;
+            }
+        }
+        std::future::pending().await
     }
 
     /// Waits until the container does not run any more and answers with its exit code; `None` when the engine went

@@ -121,6 +121,8 @@ struct Run {
     connection: Connection,
     /// Whether the container has a connection to the SuperLink's port: what there is to go by where Flower's log says nothing.
     reached: bool,
+    /// Whether somebody has paused it.
+    paused: bool,
 }
 
 impl Run {
@@ -132,6 +134,7 @@ impl Run {
             listener: Listener::new(engine.log(container)),
             connection: Connection::default(),
             reached: false,
+            paused: container.paused,
         }
     }
 
@@ -154,6 +157,8 @@ enum News {
     Connection(Connection),
     /// Whether there is a connection to the SuperLink's port has changed.
     Reached(bool),
+    /// Somebody has paused it, or lets it go on.
+    Paused(bool),
     /// Flower does not answer any more.
     Hangs(Dead),
     /// The service has another SuperLink.
@@ -336,7 +341,8 @@ impl Supervisor<'_> {
             // One that has ended goes on, with its log, where it is what would be made now.
             (false, _) if container.is_made_from(&spec) => {
                 let image = self.engine.find_image(&spec.image).await?;
-                let same = image.is_some_and(|image| image.id == container.image_id);
+                // Where the name was taken off the image, nothing else could be made.
+                let same = image.is_none_or(|image| image.id == container.image_id);
                 if same { Found::Ended } else { Found::Other }
             }
             (false, _) => Found::Other,
@@ -453,12 +459,13 @@ impl Supervisor<'_> {
         let devices = self.machine.verdict().devices();
         let by_hook = node.access == GpuAccess::Runtime;
         let port = node.superlink.address.port();
-        let (log_tells, reached) = (node.log_tells(), run.reached);
+        let (log_tells, reached, paused) = (node.log_tells(), run.reached, run.paused);
         let connected = is_connected(node, run);
         let searches = node.superlink.vm_id.is_some() && !connected;
         let asks = node.settings.container.health_check && node.release().serves_health();
         tokio::select! {
             connection = run.listener.next_change() => News::Connection(connection),
+            () = self.engine.until_paused(&container.id, !paused) => News::Paused(!paused),
             () = until_reached(container, port, !reached), if !log_tells => News::Reached(!reached),
             dead = self.liveness.until_dead(container, connected), if asks => News::Hangs(dead),
             found = node.until_moved(), if searches => News::Moved(Box::new(found)),
@@ -516,6 +523,15 @@ impl Supervisor<'_> {
                     Connection::Unknown => {}
                 }
                 run.connection = connection;
+                return None;
+            }
+            News::Paused(paused) => {
+                if paused {
+                    tracing::warn!("the container {name} is paused: docker unpause {name}");
+                } else {
+                    tracing::info!("the container {name} is not paused any more");
+                }
+                run.paused = paused;
                 return None;
             }
             News::Reached(reached) => {
@@ -688,6 +704,10 @@ impl Supervisor<'_> {
         reporter.connected(is_connected);
         let connected = if is_connected { "connected to" } else { "not connected to" };
         let mut status = format!("{}; {connected} {}", runs_on(verdict), superlink.address);
+        if run.paused {
+            status.push_str("; paused: docker unpause ");
+            status.push_str(&self.node.settings.container.name);
+        }
         if let Some(remark) = &self.remark {
             status.push_str("; ");
             status.push_str(remark);
@@ -697,7 +717,8 @@ impl Supervisor<'_> {
 }
 
 fn is_connected(node: &Node, run: &Run) -> bool {
-    if node.log_tells() { run.connection.node_id().is_some() } else { run.reached }
+    let reached = if node.log_tells() { run.connection.node_id().is_some() } else { run.reached };
+    reached && !run.paused
 }
 
 fn runs_on(verdict: &Verdict) -> String {

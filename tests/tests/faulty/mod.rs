@@ -420,25 +420,6 @@ impl Table {
         }
     }
 
-    /// One that is known not to hold, with what is to be mended. Once it holds, that is a failure: it is to become a
-    /// [`Table::fault`].
-    pub(crate) fn open(
-        &mut self,
-        node: &mut Node,
-        name: &str,
-        holds: &str,
-        mend: &str,
-        story: impl FnOnce(&mut Node) -> Instant,
-    ) {
-        match tell(node, story) {
-            Ok(_) => {
-                say(&format!("FAULT {name:<64} FAILED  it holds: this is no open fault any more"));
-                self.failed.push(name.to_owned());
-            }
-            Err(_) => say(&format!("FAULT {name:<64} OPEN    {holds}: {mend}")),
-        }
-    }
-
     /// The end of the table.
     #[track_caller]
     pub(crate) fn finish(self) {
