@@ -195,8 +195,11 @@ impl Liveness {
         let has_started = Instant::now() + STARTED_AFTER.saturating_sub(container.running_for());
         loop {
             if let Some(asked) = self.asked {
+                let is_starting = !self.was_well && Instant::now() < has_started;
                 let pause = match (self.failures, connected) {
                     (1.., _) => PAUSE_AFTER_FAILURE,
+                    // A failure counts once it was well: that is to be known soon.
+                    _ if is_starting => PAUSE_AFTER_FAILURE,
                     (0, true) => PAUSE,
                     (0, false) => PAUSE_WHILE_APART,
                 };

@@ -206,14 +206,17 @@ pub struct Container {
 }
 
 impl Container {
-    /// When it was started last, to the second.
+    /// When it was started last.
     pub fn started(&self) -> Option<SystemTime> {
+        let (second, rest) = self.started_at.split_at_checked(19)?;
+        let second = DateTime::from_str(&format!("{second}Z")).ok()?;
         // The fraction of the second has as many digits as Docker likes.
-        let second = DateTime::from_str(&format!("{}Z", self.started_at.get(..19)?)).ok()?;
-        Some(second.to_system_time())
+        let digits: String = rest.chars().skip(1).take_while(char::is_ascii_digit).take(9).collect();
+        let nanoseconds = format!("{digits:0<9}").parse().ok()?;
+        Some(second.to_system_time() + Duration::from_nanos(nanoseconds))
     }
 
-    /// For how long it has been running since it was started last, to the second; zero where that cannot be told.
+    /// For how long it has been running since it was started last; zero where that cannot be told.
     pub fn running_for(&self) -> Duration {
         let since = self.started().and_then(|started| started.elapsed().ok());
         since.unwrap_or_default()
@@ -557,7 +560,8 @@ mod tests {
     fn a_container_has_run_since_its_last_start() {
         let container = |started_at: &str| Container { started_at: started_at.into(), ..Container::default() };
         let started = |text| container(text).started().and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
-        assert_eq!(started("2026-11-26T16:11:13.123456789Z"), Some(Duration::from_secs(1_795_709_473)));
+        assert_eq!(started("2026-11-26T16:11:13.123456789Z"), Some(Duration::new(1_795_709_473, 123_456_789)));
+        assert_eq!(started("2026-11-26T16:11:13.5Z"), Some(Duration::new(1_795_709_473, 500_000_000)));
         assert_eq!(started("2026-11-26T16:11:13Z"), Some(Duration::from_secs(1_795_709_473)));
         // One that was never started.
         assert_eq!(started("0001-01-01T00:00:00Z"), None);
