@@ -9,7 +9,7 @@ use super::library::LibraryFile;
 use super::nvml::{DriverReport, Fault, FaultKind, ProbeAnswer, ProbedGpu};
 use super::pci::{PciAddress, PciDevice, PciFacts};
 use super::probe::ProbeOutcome;
-use super::reason::{Finding, Reason};
+use super::reason::{Finding, Reason, one_line};
 use crate::config::values::{DeviceName, DeviceSelection};
 use crate::config::{Config, Framework};
 use crate::distribution::Distribution;
@@ -51,7 +51,9 @@ pub struct GpuDevice {
 
 impl fmt::Display for GpuDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({}, {})", self.name.as_deref().unwrap_or("GPU"), self.uuid, self.pci_address)
+        // All of it comes from the child that runs NVIDIA's code.
+        let name = self.name.as_deref().unwrap_or("GPU");
+        f.write_str(&one_line(&format!("{name} ({}, {})", self.uuid, self.pci_address)))
     }
 }
 
@@ -643,6 +645,19 @@ mod tests {
     fn two() -> (PciFacts, ProbeOutcome) {
         let outcome = report(vec![probed(0, "GPU-aaaa-1", A), probed(1, "GPU-aabb-2", B)]);
         (facts(&[gpu_at(A, Some("nvidia")), gpu_at(B, Some("nvidia"))]), outcome)
+    }
+
+    #[test]
+    fn what_a_device_is_called_is_one_line_in_which_nothing_acts_upon_a_terminal() {
+        let device = GpuDevice {
+            index: 0,
+            uuid: "G\x7fU-5d".into(),
+            name: Some("A100\n\x1b[31m".into()),
+            pci_address: "0000:01:00.0".into(),
+            memory_mib: None,
+            minor: None,
+        };
+        assert_eq!(device.to_string(), "A100 [31m (GU-5d, 0000:01:00.0)");
     }
 
     #[test]
