@@ -35,10 +35,20 @@ began=$SECONDS
 RUSTFLAGS="${flags[*]}" cargo build --release --quiet --locked --bins --target "$triple" --target-dir "$build"
 echo "== built: $((SECONDS - began)) s"
 
+# What the tree has already of a target's input, beside its own corpus.
+declare -A in_tree=(
+    [certificate]=agent/tests/certificates
+    [context]="one-context/tests/cases packaging/examples"
+    [template]=packaging/opennebula
+    [variables]="one-context/tests/cases packaging/examples"
+)
 fuzz() {
-    local target=$1 status=0
-    mkdir -p "$cache/corpus/$target" "artifacts/$target"
-    "$build/$triple/release/$target" "$cache/corpus/$target" "corpus/$target" -max_total_time="$seconds" -max_len=8192 \
+    local target=$1 status=0 corpora=("$cache/corpus/$1") folder
+    mkdir -p "${corpora[@]}" "artifacts/$1"
+    for folder in "corpus/$target" ${2:-}; do
+        [ ! -d "$folder" ] || corpora+=("$folder")
+    done
+    "$build/$triple/release/$target" "${corpora[@]}" -max_total_time="$seconds" -max_len=8192 \
         -timeout=10 -print_final_stats=1 -artifact_prefix="artifacts/$target/" >"$cache/$target.log" 2>&1 || status=$?
     if [ $status = 0 ]; then
         printf '   %-12s %10d executions in %d s\n' "$target" \
@@ -52,4 +62,7 @@ fuzz() {
 export -f fuzz
 export seconds cache build triple
 [ $# -gt 0 ] || mapfile -t < <(basename -s .rs targets/*.rs)
-printf '%s\n' "${@:-${MAPFILE[@]}}" | xargs -P "$(nproc)" -I{} bash -euo pipefail -c 'fuzz {}'
+for target in "${@:-${MAPFILE[@]}}"; do
+    folders=${in_tree[$target]:-}
+    printf '%s\0%s\0' "$target" "${folders:+../../${folders// / ..\/..\/}}"
+done | xargs -0 -n 2 -P "$(nproc)" bash -euo pipefail -c 'fuzz "$@"' fuzz
