@@ -13,7 +13,8 @@ use nvml_wrapper::struct_wrappers::device::PciInfo;
 use nvml_wrapper::structs::device::FieldId;
 use nvml_wrapper::{Device, Nvml};
 use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::library::LibraryFile;
 use super::pci::PciAddress;
@@ -52,6 +53,7 @@ pub struct ProbedGpu {
     /// NVML's index.
     pub index: u32,
     /// `GPU-…`.
+    #[serde(deserialize_with = "read_uuid_if_any")]
     pub uuid: Option<String>,
     /// The product's name.
     pub name: Option<String>,
@@ -73,6 +75,7 @@ pub struct ProbedGpu {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProbedMig {
     /// `MIG-…`.
+    #[serde(deserialize_with = "read_uuid")]
     pub uuid: String,
     /// The instance's name.
     pub name: Option<String>,
@@ -259,14 +262,27 @@ fn pci_of(device: &Device<'_>) -> Result<PciInfo, Fault> {
     device.pci_info().map_err(|error| Fault::new("nvmlDeviceGetPciInfo_v3", error))
 }
 
-/// By its UUID a GPU is handed over, in a list with commas: an empty one would ask the runtime for no GPU at all.
 pub(super) fn uuid_of(device: &Device<'_>) -> Result<String, Fault> {
     const CALL: &str = "nvmlDeviceGetUUID";
     let uuid = device.uuid().map_err(|error| Fault::new(CALL, error))?;
+    checked_uuid(uuid).map_err(|text| Fault { call: CALL.into(), kind: FaultKind::Garbled, text })
+}
+
+/// By its UUID a GPU is handed over, in a list with commas: an empty one would ask the runtime for no GPU at all.
+fn checked_uuid(uuid: String) -> Result<String, String> {
     if uuid.is_empty() || !uuid.bytes().all(|byte| byte.is_ascii_graphic() && byte != b',') {
-        return Err(Fault { call: CALL.into(), kind: FaultKind::Garbled, text: format!("the UUID is {uuid:?}") });
+        return Err(format!("the UUID is {uuid:?}"));
     }
     Ok(uuid)
+}
+
+/// NVIDIA's code runs in the child and could write the answer in its place: it is checked where it is read as well.
+fn read_uuid<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    checked_uuid(String::deserialize(deserializer)?).map_err(D::Error::custom)
+}
+
+fn read_uuid_if_any<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    Option::<String>::deserialize(deserializer)?.map(checked_uuid).transpose().map_err(D::Error::custom)
 }
 
 fn optional<T>(call: &str, answer: Result<T, NvmlError>) -> Result<Option<T>, Fault> {
@@ -328,4 +344,30 @@ fn row_remap_failed(device: &Device<'_>) -> Result<bool, Fault> {
         }
     }
     Ok(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_whose_uuid_cannot_be_named_to_docker_is_no_answer() {
+        let answer = |gpu: serde_json::Value| {
+            let report = serde_json::json!({"driver_version": null, "gpus": [gpu]});
+            serde_json::from_value::<DriverReport>(report).map(|mut report| report.gpus.remove(0))
+        };
+        let mut plain = serde_json::to_value(ProbedGpu { uuid: Some("GPU-1".into()), ..ProbedGpu::default() }).unwrap();
+        plain["mig"] = serde_json::json!([{"uuid": "MIG-1", "name": null, "memory_mib": null}]);
+        assert_eq!(answer(plain.clone()).unwrap().uuid.unwrap(), "GPU-1");
+        for garbled in ["", "GPU-1,all", "GPU-1\u{1b}", "GPU 1", "GPU-ü"] {
+            for path in ["/uuid", "/mig/0/uuid"] {
+                let mut gpu = plain.clone();
+                *gpu.pointer_mut(path).unwrap() = garbled.into();
+                let error = answer(gpu).unwrap_err().to_string();
+                assert!(error.contains("the UUID is"), "{garbled:?} at {path}: {error}");
+            }
+        }
+        plain["uuid"] = serde_json::Value::Null;
+        assert_eq!(answer(plain).unwrap().uuid, None, "one that is not known");
+    }
 }
