@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help build deb image demo test test-image test-images fuzz mutants pictures fmt lint deny clean
+.PHONY: help build deb image demo test test-image test-images fuzz mutants bench pictures fmt lint deny clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ fuzz: ## every parser of foreign bytes, FUZZ_SECONDS (300) each
 mutants: ## how many changes of the pure modules their tests notice (hours); tests/scripts/mutants.sh FILE for one
 	@packaging/install-tools.sh mutants
 	@tests/scripts/mutants.sh
+
+bench: ## the agent beside the raw API and the shell way: time, processes, memory, sizes, growth (15 minutes)
+	@packaging/install-tools.sh bench
+	@tests/scripts/bench.sh
 
 pictures: ## the README's pictures, drawn anew from packaging/pictures/boot.json and the code
 	@packaging/pictures/draw.py

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the demo, the tests or CI need and this machine lacks, by package name, after saying so.
 #
-#   install-tools.sh demo|test|lint|deb|image|test-image|test-images|fuzz|mutants
+#   install-tools.sh demo|test|lint|deb|image|test-image|test-images|fuzz|mutants|bench
 set -euo pipefail
 
 # What is looked for, and the package that brings it (Debian and Ubuntu).
@@ -11,6 +11,7 @@ declare -A packages=(
     [setpriv]=util-linux [apparmor_parser]=apparmor [dpkg-deb]=dpkg [lintian]=lintian [systemd-nspawn]=systemd-container
     [qemu-system-x86_64]=qemu-system-x86 [xorriso]=xorriso [ruby]=ruby [mke2fs]=e2fsprogs [sfdisk]=fdisk
     [mkfs.vfat]=dosfstools [mmd]=mtools [qemu-img]=qemu-utils [openssl]=openssl [c++]=g++ [faketime]=faketime
+    [strace]=strace [curl]=curl [jq]=jq
 )
 case "${1:-}" in
 demo) wanted=(cc dockerd docker ip nsenter iptables mmdebstrap) ;;
@@ -23,8 +24,9 @@ test-image) wanted=(qemu-system-x86_64 xorriso) ;;
 test-images) wanted=(dockerd docker ip mmdebstrap) ;;
 fuzz) wanted=(cc c++) ;;
 mutants) wanted=(cc) ;;
+bench) wanted=(cc dpkg-deb dockerd docker ip nsenter setpriv iptables busybox strace curl jq) ;;
 *)
-    echo "usage: install-tools.sh demo|test|lint|deb|image|test-image|test-images|fuzz|mutants" >&2
+    echo "usage: install-tools.sh demo|test|lint|deb|image|test-image|test-images|fuzz|mutants|bench" >&2
     exit 2
     ;;
 esac

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+/// Nodes that boot together do not ask together: the first try comes within this time. Docker and the GPU take theirs meanwhile.
+pub const SPREAD: Duration = Duration::from_secs(5);
 /// The pause after the first try.
 const FIRST: Duration = Duration::from_secs(10);
 /// The tries of the way `fixed`.

@@ -11,7 +11,7 @@ use one_context::onegate::{OneGateError, Service};
 use one_context::source::{SourceError, read_context};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::backoff::{Backoff, with_jitter};
+use crate::backoff::{Backoff, SPREAD, with_jitter};
 use crate::cloud::Cloud;
 use crate::config::values::{ImageRef, Version};
 use crate::config::{self, Config, ConfigErrors, LogLevel, Prebaked, Remarks};
@@ -370,8 +370,6 @@ async fn search(
     cloud: &Result<Cloud, String>,
     reporter: &Reporter,
 ) -> Result<SuperLink, SuperLinkError> {
-    /// Nodes that boot together do not ask together. Docker and the GPU take their time meanwhile.
-    const SPREAD: Duration = Duration::from_secs(5);
     let mut backoff = match config.edge_backoff {
         "fixed" => Backoff::fixed(),
         _ => Backoff::exponential(Duration::from_secs(config.edge_max_backoff)),

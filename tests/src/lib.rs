@@ -10,6 +10,7 @@
 //! | [`DockerProxy`] | the same engine on a bad day: it refuses a call, hangs in it, cuts its answer |
 //! | [`Mounted`] | a disk that is full, or read-only |
 //! | [`Cloud`] | the network that engines are connected to |
+//! | [`crowd`] | many machines that boot in the same moment |
 //! | [`OneGateStandIn`] | OneGate, with the VMs and services that a test gives it, and faults |
 //! | [`Registry`] | a registry of images that is slow |
 //! | [`SuperLink`] | nothing: it is Flower's own, and so is what the nodes train with it |
@@ -26,6 +27,7 @@
 )]
 
 mod case;
+pub mod crowd;
 mod disk;
 mod engine;
 mod federation;

@@ -1,0 +1,123 @@
+//! Nodes that boot together: real ones against one OneGate, and more than one machine can start by a simulation of the same
+//! backoff code.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::time::Duration;
+
+use fastrand::Rng;
+use serde_json::json;
+use supernode_agent::backoff::{Backoff, SPREAD, with_jitter};
+use supernode_tests::crowd::start_together;
+
+use crate::report::Report;
+
+pub(crate) fn measure(report: &mut Report, together: &[u32]) {
+    report.part("agents that start in the same moment, against one OneGate stand-in");
+    for agents in together {
+        let crowd = start_together(*agents);
+        let figure = format!("{} requests/s", crowd.peak_requests_per_second);
+        let all_found = format!("all found within {:.1} s, {} requests", crowd.took.as_secs_f64(), crowd.requests);
+        report.row(&format!("{agents} agents, at the peak"), &figure, &all_found);
+        let raw = json!({
+            "seconds": crowd.took.as_secs_f64(), "at_first_attempt": crowd.at_first_attempt, "discovery": crowd.discovery,
+            "requests": crowd.requests, "peak_requests_per_second": crowd.peak_requests_per_second,
+        });
+        report.keep(&format!("{agents} agents together"), raw);
+    }
+    report.part("by simulation of the same backoff code, discovery alone");
+    for scene in SCENES {
+        for nodes in [10_000, 100_000] {
+            for chance in [true, false] {
+                let end = simulate(scene, nodes, chance);
+                let jitter = if chance { "with jitter" } else { "without" };
+                let what = format!("{nodes} nodes, {}, {jitter}", scene.words);
+                let figure = format!("{} requests/s", end.peak);
+                let all_found = match end.last {
+                    Some(last) => format!("the last has found it after {last:.0} s"),
+                    None => format!("not all have found it within {:.0} h", PATIENCE / 3600.0),
+                };
+                report.row(&what, &figure, &all_found);
+                let raw =
+                    json!({"peak_requests_per_second": end.peak, "last_seconds": end.last, "requests": end.requests});
+                report.keep(&format!("simulation: {what}"), raw);
+            }
+        }
+    }
+}
+
+/// The longest time that is simulated, in seconds.
+const PATIENCE: f64 = 6.0 * 3600.0;
+
+/// How nodes boot.
+#[derive(Debug, Clone, Copy)]
+struct Scene {
+    words: &'static str,
+    /// They boot within so many seconds.
+    window: f64,
+    /// Their SuperLink runs after so many seconds.
+    superlink: f64,
+    /// The requests that OneGate answers in a second; more wait.
+    capacity: f64,
+}
+
+/// No OneGate is as fast as the first; the others are what one process of it may do.
+const SCENES: &[Scene] = &[
+    Scene { words: "booting in one minute", window: 60.0, superlink: 0.0, capacity: 1e9 },
+    Scene { words: "SuperLink 10 min late", window: 60.0, superlink: 600.0, capacity: 1e9 },
+    Scene { words: "in one instant, SuperLink 10 min late", window: 0.0, superlink: 600.0, capacity: 1e9 },
+    Scene { words: "in one minute, OneGate 300/s", window: 60.0, superlink: 0.0, capacity: 300.0 },
+];
+
+/// How a scene ends.
+struct End {
+    /// The most requests that were sent within one second of the clock.
+    peak: u32,
+    /// When the last node had found its SuperLink, in seconds; `None` where one had not after [`PATIENCE`].
+    last: Option<f64>,
+    requests: u64,
+}
+
+/// A try is two requests, for the service and for the SuperLink's VM, as `superlink.rs` has it; OneGate answers in the order in
+/// which it is asked, also to who has stopped to wait. The pauses are the agent's.
+fn simulate(scene: &Scene, nodes: u32, chance: bool) -> End {
+    /// What one request may take (`onegate.timeout_seconds`).
+    const LIMIT: f64 = 10.0;
+    const CAP: Duration = Duration::from_secs(300);
+    let mut rng = Rng::with_seed(7);
+    let draw = |rng: &mut Rng| if chance { rng.f64() } else { 0.0 };
+    let mut tries: Vec<Backoff> = (0..nodes).map(|_| Backoff::exponential(CAP)).collect();
+    // In microseconds: whole numbers have an order.
+    let micros = |seconds: f64| (seconds * 1e6) as u64;
+    let mut coming: BinaryHeap<Reverse<(u64, u32, bool)>> = (0..nodes)
+        .map(|node| {
+            let boot = scene.window * f64::from(node) / f64::from(nodes);
+            Reverse((micros(boot + SPREAD.as_secs_f64() * draw(&mut rng)), node, true))
+        })
+        .collect();
+    let mut a_second: Vec<u32> = Vec::new();
+    let (mut free, mut last, mut requests) = (0.0_f64, 0.0_f64, 0);
+    while let Some(Reverse((at, node, is_first))) = coming.pop() {
+        let now = at as f64 / 1e6;
+        if now > PATIENCE {
+            return End { peak: a_second.into_iter().max().unwrap_or(0), last: None, requests };
+        }
+        let second = now as usize;
+        a_second.resize(a_second.len().max(second + 1), 0);
+        a_second[second] += 1;
+        requests += 1;
+        free = free.max(now) + 1.0 / scene.capacity;
+        let in_time = free - now <= LIMIT;
+        if in_time && is_first {
+            coming.push(Reverse((micros(free), node, false)));
+        } else if in_time && now >= scene.superlink {
+            last = last.max(free);
+        } else {
+            let failed = if in_time { free } else { now + LIMIT };
+            let pause = tries[node as usize].after_failure().expect("it has no end");
+            let pause = with_jitter(pause, draw(&mut rng));
+            coming.push(Reverse((micros(failed + pause.as_secs_f64()), node, true)));
+        }
+    }
+    End { peak: a_second.into_iter().max().unwrap_or(0), last: Some(last), requests }
+}

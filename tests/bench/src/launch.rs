@@ -1,0 +1,253 @@
+//! From the start of a program to the container running: the agent, the floor below any program (the same calls, raw), and the
+//! shell way (`shell-way.sh`).
+
+use std::fs;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use supernode_tests::{Case, Engine, RuntimeMode, Sysfs, agent_binary, image, nvml_library};
+
+use crate::docker::{Recorder, call};
+use crate::report::{Report, median, milliseconds, rounded};
+
+/// The name of the container.
+const NAME: &str = "flower-supernode";
+const UUID: &str = "GPU-aaaa1111-0000-0000-0000-000000000001";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A machine with its own engine, on which each contender launches the same container.
+pub(crate) struct Ground {
+    pub(crate) engine: Engine,
+    pub(crate) case: Case,
+}
+
+/// A started agent; killed with this value.
+pub(crate) struct Started {
+    child: Child,
+    /// From its start to `READY=1`.
+    pub(crate) took: Duration,
+}
+
+impl Started {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Ground {
+    pub(crate) fn new(with_gpu: bool) -> Self {
+        let machine = json!({"gpus": [
+            {"uuid": UUID, "name": "NVIDIA A100", "memory_mib": 40960, "pci_address": "0000:01:00.0", "minor": 0}
+        ]});
+        // The runtime is registered: what an image has that was built for GPUs, and any node from its second boot on.
+        let daemon_json = json!({"runtimes": {"nvidia": {"path": "nvidia-container-runtime", "runtimeArgs": []}}});
+        let engine = Engine::builder().with_nvidia_runtime().daemon_json(format!("{daemon_json}\n")).start();
+        let engine = engine.expect("a Docker engine");
+        engine.import_image(&[image::PYTORCH]);
+        engine.nvidia_runtime(RuntimeMode::Ok, &machine);
+        let mut case = Case::new();
+        case.engine(&engine);
+        let mut variables = vec![("FL_SUPERLINK_ADDRESS", "10.9.8.7:9092")];
+        if with_gpu {
+            case.nvml(&machine).sysfs(&Sysfs::new().gpu("0000:01:00.0").driver("nvidia").module("550.54.15"));
+            variables.extend([("FL_GPU_ENABLED", "YES"), ("PCI0_ADDRESS", "01:00.0")]);
+            // What the shell asks. It answers at once, which the real one does not.
+            let csv = format!("0, {UUID}, NVIDIA A100, 40960");
+            let program = case.write("bin/nvidia-smi", format!("#!/bin/sh\necho '{csv}'\n"));
+            fs::set_permissions(program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        }
+        case.context(&variables);
+        Self { engine, case }
+    }
+
+    /// A machine on which nothing was launched yet.
+    pub(crate) fn clear(&self) {
+        let there = self.engine.get(&format!("/containers/{NAME}/json")).is_ok();
+        if there {
+            call(&self.engine.socket(), "DELETE", &format!("/containers/{NAME}?force=1&v=1"), "");
+        }
+        let state = self.case.path("state");
+        fs::remove_dir_all(&state).unwrap();
+        fs::create_dir(&state).unwrap();
+    }
+
+    /// A command with what systemd would give it, and nothing else.
+    fn command(&self, program: impl AsRef<Path>) -> Command {
+        let mut command = Command::new(program.as_ref());
+        let path = format!(
+            "{}:{}:/usr/sbin:/usr/bin:/sbin:/bin",
+            self.case.path("bin").display(),
+            self.engine.bin_dir().display()
+        );
+        command.env_clear().env("PATH", path).env("NVML_STANDIN", self.case.path("nvml.json"));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+    }
+
+    /// Starts a command that becomes the agent, and waits until it is ready.
+    fn start(&self, mut command: Command) -> Started {
+        let socket = self.case.path("bench.sock");
+        let _ = fs::remove_file(&socket);
+        let systemd = UnixDatagram::bind(&socket).unwrap();
+        systemd.set_read_timeout(Some(PATIENCE)).unwrap();
+        command.arg("run").arg("--settings").arg(self.case.settings_file()).env("NOTIFY_SOCKET", &socket);
+        let since = Instant::now();
+        let child = command.spawn().unwrap();
+        let mut started = Started { child, took: Duration::ZERO };
+        let mut buffer = [0; 4096];
+        while !String::from_utf8_lossy(&buffer).contains("READY=1") {
+            buffer.fill(0);
+            systemd.recv(&mut buffer).expect("the agent is ready in time");
+        }
+        started.took = since.elapsed();
+        started
+    }
+
+    pub(crate) fn agent(&self) -> Started {
+        self.start(self.command(agent_binary()))
+    }
+
+    fn shell(&self) -> Command {
+        let mut command = self.command("bash");
+        command
+            .arg("tests/bench/shell-way.sh")
+            .arg(self.case.path("context/context.sh.online"))
+            .arg(self.engine.socket())
+            .arg(self.engine.daemon_json())
+            .arg(self.case.path("data"));
+        command
+    }
+
+    fn shell_takes(&self) -> Duration {
+        let since = Instant::now();
+        let status = self.shell().status().unwrap();
+        assert!(status.success(), "{status}");
+        since.elapsed()
+    }
+
+    /// What the agent asks Docker to create.
+    fn wanted(&mut self) -> String {
+        let recorder = Recorder::start(self.case.path("recorder.sock"), &self.engine.socket());
+        let direct = self.engine.socket().to_string_lossy().into_owned();
+        self.case.set("docker.socket", recorder.socket().to_string_lossy().into_owned());
+        drop(self.agent());
+        self.case.set("docker.socket", direct);
+        let created = recorder.calls().into_iter().find(|(_, path, _)| path.starts_with("/containers/create"));
+        self.clear();
+        created.expect("it was created").2
+    }
+
+    /// The same container by raw calls.
+    fn floor(&self, body: &str) -> Duration {
+        let socket = self.engine.socket();
+        let since = Instant::now();
+        let created = call(&socket, "POST", &format!("/containers/create?name={NAME}"), body);
+        let created: Value = serde_json::from_str(&created).unwrap();
+        let id = created["Id"].as_str().expect("an id");
+        call(&socket, "POST", &format!("/containers/{id}/start"), "");
+        let found: Value = serde_json::from_str(&call(&socket, "GET", &format!("/containers/{id}/json"), "")).unwrap();
+        assert_eq!(found["State"]["Running"], true, "{found}");
+        since.elapsed()
+    }
+
+    /// How long the child process takes that asks NVML.
+    fn probe_takes(&self) -> Duration {
+        let mut command = self.command(agent_binary());
+        command.args(["nvml-probe", "--"]).arg(nvml_library());
+        let since = Instant::now();
+        assert!(command.status().unwrap().success());
+        since.elapsed()
+    }
+
+    /// The programs that were started, by the kernel's own account, until `launch` is over.
+    fn programs(&self, launch: impl FnOnce(Command)) -> usize {
+        let trace = self.case.path("trace");
+        let mut command = self.command("strace");
+        command.args(["-f", "-qq", "-e", "trace=execve", "-o"]).arg(&trace);
+        launch(command);
+        let trace = fs::read_to_string(trace).unwrap();
+        trace.lines().filter(|line| line.contains("execve(") && line.ends_with("= 0")).count()
+    }
+}
+
+/// The command that `strace` is to run.
+fn traced(mut strace: Command, command: &Command) -> Command {
+    strace.arg(command.get_program()).args(command.get_args());
+    strace
+}
+
+pub(crate) fn measure(report: &mut Report, launches: usize) {
+    for with_gpu in [false, true] {
+        let mut ground = Ground::new(with_gpu);
+        let words = if with_gpu { "with a GPU (stand-ins)" } else { "without a GPU" };
+        report.part(&format!("a launch {words}: start of the program to the container running, median of {launches}"));
+        let body = ground.wanted();
+        let (mut floor, mut agent, mut shell, mut probe) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        // The first round is for the caches.
+        for round in 0..=launches {
+            let taken = [
+                (&mut floor, ground.floor(&body)),
+                (&mut agent, {
+                    ground.clear();
+                    ground.agent().took
+                }),
+                (&mut shell, {
+                    ground.clear();
+                    ground.shell_takes()
+                }),
+            ];
+            for (figures, took) in taken {
+                if round > 0 {
+                    figures.push(milliseconds(took));
+                }
+            }
+            ground.clear();
+            if with_gpu && round > 0 {
+                probe.push(milliseconds(ground.probe_takes()));
+            }
+        }
+        let over = |figures: &[f64]| {
+            median(&figures.iter().zip(&floor).map(|(taken, floor)| taken - floor).collect::<Vec<_>>())
+        };
+        let (agent_over, shell_over) = (over(&agent), over(&shell));
+        report.row("the floor: create, start, inspect, raw", &format!("{:.1} ms", median(&floor)), "");
+        let aim = if with_gpu {
+            let nvml = median(&probe);
+            report.row("one NVML initialisation, in a process of its own", &format!("{nvml:.1} ms"), "");
+            format!("at most {:.1}", 8.0 + nvml)
+        } else {
+            "at most 8".to_owned()
+        };
+        report.row("the agent, over the floor", &format!("{agent_over:.1} ms"), &aim);
+        report.row("the shell way, over the floor", &format!("{shell_over:.1} ms"), "");
+        report.row(
+            "the shell way's overhead by the agent's",
+            &format!("{:.1}", shell_over / agent_over),
+            "at least 15",
+        );
+        let key = |what: &str| format!("launch {words}, {what}, ms");
+        for (what, figures) in [("floor", &floor), ("agent", &agent), ("shell", &shell), ("probe", &probe)] {
+            report.keep(&key(what), rounded(figures));
+        }
+        let children = ground.programs(|strace| drop(ground.start(traced(strace, &ground.command(agent_binary())))));
+        ground.clear();
+        let shell_programs =
+            ground.programs(|strace| assert!(traced(strace, &ground.shell()).status().unwrap().success()));
+        ground.clear();
+        // The program itself is not its own child.
+        let aim = if with_gpu { "1" } else { "0" };
+        report.row("programs that the agent starts until it is ready", &(children - 1).to_string(), aim);
+        report.row("programs that the shell way starts", &(shell_programs - 1).to_string(), "");
+        report.keep(&key("programs"), json!({"agent": children - 1, "shell": shell_programs - 1}));
+    }
+}

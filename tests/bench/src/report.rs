@@ -1,0 +1,60 @@
+//! The table, and the raw figures behind it.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+
+/// What has been measured so far. Each row is printed as soon as it is there.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    raw: Map<String, Value>,
+}
+
+impl Report {
+    /// Begins a part of the table.
+    pub(crate) fn part(&self, title: &str) {
+        println!("\n== {title}");
+    }
+
+    /// One row; `aim` is what was wished for, or empty.
+    pub(crate) fn row(&self, what: &str, figure: &str, aim: &str) {
+        println!("   {what:<58} {figure:>16}  {aim}");
+    }
+
+    /// Keeps the figures that a row was made from.
+    pub(crate) fn keep(&mut self, name: &str, figures: impl Into<Value>) {
+        self.raw.insert(name.to_owned(), figures.into());
+    }
+
+    /// Writes the raw figures down.
+    pub(crate) fn finish(self) {
+        let file = Path::new("target/bench.json");
+        let text = format!("{:#}\n", Value::from(self.raw));
+        fs::write(file, text).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        println!("\n   the raw figures: {}", file.display());
+    }
+}
+
+/// The middle one; of an even number the mean of the two.
+pub(crate) fn median(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => f64::NAN,
+        length if length % 2 == 1 => sorted[middle],
+        _ => f64::midpoint(sorted[middle - 1], sorted[middle]),
+    }
+}
+
+/// In milliseconds.
+pub(crate) fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// The figures as they are written down: microseconds are enough.
+pub(crate) fn rounded(figures: &[f64]) -> Value {
+    figures.iter().map(|figure| json!((figure * 1e3).round() / 1e3)).collect()
+}

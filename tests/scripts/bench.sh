@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# `make bench`: what the agent costs beside what a user would pick instead (tests/bench/README.md), as it is shipped. Takes a quarter
+# of an hour; `bench.sh --short`, as CI runs it, takes three minutes.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+package=$(packaging/build-deb.sh)
+# The one in the package: what is built next for all together has the features of everybody's crates.
+target=$(realpath "${CARGO_TARGET_DIR:-target}")
+cp "$target/release/supernode-agent" "$target/bench-agent"
+cargo build --release --locked --quiet -p supernode-bench -p supernode-tests -p nvml-standin
+SUPERNODE_AGENT=$target/bench-agent "$target/release/supernode-bench" --package "$package" "$@"

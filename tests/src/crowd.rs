@@ -1,0 +1,86 @@
+//! Nodes of several services that all boot at once, against one OneGate.
+
+use std::{
+    fs,
+    io::Write as _,
+    os::unix::fs::PermissionsExt as _,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    case::{Agent, Case},
+    onegate::OneGateStandIn,
+    process::run,
+    sandbox::{Sandbox, agent_binary},
+};
+
+/// A cloud has several.
+const SERVICES: u32 = 20;
+/// More than all of them need on a busy machine, with a debug build.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// What became of agents that started together.
+#[derive(Debug, Clone, Copy)]
+pub struct Crowd {
+    /// From the start of the first to the last that has found its SuperLink.
+    pub took: Duration,
+    /// How many found it at the first attempt.
+    pub at_first_attempt: u32,
+    /// Requests of discovery.
+    pub discovery: usize,
+    /// All requests, publications among them.
+    pub requests: usize,
+    /// The most requests within one second.
+    pub peak_requests_per_second: usize,
+}
+
+/// Starts as many agents in the same moment, and waits until all have found their SuperLink.
+///
+/// # Panics
+/// Where one does not.
+#[must_use]
+#[track_caller]
+pub fn start_together(agents: u32) -> Crowd {
+    let onegate = OneGateStandIn::start();
+    onegate.change(|state| {
+        for service in 0..SERVICES {
+            state.join(service, "superlink", 1 + service).attribute("FL_ENDPOINT", "10.9.8.7:9092");
+        }
+        for id in 0..agents {
+            state.join(id % SERVICES, "supernode", 1000 + id);
+        }
+    });
+    // All of them stand behind one gate, and start when it opens.
+    let gate = Sandbox::new("crowd");
+    let fifo = gate.join("gate");
+    run(Command::new("mkfifo").arg(&fifo), PATIENCE).expect_success();
+    let script = format!("#!/bin/sh\nread -r _ < {}\nexec {} \"$@\"\n", fifo.display(), agent_binary().display());
+    let behind_gate = gate.write("agent", script);
+    fs::set_permissions(&behind_gate, fs::Permissions::from_mode(0o755)).expect("the mode of a script");
+    let nodes: Vec<(Case, Agent)> = (0..agents)
+        .map(|id| {
+            let mut case = Case::new();
+            // Docker is not there: the SuperLink is looked for meanwhile.
+            case.set("docker.ready_timeout_seconds", PATIENCE.as_secs());
+            case.context(&[]).onegate(&onegate, 1000 + id).agent(&behind_gate);
+            let agent = case.start();
+            (case, agent)
+        })
+        .collect();
+    let began = Instant::now();
+    // The first writer lets every reader go that waits, and each that comes after.
+    let opened = fs::OpenOptions::new().read(true).write(true).open(&fifo).expect("the gate");
+    (&opened).write_all(&vec![b'\n'; agents as usize]).expect("the gate");
+    let found = |(_, agent): &(Case, Agent)| agent.wait_for_line("found the SuperLink at 10.9.8.7:9092", PATIENCE);
+    let at_first_attempt = nodes.iter().map(found).filter(|line| line.contains("attempt 1)")).count();
+    let took = began.elapsed();
+    let requests = onegate.requests();
+    Crowd {
+        took,
+        at_first_attempt: u32::try_from(at_first_attempt).unwrap_or(agents),
+        discovery: requests.iter().filter(|request| request.method == "GET").count(),
+        requests: requests.len(),
+        peak_requests_per_second: onegate.peak_requests_per_second(),
+    }
+}
