@@ -6,31 +6,36 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-/// New content that lies beside its target, on the disk, and is not yet in its place.
+/// New content that lies beside its target and is not yet in its place.
 #[derive(Debug)]
 pub struct Prepared {
     file: PathBuf,
     target: PathBuf,
+    lasting: bool,
 }
 
-/// Writes `bytes` beside `target`, with the mode and the owner of the file that is there now, else with mode 0644.
+/// Writes `bytes` beside `target`, on the disk, with the mode and the owner of the file that is there now, else with mode 0644.
 ///
 /// # Errors
 /// When the folder or the file cannot be written. Nothing is left behind then.
 pub fn prepare(target: &Path, bytes: &[u8]) -> io::Result<Prepared> {
+    prepare_for(target, bytes, true)
+}
+
+fn prepare_for(target: &Path, bytes: &[u8], lasting: bool) -> io::Result<Prepared> {
     let folder = folder_of(target);
     std::fs::create_dir_all(folder)?;
     let mut name = OsString::from(".");
     name.push(target.file_name().unwrap_or_default());
     name.push(".supernode-agent");
     // One fixed name: what a killed run left behind is taken away by the next.
-    let prepared = Prepared { file: folder.join(name), target: target.into() };
+    let prepared = Prepared { file: folder.join(name), target: target.into(), lasting };
     match std::fs::remove_file(&prepared.file) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let mut file = File::options().write(true).create_new(true).mode(0o600).open(&prepared.file)?;
-    match fill(&mut file, target, bytes) {
+    match fill(&mut file, target, bytes, lasting) {
         Ok(()) => Ok(prepared),
         Err(error) => {
             prepared.discard();
@@ -39,7 +44,7 @@ pub fn prepare(target: &Path, bytes: &[u8]) -> io::Result<Prepared> {
     }
 }
 
-fn fill(file: &mut File, target: &Path, bytes: &[u8]) -> io::Result<()> {
+fn fill(file: &mut File, target: &Path, bytes: &[u8], lasting: bool) -> io::Result<()> {
     file.write_all(bytes)?;
     let mode = match target.metadata() {
         Ok(old) => {
@@ -50,7 +55,7 @@ fn fill(file: &mut File, target: &Path, bytes: &[u8]) -> io::Result<()> {
         Err(error) => return Err(error),
     };
     file.set_permissions(Permissions::from_mode(mode))?;
-    file.sync_all()
+    if lasting { file.sync_all() } else { Ok(()) }
 }
 
 impl Prepared {
@@ -63,7 +68,7 @@ impl Prepared {
             self.discard();
             return Err(error);
         }
-        File::open(folder_of(&self.target))?.sync_all()
+        if self.lasting { File::open(folder_of(&self.target))?.sync_all() } else { Ok(()) }
     }
 
     /// Takes the content away again.
@@ -77,10 +82,23 @@ impl Prepared {
 /// # Errors
 /// When it cannot be written; it is what it was then.
 pub fn replace(target: &Path, bytes: &[u8]) -> io::Result<()> {
+    replace_for(target, bytes, true)
+}
+
+/// The same for a file that is written anew after a reboot: it does not wait for the disk, which takes milliseconds where the
+/// folder is not in memory.
+///
+/// # Errors
+/// When it cannot be written; it is what it was then.
+pub fn replace_for_this_boot(target: &Path, bytes: &[u8]) -> io::Result<()> {
+    replace_for(target, bytes, false)
+}
+
+fn replace_for(target: &Path, bytes: &[u8], lasting: bool) -> io::Result<()> {
     if std::fs::read(target).is_ok_and(|present| present == bytes) {
         return Ok(());
     }
-    prepare(target, bytes)?.put_in_place()
+    prepare_for(target, bytes, lasting)?.put_in_place()
 }
 
 fn folder_of(target: &Path) -> &Path {

@@ -272,7 +272,7 @@ impl Reporter {
         let text = serde_json::to_string_pretty(&*self.report.borrow()).unwrap_or_default();
         // Without the file the node is what it is; `status` says that it is not known.
         if let Some(file) = &self.file
-            && let Err(error) = atomic::replace(file, text.as_bytes())
+            && let Err(error) = atomic::replace_for_this_boot(file, text.as_bytes())
         {
             tracing::debug!("cannot write {}: {error}", file.display());
         }

@@ -111,15 +111,13 @@ impl Root {
                 let request = String::from_utf8_lossy(&request[..length]).into_owned();
                 let path = request.split(' ').nth(1).unwrap_or_default();
                 let (status, body) = match path {
-                    path if path.ends_with("/version") => {
-                        ("200 OK", json!({"Version": "26.1.5", "ApiVersion": "1.45"}))
-                    }
+                    "/_ping" => ("200 OK", json!("OK")),
                     path if path.ends_with("/info") => ("200 OK", info.clone()),
                     path if path.contains("pytorch") => ("200 OK", json!({"Id": "sha256:1"})),
                     _ => ("404 Not Found", json!({"message": "no such thing"})),
                 };
                 let body = body.to_string();
-                let head = "Content-Type: application/json\r\nConnection: close\r\nContent-Length";
+                let head = "Content-Type: application/json\r\nApi-Version: 1.45\r\nConnection: close\r\nContent-Length";
                 let _ = write!(stream, "HTTP/1.1 {status}\r\n{head}: {}\r\n\r\n{body}", body.len());
             }
         });

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::str::FromStr as _;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use bollard::Docker;
 use bollard::errors::Error as ApiError;
 use bollard::models::{
     ContainerCreateBody, DeviceRequest, HostConfig, HostConfigLogConfig, Mount, MountType, NetworkSettings,
@@ -16,12 +17,12 @@ use bollard::query_parameters::{
     ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder, StartContainerOptions,
     StopContainerOptionsBuilder, WaitContainerOptions,
 };
-use bollard::{API_DEFAULT_VERSION, Docker};
 use futures_util::StreamExt as _;
 use tokio::time::Instant;
 use x509_cert::der::DateTime;
 
 use super::log::Log;
+use super::ping::api_version;
 use super::pull::Pull;
 use crate::config::values::ImageRef;
 use crate::gpu::reason::one_line;
@@ -240,17 +241,15 @@ impl Engine {
     /// # Errors
     /// When the engine does not answer.
     pub async fn connect(socket: &Path) -> Result<Self, EngineError> {
-        let path = socket.to_string_lossy();
-        let unreachable = |error: ApiError| EngineError::Unreachable {
-            socket: path.to_string(),
-            message: one_line(&error_chain(&error)),
-        };
-        let docker =
-            Docker::connect_with_unix(&path, CALL_LIMIT.as_secs(), API_DEFAULT_VERSION).map_err(unreachable)?;
+        let unreachable = |message: String| EngineError::Unreachable { socket: socket.display().to_string(), message };
         let since = Instant::now();
-        let negotiated = tokio::time::timeout(CALL_LIMIT, docker.negotiate_version()).await;
-        tracing::debug!("Docker took {} µs to agree on a version", since.elapsed().as_micros());
-        let docker = negotiated.unwrap_or(Err(ApiError::RequestTimeoutError)).map_err(unreachable)?;
+        let answer = tokio::time::timeout(CALL_LIMIT, api_version(socket)).await;
+        tracing::debug!("Docker took {} µs to answer a ping", since.elapsed().as_micros());
+        let version = answer
+            .map_err(|_| unreachable(format!("no answer within {} s", CALL_LIMIT.as_secs())))?
+            .map_err(|error| unreachable(one_line(&error_chain(&error))))?;
+        let docker = Docker::connect_with_unix(&socket.to_string_lossy(), CALL_LIMIT.as_secs(), &version)
+            .map_err(|error| unreachable(one_line(&error_chain(&error))))?;
         Ok(Self { docker })
     }
 

@@ -3,5 +3,6 @@
 pub mod daemon_json;
 pub mod engine;
 pub mod log;
+pub mod ping;
 pub mod pull;
 pub mod runtime;
