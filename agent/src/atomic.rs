@@ -46,15 +46,17 @@ fn prepare_for(target: &Path, bytes: &[u8], lasting: bool) -> io::Result<Prepare
 
 fn fill(file: &mut File, target: &Path, bytes: &[u8], lasting: bool) -> io::Result<()> {
     file.write_all(bytes)?;
-    let mode = match target.metadata() {
-        Ok(old) => {
-            std::os::unix::fs::fchown(&*file, Some(old.uid()), Some(old.gid()))?;
-            old.mode() & 0o7777
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => 0o644,
+    let old = match target.metadata() {
+        Ok(old) => Some(old),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(error),
     };
+    // The mode first: that of a file which is somebody else's is changed by CAP_FOWNER alone, which the units do not have.
+    let mode = old.as_ref().map_or(0o644, |old| old.mode() & 0o7777);
     file.set_permissions(Permissions::from_mode(mode))?;
+    if let Some(old) = old {
+        std::os::unix::fs::fchown(&*file, Some(old.uid()), Some(old.gid()))?;
+    }
     if lasting { file.sync_all() } else { Ok(()) }
 }
 
