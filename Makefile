@@ -40,9 +40,9 @@ mutants: ## how many changes of the pure modules their tests notice (hours); tes
 	@packaging/install-tools.sh mutants
 	@tests/scripts/mutants.sh
 
-bench: ## the agent beside the raw API and the shell way: time, processes, memory, sizes, growth (15 minutes)
+bench: ## the agent beside the raw API and the shell way: time, processes, memory, sizes, growth (15 minutes; SHORT=1: 3)
 	@packaging/install-tools.sh bench
-	@tests/scripts/bench.sh
+	@tests/scripts/bench.sh $(if $(SHORT),--short)
 
 pictures: ## the README's pictures, drawn anew from packaging/pictures/boot.json and the code
 	@packaging/pictures/draw.py

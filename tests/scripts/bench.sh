@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# `make bench`: what the agent costs beside what a user would pick instead (tests/bench/README.md), as it is shipped. Takes a quarter
-# of an hour; `bench.sh --short`, as CI runs it, takes three minutes.
+# `make bench`: what the agent costs, as it is shipped, beside what a user would pick instead (tests/bench/README.md).
+#
+#   bench.sh [--short]
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -12,7 +12,7 @@ use supernode_tests::crowd::start_together;
 
 use crate::report::Report;
 
-pub(crate) fn measure(report: &mut Report, together: &[u32]) {
+pub(crate) fn measure(report: &mut Report, together: &[u32], simulated: &[u32]) {
     report.part("agents that start in the same moment, against one OneGate stand-in");
     for agents in together {
         let crowd = start_together(*agents);
@@ -27,7 +27,7 @@ pub(crate) fn measure(report: &mut Report, together: &[u32]) {
     }
     report.part("by simulation of the same backoff code, discovery alone");
     for scene in SCENES {
-        for nodes in [10_000, 100_000] {
+        for &nodes in simulated {
             for chance in [true, false] {
                 let end = simulate(scene, nodes, chance);
                 let jitter = if chance { "with jitter" } else { "without" };

@@ -9,6 +9,7 @@
     reason = "a benchmark that cannot be taken is a failure of the whole, and its table goes to standard output"
 )]
 
+mod boot;
 mod docker;
 mod growth;
 mod launch;
@@ -30,11 +31,14 @@ struct Extent {
     rest_seconds: Option<u64>,
     /// Agents that start together.
     together: &'static [u32],
+    /// Nodes that are simulated.
+    simulated: &'static [u32],
 }
 
-const WHOLE: Extent = Extent { launches: 20, rest_seconds: Some(60), together: &[1, 10, 100, 500] };
+const WHOLE: Extent =
+    Extent { launches: 20, rest_seconds: Some(60), together: &[1, 10, 100, 500], simulated: &[10_000, 100_000] };
 /// What CI runs: from fewer runs, and without the wake-ups, which the federation's test counts with a real Flower.
-const SHORT: Extent = Extent { launches: 5, rest_seconds: None, together: &[1, 10, 100] };
+const SHORT: Extent = Extent { launches: 5, rest_seconds: None, together: &[1, 10, 100], simulated: &[10_000] };
 
 fn main() {
     let mut arguments = std::env::args().skip(1);
@@ -51,6 +55,7 @@ fn main() {
     rest::measure(&mut report, extent.rest_seconds);
     size::measure(&mut report, package.as_deref());
     parse::measure(&mut report);
-    growth::measure(&mut report, extent.together);
+    boot::measure(&mut report);
+    growth::measure(&mut report, extent.together, extent.simulated);
     report.finish();
 }
