@@ -291,6 +291,7 @@ httpx.HTTPStatusError: Client error '401 Unauthorized' for url 'http://127.0.0.1
             "INFO:     SuperNode ID: 7\r",
             "\x1b[92mINFO 2026-11-26 16:11:13,123\x1b[0m:      SuperNode ID: 7",
             "INFO 2026-11-26 16:11:13,123:      SuperNode ID: 7",
+            "\x1b[1;92mINFO\x1b[0m:      SuperNode ID: 7",
         ] {
             assert_eq!(said(line), Some(Registered(7)), "{line}");
         }
@@ -304,6 +305,7 @@ httpx.HTTPStatusError: Client error '401 Unauthorized' for url 'http://127.0.0.1
             "INFO :",
             "\x1b[",
             "\x1b[92m",
+            "\x1b[9xmINFO :      SuperNode ID: 7",
             "SuperNode ID: 7",
             "SuperNode terminated gracefully.",
             "my app: INFO :      SuperNode ID: 7",

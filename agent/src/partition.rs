@@ -310,4 +310,45 @@ mod tests {
         assert_eq!(Keeper::new(&folder, 102, "boot-1").kept(), None);
         std::fs::remove_dir_all(folder).unwrap();
     }
+
+    fn service(id: u64, roles: Vec<Role>) -> Service {
+        Service { id, name: "flower".into(), roles }
+    }
+
+    #[test]
+    fn what_is_known_without_asking_is_what_was_taken_in_this_service_and_else_the_number() {
+        let folder = std::env::temp_dir().join(format!("sn-partition-known-{}", std::process::id()));
+        let keeper = Keeper::new(&folder, 102, "boot-1");
+        let other = Role { name: "superlink".into(), ..role(&[(100, 0, None)]) };
+        let now = service(7, vec![other.clone(), role(&[(101, 0, None), (102, 1, None)])]);
+        assert_eq!(known(&now, &keeper), Some(Partition { id: 1, count: 2 }));
+        assert_eq!(known(&service(7, vec![other]), &keeper), None, "no role has this VM");
+        let gap = service(7, vec![role(&[(102, 1, None), (103, 2, None)])]);
+        assert_eq!(known(&gap, &keeper), None, "others must be asked");
+        keeper.keep(7, Partition { id: 5, count: 6 });
+        assert_eq!(known(&now, &keeper), Some(Partition { id: 5, count: 6 }), "also where the service shrank");
+        assert_eq!(known(&service(8, now.roles), &keeper), Some(Partition { id: 1, count: 2 }));
+        // A file that nobody wrote like this.
+        keeper.keep(7, Partition { id: 6, count: 6 });
+        assert_eq!(keeper.kept(), None);
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_number_beyond_any_service_is_not_believed() {
+        let most = MOST_IDS - 1;
+        let numbered = |number| role(&[(101, number, None)]);
+        assert_eq!(number_of(&numbered(most), &numbered(most).nodes[0]), Some(most));
+        assert_eq!(number_of(&numbered(MOST_IDS), &numbered(MOST_IDS).nodes[0]), None);
+        let with_id = |id| role(&[(101, 0, Some(id))]);
+        assert_eq!(published(&with_id(most).nodes[0]), Some(most));
+        assert_eq!(published(&with_id(MOST_IDS).nodes[0]), None);
+    }
+
+    #[test]
+    fn a_node_that_has_published_an_id_keeps_it() {
+        let now = role(&[(102, 5, Some(1)), (103, 6, None)]);
+        assert_eq!(free_partition(&now, 102), Partition { id: 1, count: 2 });
+        assert_eq!(free_partition(&now, 103), Partition { id: 0, count: 2 });
+    }
 }

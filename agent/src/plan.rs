@@ -506,4 +506,36 @@ mod tests {
             ("json-file", "10m", "3")
         );
     }
+
+    #[test]
+    fn people_see_the_specification_without_the_secrets_of_the_node_configuration() {
+        let context = "FL_SUPERLINK_ADDRESS='h:1'\nFL_NODE_CONFIG='site=1 token=\"hunter2\"'\n";
+        let spec = spec(context, &Verdict::not_wanted(), &GpuAccess::Runtime);
+        let node_config = NodeConfig::parse("site=1 token=\"hunter2\"").unwrap();
+        let mut expected = spec.clone();
+        let secret = expected.args.iter().position(|argument| argument == node_config.as_str()).unwrap();
+        expected.args[secret] = "site=1 token='(hidden)'".into();
+        assert_eq!(spec.redacted(Some(&node_config)), expected);
+        assert_eq!(spec.redacted(None), spec);
+    }
+
+    #[test]
+    fn shared_memory_is_half_of_all_and_no_less_than_docker_gives_unless_the_operator_says() {
+        let size = |memory_mib, shm_size_mib| {
+            let (config, _) = Config::from_context(&Context::parse(b"").unwrap(), &Prebaked::default()).unwrap();
+            let machine = Machine { memory_mib, ..Machine::default() };
+            let mut settings = Settings::default();
+            settings.container.shm_size_mib = shm_size_mib;
+            let (verdict, image) = (Verdict::not_wanted(), wanted_image(&config));
+            plan_container(&config, &verdict, &GpuAccess::Runtime, None, &image, &machine, &settings).shm_size_mib
+        };
+        assert_eq!([size(8000, 0), size(100, 0), size(8000, 7)], [4000, 64, 7]);
+    }
+
+    #[test]
+    fn the_runtime_is_told_what_of_the_driver_to_bring_and_cdi_knows_it() {
+        let capabilities = |access| spec("", &gpu(), &access).env.get("NVIDIA_DRIVER_CAPABILITIES").cloned();
+        assert_eq!(capabilities(GpuAccess::Runtime).as_deref(), Some(DRIVER_CAPABILITIES));
+        assert_eq!(capabilities(GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-0".into()])), None);
+    }
 }

@@ -289,9 +289,12 @@ pub fn trust(config: &Config, vm: &Vm, now: SystemTime) -> Result<(SuperLink, Ve
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::TcpListener;
     use std::time::{Duration, UNIX_EPOCH};
 
-    use one_context::Context;
+    use one_context::{Context, Secret};
+    use serde_json::json;
 
     use super::*;
     use crate::config::Prebaked;
@@ -397,5 +400,114 @@ mod tests {
         assert!(check(Err("no token"), &config(&expired), now()).is_ok());
         let error = final_error(&expired, far);
         assert!(error.is_final() && error.to_string().contains("expired"), "{error}");
+        // Without TLS nobody needs a CA.
+        assert!(check(Err("no token"), &config(&[expired[0]]), now()).is_ok());
+        assert!(check(Err("no token"), &config(&[expired[0], expired[2]]), far).is_ok());
+    }
+
+    #[test]
+    fn what_onegate_refuses_for_good_is_final() {
+        assert!(SuperLinkError::OneGate(OneGateError::BadVmId).is_final());
+        assert!(SuperLinkError::OneGate(OneGateError::NotInService).is_final());
+    }
+
+    /// A OneGate that gives these answers, one to each request.
+    fn onegate(answers: Vec<String>) -> OneGate {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for body in answers {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = Vec::new();
+                while !request.ends_with(b"\r\n\r\n") {
+                    let mut byte = [0];
+                    stream.read_exact(&mut byte).unwrap();
+                    request.extend(byte);
+                }
+                write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
+                    .unwrap();
+            }
+        });
+        OneGate::new(&endpoint, "101", Secret::new("token"), None, Duration::from_secs(20)).unwrap()
+    }
+
+    fn service(role: &str, vms: &[u64]) -> String {
+        let nodes: Vec<_> = vms.iter().map(|vm| json!({"deploy_id": vm, "vm_info": {"VM": {"ID": vm}}})).collect();
+        json!({"SERVICE": {"id": 7, "name": "flower", "roles": [{"name": role, "nodes": nodes}]}}).to_string()
+    }
+
+    /// A VM in the state ACTIVE, RUNNING, or in POWEROFF.
+    fn peer(id: u64, runs: bool, attributes: serde_json::Value) -> String {
+        let (state, lcm_state) = if runs { (3, 3) } else { (8, 0) };
+        json!({"VM": {"ID": id, "STATE": state, "LCM_STATE": lcm_state, "USER_TEMPLATE": attributes}}).to_string()
+    }
+
+    #[tokio::test]
+    async fn the_operators_address_stays_where_onegate_is_asked_for_the_ca_alone() {
+        let published = json!({"FL_ENDPOINT": "other:2", "FL_VERSION": "1.31.0", "FL_CA_CERT": CA});
+        let gate = onegate(vec![service("superlink", &[100]), peer(100, true, published)]);
+        let config = config(&[("FL_SUPERLINK_ADDRESS", "own:1"), ("FL_TLS_ENABLED", "YES")]);
+        let found = find_superlink(Ok(&gate), &config, now()).await.unwrap();
+        let ca = Some(Certificate::parse(CA).unwrap());
+        let address = HostPort::parse("own:1").unwrap();
+        assert_eq!(found.superlink, SuperLink { address, ca, vm_id: None, version: None, partition: None });
+        assert_eq!(found.service.map(|service| service.id), Some(7), "its partition may be looked for");
+    }
+
+    #[tokio::test]
+    async fn the_operators_address_and_ca_need_no_onegate() {
+        let own = [("FL_SUPERLINK_ADDRESS", "own:1"), ("FL_SSL_CA_CERTFILE", CA)];
+        let find = async |tls| find_superlink(Err("no token"), &config(&[own[0], own[1], tls]), now()).await;
+        let found = find(("FL_TLS_ENABLED", "YES")).await.unwrap();
+        assert_eq!(found.superlink.ca, Some(Certificate::parse(CA).unwrap()));
+        assert_eq!(find(("FL_TLS_ENABLED", "NO")).await.unwrap().superlink.ca, None);
+        let without = config(&[own[0], ("FL_TLS_ENABLED", "YES")]);
+        let error = find_superlink(Err("no token"), &without, now()).await.unwrap_err();
+        assert!(matches!(error, SuperLinkError::NoCertificate), "{error}");
+    }
+
+    #[tokio::test]
+    async fn where_no_service_could_tell_the_ca_the_operator_has_to_and_else_it_is_asked_for_again() {
+        let config = config(&[("FL_SUPERLINK_ADDRESS", "own:1"), ("FL_TLS_ENABLED", "YES")]);
+        let gate = onegate(vec![service("trainer", &[100])]);
+        let error = find_superlink(Ok(&gate), &config, now()).await.unwrap_err();
+        assert!(matches!(error, SuperLinkError::NoCertificate), "{error}");
+        let gate = onegate(vec![service("superlink", &[])]);
+        let error = find_superlink(Ok(&gate), &config, now()).await.unwrap_err();
+        assert!(matches!(error, SuperLinkError::NoVm), "{error}");
+    }
+
+    #[tokio::test]
+    async fn the_superlink_is_the_first_vm_of_its_role_that_runs() {
+        let find = async |answers| find_superlink(Ok(&onegate(answers)), &config(&[]), now()).await;
+        let endpoint = || json!({"FL_ENDPOINT": "h:1"});
+        let found =
+            find(vec![service("SuperLink", &[100, 102]), peer(100, false, endpoint()), peer(102, true, endpoint())])
+                .await
+                .unwrap();
+        assert_eq!((found.superlink.vm_id, found.superlink.address.to_string()), (Some(102), "h:1".into()));
+        let error = find(vec![service("superlink", &[100]), peer(100, false, endpoint())]).await.unwrap_err();
+        assert!(matches!(error, SuperLinkError::NotRunning(100)) && !error.is_final(), "{error}");
+        let error = find(vec![service("trainer", &[100])]).await.unwrap_err();
+        assert!(error.is_final() && error.to_string().contains("has no role superlink (it has trainer)"), "{error}");
+        let error = find(vec![json!({"SERVICE": {"id": 7, "name": "flower", "roles": []}}).to_string()]).await;
+        assert!(matches!(error, Err(SuperLinkError::NoVm)), "its roles are still to come");
+    }
+
+    #[test]
+    fn what_the_two_sides_say_of_tls_is_warned_of_where_it_does_not_fit() {
+        let warnings = |pairs: &[(&str, &str)], attributes: &[(&str, &str)]| trusted(pairs, attributes).unwrap().1;
+        let no = [("FL_TLS_ENABLED", "NO")];
+        assert_eq!(
+            warnings(&no, &[("FL_TLS", "YES")]),
+            ["the SuperLink speaks TLS, and FL_TLS_ENABLED is NO: the node will not reach it"]
+        );
+        // Whoever says NO means it.
+        let no_with_ca = [("FL_TLS_ENABLED", "NO"), ("FL_SSL_CA_CERTFILE", CA)];
+        assert_eq!(warnings(&no_with_ca, &[]), Vec::<String>::new());
+        assert_eq!(warnings(&[("FL_SSL_CA_CERTFILE", CA)], &[]).len(), 1);
+        let text = |pairs: &[(&str, &str)]| trusted(pairs, &[("FL_TLS", "YES")]).unwrap_err().to_string();
+        assert!(text(&[]).contains("(the SuperLink's FL_TLS is YES)"));
+        assert!(text(&[("FL_TLS_ENABLED", "YES")]).contains("(FL_TLS_ENABLED is YES)"));
     }
 }

@@ -715,4 +715,60 @@ mod tests {
             ]
         );
     }
+
+    #[test]
+    fn every_word_of_a_choice_is_read_as_what_it_says() {
+        for (word, framework) in [
+            ("PyTorch", Framework::PyTorch),
+            ("tensorflow", Framework::TensorFlow),
+            ("sklearn", Framework::Sklearn),
+            ("base", Framework::Base),
+        ] {
+            let prebaked = Prebaked {
+                framework: if framework == Framework::PyTorch { Framework::Base } else { Framework::PyTorch },
+                ..Prebaked::default()
+            };
+            let (config, _) = Config::from_context(&context(&[("ML_FRAMEWORK", word)]), &prebaked).unwrap();
+            assert_eq!(config.framework, framework);
+            assert_eq!(framework.to_string(), word.to_lowercase());
+        }
+        for (word, level) in [
+            ("debug", LogLevel::Debug),
+            ("INFO", LogLevel::Info),
+            ("Warning", LogLevel::Warning),
+            ("ERROR", LogLevel::Error),
+        ] {
+            assert_eq!(log_settings(&context(&[("FL_LOG_LEVEL", word)])), (level, false));
+            assert_eq!(level.name(), word.to_uppercase());
+        }
+        assert_eq!(log_settings(&context(&[("FL_LOG_FORMAT", "JSON")])), (LogLevel::Info, true));
+    }
+
+    #[test]
+    fn what_the_image_build_left_behind_is_read_and_a_file_that_says_nothing_is_named() {
+        let folder = std::env::temp_dir().join(format!("sn-prebaked-{}", std::process::id()));
+        assert_eq!(Prebaked::read(&folder), Ok(Prebaked::default()), "without the files");
+        std::fs::create_dir_all(&folder).unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.join(name), text).unwrap();
+        write("PREBAKED_VERSION", "1.25.0\n");
+        write("PREBAKED_FRAMEWORK", "tensorflow\n");
+        let read = Prebaked { version: Version::of(1, 25, 0), framework: Framework::TensorFlow };
+        assert_eq!(Prebaked::read(&folder), Ok(read));
+        write("PREBAKED_VERSION", "latest");
+        write("PREBAKED_FRAMEWORK", "jax");
+        let place = folder.display();
+        assert_eq!(
+            Prebaked::read(&folder).unwrap_err().to_string(),
+            format!(
+                "{place}/PREBAKED_VERSION: 'latest' must be a Flower release X.Y.Z, such as 1.31.0\n\
+                 {place}/PREBAKED_FRAMEWORK: 'jax' must be one of pytorch, tensorflow, sklearn, base"
+            )
+        );
+        std::fs::remove_dir_all(&folder).unwrap();
+        // A folder in the place of a file.
+        std::fs::create_dir_all(folder.join("PREBAKED_VERSION")).unwrap();
+        let error = Prebaked::read(&folder).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{place}/PREBAKED_VERSION: ")), "{error}");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
 }

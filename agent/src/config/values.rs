@@ -180,7 +180,8 @@ impl ImageRef {
         if is_sha256(text) {
             return false;
         }
-        let last_part_at = rest.rfind('/').map_or(0, |at| at + 1);
+        // A slash before the last part may stay with it.
+        let last_part_at = rest.rfind('/').unwrap_or(0);
         let (name, tag) = match rest[last_part_at..].split_once(':') {
             Some((last, tag)) => (&rest[..last_part_at + last.len()], Some(tag)),
             None => (rest, None),
@@ -652,6 +653,8 @@ mod tests {
         }
         refuses(Fraction::parse, &["0", "0.0", "-0.1", "1.0001", "1.5", "NaN", "inf", "80%", "0,8", "half"]);
         assert_eq!(Fraction::parse("1.5").unwrap_err(), "must be greater than 0 and at most 1");
+        assert!(Fraction::parse("0,8").unwrap_err().ends_with("with a point, not a comma"));
+        assert_eq!(Fraction::parse("half").unwrap_err(), "must be a number greater than 0 and at most 1");
     }
 
     #[test]
@@ -667,7 +670,7 @@ mod tests {
     #[test]
     fn a_version_has_three_numbers() {
         assert_eq!(Version::parse("1.31.0").unwrap().to_string(), "1.31.0");
-        refuses(Version::parse, &["1.31", "v1.31.0", "1.31.0.1", "1.31.x", "latest", "1..0", "1.31.0 "]);
+        refuses(Version::parse, &["123456.0.0", "1.31", "v1.31.0", "1.31.0.1", "1.31.x", "latest", "1..0", "1.31.0 "]);
     }
 
     #[test]
@@ -676,6 +679,7 @@ mod tests {
         assert!(version("1.9.0") < version("1.31.0") && version("1.31.0") < version("1.31.1"));
         assert!(version("2.0.0") > version("1.99999.9"));
         assert_eq!(version("1.031.0"), Version::of(1, 31, 0));
+        assert_ne!(version("1.31.0"), version("1.31.1"));
         assert_eq!(version("1.031.0").to_string(), "1.031.0");
     }
 

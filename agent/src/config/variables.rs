@@ -387,4 +387,42 @@ mod tests {
             assert_eq!(nearest(name), None, "{name:.40}");
         }
     }
+
+    #[test]
+    fn a_value_that_may_be_secret_is_not_shown() {
+        for (kind, shown, hidden) in [
+            (Kind::NodeConfig, "a=1", "token=1"),
+            (Kind::HostPort, "h:1", "u:p@h:1"),
+            (Kind::Image, "own/node:1@sha256:0", "u:p@own/node:1"),
+        ] {
+            assert_eq!(kind.shown(shown), format!("'{shown}'"));
+            assert_eq!(kind.shown(hidden), format!("({} characters, not shown)", hidden.len()));
+        }
+        assert_eq!(Kind::Certificate.shown("é"), "(1 characters, not shown)");
+        assert_eq!(Kind::YesNo.shown("maybe\n"), "'maybe\\n'");
+    }
+
+    #[test]
+    fn what_is_accepted_is_told_in_words() {
+        let told = [
+            (Kind::YesNo, "YES, NO (also TRUE/FALSE, ON/OFF, 1/0)"),
+            (Kind::Choice(&["a", "b"]), "a, b"),
+            (Kind::Count(0), "whole number >= 0"),
+            (Kind::Count(1), "whole number > 0"),
+            (Kind::HostPort, "host:port, [IPv6]:port"),
+        ];
+        for (kind, values) in told {
+            assert_eq!(kind.values(), values);
+        }
+    }
+
+    #[test]
+    fn a_variable_is_found_by_each_of_its_names_and_by_no_other() {
+        for variable in VARIABLES {
+            for name in variable.names() {
+                assert_eq!(find(&name).map(|found| found.name), Some(variable.name));
+            }
+        }
+        assert!(find("FL_GPU").is_none());
+    }
 }

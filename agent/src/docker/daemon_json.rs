@@ -372,6 +372,11 @@ mod tests {
             merged("{\n  \"runtimes\": {\n    \"kata\": {}\n  }\n}"),
             "{\n  \"runtimes\": {\n    \"kata\": {},\n    \"nvidia\": {\n      \"path\": \"nvidia-container-runtime\"\n    }\n  }\n}"
         );
+        // The step of the object itself, where it is another than that of the text.
+        assert_eq!(
+            merged("{\n  \"runtimes\": {\n      \"kata\": {}\n  }\n}"),
+            "{\n  \"runtimes\": {\n      \"kata\": {},\n      \"nvidia\": {\n          \"path\": \"nvidia-container-runtime\"\n      }\n  }\n}"
+        );
         assert_eq!(
             merged("{\n  \"runtimes\": {}\n}"),
             "{\n  \"runtimes\": {\n    \"nvidia\": {\n      \"path\": \"nvidia-container-runtime\"\n    }\n  }\n}"
@@ -419,6 +424,7 @@ mod tests {
             ("{}\nx", 2, 1),
             ("{\"a\": 01}", 1, 8),
             ("{\"a\": \"\t\"}", 1, 8),
+            ("{\"a\": \" \t\"}", 1, 9),
             ("{\"a\tb\": 1}", 1, 4),
             ("{\"a\": \"b\nc\"}", 1, 9),
             ("{\"a\nb\": 1}", 1, 4),

@@ -254,4 +254,145 @@ mod tests {
         let facts = read_facts(Path::new("/proc/self/status"), KernelFacts::default);
         assert!(facts.devices.is_empty() && !facts.unreadable.is_empty(), "{facts:?}");
     }
+
+    /// A sysfs of these files, and of the links to drivers; taken away at the end.
+    struct Sysfs(PathBuf);
+
+    impl Sysfs {
+        fn of(name: &str, files: &[(&str, &str)], drivers: &[(&str, &str)]) -> Self {
+            let sysfs = Self(std::env::temp_dir().join(format!("sn-pci-{name}-{}", std::process::id())));
+            let place = |path: &str| {
+                let path = sysfs.0.join(path);
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                path
+            };
+            for (path, text) in files {
+                std::fs::write(place(path), text).unwrap();
+            }
+            for (device, driver) in drivers {
+                let link = place(&format!("bus/pci/devices/{device}/driver"));
+                std::os::unix::fs::symlink(format!("../../../bus/pci/drivers/{driver}"), link).unwrap();
+            }
+            sysfs
+        }
+
+        /// The facts, and whether the kernel was asked.
+        fn read(&self) -> (PciFacts, bool) {
+            let mut asked = false;
+            let facts = read_facts(&self.0, || {
+                asked = true;
+                KernelFacts::default()
+            });
+            (facts, asked)
+        }
+    }
+
+    impl Drop for Sysfs {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    const GPU: [(&str, &str); 3] = [
+        ("bus/pci/devices/0000:01:00.0/vendor", "0x10de\n"),
+        ("bus/pci/devices/0000:01:00.0/device", "0x20b5\n"),
+        ("bus/pci/devices/0000:01:00.0/class", "0x030200\n"),
+    ];
+
+    #[test]
+    fn a_device_is_read_with_its_numbers_and_its_driver() {
+        let nic = [
+            ("bus/pci/devices/0000:00:03.0/vendor", "0x1af4"),
+            ("bus/pci/devices/0000:00:03.0/class", "0x020000"),
+            ("bus/pci/devices/no-address/vendor", "0x10de"),
+            ("module/nvidia/version", "550.54.15\n"),
+            ("module/nvidia/initstate", "live\n"),
+        ];
+        let sysfs = Sysfs::of("device", &[&GPU[..], &nic].concat(), &[("0000:01:00.0", "nvidia")]);
+        let (facts, asked) = sysfs.read();
+        let [nic, gpu] = &facts.devices[..] else { panic!("{facts:?}") };
+        assert_eq!(gpu.described(), "10de:20b5, class 0302, driver nvidia");
+        assert_eq!(nic.described(), "1af4:????, class 0200, no driver");
+        assert_eq!(
+            serde_json::to_value(&facts.devices).unwrap(),
+            serde_json::json!([
+                {"address": "0000:00:03.0", "vendor": "1af4", "device": null, "class": "020000", "driver": null},
+                {"address": "0000:01:00.0", "vendor": "10de", "device": "20b5", "class": "030200", "driver": "nvidia"},
+            ])
+        );
+        assert_eq!(facts.gpus().collect::<Vec<_>>(), [gpu]);
+        assert_eq!(facts.at(nic.address), Some(nic));
+        assert_eq!(facts.at(PciAddress::parse("01:00.1").unwrap()), None);
+        assert_eq!((facts.module_version.as_deref(), facts.module_pending), (Some("550.54.15"), None));
+        assert!(!asked && facts.unreadable.is_empty(), "a GPU on its driver is no reason to ask the kernel");
+    }
+
+    #[test]
+    fn the_kernel_is_asked_where_a_gpu_is_without_a_driver_or_the_module_is_not_loaded() {
+        let version = ("module/nvidia/version", "550.54.15");
+        let with = |name, files: &[_], drivers: &[_]| Sysfs::of(name, files, drivers).read().1;
+        let driven = [("0000:01:00.0", "nvidia")];
+        let loaded = [&GPU[..], &[version]].concat();
+        assert!(!with("driven", &loaded, &driven));
+        assert!(with("no-driver", &loaded, &[]));
+        assert!(with("no-module", &GPU, &driven));
+        let nic =
+            [("bus/pci/devices/0000:00:03.0/vendor", "0x1af4"), ("bus/pci/devices/0000:00:03.0/class", "0x020000")];
+        assert!(!with("no-gpu", &nic, &[]));
+    }
+
+    #[test]
+    fn a_module_that_is_still_coming_is_told() {
+        let module = [("module/nvidia/version", " \n"), ("module/nvidia/initstate", "coming\n")];
+        let (facts, _) = Sysfs::of("coming", &[&GPU[..], &module].concat(), &[]).read();
+        assert_eq!((facts.module_version, facts.module_pending.as_deref()), (None, Some("coming")));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_listed_and_a_machine_without_a_bus_has_no_devices() {
+        let files = [&GPU[..2], &[("bus/pci/devices/0000:01:00.0/class", "VGA")]].concat();
+        let (facts, _) = Sysfs::of("class", &files, &[]).read();
+        assert!(facts.devices.is_empty() && facts.unreadable.len() == 1, "{facts:?}");
+        assert!(facts.unreadable[0].ends_with("/0000:01:00.0/class: not a hexadecimal number"), "{facts:?}");
+        // A driver that is no link, and a version that is a folder.
+        let files = [("bus/pci/devices/0000:01:00.0/driver", ""), ("module/nvidia/version/x", "")];
+        let (facts, _) = Sysfs::of("driver", &[&GPU[..], &files].concat(), &[]).read();
+        let of = |at: usize| facts.unreadable[at].rsplit_once(": ").unwrap().0;
+        assert!(facts.devices.is_empty() && facts.unreadable.len() == 2, "{facts:?}");
+        assert!(of(0).ends_with("0000:01:00.0/driver") && of(1).ends_with("module/nvidia/version"), "{facts:?}");
+        let (facts, _) = Sysfs::of("no-bus", &[("kernel/x", "")], &[]).read();
+        assert_eq!(facts, PciFacts::default());
+        let facts = read_facts(Path::new("/no/such/sysfs"), KernelFacts::default);
+        assert_eq!(facts.unreadable.len(), 1, "{facts:?}");
+    }
+
+    #[test]
+    fn the_functions_of_one_card_are_known_by_all_but_their_number() {
+        let same =
+            |one: &str, other: &str| PciAddress::parse(one).unwrap().is_same_card(PciAddress::parse(other).unwrap());
+        assert!(same("01:00.0", "01:00.1") && same("01:00.1", "01:00.0") && same("01:00.1", "01:00.1"));
+        assert!(!same("01:00.0", "01:01.0") && !same("01:00.0", "02:00.0") && !same("01:00.0", "0001:01:00.0"));
+        assert_eq!(format!("{:?}", PciAddress::parse("01:00.0").unwrap()), "0000:01:00.0");
+    }
+
+    #[test]
+    fn a_gpu_is_nvidias_and_a_display_and_what_is_one_of_them_resembles_one() {
+        let device = |vendor, class| PciDevice {
+            address: PciAddress::parse("01:00.0").unwrap(),
+            vendor,
+            device: None,
+            class,
+            driver: None,
+        };
+        for (vendor, class, is_gpu, is_similar) in [
+            (0x10de, 0x03_02_00, true, true),
+            (0x10de, 0x03_00_00, true, true),
+            (0x10de, 0x04_03_00, false, true),
+            (0x1002, 0x03_00_00, false, true),
+            (0x1af4, 0x02_00_00, false, false),
+        ] {
+            let device = device(vendor, class);
+            assert_eq!((device.is_nvidia_display(), device.is_similar_to_gpu()), (is_gpu, is_similar), "{device:?}");
+        }
+    }
 }

@@ -410,4 +410,14 @@ mod tests {
         let finding = Finding::new(Reason::RuntimeStartFailed, format!("a\n b\x1b[31m{}", "x".repeat(5000)));
         assert!(finding.summary.starts_with("a b[31mxxx") && finding.summary.chars().count() <= 1001);
     }
+
+    #[test]
+    fn a_reason_is_its_code_wherever_it_is_written_and_a_line_ends_at_a_thousand_characters() {
+        assert_eq!(Reason::GpuLost.to_string(), "gpu-lost");
+        assert_eq!(serde_json::to_string(&Reason::GpuLost).unwrap(), "\"gpu-lost\"");
+        assert_eq!(Reason::from_code("no-such-code"), None);
+        let longest = "é".repeat(1000);
+        assert_eq!(one_line(&format!(" {longest}\n")), longest);
+        assert_eq!(one_line(&format!("{longest}é")), format!("{longest}…"));
+    }
 }

@@ -993,4 +993,147 @@ mod tests {
         card.mig = Some(vec![]);
         assert_eq!(finding(decide(&config(&[]), &facts, &report(vec![card]))).reason, Reason::DeviceSelectionEmpty);
     }
+
+    #[test]
+    fn the_json_names_the_devices_or_the_reason_with_its_fix() {
+        let (facts, outcome) = two();
+        let on_one = decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", "0,7")]), &facts, &outcome);
+        let Verdict::Gpu { missing, .. } = &on_one else { panic!("{on_one:?}") };
+        let device = json!({
+            "index": 0,
+            "uuid": "GPU-aaaa-1",
+            "name": "NVIDIA A100",
+            "pci_address": A,
+            "memory_mib": 40_960,
+        });
+        assert_eq!(
+            on_one.to_json(Distribution::Debian),
+            json!({"device": "cuda", "devices": [device], "missing": missing})
+        );
+        assert_eq!(
+            Verdict::not_wanted().to_json(Distribution::Debian),
+            json!({"device": "cpu", "reason": null, "summary": null, "fix": null})
+        );
+        let lost = Finding { gpu_uuid: Some("GPU-1".into()), ..Finding::new(Reason::GpuLost, "why") };
+        assert_eq!(
+            Verdict::cpu(lost).to_json(Distribution::Ubuntu),
+            json!({
+                "device": "cpu",
+                "reason": "gpu-lost",
+                "summary": "why",
+                "fix": Reason::GpuLost.fix(Distribution::Ubuntu),
+                "pci_address": null,
+                "gpu_uuid": "GPU-1",
+            })
+        );
+    }
+
+    #[test]
+    fn a_selection_of_none_says_which_gpus_it_leaves_out() {
+        let none = config(&[("FL_CUDA_VISIBLE_DEVICES", "none")]);
+        let summary = |facts| finding(before_the_probe(&none, &facts).unwrap()).summary;
+        assert_eq!(
+            summary(two().0),
+            "FL_CUDA_VISIBLE_DEVICES='none' selects no GPU; this VM has 0000:01:00.0 (10de:20b5, class 0302, driver nvidia), 0000:21:00.0 (10de:20b5, class 0302, driver nvidia)"
+        );
+        assert_eq!(summary(facts(&[])), "FL_CUDA_VISIBLE_DEVICES='none' selects no GPU; this VM has no NVIDIA GPU");
+    }
+
+    #[test]
+    fn a_finding_names_the_device_that_it_is_about() {
+        let promised = config(&[("PCI0_ADDRESS", "01:00.0"), ("PCI1_ADDRESS", "21:00.0")]);
+        let place = |config: &Config, facts: &PciFacts, outcome: &ProbeOutcome| {
+            let finding = finding(decide(config, facts, outcome));
+            (finding.pci_address, finding.gpu_uuid)
+        };
+        let a = Some(A.to_owned());
+        let timeout = ProbeOutcome::TimedOut { limit: Duration::from_secs(20), library: LibraryFile::default() };
+        assert_eq!(place(&promised, &facts(&[]), &timeout), (a.clone(), None), "the first that was promised");
+        assert_eq!(place(&config(&[]), &two().0, &timeout), (a.clone(), None), "the first that is there");
+        let mut sick = probed(0, "GPU-1", A);
+        sick.ailments.push("an ailment".into());
+        let on_nvidia = facts(&[gpu_at(A, Some("nvidia"))]);
+        assert_eq!(place(&config(&[]), &on_nvidia, &report(vec![sick])), (a, Some("GPU-1".into())));
+    }
+
+    #[test]
+    fn a_probe_that_died_is_told_with_the_name_of_its_signal() {
+        let on_nvidia = facts(&[gpu_at(A, Some("nvidia"))]);
+        for (signal, told) in [
+            (4, "4 (SIGILL)"),
+            (6, "6 (SIGABRT)"),
+            (7, "7 (SIGBUS)"),
+            (8, "8 (SIGFPE)"),
+            (9, "9 (SIGKILL)"),
+            (11, "11 (SIGSEGV)"),
+            (31, "31"),
+        ] {
+            let outcome = ProbeOutcome::Crashed { signal, said: String::new(), library: LibraryFile::default() };
+            let summary = finding(decide(&config(&[]), &on_nvidia, &outcome)).summary;
+            let start = format!("the probe died by signal {told} while it asked NVIDIA's library; this VM has ");
+            assert!(summary.starts_with(&start), "{summary}");
+        }
+    }
+
+    #[test]
+    fn what_is_known_of_the_library_is_told() {
+        let on_nvidia = facts(&[gpu_at(A, Some("nvidia"))]);
+        let summary = |kind, path: Option<&str>, version: Option<&str>, damage: Option<&str>| {
+            let fault = Fault { call: "nvmlInit_v2".into(), kind, text: "text".into() };
+            let (path, version, damage) = (path.map(Into::into), version.map(Into::into), damage.map(Into::into));
+            let library = LibraryFile { path, version, damage };
+            let outcome = ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library });
+            let summary = finding(decide(&config(&[]), &on_nvidia, &outcome)).summary;
+            summary.split("; this VM has").next().unwrap().to_owned()
+        };
+        let library = FaultKind::Library;
+        assert_eq!(summary(library, None, None, None), "libnvidia-ml cannot be loaded: it is not installed (text)");
+        assert_eq!(
+            summary(library, Some("/lib/l.so"), None, Some("it is empty")),
+            "libnvidia-ml cannot be loaded: /lib/l.so: it is empty (text)"
+        );
+        assert_eq!(summary(library, Some("/lib/l.so"), None, None), "libnvidia-ml cannot be loaded (text)");
+        assert_eq!(
+            summary(FaultKind::Code(12), None, None, None),
+            "libnvidia-ml cannot be loaded (nvmlInit_v2 answered NVML error 12: text)",
+            "a library that answers is installed"
+        );
+        assert_eq!(
+            summary(FaultKind::Code(999), Some("/lib/l.so"), Some("550.1"), None),
+            "nvmlInit_v2 answered NVML error 999: text; the library is /lib/l.so, version 550.1"
+        );
+        assert_eq!(
+            summary(FaultKind::Symbol, Some("/lib/l.so"), None, None),
+            "nvmlInit_v2 is not to be had: text; the library is /lib/l.so"
+        );
+        assert_eq!(summary(FaultKind::Garbled, None, None, None), "what nvmlInit_v2 answered makes no sense: text");
+        assert_eq!(
+            summary(FaultKind::Code(27), None, None, None),
+            "nvmlInit_v2 answered NVML error 27: the driver is not ready"
+        );
+    }
+
+    #[test]
+    fn a_module_that_is_loaded_is_not_said_to_be_missing() {
+        let on_nvidia = facts(&[gpu_at(A, Some("nvidia"))]);
+        let summary = finding(decide(&config(&[]), &on_nvidia, &failed(FaultKind::Code(9), "no driver"))).summary;
+        assert_eq!(
+            summary,
+            "nvmlInit_v2 answered NVML error 9: no driver; this VM has 0000:01:00.0 (10de:20b5, class 0302, driver nvidia), nvidia module 550.54.15"
+        );
+    }
+
+    #[test]
+    fn a_name_that_no_gpu_has_is_called_that_and_an_instance_is_listed_with_its_card() {
+        let (facts, _) = two();
+        let instance = |uuid: &str| ProbedMig { uuid: uuid.into(), name: None, memory_mib: None };
+        let (mut split, mut whole) = (probed(0, "GPU-1", A), probed(1, "GPU-2", B));
+        split.mig = Some(vec![instance("MIG-a"), instance("MIG-b")]);
+        whole.mig = Some(Vec::new());
+        let outcome = report(vec![split, whole]);
+        assert_eq!(
+            finding(decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", "7")]), &facts, &outcome)).summary,
+            "FL_CUDA_VISIBLE_DEVICES='7' selects no usable GPU of this VM (FL_CUDA_VISIBLE_DEVICES names '7', which is not in this VM), which has: GPU 0, NVIDIA A100, GPU-1, 0000:01:00.0 (MIG: MIG-a, MIG-b); GPU 1, NVIDIA A100, GPU-2, 0000:21:00.0 (in MIG mode, without an instance)"
+        );
+    }
 }

@@ -164,4 +164,20 @@ mod tests {
         assert!(Xid(4711).class().is_fatal());
         assert!(Xid(4711).to_string().starts_with("XID 4711: not in the table"));
     }
+
+    #[test]
+    fn every_class_has_its_own_advice() {
+        let told: Vec<&str> = Class::ALL.map(Class::advice).to_vec();
+        assert_eq!(
+            told,
+            [
+                "the GPU must be reset",
+                "the machine must be restarted",
+                "what runs on the GPU cannot go on",
+                "an application's own fault",
+                "nothing is to be done",
+                "for information",
+            ]
+        );
+    }
 }

@@ -948,4 +948,246 @@ mod tests {
         assert_eq!(story.act, Act::End(End::Anew));
         assert!(!up(RULES, Verdict::not_wanted()).machine.waits_for_gpu());
     }
+
+    #[test]
+    fn another_container_is_taken_away_before_ours_is_made() {
+        let mut story = Story::new(RULES, Verdict::not_wanted());
+        for (event, act) in
+            [(Event::Found(Found::Other), Act::Clear), (Event::Done, Act::Make), (Event::Done, Act::Watch)]
+        {
+            assert!(story.hear(event).is_empty());
+            assert_eq!(story.act, act);
+        }
+        // On the CPU there is nothing that it could stand in for.
+        let mut story = Story::new(RULES, Verdict::not_wanted());
+        story.hear(Event::Found(Found::StandIn(finding(Reason::RuntimeStartFailed))));
+        assert_eq!(story.act, Act::Clear);
+    }
+
+    #[test]
+    fn a_container_that_docker_refuses_to_start_again_is_made_anew() {
+        let mut story = Story::new(RULES, on_gpu());
+        for (event, act) in [
+            (Event::Found(Found::Ended), Act::StartAgain),
+            (Event::Refused, Act::Clear),
+            (Event::Done, Act::Make),
+            (Event::Done, Act::Watch),
+        ] {
+            story.hear(event);
+            assert_eq!(story.act, act);
+        }
+    }
+
+    #[test]
+    fn a_container_that_runs_as_it_is_wanted_is_adopted_and_one_that_has_lost_its_gpu_is_replaced() {
+        let mut story = Story::new(RULES, on_gpu());
+        let told = story.hear(Event::Found(Found::Same));
+        assert!(matches!(told[..], [Tell::Adopted]), "{told:?}");
+        assert_eq!(story.act, Act::Watch);
+        let mut story = Story::new(RULES, on_gpu());
+        let told = story.hear(Event::Found(Found::WithoutGpu(finding(Reason::GpuNotVisible))));
+        assert!(matches!(&told[..], [Tell::Replacing(why)] if why.reason == Reason::GpuNotVisible), "{told:?}");
+        assert_eq!((story.act, story.machine.verdict()), (Act::Clear, &on_gpu()));
+    }
+
+    #[test]
+    fn a_container_that_outlived_the_connection_to_it_is_watched_on() {
+        let mut story = up(RULES, on_gpu());
+        for (event, act) in [
+            (changed(Change::Ended(None)), Act::AskEngine),
+            (Event::Engine { answers: true }, Act::See),
+            (Event::Runs(true), Act::Wait(FIRST_PAUSE)),
+            (Event::Done, Act::Watch),
+        ] {
+            assert!(story.hear(event).is_empty());
+            assert_eq!(story.act, act);
+        }
+    }
+
+    #[test]
+    fn why_and_after_what_pause_a_container_is_started_again_is_told() {
+        let mut story = up(RULES, Verdict::not_wanted());
+        let again = |told: Vec<Tell>| match told[..] {
+            [Tell::Again(cause, pause)] => (cause, pause.as_secs()),
+            _ => panic!("{told:?}"),
+        };
+        story.hear(changed(Change::Ended(Some(137))));
+        assert_eq!(again(story.hear(Event::Engine { answers: true })), (Cause::Ended(Some(137)), 1));
+        story.ends_well();
+        story.hear(changed(Change::Ended(None)));
+        story.hear(Event::Engine { answers: true });
+        assert_eq!(again(story.hear(Event::Runs(false))), (Cause::Ended(None), 2));
+        story.hear(Event::Done);
+        let told = story.hear(Event::Failed);
+        assert!(matches!(told[..], [Tell::NotUp]), "{told:?}");
+        assert_eq!(again(story.hear(Event::Engine { answers: true })), (Cause::NotUp, 4));
+    }
+
+    #[test]
+    fn the_engine_is_told_once_when_it_goes_and_once_when_it_is_back() {
+        let mut story = up(RULES, Verdict::not_wanted());
+        story.hear(changed(Change::Ended(Some(1))));
+        let told = story.hear(Event::Engine { answers: false });
+        assert!(matches!(told[..], [Tell::EngineAway]), "{told:?}");
+        assert!(story.hear(Event::Done).is_empty());
+        assert_eq!(story.act, Act::Connect);
+        assert!(story.hear(Event::Engine { answers: false }).is_empty());
+        assert_eq!(story.act, Act::Wait(ENGINE_PAUSE));
+        story.hear(Event::Done);
+        let told = story.hear(Event::Engine { answers: true });
+        assert!(matches!(told[..], [Tell::EngineBack, Tell::Again(Cause::Ended(Some(1)), FIRST_PAUSE)]), "{told:?}");
+    }
+
+    #[test]
+    fn a_launch_that_failed_before_the_engine_went_keeps_its_pause() {
+        let mut story = up(RULES, Verdict::not_wanted());
+        story.hear(changed(Change::Ended(Some(1))));
+        story.hear(Event::Engine { answers: true });
+        story.hear(Event::Done);
+        story.hear(Event::Failed);
+        story.hear(Event::Engine { answers: false });
+        story.hear(Event::Done);
+        story.hear(Event::Engine { answers: true });
+        assert_eq!(story.act, Act::Rest(FIRST_PAUSE * 2));
+    }
+
+    #[test]
+    fn a_gpu_that_fails_is_ignored_where_that_is_wanted_also_between_two_starts() {
+        let mut story = up(Rules { on_failure: OnFailure::Ignore, ..RULES }, on_gpu());
+        let failed = || changed(Change::Failed(finding(Reason::GpuFailed)));
+        let told = story.hear(failed());
+        assert!(matches!(told[..], [Tell::Ignored(_)]), "{told:?}");
+        assert_eq!(story.act, Act::Watch);
+        story.hear(changed(Change::Ended(Some(1))));
+        story.hear(Event::Engine { answers: true });
+        let told = story.hear(failed());
+        assert!(matches!(told[..], [Tell::Ignored(_)]), "{told:?}");
+        assert_eq!((&story.act, story.machine.verdict()), (&Act::Rest(FIRST_PAUSE), &on_gpu()));
+        story.hear(Event::Done);
+        assert_eq!(story.act, Act::Look);
+    }
+
+    #[test]
+    fn a_gpu_whose_fault_ended_the_container_is_tried_again_or_left_before_the_next_start() {
+        for (on_failure, act) in [(OnFailure::Restart, Act::Stop(Grace::Whole)), (OnFailure::Cpu, Act::Look)] {
+            let mut story = up(Rules { on_failure, ..RULES }, on_gpu());
+            story.hear(changed(Change::Ended(Some(1))));
+            story.hear(Event::Engine { answers: true });
+            story.hear(changed(Change::Failed(finding(Reason::GpuFailed))));
+            assert_eq!(story.act, act);
+        }
+    }
+
+    #[test]
+    fn every_try_of_a_gpu_that_failed_is_told_and_health_gives_it_new_ones() {
+        let mut story = up(Rules { on_failure: OnFailure::Restart, ..RULES }, on_gpu());
+        let failed = |seconds| Event::Changed {
+            change: Change::Failed(finding(Reason::GpuFailed)),
+            up_for: Duration::from_secs(seconds),
+        };
+        for seconds in [10, 599, 600] {
+            let told = story.hear(failed(seconds));
+            assert!(matches!(told[..], [Tell::TriedAgain(_)]), "{told:?}");
+            let told = story.hear(Event::Done);
+            let pause = if seconds == 599 { GPU_PAUSES[1] } else { GPU_PAUSES[0] };
+            assert!(matches!(told[..], [Tell::LooksAgain(told)] if told == pause), "{told:?}");
+            assert_eq!(story.act, Act::Wait(pause));
+            story.hear(Event::Done);
+            assert_eq!(story.act, Act::Probe);
+            story.hear(Event::Well(true));
+            assert_eq!(story.act, Act::Look);
+            story.ends_well();
+        }
+    }
+
+    #[test]
+    fn a_node_that_leaves_its_gpu_says_so_and_says_so_again_after_it_was_well() {
+        let mut story = up(RULES, on_gpu());
+        let told = story.hear(changed(Change::Failed(finding(Reason::GpuFailed))));
+        assert!(matches!(told[..], [Tell::FallBack(_), Tell::MovesToCpu]), "{told:?}");
+        assert_eq!(story.machine.left_gpu(), Some(&on_gpu()));
+        // Where the GPU did not come up, and then did, and then does not again, each is a WARNING of its own.
+        let mut story = up(RULES, on_gpu());
+        for _ in 0..2 {
+            story.hear(changed(Change::Moved));
+            if story.act != Act::Look {
+                story.hear(Event::Done);
+            }
+            story.hear(Event::Found(Found::Nothing));
+            story.hear(Event::NotOnGpu(finding(Reason::RuntimeStartFailed)));
+            assert_eq!(story.act, Act::Discard(finding(Reason::RuntimeStartFailed)));
+            let told = story.hear(Event::Done);
+            assert!(matches!(told[..], [Tell::FallBack(_)]), "{told:?}");
+            // It does not come up on the CPU either, so the next try is with the GPU: that one comes up.
+            story.hear(Event::Failed);
+            story.ends_well();
+            assert_eq!(story.machine.verdict(), &on_gpu());
+        }
+    }
+
+    #[test]
+    fn a_container_that_has_to_end_soon_after_another_ends_after_a_pause() {
+        for (change, act) in
+            [(Change::Lost, Act::TakeAway), (Change::Hangs, Act::Stop(Grace::Short)), (Change::Moved, Act::Look)]
+        {
+            let mut story = up(RULES, on_gpu());
+            story.hear(changed(change.clone()));
+            story.ends_well();
+            story.hear(changed(change));
+            story.hear(Event::Done);
+            assert_eq!(story.act, act);
+            if act != Act::Look {
+                story.hear(Event::Done);
+                assert_eq!(story.act, Act::Look);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_over_stays_over() {
+        let mut story = Story::new(RULES, Verdict::not_wanted());
+        story.hear(Event::Failed);
+        for event in [Event::Done, Event::Found(Found::Nothing), changed(Change::Lost)] {
+            assert!(story.hear(event).is_empty());
+            assert_eq!(story.act, Act::End(End::NotUp));
+        }
+    }
+
+    #[test]
+    fn a_gpu_that_is_usable_late_is_told_or_said_to_be_taken() {
+        let verdict = || Verdict::cpu(finding(Reason::DriverNotLoaded));
+        let told = up(RULES, verdict()).hear(changed(Change::Usable));
+        assert!(matches!(told[..], [Tell::Usable]), "{told:?}");
+        let told = up(Rules { on_late: OnLate::Restart, ..RULES }, verdict()).hear(changed(Change::Usable));
+        assert!(matches!(told[..], [Tell::UsableTaken]), "{told:?}");
+    }
+
+    #[test]
+    fn a_gpu_that_had_its_three_tries_is_left_at_the_next_fault() {
+        let mut story = up(Rules { on_failure: OnFailure::Restart, ..RULES }, on_gpu());
+        for _ in GPU_PAUSES {
+            story.hear(changed(Change::Failed(finding(Reason::GpuFailed))));
+            assert_eq!(story.act, Act::Stop(Grace::Whole));
+            story.ends_well();
+        }
+        let told = story.hear(changed(Change::Failed(finding(Reason::GpuFailed))));
+        assert!(matches!(told[..], [Tell::FallBack(_), Tell::MovesToCpu]), "{told:?}");
+        assert_eq!(story.act, Act::Look);
+    }
+
+    #[test]
+    fn on_the_cpu_no_gpu_can_fail_and_the_node_is_looked_at_anew_after_a_pause() {
+        let failed = || changed(Change::Failed(finding(Reason::GpuFailed)));
+        let mut story = up(RULES, Verdict::not_wanted());
+        for event in [failed(), failed()] {
+            let told = story.hear(event);
+            assert!(matches!(told[..], [Tell::Again(Cause::NotUp, FIRST_PAUSE)]), "{told:?}");
+            assert_eq!(story.act, Act::Rest(FIRST_PAUSE));
+        }
+        story.hear(Event::Done);
+        story.hear(Event::Found(Found::Nothing));
+        let told = story.hear(Event::NotOnGpu(finding(Reason::GpuNotVisible)));
+        assert!(matches!(told[..], [Tell::Again(Cause::NotUp, _)]), "{told:?}");
+        assert_eq!((story.act, story.machine.verdict()), (Act::Rest(FIRST_PAUSE * 2), &Verdict::not_wanted()));
+    }
 }

@@ -782,4 +782,202 @@ INPUTS_ORDER="FL_GPU_ENABLED"
             judge(&text);
         }
     }
+
+    /// All that is found of this kind: the level, and the words.
+    fn found(text: &str, id: &str) -> Vec<(Level, String)> {
+        judge(text).into_iter().filter(|check| check.id == id).map(|check| (check.level, check.finding)).collect()
+    }
+
+    #[test]
+    fn what_is_right_is_told_as_well() {
+        let told: Vec<(Option<usize>, String)> =
+            judge(GOOD).into_iter().map(|check| (check.line, format!("{}: {}", check.id, check.finding))).collect();
+        let expected = [
+            (None, "syntax: 11 attributes"),
+            (Some(6), "machine: MACHINE=\"q35\""),
+            (
+                Some(6),
+                "firmware: FIRMWARE=\"UEFI\": for OpenNebula 7; 6.10 refuses it and wants a path, \"/usr/share/OVMF/OVMF_CODE.fd\"",
+            ),
+            (Some(6), "secure-boot: FIRMWARE_SECURE is NO"),
+            (Some(7), "cpu-model: MODEL=\"host-passthrough\""),
+            (
+                Some(8),
+                "pci: a GPU of NVIDIA (class 0302: 3D controller, data-centre cards); to be imported by oneadmin (PCI is a restricted attribute)",
+            ),
+            (
+                Some(9),
+                "topology: PIN_POLICY=CORE: it can only run on hosts with PIN_POLICY=PINNED (onehost update HOST), and an unpinned VM cannot run there",
+            ),
+            (
+                None,
+                "large-bars: no PCIHOLE64; a GPU with a very large BAR (H100, H200, B200) may need FEATURES=[PCIHOLE64=\"1073741824\"] (in KiB, OpenNebula 7.2 and later)",
+            ),
+            (Some(10), "context-token: TOKEN=\"YES\""),
+            (Some(14), "context-ready: READY is reported once /opt/flower/scripts/health-check.sh says so"),
+            (None, "variable: 2 variables of the agent in CONTEXT are right"),
+            (None, "user-input: 1 of 1 user inputs are right"),
+        ];
+        assert_eq!(told, expected.map(|(line, text)| (line, text.to_owned())));
+        let with = |old: &str, new: &str, id| {
+            let found = found(&GOOD.replace(old, new), id);
+            let [(Level::Ok, told)] = &found[..] else { panic!("{found:#?}") };
+            told.clone()
+        };
+        assert_eq!(with("\"q35\"", "\"pc-q35-7.2\"", "machine"), "MACHINE=\"pc-q35-7.2\"");
+        assert!(with("\"UEFI\"", "\"/path\"", "firmware").starts_with("FIRMWARE=\"/path\": a path of OVMF_UEFIS"));
+        assert!(with("\"0302\"", "\"0300\"", "pci").contains("NVIDIA (class 0300: VGA controller, GeForce)"));
+        assert!(with("VENDOR=\"10de\", ", "", "pci").contains("a GPU of any vendor's (class 0302"));
+        assert!(with("CLASS=\"0302\"", "DEVICE=\"20b5\"", "pci").starts_with("the device 10de:20b5;"));
+        let bars = with("TOPOLOGY", "FEATURES=[PCIHOLE64=\"1073741824\"]\nTOPOLOGY", "large-bars");
+        assert_eq!(bars, "PCIHOLE64 is 1024 GiB (read by OpenNebula 7.2 and later)");
+        assert_eq!(with("PIN_POLICY=\"CORE\", SOCKETS=\"1\"", "PIN_POLICY=\"\"", "topology"), "the VM is not pinned");
+        assert_eq!(
+            with("PIN_POLICY=\"CORE\", SOCKETS=\"1\"", "SOCKETS=\"2\",THREADS=\"4\"", "topology"),
+            "SOCKETS, CORES and THREADS make the 8 of VCPU"
+        );
+        // OpenNebula gives a VM one of them where nothing is said.
+        let one = GOOD.replace("VCPU=\"8\"\n", "").replace("PIN_POLICY=\"CORE\", ", "");
+        assert_eq!(found(&one, "topology")[0].1, "SOCKETS, CORES and THREADS make the 1 of VCPU");
+    }
+
+    #[test]
+    fn how_a_gpu_is_named_is_checked_to_its_last_digit() {
+        let pci = |pairs: &str| found(&GOOD.replace("VENDOR=\"10de\", CLASS=\"0302\"", pairs), "pci");
+        for (pairs, level, words) in [
+            ("VENDOR=\"010de\", CLASS=\"0302\"", Level::Error, "VENDOR=\"010de\" must be four hexadecimal digits"),
+            ("DEVICE=\"xyz\"", Level::Error, "DEVICE=\"xyz\" must be four"),
+            ("NAME=\"gpu\"", Level::Error, "names neither VENDOR, DEVICE, CLASS nor SHORT_ADDRESS"),
+            ("SHORT_ADDRESS=\"e1:00\"", Level::Error, "must be bus:device.function"),
+            ("SHORT_ADDRESS=\"e1:00.0\", DEVICE=\"20b5\"", Level::Error, "exclude each other"),
+            ("SHORT_ADDRESS=\"e1:00.0\"", Level::Ok, "the device e1:00.0 of the host"),
+            ("DEVICE=\"20b5\"", Level::Ok, "the device 10de:20b5"),
+        ] {
+            let found = pci(pairs);
+            assert!(found.len() == 1 && found[0].0 == level && found[0].1.contains(words), "{pairs}: {found:#?}");
+        }
+        // A network card is passed through by the same attribute, and is no GPU.
+        let nic = pci("TYPE=\"nic\", VENDOR=\"15b3\"");
+        assert_eq!(nic, [(Level::Error, "there is no PCI attribute: this VM gets no GPU".into())]);
+        let two = found(&GOOD.replace("PCI=[", "PCI=[ TYPE=\"NIC\", SHORT_ADDRESS=\"05:00.0\" ]\nPCI=["), "pci");
+        assert_eq!(two.len(), 1, "{two:#?}");
+    }
+
+    #[test]
+    fn whether_a_gpu_is_wanted_is_told_by_the_context_or_by_a_device() {
+        let level = |text: &str, id| found(text, id)[0].0;
+        let context = |variable: &str| format!("CONTEXT=[TOKEN=\"YES\"{variable}]\n");
+        for (text, machine, pci) in [
+            (context(""), Level::Warning, Level::Warning),
+            (context(",FL_GPU_ENABLED=\"NO\""), Level::Warning, Level::Ok),
+            (context(",FL_GPU_ENABLED=\"$GPU\""), Level::Error, Level::Error),
+            (context(",ONEAPP_FL_GPU_ENABLED=\"on\""), Level::Error, Level::Error),
+            (context("") + "PCI=[CLASS=\"0302\"]\n", Level::Error, Level::Ok),
+        ] {
+            assert_eq!((level(&text, "machine"), level(&text, "pci")), (machine, pci), "{text}");
+        }
+        let idle = |text: &str| found(text, "context-gpu").len();
+        assert_eq!(idle(&(context("") + "PCI=[CLASS=\"0302\"]\n")), 1, "it would train on the CPU");
+        assert_eq!(idle(&(context(",FL_GPU_ENABLED=\"YES\"") + "PCI=[CLASS=\"0302\"]\n")), 0);
+        assert_eq!(idle(&context("")), 0);
+        assert_eq!(idle(&(context("") + "PCI=[TYPE=\"NIC\",CLASS=\"0200\"]\n")), 0);
+    }
+
+    #[test]
+    fn a_key_that_is_there_twice_or_empty_is_not_taken_for_another() {
+        one(
+            "MACHINE=\"q35\"",
+            "MACHINE=\"q35\", MACHINE=\"pc\"",
+            Level::Warning,
+            "syntax",
+            6,
+            "MACHINE is in OS a second",
+        );
+        one("MACHINE=\"q35\"", "MACHINE=\" \"", Level::Error, "machine", 6, "OS has no MACHINE");
+        one(
+            "\"/opt/flower/scripts/health-check.sh\"",
+            "\"\"",
+            Level::Warning,
+            "context-ready",
+            10,
+            "without READY_SCRIPT_PATH",
+        );
+        assert_eq!(bad(&GOOD.replace("INPUTS_ORDER=\"FL_GPU_ENABLED\"", "INPUTS_ORDER=\" , \"")), []);
+        let lone = found(&GOOD.replace("VCPU=\"8\"", "VCPU=\" \"").replace("PIN_POLICY=\"CORE\", ", ""), "topology");
+        assert_eq!(lone[0].0, Level::Ok, "an empty VCPU is one: {lone:#?}");
+    }
+
+    #[test]
+    fn a_value_that_refers_to_an_input_is_judged_when_the_vm_is_made() {
+        let fraction = |value: &str| bad(&GOOD.replace("\"0.8\"", &format!("\"{value}\"")));
+        for fine in ["$GPU-SHARE", "0$X", "$", "${FL_GPU_ENABLED}", "$NAME", ""] {
+            assert_eq!(fraction(fine), [], "{fine}");
+        }
+        for missing in ["$FL_SHARE", "${FL_SHARE}", "$A1"] {
+            let found = fraction(missing);
+            assert!(found.len() == 1 && found[0].3.contains("refers to a user input that is not there"), "{found:#?}");
+        }
+        let count = |text: &str, id| found(text, id).remove(0).1;
+        let wrong = GOOD.replace("\"0.8\"", "\"8\"");
+        assert_eq!(count(&wrong, "variable"), "1 variables of the agent in CONTEXT are right");
+        let more = GOOD.replace("\"0.8\"", "\"0.8\", ML_FRAMEWORK=\"base\", OTHER=\"1\"");
+        assert_eq!(count(&more, "variable"), "3 variables of the agent in CONTEXT are right");
+    }
+
+    #[test]
+    fn a_name_that_begins_like_ours_and_is_none_is_told_with_what_to_do() {
+        let fix = |name: &str| {
+            let checks = judge(&GOOD.replace("FL_GPU_MEMORY_FRACTION=", &format!("{name}=")));
+            checks.into_iter().find(|check| check.level == Level::Warning).and_then(|check| check.fix)
+        };
+        assert_eq!(fix("ONEAPP_FL_GPU_MEM").as_deref(), Some("did you mean ONEAPP_FL_GPU_MEMORY_FRACTION?"));
+        let delete = "delete it; supernode-agent variables lists what there is";
+        assert_eq!(fix("FL_SOMETHING_ELSE").as_deref(), Some(delete));
+        assert_eq!(fix("OTHER_FL_GPU"), None);
+    }
+
+    #[test]
+    fn a_fix_shows_a_value_that_is_accepted() {
+        for variable in variables::VARIABLES.iter().filter(|variable| variable.kind != Kind::Certificate) {
+            assert!(variable.kind.parse(&example(variable.kind)).is_ok(), "{}", variable.name);
+        }
+        let checks = judge(&GOOD.replace("\"0.8\"", "\"8\""));
+        let wrong = checks.into_iter().find(|check| check.level == Level::Error).unwrap();
+        assert_eq!(wrong.fix.as_deref(), Some("FL_GPU_MEMORY_FRACTION=\"0.5\""));
+    }
+
+    #[test]
+    fn every_type_of_a_user_input_has_what_it_needs() {
+        let judged = |value: &str| {
+            let place = Place { line: 1, column: 1 };
+            judge_input(&Pair { name: "X".into(), value: value.into(), place }).map(|check| check.finding)
+        };
+        for fine in [
+            "O|text|what",
+            "M|number|what",
+            "M|text64|what",
+            "O|number|what| |",
+            "O|number|what| |5",
+            "O|number-float|what| |0.5",
+            "O|range|what|1..5|3",
+            "O|list|what|a,b|a",
+            "O|list-multiple|what|a,b|",
+            "O|boolean|what| |NO",
+            "O|fixed|what| |x",
+        ] {
+            assert_eq!(judged(fine), None, "{fine}");
+        }
+        for (value, words) in [
+            ("O|number-float|what", "X: left empty, onetemplate instantiate asks again for ever"),
+            ("O|number|what| |five", "X: the default 'five' is not a number"),
+            ("O|range|what|1-5|3", "X: a range needs its limits"),
+            ("O|range-float|what||3", "X: a range needs its limits"),
+            ("O|list-multiple|what||a", "X: a list needs its options"),
+            ("O", "X: it has 1 fields"),
+        ] {
+            assert!(judged(value).is_some_and(|finding| finding.starts_with(words)), "{value}: {:?}", judged(value));
+        }
+        let two = GOOD.replace("|YES\" ]", "|YES\", OTHER=\"O|text|what\", FL_LOG_LEVEL=\"O|text|what\" ]");
+        assert_eq!(found(&two, "user-input")[0].1, "2 of 3 user inputs are right", "one does not reach the VM");
+    }
 }

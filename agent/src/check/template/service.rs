@@ -202,4 +202,52 @@ mod tests {
         };
         one(Release::V6, change, Level::Warning, REFERENCES, "gives the VM the text $FL_NODE_CONFIG");
     }
+
+    #[test]
+    fn the_number_of_vms_is_told_and_may_be_at_its_bounds() {
+        let sized = |min: u64, cardinality: u64, max: u64| {
+            let check =
+                sized("trainer", &serde_json::json!({"min_vms": min, "cardinality": cardinality, "max_vms": max}));
+            (check.level, check.finding)
+        };
+        assert_eq!(sized(2, 2, 2), (Level::Ok, "the role trainer has 2 VMs, 2 to 2 by oneflow scale".into()));
+        assert_eq!(sized(3, 2, 9).0, Level::Error);
+        assert_eq!(sized(1, 3, 2).0, Level::Error);
+    }
+
+    #[test]
+    fn inputs_are_counted_and_have_no_line_for_json_has_none() {
+        let text =
+            r#"{"custom_attrs": {"A": "O|text|what", "B": "O"}, "user_inputs": {"FL_SOMETHING": "O|text|what"}}"#;
+        let found: Vec<_> =
+            judge(text).into_iter().filter(|check| matches!(check.id, "user-input" | "variable")).collect();
+        assert_eq!(found[0].finding, "1 of 3 inputs are right");
+        assert_eq!(found.iter().map(|check| check.line).collect::<Vec<_>>(), [None; 3]);
+        assert_eq!(judge("{}").iter().filter(|check| check.finding == "0 of 0 inputs are right").count(), 1);
+    }
+
+    #[test]
+    fn a_reference_spoils_a_longer_one_only_where_it_is_replaced_and_comes_first() {
+        let judged = |contents: &str| {
+            let service = serde_json::json!({
+                "custom_attrs": {"A": "O|text|what", "ASKED": "O|text|what"},
+                "custom_attrs_values": {"A": "1", "AB": "2", "A_B": "3"},
+            });
+            let Json::Object(service) = service else { unreachable!() };
+            let role = serde_json::json!({"networks": {"NET": "x"}});
+            references("trainer", contents, &service, &role).into_iter().map(|check| check.finding).collect::<Vec<_>>()
+        };
+        for (contents, count) in [("", 0), ("a$b$", 1), ("X=\"$A\" Y=\"$A\"", 2), ("$AB $A", 2), ("$OTHER $OTHERS", 2)]
+        {
+            assert_eq!(judged(contents), [format!("role trainer: {count} references, none spoils another")]);
+        }
+        let spoils = |short, long| {
+            [format!("role trainer: ${short} is the beginning of ${long}, which OneFlow 6 corrupts with it")]
+        };
+        assert_eq!(judged("$A,$AB"), spoils("A", "AB"));
+        assert_eq!(judged("$A-$A_B"), spoils("A", "A_B"));
+        assert_eq!(judged("$NET $NETS"), spoils("NET", "NETS"), "a network of the role is replaced as well");
+        let unanswered = "role trainer: where ASKED is not answered, OneFlow 6 gives the VM the text $ASKED";
+        assert_eq!(judged("$ASKED"), [unanswered]);
+    }
 }
