@@ -10,4 +10,8 @@ package=$(packaging/build-deb.sh)
 target=$(realpath "${CARGO_TARGET_DIR:-target}")
 cp "$target/release/supernode-agent" "$target/bench-agent"
 cargo build --release --locked --quiet -p supernode-bench -p supernode-tests -p nvml-standin
-SUPERNODE_AGENT=$target/bench-agent "$target/release/supernode-bench" --package "$package" "$@"
+# What it starts is in its group, and ends with it, whatever happens.
+set -m
+SUPERNODE_AGENT=$target/bench-agent "$target/release/supernode-bench" --package "$package" "$@" &
+trap 'kill -KILL -- -$! 2>/dev/null || true' EXIT
+wait $!

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use supernode_tests::{Case, Engine, RuntimeMode, Sysfs, agent_binary, image, nvml_library};
+use supernode_tests::{Case, Engine, RuntimeMode, Sysfs, agent_binary, eventually, image, nvml_library};
 
 use crate::docker::{Recorder, call};
 use crate::report::{Report, median, milliseconds, rounded};
@@ -173,9 +173,14 @@ impl Ground {
     fn programs(&self, launch: impl FnOnce(Command)) -> usize {
         let trace = self.case.path("trace");
         let mut command = self.command("strace");
-        command.args(["-f", "-qq", "-e", "trace=execve", "-o"]).arg(&trace);
+        // -D: the tracer is beside the program and not between us and it.
+        command.args(["-D", "-f", "-e", "trace=execve", "-o"]).arg(&trace);
         launch(command);
-        let trace = fs::read_to_string(trace).unwrap();
+        let text = || fs::read_to_string(&trace).unwrap_or_default();
+        let program = text().split(' ').next().unwrap_or_default().to_owned();
+        let is_over = || text().lines().any(|line| line.starts_with(&program) && line.contains("+++"));
+        assert!(eventually(PATIENCE, is_over), "{}", text());
+        let trace = text();
         trace.lines().filter(|line| line.contains("execve(") && line.ends_with("= 0")).count()
     }
 }
