@@ -41,15 +41,17 @@ pub fn prepare(target: &Path, bytes: &[u8]) -> io::Result<Prepared> {
 
 fn fill(file: &mut File, target: &Path, bytes: &[u8]) -> io::Result<()> {
     file.write_all(bytes)?;
-    let mode = match target.metadata() {
-        Ok(old) => {
-            std::os::unix::fs::fchown(&*file, Some(old.uid()), Some(old.gid()))?;
-            old.mode() & 0o7777
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => 0o644,
+    let old = match target.metadata() {
+        Ok(old) => Some(old),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(error),
     };
+    // The mode first: that of a file which is somebody else's is changed by CAP_FOWNER alone, which the units do not have.
+    let mode = old.as_ref().map_or(0o644, |old| old.mode() & 0o7777);
     file.set_permissions(Permissions::from_mode(mode))?;
+    if let Some(old) = old {
+        std::os::unix::fs::fchown(&*file, Some(old.uid()), Some(old.gid()))?;
+    }
     file.sync_all()
 }
 

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{GPU_A, one_gpu, say, sysfs_of_one, wanted};
+use common::{GPU_A, nvidias_library, one_gpu, say, sysfs_of_one, wanted};
 use serde_json::{Value, json};
 use supernode_tests::{Boot, Machine};
 
@@ -423,4 +423,144 @@ fn a_whole_vm_with_a_kernel_a_cd_and_a_network_boots_to_a_node_and_the_agent_tak
         own as f64 / 1e6,
     ));
     assert!(share < 1.0, "{}", boot.story());
+}
+
+/// What must be said in a step of the machine below, and what must not. A step is named by the capability that is taken away.
+type Step = (&'static str, &'static [&'static str], &'static [&'static str]);
+
+const WITHOUT: [Step; 10] = [
+    (
+        "NONE",
+        &["started the container", "runs true on nvidia", "daemon.json 1000:1000 600", "/srv/theirs/data"],
+        &["No usable GPU"],
+    ),
+    (
+        "CHOWN",
+        &[
+            "No usable GPU, this node runs on the CPU. runtime-not-configured",
+            "/etc/docker/daemon.json: cannot write it: Operation not permitted",
+            "runs true on runc",
+            "daemon.json 1000:1000 600",
+        ],
+        &[],
+    ),
+    (
+        "DAC_OVERRIDE",
+        &[
+            "No usable GPU, this node runs on the CPU. runtime-not-configured",
+            "/etc/docker/daemon.json: cannot read it: Permission denied",
+            "cannot write /srv/theirs/data: Permission denied",
+        ],
+        &["started the container"],
+    ),
+    // The unit before Docker says nothing.
+    ("NONE-EARLY", &["exit code 0", "daemon.json 1000:1000 600"], &[]),
+    ("CHOWN-EARLY", &["exit code 1", "daemon.json 1000:1000 600"], &[]),
+    ("DAC_OVERRIDE-EARLY", &["exit code 1"], &[]),
+    // NVIDIA's runtime leaves the GPU out.
+    (
+        "NONE-LEFT-OUT",
+        &["No usable GPU, this node runs on the CPU. gpu-not-visible", "runs true on runc"],
+        &["cannot see"],
+    ),
+    (
+        "SYS_PTRACE",
+        &[
+            "cannot see whether the GPU is in the container: /proc/",
+            "/root/dev: Permission denied",
+            "runs true on nvidia",
+        ],
+        &["No usable GPU"],
+    ),
+    // NVIDIA's own library, where nobody has made its device nodes. It has no driver here, with or without them.
+    ("MKNOD", &["driver-not-loaded"], &["/dev/nvidiactl"]),
+    ("NONE-NVIDIAS", &["driver-not-loaded", "/dev/nvidiactl"], &[]),
+];
+
+#[test]
+fn each_capability_of_the_units_is_needed_and_what_breaks_without_it_is_told() {
+    let Some(machine) = Machine::new() else { return };
+    machine.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu()).settings(
+        "[gpu]\nsysfs = \"/standin/sys\"\nnvml_library = \"/standin/libnvidia-ml.so.1\"\nwait_seconds = 1\n\
+         probe_timeout_seconds = 20\n[container]\ndata_dir = \"/srv/theirs/data\"\n",
+    );
+    let nvidias = nvidias_library();
+    if let Some(library) = &nvidias {
+        machine.copy(&library.canonicalize().unwrap(), "standin/nvidias.so");
+    }
+    let boot = machine.boot(
+        r#"without() {
+             for unit in flower-supernode flower-supernode-runtime; do
+                 mkdir -p /run/systemd/system/$unit.service.d
+                 echo "[Service]" >/run/systemd/system/$unit.service.d/without.conf
+                 [ "$1" = NONE ] || echo "CapabilityBoundingSet=~CAP_$1" >>/run/systemd/system/$unit.service.d/without.conf
+             done
+             systemctl daemon-reload
+         }
+         # Somebody's daemon.json, of which Docker learns no runtime, and a folder of somebody's for the data.
+         begin() {
+             without "${1%%-*}"
+             systemctl stop flower-supernode
+             docker rm -f flower-supernode || true
+             echo '{"runtimes": {}}' >/etc/docker/daemon.json
+             chmod 0600 /etc/docker/daemon.json
+             chown 1000:1000 /etc/docker/daemon.json
+             systemctl reload docker
+             wait_for sh -c '! docker info --format "{{.Runtimes}}" | grep nvidia'
+             rm -rf /srv/theirs
+             install -d -o 1000 -g 1000 /srv/theirs
+             journalctl --sync
+             cursor=$(journalctl --quiet --lines 1 --show-cursor | sed -n 's/^-- cursor: //p')
+         }
+         end() {
+             journalctl --sync
+             {
+                 set +ex
+                 journalctl --no-pager --output cat --unit flower-supernode --after-cursor "$cursor"
+                 docker inspect --format 'runs {{.State.Running}} on {{.HostConfig.Runtime}}' flower-supernode
+                 stat --format '%n %u:%g %a' /etc/docker/daemon.json
+                 find /srv/theirs/data /dev/nvidia* -maxdepth 0
+             } 2>&1 | sed "s/^/$1: /"
+         }
+         step() {
+             begin "$1"
+             systemctl restart flower-supernode || true
+             end "$1"
+         }
+         early() {
+             begin "$1"
+             systemctl start flower-supernode-runtime
+             echo "$1: exit code $(systemctl show --property ExecMainStatus --value flower-supernode-runtime)"
+             end "$1"
+         }
+         step NONE
+         step CHOWN
+         step DAC_OVERRIDE
+         early NONE-EARLY
+         early CHOWN-EARLY
+         early DAC_OVERRIDE-EARLY
+         sed -i 's/"ok"/"no-device"/' /standin/runtime.json
+         step NONE-LEFT-OUT
+         step SYS_PTRACE
+         sed -i 's/no-device/ok/' /standin/runtime.json
+         if [ -e /standin/nvidias.so ]; then
+             sed -i 's/libnvidia-ml.so.1/nvidias.so/' /etc/supernode-agent/agent.toml
+             step MKNOD
+             step NONE-NVIDIAS
+         fi"#,
+    );
+    for (step, wanted, unwanted) in WITHOUT {
+        if nvidias.is_none() && ["MKNOD", "NONE-NVIDIAS"].contains(&step) {
+            continue;
+        }
+        let prefix = format!("{step}: ");
+        let said: Vec<&str> = boot.output.lines().filter_map(|line| line.strip_prefix(&prefix)).collect();
+        let has = |words: &str| said.iter().any(|line| line.contains(words));
+        for words in wanted {
+            assert!(has(words), "{step} is to say {words:?}: {said:#?}\n{}", boot.story());
+        }
+        for words in unwanted {
+            assert!(!has(words), "{step} is not to say {words:?}: {said:#?}");
+        }
+    }
 }

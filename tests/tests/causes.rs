@@ -8,14 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use common::{
-    GPU_A, PATIENCE, engine_with, inspect, json_of, one_gpu, say, sysfs_of_one, tell, two_gpus, up, wanted, warnings,
+    GPU_A, PATIENCE, engine_with, inspect, json_of, nvidias_library, one_gpu, say, sysfs_of_one, tell, two_gpus, up,
+    wanted, warnings,
 };
 use serde_json::{Value, json};
-use supernode_tests::{Agent, Case, Engine, RuntimeMode, Sysfs, nvml_library, run};
+use supernode_tests::{Agent, Case, Engine, RuntimeMode, Sysfs, nvml_library};
 
 /// Codes that come about only while the container runs, and the file of the tests that produce them.
 const WHILE_RUNNING: &[(&str, &str)] = &[("gpu-failed", "tests/tests/watch.rs")];
@@ -891,28 +891,4 @@ fn nvidias_own_library_without_a_driver_says_that_none_is_loaded_and_without_a_g
     drop(node);
     assert!(!loaded(&Sysfs::new(), "gpu-not-passed-through"), "NVIDIA's library was loaded on a machine without a GPU");
     assert_eq!(device_nodes(), before);
-}
-
-/// The real libnvidia-ml, unpacked from Debian's package where the machine's package sources have it.
-fn nvidias_library() -> Option<PathBuf> {
-    if Path::new("/proc/driver/nvidia").exists() {
-        say("SKIPPED: this machine has a driver, the library would find it");
-        return None;
-    }
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?
-        .join("supernode-agent/libnvidia-ml1");
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/fetch-libnvidia-ml.sh");
-    let output = run(Command::new(script).arg(&cache), Duration::from_secs(300));
-    match output.stdout.lines().next() {
-        Some(path) => Some(PathBuf::from(path)),
-        None => {
-            say(&format!(
-                "SKIPPED: NVIDIA's libnvidia-ml1 (Debian non-free) is not to be had: {}",
-                output.stderr.trim()
-            ));
-            None
-        }
-    }
 }

@@ -2,6 +2,7 @@
 #![allow(clippy::panic, dead_code, reason = "a test fails by a panic; each test file uses its own part")]
 
 use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -97,4 +98,28 @@ pub(crate) fn tell(code: &str, seconds: f64, how: &str) {
 /// A whole line, in one piece. Not by a print macro: the test runner would swallow what a passing test prints.
 pub(crate) fn say(line: &str) {
     let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
+/// The real libnvidia-ml, unpacked from Debian's package where the machine's package sources have it.
+pub(crate) fn nvidias_library() -> Option<PathBuf> {
+    if Path::new("/proc/driver/nvidia").exists() {
+        say("SKIPPED: this machine has a driver, the library would find it");
+        return None;
+    }
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?
+        .join("supernode-agent/libnvidia-ml1");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/fetch-libnvidia-ml.sh");
+    let output = run(Command::new(script).arg(&cache), Duration::from_secs(300));
+    match output.stdout.lines().next() {
+        Some(path) => Some(PathBuf::from(path)),
+        None => {
+            say(&format!(
+                "SKIPPED: NVIDIA's libnvidia-ml1 (Debian non-free) is not to be had: {}",
+                output.stderr.trim()
+            ));
+            None
+        }
+    }
 }
