@@ -11,6 +11,7 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../fuzz"
 seconds=${FUZZ_SECONDS:-300}
+seed=${FUZZ_SEED:-}
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/supernode-agent/fuzz
 triple=$(rustc -vV | sed -n 's/^host: //p')
 
@@ -43,24 +44,28 @@ declare -A in_tree=(
     [variables]="one-context/tests/cases packaging/examples"
 )
 fuzz() {
-    local target=$1 status=0 corpora=("$cache/corpus/$1") folder
-    mkdir -p "${corpora[@]}" "artifacts/$1"
+    local target=$1 status=0 found=$cache/corpus/$1 corpora folder
+    [ -z "$seed" ] || found=$(mktemp -d)
+    corpora=("$found")
+    mkdir -p "$found" "artifacts/$1"
     for folder in "corpus/$target" ${2:-}; do
         [ ! -d "$folder" ] || corpora+=("$folder")
     done
-    "$build/$triple/release/$target" "${corpora[@]}" -max_total_time="$seconds" -max_len=8192 \
+    "$build/$triple/release/$target" "${corpora[@]}" ${seed:+-seed="$seed"} -max_total_time="$seconds" -max_len=8192 \
         -timeout=10 -print_final_stats=1 -artifact_prefix="artifacts/$target/" >"$cache/$target.log" 2>&1 || status=$?
+    [ -z "$seed" ] || rm -rf "$found"
     if [ $status = 0 ]; then
         printf '   %-12s %10d executions in %d s\n' "$target" \
             "$(sed -n 's/^stat::number_of_executed_units: *//p' "$cache/$target.log")" "$seconds"
     else
         echo "   $target FAILED: $cache/$target.log ends with"
         tail -n 30 "$cache/$target.log"
+        sed -n "s|.*Test unit written to |   again: $build/$triple/release/$target $PWD/|p" "$cache/$target.log"
         return 1
     fi
 }
 export -f fuzz
-export seconds cache build triple
+export seconds seed cache build triple
 [ $# -gt 0 ] || mapfile -t < <(basename -s .rs targets/*.rs)
 for target in "${@:-${MAPFILE[@]}}"; do
     folders=${in_tree[$target]:-}
