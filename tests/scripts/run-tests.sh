@@ -13,6 +13,9 @@ step() {
     printf '== %s: %d s\n\n' "$what" $((SECONDS - began))
 }
 rust_tests() {
+    # Most of their time they wait: twice as many at once as there are processors.
+    : "${RUST_TEST_THREADS:=$((2 * $(nproc)))}"
+    export RUST_TEST_THREADS
     # --nocapture would mix the tests' lines; the lines of skipped tests come through --show-output.
     RUST_BACKTRACE=0 cargo test --workspace --locked --quiet --no-fail-fast -- --show-output 2>&1 | tee -a "$log"
 }

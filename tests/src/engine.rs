@@ -95,7 +95,7 @@ impl EngineBuilder {
     /// Why there is none: what this machine lacks, or the end of dockerd's log.
     pub fn try_start(self) -> Result<Engine, String> {
         lacking()?;
-        let sandbox = Sandbox::new("docker");
+        let sandbox = Sandbox::in_memory("docker");
         for folder in ["bin", "nvidia"] {
             fs::create_dir_all(sandbox.join(folder)).map_err(|error| format!("{folder}: {error}"))?;
         }
@@ -433,7 +433,8 @@ impl Engine {
     fn unmount_leftovers(&self) {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let points = mounts.lines().filter_map(|line| line.split(' ').nth(4).map(Path::new));
-        let ours: Vec<&Path> = points.filter(|point| point.starts_with(self.sandbox.path())).collect();
+        let ours: Vec<&Path> =
+            points.filter(|point| point.starts_with(self.sandbox.path()) && *point != self.sandbox.path()).collect();
         for point in ours.iter().rev() {
             run(Command::new("umount").arg("--lazy").arg(point), COMMAND_TIMEOUT);
         }

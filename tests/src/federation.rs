@@ -130,7 +130,7 @@ impl SuperLink {
     #[must_use]
     #[track_caller]
     pub fn start(flower: &Flower, namespace: &str, address: IpAddr, state: State) -> Self {
-        let sandbox = Sandbox::new("superlink");
+        let sandbox = Sandbox::in_memory("superlink");
         let root = sandbox.join("root");
         fs::create_dir_all(root.join("tls")).expect("a folder of the SuperLink");
         let mut unpack = Command::new("tar");

@@ -49,7 +49,7 @@ impl Machine {
     pub fn new() -> Option<Self> {
         static LAYERS: OnceLock<Result<String, String>> = OnceLock::new();
         match LAYERS.get_or_init(layers) {
-            Ok(lower) => Some(Self { sandbox: Sandbox::new("machine"), lower: lower.clone() }),
+            Ok(lower) => Some(Self { sandbox: Sandbox::in_memory("machine"), lower: lower.clone() }),
             Err(reason) => {
                 skip_or_fail("machine", reason);
                 None

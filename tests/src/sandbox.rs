@@ -4,8 +4,21 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process,
-    sync::atomic::{AtomicUsize, Ordering},
+    process::Command,
+    sync::{
+        Once,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
+
+use crate::process::{run, running};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Set, it keeps what tests have made, for a look at it.
+const KEEP: &str = "SUPERNODE_TESTS_KEEP";
+/// Below this much memory that is to be had, folders are on the disk.
+const ENOUGH_MEMORY_KIB: u64 = 6 << 20;
 
 /// A folder that is deleted with this value, unless `SUPERNODE_TESTS_KEEP` is set.
 #[derive(Debug)]
@@ -22,6 +35,20 @@ impl Sandbox {
         let path = base.join(unique_name(label));
         fs::create_dir_all(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         Self { path }
+    }
+
+    /// The same in memory where there is enough of it, for what is large and short-lived: on a disk that is told of each block
+    /// that gets free (mount option discard), the end of an engine with images takes a minute.
+    #[must_use]
+    pub fn in_memory(label: &str) -> Self {
+        static LEFT: Once = Once::new();
+        LEFT.call_once(unmount_what_was_left);
+        let sandbox = Self::new(label);
+        if env::var_os(KEEP).is_none() && available_memory_kib() >= ENOUGH_MEMORY_KIB {
+            // Only root can; an engine or a machine needs root anyway, and says so.
+            run(Command::new("mount").args(["-t", "tmpfs", "-o", "mode=755", TMPFS]).arg(&sandbox.path), PATIENCE);
+        }
+        sandbox
     }
 
     /// The folder.
@@ -46,11 +73,44 @@ impl Sandbox {
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
-        if env::var_os("SUPERNODE_TESTS_KEEP").is_none() {
+        if env::var_os(KEEP).is_none() {
             // Best effort: a file that stays does no harm to the next test.
-            let _ = fs::remove_dir_all(&self.path);
+            if fs::remove_dir_all(&self.path).is_err() && mounted().contains(&self.path) {
+                unmount(&self.path);
+            }
         }
     }
+}
+
+/// The name under which the kernel lists what [`Sandbox::in_memory`] mounts.
+const TMPFS: &str = "supernode-tests";
+
+/// The folders that [`Sandbox::in_memory`] has mounted, in any process.
+fn mounted() -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let ours = mounts.lines().filter_map(|line| line.strip_prefix(TMPFS)?.split(' ').nth(1).map(PathBuf::from));
+    ours.collect()
+}
+
+fn unmount(folder: &Path) {
+    run(Command::new("umount").arg("--lazy").arg(folder), PATIENCE);
+    let _ = fs::remove_dir(folder);
+}
+
+/// What tests have left behind that were killed.
+fn unmount_what_was_left() {
+    for folder in mounted() {
+        let pid = folder.to_str().and_then(|path| path.rsplit('-').nth(1)?.parse().ok());
+        if pid.is_some_and(|pid| !running(pid)) {
+            unmount(&folder);
+        }
+    }
+}
+
+fn available_memory_kib() -> u64 {
+    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = memory.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    available.and_then(|kib| kib.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
 }
 
 /// `sn-<label>-<pid>-<n>`: unique on this machine, and telling whose it is.

