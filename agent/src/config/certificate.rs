@@ -604,4 +604,31 @@ mod tests {
             is_stable(&text)?;
         }
     }
+
+    #[test]
+    fn a_certificate_is_no_flood_in_the_log() {
+        let ca = Certificate::parse(TEST_CA).unwrap();
+        assert_eq!(format!("{ca:?}"), format!("Certificate({} bytes)", TEST_CA.len()));
+    }
+
+    #[test]
+    fn a_ca_is_valid_from_its_first_second_on() {
+        let ca = Certificate::parse(HOSPITAL_CA).unwrap();
+        let first = ca.cas[0].not_before.to_system_time();
+        assert_eq!(ca.valid_at(first).unwrap().warnings, Vec::<String>::new());
+        assert_eq!(ca.valid_at(first - Duration::from_secs(1)).unwrap().warnings.len(), 1);
+    }
+
+    #[test]
+    fn der_of_a_shape_that_nothing_has_is_no_certificate() {
+        assert_eq!(why(&pem_of(&short(0x30, &short(0x04, b"x")))), NOT_WHOLE);
+    }
+
+    #[test]
+    fn an_owner_without_a_name_is_called_that_and_a_long_list_is_cut() {
+        assert_eq!(subject(&Name::default()), "a certificate without a name");
+        let items = ["a", "b", "c", "d", "e"].map(String::from);
+        assert_eq!(listed(&items[..4]), "a; b; c; d");
+        assert_eq!(listed(&items), "a; b; c; d; and 1 more");
+    }
 }

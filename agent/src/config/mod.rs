@@ -588,6 +588,8 @@ mod tests {
             ["FL_GRPC_KEEPALIVE_TIMEOUT='20' (the default): must be less than FL_GRPC_KEEPALIVE_TIME='20'"]
         );
         assert_eq!(errors(&[("FL_GRPC_KEEPALIVE_TIME", "x")]).len(), 1);
+        // What is wrong is not held against the other by its default.
+        assert_eq!(errors(&[("FL_GRPC_KEEPALIVE_TIME", "10"), ("FL_GRPC_KEEPALIVE_TIMEOUT", "x")]).len(), 1);
         assert_eq!(errors(&[("ONEAPP_FL_GRPC_KEEPALIVE_TIME", "x")]).len(), 1);
         assert_eq!(errors(&[("FL_LOG_LEVEL", "FL_GRPC_KEEPALIVE_"), ("FL_GRPC_KEEPALIVE_TIME", "20")]).len(), 2);
         assert!(read(&[("FL_GRPC_KEEPALIVE_TIME", "10"), ("FL_GRPC_KEEPALIVE_TIMEOUT", "9")]).is_ok());
@@ -770,5 +772,19 @@ mod tests {
         let error = Prebaked::read(&folder).unwrap_err().to_string();
         assert!(error.starts_with(&format!("{place}/PREBAKED_VERSION: ")), "{error}");
         std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_cap_of_the_pauses_is_idle_where_they_are_fixed_or_nothing_is_discovered() {
+        let idle = |pairs: &[(&str, &str)]| read(&[&[("FL_EDGE_MAX_BACKOFF", "60")], pairs].concat()).unwrap().1.idle;
+        assert_eq!(idle(&[]), Vec::<String>::new());
+        assert_eq!(idle(&[("FL_EDGE_BACKOFF", "exponential")]), Vec::<String>::new());
+        let fixed = ("FL_EDGE_BACKOFF", "fixed");
+        assert_eq!(idle(&[fixed]), ["FL_EDGE_MAX_BACKOFF is idle: FL_EDGE_BACKOFF is fixed"]);
+        assert_eq!(
+            idle(&[fixed, ("FL_SUPERLINK_ADDRESS", "h:1")]),
+            ["FL_EDGE_BACKOFF", "FL_EDGE_MAX_BACKOFF"]
+                .map(|name| format!("{name} is idle: FL_SUPERLINK_ADDRESS is set, nothing is discovered"))
+        );
     }
 }

@@ -696,6 +696,7 @@ mod tests {
         ] {
             assert!(HostPort::parse(text).is_ok(), "{text}");
         }
+        assert_eq!(HostPort::parse("[::1]:9092").unwrap().port(), 9092);
         refuses(
             HostPort::parse,
             &[

@@ -382,7 +382,9 @@ mod tests {
         ] {
             assert_eq!(nearest(name).as_deref(), Some(known), "{name}");
         }
-        let long = format!("FL_GPU_ENABLED_{}", "X".repeat(80));
+        let long = |length: usize| format!("FL_GPU_ENABLED_{}", "X".repeat(length - 15));
+        assert_eq!(nearest(&long(80)).as_deref(), Some("FL_GPU_ENABLED"));
+        let long = long(81);
         for name in ["FL_", "FL_SOMETHING_ELSE", "FL_GPU_MEMORY_FRACTION_OF_IT", "FL_A_B_GPU", &long] {
             assert_eq!(nearest(name), None, "{name:.40}");
         }

@@ -420,4 +420,18 @@ mod tests {
         assert_eq!(one_line(&format!(" {longest}\n")), longest);
         assert_eq!(one_line(&format!("{longest}é")), format!("{longest}…"));
     }
+
+    #[test]
+    fn a_fix_is_told_for_one_machine_and_shown_for_all() {
+        let each = Reason::RuntimeMissing.entry();
+        let Fix::Each { debian, ubuntu, elsewhere } = each.fix else { panic!("{each:?}") };
+        assert_eq!(Reason::RuntimeMissing.fix(Distribution::Debian), debian);
+        assert_eq!(Reason::RuntimeMissing.fix(Distribution::Ubuntu), ubuntu);
+        assert_eq!(Reason::RuntimeMissing.fix(Distribution::RedHat), elsewhere);
+        assert_eq!(Reason::RuntimeMissing.fix(Distribution::Other), elsewhere);
+        let shown = [("Fix on Debian", debian), ("Fix on Ubuntu", ubuntu), ("Fix elsewhere", elsewhere)];
+        assert_eq!(each.fix.all(), shown);
+        let everywhere = Reason::GpuFailed.fix(Distribution::Debian);
+        assert_eq!(Reason::GpuFailed.entry().fix.all(), [("Fix", everywhere)]);
+    }
 }
