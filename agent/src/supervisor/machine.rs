@@ -1145,11 +1145,11 @@ mod tests {
 
     #[test]
     fn what_is_over_stays_over() {
-        let mut story = Story::new(RULES, Verdict::not_wanted());
-        story.hear(Event::Failed);
+        let mut story = up(Rules { gpu_required: true, ..RULES }, on_gpu());
+        story.hear(changed(Change::Failed(finding(Reason::GpuFailed))));
         for event in [Event::Done, Event::Found(Found::Nothing), changed(Change::Lost)] {
             assert!(story.hear(event).is_empty());
-            assert_eq!(story.act, Act::End(End::NotUp));
+            assert_eq!(story.act, Act::End(End::GpuRequired));
         }
     }
 
