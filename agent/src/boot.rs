@@ -17,7 +17,7 @@ use crate::config::values::{ImageRef, Version};
 use crate::config::{self, Config, ConfigErrors, LogLevel, Prebaked, Remarks};
 use crate::dcgm::{self, Exporter};
 use crate::distribution::Distribution;
-use crate::docker::engine::{Engine, EngineError, Image};
+use crate::docker::engine::{Engine, EngineError, EngineFacts, Image};
 use crate::docker::runtime::{GpuAccess, choose_access, ensure_runtime};
 use crate::flower;
 use crate::gpu::detect_gpus;
@@ -346,21 +346,29 @@ struct Prepared {
 }
 
 async fn prepare(config: &Config, settings: &Settings, reporter: &Reporter) -> Result<Prepared, BootError> {
-    let (engine, detection) = tokio::join!(
-        Engine::wait_until_ready(&settings.docker.socket, settings.docker.ready_timeout),
-        detect_gpus(config, settings, settings.gpu.wait),
-    );
+    let (engine, detection) =
+        tokio::join!(reach_docker(config.gpu_enabled, settings), detect_gpus(config, settings, settings.gpu.wait),);
     let verdict = detection.verdict;
     let distribution = Distribution::read(&settings.machine.root);
     // The GPU's finding comes first: where a GPU is required, an absent engine must not hide that there is none.
     if let Some(finding) = verdict.finding() {
         announce(config, finding, distribution)?;
     }
-    let engine = engine?;
-    let (verdict, access) = make_docker_able(config, verdict, &engine, settings, distribution).await?;
+    let (engine, facts) = engine?;
+    let (verdict, access) = make_docker_able(config, verdict, &engine, facts, settings, distribution).await?;
     let (image, found) = find_image(config, &engine, &settings.container.name, reporter).await?;
     let python_path = found.variable("PYTHONPATH");
     Ok(Prepared { engine, distribution, verdict, access, image, python_path })
+}
+
+/// The engine, and where a GPU is wanted what it says of itself: that takes Docker 10 ms, while NVML is asked.
+async fn reach_docker(
+    wants_gpu: bool,
+    settings: &Settings,
+) -> Result<(Engine, Option<Result<EngineFacts, EngineError>>), EngineError> {
+    let engine = Engine::wait_until_ready(&settings.docker.socket, settings.docker.ready_timeout).await?;
+    let facts = if wants_gpu { Some(engine.facts().await) } else { None };
+    Ok((engine, facts))
 }
 
 /// Looks for the SuperLink until it is found, as `FL_EDGE_BACKOFF` wants it.
@@ -502,13 +510,14 @@ async fn make_docker_able(
     config: &Config,
     verdict: Verdict,
     engine: &Engine,
+    facts: Option<Result<EngineFacts, EngineError>>,
     settings: &Settings,
     distribution: Distribution,
 ) -> Result<(Verdict, GpuAccess), BootError> {
-    let Verdict::Gpu { devices, missing } = &verdict else {
+    let (Verdict::Gpu { devices, missing }, Some(facts)) = (&verdict, facts) else {
         return Ok((verdict, GpuAccess::Runtime));
     };
-    let facts = engine.facts().await?;
+    let facts = facts?;
     let access = choose_access(settings.gpu.injection, devices, Some(&facts));
     if access == GpuAccess::Runtime
         && let Err(finding) = ensure_runtime(engine, &facts, &settings.docker).await

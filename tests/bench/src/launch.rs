@@ -16,6 +16,8 @@ use crate::report::{Report, median, milliseconds, rounded};
 /// The name of the container.
 const NAME: &str = "flower-supernode";
 const UUID: &str = "GPU-aaaa1111-0000-0000-0000-000000000001";
+/// NVML takes its time to come up: some tenths of a second on a machine without the persistence daemon.
+const NVML_INIT_MS: u32 = 100;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A machine with its own engine, on which each contender launches the same container.
@@ -46,9 +48,12 @@ impl Drop for Started {
 
 impl Ground {
     pub(crate) fn new(with_gpu: bool) -> Self {
-        let machine = json!({"gpus": [
-            {"uuid": UUID, "name": "NVIDIA A100", "memory_mib": 40960, "pci_address": "0000:01:00.0", "minor": 0}
-        ]});
+        let machine = json!({
+            "gpus": [
+                {"uuid": UUID, "name": "NVIDIA A100", "memory_mib": 40960, "pci_address": "0000:01:00.0", "minor": 0}
+            ],
+            "delay_ms": {"nvmlInit_v2": NVML_INIT_MS},
+        });
         // The runtime is registered: what an image has that was built for GPUs, and any node from its second boot on.
         let daemon_json = json!({"runtimes": {"nvidia": {"path": "nvidia-container-runtime", "runtimeArgs": []}}});
         let engine = Engine::builder().with_nvidia_runtime().daemon_json(format!("{daemon_json}\n")).start();
@@ -61,9 +66,9 @@ impl Ground {
         if with_gpu {
             case.nvml(&machine).sysfs(&Sysfs::new().gpu("0000:01:00.0").driver("nvidia").module("550.54.15"));
             variables.extend([("FL_GPU_ENABLED", "YES"), ("PCI0_ADDRESS", "01:00.0")]);
-            // What the shell asks. It answers at once, which the real one does not.
-            let csv = format!("0, {UUID}, NVIDIA A100, 40960");
-            let program = case.write("bin/nvidia-smi", format!("#!/bin/sh\necho '{csv}'\n"));
+            // What the shell asks.
+            let (csv, seconds) = (format!("0, {UUID}, NVIDIA A100, 40960"), f64::from(NVML_INIT_MS) / 1e3);
+            let program = case.write("bin/nvidia-smi", format!("#!/bin/sh\nsleep {seconds}\necho '{csv}'\n"));
             fs::set_permissions(program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         }
         case.context(&variables);
@@ -216,10 +221,10 @@ pub(crate) fn measure(report: &mut Report, launches: usize) {
                     figures.push(milliseconds(took));
                 }
             }
-            ground.clear();
             if with_gpu && round > 0 {
                 probe.push(milliseconds(ground.probe_takes()));
             }
+            ground.clear();
         }
         let over = |figures: &[f64]| {
             median(&figures.iter().zip(&floor).map(|(taken, floor)| taken - floor).collect::<Vec<_>>())
