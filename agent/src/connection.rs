@@ -12,6 +12,8 @@
 use std::mem::discriminant;
 use std::time::{Duration, SystemTime};
 
+use tokio::time::Instant;
+
 use crate::docker::engine::Container;
 use crate::docker::log::Log;
 use crate::flower::{Said, said};
@@ -77,12 +79,20 @@ pub struct Listener {
     /// Until it ends.
     log: Option<Log>,
     connection: Connection,
+    /// When the log is read again where Flower has said nothing by then, and the pause until the time after that.
+    again: (Instant, Duration),
 }
+
+/// A log that is written faster than Docker 20.10 rotates it may lose what it is followed for: Flower has said its word, and nobody
+/// heard it. So a log that tells nothing is read again from the first.
+const FIRST_SILENCE: Duration = Duration::from_secs(20);
+const LONGEST_SILENCE: Duration = Duration::from_secs(3600);
 
 impl Listener {
     /// Listens to a run of the container, from its beginning.
     pub fn new(log: Log) -> Self {
-        Self { log: Some(log), connection: Connection::Unknown }
+        let again = (Instant::now() + FIRST_SILENCE, FIRST_SILENCE);
+        Self { log: Some(log), connection: Connection::Unknown, again }
     }
 
     /// The connection as far as it was heard.
@@ -94,7 +104,16 @@ impl Listener {
     /// that is given up loses nothing.
     pub async fn next_change(&mut self) -> Connection {
         while let Some(log) = &mut self.log {
-            let Some(line) = log.next_line().await else {
+            let line = tokio::select! {
+                line = log.next_line() => line,
+                () = tokio::time::sleep_until(self.again.0), if matches!(self.connection, Connection::Unknown) => {
+                    log.read_again();
+                    let pause = (self.again.1 * 2).min(LONGEST_SILENCE);
+                    self.again = (Instant::now() + pause, pause);
+                    continue;
+                }
+            };
+            let Some(line) = line else {
                 self.log = None;
                 break;
             };
@@ -137,6 +156,8 @@ fn is_established_to(line: &str, port: u16) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::Duration;
 
     use bollard::container::LogOutput;
@@ -176,6 +197,27 @@ mod tests {
         ] {
             assert_eq!(after(said), expected, "{said:?}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_log_that_tells_nothing_is_read_again_less_and_less_often() {
+        let opened = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&opened);
+        // What Docker has lost of the word comes at the third reading.
+        let frames = move || match count.fetch_add(1, Ordering::Relaxed) {
+            2 => {
+                let message = "INFO :      SuperNode ID: 7\n".into();
+                stream::iter([Ok(LogOutput::StdErr { message })]).chain(stream::pending()).boxed()
+            }
+            _ => stream::pending().boxed(),
+        };
+        let mut listener = Listener::new(Log::new(frames));
+        let since = Instant::now();
+        assert_eq!(listener.next_change().await.node_id(), Some(7));
+        assert_eq!(since.elapsed().as_secs(), 20 + 40);
+        // Once it has told, it is only listened to.
+        let more = tokio::time::timeout(Duration::from_secs(86_400), listener.next_change()).await;
+        assert!(more.is_err() && opened.load(Ordering::Relaxed) == 3, "{more:?}");
     }
 
     #[tokio::test]

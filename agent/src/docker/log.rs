@@ -70,9 +70,7 @@ impl Log {
             }
             if let Some(again_at) = self.again_at {
                 tokio::time::sleep_until(again_at).await;
-                self.again_at = None;
-                (self.out, self.err) = Default::default();
-                self.frames = (self.open)();
+                self.read_again();
             }
             match self.frames.next().await? {
                 Ok(frame) => {
@@ -87,6 +85,13 @@ impl Log {
                 }
             }
         }
+    }
+
+    /// Opens it again; its lines come again from the first.
+    pub fn read_again(&mut self) {
+        self.again_at = None;
+        (self.out, self.err, self.rest) = Default::default();
+        self.frames = (self.open)();
     }
 }
 

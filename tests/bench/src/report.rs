@@ -20,7 +20,7 @@ impl Report {
 
     /// One row; `aim` is what was wished for, or empty.
     pub(crate) fn row(&self, what: &str, figure: &str, aim: &str) {
-        println!("   {what:<58} {figure:>16}  {aim}");
+        println!("   {what:<50} {figure:>26}  {aim}");
     }
 
     /// Keeps the figures that a row was made from.
@@ -47,6 +47,14 @@ pub(crate) fn median(figures: &[f64]) -> f64 {
         length if length % 2 == 1 => sorted[middle],
         _ => f64::midpoint(sorted[middle - 1], sorted[middle]),
     }
+}
+
+/// The median of milliseconds, and the half of them that is nearest to it: `6.4 ms (5.9 to 7.2)`.
+pub(crate) fn with_quartiles(figures: &[f64]) -> String {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let (lower, upper) = sorted.split_at(sorted.len() / 2);
+    format!("{:.1} ms ({:.1} to {:.1})", median(&sorted), median(lower), median(upper))
 }
 
 /// In milliseconds.
