@@ -31,7 +31,7 @@ VALUES = [
     (2, 3, "SuperLink", "agent/src/superlink.rs"),
     (3, 1.5, "ContainerSpec", "agent/src/plan.rs"),
     (4, 1.5, "Engine", "agent/src/docker/engine.rs"),
-    (5, 1.5, "Node", "agent/src/supervisor.rs"),
+    (5, 1.5, "Node", "agent/src/supervisor/mod.rs"),
     (5, 3, "Report", "agent/src/report.rs"),
 ]
 ARROWS = [
