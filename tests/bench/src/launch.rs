@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use supernode_tests::{Case, Engine, RuntimeMode, Sysfs, agent_binary, eventually, image, nvml_library};
 
-use crate::docker::{Recorder, call};
+use crate::docker::{Recorder, call, needed};
 use crate::report::{Report, median, milliseconds, rounded, with_quartiles};
 
 /// The name of the container.
@@ -24,6 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Ground {
     pub(crate) engine: Engine,
     pub(crate) case: Case,
+    /// What the contenders reach the engine by.
+    recorder: Recorder,
 }
 
 /// A started agent; killed with this value.
@@ -72,7 +74,9 @@ impl Ground {
             fs::set_permissions(program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         }
         case.context(&variables);
-        Self { engine, case }
+        let recorder = Recorder::start(case.path("recorder.sock"), &engine.socket());
+        case.set("docker.socket", recorder.socket().to_string_lossy().into_owned());
+        Self { engine, case, recorder }
     }
 
     /// A machine on which nothing was launched yet.
@@ -127,7 +131,7 @@ impl Ground {
         command
             .arg("tests/bench/shell-way.sh")
             .arg(self.case.path("context/context.sh.online"))
-            .arg(self.engine.socket())
+            .arg(self.recorder.socket())
             .arg(self.engine.daemon_json())
             .arg(self.case.path("data"));
         command
@@ -141,15 +145,17 @@ impl Ground {
     }
 
     /// What the agent asks Docker to create.
-    fn wanted(&mut self) -> String {
-        let recorder = Recorder::start(self.case.path("recorder.sock"), &self.engine.socket());
-        let direct = self.engine.socket().to_string_lossy().into_owned();
-        self.case.set("docker.socket", recorder.socket().to_string_lossy().into_owned());
+    fn wanted(&self) -> String {
+        self.recorder.take();
         drop(self.agent());
-        self.case.set("docker.socket", direct);
-        let created = recorder.calls().into_iter().find(|(_, path, _)| path.starts_with("/containers/create"));
+        let created = self.recorder.take().into_iter().find(|call| call.is("POST", "/containers/create"));
         self.clear();
-        created.expect("it was created").2
+        created.expect("it was created").body()
+    }
+
+    /// What a launch took beyond the calls that it cannot do without.
+    fn beyond(&self, took: Duration) -> Duration {
+        took.saturating_sub(needed(&self.recorder.take()))
     }
 
     /// The same container by raw calls.
@@ -198,7 +204,7 @@ fn traced(mut strace: Command, command: &Command) -> Command {
 
 pub(crate) fn measure(report: &mut Report, launches: usize) {
     for with_gpu in [false, true] {
-        let mut ground = Ground::new(with_gpu);
+        let ground = Ground::new(with_gpu);
         let words = if with_gpu { "with a GPU (stand-ins)" } else { "without a GPU" };
         report.part(&format!("a launch {words}: start of the program to the container running, median of {launches}"));
         let body = ground.wanted();
@@ -207,11 +213,12 @@ pub(crate) fn measure(report: &mut Report, launches: usize) {
         for round in 0..=launches {
             for turn in 0..taken.len() {
                 ground.clear();
+                ground.recorder.take();
                 let contender = (round + turn) % taken.len();
                 let took = match contender {
                     0 => ground.floor(&body),
-                    1 => ground.agent().took,
-                    _ => ground.shell_takes(),
+                    1 => ground.beyond(ground.agent().took),
+                    _ => ground.beyond(ground.shell_takes()),
                 };
                 if round > 0 {
                     taken[contender].push(milliseconds(took));
@@ -223,19 +230,15 @@ pub(crate) fn measure(report: &mut Report, launches: usize) {
         }
         ground.clear();
         let [floor, agent, shell] = taken;
-        let over =
-            |figures: &[f64]| -> Vec<f64> { figures.iter().zip(&floor).map(|(taken, floor)| taken - floor).collect() };
-        let (agent_over, shell_over) = (over(&agent), over(&shell));
         report.row("the floor: create, start, inspect, raw", &with_quartiles(&floor), "");
         let nvml = if with_gpu { median(&probe) } else { 0.0 };
         if with_gpu {
             report.row("one NVML initialisation, in a process of its own", &with_quartiles(&probe), "");
         }
-        report.row("the agent, over the floor", &with_quartiles(&agent_over), &format!("at most {:.1}", 8.0 + nvml));
-        report.row("the shell way, over the floor", &with_quartiles(&shell_over), "");
-        // Both wait for NVML. Less than a millisecond cannot be told from the floor's own scatter.
-        let own = (median(&agent_over) - nvml).max(1.0);
-        let times = format!("{:.0}", (median(&shell_over) - nvml) / own);
+        report.row("the agent, over the floor", &with_quartiles(&agent), &format!("at most {:.1}", 8.0 + nvml));
+        report.row("the shell way, over the floor", &with_quartiles(&shell), "");
+        // Both wait for NVML.
+        let times = format!("{:.1}", (median(&shell) - nvml) / (median(&agent) - nvml));
         let what = if with_gpu {
             "the same without NVML's, by the agent's"
         } else {
