@@ -240,6 +240,14 @@ impl Engine {
         serde_json::from_str(&body).map_err(|error| format!("{path}: {error}: {body}"))
     }
 
+    /// The same for a call that changes something: with this body, and any success will do.
+    ///
+    /// # Errors
+    /// As [`Engine::get`].
+    pub fn call(&self, method: &str, path: &str, body: &str) -> Result<String, String> {
+        exchange(&self.socket(), method, path, body, |status| status.starts_with('2'))
+    }
+
     /// Loads images that `docker save` wrote.
     #[track_caller]
     pub fn load_image(&self, tar: &Path) {
@@ -478,19 +486,30 @@ fn names(folder: &Path) -> Vec<String> {
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
-/// HTTP/1.0: the answer ends with the connection, and is in one piece.
 fn get(socket: &Path, path: &str) -> Result<String, String> {
+    exchange(socket, "GET", path, "", |status| status == "200")
+}
+
+/// HTTP/1.0: the answer ends with the connection, and is in one piece.
+fn exchange(
+    socket: &Path,
+    method: &str,
+    path: &str,
+    body: &str,
+    is_success: impl Fn(&str) -> bool,
+) -> Result<String, String> {
     let exchange = || {
         let mut stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(COMMAND_TIMEOUT))?;
-        stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: docker\r\n\r\n").as_bytes())?;
+        let head = format!("{method} {path} HTTP/1.0\r\nHost: docker\r\nContent-Type: application/json\r\n");
+        stream.write_all(format!("{head}Content-Length: {}\r\n\r\n{body}", body.len()).as_bytes())?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).map(|_| answer)
     };
     let answer = exchange().map_err(|error: std::io::Error| format!("{}: {error}", socket.display()))?;
     let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| format!("not HTTP: {answer}"))?;
     match head.split_whitespace().nth(1) {
-        Some("200") => Ok(body.to_owned()),
+        Some(status) if is_success(status) => Ok(body.to_owned()),
         _ => Err(format!("{path}: {}: {body}", head.lines().next().unwrap_or_default())),
     }
 }

@@ -1,4 +1,4 @@
-//! Docker's API with nothing but a socket between: what the floor is made of, and what the agent asks for.
+//! Between a program and Docker: what is asked for, and how long Docker takes.
 
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
@@ -7,27 +7,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// More than any call takes.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// One call in HTTP/1.0, whose answer ends with the connection; gives the body.
-pub(crate) fn call(socket: &Path, method: &str, path: &str, body: &str) -> String {
-    let exchange = || {
-        let mut stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let length = body.len();
-        let head = format!("{method} {path} HTTP/1.0\r\nHost: docker\r\nContent-Type: application/json\r\n");
-        stream.write_all(format!("{head}Content-Length: {length}\r\n\r\n{body}").as_bytes())?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).map(|_| answer)
-    };
-    let answer = exchange().unwrap_or_else(|error: std::io::Error| panic!("{method} {path}: {error}"));
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{method} {path}: {answer}"));
-    let status = head.split(' ').nth(1).unwrap_or_default();
-    assert!(status.starts_with('2'), "{method} {path}: {answer}");
-    body.to_owned()
-}
 
 /// A call that went through a [`Recorder`].
 #[derive(Debug)]

@@ -97,10 +97,11 @@ fn simulate(scene: &Scene, nodes: u32, chance: bool) -> End {
         .collect();
     let mut a_second: Vec<u32> = Vec::new();
     let (mut free, mut last, mut requests) = (0.0_f64, 0.0_f64, 0);
-    while let Some(Reverse((at, node, is_first))) = coming.pop() {
+    let last = loop {
+        let Some(Reverse((at, node, is_first))) = coming.pop() else { break Some(last) };
         let now = at as f64 / 1e6;
         if now > PATIENCE {
-            return End { peak: a_second.into_iter().max().unwrap_or(0), last: None, requests };
+            break None;
         }
         let second = now as usize;
         a_second.resize(a_second.len().max(second + 1), 0);
@@ -118,6 +119,6 @@ fn simulate(scene: &Scene, nodes: u32, chance: bool) -> End {
             let pause = with_jitter(pause, draw(&mut rng));
             coming.push(Reverse((micros(failed + pause.as_secs_f64()), node, true)));
         }
-    }
-    End { peak: a_second.into_iter().max().unwrap_or(0), last: Some(last), requests }
+    };
+    End { peak: a_second.into_iter().max().unwrap_or(0), last, requests }
 }

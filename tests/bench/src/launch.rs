@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use supernode_tests::{Case, Engine, RuntimeMode, Sysfs, agent_binary, eventually, image, nvml_library};
 
-use crate::docker::{Recorder, call, needed};
+use crate::docker::{Recorder, needed};
 use crate::report::{Report, median, milliseconds, rounded, with_quartiles};
 
 /// The name of the container.
@@ -83,7 +83,7 @@ impl Ground {
     pub(crate) fn clear(&self) {
         let there = self.engine.get(&format!("/containers/{NAME}/json")).is_ok();
         if there {
-            call(&self.engine.socket(), "DELETE", &format!("/containers/{NAME}?force=1&v=1"), "");
+            self.engine.call("DELETE", &format!("/containers/{NAME}?force=1&v=1"), "").unwrap();
         }
         let state = self.case.path("state");
         fs::remove_dir_all(&state).unwrap();
@@ -160,13 +160,12 @@ impl Ground {
 
     /// The same container by raw calls.
     fn floor(&self, body: &str) -> Duration {
-        let socket = self.engine.socket();
         let since = Instant::now();
-        let created = call(&socket, "POST", &format!("/containers/create?name={NAME}"), body);
+        let created = self.engine.call("POST", &format!("/containers/create?name={NAME}"), body).unwrap();
         let created: Value = serde_json::from_str(&created).unwrap();
         let id = created["Id"].as_str().expect("an id");
-        call(&socket, "POST", &format!("/containers/{id}/start"), "");
-        let found: Value = serde_json::from_str(&call(&socket, "GET", &format!("/containers/{id}/json"), "")).unwrap();
+        self.engine.call("POST", &format!("/containers/{id}/start"), "").unwrap();
+        let found = self.engine.get(&format!("/containers/{id}/json")).unwrap();
         assert_eq!(found["State"]["Running"], true, "{found}");
         since.elapsed()
     }
