@@ -1,4 +1,5 @@
-//! Replacing a file so that a reader, or a kill at any moment, finds the old content or the new, and nothing else.
+//! Replacing a file so that a reader, or a kill at any moment, finds the old content or the new,
+//! and nothing else.
 
 use std::ffi::OsString;
 use std::fs::{File, Permissions};
@@ -14,7 +15,8 @@ pub struct Prepared {
     lasting: bool,
 }
 
-/// Writes `bytes` beside `target`, on the disk, with the mode and the owner of the file that is there now, else with mode 0644.
+/// Writes `bytes` beside `target`, on the disk, with the mode and the owner of the file that is
+/// there now, else with mode 0644.
 ///
 /// # Errors
 /// When the folder or the file cannot be written. Nothing is left behind then.
@@ -51,7 +53,8 @@ fn fill(file: &mut File, target: &Path, bytes: &[u8], lasting: bool) -> io::Resu
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(error),
     };
-    // The mode first: that of a file which is somebody else's is changed by CAP_FOWNER alone, which the units do not have.
+    // The mode first: that of a file which is somebody else's is changed by CAP_FOWNER alone, which
+    // the units do not have.
     let mode = old.as_ref().map_or(0o644, |old| old.mode() & 0o7777);
     file.set_permissions(Permissions::from_mode(mode))?;
     if let Some(old) = old {
@@ -87,8 +90,8 @@ pub fn replace(target: &Path, bytes: &[u8]) -> io::Result<()> {
     replace_for(target, bytes, true)
 }
 
-/// The same for a file that is written anew after a reboot: it does not wait for the disk, which takes milliseconds where the
-/// folder is not in memory.
+/// The same for a file that is written anew after a reboot: it does not wait for the disk, which
+/// takes milliseconds where the folder is not in memory.
 ///
 /// # Errors
 /// When it cannot be written; it is what it was then.

@@ -1,8 +1,10 @@
-//! When to ask OneGate again: the two ways of `FL_EDGE_BACKOFF`. Pure; chance comes from the caller.
+//! When to ask OneGate again: the two ways of `FL_EDGE_BACKOFF`. Pure; chance comes from the
+//! caller.
 
 use std::time::Duration;
 
-/// Nodes that boot together do not ask together: the first try comes within this time. Docker and the GPU take theirs meanwhile.
+/// Nodes that boot together do not ask together: the first try comes within this time. Docker and
+/// the GPU take theirs meanwhile.
 pub const SPREAD: Duration = Duration::from_secs(5);
 /// The pause after the first try.
 const FIRST: Duration = Duration::from_secs(10);
@@ -48,8 +50,8 @@ impl Backoff {
     }
 }
 
-/// `pause` and up to half of it on top: nodes that boot together, or whose SuperLink comes late for all of them, do not ask
-/// together. `chance` is from 0 to 1.
+/// `pause` and up to half of it on top: nodes that boot together, or whose SuperLink comes late for
+/// all of them, do not ask together. `chance` is from 0 to 1.
 pub fn with_jitter(pause: Duration, chance: f64) -> Duration {
     pause + pause.mul_f64(chance.clamp(0.0, 1.0) / 2.0)
 }
@@ -59,7 +61,10 @@ mod tests {
     use super::*;
 
     fn seconds(backoff: &mut Backoff, count: usize) -> Vec<u64> {
-        std::iter::from_fn(|| backoff.after_failure()).take(count).map(|pause| pause.as_secs()).collect()
+        std::iter::from_fn(|| backoff.after_failure())
+            .take(count)
+            .map(|pause| pause.as_secs())
+            .collect()
     }
 
     #[test]
@@ -83,6 +88,9 @@ mod tests {
     #[test]
     fn jitter_only_adds_and_at_most_half() {
         let pause = Duration::from_secs(40);
-        assert_eq!([0.0, 0.5, 1.0, 7.0].map(|chance| with_jitter(pause, chance).as_secs()), [40, 50, 60, 60]);
+        assert_eq!(
+            [0.0, 0.5, 1.0, 7.0].map(|chance| with_jitter(pause, chance).as_secs()),
+            [40, 50, 60, 60]
+        );
     }
 }

@@ -82,7 +82,8 @@ pub enum BootError {
 }
 
 impl BootError {
-    /// 78 where only the operator can mend it, a machine without the GPU that it must have among that, else 1.
+    /// 78 where only the operator can mend it, a machine without the GPU that it must have among
+    /// that, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Context(error) if error.is_invalid() => EXIT_CONFIG,
@@ -164,7 +165,8 @@ impl Wish {
         Ok(Self { config, settings, cloud })
     }
 
-    /// Reads everything again. `None` where nothing has changed, or what is there now cannot be used.
+    /// Reads everything again. `None` where nothing has changed, or what is there now cannot be
+    /// used.
     fn reloaded(&self, settings_file: Option<&Path>) -> Option<Self> {
         let read = || {
             let settings = Settings::load(settings_file)?;
@@ -182,7 +184,9 @@ impl Wish {
             }
             Err(error) => {
                 log_error(&error);
-                tracing::error!("reload: the new configuration cannot be used, the node goes on with the old one");
+                tracing::error!(
+                    "reload: the new configuration cannot be used, the node goes on with the old one"
+                );
                 None
             }
         }
@@ -284,15 +288,22 @@ async fn live(wish: Wish, reporter: Rc<Reporter>, watchdog: &Watchdog) -> Result
 }
 
 /// Brings the node up and keeps it up, until something new asks for the story from its beginning.
-async fn live_alone(wish: Wish, reporter: Rc<Reporter>, watchdog: &Watchdog) -> Result<Anew, BootError> {
+async fn live_alone(
+    wish: Wish,
+    reporter: Rc<Reporter>,
+    watchdog: &Watchdog,
+) -> Result<Anew, BootError> {
     let Wish { config, settings, cloud } = wish;
     let starting = LongStep::begin();
     reporter.publish_by(cloud.as_ref().ok());
     reporter.connected(false);
-    reporter.news(|news| (news.version, news.framework) = (config.version.to_string(), config.framework.to_string()));
+    reporter.news(|news| {
+        (news.version, news.framework) = (config.version.to_string(), config.framework.to_string())
+    });
     reporter.doing("Looking for the GPU and the Docker engine");
     let find = async {
-        // The SuperLink is looked for meanwhile. It may come last by hours, which is no reason to keep the machine's boot.
+        // The SuperLink is looked for meanwhile. It may come last by hours, which is no reason to
+        // keep the machine's boot.
         let mut preparing = pin!(prepare(&config, &settings, &reporter));
         let mut searching = pin!(search(&config, &settings, &cloud, &reporter));
         let mut early = None;
@@ -312,7 +323,8 @@ async fn live_alone(wish: Wish, reporter: Rc<Reporter>, watchdog: &Watchdog) -> 
         reporter.waited();
         Ok::<_, BootError>((prepared, superlink))
     };
-    // For as long as it takes: each of its steps has a limit of its own, but a SuperLink may be waited for without end.
+    // For as long as it takes: each of its steps has a limit of its own, but a SuperLink may be
+    // waited for without end.
     let (prepared, superlink) = watchdog.during(Duration::MAX, find).await?;
     let Prepared { engine, distribution, verdict, access, image, python_path } = prepared;
     warn_of_release(&config, &image, superlink.version.as_ref());
@@ -327,7 +339,8 @@ async fn live_alone(wish: Wish, reporter: Rc<Reporter>, watchdog: &Watchdog) -> 
     };
     take_strays_away(&engine, &settings).await?;
     let cloud = cloud.ok();
-    let node = Node { config, settings, cloud, superlink, image, machine, distribution, access, reporter };
+    let node =
+        Node { config, settings, cloud, superlink, image, machine, distribution, access, reporter };
     tokio::select! {
         lived = node.live(verdict, engine, starting, watchdog) => Ok(lived?),
         never = exporter.keep() => match never {},
@@ -345,28 +358,38 @@ struct Prepared {
     python_path: Option<String>,
 }
 
-async fn prepare(config: &Config, settings: &Settings, reporter: &Reporter) -> Result<Prepared, BootError> {
-    let (engine, detection) =
-        tokio::join!(reach_docker(config.gpu_enabled, settings), detect_gpus(config, settings, settings.gpu.wait),);
+async fn prepare(
+    config: &Config,
+    settings: &Settings,
+    reporter: &Reporter,
+) -> Result<Prepared, BootError> {
+    let (engine, detection) = tokio::join!(
+        reach_docker(config.gpu_enabled, settings),
+        detect_gpus(config, settings, settings.gpu.wait),
+    );
     let verdict = detection.verdict;
     let distribution = Distribution::read(&settings.machine.root);
-    // The GPU's finding comes first: where a GPU is required, an absent engine must not hide that there is none.
+    // The GPU's finding comes first: where a GPU is required, an absent engine must not hide that
+    // there is none.
     if let Some(finding) = verdict.finding() {
         announce(config, finding, distribution)?;
     }
     let (engine, facts) = engine?;
-    let (verdict, access) = make_docker_able(config, verdict, &engine, facts, settings, distribution).await?;
+    let (verdict, access) =
+        make_docker_able(config, verdict, &engine, facts, settings, distribution).await?;
     let (image, found) = find_image(config, &engine, &settings.container.name, reporter).await?;
     let python_path = found.variable("PYTHONPATH");
     Ok(Prepared { engine, distribution, verdict, access, image, python_path })
 }
 
-/// The engine, and where a GPU is wanted what it says of itself: that takes Docker 10 ms, while NVML is asked.
+/// The engine, and where a GPU is wanted what it says of itself: that takes Docker 10 ms, while
+/// NVML is asked.
 async fn reach_docker(
     wants_gpu: bool,
     settings: &Settings,
 ) -> Result<(Engine, Option<Result<EngineFacts, EngineError>>), EngineError> {
-    let engine = Engine::wait_until_ready(&settings.docker.socket, settings.docker.ready_timeout).await?;
+    let engine =
+        Engine::wait_until_ready(&settings.docker.socket, settings.docker.ready_timeout).await?;
     let facts = if wants_gpu { Some(engine.facts().await) } else { None };
     Ok((engine, facts))
 }
@@ -388,7 +411,9 @@ async fn search(
     let mut told = String::new();
     loop {
         let error = match find_superlink(gate_of(cloud), config, SystemTime::now()).await {
-            Ok(found) => return Ok(with_partition(found, config, settings, cloud, backoff.tries()).await),
+            Ok(found) => {
+                return Ok(with_partition(found, config, settings, cloud, backoff.tries()).await);
+            }
             Err(error) if error.is_final() => return Err(error),
             Err(error) => error,
         };
@@ -398,7 +423,9 @@ async fn search(
         };
         let pause = with_jitter(pause, fastrand::f64());
         let (attempt, seconds) = (backoff.tries() + 1, pause.as_secs());
-        reporter.waiting(&format!("waiting for the SuperLink (attempt {attempt}, next in {seconds} s): {why}"));
+        reporter.waiting(&format!(
+            "waiting for the SuperLink (attempt {attempt}, next in {seconds} s): {why}"
+        ));
         // A night of this is one line, for as long as it is the same.
         if why != told {
             tracing::warn!("waiting for the SuperLink, asking again in {seconds} s: {why}");
@@ -422,7 +449,11 @@ async fn with_partition(
     }
     if let Some(vm_id) = superlink.vm_id {
         let way = if superlink.ca.is_some() { "TLS" } else { "no TLS" };
-        tracing::info!("found the SuperLink at {} (VM {vm_id}, {way}, attempt {})", superlink.address, tries + 1);
+        tracing::info!(
+            "found the SuperLink at {} (VM {vm_id}, {way}, attempt {})",
+            superlink.address,
+            tries + 1
+        );
     }
     if config.node_config.is_none()
         && let Ok(cloud) = cloud
@@ -433,7 +464,11 @@ async fn with_partition(
 }
 
 /// This node's share of the data. It is worth some seconds, and not the node.
-async fn partition_of(cloud: &Cloud, mut service: Option<Service>, settings: &Settings) -> Option<Partition> {
+async fn partition_of(
+    cloud: &Cloud,
+    mut service: Option<Service>,
+    settings: &Settings,
+) -> Option<Partition> {
     const LIMIT: Duration = Duration::from_secs(15);
     const PAUSE: Duration = Duration::from_secs(2);
     let keeper = Keeper::of(settings, cloud.vm_id());
@@ -466,8 +501,8 @@ async fn partition_of(cloud: &Cloud, mut service: Option<Service>, settings: &Se
     })
 }
 
-/// A release that the agent does not know, or that differs from the SuperLink's, is told before the launch. That of an
-/// operator's own image is not known.
+/// A release that the agent does not know, or that differs from the SuperLink's, is told before the
+/// launch. That of an operator's own image is not known.
 fn warn_of_release(config: &Config, image: &ImageRef, superlink: Option<&Version>) {
     if config.image.is_some() {
         return;
@@ -483,7 +518,10 @@ fn warn_of_release(config: &Config, image: &ImageRef, superlink: Option<&Version
 ///
 /// # Errors
 /// All that is wrong.
-pub fn configure(context: &Context, settings: &Settings) -> Result<(Config, Remarks), ConfigErrors> {
+pub fn configure(
+    context: &Context,
+    settings: &Settings,
+) -> Result<(Config, Remarks), ConfigErrors> {
     match Prebaked::read(&settings.container.prebaked_dir) {
         Ok(prebaked) => Config::from_context(context, &prebaked),
         Err(mut errors) => {
@@ -551,7 +589,8 @@ async fn find_image(
     }
     reporter.doing(&format!("Pulling {wanted}"));
     tracing::info!("pulling {wanted}");
-    let pulled = engine.pull(&wanted, |step| reporter.progress(&format!("Pulling {wanted}: {step}"))).await;
+    let pulled =
+        engine.pull(&wanted, |step| reporter.progress(&format!("Pulling {wanted}: {step}"))).await;
     let error = match pulled {
         Ok(()) => match engine.find_image(wanted.as_str()).await? {
             Some(found) => return Ok((wanted, found)),
@@ -567,15 +606,19 @@ async fn find_image(
             "neither the image {wanted} nor the prebaked {prebaked} is to be had: {error}"
         )));
     };
-    tracing::warn!("the image {wanted} is not to be had, the prebaked {prebaked} is used instead: {error}");
+    tracing::warn!(
+        "the image {wanted} is not to be had, the prebaked {prebaked} is used instead: {error}"
+    );
     Ok((prebaked, found))
 }
 
-/// Takes away what runs of ours under another name, because somebody gave it one or `container.name` was changed: it would
-/// train beside the node, on the same GPU.
+/// Takes away what runs of ours under another name, because somebody gave it one or
+/// `container.name` was changed: it would train beside the node, on the same GPU.
 async fn take_strays_away(engine: &Engine, settings: &Settings) -> Result<(), EngineError> {
     for name in engine.find_strays(settings).await? {
-        tracing::warn!("the container {name} is this node's, under another name: it is stopped and removed");
+        tracing::warn!(
+            "the container {name} is this node's, under another name: it is stopped and removed"
+        );
         if let Some(stray) = engine.find_container(&name).await? {
             engine.stop(&stray.id, settings.container.stop_timeout).await?;
             engine.remove(&stray).await?;
@@ -598,15 +641,18 @@ pub fn this_machine() -> Machine {
     }
 }
 
-/// Stops the container, with its grace, and the DCGM exporter; an engine that hangs does not keep the agent.
+/// Stops the container, with its grace, and the DCGM exporter; an engine that hangs does not keep
+/// the agent.
 async fn stop_containers(settings: &Settings) -> Result<(), String> {
     const MORE_THAN_GRACE: Duration = Duration::from_secs(10);
     let (name, grace) = (&settings.container.name, settings.container.stop_timeout);
     let exporter = dcgm::name_of(settings);
     let stop = async {
         let engine = Engine::connect(&settings.docker.socket).await?;
-        let (node, exporter) =
-            tokio::join!(stop_container(&engine, name, grace), stop_container(&engine, &exporter, dcgm::GRACE));
+        let (node, exporter) = tokio::join!(
+            stop_container(&engine, name, grace),
+            stop_container(&engine, &exporter, dcgm::GRACE)
+        );
         if let Err(error) = exporter {
             tracing::warn!("the DCGM exporter could not be stopped: {error}");
         }
@@ -619,7 +665,9 @@ async fn stop_containers(settings: &Settings) -> Result<(), String> {
             Ok(())
         }
         Ok(stopped) => stopped.map_err(|error| error.to_string()),
-        Err(_) => Err(format!("Docker gave no answer within {} s", (grace + MORE_THAN_GRACE).as_secs())),
+        Err(_) => {
+            Err(format!("Docker gave no answer within {} s", (grace + MORE_THAN_GRACE).as_secs()))
+        }
     }
 }
 

@@ -1,7 +1,9 @@
-//! What the VM is to the cloud: how OneGate is reached from here, and what is published there about the node.
+//! What the VM is to the cloud: how OneGate is reached from here, and what is published there about
+//! the node.
 //!
-//! Publishing is best effort: a node trains whether or not somebody hears of it. OneFlow opens the gate of a role on the text
-//! `READY=YES` in any update (EventManager.rb), so that text leaves only while the node is connected.
+//! Publishing is best effort: a node trains whether or not somebody hears of it. OneFlow opens the
+//! gate of a role on the text `READY=YES` in any update (EventManager.rb), so that text leaves only
+//! while the node is connected.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -34,18 +36,26 @@ impl Access {
     fn read(context: &Context, dir: &Path) -> Result<Self, String> {
         let text = |name: &str| {
             let value = context.text(name).ok().flatten().map(str::to_owned);
-            value.ok_or_else(|| format!("the context has no {name} (TOKEN=YES in the VM's CONTEXT adds it)"))
+            value.ok_or_else(|| {
+                format!("the context has no {name} (TOKEN=YES in the VM's CONTEXT adds it)")
+            })
         };
         let (endpoint, vm_id) = (text("ONEGATE_ENDPOINT")?, text("VMID")?);
         let token = match read_token(dir) {
             Ok(Some(token)) => token,
             Ok(None) => {
-                return Err(format!("{}/one_env has no token (TOKEN=YES in the VM's CONTEXT adds it)", dir.display()));
+                return Err(format!(
+                    "{}/one_env has no token (TOKEN=YES in the VM's CONTEXT adds it)",
+                    dir.display()
+                ));
             }
             Err(error) => return Err(one_line(&error_chain(&error))),
         };
-        let report_ready =
-            context.text("REPORT_READY").ok().flatten().is_some_and(|text| parse_yes_no(text) == Ok(true));
+        let report_ready = context
+            .text("REPORT_READY")
+            .ok()
+            .flatten()
+            .is_some_and(|text| parse_yes_no(text) == Ok(true));
         Ok(Self { endpoint, vm_id, token, report_ready })
     }
 }
@@ -68,13 +78,20 @@ impl Cloud {
     /// Reads the way from the context.
     ///
     /// # Errors
-    /// What is missing, or what is wrong with the endpoint, the VM's number, the token or the CA file.
+    /// What is missing, or what is wrong with the endpoint, the VM's number, the token or the CA
+    /// file.
     pub fn of(context: &Context, settings: &Settings) -> Result<Self, String> {
         let access = Access::read(context, &settings.context.dir)?;
-        let ca_file = Some(settings.onegate.ca_file.as_str()).filter(|file| !file.is_empty()).map(Path::new);
-        let gate =
-            OneGate::new(&access.endpoint, &access.vm_id, access.token.clone(), ca_file, settings.onegate.timeout)
-                .map_err(|error| one_line(&error_chain(&error)))?;
+        let ca_file =
+            Some(settings.onegate.ca_file.as_str()).filter(|file| !file.is_empty()).map(Path::new);
+        let gate = OneGate::new(
+            &access.endpoint,
+            &access.vm_id,
+            access.token.clone(),
+            ca_file,
+            settings.onegate.timeout,
+        )
+        .map_err(|error| one_line(&error_chain(&error)))?;
         Ok(Self { access, gate: Arc::new(gate) })
     }
 
@@ -144,7 +161,8 @@ impl Publisher {
     pub async fn finish(self) {
         self.task.abort();
         let last = self.wanted.borrow().clone().unwrap_or_default();
-        let news = News { gpus: Vec::new(), gpu_status: "", fallback_reason: "", ready: false, ..last };
+        let news =
+            News { gpus: Vec::new(), gpu_status: "", fallback_reason: "", ready: false, ..last };
         if let Err(error) = send(&self.cloud, &news).await {
             tracing::info!("OneGate was not told of the end: {}", one_line(&error_chain(&error)));
         }
@@ -198,7 +216,8 @@ async fn publish_changes(cloud: Cloud, mut wanted: watch::Receiver<Option<News>>
     }
 }
 
-/// The attributes, all of them each time: what an earlier boot left is overwritten. A value that is empty erases.
+/// The attributes, all of them each time: what an earlier boot left is overwritten. A value that is
+/// empty erases.
 fn attributes(access: &Access, news: &News) -> Vec<(&'static str, String)> {
     let yes_no = |yes: bool| if yes { "YES" } else { "NO" }.to_owned();
     let on_gpu = news.gpu_status == "gpu";
@@ -210,7 +229,10 @@ fn attributes(access: &Access, news: &News) -> Vec<(&'static str, String)> {
         ("FL_GPU_AVAILABLE", yes_no(on_gpu)),
         ("FL_GPU_STATUS", news.gpu_status.into()),
         ("FL_GPU_FALLBACK_REASON", news.fallback_reason.into()),
-        ("FL_GPU_COUNT", if news.gpu_status.is_empty() { String::new() } else { news.gpus.len().to_string() }),
+        (
+            "FL_GPU_COUNT",
+            if news.gpu_status.is_empty() { String::new() } else { news.gpus.len().to_string() },
+        ),
         ("FL_GPU_NAME", news.gpus.join("; ")),
     ];
     if let Some(id) = news.partition {
@@ -227,18 +249,26 @@ mod tests {
     use super::*;
 
     fn access(report_ready: bool) -> Access {
-        Access { endpoint: "http://h".into(), vm_id: "101".into(), token: Secret::new("t"), report_ready }
+        Access {
+            endpoint: "http://h".into(),
+            vm_id: "101".into(),
+            token: Secret::new("t"),
+            report_ready,
+        }
     }
 
     fn text(access: &Access, news: &News) -> String {
-        let lines: Vec<String> =
-            attributes(access, news).iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let lines: Vec<String> = attributes(access, news)
+            .iter()
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect();
         lines.join("\n")
     }
 
     #[test]
     fn ready_is_told_only_while_it_is_true_and_only_where_the_cloud_waits_for_it() {
-        let mut news = News { gpu_status: "gpu", gpus: vec!["NVIDIA A100".into()], ..News::default() };
+        let mut news =
+            News { gpu_status: "gpu", gpus: vec!["NVIDIA A100".into()], ..News::default() };
         assert!(!text(&access(true), &news).contains("READY=YES"));
         news.ready = true;
         let all = text(&access(true), &news);
@@ -249,12 +279,20 @@ mod tests {
     #[test]
     fn what_an_earlier_boot_left_is_overwritten() {
         let before = text(&access(false), &News::default());
-        for line in
-            ["FL_GPU_AVAILABLE=NO", "FL_GPU_STATUS=", "FL_GPU_FALLBACK_REASON=", "FL_GPU_COUNT=", "FL_GPU_NAME="]
-        {
+        for line in [
+            "FL_GPU_AVAILABLE=NO",
+            "FL_GPU_STATUS=",
+            "FL_GPU_FALLBACK_REASON=",
+            "FL_GPU_COUNT=",
+            "FL_GPU_NAME=",
+        ] {
             assert!(before.lines().any(|found| found == line), "{line}: {before}");
         }
-        let news = News { gpu_status: "cpu-fallback", fallback_reason: "gpu-not-present", ..News::default() };
+        let news = News {
+            gpu_status: "cpu-fallback",
+            fallback_reason: "gpu-not-present",
+            ..News::default()
+        };
         let fallback = text(&access(false), &news);
         assert!(fallback.contains(
             "FL_GPU_AVAILABLE=NO\nFL_GPU_STATUS=cpu-fallback\nFL_GPU_FALLBACK_REASON=gpu-not-present\nFL_GPU_COUNT=0"

@@ -21,7 +21,8 @@ use crate::flower::{Said, said};
 /// The connection of a node to its SuperLink.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Connection {
-    /// Flower has said nothing of it in this run. It stays so where its log level, or its release, leaves the line out.
+    /// Flower has said nothing of it in this run. It stays so where its log level, or its release,
+    /// leaves the line out.
     #[default]
     Unknown,
     /// The node is connected.
@@ -41,19 +42,26 @@ pub enum Connection {
 }
 
 impl Connection {
-    /// The connection after Flower has said this, at the time `now`. What changes nothing keeps its time.
+    /// The connection after Flower has said this, at the time `now`. What changes nothing keeps its
+    /// time.
     #[must_use]
     pub fn after(self, said: Said, now: SystemTime) -> Self {
         match (self, said) {
-            (Self::Connected { node_id: old, .. }, Said::Registered(node_id)) if node_id == old => self,
-            (_, Said::Registered(node_id)) => Self::Connected { node_id, since: now },
-            // Only what was connected before is so again: an app says this sentence, too, of its connection to the node.
-            (Self::Lost { node_id: Some(node_id), .. }, Said::Reconnected) => Self::Connected { node_id, since: now },
-            (_, Said::Reconnected) => self,
-            (Self::Connected { node_id, .. }, Said::Retrying) => Self::Lost { node_id: Some(node_id), since: now },
-            (Self::Unknown, Said::Retrying | Said::Ended) | (Self::Connected { .. }, Said::Ended) => {
-                Self::Lost { node_id: None, since: now }
+            (Self::Connected { node_id: old, .. }, Said::Registered(node_id)) if node_id == old => {
+                self
             }
+            (_, Said::Registered(node_id)) => Self::Connected { node_id, since: now },
+            // Only what was connected before is so again: an app says this sentence, too, of its
+            // connection to the node.
+            (Self::Lost { node_id: Some(node_id), .. }, Said::Reconnected) => {
+                Self::Connected { node_id, since: now }
+            }
+            (_, Said::Reconnected) => self,
+            (Self::Connected { node_id, .. }, Said::Retrying) => {
+                Self::Lost { node_id: Some(node_id), since: now }
+            }
+            (Self::Unknown, Said::Retrying | Said::Ended)
+            | (Self::Connected { .. }, Said::Ended) => Self::Lost { node_id: None, since: now },
             (Self::Lost { .. }, Said::Retrying) => self,
             (Self::Lost { since, .. }, Said::Ended) => Self::Lost { node_id: None, since },
         }
@@ -79,12 +87,14 @@ pub struct Listener {
     /// Until it ends.
     log: Option<Log>,
     connection: Connection,
-    /// When the log is read again where Flower has said nothing by then, and the pause until the time after that.
+    /// When the log is read again where Flower has said nothing by then, and the pause until the
+    /// time after that.
     again: (Instant, Duration),
 }
 
-/// A log that is written faster than Docker 20.10 rotates it may lose what it is followed for: Flower has said its word, and nobody
-/// heard it. So a log that tells nothing is read again from the first.
+/// A log that is written faster than Docker 20.10 rotates it may lose what it is followed for:
+/// Flower has said its word, and nobody heard it. So a log that tells nothing is read again from
+/// the first.
 const FIRST_SILENCE: Duration = Duration::from_secs(20);
 const LONGEST_SILENCE: Duration = Duration::from_secs(3600);
 
@@ -100,8 +110,8 @@ impl Listener {
         self.connection
     }
 
-    /// The connection, once the node has come to it or has lost it, or has another id. Never, once the log has ended. A call
-    /// that is given up loses nothing.
+    /// The connection, once the node has come to it or has lost it, or has another id. Never, once
+    /// the log has ended. A call that is given up loses nothing.
     pub async fn next_change(&mut self) -> Connection {
         while let Some(log) = &mut self.log {
             let line = tokio::select! {
@@ -128,8 +138,9 @@ impl Listener {
     }
 }
 
-/// Waits until a process of the container has a TCP connection to this port, or (`wanted` is false) has none any more. For a
-/// log that leaves Flower's word out: its level is above INFO, or its release too old.
+/// Waits until a process of the container has a TCP connection to this port, or (`wanted` is false)
+/// has none any more. For a log that leaves Flower's word out: its level is above INFO, or its
+/// release too old.
 pub async fn until_reached(container: &Container, port: u16, wanted: bool) {
     // One that is there is seldom lost.
     let pause = Duration::from_secs(if wanted { 10 } else { 30 });
@@ -171,7 +182,9 @@ mod tests {
 
     /// The connection after all this, one a second.
     fn after(said: &[Said]) -> Connection {
-        (1..).zip(said).fold(Connection::Unknown, |connection, (second, said)| connection.after(*said, at(second)))
+        (1..).zip(said).fold(Connection::Unknown, |connection, (second, said)| {
+            connection.after(*said, at(second))
+        })
     }
 
     #[test]
@@ -233,8 +246,10 @@ WARNING :   Connection attempt failed, retrying in 0.62 seconds
 INFO :      SuperNode terminated gracefully.
 WARNING :   Connection attempt failed, retrying in 0.62 seconds
 ";
-        let frames =
-            || stream::iter(log.as_bytes().chunks(7)).map(|part| Ok(LogOutput::StdErr { message: part.into() }));
+        let frames = || {
+            stream::iter(log.as_bytes().chunks(7))
+                .map(|part| Ok(LogOutput::StdErr { message: part.into() }))
+        };
         let mut listener = Listener::new(Log::new(frames));
         assert!(matches!(listener.next_change().await, Connection::Lost { node_id: None, .. }));
         assert_eq!(listener.next_change().await.node_id(), Some(7));

@@ -1,5 +1,6 @@
-//! NVIDIA's DCGM exporter beside the node (`FL_DCGM_ENABLED`): a container of its own on the GPUs that the node uses. It is
-//! adopted, replaced and stopped as the node's is, and never the node's affair: what goes wrong is a WARNING, and tried again.
+//! NVIDIA's DCGM exporter beside the node (`FL_DCGM_ENABLED`): a container of its own on the GPUs
+//! that the node uses. It is adopted, replaced and stopped as the node's is, and never the node's
+//! affair: what goes wrong is a WARNING, and tried again.
 //!
 //! ```text
 //! no GPU in use ──> remove
@@ -83,13 +84,19 @@ pub fn plan_exporter(
         mounts: Vec::new(),
         ca_digest: None,
         tmpfs: BTreeMap::new(),
-        // Neither root nor SYS_ADMIN: only DCGM_FI_PROF_* need them (NVIDIA/dcgm-exporter, docker/Dockerfile and
-        // deployment/values.yaml), and a container with SYS_ADMIN is no container.
+        // Neither root nor SYS_ADMIN: only DCGM_FI_PROF_* need them (NVIDIA/dcgm-exporter,
+        // docker/Dockerfile and deployment/values.yaml), and a container with SYS_ADMIN is no
+        // container.
         user: plan::USER.into(),
         pids_limit: PIDS_LIMIT,
         shm_size_mib: SHM_SIZE_MIB,
         shm_follows_memory: false,
-        ports: settings.dcgm.address().into_iter().map(|listen| PortSpec { listen, port: PORT }).collect(),
+        ports: settings
+            .dcgm
+            .address()
+            .into_iter()
+            .map(|listen| PortSpec { listen, port: PORT })
+            .collect(),
         log_driver,
         log_options,
     };
@@ -121,7 +128,8 @@ impl Exporter {
                 let _ = in_use.changed().await;
                 continue;
             };
-            let wanted = plan_exporter(&self.config, &devices, &self.access, &self.settings, &self.machine);
+            let wanted =
+                plan_exporter(&self.config, &devices, &self.access, &self.settings, &self.machine);
             let keep = async {
                 match wanted {
                     Ok(spec) => self.keep_up(&spec, &devices).await,
@@ -148,7 +156,8 @@ impl Exporter {
             let why = error_chain(&error);
             self.reporter.exporter(Some(format!("does not run: {why}")));
             match error {
-                // Of an engine that is away the node's supervisor tells, and one that somebody has removed is made anew.
+                // Of an engine that is away the node's supervisor tells, and one that somebody has
+                // removed is made anew.
                 Trouble::Engine(EngineError::Unreachable { .. }) | Trouble::Ended(None) => {}
                 _ if told => tracing::debug!("the DCGM exporter {name} does not run: {why}"),
                 _ => {
@@ -213,10 +222,16 @@ impl Exporter {
 }
 
 /// Adopts the running container of this very specification, or replaces whatever has its name.
-async fn bring_up(engine: &Engine, spec: &ContainerSpec, devices: &[GpuDevice]) -> Result<Container, Trouble> {
+async fn bring_up(
+    engine: &Engine,
+    spec: &ContainerSpec,
+    devices: &[GpuDevice],
+) -> Result<Container, Trouble> {
     let name = &spec.name;
     let found = engine.find_container(name).await?;
-    let has_gpus = |container: &Container| !matches!(presence::devices_missing_in(container, devices), Ok(Some(_)));
+    let has_gpus = |container: &Container| {
+        !matches!(presence::devices_missing_in(container, devices), Ok(Some(_)))
+    };
     if let Some(running) = &found
         && running.running
         && running.spec_hash() == Some(&spec.hash())
@@ -226,7 +241,8 @@ async fn bring_up(engine: &Engine, spec: &ContainerSpec, devices: &[GpuDevice]) 
         return Ok(running.clone());
     }
     if engine.find_image(&spec.image).await?.is_none() {
-        let image = ImageRef::parse(&spec.image).map_err(|refusal| Trouble::Image(refusal.to_string()))?;
+        let image =
+            ImageRef::parse(&spec.image).map_err(|refusal| Trouble::Image(refusal.to_string()))?;
         tracing::info!("pulling {image}");
         engine.pull(&image, |_| {}).await?;
     }
@@ -281,7 +297,10 @@ mod tests {
         let runtime = &GpuAccess::Runtime;
         assert_eq!(plan("FL_GPU_ENABLED='YES'\n", 1, runtime), Err("FL_DCGM_ENABLED is not YES"));
         assert_eq!(plan("FL_DCGM_ENABLED='YES'\n", 1, runtime), Err("FL_GPU_ENABLED is not YES"));
-        assert_eq!(plan("FL_DCGM_ENABLED='YES'\nFL_GPU_ENABLED='YES'\n", 0, runtime), Err("no GPU is in use"));
+        assert_eq!(
+            plan("FL_DCGM_ENABLED='YES'\nFL_GPU_ENABLED='YES'\n", 0, runtime),
+            Err("no GPU is in use")
+        );
         assert!(plan("FL_DCGM_ENABLED='YES'\nFL_GPU_ENABLED='YES'\n", 1, runtime).is_ok());
     }
 
@@ -289,10 +308,14 @@ mod tests {
     fn it_has_the_nodes_gpus_by_the_nodes_way() {
         let context = "FL_DCGM_ENABLED='YES'\nFL_GPU_ENABLED='YES'\n";
         let by_runtime = plan(context, 2, &GpuAccess::Runtime).unwrap();
-        assert_eq!((by_runtime.name.as_str(), by_runtime.runtime.as_str()), ("flower-supernode-dcgm", "nvidia"));
+        assert_eq!(
+            (by_runtime.name.as_str(), by_runtime.runtime.as_str()),
+            ("flower-supernode-dcgm", "nvidia")
+        );
         assert_eq!(by_runtime.env["NVIDIA_VISIBLE_DEVICES"], "GPU-0,GPU-1");
         assert_eq!(by_runtime.labels[plan::SPEC_HASH_LABEL], by_runtime.hash());
-        let by_cdi = plan(context, 1, &GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-0".into()])).unwrap();
+        let by_cdi =
+            plan(context, 1, &GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-0".into()])).unwrap();
         assert_eq!((by_cdi.runtime.as_str(), by_cdi.cdi_devices.len()), ("runc", 1));
         assert_eq!(by_cdi.env["NVIDIA_VISIBLE_DEVICES"], "void");
     }

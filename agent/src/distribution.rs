@@ -18,21 +18,26 @@ pub enum Distribution {
 }
 
 impl Distribution {
-    /// Reads `etc/os-release` below `root`, else `usr/lib/os-release` (os-release(5) has them in this order).
+    /// Reads `etc/os-release` below `root`, else `usr/lib/os-release` (os-release(5) has them in
+    /// this order).
     pub fn read(root: &Path) -> Self {
         Self::told_by(|file| fs::read_to_string(root.join(file)).ok())
     }
 
     /// The same, where `read` gives the text of a file below the root.
     pub fn told_by(read: impl Fn(&str) -> Option<String>) -> Self {
-        read("etc/os-release").or_else(|| read("usr/lib/os-release")).map_or(Self::Other, |text| Self::parse(&text))
+        read("etc/os-release")
+            .or_else(|| read("usr/lib/os-release"))
+            .map_or(Self::Other, |text| Self::parse(&text))
     }
 
     /// What a text of os-release(5) says: by `ID`, else by the nearest of `ID_LIKE`.
     pub fn parse(os_release: &str) -> Self {
         let value = |name: &str| {
             let mut lines = os_release.lines().rev().filter_map(|line| line.trim().split_once('='));
-            lines.find(|(key, _)| *key == name).map_or("", |(_, value)| value.trim_matches(['"', '\'']))
+            lines
+                .find(|(key, _)| *key == name)
+                .map_or("", |(_, value)| value.trim_matches(['"', '\'']))
         };
         let known = |id: &str| match id {
             "ubuntu" => Some(Self::Ubuntu),
@@ -40,7 +45,9 @@ impl Distribution {
             "fedora" | "rhel" | "centos" => Some(Self::RedHat),
             _ => None,
         };
-        known(value("ID")).or_else(|| value("ID_LIKE").split_whitespace().find_map(known)).unwrap_or_default()
+        known(value("ID"))
+            .or_else(|| value("ID_LIKE").split_whitespace().find_map(known))
+            .unwrap_or_default()
     }
 
     /// The command that installs a package, by its names in Debian's world and in Red Hat's.
@@ -49,7 +56,9 @@ impl Distribution {
             Self::Debian | Self::Ubuntu => format!("apt install {deb}"),
             Self::RedHat => format!("dnf install {rpm}"),
             Self::Other => {
-                format!("install {deb} (Debian, Ubuntu: apt install {deb}; RHEL, AlmaLinux: dnf install {rpm})")
+                format!(
+                    "install {deb} (Debian, Ubuntu: apt install {deb}; RHEL, AlmaLinux: dnf install {rpm})"
+                )
             }
         }
     }

@@ -1,6 +1,8 @@
-//! Flower, release by release: what the agent needs to know of it, as one table, and what Flower's own log lines say.
+//! Flower, release by release: what the agent needs to know of it, as one table, and what Flower's
+//! own log lines say.
 //!
-//! Read in the packages `flwr` 1.8.0 to 1.41.0 of PyPI, and seen in 1.31.0 and 1.41.0 while they ran.
+//! Read in the packages `flwr` 1.8.0 to 1.41.0 of PyPI, and seen in 1.31.0 and 1.41.0 while they
+//! ran.
 
 use crate::config::values::Version;
 
@@ -37,9 +39,10 @@ pub struct Release {
     tells_node_id: bool,
 }
 
-/// The first with `--isolation`; it has all flags of flower-supernode that the agent uses but [`HEALTH_FLAG`], and so have
-/// all later ones (`client/supernode/app.py`, from 1.19.0 `supernode/cli/flower_supernode.py`). Port 9092: `server/app.py`,
-/// from 1.12.0 `common/constant.py`.
+/// The first with `--isolation`; it has all flags of flower-supernode that the agent uses but
+/// [`HEALTH_FLAG`], and so have all later ones (`client/supernode/app.py`, from 1.19.0
+/// `supernode/cli/flower_supernode.py`). Port 9092: `server/app.py`, from 1.12.0
+/// `common/constant.py`.
 const V1_11: Release = Release {
     since: [1, 11, 0],
     fleet_protocol: Protocol::Grpc,
@@ -51,15 +54,17 @@ const V1_11: Release = Release {
 const V1_21: Release = Release { since: [1, 21, 0], serves_health: true, ..V1_11 };
 /// `SuperNode ID: <n>` in `supernode/start_client_internal.py`.
 const V1_24: Release = Release { since: [1, 24, 0], tells_node_id: true, ..V1_21 };
-/// `supernode/fleet_http_connection.py`; `SUPERLINK_UVICORN_DEFAULT_PORT` in `supercore/constant.py`, which until 1.39 is the
-/// port of the other APIs alone.
-const V1_40: Release = Release { since: [1, 40, 0], fleet_protocol: Protocol::Http, fleet_port: 8000, ..V1_24 };
+/// `supernode/fleet_http_connection.py`; `SUPERLINK_UVICORN_DEFAULT_PORT` in
+/// `supercore/constant.py`, which until 1.39 is the port of the other APIs alone.
+const V1_40: Release =
+    Release { since: [1, 40, 0], fleet_protocol: Protocol::Http, fleet_port: 8000, ..V1_24 };
 
 /// Oldest first.
 static RELEASES: [Release; 4] = [V1_11, V1_21, V1_24, V1_40];
 
 impl Release {
-    /// What holds for `version`. One that is older than the table is taken for the oldest in it: [`too_old`] says so.
+    /// What holds for `version`. One that is older than the table is taken for the oldest in it:
+    /// [`too_old`] says so.
     pub fn of(version: &Version) -> &'static Self {
         let known = RELEASES.iter().rev().find(|release| release.since <= version.numbers());
         known.unwrap_or(&RELEASES[0])
@@ -97,14 +102,16 @@ pub fn too_old(version: &Version) -> Option<String> {
     })
 }
 
-/// The text of the WARNING for a node and a SuperLink of different releases; `None` where Flower takes them for compatible.
-/// For Flower that is the same major and minor number (`supercore/runtime_version_compatibility.py` of 1.40.0).
+/// The text of the WARNING for a node and a SuperLink of different releases; `None` where Flower
+/// takes them for compatible. For Flower that is the same major and minor number
+/// (`supercore/runtime_version_compatibility.py` of 1.40.0).
 pub fn compatibility(node: &Version, superlink: &Version) -> Option<String> {
     let ([major, minor, _], [their_major, their_minor, _]) = (node.numbers(), superlink.numbers());
     if (major, minor) == (their_major, their_minor) {
         return None;
     }
-    let (ours, theirs) = (Release::of(node).fleet_protocol(), Release::of(superlink).fleet_protocol());
+    let (ours, theirs) =
+        (Release::of(node).fleet_protocol(), Release::of(superlink).fleet_protocol());
     if ours != theirs {
         return Some(format!(
             "this node has Flower {node}, which speaks {ours} with its SuperLink, and the SuperLink has Flower {superlink}, \
@@ -128,17 +135,19 @@ pub enum Said {
     Reconnected,
     /// An attempt failed; Flower goes on trying.
     Retrying,
-    /// Flower gives up, or ends: when it is told to, and when the SuperLink was started again and so does not know the node any
-    /// more. 1.31.0 may hang after these words, with its health service gone.
+    /// Flower gives up, or ends: when it is told to, and when the SuperLink was started again and
+    /// so does not know the node any more. 1.31.0 may hang after these words, with its health
+    /// service gone.
     Ended,
 }
 
 /// What this line of a container's log says; `None` for most lines.
 ///
-/// A line of Flower is a level, coloured, `:`, blanks and a sentence (`common/logger.py`; with `FLWR_LOG_LEVEL=DEBUG` the time
-/// stands behind the level): `\x1b[92mINFO \x1b[0m:      SuperNode ID: 7`. What a ClientApp prints has no level before it. The
-/// SuperExec and the apps, which are Flower too and write to the same log, say [`Said::Reconnected`] and [`Said::Retrying`] of
-/// their connection to the node.
+/// A line of Flower is a level, coloured, `:`, blanks and a sentence (`common/logger.py`; with
+/// `FLWR_LOG_LEVEL=DEBUG` the time stands behind the level): `\x1b[92mINFO \x1b[0m:      SuperNode
+/// ID: 7`. What a ClientApp prints has no level before it. The SuperExec and the apps, which are
+/// Flower too and write to the same log, say [`Said::Reconnected`] and [`Said::Retrying`] of their
+/// connection to the node.
 pub fn said(line: &str) -> Option<Said> {
     let line = after_colour(line);
     let rest = ["INFO", "WARNING", "ERROR"].iter().find_map(|level| line.strip_prefix(level))?;
@@ -153,7 +162,8 @@ pub fn said(line: &str) -> Option<Said> {
     SENTENCES.iter().find(|(beginning, _)| sentence.starts_with(beginning)).map(|(_, said)| *said)
 }
 
-/// The beginnings of sentences: `common/retry_invoker.py`, from 1.32.0 `supercore/retry/`; `supernode/start_client_internal.py`.
+/// The beginnings of sentences: `common/retry_invoker.py`, from 1.32.0 `supercore/retry/`;
+/// `supernode/start_client_internal.py`.
 const SENTENCES: &[(&str, Said)] = &[
     ("Connection attempt failed, retrying", Said::Retrying),
     ("Connection successful after", Said::Reconnected),
@@ -191,8 +201,12 @@ mod tests {
             ("2.0.0", Protocol::Http, 8000, true, true),
         ] {
             let release = Release::of(&version(text));
-            let found =
-                (release.fleet_protocol(), release.fleet_port(), release.serves_health(), release.tells_node_id());
+            let found = (
+                release.fleet_protocol(),
+                release.fleet_port(),
+                release.serves_health(),
+                release.tells_node_id(),
+            );
             assert_eq!(found, (protocol, port, health, id), "{text}");
         }
         assert_eq!(too_old(&version("1.11.0")), None);
@@ -214,8 +228,13 @@ mod tests {
         );
         assert!(text("1.40.0", "1.39.0").is_some_and(|text| text.contains("they cannot connect")));
         let older = text("1.25.0", "1.31.0").unwrap();
-        assert!(older.contains("older than the 1.31.0") && older.contains("FLOWER_VERSION=1.31.0"), "{older}");
-        assert!(text("1.41.0", "1.40.0").is_some_and(|text| text.contains("newer than the 1.40.0")));
+        assert!(
+            older.contains("older than the 1.31.0") && older.contains("FLOWER_VERSION=1.31.0"),
+            "{older}"
+        );
+        assert!(
+            text("1.41.0", "1.40.0").is_some_and(|text| text.contains("newer than the 1.40.0"))
+        );
     }
 
     /// What the lines say that say something.
@@ -225,8 +244,9 @@ mod tests {
 
     use Said::{Ended, Reconnected, Registered, Retrying};
 
-    /// Recorded with the SuperLink stopped after 11 s and started again at once: both processes end with exit code 0. That of
-    /// 1.31.0 takes 5 s to it, and in a container it has been seen to hang instead.
+    /// Recorded with the SuperLink stopped after 11 s and started again at once: both processes end
+    /// with exit code 0. That of 1.31.0 takes 5 s to it, and in a container it has been seen to
+    /// hang instead.
     #[test]
     fn a_superlink_that_is_started_again_at_once_ends_the_node() {
         let v1_31 = "\
@@ -241,7 +261,10 @@ mod tests {
 \x1b[92mINFO \x1b[0m:      SuperNode terminated gracefully.
 \x1b[93mWARNING \x1b[0m:   Connection attempt failed, retrying in 0.62 seconds
 ";
-        assert_eq!(all_said(v1_31), [Registered(7848334859123487554), Retrying, Retrying, Ended, Retrying]);
+        assert_eq!(
+            all_said(v1_31),
+            [Registered(7848334859123487554), Retrying, Retrying, Ended, Retrying]
+        );
         let v1_41 = "\
 \x1b[92mINFO \x1b[0m:      Starting Flower SuperNode
 \x1b[93mWARNING \x1b[0m:   Option `--insecure` was set. Starting insecure channel to 127.0.0.1:8000.
@@ -262,7 +285,8 @@ INFO:     Shutting down
         assert_eq!(all_said(v1_41), said);
     }
 
-    /// Recorded with the SuperLink killed, and started again after 30 s: it does not know the node any more.
+    /// Recorded with the SuperLink killed, and started again after 30 s: it does not know the node
+    /// any more.
     #[test]
     fn a_superlink_that_is_back_after_30_s_ends_the_node_as_well() {
         let v1_31 = "\
@@ -273,7 +297,10 @@ INFO:     Shutting down
 \x1b[93mWARNING \x1b[0m:   Connection attempt failed, retrying in 0.34 seconds
 \x1b[92mINFO \x1b[0m:      SuperExec terminated gracefully.
 ";
-        assert_eq!(all_said(v1_31), [Registered(16204095064827034974), Retrying, Retrying, Ended, Retrying]);
+        assert_eq!(
+            all_said(v1_31),
+            [Registered(16204095064827034974), Retrying, Retrying, Ended, Retrying]
+        );
         let v1_41 = "\
 \x1b[92mINFO \x1b[0m:      SuperNode ID: 18375337094250742509
 \x1b[93mWARNING \x1b[0m:   Connection attempt failed, retrying in 17.15 seconds

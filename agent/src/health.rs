@@ -1,7 +1,8 @@
-//! Whether Flower lives: its health service, asked by gRPC, and a watcher that tells when it has died.
+//! Whether Flower lives: its health service, asked by gRPC, and a watcher that tells when it has
+//! died.
 //!
-//! The service answers also while the SuperLink is away, and not any more once the process hangs: it tells of liveness, not
-//! of readiness.
+//! The service answers also while the SuperLink is away, and not any more once the process hangs:
+//! it tells of liveness, not of readiness.
 
 use std::io;
 use std::net::SocketAddr;
@@ -22,7 +23,8 @@ use crate::journal::error_chain;
 
 /// How long a check may take. A machine that is busy answers late.
 const CHECK_LIMIT: Duration = Duration::from_secs(10);
-/// The pause between two checks of a node that is connected to its SuperLink, and of one that is not: a hang begins with that.
+/// The pause between two checks of a node that is connected to its SuperLink, and of one that is
+/// not: a hang begins with that.
 const PAUSE: Duration = Duration::from_secs(60);
 const PAUSE_WHILE_APART: Duration = Duration::from_secs(15);
 /// The pause after a failure that counts.
@@ -82,7 +84,8 @@ pub enum HealthError {
     },
 }
 
-/// Asks the gRPC health service (`grpc.health.v1.Health/Check`) at `address` for the health of the whole process.
+/// Asks the gRPC health service (`grpc.health.v1.Health/Check`) at `address` for the health of the
+/// whole process.
 ///
 /// # Errors
 /// When it does not answer within `limit` that it serves.
@@ -96,7 +99,8 @@ async fn ask(address: SocketAddr) -> Result<(), HealthError> {
         io::ErrorKind::ConnectionRefused => HealthError::Refused { address },
         _ => HealthError::Unreachable { address, source },
     })?;
-    // The request is small, and nothing follows it that it could wait for. At worst this costs some milliseconds.
+    // The request is small, and nothing follows it that it could wait for. At worst this costs some
+    // milliseconds.
     let _ = stream.set_nodelay(true);
     let broken = |source| HealthError::Broken { address, source };
     let request = Request::post(format!("http://{address}/grpc.health.v1.Health/Check"))
@@ -114,7 +118,8 @@ async fn ask(address: SocketAddr) -> Result<(), HealthError> {
         }
     };
     let mut exchange = pin!(exchange);
-    // The connection ends with this call: nothing of it is left behind, whichever way the call ends.
+    // The connection ends with this call: nothing of it is left behind, whichever way the call
+    // ends.
     tokio::select! {
         answer = &mut exchange => answer,
         _ = connection => exchange.await,
@@ -132,7 +137,9 @@ async fn problem_with(
     let body = Limited::new(body, MOST_BYTES).collect().await?;
     // A call that fails at once has its status in the head.
     let status = body.trailers().and_then(|trailers| trailers.get("grpc-status"));
-    let status = status.or_else(|| head.headers.get("grpc-status")).map(|status| status.as_bytes().escape_ascii());
+    let status = status
+        .or_else(|| head.headers.get("grpc-status"))
+        .map(|status| status.as_bytes().escape_ascii());
     let said = match status {
         Some(status) => status.to_string(),
         None => return Ok(Some("an answer without grpc-status".into())),
@@ -155,10 +162,11 @@ pub struct Dead {
 
 /// The watch over Flower's life, from one container to the next.
 ///
-/// A failure counts once a check has gone well in this run of the container. Before that only a refused connection counts,
-/// and only when the container has had the time to start: it may have been hanging when the agent found it. An address that
-/// cannot be reached from here says nothing. An image that serves no health looks the same as one that hangs, so it is taken
-/// for dead once: after that, a check has to go well first.
+/// A failure counts once a check has gone well in this run of the container. Before that only a
+/// refused connection counts, and only when the container has had the time to start: it may have
+/// been hanging when the agent found it. An address that cannot be reached from here says nothing.
+/// An image that serves no health looks the same as one that hangs, so it is taken for dead once:
+/// after that, a check has to go well first.
 #[derive(Debug, Default)]
 pub struct Liveness {
     /// The run of the container: its id, and when it was started.
@@ -167,13 +175,14 @@ pub struct Liveness {
     failures: u32,
     /// When it was asked last: the pause is kept, however often the watch is taken up again.
     asked: Option<Instant>,
-    /// Whether a container was taken for dead that had never been well, and none has been well since.
+    /// Whether a container was taken for dead that had never been well, and none has been well
+    /// since.
     doubts: bool,
 }
 
 impl Liveness {
-    /// Asks for the health of `container`, which is connected to its SuperLink or not, until it is dead. Never, where it has no
-    /// address. A call that is given up loses nothing.
+    /// Asks for the health of `container`, which is connected to its SuperLink or not, until it is
+    /// dead. Never, where it has no address. A call that is given up loses nothing.
     pub async fn until_dead(&mut self, container: &Container, connected: bool) -> Dead {
         let Some(ip_address) = container.ip_address else {
             return std::future::pending().await;
@@ -243,7 +252,11 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(5);
 
     /// Listens for one call and answers with this status, message and trailer.
-    async fn server(status: u16, message: &'static [u8], grpc_status: Option<&'static str>) -> SocketAddr {
+    async fn server(
+        status: u16,
+        message: &'static [u8],
+        grpc_status: Option<&'static str>,
+    ) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(async move {
@@ -252,15 +265,20 @@ mod tests {
                 assert_eq!(request.uri().path(), "/grpc.health.v1.Health/Check");
                 assert_eq!(request.headers()["content-type"], "application/grpc");
                 assert_eq!(request.collect().await.unwrap().to_bytes(), REQUEST);
-                let trailers = grpc_status
-                    .map(|code| HeaderMap::from_iter([("grpc-status".parse().unwrap(), code.parse().unwrap())]));
-                let frames = [Some(Frame::data(Bytes::from_static(message))), trailers.map(Frame::trailers)];
+                let trailers = grpc_status.map(|code| {
+                    HeaderMap::from_iter([("grpc-status".parse().unwrap(), code.parse().unwrap())])
+                });
+                let frames =
+                    [Some(Frame::data(Bytes::from_static(message))), trailers.map(Frame::trailers)];
                 let frames = frames.into_iter().flatten().map(Ok::<_, Infallible>);
-                let mut response = Response::new(StreamBody::new(futures_util::stream::iter(frames)));
+                let mut response =
+                    Response::new(StreamBody::new(futures_util::stream::iter(frames)));
                 *response.status_mut() = StatusCode::from_u16(status).unwrap();
                 Ok::<_, Infallible>(response)
             });
-            let _ = server::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), answer).await;
+            let _ = server::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(stream), answer)
+                .await;
         });
         address
     }
@@ -269,7 +287,12 @@ mod tests {
     async fn only_the_answer_that_it_serves_is_health() {
         assert!(check(server(200, SERVING, Some("0")).await, LIMIT).await.is_ok());
         for (status, message, grpc_status, words) in [
-            (200, &[0, 0, 0, 0, 2, 8, 2][..], Some("0"), "the answer is [00, 00, 00, 00, 02, 08, 02]"),
+            (
+                200,
+                &[0, 0, 0, 0, 2, 8, 2][..],
+                Some("0"),
+                "the answer is [00, 00, 00, 00, 02, 08, 02]",
+            ),
             (200, &[], Some("0"), "the answer is []"),
             (200, &[], Some("12"), "grpc-status 12"),
             (200, SERVING, Some("14"), "grpc-status 14"),
@@ -277,9 +300,13 @@ mod tests {
             (404, &[], None, "HTTP 404"),
         ] {
             let error = check(server(status, message, grpc_status).await, LIMIT).await.unwrap_err();
-            assert!(matches!(&error, HealthError::NotServing { answer, .. } if answer.contains(words)), "{error:?}");
+            assert!(
+                matches!(&error, HealthError::NotServing { answer, .. } if answer.contains(words)),
+                "{error:?}"
+            );
         }
-        let error = check(server(200, &[b'x'; MOST_BYTES + 1], Some("0")).await, LIMIT).await.unwrap_err();
+        let error =
+            check(server(200, &[b'x'; MOST_BYTES + 1], Some("0")).await, LIMIT).await.unwrap_err();
         assert!(matches!(error, HealthError::Broken { .. }), "{error:?}");
     }
 
@@ -308,7 +335,8 @@ mod tests {
         assert!(matches!(error, HealthError::Broken { .. }), "{error:?}");
     }
 
-    const ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), HEALTH_PORT);
+    const ADDRESS: SocketAddr =
+        SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), HEALTH_PORT);
 
     fn refused() -> Result<(), HealthError> {
         Err(HealthError::Refused { address: ADDRESS })
@@ -325,8 +353,8 @@ mod tests {
     const LONG_AGO: &str = "2024-01-01T00:00:00.5Z";
     const JUST_NOW: &str = "9999-01-01T00:00:00Z";
 
-    /// After how many seconds the container is taken for dead, where `answers` are the first answers and the last of them goes
-    /// on for ever; `None` where it is not within an hour.
+    /// After how many seconds the container is taken for dead, where `answers` are the first
+    /// answers and the last of them goes on for ever; `None` where it is not within an hour.
     async fn seconds_to_death(
         liveness: &mut Liveness,
         container: &Container,
@@ -340,7 +368,10 @@ mod tests {
         };
         let since = Instant::now();
         let dead = pin!(liveness.until_dead_by(check, container, false));
-        tokio::time::timeout(Duration::from_secs(3600), dead).await.ok().map(|_| since.elapsed().as_secs())
+        tokio::time::timeout(Duration::from_secs(3600), dead)
+            .await
+            .ok()
+            .map(|_| since.elapsed().as_secs())
     }
 
     const WELL: fn() -> Result<(), HealthError> = || Ok(());
@@ -369,7 +400,10 @@ mod tests {
         let liveness = &mut Liveness::default();
         assert_eq!(seconds_to_death(liveness, &started(LONG_AGO), &[refused]).await, Some(10));
         // What cannot be reached from here may be well.
-        assert_eq!(seconds_to_death(&mut Liveness::default(), &started(LONG_AGO), &[timed_out]).await, None);
+        assert_eq!(
+            seconds_to_death(&mut Liveness::default(), &started(LONG_AGO), &[timed_out]).await,
+            None
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -378,28 +412,36 @@ mod tests {
         assert_eq!(seconds_to_death(liveness, &started(LONG_AGO), &[refused]).await, Some(10));
         assert_eq!(seconds_to_death(liveness, &started(JUST_NOW), &[refused]).await, None);
         // One that does serve it is trusted again.
-        assert_eq!(seconds_to_death(liveness, &started("9998-01-01T00:00:00Z"), &[WELL, refused]).await, Some(25));
+        assert_eq!(
+            seconds_to_death(liveness, &started("9998-01-01T00:00:00Z"), &[WELL, refused]).await,
+            Some(25)
+        );
         assert_eq!(seconds_to_death(liveness, &started(LONG_AGO), &[refused]).await, Some(10));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_watch_that_is_taken_up_again_and_again_asks_no_more_often() {
-        let (liveness, container, asked) = (&mut Liveness::default(), started(JUST_NOW), Cell::new(0));
+        let (liveness, container, asked) =
+            (&mut Liveness::default(), started(JUST_NOW), Cell::new(0));
         let check = async || {
             asked.set(asked.get() + 1);
             if asked.get() == 1 { Ok(()) } else { timed_out() }
         };
         let since = Instant::now();
-        while tokio::time::timeout(Duration::from_millis(100), liveness.until_dead_by(check, &container, false))
-            .await
-            .is_err()
+        while tokio::time::timeout(
+            Duration::from_millis(100),
+            liveness.until_dead_by(check, &container, false),
+        )
+        .await
+        .is_err()
         {}
         assert_eq!((asked.get(), since.elapsed().as_secs()), (4, 25));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_node_that_is_connected_is_asked_rarely_until_it_is_not_any_more() {
-        let (liveness, container, asked) = (&mut Liveness::default(), started(JUST_NOW), Cell::new(0));
+        let (liveness, container, asked) =
+            (&mut Liveness::default(), started(JUST_NOW), Cell::new(0));
         let check = async || {
             asked.set(asked.get() + 1);
             if asked.get() <= 3 { Ok(()) } else { refused() }

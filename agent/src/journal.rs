@@ -1,4 +1,5 @@
-//! Where the agent's words go: to the journal where there is one, with fields; else to stderr, as text or JSON.
+//! Where the agent's words go: to the journal where there is one, with fields; else to stderr, as
+//! text or JSON.
 
 use std::fmt;
 use std::os::unix::fs::MetadataExt as _;
@@ -40,7 +41,10 @@ pub fn init(level: LogLevel, as_json: bool) {
         let journal = journal
             .with_field_prefix(None)
             .with_syslog_identifier("supernode-agent".into())
-            .with_priority_mappings(PriorityMappings { info: Priority::Informational, ..PriorityMappings::new() });
+            .with_priority_mappings(PriorityMappings {
+                info: Priority::Informational,
+                ..PriorityMappings::new()
+            });
         let _ = tracing_subscriber::registry().with(journal.with_filter(ours)).try_init();
         return;
     }
@@ -53,13 +57,14 @@ pub fn init(level: LogLevel, as_json: bool) {
     let _ = tracing_subscriber::registry().with(stderr.with_filter(ours)).try_init();
 }
 
-/// Whether stderr leads to the journal: systemd gives device and inode of the stream (systemd.exec(5), JOURNAL_STREAM). The
-/// variable alone proves nothing, for it is inherited.
+/// Whether stderr leads to the journal: systemd gives device and inode of the stream
+/// (systemd.exec(5), JOURNAL_STREAM). The variable alone proves nothing, for it is inherited.
 fn stderr_is_the_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
         return false;
     };
-    std::fs::metadata("/proc/self/fd/2").is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
+    std::fs::metadata("/proc/self/fd/2")
+        .is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
 }
 
 /// The time, as the log's lines have it.
@@ -84,7 +89,8 @@ pub fn error_chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// An entry about a finding: its level, the distribution that the fix is for, what becomes of the node, and in words.
+/// An entry about a finding: its level, the distribution that the fix is for, what becomes of the
+/// node, and in words.
 macro_rules! log_finding {
     ($level:expr, $finding:expr, $distribution:expr, $status:literal, $text:literal) => {{
         let fix = $finding.reason.fix($distribution);
@@ -108,7 +114,13 @@ macro_rules! log_finding {
 
 /// The one WARNING of a node that wanted a GPU and runs on the CPU.
 pub fn warn_fallback(finding: &Finding, distribution: Distribution) {
-    log_finding!(Level::WARN, finding, distribution, "cpu-fallback", "No usable GPU, this node runs on the CPU.");
+    log_finding!(
+        Level::WARN,
+        finding,
+        distribution,
+        "cpu-fallback",
+        "No usable GPU, this node runs on the CPU."
+    );
 }
 
 /// The error of a node that must have a GPU and has none.
@@ -170,7 +182,12 @@ where
     S: Subscriber + for<'s> LookupSpan<'s>,
     N: for<'w> FormatFields<'w> + 'static,
 {
-    fn format_event(&self, _: &FmtContext<'_, S, N>, mut out: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+    fn format_event(
+        &self,
+        _: &FmtContext<'_, S, N>,
+        mut out: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
         let mut fields = Fields::default();
         event.record(&mut fields);
         let (name, priority) = match *event.metadata().level() {

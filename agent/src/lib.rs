@@ -11,8 +11,8 @@
 //! the container's log -> Connection, its health -> Liveness ───────────────────────┘
 //! ```
 //!
-//! Beside the Supervisor, and never the node's end: the Exporter, a container of its own, and the page of the metrics, which tells
-//! what the Reporter has heard.
+//! Beside the Supervisor, and never the node's end: the Exporter, a container of its own, and the
+//! page of the metrics, which tells what the Reporter has heard.
 
 pub mod atomic;
 pub mod backoff;

@@ -30,8 +30,8 @@ pub enum LockError {
 }
 
 impl Lock {
-    /// Takes the lock in `state_dir`. Who only looks whether it is taken ([`is_held`]) has it for a moment: that is waited
-    /// for.
+    /// Takes the lock in `state_dir`. Who only looks whether it is taken ([`is_held`]) has it for a
+    /// moment: that is waited for.
     ///
     /// # Errors
     /// When another agent runs, or the file cannot be locked.
@@ -43,7 +43,13 @@ impl Lock {
         std::fs::create_dir_all(state_dir).map_err(failed)?;
         // Whoever can open a file can lock it: a user who could would keep the node from starting.
         let mut options = File::options();
-        let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(failed)?;
+        let file = options
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(failed)?;
         file.set_permissions(Permissions::from_mode(0o600)).map_err(failed)?;
         for _ in 0..TRIES {
             match file.try_lock() {
@@ -66,8 +72,8 @@ pub fn is_held(state_dir: &Path) -> bool {
     }
 }
 
-/// Whether somebody has locked this file, as the kernel tells everybody: the sixth word of a line of /proc/locks is device and
-/// inode (proc_locks(5)).
+/// Whether somebody has locked this file, as the kernel tells everybody: the sixth word of a line
+/// of /proc/locks is device and inode (proc_locks(5)).
 fn is_listed(path: &Path) -> bool {
     let (Ok(file), Ok(locks)) = (path.metadata(), std::fs::read_to_string("/proc/locks")) else {
         return false;

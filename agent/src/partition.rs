@@ -1,11 +1,14 @@
-//! Which share of the data a node of a service takes: `partition-id` and `num-partitions` of its node configuration.
+//! Which share of the data a node of a service takes: `partition-id` and `num-partitions` of its
+//! node configuration.
 //!
-//! The place in the list of the service's VMs would not do: it moves when a VM before it is replaced, and then two nodes train
-//! on one share. OneFlow gives every VM of a role a number that it never gives again, in the VM's name
-//! (`supernode_3_(service_7)`: `$ROLE_NAME_$VM_NUMBER_(service_$SERVICE_ID)` in oneflow-server.conf). As long as nobody has
-//! been replaced these numbers are the ids: no node needs to know what another one took, whatever is scaled while they boot.
-//! A node that comes after a replacement takes an id that nobody has published, publishes it, and looks whether somebody else
-//! has published the same: two nodes that publish and then look cannot both overlook the other. What a node has taken it keeps.
+//! The place in the list of the service's VMs would not do: it moves when a VM before it is
+//! replaced, and then two nodes train on one share. OneFlow gives every VM of a role a number that
+//! it never gives again, in the VM's name (`supernode_3_(service_7)`:
+//! `$ROLE_NAME_$VM_NUMBER_(service_$SERVICE_ID)` in oneflow-server.conf). As long as nobody has
+//! been replaced these numbers are the ids: no node needs to know what another one took, whatever
+//! is scaled while they boot. A node that comes after a replacement takes an id that nobody has
+//! published, publishes it, and looks whether somebody else has published the same: two nodes that
+//! publish and then look cannot both overlook the other. What a node has taken it keeps.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -19,7 +22,8 @@ use crate::settings::Settings;
 
 /// The attribute by which the nodes of a service tell each other what they took.
 pub const ATTRIBUTE: &str = "FL_PARTITION_ID";
-/// The attribute that says for which VM the others were published: a VM that is made from a saved one inherits them.
+/// The attribute that says for which VM the others were published: a VM that is made from a saved
+/// one inherits them.
 pub const OWNER_ATTRIBUTE: &str = "FL_NODE_ID";
 
 /// More than a service has nodes: what is published beyond it is not believed.
@@ -57,7 +61,8 @@ pub struct Keeper {
 impl Keeper {
     /// In the folder of the settings, for this VM in this boot.
     pub fn of(settings: &Settings, vm_id: u64) -> Self {
-        let boot_id = std::fs::read_to_string(settings.machine.root.join("proc/sys/kernel/random/boot_id"));
+        let boot_id =
+            std::fs::read_to_string(settings.machine.root.join("proc/sys/kernel/random/boot_id"));
         Self::new(&settings.state.lasting_dir, vm_id, &boot_id.unwrap_or_default())
     }
 
@@ -72,7 +77,8 @@ impl Keeper {
         (kept.vm_id == self.vm_id && kept.partition.id < kept.partition.count).then_some(kept)
     }
 
-    /// The partition that this VM took in this boot: an agent that is started again changes nothing for its container.
+    /// The partition that this VM took in this boot: an agent that is started again changes nothing
+    /// for its container.
     pub fn of_this_boot(&self) -> Option<Partition> {
         self.kept().filter(|kept| kept.boot_id == self.boot_id).map(|kept| kept.partition)
     }
@@ -92,20 +98,25 @@ impl Keeper {
     }
 }
 
-/// The partition of `service` that this VM has without asking anybody: the one that it took before, else its number. `None`
-/// where no role has this VM, or others must be asked.
+/// The partition of `service` that this VM has without asking anybody: the one that it took before,
+/// else its number. `None` where no role has this VM, or others must be asked.
 pub fn known(service: &Service, keeper: &Keeper) -> Option<Partition> {
     let role = role_of(service, keeper.vm_id)?;
-    let kept = keeper.kept().filter(|kept| kept.service_id == service.id).map(|kept| kept.partition.id);
+    let kept =
+        keeper.kept().filter(|kept| kept.service_id == service.id).map(|kept| kept.partition.id);
     Some(with_count(kept.or_else(|| by_number(role, keeper.vm_id))?, count_of(role)))
 }
 
-/// Takes a partition of `service` for this VM, or the one that it took before, and keeps it. `None` where no role has this
-/// VM.
+/// Takes a partition of `service` for this VM, or the one that it took before, and keeps it. `None`
+/// where no role has this VM.
 ///
 /// # Errors
 /// Of OneGate, where it is needed to ask what other nodes took.
-pub async fn take(gate: &OneGate, service: &Service, keeper: &Keeper) -> Result<Option<Partition>, OneGateError> {
+pub async fn take(
+    gate: &OneGate,
+    service: &Service,
+    keeper: &Keeper,
+) -> Result<Option<Partition>, OneGateError> {
     let partition = match known(service, keeper) {
         Some(partition) => Some(partition),
         None => claim(gate, keeper.vm_id).await?,
@@ -125,15 +136,23 @@ async fn claim(gate: &OneGate, vm_id: u64) -> Result<Option<Partition>, OneGateE
             return Ok(None);
         };
         let partition = free_partition(role, vm_id);
-        gate.publish(&[(OWNER_ATTRIBUTE, vm_id.to_string()), (ATTRIBUTE, partition.id.to_string())]).await?;
+        gate.publish(&[
+            (OWNER_ATTRIBUTE, vm_id.to_string()),
+            (ATTRIBUTE, partition.id.to_string()),
+        ])
+        .await?;
         service = gate.service_with_attributes().await?;
-        let others = role_of(&service, vm_id).map(|role| taken(role, Some(vm_id))).unwrap_or_default();
+        let others =
+            role_of(&service, vm_id).map(|role| taken(role, Some(vm_id))).unwrap_or_default();
         if !others.contains(&partition.id) {
             return Ok(Some(partition));
         }
         round += 1;
         if round == ROUNDS {
-            tracing::warn!("another node of the service has the partition {} as well", partition.id);
+            tracing::warn!(
+                "another node of the service has the partition {} as well",
+                partition.id
+            );
             return Ok(Some(partition));
         }
         // Not at the same time as the other one.
@@ -162,9 +181,11 @@ fn number_of(role: &Role, node: &Node) -> Option<u64> {
     number.parse().ok().filter(|number| *number < MOST_IDS)
 }
 
-/// This VM's number, where nobody has ever been replaced: the numbers of the role begin with 0 and leave none out.
+/// This VM's number, where nobody has ever been replaced: the numbers of the role begin with 0 and
+/// leave none out.
 fn by_number(role: &Role, vm_id: u64) -> Option<u64> {
-    let numbers: Option<BTreeSet<u64>> = role.nodes.iter().map(|node| number_of(role, node)).collect();
+    let numbers: Option<BTreeSet<u64>> =
+        role.nodes.iter().map(|node| number_of(role, node)).collect();
     let numbers = numbers.filter(|numbers| numbers.len() == role.nodes.len())?;
     let complete = numbers.last() == Some(&(numbers.len() as u64 - 1));
     let own = role.nodes.iter().find(|node| node.vm_id == vm_id)?;
@@ -182,8 +203,9 @@ fn taken(role: &Role, but: Option<u64>) -> BTreeSet<u64> {
     role.nodes.iter().filter(|node| Some(node.vm_id) != but).filter_map(published).collect()
 }
 
-/// What this VM takes, as far as the list tells. Whoever has published an id has it. Of the others those whose number is still
-/// within the count have that, and what is left over goes by the order of the VMs: nodes that see the same list agree.
+/// What this VM takes, as far as the list tells. Whoever has published an id has it. Of the others
+/// those whose number is still within the count have that, and what is left over goes by the order
+/// of the VMs: nodes that see the same list agree.
 fn free_partition(role: &Role, vm_id: u64) -> Partition {
     let count = count_of(role);
     let others = taken(role, Some(vm_id));
@@ -204,8 +226,10 @@ fn free_partition(role: &Role, vm_id: u64) -> Partition {
         }
     }
     let place = homeless.iter().position(|id| *id == vm_id).unwrap_or(0);
-    // More published ids than nodes: those of VMs that have gone are not in the list, those of liars may be.
-    let id = free.into_iter().nth(place).unwrap_or_else(|| others.last().map_or(0, |last| last + 1));
+    // More published ids than nodes: those of VMs that have gone are not in the list, those of
+    // liars may be.
+    let id =
+        free.into_iter().nth(place).unwrap_or_else(|| others.last().map_or(0, |last| last + 1));
     with_count(id, count)
 }
 
@@ -216,11 +240,16 @@ mod tests {
     /// A role of VMs: number of the VM, its number in OneFlow, the id that it has published.
     fn role(vms: &[(u64, u64, Option<u64>)]) -> Role {
         let node = |(vm_id, number, id): &(u64, u64, Option<u64>)| {
-            let attributes = id.map(|id| [(ATTRIBUTE, id.to_string()), (OWNER_ATTRIBUTE, vm_id.to_string())]);
+            let attributes =
+                id.map(|id| [(ATTRIBUTE, id.to_string()), (OWNER_ATTRIBUTE, vm_id.to_string())]);
             Node {
                 vm_id: *vm_id,
                 name: Some(format!("supernode_{number}_(service_7)")),
-                attributes: attributes.into_iter().flatten().map(|(name, value)| (name.to_owned(), value)).collect(),
+                attributes: attributes
+                    .into_iter()
+                    .flatten()
+                    .map(|(name, value)| (name.to_owned(), value))
+                    .collect(),
             }
         };
         Role { name: "supernode".into(), cardinality: None, nodes: vms.iter().map(node).collect() }
@@ -246,7 +275,11 @@ mod tests {
         }
         named.nodes[0].name = None;
         assert_eq!(by_number(&named, 101), None);
-        assert_eq!(by_number(&role(&[(101, 0, None), (102, 0, None)]), 101), None, "one number twice");
+        assert_eq!(
+            by_number(&role(&[(101, 0, None), (102, 0, None)]), 101),
+            None,
+            "one number twice"
+        );
     }
 
     #[test]
@@ -273,7 +306,10 @@ mod tests {
     #[test]
     fn an_id_is_less_than_the_count_even_where_others_lie() {
         let full = role(&[(102, 1, Some(0)), (103, 2, Some(1)), (104, 3, None), (105, 4, Some(2))]);
-        for vms in [full, role(&[(1, 9, Some(u64::MAX)), (2, 9, Some(0)), (3, 9, Some(1)), (4, 9, Some(2))])] {
+        for vms in [
+            full,
+            role(&[(1, 9, Some(u64::MAX)), (2, 9, Some(0)), (3, 9, Some(1)), (4, 9, Some(2))]),
+        ] {
             for node in &vms.nodes {
                 let partition = free_partition(&vms, node.vm_id);
                 assert!(partition.id < partition.count, "{partition:?}");
@@ -288,7 +324,8 @@ mod tests {
             let vms: Vec<_> = vms
                 .into_iter()
                 .enumerate()
-                // OneFlow's numbers grow with the VMs, and each is given once; ids that were published are published once.
+                // OneFlow's numbers grow with the VMs, and each is given once; ids that were
+                // published are published once.
                 .map(|(place, (vm, (more, id)))| (vm, place as u64 * 60 + more, id.filter(|id| seen.insert(*id))))
                 .collect();
             let role = role(&vms);
@@ -304,7 +341,10 @@ mod tests {
         Keeper::new(&folder, 102, "boot-1\n").keep(7, partition);
         assert_eq!(Keeper::new(&folder, 102, "boot-1").of_this_boot(), Some(partition));
         assert_eq!(Keeper::new(&folder, 102, "boot-2").of_this_boot(), None);
-        assert_eq!(Keeper::new(&folder, 102, "boot-2").kept().map(|kept| kept.partition), Some(partition));
+        assert_eq!(
+            Keeper::new(&folder, 102, "boot-2").kept().map(|kept| kept.partition),
+            Some(partition)
+        );
         assert_eq!(Keeper::new(&folder, 103, "boot-1").kept(), None, "a copied disk");
         std::fs::write(folder.join("partition.json"), "{").unwrap();
         assert_eq!(Keeper::new(&folder, 102, "boot-1").kept(), None);
@@ -317,7 +357,8 @@ mod tests {
 
     #[test]
     fn what_is_known_without_asking_is_what_was_taken_in_this_service_and_else_the_number() {
-        let folder = std::env::temp_dir().join(format!("sn-partition-known-{}", std::process::id()));
+        let folder =
+            std::env::temp_dir().join(format!("sn-partition-known-{}", std::process::id()));
         let keeper = Keeper::new(&folder, 102, "boot-1");
         let other = Role { name: "superlink".into(), ..role(&[(100, 0, None)]) };
         let now = service(7, vec![other.clone(), role(&[(101, 0, None), (102, 1, None)])]);
@@ -326,7 +367,11 @@ mod tests {
         let gap = service(7, vec![role(&[(102, 1, None), (103, 2, None)])]);
         assert_eq!(known(&gap, &keeper), None, "others must be asked");
         keeper.keep(7, Partition { id: 5, count: 6 });
-        assert_eq!(known(&now, &keeper), Some(Partition { id: 5, count: 6 }), "also where the service shrank");
+        assert_eq!(
+            known(&now, &keeper),
+            Some(Partition { id: 5, count: 6 }),
+            "also where the service shrank"
+        );
         assert_eq!(known(&service(8, now.roles), &keeper), Some(Partition { id: 1, count: 2 }));
         // A file that nobody wrote like this.
         keeper.keep(7, Partition { id: 6, count: 6 });

@@ -17,14 +17,15 @@ use crate::superlink::SuperLink;
 
 /// Label: the hash of the specification that a container was made from.
 pub const SPEC_HASH_LABEL: &str = "supernode-agent.spec-hash";
-/// Label: the agent's `state.dir`, of which there is one for each node on an engine: whose container it is.
+/// Label: the agent's `state.dir`, of which there is one for each node on an engine: whose
+/// container it is.
 pub const STATE_DIR_LABEL: &str = "supernode-agent.state-dir";
 /// Label: `cuda` or `cpu`.
 pub const VERDICT_LABEL: &str = "supernode-agent.verdict";
 /// Label: size of `/dev/shm` in MiB.
 pub const SHM_SIZE_LABEL: &str = "supernode-agent.shm-size-mib";
-/// Label: the code of the reason, on a CPU fallback. Like all labels it tells of the launch; a container that is adopted
-/// later, by an agent with another finding, keeps it.
+/// Label: the code of the reason, on a CPU fallback. Like all labels it tells of the launch; a
+/// container that is adopted later, by an agent with another finding, keeps it.
 pub const REASON_LABEL: &str = "supernode-agent.reason";
 /// Label: the reason's particulars, on a CPU fallback.
 pub const SUMMARY_LABEL: &str = "supernode-agent.summary";
@@ -60,8 +61,8 @@ pub struct ContainerSpec {
     pub labels: BTreeMap<String, String>,
     /// Bind mounts.
     pub mounts: Vec<MountSpec>,
-    /// Digest of the mounted CA file: a file that is mounted stays the old one when it is replaced, so another CA is another
-    /// container.
+    /// Digest of the mounted CA file: a file that is mounted stays the old one when it is replaced,
+    /// so another CA is another container.
     pub ca_digest: Option<String>,
     /// Folders in memory, with their mount options.
     pub tmpfs: BTreeMap<String, String>,
@@ -73,7 +74,8 @@ pub struct ContainerSpec {
     pub shm_size_mib: u64,
     /// Whether that size follows the machine's memory.
     pub shm_follows_memory: bool,
-    /// Ports that are reached from outside. Left out where there are none: the hash of a node's container is an old one.
+    /// Ports that are reached from outside. Left out where there are none: the hash of a node's
+    /// container is an old one.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<PortSpec>,
     /// Docker's log driver.
@@ -114,8 +116,8 @@ pub struct Machine {
 }
 
 impl ContainerSpec {
-    /// The digest of everything but the labels. A size that follows the memory counts as that: memory that is plugged in
-    /// is no reason to stop a training.
+    /// The digest of everything but the labels. A size that follows the memory counts as that:
+    /// memory that is plugged in is no reason to stop a training.
     pub fn hash(&self) -> String {
         let mut bare = Self { labels: BTreeMap::new(), ..self.clone() };
         if bare.shm_follows_memory {
@@ -129,7 +131,9 @@ impl ContainerSpec {
     pub fn redacted(&self, node_config: Option<&NodeConfig>) -> Self {
         let mut shown = self.clone();
         if let Some(node_config) = node_config {
-            for argument in shown.args.iter_mut().filter(|argument| *argument == node_config.as_str()) {
+            for argument in
+                shown.args.iter_mut().filter(|argument| *argument == node_config.as_str())
+            {
                 *argument = node_config.redacted();
             }
         }
@@ -148,16 +152,20 @@ pub fn wanted_image(config: &Config) -> ImageRef {
     config.image.clone().unwrap_or_else(|| image_of(config.framework, &config.version))
 }
 
-/// The image that is on the machine since it was built, for the case that the wanted one is not to be had. An
-/// operator's own image has no such stand-in.
+/// The image that is on the machine since it was built, for the case that the wanted one is not to
+/// be had. An operator's own image has no such stand-in.
 pub fn prebaked_image(config: &Config) -> Option<ImageRef> {
     config.image.is_none().then(|| image_of(config.prebaked.framework, &config.prebaked.version))
 }
 
-/// The release of Flower in `image`, as far as it is known: for an operator's own image it is what FLOWER_VERSION says, or
-/// that of the prebaked one.
+/// The release of Flower in `image`, as far as it is known: for an operator's own image it is what
+/// FLOWER_VERSION says, or that of the prebaked one.
 pub fn version_in<'a>(config: &'a Config, image: &ImageRef) -> &'a Version {
-    if prebaked_image(config).as_ref() == Some(image) { &config.prebaked.version } else { &config.version }
+    if prebaked_image(config).as_ref() == Some(image) {
+        &config.prebaked.version
+    } else {
+        &config.version
+    }
 }
 
 fn image_of(framework: Framework, version: &Version) -> ImageRef {
@@ -266,7 +274,12 @@ pub fn visible_devices(devices: &[GpuDevice], access: &GpuAccess) -> String {
     }
 }
 
-fn environment(config: &Config, verdict: &Verdict, access: &GpuAccess, machine: &Machine) -> BTreeMap<String, String> {
+fn environment(
+    config: &Config,
+    verdict: &Verdict,
+    access: &GpuAccess,
+    machine: &Machine,
+) -> BTreeMap<String, String> {
     let mut env = BTreeMap::new();
     let mut set = |name: &str, value: &str| env.insert(name.to_owned(), value.to_owned());
     set("FLWR_HOME", FLWR_HOME);
@@ -284,7 +297,8 @@ fn environment(config: &Config, verdict: &Verdict, access: &GpuAccess, machine: 
     if *access == GpuAccess::Runtime {
         set("NVIDIA_DRIVER_CAPABILITIES", DRIVER_CAPABILITIES);
     }
-    // CUDA's order is nvidia-smi's. CUDA_VISIBLE_DEVICES is left alone: the container has the selected GPUs and no other.
+    // CUDA's order is nvidia-smi's. CUDA_VISIBLE_DEVICES is left alone: the container has the
+    // selected GPUs and no other.
     set("CUDA_DEVICE_ORDER", "PCI_BUS_ID");
     set("TF_FORCE_GPU_ALLOW_GROWTH", "true");
     set("XLA_PYTHON_CLIENT_PREALLOCATE", "false");
@@ -307,11 +321,17 @@ fn memory_limits(devices: &[GpuDevice], share: f64) -> String {
     in_order.sort_by(|a, b| a.pci_address.cmp(&b.pci_address));
     // A limit of 0 would mean that it is not known.
     let limit = |memory_mib: u64| ((memory_mib as f64 * share).floor() as u64).max(1);
-    let limits: Vec<String> = in_order.iter().map(|device| device.memory_mib.map_or(0, limit).to_string()).collect();
+    let limits: Vec<String> =
+        in_order.iter().map(|device| device.memory_mib.map_or(0, limit).to_string()).collect();
     limits.join(",")
 }
 
-fn mounts(config: &Config, verdict: &Verdict, superlink: Option<&SuperLink>, settings: &Settings) -> Vec<MountSpec> {
+fn mounts(
+    config: &Config,
+    verdict: &Verdict,
+    superlink: Option<&SuperLink>,
+    settings: &Settings,
+) -> Vec<MountSpec> {
     let read_only = |source: &std::path::Path, target: &str| MountSpec {
         source: source.to_string_lossy().into_owned(),
         target: target.into(),
@@ -336,7 +356,9 @@ pub fn logging(settings: &Settings, machine: &Machine) -> (String, BTreeMap<Stri
     };
     let options = match driver {
         // Without these a json-file grows without end.
-        "json-file" | "local" => BTreeMap::from([("max-size".into(), "10m".into()), ("max-file".into(), "3".into())]),
+        "json-file" | "local" => {
+            BTreeMap::from([("max-size".into(), "10m".into()), ("max-file".into(), "3".into())])
+        }
         _ => BTreeMap::new(),
     };
     (driver.into(), options)
@@ -366,7 +388,11 @@ mod tests {
     fn spec(context: &str, verdict: &Verdict, access: &GpuAccess) -> ContainerSpec {
         let context = Context::parse(context.as_bytes()).unwrap();
         let (config, _) = Config::from_context(&context, &Prebaked::default()).unwrap();
-        let machine = Machine { memory_mib: 8000, has_journal: true, image_python_path: Some("/app/lib".into()) };
+        let machine = Machine {
+            memory_mib: 8000,
+            has_journal: true,
+            image_python_path: Some("/app/lib".into()),
+        };
         let image = wanted_image(&config);
         let superlink = config.superlink_address.clone().map(|address| SuperLink {
             address,
@@ -375,14 +401,25 @@ mod tests {
             version: None,
             partition: None,
         });
-        plan_container(&config, verdict, access, superlink.as_ref(), &image, &machine, &Settings::default())
+        plan_container(
+            &config,
+            verdict,
+            access,
+            superlink.as_ref(),
+            &image,
+            &machine,
+            &Settings::default(),
+        )
     }
 
     #[test]
     fn the_image_follows_framework_and_version_and_an_own_image_is_taken_as_it_is() {
         for (context, image) in [
             ("", "flower-supernode-pytorch:1.31.0"),
-            ("ML_FRAMEWORK='TensorFlow'\nFLOWER_VERSION='1.25.0'\n", "flower-supernode-tensorflow:1.25.0"),
+            (
+                "ML_FRAMEWORK='TensorFlow'\nFLOWER_VERSION='1.25.0'\n",
+                "flower-supernode-tensorflow:1.25.0",
+            ),
             ("FL_FRAMEWORK='base'\n", "flwr/supernode:1.31.0"),
             ("FL_SUPERNODE_IMAGE='host:5000/own@sha256'\n", ""),
             ("FL_SUPERNODE_IMAGE='host:5000/own:2'\n", "host:5000/own:2"),
@@ -431,7 +468,8 @@ mod tests {
         let prebaked = Prebaked { version: Version::of(1, 20, 0), ..Prebaked::default() };
         let context = Context::parse(b"FLOWER_VERSION='1.31.0'\n").unwrap();
         let (config, _) = Config::from_context(&context, &prebaked).unwrap();
-        let args = |image: &ImageRef| arguments(&config, None, Release::of(version_in(&config, image)));
+        let args =
+            |image: &ImageRef| arguments(&config, None, Release::of(version_in(&config, image)));
         assert!(args(&wanted_image(&config)).contains(&HEALTH_FLAG.into()));
         assert_eq!(args(&prebaked_image(&config).unwrap()), ["--isolation", "subprocess"]);
     }
@@ -461,7 +499,8 @@ mod tests {
         assert_eq!(free.env["TF_FORCE_GPU_ALLOW_GROWTH"], "true");
         assert_eq!(free.env["XLA_PYTHON_CLIENT_PREALLOCATE"], "false");
         assert!(!free.env.contains_key("PYTHONPATH") && free.mounts.len() == 1);
-        let on_cpu = spec("FL_GPU_MEMORY_FRACTION='0.5'\n", &Verdict::not_wanted(), &GpuAccess::Runtime);
+        let on_cpu =
+            spec("FL_GPU_MEMORY_FRACTION='0.5'\n", &Verdict::not_wanted(), &GpuAccess::Runtime);
         assert!(!on_cpu.env.contains_key("PYTHONPATH") && on_cpu.mounts.len() == 1);
     }
 
@@ -472,8 +511,12 @@ mod tests {
         let fallback = spec("", &Verdict::cpu(finding), &GpuAccess::Runtime);
         assert_eq!(cpu.hash(), fallback.hash());
         assert_eq!(fallback.labels[REASON_LABEL], "gpu-lost");
-        assert_ne!(cpu.hash(), spec("FL_LOG_LEVEL='DEBUG'\n", &Verdict::not_wanted(), &GpuAccess::Runtime).hash());
-        // Another hash for the same wish makes every node replace its container at the next upgrade: think twice.
+        assert_ne!(
+            cpu.hash(),
+            spec("FL_LOG_LEVEL='DEBUG'\n", &Verdict::not_wanted(), &GpuAccess::Runtime).hash()
+        );
+        // Another hash for the same wish makes every node replace its container at the next
+        // upgrade: think twice.
         assert_eq!(cpu.hash(), "e0122d98a7ba84ea");
     }
 
@@ -486,7 +529,15 @@ mod tests {
             let mut settings = Settings::default();
             settings.container.shm_size_mib = shm_size_mib;
             let image = wanted_image(&config);
-            plan_container(&config, &Verdict::not_wanted(), &GpuAccess::Runtime, None, &image, &machine, &settings)
+            plan_container(
+                &config,
+                &Verdict::not_wanted(),
+                &GpuAccess::Runtime,
+                None,
+                &image,
+                &machine,
+                &settings,
+            )
         };
         assert_eq!(with(8000, 0).hash(), with(16000, 0).hash());
         // A container that has ended is made anew for it.
@@ -513,7 +564,8 @@ mod tests {
         let spec = spec(context, &Verdict::not_wanted(), &GpuAccess::Runtime);
         let node_config = NodeConfig::parse("site=1 token=\"hunter2\"").unwrap();
         let mut expected = spec.clone();
-        let secret = expected.args.iter().position(|argument| argument == node_config.as_str()).unwrap();
+        let secret =
+            expected.args.iter().position(|argument| argument == node_config.as_str()).unwrap();
         expected.args[secret] = "site=1 token='(hidden)'".into();
         assert_eq!(spec.redacted(Some(&node_config)), expected);
         assert_eq!(spec.redacted(None), spec);
@@ -522,19 +574,30 @@ mod tests {
     #[test]
     fn shared_memory_is_half_of_all_and_no_less_than_docker_gives_unless_the_operator_says() {
         let size = |memory_mib, shm_size_mib| {
-            let (config, _) = Config::from_context(&Context::parse(b"").unwrap(), &Prebaked::default()).unwrap();
+            let (config, _) =
+                Config::from_context(&Context::parse(b"").unwrap(), &Prebaked::default()).unwrap();
             let machine = Machine { memory_mib, ..Machine::default() };
             let mut settings = Settings::default();
             settings.container.shm_size_mib = shm_size_mib;
             let (verdict, image) = (Verdict::not_wanted(), wanted_image(&config));
-            plan_container(&config, &verdict, &GpuAccess::Runtime, None, &image, &machine, &settings).shm_size_mib
+            plan_container(
+                &config,
+                &verdict,
+                &GpuAccess::Runtime,
+                None,
+                &image,
+                &machine,
+                &settings,
+            )
+            .shm_size_mib
         };
         assert_eq!([size(8000, 0), size(100, 0), size(8000, 7)], [4000, 64, 7]);
     }
 
     #[test]
     fn the_runtime_is_told_what_of_the_driver_to_bring_and_cdi_knows_it() {
-        let capabilities = |access| spec("", &gpu(), &access).env.get("NVIDIA_DRIVER_CAPABILITIES").cloned();
+        let capabilities =
+            |access| spec("", &gpu(), &access).env.get("NVIDIA_DRIVER_CAPABILITIES").cloned();
         assert_eq!(capabilities(GpuAccess::Runtime).as_deref(), Some(DRIVER_CAPABILITIES));
         assert_eq!(capabilities(GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-0".into()])), None);
     }

@@ -1,5 +1,5 @@
-//! What the agent tells of itself while it runs: one line for the service manager, the status file that `status` reads, what
-//! the cloud hears, and the metrics.
+//! What the agent tells of itself while it runs: one line for the service manager, the status file
+//! that `status` reads, what the cloud hears, and the metrics.
 
 use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
@@ -96,7 +96,8 @@ impl Reporter {
         }
     }
 
-    /// Publishes by this way from now on. Only who keeps the status file does: there is one agent a machine.
+    /// Publishes by this way from now on. Only who keeps the status file does: there is one agent a
+    /// machine.
     pub fn publish_by(&self, cloud: Option<&Cloud>) {
         let Some(cloud) = cloud.filter(|_| self.file.is_some()) else {
             self.publisher.replace(None);
@@ -143,7 +144,8 @@ impl Reporter {
         self.keep(|report| report.status = status);
     }
 
-    /// How far it is, which may change many times a second: it is told once a second, and is no new thing to be done.
+    /// How far it is, which may change many times a second: it is told once a second, and is no new
+    /// thing to be done.
     pub fn progress(&self, status: &str) {
         const ONCE_IN: Duration = Duration::from_secs(1);
         if self.progress_told.get().is_some_and(|told| told.elapsed() < ONCE_IN) {
@@ -187,7 +189,8 @@ impl Reporter {
         });
     }
 
-    /// The GPUs that are in use. None while a GPU that failed is to be left alone: one that is in use cannot be reset.
+    /// The GPUs that are in use. None while a GPU that failed is to be left alone: one that is in
+    /// use cannot be reset.
     pub fn uses(&self, devices: &[GpuDevice]) {
         self.gpus_in_use.send_if_modified(|in_use| {
             let changes = in_use.as_deref() != Some(devices);
@@ -234,7 +237,8 @@ impl Reporter {
         self.keep(|report| report.status = status);
     }
 
-    /// The configuration is read again: whether the node was ready, and is not until that is told again.
+    /// The configuration is read again: whether the node was ready, and is not until that is told
+    /// again.
     pub fn reloading(&self) -> bool {
         let was_ready = self.is_ready.take();
         if was_ready {

@@ -1,4 +1,5 @@
-//! agent.toml: where things are on this machine. What the operator of a VM wants is in the context variables instead.
+//! agent.toml: where things are on this machine. What the operator of a VM wants is in the context
+//! variables instead.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -135,7 +136,8 @@ pub struct ContainerSettings {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MachineSettings {
-    /// Root of the file system in which `etc/os-release`, `lib/modules`, DKMS and the like tell what this VM is.
+    /// Root of the file system in which `etc/os-release`, `lib/modules`, DKMS and the like tell
+    /// what this VM is.
     pub root: PathBuf,
 }
 
@@ -182,7 +184,8 @@ impl DcgmSettings {
     }
 }
 
-/// `127.0.0.1:9400`, `[::1]:9400`: an address and no name, for what a name stands for may change, and a port that is known.
+/// `127.0.0.1:9400`, `[::1]:9400`: an address and no name, for what a name stands for may change,
+/// and a port that is known.
 fn address(text: &str) -> Option<SocketAddr> {
     text.parse().ok().filter(|address: &SocketAddr| address.port() != 0)
 }
@@ -259,7 +262,8 @@ impl Default for OneGateSettings {
 impl Default for DcgmSettings {
     fn default() -> Self {
         Self {
-            // What NVIDIA's own README and Helm chart name (NVIDIA/dcgm-exporter, README.md, deployment/values.yaml).
+            // What NVIDIA's own README and Helm chart name (NVIDIA/dcgm-exporter, README.md,
+            // deployment/values.yaml).
             image: "nvcr.io/nvidia/k8s/dcgm-exporter:4.5.3-4.8.2-distroless".into(),
             listen: "127.0.0.1:9400".into(),
         }
@@ -301,26 +305,35 @@ impl Settings {
     pub fn load(path: Option<&Path>) -> Result<Self, SettingsError> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
         match std::fs::read_to_string(file) {
-            Ok(text) => Self::parse(&text).map_err(|message| SettingsError::Invalid { path: file.into(), message }),
-            Err(error) if path.is_none() && error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Ok(text) => Self::parse(&text)
+                .map_err(|message| SettingsError::Invalid { path: file.into(), message }),
+            Err(error) if path.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
+                Ok(Self::default())
+            }
             Err(source) => Err(SettingsError::Unreadable { path: file.into(), source }),
         }
     }
 
     fn parse(text: &str) -> Result<Self, String> {
-        let settings: Self = toml::from_str(text).map_err(|error| error.to_string().trim_end().to_owned())?;
+        let settings: Self =
+            toml::from_str(text).map_err(|error| error.to_string().trim_end().to_owned())?;
         let refusals = settings.refusals();
         if refusals.is_empty() { Ok(settings) } else { Err(refusals.join("; ")) }
     }
 
-    /// What TOML accepts and this machine could not do anything with: each with the key, the value, and what is accepted.
+    /// What TOML accepts and this machine could not do anything with: each with the key, the value,
+    /// and what is accepted.
     fn refusals(&self) -> Vec<String> {
         let Self { context, gpu, docker, container, machine, onegate, metrics, dcgm, state } = self;
-        let path = |key, path: &Path| (key, path.is_absolute(), format!("{path:?}"), "must be an absolute path");
+        let path = |key, path: &Path| {
+            (key, path.is_absolute(), format!("{path:?}"), "must be an absolute path")
+        };
         // A relative path would depend on the folder that somebody started the agent in.
-        let is_program = |name: &str| !name.trim().is_empty() && (name.starts_with('/') || !name.contains('/'));
-        let program =
-            |key, name: &str| (key, is_program(name), format!("{name:?}"), "must be a name or an absolute path");
+        let is_program =
+            |name: &str| !name.trim().is_empty() && (name.starts_with('/') || !name.contains('/'));
+        let program = |key, name: &str| {
+            (key, is_program(name), format!("{name:?}"), "must be a name or an absolute path")
+        };
         let reload = &docker.reload_command;
         let probe_seconds = gpu.probe_timeout.as_secs();
         let shm_mib = container.shm_size_mib;
@@ -473,17 +486,25 @@ mod tests {
             ("state", "lasting_dir = \"\"", absolute),
         ] {
             let message = Settings::parse(&format!("[{section}]\n{setting}\n")).expect_err(setting);
-            assert!(message.starts_with(&format!("{section}.{setting}: {accepted}")), "{setting}: {message}");
+            assert!(
+                message.starts_with(&format!("{section}.{setting}: {accepted}")),
+                "{setting}: {message}"
+            );
         }
         let most = "[container]\nshm_size_mib = 8796093022207\n[gpu]\nnvml_library = \"/opt/libnvidia-ml.so.1\"\n";
-        assert_eq!(Settings::parse(most).map(|settings| settings.container.shm_size_mib), Ok((1 << 43) - 1));
-        let page = Settings::parse("[metrics]\nlisten = \"[::1]:9401\"\n").map(|settings| settings.metrics.address());
+        assert_eq!(
+            Settings::parse(most).map(|settings| settings.container.shm_size_mib),
+            Ok((1 << 43) - 1)
+        );
+        let page = Settings::parse("[metrics]\nlisten = \"[::1]:9401\"\n")
+            .map(|settings| settings.metrics.address());
         assert_eq!(page, Ok("[::1]:9401".parse().ok()));
     }
 
     #[test]
     fn all_wrong_settings_are_told_together() {
-        let message = Settings::parse("[state]\ndir = \"\"\n[gpu]\nprobe_timeout_seconds = 0\n").unwrap_err();
+        let message =
+            Settings::parse("[state]\ndir = \"\"\n[gpu]\nprobe_timeout_seconds = 0\n").unwrap_err();
         assert_eq!(
             message,
             "gpu.probe_timeout_seconds = 0: must be at least 1; state.dir = \"\": must be an absolute path"

@@ -1,6 +1,6 @@
-//! Which SuperLink the node connects to, and why it is trusted: the address that the operator gave, else what OneGate says of
-//! the service. What another VM publishes is untrusted: it is read like an operator's input, and never makes a connection less
-//! safe than the operator wants it.
+//! Which SuperLink the node connects to, and why it is trusted: the address that the operator gave,
+//! else what OneGate says of the service. What another VM publishes is untrusted: it is read like
+//! an operator's input, and never makes a connection less safe than the operator wants it.
 
 use std::net::IpAddr;
 use std::time::SystemTime;
@@ -64,7 +64,9 @@ pub enum SuperLinkError {
     #[error("the SuperLink's VM {0} is not running yet (onevm show {0})")]
     NotRunning(u64),
     /// Nothing tells its address.
-    #[error("the SuperLink's VM {0} has published no FL_ENDPOINT and has no NIC with an address (onevm show {0})")]
+    #[error(
+        "the SuperLink's VM {0} has published no FL_ENDPOINT and has no NIC with an address (onevm show {0})"
+    )]
     NoAddress(u64),
     /// What the SuperLink's VM has published is not what it should be.
     #[error("the SuperLink's VM {vm_id} has published {attribute}={value}: {refusal}")]
@@ -108,12 +110,15 @@ pub enum SuperLinkError {
 }
 
 impl SuperLinkError {
-    /// Whether only a change of this VM's own configuration can cure it; anything else is asked for again.
+    /// Whether only a change of this VM's own configuration can cure it; anything else is asked for
+    /// again.
     pub fn is_final(&self) -> bool {
         match self {
-            Self::NoOneGate(_) | Self::NoService | Self::NoRole { .. } | Self::NoCertificate | Self::Certificate(_) => {
-                true
-            }
+            Self::NoOneGate(_)
+            | Self::NoService
+            | Self::NoRole { .. }
+            | Self::NoCertificate
+            | Self::Certificate(_) => true,
             Self::OneGate(error) => error.is_final(),
             _ => false,
         }
@@ -134,19 +139,30 @@ pub struct Found {
 /// The way to OneGate, or why there is none.
 pub type Gate<'a> = Result<&'a OneGate, &'a str>;
 
-/// Looks once: the operator's address, else the role `superlink` of the service and what its VM has published. OneGate is
-/// asked only for what the operator does not say.
+/// Looks once: the operator's address, else the role `superlink` of the service and what its VM has
+/// published. OneGate is asked only for what the operator does not say.
 ///
 /// # Errors
-/// Why there is none; [`SuperLinkError::is_final`] tells whether to look again. Where TLS is wanted there is none without a
-/// CA that is valid at `now`: the connection is never downgraded in silence.
-pub async fn find_superlink(gate: Gate<'_>, config: &Config, now: SystemTime) -> Result<Found, SuperLinkError> {
+/// Why there is none; [`SuperLinkError::is_final`] tells whether to look again. Where TLS is wanted
+/// there is none without a CA that is valid at `now`: the connection is never downgraded in
+/// silence.
+pub async fn find_superlink(
+    gate: Gate<'_>,
+    config: &Config,
+    now: SystemTime,
+) -> Result<Found, SuperLinkError> {
     let Some(address) = &config.superlink_address else {
         let gate = gate.map_err(|why| SuperLinkError::NoOneGate(why.into()))?;
         return ask(gate, config, now).await;
     };
     let found = |superlink, warnings| Ok(Found { superlink, service: None, warnings });
-    let superlink = SuperLink { address: address.clone(), ca: None, vm_id: None, version: None, partition: None };
+    let superlink = SuperLink {
+        address: address.clone(),
+        ca: None,
+        vm_id: None,
+        version: None,
+        partition: None,
+    };
     match (config.tls.unwrap_or(false), &config.ca_certificate) {
         (false, _) => found(superlink, Vec::new()),
         (true, Some(own)) => {
@@ -156,7 +172,10 @@ pub async fn find_superlink(gate: Gate<'_>, config: &Config, now: SystemTime) ->
         (true, None) => {
             let gate = gate.map_err(|_| SuperLinkError::NoCertificate)?;
             match ask(gate, config, now).await {
-                Ok(found) => Ok(Found { superlink: SuperLink { ca: found.superlink.ca, ..superlink }, ..found }),
+                Ok(found) => Ok(Found {
+                    superlink: SuperLink { ca: found.superlink.ca, ..superlink },
+                    ..found
+                }),
                 Err(error) if error.is_final() => Err(SuperLinkError::NoCertificate),
                 Err(error) => Err(error),
             }
@@ -171,7 +190,9 @@ pub async fn find_superlink(gate: Gate<'_>, config: &Config, now: SystemTime) ->
 pub fn check(gate: Gate<'_>, config: &Config, now: SystemTime) -> Result<(), SuperLinkError> {
     match (&config.superlink_address, &config.ca_certificate, gate) {
         (None, _, Err(why)) => return Err(SuperLinkError::NoOneGate(why.into())),
-        (Some(_), None, Err(_)) if config.tls == Some(true) => return Err(SuperLinkError::NoCertificate),
+        (Some(_), None, Err(_)) if config.tls == Some(true) => {
+            return Err(SuperLinkError::NoCertificate);
+        }
         (_, Some(own), _) if config.tls == Some(true) => drop(own_ca(own, now)?),
         _ => {}
     }
@@ -180,7 +201,10 @@ pub fn check(gate: Gate<'_>, config: &Config, now: SystemTime) -> Result<(), Sup
 
 fn own_ca(ca: &Certificate, now: SystemTime) -> Result<(Certificate, Vec<String>), SuperLinkError> {
     let Valid { certificate, warnings } = ca.valid_at(now).map_err(SuperLinkError::Certificate)?;
-    Ok((certificate, warnings.into_iter().map(|line| format!("FL_SSL_CA_CERTFILE: {line}")).collect()))
+    Ok((
+        certificate,
+        warnings.into_iter().map(|line| format!("FL_SSL_CA_CERTFILE: {line}")).collect(),
+    ))
 }
 
 async fn ask(gate: &OneGate, config: &Config, now: SystemTime) -> Result<Found, SuperLinkError> {
@@ -199,8 +223,12 @@ async fn superlink_vm(gate: &OneGate, service: &Service) -> Result<Vm, SuperLink
         if service.roles.is_empty() {
             return Err(SuperLinkError::NoVm);
         }
-        let roles: Vec<String> = service.roles.iter().take(8).map(|role| shown(&role.name)).collect();
-        return Err(SuperLinkError::NoRole { service: shown(&service.name), roles: roles.join(", ") });
+        let roles: Vec<String> =
+            service.roles.iter().take(8).map(|role| shown(&role.name)).collect();
+        return Err(SuperLinkError::NoRole {
+            service: shown(&service.name),
+            roles: roles.join(", "),
+        });
     };
     let mut failed = SuperLinkError::NoVm;
     for node in &role.nodes {
@@ -213,15 +241,25 @@ async fn superlink_vm(gate: &OneGate, service: &Service) -> Result<Vm, SuperLink
     Err(failed)
 }
 
-/// What is made of the SuperLink's VM, and what the operator should know of it: each is a WARNING. Pure.
+/// What is made of the SuperLink's VM, and what the operator should know of it: each is a WARNING.
+/// Pure.
 ///
 /// # Errors
 /// Why the node does not connect to what the VM has published; as in [`find_superlink`].
-pub fn trust(config: &Config, vm: &Vm, now: SystemTime) -> Result<(SuperLink, Vec<String>), SuperLinkError> {
-    let published =
-        |name: &'static str| vm.attributes.get(name).map(|text| text.trim()).filter(|text| !text.is_empty());
-    let refused =
-        |attribute, value: String, refusal| SuperLinkError::Published { vm_id: vm.id, attribute, value, refusal };
+pub fn trust(
+    config: &Config,
+    vm: &Vm,
+    now: SystemTime,
+) -> Result<(SuperLink, Vec<String>), SuperLinkError> {
+    let published = |name: &'static str| {
+        vm.attributes.get(name).map(|text| text.trim()).filter(|text| !text.is_empty())
+    };
+    let refused = |attribute, value: String, refusal| SuperLinkError::Published {
+        vm_id: vm.id,
+        attribute,
+        value,
+        refusal,
+    };
     let mut warnings = Vec::new();
     let version = match published("FL_VERSION").map(|text| (text, Version::parse(text))) {
         Some((_, Ok(version))) => Some(version),
@@ -236,9 +274,8 @@ pub fn trust(config: &Config, vm: &Vm, now: SystemTime) -> Result<(SuperLink, Ve
         None => None,
     };
     let address = match published("FL_ENDPOINT") {
-        Some(text) => {
-            HostPort::parse(text).map_err(|refusal| refused("FL_ENDPOINT", format!("'{}'", shown(text)), refusal))?
-        }
+        Some(text) => HostPort::parse(text)
+            .map_err(|refusal| refused("FL_ENDPOINT", format!("'{}'", shown(text)), refusal))?,
         None => {
             let address = vm.addresses.first().ok_or(SuperLinkError::NoAddress(vm.id))?;
             let port = Release::of(version.as_ref().unwrap_or(&config.version)).fleet_port();
@@ -250,9 +287,10 @@ pub fn trust(config: &Config, vm: &Vm, now: SystemTime) -> Result<(SuperLink, Ve
         }
     };
     let advertised = match published("FL_TLS") {
-        Some(text) => {
-            Some(parse_yes_no(text).map_err(|refusal| refused("FL_TLS", format!("'{}'", shown(text)), refusal))?)
-        }
+        Some(text) => Some(
+            parse_yes_no(text)
+                .map_err(|refusal| refused("FL_TLS", format!("'{}'", shown(text)), refusal))?,
+        ),
         None => None,
     };
     let wants_tls = config.tls.or(advertised).unwrap_or(false);
@@ -274,13 +312,22 @@ pub fn trust(config: &Config, vm: &Vm, now: SystemTime) -> Result<(SuperLink, Ve
             Some(ca)
         }
         (true, None) => {
-            let wish = if config.tls == Some(true) { "FL_TLS_ENABLED is YES" } else { "the SuperLink's FL_TLS is YES" };
-            let text = published("FL_CA_CERT").ok_or(SuperLinkError::NoPublishedCertificate { wish, vm_id: vm.id })?;
-            let of_peer = |refusal| refused("FL_CA_CERT", format!("({} characters)", text.chars().count()), refusal);
+            let wish = if config.tls == Some(true) {
+                "FL_TLS_ENABLED is YES"
+            } else {
+                "the SuperLink's FL_TLS is YES"
+            };
+            let text = published("FL_CA_CERT")
+                .ok_or(SuperLinkError::NoPublishedCertificate { wish, vm_id: vm.id })?;
+            let of_peer = |refusal| {
+                refused("FL_CA_CERT", format!("({} characters)", text.chars().count()), refusal)
+            };
             let ca = Certificate::parse(text).map_err(of_peer)?;
             let valid = ca.valid_at(now).map_err(of_peer)?;
             let remarks = ca.left_out().map(str::to_owned).into_iter().chain(valid.warnings);
-            warnings.extend(remarks.map(|line| format!("FL_CA_CERT of the SuperLink's VM {}: {line}", vm.id)));
+            warnings.extend(
+                remarks.map(|line| format!("FL_CA_CERT of the SuperLink's VM {}: {line}", vm.id)),
+            );
             Some(valid.certificate)
         }
     };
@@ -303,8 +350,11 @@ mod tests {
     const LEAF: &str = include_str!("../tests/certificates/leaf.crt");
 
     fn config(pairs: &[(&str, &str)]) -> Config {
-        let text: String = pairs.iter().map(|(name, value)| format!("{name}='{value}'\n")).collect();
-        Config::from_context(&Context::parse(text.as_bytes()).unwrap(), &Prebaked::default()).unwrap().0
+        let text: String =
+            pairs.iter().map(|(name, value)| format!("{name}='{value}'\n")).collect();
+        Config::from_context(&Context::parse(text.as_bytes()).unwrap(), &Prebaked::default())
+            .unwrap()
+            .0
     }
 
     fn vm(attributes: &[(&str, &str)]) -> Vm {
@@ -312,7 +362,10 @@ mod tests {
             id: 100,
             name: "superlink_0_(service_7)".into(),
             is_running: Some(true),
-            attributes: attributes.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+            attributes: attributes
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+                .collect(),
             addresses: vec!["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()],
         }
     }
@@ -334,15 +387,24 @@ mod tests {
 
     #[test]
     fn the_published_endpoint_comes_before_the_first_nic_and_flowers_port() {
-        assert_eq!(address(&[], &[("FL_ENDPOINT", " superlink.example:9999 ")]), "superlink.example:9999");
+        assert_eq!(
+            address(&[], &[("FL_ENDPOINT", " superlink.example:9999 ")]),
+            "superlink.example:9999"
+        );
         assert_eq!(address(&[], &[("FL_ENDPOINT", " ")]), "10.0.0.5:9092");
         assert_eq!(address(&[], &[("FL_VERSION", "1.41.0")]), "10.0.0.5:8000");
         assert_eq!(address(&[("FLOWER_VERSION", "1.40.0")], &[]), "10.0.0.5:8000");
         let mut only_ipv6 = vm(&[]);
         only_ipv6.addresses.remove(0);
-        assert_eq!(trust(&config(&[]), &only_ipv6, now()).unwrap().0.address.to_string(), "[fd00::5]:9092");
+        assert_eq!(
+            trust(&config(&[]), &only_ipv6, now()).unwrap().0.address.to_string(),
+            "[fd00::5]:9092"
+        );
         only_ipv6.addresses.clear();
-        assert!(matches!(trust(&config(&[]), &only_ipv6, now()), Err(SuperLinkError::NoAddress(100))));
+        assert!(matches!(
+            trust(&config(&[]), &only_ipv6, now()),
+            Err(SuperLinkError::NoAddress(100))
+        ));
     }
 
     #[test]
@@ -357,7 +419,10 @@ mod tests {
             let error = trusted(&[], &[(name, value)]).unwrap_err();
             assert!(!error.is_final());
             let text = error.to_string();
-            assert!(text.starts_with(&format!("the SuperLink's VM 100 has published {name}='")), "{text}");
+            assert!(
+                text.starts_with(&format!("the SuperLink's VM 100 has published {name}='")),
+                "{text}"
+            );
             assert!(!text.contains('\n'), "{text}");
         }
         let (superlink, warnings) = trusted(&[], &[("FL_VERSION", "new")]).unwrap();
@@ -367,36 +432,56 @@ mod tests {
     #[test]
     fn the_operators_word_on_tls_wins_and_nothing_is_downgraded() {
         let tls = |pairs: &[(&str, &str)], attributes: &[(&str, &str)]| {
-            trusted(pairs, attributes).map(|(superlink, warnings)| (superlink.ca.is_some(), warnings.len()))
+            trusted(pairs, attributes)
+                .map(|(superlink, warnings)| (superlink.ca.is_some(), warnings.len()))
         };
         assert_eq!(tls(&[], &[]).unwrap(), (false, 0));
         assert_eq!(tls(&[], &[("FL_TLS", "YES"), ("FL_CA_CERT", CA)]).unwrap(), (true, 0));
-        assert_eq!(tls(&[("FL_TLS_ENABLED", "YES")], &[("FL_TLS", "NO"), ("FL_CA_CERT", CA)]).unwrap(), (true, 0));
-        assert_eq!(tls(&[("FL_TLS_ENABLED", "NO")], &[("FL_TLS", "YES"), ("FL_CA_CERT", CA)]).unwrap(), (false, 1));
-        assert_eq!(tls(&[("FL_SSL_CA_CERTFILE", CA)], &[("FL_TLS", "NO")]).unwrap(), (false, 1), "not in silence");
+        assert_eq!(
+            tls(&[("FL_TLS_ENABLED", "YES")], &[("FL_TLS", "NO"), ("FL_CA_CERT", CA)]).unwrap(),
+            (true, 0)
+        );
+        assert_eq!(
+            tls(&[("FL_TLS_ENABLED", "NO")], &[("FL_TLS", "YES"), ("FL_CA_CERT", CA)]).unwrap(),
+            (false, 1)
+        );
+        assert_eq!(
+            tls(&[("FL_SSL_CA_CERTFILE", CA)], &[("FL_TLS", "NO")]).unwrap(),
+            (false, 1),
+            "not in silence"
+        );
         for attributes in [&[("FL_TLS", "YES")][..], &[("FL_TLS", "YES"), ("FL_CA_CERT", LEAF)]] {
             assert!(!tls(&[], attributes).unwrap_err().is_final());
         }
-        assert!(matches!(tls(&[("FL_TLS_ENABLED", "YES")], &[]), Err(SuperLinkError::NoPublishedCertificate { .. })));
+        assert!(matches!(
+            tls(&[("FL_TLS_ENABLED", "YES")], &[]),
+            Err(SuperLinkError::NoPublishedCertificate { .. })
+        ));
     }
 
     #[test]
     fn the_operators_ca_comes_before_the_published_one() {
         let own = [("FL_SSL_CA_CERTFILE", CA)];
-        let (superlink, _) = trusted(&own, &[("FL_TLS", "YES"), ("FL_CA_CERT", "no certificate at all")]).unwrap();
+        let (superlink, _) =
+            trusted(&own, &[("FL_TLS", "YES"), ("FL_CA_CERT", "no certificate at all")]).unwrap();
         assert!(superlink.ca.unwrap().pem().contains("BEGIN CERTIFICATE"));
     }
 
     #[test]
     fn what_needs_nobody_to_be_asked_is_told_at_once() {
         let far = now() + Duration::from_secs(200 * 366 * 24 * 3600);
-        let final_error = |pairs: &[(&str, &str)], now| check(Err("no token"), &config(pairs), now).unwrap_err();
+        let final_error =
+            |pairs: &[(&str, &str)], now| check(Err("no token"), &config(pairs), now).unwrap_err();
         assert!(final_error(&[], now()).to_string().contains("no token"));
         assert!(matches!(
             final_error(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES")], now()),
             SuperLinkError::NoCertificate
         ));
-        let expired = [("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", CA)];
+        let expired = [
+            ("FL_SUPERLINK_ADDRESS", "h:1"),
+            ("FL_TLS_ENABLED", "YES"),
+            ("FL_SSL_CA_CERTFILE", CA),
+        ];
         assert!(check(Err("no token"), &config(&expired), now()).is_ok());
         let error = final_error(&expired, far);
         assert!(error.is_final() && error.to_string().contains("expired"), "{error}");
@@ -424,16 +509,22 @@ mod tests {
                     stream.read_exact(&mut byte).unwrap();
                     request.extend(byte);
                 }
-                write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
-                    .unwrap();
+                write!(
+                    stream,
+                    "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+                    body.len()
+                )
+                .unwrap();
             }
         });
         OneGate::new(&endpoint, "101", Secret::new("token"), None, Duration::from_secs(20)).unwrap()
     }
 
     fn service(role: &str, vms: &[u64]) -> String {
-        let nodes: Vec<_> = vms.iter().map(|vm| json!({"deploy_id": vm, "vm_info": {"VM": {"ID": vm}}})).collect();
-        json!({"SERVICE": {"id": 7, "name": "flower", "roles": [{"name": role, "nodes": nodes}]}}).to_string()
+        let nodes: Vec<_> =
+            vms.iter().map(|vm| json!({"deploy_id": vm, "vm_info": {"VM": {"ID": vm}}})).collect();
+        json!({"SERVICE": {"id": 7, "name": "flower", "roles": [{"name": role, "nodes": nodes}]}})
+            .to_string()
     }
 
     /// A VM in the state ACTIVE, RUNNING, or in POWEROFF.
@@ -450,14 +541,23 @@ mod tests {
         let found = find_superlink(Ok(&gate), &config, now()).await.unwrap();
         let ca = Some(Certificate::parse(CA).unwrap());
         let address = HostPort::parse("own:1").unwrap();
-        assert_eq!(found.superlink, SuperLink { address, ca, vm_id: None, version: None, partition: None });
-        assert_eq!(found.service.map(|service| service.id), Some(7), "its partition may be looked for");
+        assert_eq!(
+            found.superlink,
+            SuperLink { address, ca, vm_id: None, version: None, partition: None }
+        );
+        assert_eq!(
+            found.service.map(|service| service.id),
+            Some(7),
+            "its partition may be looked for"
+        );
     }
 
     #[tokio::test]
     async fn the_operators_address_and_ca_need_no_onegate() {
         let own = [("FL_SUPERLINK_ADDRESS", "own:1"), ("FL_SSL_CA_CERTFILE", CA)];
-        let find = async |tls| find_superlink(Err("no token"), &config(&[own[0], own[1], tls]), now()).await;
+        let find = async |tls| {
+            find_superlink(Err("no token"), &config(&[own[0], own[1], tls]), now()).await
+        };
         let found = find(("FL_TLS_ENABLED", "YES")).await.unwrap();
         assert_eq!(found.superlink.ca, Some(Certificate::parse(CA).unwrap()));
         assert_eq!(find(("FL_TLS_ENABLED", "NO")).await.unwrap().superlink.ca, None);
@@ -467,7 +567,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn where_no_service_could_tell_the_ca_the_operator_has_to_and_else_it_is_asked_for_again() {
+    async fn where_no_service_could_tell_the_ca_the_operator_has_to_and_else_it_is_asked_for_again()
+    {
         let config = config(&[("FL_SUPERLINK_ADDRESS", "own:1"), ("FL_TLS_ENABLED", "YES")]);
         let gate = onegate(vec![service("trainer", &[100])]);
         let error = find_superlink(Ok(&gate), &config, now()).await.unwrap_err();
@@ -481,22 +582,38 @@ mod tests {
     async fn the_superlink_is_the_first_vm_of_its_role_that_runs() {
         let find = async |answers| find_superlink(Ok(&onegate(answers)), &config(&[]), now()).await;
         let endpoint = || json!({"FL_ENDPOINT": "h:1"});
-        let found =
-            find(vec![service("SuperLink", &[100, 102]), peer(100, false, endpoint()), peer(102, true, endpoint())])
-                .await
-                .unwrap();
-        assert_eq!((found.superlink.vm_id, found.superlink.address.to_string()), (Some(102), "h:1".into()));
-        let error = find(vec![service("superlink", &[100]), peer(100, false, endpoint())]).await.unwrap_err();
+        let found = find(vec![
+            service("SuperLink", &[100, 102]),
+            peer(100, false, endpoint()),
+            peer(102, true, endpoint()),
+        ])
+        .await
+        .unwrap();
+        assert_eq!(
+            (found.superlink.vm_id, found.superlink.address.to_string()),
+            (Some(102), "h:1".into())
+        );
+        let error = find(vec![service("superlink", &[100]), peer(100, false, endpoint())])
+            .await
+            .unwrap_err();
         assert!(matches!(error, SuperLinkError::NotRunning(100)) && !error.is_final(), "{error}");
         let error = find(vec![service("trainer", &[100])]).await.unwrap_err();
-        assert!(error.is_final() && error.to_string().contains("has no role superlink (it has trainer)"), "{error}");
-        let error = find(vec![json!({"SERVICE": {"id": 7, "name": "flower", "roles": []}}).to_string()]).await;
+        assert!(
+            error.is_final()
+                && error.to_string().contains("has no role superlink (it has trainer)"),
+            "{error}"
+        );
+        let error =
+            find(vec![json!({"SERVICE": {"id": 7, "name": "flower", "roles": []}}).to_string()])
+                .await;
         assert!(matches!(error, Err(SuperLinkError::NoVm)), "its roles are still to come");
     }
 
     #[test]
     fn what_the_two_sides_say_of_tls_is_warned_of_where_it_does_not_fit() {
-        let warnings = |pairs: &[(&str, &str)], attributes: &[(&str, &str)]| trusted(pairs, attributes).unwrap().1;
+        let warnings = |pairs: &[(&str, &str)], attributes: &[(&str, &str)]| {
+            trusted(pairs, attributes).unwrap().1
+        };
         let no = [("FL_TLS_ENABLED", "NO")];
         assert_eq!(
             warnings(&no, &[("FL_TLS", "YES")]),
@@ -506,7 +623,8 @@ mod tests {
         let no_with_ca = [("FL_TLS_ENABLED", "NO"), ("FL_SSL_CA_CERTFILE", CA)];
         assert_eq!(warnings(&no_with_ca, &[]), Vec::<String>::new());
         assert_eq!(warnings(&[("FL_SSL_CA_CERTFILE", CA)], &[]).len(), 1);
-        let text = |pairs: &[(&str, &str)]| trusted(pairs, &[("FL_TLS", "YES")]).unwrap_err().to_string();
+        let text =
+            |pairs: &[(&str, &str)]| trusted(pairs, &[("FL_TLS", "YES")]).unwrap_err().to_string();
         assert!(text(&[]).contains("(the SuperLink's FL_TLS is YES)"));
         assert!(text(&[("FL_TLS_ENABLED", "YES")]).contains("(FL_TLS_ENABLED is YES)"));
     }

@@ -1,4 +1,5 @@
-//! What the service manager hears: READY, STATUS, RELOADING, STOPPING, that the work goes on, and that something takes longer. Nothing where there is none.
+//! What the service manager hears: READY, STATUS, RELOADING, STOPPING, that the work goes on, and
+//! that something takes longer. Nothing where there is none.
 
 use std::cell::Cell;
 use std::pin::pin;
@@ -8,7 +9,8 @@ use sd_notify::NotifyState;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-/// The node runs. Every `status` is one line: a line break in foreign text would begin another assignment.
+/// The node runs. Every `status` is one line: a line break in foreign text would begin another
+/// assignment.
 pub fn ready(status: &str) {
     notify(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
@@ -23,16 +25,17 @@ pub fn stopping(status: &str) {
     notify(&[NotifyState::Stopping, NotifyState::Status(status)]);
 }
 
-/// The configuration is read again, until [`ready`] is told. With the time, as systemd wants it from 253 on where the unit is
-/// Type=notify-reload; 252 leaves it alone.
+/// The configuration is read again, until [`ready`] is told. With the time, as systemd wants it
+/// from 253 on where the unit is Type=notify-reload; 252 leaves it alone.
 pub fn reloading() {
     if let Ok(now) = NotifyState::monotonic_usec_now() {
         notify(&[NotifyState::Reloading, now]);
     }
 }
 
-/// The service manager's watchdog, where there is one. It is fed by the very loop that works, and only as long as the work
-/// that is on its way may take: where the loop stands still, or waits for something that never comes, it is not fed any more.
+/// The service manager's watchdog, where there is one. It is fed by the very loop that works, and
+/// only as long as the work that is on its way may take: where the loop stands still, or waits for
+/// something that never comes, it is not fed any more.
 #[derive(Debug)]
 pub struct Watchdog {
     /// How often it is fed: twice in the time that it waits.
@@ -55,7 +58,12 @@ impl Watchdog {
         self.during_by(|| notify(&[NotifyState::Watchdog]), limit, work).await
     }
 
-    async fn during_by<T>(&self, feed: impl Fn(), limit: Duration, work: impl Future<Output = T>) -> T {
+    async fn during_by<T>(
+        &self,
+        feed: impl Fn(),
+        limit: Duration,
+        work: impl Future<Output = T>,
+    ) -> T {
         let Some(pause) = self.pause else {
             return work.await;
         };
@@ -73,7 +81,10 @@ impl Watchdog {
             feed();
             self.next.set(Instant::now() + pause);
         }
-        tracing::error!("what takes no more than {} s is not done: the watchdog is not fed any more", limit.as_secs());
+        tracing::error!(
+            "what takes no more than {} s is not done: the watchdog is not fed any more",
+            limit.as_secs()
+        );
         work.await
     }
 }

@@ -1,7 +1,13 @@
-//! What is written from the tables of the code is what they say: the README, the journal catalog, the man pages, the shell
-//! completions. To renew them: `UPDATE_DOCUMENTS=1 cargo test -p supernode-agent --test documents`.
+//! What is written from the tables of the code is what they say: the README, the journal catalog,
+//! the man pages, the shell completions. To renew them: `UPDATE_DOCUMENTS=1 cargo test -p
+//! supernode-agent --test documents`.
 
-#![allow(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "a test fails by a panic")]
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by a panic"
+)]
 
 use std::path::{Path, PathBuf};
 
@@ -46,12 +52,14 @@ fn with_part(text: &str, opening: &str, closing: &str, part: &str) -> String {
 fn the_tables_of_the_readme_and_its_pages_are_those_of_the_code() {
     let mut reasons = String::from("| code | what it means | fix |\n| --- | --- | --- |\n");
     for entry in CATALOGUE {
-        let fixes: Vec<String> = entry.fix.all().iter().map(|(whose, fix)| of_one(whose, fix)).collect();
+        let fixes: Vec<String> =
+            entry.fix.all().iter().map(|(whose, fix)| of_one(whose, fix)).collect();
         let fix = fixes.join("<br>").replace('|', "\\|");
         reasons.push_str(&format!("| `{}` | {} | {fix} |\n", entry.code, entry.meaning));
     }
     let end = "<!-- end -->";
-    let text = with_part(&read("README.md"), "<!-- from: supernode-agent variables", end, &as_markdown());
+    let text =
+        with_part(&read("README.md"), "<!-- from: supernode-agent variables", end, &as_markdown());
     is_or_becomes("README.md", &with_part(&text, "<!-- from the catalogue", end, &reasons));
     let page = "packaging/docs/gpu.md";
     is_or_becomes(page, &with_part(&read(page), "<!-- from the XIDs", end, &xids()));
@@ -77,8 +85,12 @@ fn the_journal_catalog_explains_every_reason() {
     for entry in CATALOGUE {
         let (id, code) = (entry.message_id, entry.code);
         let meaning = wrapped(entry.meaning);
-        let fixes: Vec<String> =
-            entry.fix.all().iter().map(|(whose, fix)| wrapped(&format!("{whose}: {fix}"))).collect();
+        let fixes: Vec<String> = entry
+            .fix
+            .all()
+            .iter()
+            .map(|(whose, fix)| wrapped(&format!("{whose}: {fix}")))
+            .collect();
         let fix = fixes.join("\n");
         catalog.push_str(&format!(
             "\n-- {id}\nSubject: No usable GPU: {code}\nDefined-By: supernode-agent\nDocumentation: man:supernode-agent(8)\n\n\
@@ -93,8 +105,10 @@ fn the_manual_has_every_variable_and_every_reason() {
     let variables: String = VARIABLES
         .iter()
         .map(|variable| {
-            let names: Vec<String> =
-                std::iter::once(&variable.name).chain(variable.also).map(|n| n.to_string()).collect();
+            let names: Vec<String> = std::iter::once(&variable.name)
+                .chain(variable.also)
+                .map(|n| n.to_string())
+                .collect();
             let (about, values, unset) = (variable.about, variable.kind.values(), variable.unset);
             format!(
                 ".TP\n.B {}\n{}.\nValues: {}.\nUnset: {}.\n",
@@ -109,8 +123,16 @@ fn the_manual_has_every_variable_and_every_reason() {
         .iter()
         .map(|entry| {
             let (code, meaning) = (roff(entry.code), roff(entry.meaning));
-            let fixes = entry.fix.all().into_iter().map(|(whose, fix)| format!(".br\n{whose}: {}.\n", roff(fix)));
-            format!(".TP\n.B {code}\n{meaning}\n{}.br\nMESSAGE_ID={}\n", fixes.collect::<String>(), entry.message_id)
+            let fixes = entry
+                .fix
+                .all()
+                .into_iter()
+                .map(|(whose, fix)| format!(".br\n{whose}: {}.\n", roff(fix)));
+            format!(
+                ".TP\n.B {code}\n{meaning}\n{}.br\nMESSAGE_ID={}\n",
+                fixes.collect::<String>(),
+                entry.message_id
+            )
         })
         .collect();
     let page = "packaging/man/supernode-agent.8";
@@ -122,17 +144,28 @@ fn the_manual_has_every_variable_and_every_reason() {
 #[test]
 fn the_manual_of_the_settings_is_the_example_file() {
     let mut settings = String::new();
-    for line in read("packaging/examples/agent.toml").lines().skip_while(|line| !line.starts_with('[')) {
+    for line in
+        read("packaging/examples/agent.toml").lines().skip_while(|line| !line.starts_with('['))
+    {
         let (setting, about) = line.split_once('#').unwrap_or((line, ""));
         match (setting.trim(), roff(about.trim())) {
             ("", _) => {}
-            (section, _) if section.starts_with('[') => settings.push_str(&format!(".SS {section}\n")),
-            (setting, about) if about.is_empty() => settings.push_str(&format!(".TP\n.B {}\n", roff(setting))),
-            (setting, about) => settings.push_str(&format!(".TP\n.B {}\n{about}.\n", roff(setting))),
+            (section, _) if section.starts_with('[') => {
+                settings.push_str(&format!(".SS {section}\n"))
+            }
+            (setting, about) if about.is_empty() => {
+                settings.push_str(&format!(".TP\n.B {}\n", roff(setting)))
+            }
+            (setting, about) => {
+                settings.push_str(&format!(".TP\n.B {}\n{about}.\n", roff(setting)))
+            }
         }
     }
     let page = "packaging/man/agent.toml.5";
-    is_or_becomes(page, &with_part(&read(page), ".\\\" from packaging/examples", ".\\\" end", &settings));
+    is_or_becomes(
+        page,
+        &with_part(&read(page), ".\\\" from packaging/examples", ".\\\" end", &settings),
+    );
 }
 
 #[test]
@@ -143,7 +176,8 @@ fn the_vm_templates_have_every_variable_and_pass_the_check() {
         (Node::Cpu, "packaging/opennebula/supernode-cpu-6.10.tmpl"),
         (Node::Cpu, "packaging/opennebula/supernode-cpu-7.tmpl"),
     ] {
-        let text = with_part(&read(file), "# from the table of variables", "# end", &vm_template(node));
+        let text =
+            with_part(&read(file), "# from the table of variables", "# end", &vm_template(node));
         is_or_becomes(file, &text);
         is_without_finding(file, &text);
     }
@@ -151,9 +185,10 @@ fn the_vm_templates_have_every_variable_and_pass_the_check() {
 
 #[test]
 fn the_services_have_every_variable_and_pass_the_check() {
-    for (release, file) in
-        [(Release::V6, "packaging/opennebula/service-6.10.json"), (Release::V7, "packaging/opennebula/service-7.json")]
-    {
+    for (release, file) in [
+        (Release::V6, "packaging/opennebula/service-6.10.json"),
+        (Release::V7, "packaging/opennebula/service-7.json"),
+    ] {
         let text = format!("{:#}\n", service(release));
         is_or_becomes(file, &text);
         is_without_finding(file, &text);
@@ -175,7 +210,8 @@ fn the_appliance_has_every_variable() {
 
 #[track_caller]
 fn is_without_finding(file: &str, text: &str) {
-    let found: Vec<_> = template::judge(text).into_iter().filter(|check| check.level != Level::Ok).collect();
+    let found: Vec<_> =
+        template::judge(text).into_iter().filter(|check| check.level != Level::Ok).collect();
     assert_eq!(found, [], "{file}");
 }
 
@@ -218,7 +254,8 @@ fn wrapped(text: &str) -> String {
     lines.join("\n")
 }
 
-/// For a line of a man page: a backslash, a hyphen that stands for itself, a line that looks like a request.
+/// For a line of a man page: a backslash, a hyphen that stands for itself, a line that looks like a
+/// request.
 fn roff(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-");
     if text.starts_with(['.', '\'']) { format!("\\&{text}") } else { text }

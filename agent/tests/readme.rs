@@ -1,7 +1,13 @@
-//! The README and its pages do not lie: each command in them is run or checked, each link leads somewhere, in the tree and in
-//! the package. A command that no check covers fails the test, with its line.
+//! The README and its pages do not lie: each command in them is run or checked, each link leads
+//! somewhere, in the tree and in the package. A command that no check covers fails the test, with
+//! its line.
 
-#![allow(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "a test fails by a panic")]
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by a panic"
+)]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,12 +27,20 @@ const RUN_BY: [(&str, &str); 8] = [
     ("docker logs flower-supernode", "tests/tests/boot.rs"),
 ];
 /// Run below.
-const SED: &str = "sed 's/: -1,/: 12,/; s/: -2,/: 13,/' packaging/opennebula/service-7.json >service.json";
-/// What no test runs, and why. The files that are named are checked: the package is installed into the machines of boot.rs and
-/// into the image, the templates pass `check template`, the image passes `make test-image`.
+const SED: &str =
+    "sed 's/: -1,/: 12,/; s/: -2,/: 13,/' packaging/opennebula/service-7.json >service.json";
+/// What no test runs, and why. The files that are named are checked: the package is installed into
+/// the machines of boot.rs and into the image, the templates pass `check template`, the image
+/// passes `make test-image`.
 const NOT_RUN: [(&str, &str); 9] = [
-    ("apt install ./supernode-agent_*.deb", "it would install a daemon on the machine of the tests"),
-    ("curl http://127.0.0.1:9401/metrics", "the tests read the page at ports of their own: tests/tests/metrics.rs"),
+    (
+        "apt install ./supernode-agent_*.deb",
+        "it would install a daemon on the machine of the tests",
+    ),
+    (
+        "curl http://127.0.0.1:9401/metrics",
+        "the tests read the page at ports of their own: tests/tests/metrics.rs",
+    ),
     ("onehost sync -f", NO_CLOUD),
     (
         "oneimage create --name supernode --path supernode-base.qcow2 --format qcow2 --prefix vd --datastore default",
@@ -40,7 +54,8 @@ const NOT_RUN: [(&str, &str); 9] = [
 ];
 const NO_CLOUD: &str = "it needs a front-end of OpenNebula";
 /// Where commands are looked for in the midst of a text, by their first word.
-const PROGRAMS: [&str; 8] = ["supernode-agent", "make", "man", "systemctl", "journalctl", "docker", "apt", "onevm"];
+const PROGRAMS: [&str; 8] =
+    ["supernode-agent", "make", "man", "systemctl", "journalctl", "docker", "apt", "onevm"];
 const PARTS_OF_THE_TREE: [&str; 7] =
     ["agent/", "one-context/", "packaging/", "systemd/", "tests/", ".ci/", "CONTRIBUTING.md"];
 
@@ -55,12 +70,13 @@ fn read(relative: &str) -> String {
 /// The README and its pages, by their paths in the tree.
 fn pages() -> Vec<String> {
     let folder = std::fs::read_dir(in_tree("packaging/docs")).unwrap();
-    let pages = folder.map(|page| format!("packaging/docs/{}", page.unwrap().file_name().display()));
+    let pages =
+        folder.map(|page| format!("packaging/docs/{}", page.unwrap().file_name().display()));
     std::iter::once("README.md".to_owned()).chain(pages).collect()
 }
 
-/// A line that somebody wrote by hand: not of a table that is made from the code, nor of the recorded demo, which is compared
-/// with each run of CI.
+/// A line that somebody wrote by hand: not of a table that is made from the code, nor of the
+/// recorded demo, which is compared with each run of CI.
 struct Line {
     /// File and number.
     place: String,
@@ -79,7 +95,8 @@ fn lines() -> Vec<Line> {
             } else if line.trim_start().starts_with("```") {
                 is_fenced = !is_fenced;
             } else if !is_made {
-                let (place, is_code) = (format!("{page}:{}", number + 1), is_fenced || line.starts_with("    "));
+                let (place, is_code) =
+                    (format!("{page}:{}", number + 1), is_fenced || line.starts_with("    "));
                 lines.push(Line { place, text: line.trim().to_owned(), is_code });
             }
         }
@@ -92,7 +109,8 @@ fn spans(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2)
 }
 
-/// The commands, each with its place: code without its comment, and in a text what begins with a program's name.
+/// The commands, each with its place: code without its comment, and in a text what begins with a
+/// program's name.
 fn commands() -> Vec<(String, String)> {
     let mut commands = Vec::new();
     for Line { place, text, is_code } in lines() {
@@ -118,18 +136,24 @@ fn check(command: &str) -> Result<(), String> {
         return Err(format!("there is no {path}"));
     }
     match words[..] {
-        ["supernode-agent", ..] => {
-            visible_command().try_get_matches_from(&words).map(drop).map_err(|error| error.to_string())
+        ["supernode-agent", ..] => visible_command()
+            .try_get_matches_from(&words)
+            .map(drop)
+            .map_err(|error| error.to_string()),
+        ["make", target, ..] => {
+            match read("Makefile").lines().any(|line| line.starts_with(&format!("{target}: "))) {
+                true => Ok(()),
+                false => Err(format!("the Makefile has no {target}")),
+            }
         }
-        ["make", target, ..] => match read("Makefile").lines().any(|line| line.starts_with(&format!("{target}: "))) {
-            true => Ok(()),
-            false => Err(format!("the Makefile has no {target}")),
-        },
         ["make"] => Ok(()),
-        ["man", page] => match ["5", "8"].iter().any(|n| in_tree(&format!("packaging/man/{page}.{n}")).exists()) {
-            true => Ok(()),
-            false => Err("there is no such page in packaging/man".into()),
-        },
+        ["man", page] => {
+            match ["5", "8"].iter().any(|n| in_tree(&format!("packaging/man/{page}.{n}")).exists())
+            {
+                true => Ok(()),
+                false => Err("there is no such page in packaging/man".into()),
+            }
+        }
         [program, ..] if is_of_the_tree(program) => Ok(()),
         _ if command == SED || NOT_RUN.iter().any(|(known, _)| *known == command) => Ok(()),
         _ => match RUN_BY.iter().find(|(run, _)| *run == command) {
@@ -150,11 +174,14 @@ fn every_command_is_run_or_checked() {
     assert!(commands.len() > 30, "the commands are not found: {commands:?}");
     let wrong: Vec<String> = commands
         .iter()
-        .filter_map(|(place, command)| Some(format!("{place}: {command}: {}", check(command).err()?)))
+        .filter_map(|(place, command)| {
+            Some(format!("{place}: {command}: {}", check(command).err()?))
+        })
         .collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     let listed = RUN_BY.iter().chain(&NOT_RUN).map(|(listed, _)| *listed);
-    let unused: Vec<_> = listed.filter(|listed| !commands.iter().any(|(_, command)| command == listed)).collect();
+    let unused: Vec<_> =
+        listed.filter(|listed| !commands.iter().any(|(_, command)| command == listed)).collect();
     assert!(unused.is_empty(), "no page has it any more: {unused:?}");
 }
 
@@ -209,14 +236,19 @@ fn every_link_leads_somewhere_in_the_tree_and_in_the_package() {
                 continue;
             }
             if path.is_empty() {
-                let has_it = text.lines().any(|line| line.starts_with("## ") && anchor_of(line) == anchor);
+                let has_it =
+                    text.lines().any(|line| line.starts_with("## ") && anchor_of(line) == anchor);
                 assert!(has_it, "{page}: #{anchor}");
                 continue;
             }
             let file = folder.join(path);
             assert!(in_tree(file.to_str().unwrap()).exists(), "{page}: {link}");
-            let shipped = format!("\"usr/share/doc/supernode-agent/{}/\"", file.parent().unwrap().display());
-            assert!(assets.contains(&shipped), "{page}: the package has no {link}; name it as code, without a link");
+            let shipped =
+                format!("\"usr/share/doc/supernode-agent/{}/\"", file.parent().unwrap().display());
+            assert!(
+                assets.contains(&shipped),
+                "{page}: the package has no {link}; name it as code, without a link"
+            );
         }
     }
 }
@@ -224,16 +256,22 @@ fn every_link_leads_somewhere_in_the_tree_and_in_the_package() {
 /// As GitHub makes it of a heading.
 fn anchor_of(heading: &str) -> String {
     let words = heading.trim_start_matches(['#', ' ']).to_lowercase();
-    words.chars().filter(|c| c.is_alphanumeric() || " -".contains(*c)).collect::<String>().replace(' ', "-")
+    words
+        .chars()
+        .filter(|c| c.is_alphanumeric() || " -".contains(*c))
+        .collect::<String>()
+        .replace(' ', "-")
 }
 
 #[test]
 fn the_service_that_the_page_makes_passes_the_check() {
     let to_stdout = SED.split(" >").next().unwrap();
-    let made = Command::new("sh").args(["-c", to_stdout]).current_dir(in_tree("")).output().unwrap();
+    let made =
+        Command::new("sh").args(["-c", to_stdout]).current_dir(in_tree("")).output().unwrap();
     let made = String::from_utf8(made.stdout).unwrap();
     assert!(made.contains(": 12,") && made.contains(": 13,"), "{made}");
-    let found: Vec<_> = template::judge(&made).into_iter().filter(|check| check.level != Level::Ok).collect();
+    let found: Vec<_> =
+        template::judge(&made).into_iter().filter(|check| check.level != Level::Ok).collect();
     assert_eq!(found, []);
 }
 

@@ -1,5 +1,5 @@
-//! [`Context`]: the variables of a VM's contextualization, and the look-ups that their readers need.
-//! Values may be secrets, so nothing here prints one.
+//! [`Context`]: the variables of a VM's contextualization, and the look-ups that their readers
+//! need. Values may be secrets, so nothing here prints one.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,8 +8,8 @@ use crate::parse::{ParseError, parse};
 
 /// The context variables of a VM.
 ///
-/// Two are equal when they hold the same variables, whatever the files looked like: removing a NIC, for one, only adds a blank
-/// line to `context.sh`.
+/// Two are equal when they hold the same variables, whatever the files looked like: removing a NIC,
+/// for one, only adds a blank line to `context.sh`.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Context {
     values: BTreeMap<String, Vec<u8>>,
@@ -29,8 +29,8 @@ impl Context {
         self.values.get(name).map(Vec::as_slice)
     }
 
-    /// The value without the blanks (ASCII whitespace) around it. `None` where nothing is left: a user input that was not
-    /// filled in arrives as `''`, so empty means unset.
+    /// The value without the blanks (ASCII whitespace) around it. `None` where nothing is left: a
+    /// user input that was not filled in arrives as `''`, so empty means unset.
     ///
     /// # Errors
     /// [`NotText`] where the value is not UTF-8.
@@ -41,25 +41,32 @@ impl Context {
         str::from_utf8(value).map(Some).map_err(|_| NotText { name: name.to_owned() })
     }
 
-    /// Like [`Context::text`], for what must not be printed. `None` also where the value is not UTF-8.
+    /// Like [`Context::text`], for what must not be printed. `None` also where the value is not
+    /// UTF-8.
     pub fn secret(&self, name: &str) -> Option<Secret> {
         self.text(name).ok().flatten().map(Secret::new)
     }
 
-    /// The PCI devices that the cloud promised and that are not NICs: variable name (`PCI0_ADDRESS`) and address as written
-    /// (`01:00.0`), without the blanks around it, by the number in the name.
+    /// The PCI devices that the cloud promised and that are not NICs: variable name
+    /// (`PCI0_ADDRESS`) and address as written (`01:00.0`), without the blanks around it, by the
+    /// number in the name.
     ///
-    /// OpenNebula sets `PCI<n>_ADDRESS` for every passed-through device; one that is a NIC has a `PCI<n>_MAC` too.
+    /// OpenNebula sets `PCI<n>_ADDRESS` for every passed-through device; one that is a NIC has a
+    /// `PCI<n>_MAC` too.
     pub fn passthrough_addresses(&self) -> Vec<(String, String)> {
         let mut numbered: Vec<_> = self
             .names()
             .filter_map(|name| {
                 let number = name.strip_prefix("PCI")?.strip_suffix("_ADDRESS")?;
-                let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+                let is_number =
+                    !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
                 let is_nic = self.filled_in(&format!("PCI{number}_MAC")).is_some();
                 let address = self.filled_in(name).filter(|_| is_number && !is_nic)?;
                 let digits = number.trim_start_matches('0');
-                Some(((digits.len(), digits), (name.to_owned(), String::from_utf8_lossy(address).into_owned())))
+                Some((
+                    (digits.len(), digits),
+                    (name.to_owned(), String::from_utf8_lossy(address).into_owned()),
+                ))
             })
             .collect();
         numbered.sort_by_key(|(number, _)| *number);
@@ -102,7 +109,8 @@ pub struct NotText {
     pub name: String,
 }
 
-/// A token, password or key. It has no `Display`, and its `Debug` hides it; only [`Secret::expose`] gives it away.
+/// A token, password or key. It has no `Display`, and its `Debug` hides it; only [`Secret::expose`]
+/// gives it away.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
@@ -179,7 +187,10 @@ mod tests {
 
     #[test]
     fn debug_shows_names_and_no_values() {
-        assert_eq!(format!("{:?}", context(b"PASSWORD='hunter2'\nA=''\n")), r#"Context {"A", "PASSWORD"}"#);
+        assert_eq!(
+            format!("{:?}", context(b"PASSWORD='hunter2'\nA=''\n")),
+            r#"Context {"A", "PASSWORD"}"#
+        );
     }
 
     #[test]
@@ -200,15 +211,23 @@ mod tests {
     #[test]
     fn promised_devices_come_by_their_number() {
         assert_eq!(
-            addresses("PCI10_ADDRESS='31:00.0'\nPCI2_ADDRESS=' 21:00.0 '\nPCI0_ADDRESS='01:00.0'\n"),
-            promised(&[("PCI0_ADDRESS", "01:00.0"), ("PCI2_ADDRESS", "21:00.0"), ("PCI10_ADDRESS", "31:00.0")])
+            addresses(
+                "PCI10_ADDRESS='31:00.0'\nPCI2_ADDRESS=' 21:00.0 '\nPCI0_ADDRESS='01:00.0'\n"
+            ),
+            promised(&[
+                ("PCI0_ADDRESS", "01:00.0"),
+                ("PCI2_ADDRESS", "21:00.0"),
+                ("PCI10_ADDRESS", "31:00.0")
+            ])
         );
     }
 
     #[test]
     fn a_pci_nic_is_not_a_promised_device() {
         assert_eq!(
-            addresses("PCI0_ADDRESS='01:00.0'\nPCI0_MAC='02:00:c0:a8:00:65'\nPCI1_ADDRESS='01:01.0'\nPCI1_MAC=''\n"),
+            addresses(
+                "PCI0_ADDRESS='01:00.0'\nPCI0_MAC='02:00:c0:a8:00:65'\nPCI1_ADDRESS='01:01.0'\nPCI1_MAC=''\n"
+            ),
             promised(&[("PCI1_ADDRESS", "01:01.0")])
         );
     }

@@ -1,8 +1,9 @@
 //! OpenNebula's contextualization, read as data.
 //!
-//! The cloud hands a VM its settings as shell files: `context.sh` on the context CD, copied by one-context to
-//! `/run/one-context/`. Shells source them; this crate does not. It knows the one form in which OpenNebula writes them, takes
-//! nothing else, and names the place of what it refuses. Values may be secrets: no error and no `Debug` shows one.
+//! The cloud hands a VM its settings as shell files: `context.sh` on the context CD, copied by
+//! one-context to `/run/one-context/`. Shells source them; this crate does not. It knows the one
+//! form in which OpenNebula writes them, takes nothing else, and names the place of what it
+//! refuses. Values may be secrets: no error and no `Debug` shows one.
 //!
 //! - [`parse`]: the text of `context.sh` to names and values (pure)
 //! - [`context`]: [`Context`], the typed look-ups (pure)

@@ -1,14 +1,15 @@
-//! The text of `context.sh` to names and values: exactly what OpenNebula writes, and nothing that only a shell would accept.
-//! Pure, one pass; no error shows a value.
+//! The text of `context.sh` to names and values: exactly what OpenNebula writes, and nothing that
+//! only a shell would accept. Pure, one pass; no error shows a value.
 
 use std::collections::HashMap;
 
 /// Parses the text of a `context.sh` to its assignments, in the order of the file.
 ///
-/// A line is blank (spaces and tabs), a comment (`#` in the first column), or `NAME='value'`: the name `[A-Z0-9_]+`, the value
-/// over as many lines as it needs, with `'\''` for a quote as the only escape
-/// (OpenNebula, `src/vm/VirtualMachineContext.cc`). Everything between the quotes is kept as it is: `$`, backticks,
-/// backslashes, line breaks, bytes that are not UTF-8. The last line break may be missing.
+/// A line is blank (spaces and tabs), a comment (`#` in the first column), or `NAME='value'`: the
+/// name `[A-Z0-9_]+`, the value over as many lines as it needs, with `'\''` for a quote as the only
+/// escape (OpenNebula, `src/vm/VirtualMachineContext.cc`). Everything between the quotes is kept as
+/// it is: `$`, backticks, backslashes, line breaks, bytes that are not UTF-8. The last line break
+/// may be missing.
 ///
 /// # Errors
 /// [`ParseError`] at the first byte that does not fit.
@@ -26,7 +27,11 @@ pub fn parse(text: &[u8]) -> Result<Vec<(String, Vec<u8>)>, ParseError> {
         let name = String::from_utf8_lossy(name_bytes).into_owned();
         if let Some(first) = seen.insert(name_bytes, at) {
             let (name, first_line) = (shown(&name), place(text, first).0);
-            return Err(ParseError::at(text, at, ParseErrorKind::DuplicateName { name, first_line }));
+            return Err(ParseError::at(
+                text,
+                at,
+                ParseErrorKind::DuplicateName { name, first_line },
+            ));
         }
         let (value, next) = value(text, at + name_bytes.len() + 1, &name)?;
         assignments.push((name, value));
@@ -37,7 +42,8 @@ pub fn parse(text: &[u8]) -> Result<Vec<(String, Vec<u8>)>, ParseError> {
 
 /// The name before the `=` of a line that begins at `at`.
 fn name<'a>(text: &[u8], at: usize, line: &'a [u8]) -> Result<&'a [u8], ParseError> {
-    let length = line.iter().take_while(|byte| matches!(byte, b'A'..=b'Z' | b'0'..=b'9' | b'_')).count();
+    let length =
+        line.iter().take_while(|byte| matches!(byte, b'A'..=b'Z' | b'0'..=b'9' | b'_')).count();
     let kind = match line.get(length) {
         Some(b'=') if length > 0 => return Ok(&line[..length]),
         Some(_) => ParseErrorKind::BadName,
@@ -72,7 +78,11 @@ fn value(text: &[u8], open: usize, name: &str) -> Result<(Vec<u8>, usize), Parse
             }
             [b'\\'] | [b'\\', b'\''] => break,
             _ => {
-                return Err(ParseError::at(text, after, ParseErrorKind::AfterQuote { name: name() }));
+                return Err(ParseError::at(
+                    text,
+                    after,
+                    ParseErrorKind::AfterQuote { name: name() },
+                ));
             }
         }
     }
@@ -93,10 +103,12 @@ fn first_line(text: &[u8]) -> &[u8] {
     &text[..length]
 }
 
-/// Line and column of an offset. Counted only once something is wrong, so that parsing stays one pass.
+/// Line and column of an offset. Counted only once something is wrong, so that parsing stays one
+/// pass.
 fn place(text: &[u8], offset: usize) -> (usize, usize) {
     let before = &text[..offset];
-    let line_start = before.iter().rposition(|&byte| byte == b'\n').map_or(0, |line_break| line_break + 1);
+    let line_start =
+        before.iter().rposition(|&byte| byte == b'\n').map_or(0, |line_break| line_break + 1);
     let line = before[..line_start].iter().filter(|&&byte| byte == b'\n').count() + 1;
     let on_line = &before[line_start..];
     let column = str::from_utf8(on_line).map_or(on_line.len(), |text| text.chars().count()) + 1;
@@ -121,7 +133,8 @@ impl ParseError {
         Self { line, column, kind }
     }
 
-    /// Whether the text is right as far as it goes and only ends too early: it may be a file that is still being written.
+    /// Whether the text is right as far as it goes and only ends too early: it may be a file that
+    /// is still being written.
     pub fn is_cut_off(&self) -> bool {
         matches!(self.kind, ParseErrorKind::CutOffName | ParseErrorKind::CutOffValue { .. })
     }
@@ -130,7 +143,8 @@ impl ParseError {
 /// What can be wrong in a `context.sh`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseErrorKind {
-    /// A line that does not begin with a name, or a name with a character in it that no name has. At that character.
+    /// A line that does not begin with a name, or a name with a character in it that no name has.
+    /// At that character.
     #[error(
         "not a variable name: a line is NAME='value' with a NAME of A-Z, 0-9 and _ only, a comment with # in column 1, or blank"
     )]
@@ -144,7 +158,8 @@ pub enum ParseErrorKind {
         /// The variable; a long name is cut short.
         name: String,
     },
-    /// Something between the closing quote and the end of the line, a blank or a carriage return included. At that place.
+    /// Something between the closing quote and the end of the line, a blank or a carriage return
+    /// included. At that place.
     #[error(
         r"something follows the closing quote of {name}: the line must end there (a quote inside a value is written '\'')"
     )]
@@ -163,7 +178,8 @@ pub enum ParseErrorKind {
     /// The text ends inside a name. At the end.
     #[error("the text ends inside a name: a variable is written NAME='value'")]
     CutOffName,
-    /// The text ends before the value does. At the opening quote, or at the end where that is missing too.
+    /// The text ends before the value does. At the opening quote, or at the end where that is
+    /// missing too.
     #[error("the text ends before the closing quote of {name}")]
     CutOffValue {
         /// The variable; a long name is cut short.
@@ -189,7 +205,12 @@ mod tests {
 
     #[track_caller]
     fn assert_refused(text: &[u8], line: usize, column: usize, kind: ParseErrorKind) {
-        assert_eq!(parse(text), Err(ParseError { line, column, kind }), "{:?}", text.escape_ascii().to_string());
+        assert_eq!(
+            parse(text),
+            Err(ParseError { line, column, kind }),
+            "{:?}",
+            text.escape_ascii().to_string()
+        );
     }
 
     fn not_quoted(name: &str) -> ParseErrorKind {
@@ -206,7 +227,8 @@ mod tests {
 
     #[test]
     fn assignments_come_in_the_order_of_the_file() {
-        let names: Vec<_> = parsed(b"B='1'\nA='2'\n_0='3'\n").into_iter().map(|(name, _)| name).collect();
+        let names: Vec<_> =
+            parsed(b"B='1'\nA='2'\n_0='3'\n").into_iter().map(|(name, _)| name).collect();
         assert_eq!(names, ["B", "A", "_0"]);
     }
 
@@ -237,7 +259,10 @@ mod tests {
     #[test]
     fn a_value_is_kept_as_it_is_but_for_the_escaped_quote() {
         assert_eq!(parsed(b"A=''\n"), one("A", b""));
-        assert_eq!(parsed(b"A=' $(id) `id` \\n \\ \"q\" '\n"), one("A", b" $(id) `id` \\n \\ \"q\" "));
+        assert_eq!(
+            parsed(b"A=' $(id) `id` \\n \\ \"q\" '\n"),
+            one("A", b" $(id) `id` \\n \\ \"q\" ")
+        );
         assert_eq!(parsed(br"A=''\'''"), one("A", b"'"));
         assert_eq!(parsed(br"A='it'\''s '\'''\'''"), one("A", b"it's ''"));
         assert_eq!(parsed(b"A='end\\'\n"), one("A", b"end\\"));
@@ -262,9 +287,15 @@ mod tests {
 
     #[test]
     fn a_bad_name_is_an_error_at_its_first_wrong_character() {
-        for (line, column) in
-            [("a='1'", 1), ("FL_gpu='1'", 4), ("A B='1'", 2), ("A-B='1'", 2), ("='1'", 1), (" A='1'", 1), ("Ü='1'", 1)]
-        {
+        for (line, column) in [
+            ("a='1'", 1),
+            ("FL_gpu='1'", 4),
+            ("A B='1'", 2),
+            ("A-B='1'", 2),
+            ("='1'", 1),
+            (" A='1'", 1),
+            ("Ü='1'", 1),
+        ] {
             assert_refused(format!("\n{line}\n").as_bytes(), 2, column, ParseErrorKind::BadName);
         }
     }
@@ -335,8 +366,18 @@ mod tests {
             said(b"PASSWORD='hunter2'hunter2\n"),
             r"line 1, column 19: something follows the closing quote of PASSWORD: the line must end there (a quote inside a value is written '\'')"
         );
-        assert_eq!(said(b"A='1'\nA='2'\n"), "line 2, column 1: A is set twice, first on line 1: set it once");
-        for text in ["hunter2='x'", "A='x'\nhunter2", "P=hunter2", "P='hunter2", "P='hunter2' ", "P='1'\nP='hunter2'"] {
+        assert_eq!(
+            said(b"A='1'\nA='2'\n"),
+            "line 2, column 1: A is set twice, first on line 1: set it once"
+        );
+        for text in [
+            "hunter2='x'",
+            "A='x'\nhunter2",
+            "P=hunter2",
+            "P='hunter2",
+            "P='hunter2' ",
+            "P='1'\nP='hunter2'",
+        ] {
             let error = parse(text.as_bytes()).unwrap_err();
             assert!(!format!("{error} {error:?}").contains("hunter2"), "{error:?}");
         }
@@ -375,7 +416,10 @@ mod tests {
 
     /// Any bytes, most often those that mean something.
     fn bytes() -> impl Strategy<Value = Vec<u8>> {
-        vec(prop_oneof![4 => prop::sample::select(b"'\\\n=#A\" $\r".as_slice()), 1 => any::<u8>()], 0..40)
+        vec(
+            prop_oneof![4 => prop::sample::select(b"'\\\n=#A\" $\r".as_slice()), 1 => any::<u8>()],
+            0..40,
+        )
     }
 
     proptest! {
@@ -395,7 +439,8 @@ mod tests {
                 match parse(&text[..end]) {
                     Err(error) => prop_assert!(error.is_cut_off()),
                     Ok(part) if text[..end].ends_with(b"\n") => prop_assert!(whole.starts_with(&part)),
-                    // Without its line break the last value may go on after an escaped quote: source.rs reads again.
+                    // Without its line break the last value may go on after an escaped quote:
+                    // source.rs reads again.
                     Ok(mut part) => if let Some((name, value)) = part.pop() {
                         prop_assert!(whole.starts_with(&part));
                         let (whole_name, whole_value) = &whole[part.len()];

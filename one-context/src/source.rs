@@ -1,5 +1,5 @@
-//! Which file of one-context to read, and when it is whole. It blocks.
-//! Nothing is ever given to a shell: values come from `context.sh.*`, and only the token from `one_env`.
+//! Which file of one-context to read, and when it is whole. It blocks. Nothing is ever given to a
+//! shell: values come from `context.sh.*`, and only the token from `one_env`.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -17,24 +17,27 @@ use crate::parse::ParseError;
 const CONTEXT_FILES: [&str; 3] = ["context.sh.network", "context.sh.online", "context.sh.local"];
 /// Far more than fits in a context, far less than harms a small VM.
 const CONTEXT_LIMIT_BYTES: u64 = 16 * 1024 * 1024;
-/// How often a file that may be half-written is read, and how long one-context has in between to complete it.
+/// How often a file that may be half-written is read, and how long one-context has in between to
+/// complete it.
 const TRIES: usize = 10;
 const PAUSE: Duration = Duration::from_millis(100);
 
 const ENV_FILE: &str = "one_env";
-/// The lines that one-context writes before those of the operator's variables, which can forge any line after them.
+/// The lines that one-context writes before those of the operator's variables, which can forge any
+/// line after them.
 const ENV_OWN_LINES: usize = 3;
 /// More than those lines take.
 const ENV_HEAD_BYTES: u64 = 64 * 1024;
 
 /// Reads the context from the newest `context.sh.*` in `dir` (`/run/one-context`).
 ///
-/// one-context copies these files in place, so a reader can see half of one. A file that has no variable, ends too
-/// early or lacks its last line break is read again for up to a second, during which this call blocks. What can be read by then
-/// is taken, but for an empty file.
+/// one-context copies these files in place, so a reader can see half of one. A file that has no
+/// variable, ends too early or lacks its last line break is read again for up to a second, during
+/// which this call blocks. What can be read by then is taken, but for an empty file.
 ///
 /// # Errors
-/// [`SourceError`]; see [`SourceError::is_invalid`] for whether a later call can succeed with the same content.
+/// [`SourceError`]; see [`SourceError::is_invalid`] for whether a later call can succeed with the
+/// same content.
 pub fn read_context(dir: &Path) -> Result<Context, SourceError> {
     for _ in 1..TRIES {
         if let Reading::Whole(context) = read_newest(dir)? {
@@ -61,18 +64,23 @@ fn read_newest(dir: &Path) -> Result<Reading, SourceError> {
         return Err(SourceError::TooLarge { path });
     }
     match Context::parse(&text) {
-        Ok(_) if text.trim_ascii().is_empty() => Ok(Reading::MaybeHalf(Err(SourceError::Empty { path }))),
+        Ok(_) if text.trim_ascii().is_empty() => {
+            Ok(Reading::MaybeHalf(Err(SourceError::Empty { path })))
+        }
         Ok(context) if text.ends_with(b"\n") && !context.is_empty() => Ok(Reading::Whole(context)),
         Ok(context) => Ok(Reading::MaybeHalf(Ok(context))),
-        Err(source) if source.is_cut_off() => Ok(Reading::MaybeHalf(Err(SourceError::Invalid { path, source }))),
+        Err(source) if source.is_cut_off() => {
+            Ok(Reading::MaybeHalf(Err(SourceError::Invalid { path, source })))
+        }
         Err(source) => Err(SourceError::Invalid { path, source }),
     }
 }
 
-/// The context file that was written last; of files written at the same time, that of the later stage.
+/// The context file that was written last; of files written at the same time, that of the later
+/// stage.
 ///
-/// Not simply the file of the last stage: `onevm updateconf` runs the stages again, and while `.local` is new already, `.network`
-/// still holds the context from before.
+/// Not simply the file of the last stage: `onevm updateconf` runs the stages again, and while
+/// `.local` is new already, `.network` still holds the context from before.
 fn newest(dir: &Path) -> Result<PathBuf, SourceError> {
     let mut newest = None;
     for file in CONTEXT_FILES {
@@ -90,11 +98,13 @@ fn newest(dir: &Path) -> Result<PathBuf, SourceError> {
     newest.map(|(_, path)| path).ok_or_else(|| SourceError::Missing { dir: dir.to_owned() })
 }
 
-/// Reads the OneGate token from `one_env` in `dir` (`/run/one-context`), as data: one-context writes the operator's values into
-/// that file without escaping, so a shell that sources it runs them.
+/// Reads the OneGate token from `one_env` in `dir` (`/run/one-context`), as data: one-context
+/// writes the operator's values into that file without escaping, so a shell that sources it runs
+/// them.
 ///
-/// `None` where there is no such file, or no token in it: TOKEN is not YES in the VM's context, or what stands there is nothing
-/// that OpenNebula writes. Only the lines before the operator's are looked at, and the first that sets TOKENTXT decides.
+/// `None` where there is no such file, or no token in it: TOKEN is not YES in the VM's context, or
+/// what stands there is nothing that OpenNebula writes. Only the lines before the operator's are
+/// looked at, and the first that sets TOKENTXT decides.
 ///
 /// # Errors
 /// [`SourceError::Unreadable`] where the file is there and cannot be read.
@@ -126,16 +136,18 @@ fn is_token_byte(byte: u8) -> bool {
 
 /// A file of one-context, which it writes as a file: a link in its place is somebody else's.
 fn read_head(path: &Path, limit: u64) -> Result<Vec<u8>, SourceError> {
-    let head = read_regular(path, OFlags::NOFOLLOW, limit).map_err(|error| match error.raw_os_error() {
-        Some(code) if code == Errno::LOOP.raw_os_error() => {
-            io::Error::other("it is a link, which one-context never makes")
-        }
-        _ => error,
-    });
+    let head =
+        read_regular(path, OFlags::NOFOLLOW, limit).map_err(|error| match error.raw_os_error() {
+            Some(code) if code == Errno::LOOP.raw_os_error() => {
+                io::Error::other("it is a link, which one-context never makes")
+            }
+            _ => error,
+        });
     head.map_err(|source| SourceError::Unreadable { path: path.to_owned(), source })
 }
 
-/// The first `limit` bytes of a regular file; the limit holds for the reading itself, as a file can grow.
+/// The first `limit` bytes of a regular file; the limit holds for the reading itself, as a file can
+/// grow.
 pub(crate) fn read_regular(path: &Path, flags: OFlags, limit: u64) -> io::Result<Vec<u8>> {
     // To open a FIFO is to wait for somebody who writes, unless it is said not to.
     let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
@@ -209,7 +221,8 @@ mod tests {
     impl Dir {
         fn new() -> Self {
             static NEXT: AtomicUsize = AtomicUsize::new(0);
-            let name = format!("one-context-{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+            let name =
+                format!("one-context-{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
             let path = std::env::temp_dir().join(name);
             fs::create_dir(&path).unwrap();
             Self(path)
@@ -219,7 +232,8 @@ mod tests {
         fn write(&self, name: &str, text: &[u8], seconds_ago: u64) {
             let path = self.0.join(name);
             fs::write(&path, text).unwrap();
-            let modified = SystemTime::UNIX_EPOCH + Duration::from_secs(2_000_000_000 - seconds_ago);
+            let modified =
+                SystemTime::UNIX_EPOCH + Duration::from_secs(2_000_000_000 - seconds_ago);
             File::options().append(true).open(path).unwrap().set_modified(modified).unwrap();
         }
 
@@ -301,7 +315,10 @@ mod tests {
         dir.write("context.sh.local", b"VMID='1'\nPASSWORD=hunter2\n", 0);
         let error = read_context(&dir.0).unwrap_err();
         assert!(error.is_invalid());
-        assert!(error.to_string().ends_with("context.sh.local is not as OpenNebula writes it"), "{error}");
+        assert!(
+            error.to_string().ends_with("context.sh.local is not as OpenNebula writes it"),
+            "{error}"
+        );
         let cause = error.source().unwrap();
         assert!(cause.to_string().starts_with("line 2, column 10: "), "{cause}");
         assert!(cause.source().is_none());
@@ -311,10 +328,15 @@ mod tests {
     #[test]
     fn a_file_that_is_being_written_is_read_when_it_is_whole() {
         let whole: &[u8] = b"FL_NODE_CONFIG='site='\\''a'\\'''\nVMID='7'\n";
-        for (start, half) in
-            [b"".as_slice(), b"# Context\n", b"FL_NO", b"FL_NODE_CONFIG='site", b"FL_NODE_CONFIG='site='"]
-                .into_iter()
-                .enumerate()
+        for (start, half) in [
+            b"".as_slice(),
+            b"# Context\n",
+            b"FL_NO",
+            b"FL_NODE_CONFIG='site",
+            b"FL_NODE_CONFIG='site='",
+        ]
+        .into_iter()
+        .enumerate()
         {
             let dir = Dir::new();
             dir.write("context.sh.local", half, 0);
@@ -349,7 +371,10 @@ mod tests {
         let start = Instant::now();
         let error = read_context(&dir.0).unwrap_err();
         assert!(start.elapsed() >= PAUSE * 9);
-        assert!(matches!(&error, SourceError::Invalid { source, .. } if source.is_cut_off()) && error.is_invalid());
+        assert!(
+            matches!(&error, SourceError::Invalid { source, .. } if source.is_cut_off())
+                && error.is_invalid()
+        );
     }
 
     #[test]
@@ -387,7 +412,8 @@ mod tests {
         let one_env = b"export TOKENTXT=\"aZ09+/_-==\"\nexport VMID=\"7\"\nexport ONEGATE_ENDPOINT=\"http://169.254.16.9:5030\"\n";
         assert_eq!(dir.token(one_env).as_deref(), Some("aZ09+/_-=="));
         assert_eq!(
-            dir.token(b"export VMID=\"7\"\nexport ONEGATE_ENDPOINT=\"\"\nexport TOKENTXT=\"a\"").as_deref(),
+            dir.token(b"export VMID=\"7\"\nexport ONEGATE_ENDPOINT=\"\"\nexport TOKENTXT=\"a\"")
+                .as_deref(),
             Some("a")
         );
     }
@@ -396,9 +422,13 @@ mod tests {
     fn no_file_or_no_token_is_no_token() {
         let dir = Dir::new();
         assert_eq!(read_token(&dir.0).unwrap(), None);
-        for one_env in
-            ["", "\n", "export TOKENTXT=\"\"\nexport VMID=\"7\"\n", "export TOKENTXT=\"ab", "export TOKENTXT=\""]
-        {
+        for one_env in [
+            "",
+            "\n",
+            "export TOKENTXT=\"\"\nexport VMID=\"7\"\n",
+            "export TOKENTXT=\"ab",
+            "export TOKENTXT=\"",
+        ] {
             assert_eq!(dir.token(one_env.as_bytes()), None, "{one_env}");
         }
     }
@@ -406,8 +436,14 @@ mod tests {
     #[test]
     fn a_token_that_is_not_one_is_not_taken() {
         let dir = Dir::new();
-        for token in [r#"x"; touch /pwned; ""#, "$(id)", "`id`", "a b", "a\\", "a'", "ü", "a\r", "a\0"] {
-            assert_eq!(dir.token(format!("export TOKENTXT=\"{token}\"\n").as_bytes()), None, "{token}");
+        for token in
+            [r#"x"; touch /pwned; ""#, "$(id)", "`id`", "a b", "a\\", "a'", "ü", "a\r", "a\0"]
+        {
+            assert_eq!(
+                dir.token(format!("export TOKENTXT=\"{token}\"\n").as_bytes()),
+                None,
+                "{token}"
+            );
         }
         for line in [
             "TOKENTXT=\"a\"",
@@ -424,18 +460,28 @@ mod tests {
     #[test]
     fn a_token_forged_by_a_later_line_is_not_taken() {
         let dir = Dir::new();
-        let forged = "export FL_X=\"a\nexport TOKENTXT=\"forged\"\n\"\nexport TOKENTXT=\"forged\"\n";
-        let head =
-            |token| format!("export TOKENTXT=\"{token}\"\nexport VMID=\"7\"\nexport ONEGATE_ENDPOINT=\"\"\n{forged}");
+        let forged =
+            "export FL_X=\"a\nexport TOKENTXT=\"forged\"\n\"\nexport TOKENTXT=\"forged\"\n";
+        let head = |token| {
+            format!(
+                "export TOKENTXT=\"{token}\"\nexport VMID=\"7\"\nexport ONEGATE_ENDPOINT=\"\"\n{forged}"
+            )
+        };
         assert_eq!(dir.token(head("real").as_bytes()).as_deref(), Some("real"));
         assert_eq!(dir.token(head("").as_bytes()), None);
-        assert_eq!(dir.token(format!("export VMID=\"7\"\nexport A=\"\"\n\n{forged}").as_bytes()), None);
+        assert_eq!(
+            dir.token(format!("export VMID=\"7\"\nexport A=\"\"\n\n{forged}").as_bytes()),
+            None
+        );
     }
 
     #[test]
     fn a_token_forged_through_the_vmid_does_not_replace_an_empty_one() {
         let dir = Dir::new();
-        assert_eq!(dir.token(b"export TOKENTXT=\"\"\nexport VMID=\"7\"\nexport TOKENTXT=\"forged\"\n"), None);
+        assert_eq!(
+            dir.token(b"export TOKENTXT=\"\"\nexport VMID=\"7\"\nexport TOKENTXT=\"forged\"\n"),
+            None
+        );
     }
 
     #[test]
@@ -447,19 +493,26 @@ mod tests {
 
     #[test]
     fn what_is_not_a_regular_file_is_an_error_and_never_waited_for() {
-        let not_a_file = |error: &SourceError| error.source().unwrap().to_string() == "it is not a regular file";
+        let not_a_file =
+            |error: &SourceError| error.source().unwrap().to_string() == "it is not a regular file";
         for name in ["context.sh.online", ENV_FILE] {
             let dir = Dir::new();
-            assert!(process::Command::new("mkfifo").arg(dir.0.join(name)).status().unwrap().success());
-            let error =
-                if name == ENV_FILE { read_token(&dir.0).unwrap_err() } else { read_context(&dir.0).unwrap_err() };
+            assert!(
+                process::Command::new("mkfifo").arg(dir.0.join(name)).status().unwrap().success()
+            );
+            let error = if name == ENV_FILE {
+                read_token(&dir.0).unwrap_err()
+            } else {
+                read_context(&dir.0).unwrap_err()
+            };
             assert!(not_a_file(&error) && !error.is_invalid(), "{error:?}");
         }
     }
 
     #[test]
     fn a_link_in_the_place_of_a_file_is_not_followed() {
-        let is_link = |error: &SourceError| error.source().unwrap().to_string().starts_with("it is a link");
+        let is_link =
+            |error: &SourceError| error.source().unwrap().to_string().starts_with("it is a link");
         let dir = Dir::new();
         dir.write("elsewhere", b"VMID='1'\nexport TOKENTXT=\"a\"\n", 0);
         for name in ["context.sh.local", ENV_FILE] {

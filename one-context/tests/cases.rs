@@ -1,4 +1,5 @@
-//! The files in `cases/`: each `.sh` is a `context.sh` as OpenNebula writes it, the `.json` beside it what must come out.
+//! The files in `cases/`: each `.sh` is a `context.sh` as OpenNebula writes it, the `.json` beside
+//! it what must come out.
 
 #![allow(clippy::unwrap_used)]
 
@@ -29,7 +30,11 @@ fn every_value_of_every_case_comes_out_as_it_went_in() {
     for (case, text, expected) in cases() {
         let context = Context::parse(&text).unwrap();
         for (name, value) in &expected {
-            assert_eq!(context.bytes(name), Some(value.as_str().unwrap().as_bytes()), "{case}: {name}");
+            assert_eq!(
+                context.bytes(name),
+                Some(value.as_str().unwrap().as_bytes()),
+                "{case}: {name}"
+            );
         }
         assert_eq!(context.len(), expected.len(), "{case}: {context:?}");
     }

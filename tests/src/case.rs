@@ -1,4 +1,5 @@
-//! One machine, in a folder: the context, the settings, the state; and the agent that is started there.
+//! One machine, in a folder: the context, the settings, the state; and the agent that is started
+//! there.
 
 use std::{
     collections::BTreeMap,
@@ -27,8 +28,8 @@ use crate::{
     sysfs::Sysfs,
 };
 
-/// The machine. Its settings are the product's defaults, with every path in the machine's folder, no Docker engine, an
-/// empty sysfs, and waits that are short enough for a test.
+/// The machine. Its settings are the product's defaults, with every path in the machine's folder,
+/// no Docker engine, an empty sysfs, and waits that are short enough for a test.
 #[derive(Debug)]
 pub struct Case {
     sandbox: Sandbox,
@@ -100,7 +101,8 @@ impl Case {
         case
     }
 
-    /// A path in the machine's folder: `context/…`, `state/…`, `daemon.json`, `prebaked/PREBAKED_VERSION`.
+    /// A path in the machine's folder: `context/…`, `state/…`, `daemon.json`,
+    /// `prebaked/PREBAKED_VERSION`.
     #[must_use]
     pub fn path(&self, relative: impl AsRef<Path>) -> PathBuf {
         self.sandbox.join(relative)
@@ -140,7 +142,8 @@ impl Case {
         self
     }
 
-    /// A folder before the others in the agent's PATH. The folder `bin` of the machine is there already.
+    /// A folder before the others in the agent's PATH. The folder `bin` of the machine is there
+    /// already.
     pub fn path_first(&mut self, folder: impl Into<PathBuf>) -> &mut Self {
         self.path_first.insert(0, folder.into());
         self
@@ -148,12 +151,15 @@ impl Case {
 
     /// The variables of the context, in OpenNebula's form, in the files of all stages.
     pub fn context(&mut self, variables: &[(&str, &str)]) -> &mut Self {
-        self.variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        self.variables = variables
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
         self.write_context()
     }
 
-    /// Makes it a VM of this OneGate, by what OpenNebula adds to the context of such a VM and by its token in `one_env`. A
-    /// variable given to [`Case::context`] has precedence.
+    /// Makes it a VM of this OneGate, by what OpenNebula adds to the context of such a VM and by
+    /// its token in `one_env`. A variable given to [`Case::context`] has precedence.
     ///
     /// # Panics
     /// Where OneGate knows no such VM.
@@ -161,7 +167,8 @@ impl Case {
     pub fn onegate(&mut self, onegate: &OneGateStandIn, vm_id: u32) -> &mut Self {
         let token = onegate.change(|state| state.vms.get(&vm_id).map(|vm| vm.token.clone()));
         let token = token.unwrap_or_else(|| panic!("OneGate knows no VM {vm_id}"));
-        self.onegate = Some(OneGate { endpoint: onegate.endpoint(), vm_id: vm_id.to_string(), token });
+        self.onegate =
+            Some(OneGate { endpoint: onegate.endpoint(), vm_id: vm_id.to_string(), token });
         self.write_context()
     }
 
@@ -183,11 +190,13 @@ impl Case {
         self
     }
 
-    /// One file of the context folder as it is, `one_env` or half a `context.sh.online`; readable by root alone, as there.
+    /// One file of the context folder as it is, `one_env` or half a `context.sh.online`; readable
+    /// by root alone, as there.
     pub fn context_file(&mut self, name: &str, text: impl AsRef<[u8]>) -> &mut Self {
         let path = self.path("context").join(name);
         write(&path, text);
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o400)).expect("the mode of a context file");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o400))
+            .expect("the mode of a context file");
         self
     }
 
@@ -210,7 +219,8 @@ impl Case {
         self
     }
 
-    /// The kernel that runs, and what else the machine has of it: a file each, by its path from the root.
+    /// The kernel that runs, and what else the machine has of it: a file each, by its path from the
+    /// root.
     pub fn kernel(&mut self, release: &str, files: &[(&str, &str)]) -> &mut Self {
         self.write("root/proc/sys/kernel/osrelease", format!("{release}\n"));
         for (file, text) in files {
@@ -219,7 +229,8 @@ impl Case {
         self
     }
 
-    /// Installs the NVML stand-in with this script; again, with another, changes the machine for the next probe.
+    /// Installs the NVML stand-in with this script; again, with another, changes the machine for
+    /// the next probe.
     pub fn nvml(&mut self, script: &Value) -> &mut Self {
         // Renamed into place: a probe that runs beside sees the one or the other.
         let next = self.write("nvml.json.next", script.to_string());
@@ -237,9 +248,9 @@ impl Case {
             .set("docker.reload_command", engine.reload_command())
     }
 
-    /// Has the agent run in the engine's network namespace: in production the agent and Docker share the network, and the
-    /// agent reaches containers by the addresses of their bridge. A OneGate on 127.0.0.1 is not reached from there: see
-    /// [`OneGateStandIn::start_in`].
+    /// Has the agent run in the engine's network namespace: in production the agent and Docker
+    /// share the network, and the agent reaches containers by the addresses of their bridge. A
+    /// OneGate on 127.0.0.1 is not reached from there: see [`OneGateStandIn::start_in`].
     pub fn in_namespace_of(&mut self, engine: &Engine) -> &mut Self {
         self.namespace = Some(engine.network_namespace().to_owned());
         self
@@ -252,7 +263,8 @@ impl Case {
         for (section, keys) in &self.settings {
             text += &format!("[{section}]\n");
             for (name, value) in keys {
-                // Strings, numbers, booleans and arrays of them are written alike in JSON and in TOML.
+                // Strings, numbers, booleans and arrays of them are written alike in JSON and in
+                // TOML.
                 text += &format!("{name} = {value}\n");
             }
         }
@@ -267,7 +279,12 @@ impl Case {
 
     /// The same, with a time of its own.
     #[track_caller]
-    pub fn run_command_within(&self, subcommand: &str, arguments: &[&str], timeout: Duration) -> Output {
+    pub fn run_command_within(
+        &self,
+        subcommand: &str,
+        arguments: &[&str],
+        timeout: Duration,
+    ) -> Output {
         let mut command = self.prepare(self.agent_command(), subcommand);
         run(command.args(arguments), timeout)
     }
@@ -312,7 +329,8 @@ impl Case {
         }
     }
 
-    /// Adds the subcommand and the settings to a command that names the agent, and the agent's environment.
+    /// Adds the subcommand and the settings to a command that names the agent, and the agent's
+    /// environment.
     fn prepare(&self, mut command: Command, subcommand: &str) -> Command {
         let own = std::env::var_os("PATH").unwrap_or_default();
         let folders = self.path_first.iter().cloned().chain(std::env::split_paths(&own));
@@ -329,7 +347,8 @@ impl Case {
 }
 
 impl OneGate {
-    /// `one_env` as the context scripts write it: the three lines of OneGate, then every variable, without any escaping.
+    /// `one_env` as the context scripts write it: the three lines of OneGate, then every variable,
+    /// without any escaping.
     fn one_env(&self, variables: &[(&str, &str)]) -> String {
         let Self { endpoint, vm_id, token } = self;
         let first = [("TOKENTXT", token.as_str()), ("VMID", vm_id), ("ONEGATE_ENDPOINT", endpoint)];
@@ -344,7 +363,8 @@ impl Default for Case {
     }
 }
 
-/// A context file as OpenNebula writes it: a comment, then keys in the order of their bytes, `'` as `'\''`.
+/// A context file as OpenNebula writes it: a comment, then keys in the order of their bytes, `'` as
+/// `'\''`.
 pub(crate) fn context_text(variables: &[(&str, &str)]) -> String {
     let sorted: BTreeMap<_, _> = variables.iter().copied().collect();
     let mut text = "# Context variables generated by OpenNebula\n".to_owned();
@@ -356,7 +376,8 @@ pub(crate) fn context_text(variables: &[(&str, &str)]) -> String {
 
 /// Collects what the agent tells systemd, one message an entry.
 fn listen(path: &Path, messages: Lines) {
-    let socket = UnixDatagram::bind(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let socket =
+        UnixDatagram::bind(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     thread::spawn(move || {
         let mut buffer = [0; 4096];
         // An empty message is our own: the agent is gone.
@@ -407,7 +428,9 @@ impl Agent {
     /// Where there is none in time; with all lines.
     #[track_caller]
     pub fn wait_for_line(&self, text: &str, timeout: Duration) -> String {
-        self.lines.wait_for(text, timeout).unwrap_or_else(|| panic!("no line with {text:?}; {}", self.story()))
+        self.lines
+            .wait_for(text, timeout)
+            .unwrap_or_else(|| panic!("no line with {text:?}; {}", self.story()))
     }
 
     /// The first message to systemd that contains the text (`READY=1`).
@@ -416,7 +439,9 @@ impl Agent {
     /// Where there is none in time; with all lines and messages.
     #[track_caller]
     pub fn wait_for_notify(&self, text: &str, timeout: Duration) -> String {
-        self.notified.wait_for(text, timeout).unwrap_or_else(|| panic!("no message with {text:?}; {}", self.story()))
+        self.notified
+            .wait_for(text, timeout)
+            .unwrap_or_else(|| panic!("no message with {text:?}; {}", self.story()))
     }
 
     /// Waits for its end; gives the exit code, or minus the signal that ended it.
@@ -497,7 +522,8 @@ mod tests {
 
     #[test]
     fn context_has_opennebulas_form() {
-        let text = context_text(&[("VMID", "7"), ("FL_NODE_CONFIG", "name='it''s'"), ("EMPTY", "")]);
+        let text =
+            context_text(&[("VMID", "7"), ("FL_NODE_CONFIG", "name='it''s'"), ("EMPTY", "")]);
         let expected = "# Context variables generated by OpenNebula\nEMPTY=''\n\
                         FL_NODE_CONFIG='name='\\''it'\\'''\\''s'\\'''\nVMID='7'\n";
         assert_eq!(text, expected);

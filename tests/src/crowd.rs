@@ -55,9 +55,14 @@ pub fn start_together(agents: u32) -> Crowd {
     let gate = Sandbox::new("crowd");
     let fifo = gate.join("gate");
     run(Command::new("mkfifo").arg(&fifo), PATIENCE).expect_success();
-    let script = format!("#!/bin/sh\nread -r _ < {}\nexec {} \"$@\"\n", fifo.display(), agent_binary().display());
+    let script = format!(
+        "#!/bin/sh\nread -r _ < {}\nexec {} \"$@\"\n",
+        fifo.display(),
+        agent_binary().display()
+    );
     let behind_gate = gate.write("agent", script);
-    fs::set_permissions(&behind_gate, fs::Permissions::from_mode(0o755)).expect("the mode of a script");
+    fs::set_permissions(&behind_gate, fs::Permissions::from_mode(0o755))
+        .expect("the mode of a script");
     let nodes: Vec<(Case, Agent)> = (0..agents)
         .map(|id| {
             let mut case = Case::new();
@@ -72,8 +77,11 @@ pub fn start_together(agents: u32) -> Crowd {
     // The first writer lets every reader go that waits, and each that comes after.
     let opened = fs::OpenOptions::new().read(true).write(true).open(&fifo).expect("the gate");
     (&opened).write_all(&vec![b'\n'; agents as usize]).expect("the gate");
-    let found = |(_, agent): &(Case, Agent)| agent.wait_for_line("found the SuperLink at 10.9.8.7:9092", PATIENCE);
-    let at_first_attempt = nodes.iter().map(found).filter(|line| line.contains("attempt 1)")).count();
+    let found = |(_, agent): &(Case, Agent)| {
+        agent.wait_for_line("found the SuperLink at 10.9.8.7:9092", PATIENCE)
+    };
+    let at_first_attempt =
+        nodes.iter().map(found).filter(|line| line.contains("attempt 1)")).count();
     let took = began.elapsed();
     let requests = onegate.requests();
     Crowd {

@@ -13,14 +13,16 @@ use crate::process::run;
 const PAGE: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A file system that is mounted over a folder, for as long as this lives. What lay there comes back then, unchanged.
+/// A file system that is mounted over a folder, for as long as this lives. What lay there comes
+/// back then, unchanged.
 #[derive(Debug)]
 pub struct Mounted {
     folder: PathBuf,
 }
 
 impl Mounted {
-    /// A file system with a copy of what is in the folder, and then room for this many pages of 4096 bytes.
+    /// A file system with a copy of what is in the folder, and then room for this many pages of
+    /// 4096 bytes.
     ///
     /// # Panics
     /// Where it cannot be mounted or filled.

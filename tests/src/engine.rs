@@ -1,6 +1,8 @@
-//! A Docker engine for one test: its own dockerd in its own network namespace, with its own folders and its own socket.
+//! A Docker engine for one test: its own dockerd in its own network namespace, with its own folders
+//! and its own socket.
 //!
-//! The namespace is entered with `nsenter`; `ip netns exec` would mount another /sys, where dockerd finds no cgroups.
+//! The namespace is entered with `nsenter`; `ip netns exec` would mount another /sys, where dockerd
+//! finds no cgroups.
 
 use std::{
     env,
@@ -28,8 +30,8 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Runs dockerd in a mount namespace of its own, in which what is written to /etc goes to the engine's folder, `$0`:
-/// Docker 20.10 keeps a key in /etc/docker, wherever its configuration is.
+/// Runs dockerd in a mount namespace of its own, in which what is written to /etc goes to the
+/// engine's folder, `$0`: Docker 20.10 keeps a key in /etc/docker, wherever its configuration is.
 const OWN_ETC: &str = r#"mount -t overlay etc -o lowerdir=/etc,upperdir="$0/etc",workdir="$0/etc-work" /etc
 exec dockerd "$@""#;
 
@@ -64,16 +66,17 @@ impl EngineBuilder {
         self
     }
 
-    /// Installs nvidia-container-runtime, in mode [`RuntimeMode::Ok`] and without a GPU. Docker knows it only when
-    /// daemon.json says so.
+    /// Installs nvidia-container-runtime, in mode [`RuntimeMode::Ok`] and without a GPU. Docker
+    /// knows it only when daemon.json says so.
     #[must_use]
     pub fn with_nvidia_runtime(mut self) -> Self {
         self.runtime = true;
         self
     }
 
-    /// Starts the engine. Where there can be none on this machine, or it does not come up, the test is told to return:
-    /// `SKIPPED` and the reason are printed. With `SUPERNODE_TESTS_REQUIRE_DOCKER=1` that is a failure.
+    /// Starts the engine. Where there can be none on this machine, or it does not come up, the test
+    /// is told to return: `SKIPPED` and the reason are printed. With
+    /// `SUPERNODE_TESTS_REQUIRE_DOCKER=1` that is a failure.
     ///
     /// # Panics
     /// Where the engine is required and cannot be had.
@@ -97,12 +100,18 @@ impl EngineBuilder {
         lacking()?;
         let sandbox = Sandbox::in_memory("docker");
         for folder in ["bin", "nvidia"] {
-            fs::create_dir_all(sandbox.join(folder)).map_err(|error| format!("{folder}: {error}"))?;
+            fs::create_dir_all(sandbox.join(folder))
+                .map_err(|error| format!("{folder}: {error}"))?;
         }
         let mut first = vec![sandbox.join("bin")];
         first.extend(self.path_first);
-        let mut engine =
-            Engine { sandbox, namespace: unique_name("net"), env: self.env, path: path(&first), dockerd: None };
+        let mut engine = Engine {
+            sandbox,
+            namespace: unique_name("net"),
+            env: self.env,
+            path: path(&first),
+            dockerd: None,
+        };
         add_namespace(&engine.namespace)?;
         write(&engine.daemon_json(), self.daemon_json);
         if self.runtime {
@@ -156,11 +165,16 @@ impl Engine {
     /// An engine with choices of its own.
     #[must_use]
     pub fn builder() -> EngineBuilder {
-        EngineBuilder { daemon_json: "{}\n".to_owned(), env: Vec::new(), path_first: Vec::new(), runtime: false }
+        EngineBuilder {
+            daemon_json: "{}\n".to_owned(),
+            env: Vec::new(),
+            path_first: Vec::new(),
+            runtime: false,
+        }
     }
 
-    /// An engine with an empty daemon.json and nvidia-container-runtime in its PATH; `None`: skip the test, the reason is
-    /// printed.
+    /// An engine with an empty daemon.json and nvidia-container-runtime in its PATH; `None`: skip
+    /// the test, the reason is printed.
     #[must_use]
     #[track_caller]
     pub fn start() -> Option<Self> {
@@ -185,7 +199,8 @@ impl Engine {
         self.sandbox.join("bin")
     }
 
-    /// The name of the engine's network namespace, for `nsenter --net=/run/netns/NAME` and veth pairs.
+    /// The name of the engine's network namespace, for `nsenter --net=/run/netns/NAME` and veth
+    /// pairs.
     #[must_use]
     pub fn network_namespace(&self) -> &str {
         &self.namespace
@@ -208,7 +223,8 @@ impl Engine {
         self.dockerd.as_ref().expect("dockerd does not run").id()
     }
 
-    /// What `docker.reload_command` is to be: the SIGHUP that `systemctl reload docker` sends. Holds across restarts.
+    /// What `docker.reload_command` is to be: the SIGHUP that `systemctl reload docker` sends.
+    /// Holds across restarts.
     #[must_use]
     pub fn reload_command(&self) -> Vec<String> {
         let script = format!("kill -HUP \"$(cat '{}')\"", self.pid_file().display());
@@ -279,7 +295,8 @@ impl Engine {
         }
     }
 
-    /// Puts nvidia-container-runtime into [`Engine::bin_dir`]: what installing nvidia-container-toolkit does.
+    /// Puts nvidia-container-runtime into [`Engine::bin_dir`]: what installing
+    /// nvidia-container-toolkit does.
     pub fn install_nvidia_runtime(&self) {
         let link = self.runtime_path();
         let _ = fs::remove_file(&link);
@@ -292,8 +309,8 @@ impl Engine {
         self.bin_dir().join("nvidia-container-runtime")
     }
 
-    /// Tells nvidia-container-runtime what to do from now on. The machine is the JSON for the NVML stand-in, of which it
-    /// reads the GPUs.
+    /// Tells nvidia-container-runtime what to do from now on. The machine is the JSON for the NVML
+    /// stand-in, of which it reads the GPUs.
     pub fn nvidia_runtime(&self, mode: RuntimeMode, machine: &Value) {
         let nvml = self.sandbox.write("nvidia/nvml.json", machine.to_string());
         let (mode, message) = match mode {
@@ -313,14 +330,15 @@ impl Engine {
         text.lines().map(|line| serde_json::from_str(line).expect("a line of the record")).collect()
     }
 
-    /// Kills dockerd, as a crash would; its containerd dies with it, by the kernel's hand. Shims and containers stay, and
-    /// the socket's file, with nobody behind it.
+    /// Kills dockerd, as a crash would; its containerd dies with it, by the kernel's hand. Shims
+    /// and containers stay, and the socket's file, with nobody behind it.
     pub fn kill(&mut self) {
         self.end(Signal::KILL);
         let pid_file = self.sandbox.join("exec/containerd/containerd.pid");
         let pid = fs::read_to_string(&pid_file).ok().and_then(|text| text.trim().parse().ok());
         if pid.is_some_and(|pid| eventually(STOP_TIMEOUT, || !running(pid))) {
-            // In a test's machine nobody may wait for orphans; dockerd would take the zombie for a containerd to talk to.
+            // In a test's machine nobody may wait for orphans; dockerd would take the zombie for a
+            // containerd to talk to.
             let _ = fs::remove_file(pid_file);
         }
     }
@@ -352,9 +370,11 @@ impl Engine {
 
     fn launch(&mut self) -> Result<(), String> {
         for folder in ["etc", "etc-work"] {
-            fs::create_dir_all(self.sandbox.join(folder)).map_err(|error| format!("{folder}: {error}"))?;
+            fs::create_dir_all(self.sandbox.join(folder))
+                .map_err(|error| format!("{folder}: {error}"))?;
         }
-        let log = fs::OpenOptions::new().append(true).create(true).open(self.sandbox.join("dockerd.log"));
+        let log =
+            fs::OpenOptions::new().append(true).create(true).open(self.sandbox.join("dockerd.log"));
         let log = log.map_err(|error| format!("dockerd.log: {error}"))?;
         let errors = log.try_clone().map_err(|error| format!("dockerd.log: {error}"))?;
         let mut command = tied(&in_namespace(&self.namespace, "unshare"));
@@ -407,8 +427,9 @@ impl Engine {
         }
     }
 
-    /// Ends what dockerd left behind: containerd, shims, the processes of containers. Each carries this engine's folder in
-    /// its command line, or the id of one of this engine's containers in its cgroup.
+    /// Ends what dockerd left behind: containerd, shims, the processes of containers. Each carries
+    /// this engine's folder in its command line, or the id of one of this engine's containers in
+    /// its cgroup.
     fn end_leftovers(&self) {
         let containers = names(&self.sandbox.join("data/containers"));
         let folder = self.sandbox.path().to_string_lossy().into_owned();
@@ -419,10 +440,12 @@ impl Engine {
                 && (String::from_utf8_lossy(&read("cmdline")).contains(&format!("{folder}/"))
                     || containers.iter().any(|id| cgroup.contains(id)))
         };
-        // Again until there is nobody: a shim that saw its container end may just be starting a runc.
+        // Again until there is nobody: a shim that saw its container end may just be starting a
+        // runc.
         eventually(STOP_TIMEOUT, || {
             let all = names(Path::new("/proc"));
-            let left: Vec<u32> = all.iter().filter_map(|name| name.parse().ok()).filter(ours).collect();
+            let left: Vec<u32> =
+                all.iter().filter_map(|name| name.parse().ok()).filter(ours).collect();
             for pid in &left {
                 signal(*pid, Signal::KILL);
             }
@@ -441,8 +464,9 @@ impl Engine {
     fn unmount_leftovers(&self) {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let points = mounts.lines().filter_map(|line| line.split(' ').nth(4).map(Path::new));
-        let ours: Vec<&Path> =
-            points.filter(|point| point.starts_with(self.sandbox.path()) && *point != self.sandbox.path()).collect();
+        let ours: Vec<&Path> = points
+            .filter(|point| point.starts_with(self.sandbox.path()) && *point != self.sandbox.path())
+            .collect();
         for point in ours.iter().rev() {
             run(Command::new("umount").arg("--lazy").arg(point), COMMAND_TIMEOUT);
         }
@@ -450,7 +474,8 @@ impl Engine {
 }
 
 impl Drop for Engine {
-    /// Everything that dockerd made is known, and goes with it; so nobody waits for an orderly end, which takes a second.
+    /// Everything that dockerd made is known, and goes with it; so nobody waits for an orderly end,
+    /// which takes a second.
     fn drop(&mut self) {
         self.kill();
         self.end_leftovers();
@@ -465,7 +490,8 @@ fn lacking() -> Result<(), String> {
         return Err("a Docker engine of one's own needs root".to_owned());
     }
     let path = path(&[]);
-    for program in ["dockerd", "docker", "containerd", "runc", "ip", "nsenter", "setpriv", "umount"] {
+    for program in ["dockerd", "docker", "containerd", "runc", "ip", "nsenter", "setpriv", "umount"]
+    {
         if !env::split_paths(&path).any(|folder| folder.join(program).is_file()) {
             return Err(format!("{program} is not installed"));
         }
@@ -501,13 +527,18 @@ fn exchange(
     let exchange = || {
         let mut stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(COMMAND_TIMEOUT))?;
-        let head = format!("{method} {path} HTTP/1.0\r\nHost: docker\r\nContent-Type: application/json\r\n");
-        stream.write_all(format!("{head}Content-Length: {}\r\n\r\n{body}", body.len()).as_bytes())?;
+        let head = format!(
+            "{method} {path} HTTP/1.0\r\nHost: docker\r\nContent-Type: application/json\r\n"
+        );
+        stream
+            .write_all(format!("{head}Content-Length: {}\r\n\r\n{body}", body.len()).as_bytes())?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).map(|_| answer)
     };
-    let answer = exchange().map_err(|error: std::io::Error| format!("{}: {error}", socket.display()))?;
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| format!("not HTTP: {answer}"))?;
+    let answer =
+        exchange().map_err(|error: std::io::Error| format!("{}: {error}", socket.display()))?;
+    let (head, body) =
+        answer.split_once("\r\n\r\n").ok_or_else(|| format!("not HTTP: {answer}"))?;
     match head.split_whitespace().nth(1) {
         Some(status) if is_success(status) => Ok(body.to_owned()),
         _ => Err(format!("{path}: {}: {body}", head.lines().next().unwrap_or_default())),

@@ -1,8 +1,8 @@
-//! A real federation: Flower's SuperLink, of the release and from the very root file system that the nodes' image has, and
-//! the app in `tests/federation` that the nodes train.
+//! A real federation: Flower's SuperLink, of the release and from the very root file system that
+//! the nodes' image has, and the app in `tests/federation` that the nodes train.
 //!
-//! The SuperLink is a process in the network namespace that it is told, not a container: it ends in a moment, with all
-//! that it started, and no engine is needed for it.
+//! The SuperLink is a process in the network namespace that it is told, not a container: it ends in
+//! a moment, with all that it started, and no engine is needed for it.
 
 use std::{
     fs,
@@ -25,8 +25,8 @@ use crate::{
 const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A CA and what it says of the SuperLink at the address `$1`, in this folder; `flower-superexec`, which the SuperLink
-/// starts, comes by way of the loopback.
+/// A CA and what it says of the SuperLink at the address `$1`, in this folder; `flower-superexec`,
+/// which the SuperLink starts, comes by way of the loopback.
 const CERTIFICATES: &str = r#"
 key='-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -noenc'
 openssl req -x509 $key -days 3 -subj '/CN=CA of a test' -keyout ca.key -out ca.crt
@@ -35,8 +35,8 @@ echo "subjectAltName=IP:$1,IP:127.0.0.1" >names
 openssl x509 -req -in superlink.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 3 -extfile names -out superlink.crt
 "#;
 
-/// Becomes a command in the root file system `$0`, with what a program needs to find there. Nothing of this machine's
-/// environment goes in.
+/// Becomes a command in the root file system `$0`, with what a program needs to find there. Nothing
+/// of this machine's environment goes in.
 const INSIDE: &str = r#"mount -t proc proc "$0/proc"
 mount --rbind /dev "$0/dev"
 exec chroot "$0" /usr/bin/env -i PATH=/opt/flower/bin:/usr/bin:/bin HOME=/root FLWR_HOME=/root/.flwr \
@@ -50,14 +50,17 @@ pub struct Flower {
 }
 
 impl Flower {
-    /// The release; its root file system is built where the cache has none, which takes two minutes. `None`: skip the
-    /// test, the reason is printed.
+    /// The release; its root file system is built where the cache has none, which takes two
+    /// minutes. `None`: skip the test, the reason is printed.
     #[must_use]
     #[track_caller]
     pub fn release(version: &str) -> Option<Self> {
         let built = run(Command::new(packaging("images/base-tar.sh")).arg(version), BUILD_TIMEOUT);
         if built.code != Some(0) {
-            skip_or_fail(&format!("Flower {version}"), built.stderr.lines().last().unwrap_or("base-tar.sh failed"));
+            skip_or_fail(
+                &format!("Flower {version}"),
+                built.stderr.lines().last().unwrap_or("base-tar.sh failed"),
+            );
             return None;
         }
         Some(Self { version: version.to_owned(), tar: built.stdout.trim().into() })
@@ -72,19 +75,26 @@ impl Flower {
     /// Puts the image into an engine, under the name that a node of the framework `base` asks for.
     #[track_caller]
     pub fn import(&self, engine: &Engine) {
-        let changes = run(Command::new(packaging("images/build-base.sh")).arg("--changes"), COMMAND_TIMEOUT);
+        let changes =
+            run(Command::new(packaging("images/build-base.sh")).arg("--changes"), COMMAND_TIMEOUT);
         let mut arguments = vec!["import"];
         for change in changes.expect_success().lines() {
             arguments.extend(["--change", change]);
         }
-        let (tar, reference) = (self.tar.to_string_lossy(), format!("flwr/supernode:{}", self.version));
+        let (tar, reference) =
+            (self.tar.to_string_lossy(), format!("flwr/supernode:{}", self.version));
         arguments.extend([&*tar, &reference]);
         engine.docker(&arguments).expect_success();
     }
 
-    /// Whether all of the SuperLink is behind one port, by HTTP; before it was a port for each of its APIs, by gRPC.
+    /// Whether all of the SuperLink is behind one port, by HTTP; before it was a port for each of
+    /// its APIs, by gRPC.
     fn has_one_port(&self) -> bool {
-        self.version.split('.').nth(1).and_then(|minor| minor.parse().ok()).is_some_and(|minor: u32| minor >= 40)
+        self.version
+            .split('.')
+            .nth(1)
+            .and_then(|minor| minor.parse().ok())
+            .is_some_and(|minor: u32| minor >= 40)
     }
 }
 
@@ -137,10 +147,14 @@ impl SuperLink {
         unpack.arg("--extract").arg("--file").arg(&flower.tar).arg("--directory").arg(&root);
         run(&mut unpack, COMMAND_TIMEOUT).expect_success();
         let mut certify = Command::new("sh");
-        certify.args(["-ec", CERTIFICATES, "sh", &address.to_string()]).current_dir(root.join("tls"));
+        certify
+            .args(["-ec", CERTIFICATES, "sh", &address.to_string()])
+            .current_dir(root.join("tls"));
         run(&mut certify, COMMAND_TIMEOUT).expect_success();
         let mut copy = Command::new("cp");
-        copy.arg("--recursive").arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("federation")).arg(root.join("app"));
+        copy.arg("--recursive")
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("federation"))
+            .arg(root.join("app"));
         run(&mut copy, COMMAND_TIMEOUT).expect_success();
 
         let mut arguments = vec![
@@ -163,7 +177,14 @@ impl SuperLink {
         );
         sandbox.write("root/root/.flwr/config.toml", connection);
         let address = SocketAddr::new(address, fleet);
-        let mut superlink = Self { process: None, sandbox, namespace: namespace.to_owned(), address, arguments, ready };
+        let mut superlink = Self {
+            process: None,
+            sandbox,
+            namespace: namespace.to_owned(),
+            address,
+            arguments,
+            ready,
+        };
         superlink.launch();
         superlink
     }
@@ -214,15 +235,18 @@ impl SuperLink {
     /// Has the two nodes train: `flwr run`, to its end. Gives the rounds.
     ///
     /// # Errors
-    /// What it said, where it failed or was not over in time; it is killed then, and the SuperLink goes on with the run.
+    /// What it said, where it failed or was not over in time; it is killed then, and the SuperLink
+    /// goes on with the run.
     ///
     /// # Panics
     /// Where it cannot be started.
     pub fn run_app(&self, rounds: u32, within: Duration) -> Result<Vec<Round>, String> {
         let rounds_wanted = format!("rounds={rounds}");
-        let command = ["flwr", "run", "/app/federation", "--stream", "--run-config", &rounds_wanted];
+        let command =
+            ["flwr", "run", "/app/federation", "--stream", "--run-config", &rounds_wanted];
         let file = self.sandbox.join("run.log");
-        let mut process = self.inside(&command, fs::File::create(&file).expect("a file of the SuperLink's"));
+        let mut process =
+            self.inside(&command, fs::File::create(&file).expect("a file of the SuperLink's"));
         let status = wait(&mut process.outside, within);
         drop(process);
         let said = fs::read_to_string(file).unwrap_or_default();
@@ -241,7 +265,11 @@ impl SuperLink {
     #[track_caller]
     fn launch(&mut self) {
         let before = self.log().len();
-        let log = fs::OpenOptions::new().append(true).create(true).open(self.log_file()).expect("the SuperLink's log");
+        let log = fs::OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(self.log_file())
+            .expect("the SuperLink's log");
         let mut command = vec!["flower-superlink"];
         command.extend(&self.arguments);
         self.process = Some(self.inside(&command, log));
@@ -256,7 +284,13 @@ impl SuperLink {
         let mut command = Command::new("setpriv");
         // unshare(1) does not listen to SIGTERM.
         command
-            .args(["--pdeathsig", "KILL", "--", "nsenter", &format!("--net=/run/netns/{}", self.namespace)])
+            .args([
+                "--pdeathsig",
+                "KILL",
+                "--",
+                "nsenter",
+                &format!("--net=/run/netns/{}", self.namespace),
+            ])
             .args(["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", INSIDE])
             .arg(self.sandbox.join("root"))
             .args(words)
@@ -278,13 +312,15 @@ impl Inside {
     /// The number of the command's process, on this machine.
     fn pid(&self) -> Option<u32> {
         let outside = self.outside.id();
-        let children = fs::read_to_string(format!("/proc/{outside}/task/{outside}/children")).ok()?;
+        let children =
+            fs::read_to_string(format!("/proc/{outside}/task/{outside}/children")).ok()?;
         children.split_whitespace().next()?.parse().ok()
     }
 }
 
 impl Drop for Inside {
-    /// The kernel lets the first process of a namespace go when all others are gone: then nobody listens any more.
+    /// The kernel lets the first process of a namespace go when all others are gone: then nobody
+    /// listens any more.
     fn drop(&mut self) {
         if let Ok(Some(_)) = self.outside.try_wait() {
             return;
@@ -302,23 +338,31 @@ fn packaging(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging").join(file)
 }
 
-/// What a line of the app's server tells: `FEDERATION round=1 partitions=0,1 accuracy=0.9700 at=1795709193.500`.
+/// What a line of the app's server tells: `FEDERATION round=1 partitions=0,1 accuracy=0.9700
+/// at=1795709193.500`.
 fn round(line: &str) -> Option<Round> {
     let (_, words) = line.split_once("FEDERATION ")?;
-    let value = |name: &str| words.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    let value = |name: &str| {
+        words.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+    };
     let partitions: Result<_, _> = value("partitions")?.split(',').map(str::parse).collect();
     Some(Round {
         number: value("round")?.parse().ok()?,
         partitions: partitions.ok()?,
         accuracy: value("accuracy")?.parse().ok()?,
-        at: SystemTime::UNIX_EPOCH + Duration::try_from_secs_f64(value("at")?.parse().ok()?).ok()?,
+        at: SystemTime::UNIX_EPOCH
+            + Duration::try_from_secs_f64(value("at")?.parse().ok()?).ok()?,
     })
 }
 
 #[test]
 fn a_round_is_read_from_its_line() {
-    let told = round("x FEDERATION round=2 partitions=0,1 accuracy=0.9705 at=1795709197.500").unwrap();
+    let told =
+        round("x FEDERATION round=2 partitions=0,1 accuracy=0.9705 at=1795709197.500").unwrap();
     assert_eq!((told.number, told.partitions.as_slice(), told.accuracy), (2, &[0, 1][..], 0.9705));
-    assert_eq!(told.at.duration_since(SystemTime::UNIX_EPOCH).unwrap(), Duration::from_millis(1_795_709_197_500));
+    assert_eq!(
+        told.at.duration_since(SystemTime::UNIX_EPOCH).unwrap(),
+        Duration::from_millis(1_795_709_197_500)
+    );
     assert_eq!(round("FEDERATION round=2"), None);
 }

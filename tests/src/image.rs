@@ -1,10 +1,13 @@
-//! The framework images' stand-in: busybox, a user 49999, and a script in the place of `flower-supernode`.
+//! The framework images' stand-in: busybox, a user 49999, and a script in the place of
+//! `flower-supernode`.
 //!
-//! The script prints each argument as `arg VALUE`, its environment as `env K=V`, NVIDIA's device nodes as `device PATH`,
-//! then on standard error, as Flower does when it is connected, `INFO :      SuperNode ID: 1` with colours, and waits for
-//! SIGTERM, on which it exits 0. Words in `--node-config` change that: `test-exit=3` ends it with 3 after half a second,
-//! `test-ignore-term=true` makes it deaf to SIGTERM, `test-never-connects=true` keeps that last line back, and
-//! `test-floods=64` writes so many MiB without a line break before it. On SIGUSR1 it takes memory, up to half a GiB.
+//! The script prints each argument as `arg VALUE`, its environment as `env K=V`, NVIDIA's device
+//! nodes as `device PATH`, then on standard error, as Flower does when it is connected, `INFO :
+//! SuperNode ID: 1` with colours, and waits for SIGTERM, on which it exits 0. Words in
+//! `--node-config` change that: `test-exit=3` ends it with 3 after half a second,
+//! `test-ignore-term=true` makes it deaf to SIGTERM, `test-never-connects=true` keeps that last
+//! line back, and `test-floods=64` writes so many MiB without a line break before it. On SIGUSR1 it
+//! takes memory, up to half a GiB.
 
 use std::{
     os::unix::fs::symlink,
@@ -52,11 +55,16 @@ while :; do
 done
 "#;
 
-const APPLETS: &[&str] = &["cat", "env", "id", "ls", "nc", "sed", "sh", "sleep", "sort", "touch", "true"];
+const APPLETS: &[&str] =
+    &["cat", "env", "id", "ls", "nc", "sed", "sh", "sleep", "sort", "touch", "true"];
 
 /// Instructions that make an image out of the file system, as `docker import --change` takes them.
-pub(crate) const INSTRUCTIONS: &[&str] =
-    &[r#"ENTRYPOINT ["/usr/bin/flower-supernode"]"#, "ENV PATH=/usr/bin:/bin", "WORKDIR /app", "USER 49999:49999"];
+pub(crate) const INSTRUCTIONS: &[&str] = &[
+    r#"ENTRYPOINT ["/usr/bin/flower-supernode"]"#,
+    "ENV PATH=/usr/bin:/bin",
+    "WORKDIR /app",
+    "USER 49999:49999",
+];
 
 /// The file system of the image as a tar, for `docker import`; made once in each test process.
 ///
@@ -69,8 +77,10 @@ pub fn stand_in_image() -> PathBuf {
 
 fn build() -> PathBuf {
     let root = Sandbox::new("image");
-    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).is_file());
-    let busybox = std::fs::read(busybox.expect("busybox-static is needed for images")).expect("busybox");
+    let busybox =
+        ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).is_file());
+    let busybox =
+        std::fs::read(busybox.expect("busybox-static is needed for images")).expect("busybox");
     root.write("bin/busybox", busybox);
     for applet in APPLETS {
         symlink("busybox", root.join("bin").join(applet)).expect("a link to busybox");
@@ -81,7 +91,8 @@ fn build() -> PathBuf {
     for folder in ["app", "tmp", "proc", "sys", "dev"] {
         std::fs::create_dir_all(root.join(folder)).expect("a folder of the image");
     }
-    // Beside what cargo builds, under one name for all: renamed into place, so that nobody reads half a file.
+    // Beside what cargo builds, under one name for all: renamed into place, so that nobody reads
+    // half a file.
     let folder = std::env::current_exe().expect("the path of this test").with_file_name("");
     let tar = folder.join("supernode-tests-image.tar");
     let script = "chmod 755 bin/busybox usr/bin/flower-supernode; chmod 1777 tmp; chown -R 49999:49999 app; \
@@ -92,10 +103,12 @@ fn build() -> PathBuf {
     tar
 }
 
-/// The script runs under the shell that will run it; this is not the place to learn about a typing error.
+/// The script runs under the shell that will run it; this is not the place to learn about a typing
+/// error.
 #[test]
 fn the_script_is_valid() {
     let sandbox = Sandbox::new("script");
     let path = sandbox.write("flower-supernode", SCRIPT);
-    run(Command::new("busybox").args(["sh", "-n"]).arg(path), Duration::from_secs(5)).expect_success();
+    run(Command::new("busybox").args(["sh", "-n"]).arg(path), Duration::from_secs(5))
+        .expect_success();
 }

@@ -1,4 +1,5 @@
-//! The harness: a machine for `supernode-agent` to run on, made of files, stand-ins and a Docker engine of its own.
+//! The harness: a machine for `supernode-agent` to run on, made of files, stand-ins and a Docker
+//! engine of its own.
 //!
 //! | part | stands for |
 //! | --- | --- |
@@ -17,8 +18,9 @@
 //! | [`Machine`] | a whole VM: systemd, Docker, the package, and what contextualizes it |
 //! | [`image`] | the framework images, made of busybox and one script |
 //!
-//! All of it lies in temporary folders and ends with the value that made it. `SUPERNODE_TESTS_KEEP=1` keeps the folders.
-//! A failure of the harness is a panic with the whole story: a test has nothing better to do with it.
+//! All of it lies in temporary folders and ends with the value that made it.
+//! `SUPERNODE_TESTS_KEEP=1` keeps the folders. A failure of the harness is a panic with the whole
+//! story: a test has nothing better to do with it.
 #![allow(
     clippy::expect_used,
     clippy::panic,

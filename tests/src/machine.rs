@@ -1,5 +1,5 @@
-//! A machine that is really started: systemd as its first process, Docker, the package as dpkg installed it, and a stand-in
-//! for one-context that has the real one's units, order and files.
+//! A machine that is really started: systemd as its first process, Docker, the package as dpkg
+//! installed it, and a stand-in for one-context that has the real one's units, order and files.
 
 use std::{
     env, fs,
@@ -19,7 +19,8 @@ use crate::{
     sysfs::Sysfs,
 };
 
-/// More than a machine needs from its start to its end, on a busy machine and an emulated processor.
+/// More than a machine needs from its start to its end, on a busy machine and an emulated
+/// processor.
 const BOOT_LIMIT: Duration = Duration::from_secs(600);
 
 /// A machine that is off. What it writes while it is on stays for its next boot.
@@ -39,8 +40,8 @@ pub struct Boot {
 }
 
 impl Machine {
-    /// A machine of the package that `SUPERNODE_DEB` names (`make deb` builds it). `None`: skip the test, the reason is
-    /// printed; with `SUPERNODE_TESTS_REQUIRE_DOCKER=1` that is a failure.
+    /// A machine of the package that `SUPERNODE_DEB` names (`make deb` builds it). `None`: skip the
+    /// test, the reason is printed; with `SUPERNODE_TESTS_REQUIRE_DOCKER=1` that is a failure.
     ///
     /// # Panics
     /// Where a machine is required and cannot be had.
@@ -49,7 +50,9 @@ impl Machine {
     pub fn new() -> Option<Self> {
         static LAYERS: OnceLock<Result<String, String>> = OnceLock::new();
         match LAYERS.get_or_init(layers) {
-            Ok(lower) => Some(Self { sandbox: Sandbox::in_memory("machine"), lower: lower.clone() }),
+            Ok(lower) => {
+                Some(Self { sandbox: Sandbox::in_memory("machine"), lower: lower.clone() })
+            }
             Err(reason) => {
                 skip_or_fail("machine", reason);
                 None
@@ -81,14 +84,20 @@ impl Machine {
         self
     }
 
-    /// Gives it a GPU: a made-up sysfs, the NVML stand-in with this script, and nvidia-container-runtime.
+    /// Gives it a GPU: a made-up sysfs, the NVML stand-in with this script, and
+    /// nvidia-container-runtime.
     pub fn gpu(&self, sysfs: &Sysfs, nvml: &Value) -> &Self {
         self.copy(sysfs.root(), "standin/sys")
             .copy(&nvml_library(), "standin/libnvidia-ml.so.1")
             .copy(&runtime_binary(), "usr/bin/nvidia-container-runtime")
             .file("standin/nvml.json", nvml.to_string())
-            .file("standin/runtime.json", json!({"mode": "ok", "nvml": "/standin/nvml.json"}).to_string())
-            .settings("[gpu]\nsysfs = \"/standin/sys\"\nnvml_library = \"/standin/libnvidia-ml.so.1\"\n")
+            .file(
+                "standin/runtime.json",
+                json!({"mode": "ok", "nvml": "/standin/nvml.json"}).to_string(),
+            )
+            .settings(
+                "[gpu]\nsysfs = \"/standin/sys\"\nnvml_library = \"/standin/libnvidia-ml.so.1\"\n",
+            )
             .file(
                 "etc/systemd/system/flower-supernode.service.d/standin.conf",
                 "[Service]\nEnvironment=NVML_STANDIN=/standin/nvml.json\n",
@@ -105,8 +114,8 @@ impl Machine {
         self.sandbox.join("upper").join(path.trim_start_matches('/'))
     }
 
-    /// Boots it, runs `script` (bash; a command that fails ends it; `wait_for COMMAND` waits) once everything is up, and
-    /// powers it off.
+    /// Boots it, runs `script` (bash; a command that fails ends it; `wait_for COMMAND` waits) once
+    /// everything is up, and powers it off.
     ///
     /// # Panics
     /// Where the machine does not come up, or the script fails; with what it said.
@@ -115,8 +124,8 @@ impl Machine {
         self.boot_by("nspawn.sh", script)
     }
 
-    /// The same with a kernel, a disk, the context on a CD and a network, on an emulated processor. The disk is new for each
-    /// boot.
+    /// The same with a kernel, a disk, the context on a CD and a network, on an emulated processor.
+    /// The disk is new for each boot.
     ///
     /// # Panics
     /// Where the machine does not come up, or the script fails; with what it said.
@@ -132,11 +141,19 @@ impl Machine {
         }
         self.file("harness/script", script);
         let said = run(&mut self.start_by(starter), BOOT_LIMIT);
-        let read = |name: &str| String::from_utf8_lossy(&fs::read(self.path(name)).unwrap_or_default()).into_owned();
+        let read = |name: &str| {
+            String::from_utf8_lossy(&fs::read(self.path(name)).unwrap_or_default()).into_owned()
+        };
         let (output, code) = (read("harness/output"), read("harness/code"));
-        let journal: Vec<Value> =
-            read("harness/journal").lines().map(|line| serde_json::from_str(line).expect("an entry in JSON")).collect();
-        assert!(code.trim() == "0", "exit code {code:?}: {output}\nconsole: {said:#?}\n{}", text_of(&journal));
+        let journal: Vec<Value> = read("harness/journal")
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("an entry in JSON"))
+            .collect();
+        assert!(
+            code.trim() == "0",
+            "exit code {code:?}: {output}\nconsole: {said:#?}\n{}",
+            text_of(&journal)
+        );
         Boot { output, journal }
     }
 
@@ -156,8 +173,10 @@ impl Machine {
             .expect("a machine");
         let held = eventually(BOOT_LIMIT, condition);
         let id = on.id();
-        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
-        let first_process: u32 = children.trim().parse().expect("one process, with which all others end");
+        let children =
+            fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+        let first_process: u32 =
+            children.trim().parse().expect("one process, with which all others end");
         // Whoever waits for it has it only once all the others are gone, with their locks.
         signal(first_process, Signal::KILL);
         let _ = on.wait();
@@ -173,7 +192,8 @@ impl Machine {
 }
 
 impl Boot {
-    /// The entries of a unit and of its processes, as texts with their priority: `4 No usable GPU…`.
+    /// The entries of a unit and of its processes, as texts with their priority: `4 No usable
+    /// GPU…`.
     #[must_use]
     pub fn said_by(&self, unit: &str) -> Vec<String> {
         let of_unit = |entry: &&Value| entry["_SYSTEMD_UNIT"] == unit;
@@ -184,7 +204,8 @@ impl Boot {
     #[must_use]
     pub fn warnings_of(&self, unit: &str) -> Vec<&Value> {
         let of_unit = |entry: &Value| entry["_SYSTEMD_UNIT"] == unit || entry["UNIT"] == unit;
-        let is_warning = |entry: &Value| entry["PRIORITY"].as_str().is_some_and(|priority| priority <= "4");
+        let is_warning =
+            |entry: &Value| entry["PRIORITY"].as_str().is_some_and(|priority| priority <= "4");
         self.journal.iter().filter(|entry| of_unit(entry) && is_warning(entry)).collect()
     }
 
@@ -213,9 +234,11 @@ fn layers() -> Result<String, String> {
     if !rustix::process::geteuid().is_root() {
         return Err("only root can start a machine".into());
     }
-    let package = env::var_os("SUPERNODE_DEB").ok_or("SUPERNODE_DEB does not name a package (make deb builds one)")?;
+    let package = env::var_os("SUPERNODE_DEB")
+        .ok_or("SUPERNODE_DEB does not name a package (make deb builds one)")?;
     let package = fs::canonicalize(package).map_err(|error| format!("SUPERNODE_DEB: {error}"))?;
-    let root = expect(run(&mut Command::new(folder().join("build-root.sh")), Duration::from_secs(900)))?;
+    let root =
+        expect(run(&mut Command::new(folder().join("build-root.sh")), Duration::from_secs(900)))?;
     let key = expect(run(
         Command::new("sh")
             .args(["-ec", "find \"$1\" -type f -print0 | sort -z | xargs -0 cat -- \"$0\" | sha256sum | cut -c1-16"])
@@ -223,7 +246,9 @@ fn layers() -> Result<String, String> {
             .arg(folder()),
         Duration::from_secs(60),
     ))?;
-    let layer = env::current_exe().map_err(|error| error.to_string())?.with_file_name(format!("machine-{key}"));
+    let layer = env::current_exe()
+        .map_err(|error| error.to_string())?
+        .with_file_name(format!("machine-{key}"));
     if !layer.exists() {
         let mut install = Command::new(folder().join("install-layer.sh"));
         expect(run(install.arg(&root).arg(&package).arg(&layer), Duration::from_secs(300)))?;

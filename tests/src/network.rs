@@ -15,9 +15,10 @@ use crate::{
 
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A network namespace with a bridge, 10.77.0.1/24, to which engines are connected. What runs in it (a SuperLink, the
-/// stand-in for OneGate) is reached from an engine's namespace and from its containers. All names are within namespaces,
-/// so that clouds of several tests do not meet. It ends with this value, and the cables with it.
+/// A network namespace with a bridge, 10.77.0.1/24, to which engines are connected. What runs in it
+/// (a SuperLink, the stand-in for OneGate) is reached from an engine's namespace and from its
+/// containers. All names are within namespaces, so that clouds of several tests do not meet. It
+/// ends with this value, and the cables with it.
 #[derive(Debug)]
 pub struct Cloud {
     namespace: String,
@@ -53,7 +54,8 @@ impl Cloud {
         address(1)
     }
 
-    /// Connects an engine, which reaches by way of the cloud whatever is not its own; gives the engine's address.
+    /// Connects an engine, which reaches by way of the cloud whatever is not its own; gives the
+    /// engine's address.
     ///
     /// # Panics
     /// Where the engine is connected to a cloud already.
@@ -62,7 +64,8 @@ impl Cloud {
         let theirs = engine.network_namespace();
         self.engines.push(theirs.to_owned());
         let port = self.port(engine);
-        let address = address(u8::try_from(self.engines.len() + 1).expect("fewer engines than addresses"));
+        let address =
+            address(u8::try_from(self.engines.len() + 1).expect("fewer engines than addresses"));
         self.ip(&format!("link add {port} type veth peer name cloud0 netns {theirs}"));
         self.ip(&format!("link set {port} master br0"));
         self.link(engine);
@@ -127,8 +130,8 @@ pub(crate) fn remove_namespace(name: &str) {
     let _ = ip(&["netns", "del", name]);
 }
 
-/// The beginning of a command that runs in a network namespace (a name in /run/netns), in which it becomes the program
-/// that follows.
+/// The beginning of a command that runs in a network namespace (a name in /run/netns), in which it
+/// becomes the program that follows.
 #[must_use]
 pub fn in_namespace(namespace: &str, program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("nsenter");

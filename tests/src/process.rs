@@ -25,7 +25,8 @@ pub struct Output {
 }
 
 impl Output {
-    /// Panics with what the command said, unless it succeeded; gives standard output without blanks around it.
+    /// Panics with what the command said, unless it succeeded; gives standard output without blanks
+    /// around it.
     #[track_caller]
     pub fn expect_success(&self) -> &str {
         assert!(self.code == Some(0), "the command failed: {self:#?}");
@@ -53,21 +54,29 @@ pub fn run(command: &mut Command, timeout: Duration) -> Output {
         let _ = child.wait();
         panic!("{told}: not over after {timeout:?}");
     };
-    let text =
-        |thread: thread::JoinHandle<Vec<u8>>| String::from_utf8_lossy(&thread.join().unwrap_or_default()).into_owned();
-    Output { stdout: text(stdout), stderr: text(stderr), code: status.code(), signal: status.signal() }
+    let text = |thread: thread::JoinHandle<Vec<u8>>| {
+        String::from_utf8_lossy(&thread.join().unwrap_or_default()).into_owned()
+    };
+    Output {
+        stdout: text(stdout),
+        stderr: text(stderr),
+        code: status.code(),
+        signal: status.signal(),
+    }
 }
 
-/// The beginning of a command that does not outlive the test's process, however that ends. More arguments may follow, and
-/// [`start_tied`] starts it. Of `command` the program and its arguments are taken.
+/// The beginning of a command that does not outlive the test's process, however that ends. More
+/// arguments may follow, and [`start_tied`] starts it. Of `command` the program and its arguments
+/// are taken.
 pub(crate) fn tied(command: &Command) -> Command {
     let mut tied = Command::new("setpriv");
     tied.args(["--pdeathsig", "TERM", "--"]).arg(command.get_program()).args(command.get_args());
     tied
 }
 
-/// Starts a command from a thread that lasts as long as the process: the kernel counts the end of the *thread* that
-/// started a child as the parent's death, and the thread of a test is over before the process is.
+/// Starts a command from a thread that lasts as long as the process: the kernel counts the end of
+/// the *thread* that started a child as the parent's death, and the thread of a test is over before
+/// the process is.
 pub(crate) fn start_tied(mut command: Command) -> std::io::Result<Child> {
     let (started, receive) = mpsc::channel();
     thread::spawn(move || {
@@ -163,7 +172,8 @@ impl Lines {
     pub(crate) fn wait_for(&self, text: &str, timeout: Duration) -> Option<String> {
         let find = |lines: &[String]| lines.iter().find(|line| line.contains(text)).cloned();
         let lines = self.lock();
-        let waited = self.shared.1.wait_timeout_while(lines, timeout, |lines| find(lines).is_none());
+        let waited =
+            self.shared.1.wait_timeout_while(lines, timeout, |lines| find(lines).is_none());
         let (lines, _) = waited.unwrap_or_else(PoisonError::into_inner);
         find(&lines)
     }
@@ -177,5 +187,6 @@ pub(crate) fn skip_or_fail(what: &str, reason: &str) {
     }
     let thread = thread::current();
     // Not by a print macro: the test runner would swallow what a passing test prints.
-    let _ = writeln!(std::io::stderr(), "SKIPPED: {reason} ({})", thread.name().unwrap_or("a test"));
+    let _ =
+        writeln!(std::io::stderr(), "SKIPPED: {reason} ({})", thread.name().unwrap_or("a test"));
 }

@@ -1,5 +1,5 @@
-//! A stand-in for an engine that has a bad day: a unix socket before a real engine's, which forwards every call, and does to
-//! some of them what it is told.
+//! A stand-in for an engine that has a bad day: a unix socket before a real engine's, which
+//! forwards every call, and does to some of them what it is told.
 
 use std::{
     fs, io,
@@ -74,7 +74,11 @@ impl DockerProxy {
     /// Where its socket cannot be made.
     #[must_use]
     pub fn start(upstream: &Path) -> Self {
-        let proxy = Self { sandbox: Sandbox::new("proxy"), upstream: upstream.to_owned(), shared: Arc::default() };
+        let proxy = Self {
+            sandbox: Sandbox::new("proxy"),
+            upstream: upstream.to_owned(),
+            shared: Arc::default(),
+        };
         proxy.listen();
         proxy
     }
@@ -205,7 +209,8 @@ impl Shared {
             Faulty::Kind(kind) => *kind == call,
             Faulty::Every => true,
         };
-        let fault = state.faulty.as_ref().filter(|(faulty, _)| is_this(faulty)).map(|(_, fault)| *fault);
+        let fault =
+            state.faulty.as_ref().filter(|(faulty, _)| is_this(faulty)).map(|(_, fault)| *fault);
         state.calls.push(call);
         state.open.retain(|stream| stream.strong_count() > 0);
         state.open.push(Arc::downgrade(client));
@@ -254,7 +259,8 @@ fn read_head(mut client: &UnixStream) -> io::Result<(String, Vec<u8>)> {
     Err(io::ErrorKind::InvalidData.into())
 }
 
-/// `POST /containers/create`, out of `POST /v1.41/containers/create?name=x HTTP/1.1`; ids and names as `*`.
+/// `POST /containers/create`, out of `POST /v1.41/containers/create?name=x HTTP/1.1`; ids and names
+/// as `*`.
 fn name_of(head: &str) -> String {
     let mut words = head.split(' ');
     let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
@@ -272,7 +278,10 @@ fn name_of(head: &str) -> String {
 #[test]
 fn a_call_has_a_name_without_version_id_and_query() {
     assert_eq!(name_of("GET /version HTTP/1.1\r\n"), "GET /version");
-    assert_eq!(name_of("POST /v1.41/containers/create?name=x HTTP/1.1\r\n"), "POST /containers/create");
+    assert_eq!(
+        name_of("POST /v1.41/containers/create?name=x HTTP/1.1\r\n"),
+        "POST /containers/create"
+    );
     assert_eq!(name_of("GET /v1.41/containers/ab12/json HTTP/1.1\r\n"), "GET /containers/*/json");
     assert_eq!(name_of("GET /v1.41/containers/json?all=1 HTTP/1.1\r\n"), "GET /containers/json");
     assert_eq!(name_of("DELETE /containers/ab12 HTTP/1.1\r\n"), "DELETE /containers/*");

@@ -49,11 +49,13 @@ impl Registry {
     pub fn start(engine: &Engine) -> Self {
         let content = content();
         let gate = Arc::new(Gate::default());
-        let namespace = File::open(format!("/run/netns/{}", engine.network_namespace())).expect("the engine's network");
+        let namespace = File::open(format!("/run/netns/{}", engine.network_namespace()))
+            .expect("the engine's network");
         let shared = gate.clone();
         let (is_up, up) = std::sync::mpsc::channel();
         thread::spawn(move || {
-            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).expect("its network");
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
+                .expect("its network");
             let socket = TcpListener::bind("127.0.0.1:5000").expect("a port");
             is_up.send(()).expect("the test");
             let content = Arc::new(content);
@@ -85,8 +87,7 @@ fn content() -> Content {
     });
     let config = config.to_string().into_bytes();
     let config = (digest(&config), config);
-    let part =
-        |kind: &str, part: &(String, Vec<u8>)| json!({"mediaType": kind, "size": part.1.len(), "digest": part.0});
+    let part = |kind: &str, part: &(String, Vec<u8>)| json!({"mediaType": kind, "size": part.1.len(), "digest": part.0});
     let manifest = json!({
         "schemaVersion": 2,
         "mediaType": MANIFEST_TYPE,
@@ -99,13 +100,16 @@ fn content() -> Content {
 fn digest(bytes: &[u8]) -> String {
     let sandbox = Sandbox::new("digest");
     let file = sandbox.write("content", bytes);
-    let sum = run(Command::new("sha256sum").arg(file), Duration::from_secs(60)).expect_success().to_owned();
+    let sum = run(Command::new("sha256sum").arg(file), Duration::from_secs(60))
+        .expect_success()
+        .to_owned();
     format!("sha256:{}", sum.split(' ').next().expect("a sum"))
 }
 
 /// Answers one request, and closes. A caller that has gone is no failure.
 fn answer(mut caller: &TcpStream, content: &Content, gate: &Gate) {
-    let mut head = BufReader::new(caller).lines().map_while(Result::ok).take_while(|line| !line.is_empty());
+    let mut head =
+        BufReader::new(caller).lines().map_while(Result::ok).take_while(|line| !line.is_empty());
     let request = head.next().unwrap_or_default();
     head.for_each(drop);
     let mut words = request.split(' ');

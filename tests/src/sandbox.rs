@@ -37,8 +37,9 @@ impl Sandbox {
         Self { path }
     }
 
-    /// The same in memory where there is enough of it, for what is large and short-lived: on a disk that is told of each block
-    /// that gets free (mount option discard), the end of an engine with images takes a minute.
+    /// The same in memory where there is enough of it, for what is large and short-lived: on a disk
+    /// that is told of each block that gets free (mount option discard), the end of an engine with
+    /// images takes a minute.
     #[must_use]
     pub fn in_memory(label: &str) -> Self {
         static LEFT: Once = Once::new();
@@ -46,7 +47,12 @@ impl Sandbox {
         let sandbox = Self::new(label);
         if env::var_os(KEEP).is_none() && available_memory_kib() >= ENOUGH_MEMORY_KIB {
             // Only root can; an engine or a machine needs root anyway, and says so.
-            run(Command::new("mount").args(["-t", "tmpfs", "-o", "mode=755", TMPFS]).arg(&sandbox.path), PATIENCE);
+            run(
+                Command::new("mount")
+                    .args(["-t", "tmpfs", "-o", "mode=755", TMPFS])
+                    .arg(&sandbox.path),
+                PATIENCE,
+            );
         }
         sandbox
     }
@@ -88,7 +94,9 @@ const TMPFS: &str = "supernode-tests";
 /// The folders that [`Sandbox::in_memory`] has mounted, in any process.
 fn mounted() -> Vec<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let ours = mounts.lines().filter_map(|line| line.strip_prefix(TMPFS)?.split(' ').nth(1).map(PathBuf::from));
+    let ours = mounts
+        .lines()
+        .filter_map(|line| line.strip_prefix(TMPFS)?.split(' ').nth(1).map(PathBuf::from));
     ours.collect()
 }
 
@@ -122,7 +130,8 @@ pub(crate) fn unique_name(label: &str) -> String {
 
 /// Writes a file and the folders above it.
 pub(crate) fn write(path: &Path, text: impl AsRef<[u8]>) {
-    let written = path.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::write(path, text));
+    let written =
+        path.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::write(path, text));
     written.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
 }
 
@@ -145,8 +154,8 @@ pub fn runtime_binary() -> PathBuf {
     built("nvidia-container-runtime", "cargo build -p supernode-tests --bins")()
 }
 
-/// A file in cargo's folder for this profile, or in its `deps`, where a library is newest: cargo rebuilds it there, and
-/// copies it up only when it was asked for by name.
+/// A file in cargo's folder for this profile, or in its `deps`, where a library is newest: cargo
+/// rebuilds it there, and copies it up only when it was asked for by name.
 fn built(name: &'static str, command: &'static str) -> impl FnOnce() -> PathBuf {
     move || {
         let test = env::current_exe().expect("the path of this test");

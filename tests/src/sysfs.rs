@@ -1,4 +1,5 @@
-//! A made-up `/sys`, linked as the kernel links it: devices behind a PCI bridge, drivers, the nvidia module.
+//! A made-up `/sys`, linked as the kernel links it: devices behind a PCI bridge, drivers, the
+//! nvidia module.
 
 use std::{
     fs,
@@ -11,8 +12,8 @@ use crate::sandbox::{Sandbox, write};
 
 const BRIDGE: &str = "0000:00:1c.0";
 
-/// The tree. Each call changes the files at once, so a device can come, go or lose its driver while an agent runs. It is
-/// gone with the last copy of this value.
+/// The tree. Each call changes the files at once, so a device can come, go or lose its driver while
+/// an agent runs. It is gone with the last copy of this value.
 #[derive(Debug, Clone)]
 pub struct Sysfs {
     sandbox: Arc<Sandbox>,
@@ -24,7 +25,9 @@ impl Sysfs {
     #[must_use]
     pub fn new() -> Self {
         let sandbox = Arc::new(Sandbox::new("sys"));
-        for folder in ["bus/pci/devices", "bus/pci/drivers", "module", "class", "devices/pci0000:00"] {
+        for folder in
+            ["bus/pci/devices", "bus/pci/drivers", "module", "class", "devices/pci0000:00"]
+        {
             fs::create_dir_all(sandbox.join(folder)).expect("a folder of the tree");
         }
         let sysfs = Self { sandbox, last: PathBuf::new() };
@@ -45,7 +48,13 @@ impl Sysfs {
 
     /// Any device: vendor and class as sysfs writes them (`0x10de`, `0x030000`).
     #[must_use]
-    pub fn device(mut self, address: &str, vendor: &str, class: &str, driver: Option<&str>) -> Self {
+    pub fn device(
+        mut self,
+        address: &str,
+        vendor: &str,
+        class: &str,
+        driver: Option<&str>,
+    ) -> Self {
         let relative = location(address);
         self.last = self.sandbox.join(&relative);
         for (name, value) in [("vendor", vendor), ("class", class), ("device", "0x20f1")] {
@@ -62,9 +71,13 @@ impl Sysfs {
     /// Binds the device named last to a driver.
     #[must_use]
     pub fn driver(self, driver: &str) -> Self {
-        fs::create_dir_all(self.sandbox.join("bus/pci/drivers").join(driver)).expect("a folder of the tree");
+        fs::create_dir_all(self.sandbox.join("bus/pci/drivers").join(driver))
+            .expect("a folder of the tree");
         let above = self.last.strip_prefix(self.root()).map_or(0, |path| path.components().count());
-        link_to(&self.last.join("driver"), &format!("{}bus/pci/drivers/{driver}", "../".repeat(above)));
+        link_to(
+            &self.last.join("driver"),
+            &format!("{}bus/pci/drivers/{driver}", "../".repeat(above)),
+        );
         self
     }
 

@@ -1,5 +1,6 @@
-//! The marketplace appliance: its appliance.sh is run, in mounts of its own, by a stand-in for the frame of one-apps and among
-//! stand-ins for the programs it calls; its other files are read as those read them who use them.
+//! The marketplace appliance: its appliance.sh is run, in mounts of its own, by a stand-in for the
+//! frame of one-apps and among stand-ins for the programs it calls; its other files are read as
+//! those read them who use them.
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,
@@ -17,8 +18,9 @@ use std::process::Command;
 use common::PATIENCE;
 use supernode_tests::{Output, Sandbox, run};
 
-/// What /etc/one-appliance/service does with appliance.sh (`$2`, stage `$3`), as far as it can be seen from there. What the
-/// appliance writes to is copied to the folder `$1` in the end. Nothing of this machine is written to.
+/// What /etc/one-appliance/service does with appliance.sh (`$2`, stage `$3`), as far as it can be
+/// seen from there. What the appliance writes to is copied to the folder `$1` in the end. Nothing
+/// of this machine is written to.
 const FRAME: &str = r#"
 set -e
 umask 0077
@@ -59,7 +61,8 @@ esac
 "#;
 
 fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/marketplace/appliances/flower-supernode")
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../packaging/marketplace/appliances/flower-supernode")
 }
 
 struct Appliance(Sandbox);
@@ -85,7 +88,10 @@ impl Appliance {
     #[track_caller]
     fn run(&self, stage: &str, environment: &[(&str, &str)]) -> Option<Output> {
         let mut command = Command::new("unshare");
-        command.args(["--mount", "bash", "-c", FRAME, "frame"]).arg(self.0.path()).arg(folder().join("appliance.sh"));
+        command
+            .args(["--mount", "bash", "-c", FRAME, "frame"])
+            .arg(self.0.path())
+            .arg(folder().join("appliance.sh"));
         let output = run(command.arg(stage).envs(environment.iter().copied()), PATIENCE);
         if output.stderr.contains("unshare failed") || output.stderr.contains("permission denied") {
             println!("SKIPPED: no mount namespace of one's own here: {}", output.stderr.trim());
@@ -130,13 +136,21 @@ fn nvidia_is_installed_where_it_is_asked_for() {
     let Some(output) = appliance.run("install", &[("NVIDIA", "YES")]) else { return };
     output.expect_success();
     let nvidia = appliance.calls().into_iter().find(|call| call.contains("nvidia-driver")).unwrap();
-    assert!(nvidia.contains(" nvidia-container-toolkit") && nvidia.contains(" linux-headers-amd64"), "{nvidia}");
+    assert!(
+        nvidia.contains(" nvidia-container-toolkit") && nvidia.contains(" linux-headers-amd64"),
+        "{nvidia}"
+    );
     let components = "main contrib non-free non-free-firmware\n";
-    assert!(appliance.read("apt/sources.list.d/debian.sources").ends_with(&format!("Components: {components}")));
+    assert!(
+        appliance
+            .read("apt/sources.list.d/debian.sources")
+            .ends_with(&format!("Components: {components}"))
+    );
     assert!(appliance.read("apt/sources.list").ends_with(&format!(" trixie {components}")));
     // As the agent's fix has it.
     let list = appliance.read("apt/sources.list.d/nvidia-container-toolkit.list");
-    let catalogue = fs::read_to_string(folder().join("../../../../agent/src/gpu/reason.rs")).unwrap();
+    let catalogue =
+        fs::read_to_string(folder().join("../../../../agent/src/gpu/reason.rs")).unwrap();
     assert!(list.starts_with("deb ") && catalogue.contains(list.trim()), "{list}");
     assert_eq!(appliance.read("apt/keyrings/nvidia-container-toolkit.asc"), "key\n");
 }
@@ -147,7 +161,9 @@ fn a_build_without_the_package_says_so_before_it_does_anything() {
     let Some(output) = appliance.run("install", &[]) else { return };
     assert_eq!(output.code, Some(1));
     assert!(
-        output.stdout.contains("error: there is no package at /opt/one-appliance/supernode-agent.deb"),
+        output
+            .stdout
+            .contains("error: there is no package at /opt/one-appliance/supernode-agent.deb"),
         "{output:?}"
     );
     assert_eq!(appliance.calls(), Vec::<String>::new());
@@ -161,13 +177,17 @@ fn a_boot_lets_the_agent_work_waits_for_the_node_and_writes_the_report() {
     assert_eq!(appliance.calls()[0], "systemctl reload-or-restart flower-supernode.service");
     fs::remove_file(appliance.0.join("config")).unwrap();
     appliance.run("bootstrap", &[]).unwrap().expect_success();
-    let ready = appliance.calls().iter().filter(|call| *call == "supernode-agent status --ready").count();
+    let ready =
+        appliance.calls().iter().filter(|call| *call == "supernode-agent status --ready").count();
     assert_eq!(ready, 2, "asked again after a pause");
     assert_eq!(
         appliance.read("config"),
         "[Flower SuperNode]\nunit = active\nagent = supernode-agent 1.2.3\nContainer  flower-supernode runs\n"
     );
-    assert_eq!(fs::metadata(appliance.0.join("config")).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(
+        fs::metadata(appliance.0.join("config")).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
 }
 
 #[test]
@@ -178,7 +198,10 @@ fn a_node_that_does_not_start_is_a_failed_bootstrap_with_its_reason_and_a_report
         output.expect_success();
         let output = appliance.run("bootstrap", &environment).unwrap();
         assert_eq!(output.code, Some(1), "{output:?}");
-        assert!(output.stdout.contains("error: the SuperNode does not run: it does not run"), "{output:?}");
+        assert!(
+            output.stdout.contains("error: the SuperNode does not run: it does not run"),
+            "{output:?}"
+        );
         assert!(appliance.read("config").starts_with("[Flower SuperNode]\n"));
     }
 }
@@ -187,7 +210,10 @@ fn a_node_that_does_not_start_is_a_failed_bootstrap_with_its_reason_and_a_report
 fn the_help_names_the_parameters() {
     let Some(output) = Appliance::new().run("help", &[]) else { return };
     let help = output.expect_success();
-    assert!(help.contains("ONEAPP_FL_GPU_ENABLED\nconfigure\n") && help.contains("GPU's memory"), "{help}");
+    assert!(
+        help.contains("ONEAPP_FL_GPU_ENABLED\nconfigure\n") && help.contains("GPU's memory"),
+        "{help}"
+    );
 }
 
 #[test]

@@ -1,5 +1,11 @@
-//! Machines that are really started: what an operator finds after a boot, a reboot, a power cut, an upgrade.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+//! Machines that are really started: what an operator finds after a boot, a reboot, a power cut, an
+//! upgrade.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic"
+)]
 
 mod common;
 
@@ -9,12 +15,14 @@ use supernode_tests::{Boot, Machine};
 
 const UNIT: &str = "flower-supernode.service";
 const FALLBACK: &str = "No usable GPU, this node runs on the CPU.";
-const CONTAINER: &str =
-    "docker inspect --format 'runs {{.State.Running}} on {{.HostConfig.Runtime}}' flower-supernode\n";
+const CONTAINER: &str = "docker inspect --format 'runs {{.State.Running}} on {{.HostConfig.Runtime}}' flower-supernode\n";
 
 /// Entries of a boot that have this text.
 fn entries<'b>(boot: &'b Boot, text: &str) -> Vec<&'b Value> {
-    boot.journal.iter().filter(|entry| entry["MESSAGE"].as_str().is_some_and(|said| said.contains(text))).collect()
+    boot.journal
+        .iter()
+        .filter(|entry| entry["MESSAGE"].as_str().is_some_and(|said| said.contains(text)))
+        .collect()
 }
 
 /// The output has these words.
@@ -28,7 +36,10 @@ fn says(boot: &Boot, words: &[&str]) {
 #[test]
 fn a_boot_without_a_gpu_has_one_warning_with_cause_and_fix_and_a_node_on_the_cpu() {
     let Some(machine) = Machine::new() else { return };
-    machine.context(&wanted(&[("REPORT_READY", "YES"), ("READY_SCRIPT_PATH", "/opt/flower/scripts/health-check.sh")]));
+    machine.context(&wanted(&[
+        ("REPORT_READY", "YES"),
+        ("READY_SCRIPT_PATH", "/opt/flower/scripts/health-check.sh"),
+    ]));
     let boot = machine.boot(&format!(
         "systemctl is-active flower-supernode docker
          systemctl status flower-supernode
@@ -89,12 +100,24 @@ fn the_units_as_installed_are_sound_and_bounded_and_have_their_manual() {
 fn a_boot_with_a_gpu_runs_on_it_and_docker_is_neither_restarted_nor_reloaded() {
     let Some(machine) = Machine::new() else { return };
     machine.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
-    let boot = machine.boot(&format!("{CONTAINER} systemctl status flower-supernode\n cat /etc/docker/daemon.json"));
+    let boot = machine.boot(&format!(
+        "{CONTAINER} systemctl status flower-supernode\n cat /etc/docker/daemon.json"
+    ));
     assert_eq!(boot.warnings_of(UNIT), Vec::<&Value>::new(), "{}", boot.story());
-    says(&boot, &["runs true on nvidia", &format!("Status: \"Running on NVIDIA A100 ({GPU_A}, 0000:01:00.0)")]);
+    says(
+        &boot,
+        &[
+            "runs true on nvidia",
+            &format!("Status: \"Running on NVIDIA A100 ({GPU_A}, 0000:01:00.0)"),
+        ],
+    );
     assert_eq!(entries(&boot, "Starting docker.service").len(), 1);
     assert!(entries(&boot, "Reloading docker.service").is_empty(), "{}", boot.story());
-    assert!(boot.said_by(UNIT).iter().all(|line| !line.contains("daemon.json")), "{}", boot.story());
+    assert!(
+        boot.said_by(UNIT).iter().all(|line| !line.contains("daemon.json")),
+        "{}",
+        boot.story()
+    );
 }
 
 #[test]
@@ -113,7 +136,11 @@ fn a_daemon_reload_takes_the_gpu_from_a_container_that_has_it_by_the_hook_alone(
     let warnings = boot.warnings_of(UNIT);
     assert_eq!(warnings.len(), 1, "{}", boot.story());
     assert_eq!(warnings[0]["GPU_UUID"], GPU_A, "{}", boot.story());
-    assert!(warnings[0]["MESSAGE"].as_str().is_some_and(|said| said.contains("daemon-reload")), "{}", boot.story());
+    assert!(
+        warnings[0]["MESSAGE"].as_str().is_some_and(|said| said.contains("daemon-reload")),
+        "{}",
+        boot.story()
+    );
     says(&boot, &["runs true on nvidia", "Status: \"Running on NVIDIA A100"]);
 }
 
@@ -131,20 +158,34 @@ fn a_required_gpu_that_is_absent_fails_the_unit_and_ready_is_not_reported() {
          test ! -e /run/onegate-was-told
          ! docker inspect flower-supernode",
     );
-    says(&boot, &["ActiveState=failed", "NRestarts=0", "FL_GPU_REQUIRED is YES and no GPU is usable"]);
-    assert_eq!(entries(&boot, "this node does not start. gpu-not-passed-through").len(), 1, "{}", boot.story());
+    says(
+        &boot,
+        &["ActiveState=failed", "NRestarts=0", "FL_GPU_REQUIRED is YES and no GPU is usable"],
+    );
+    assert_eq!(
+        entries(&boot, "this node does not start. gpu-not-passed-through").len(),
+        1,
+        "{}",
+        boot.story()
+    );
 }
 
 #[test]
 fn an_invalid_context_is_one_entry_for_each_error_and_no_restart() {
     let Some(machine) = Machine::new() else { return };
-    machine.context(&[("FL_SUPERLINK_ADDRESS", "nowhere"), ("FL_GPU_ENABLED", "maybe"), ("FL_LOG_LEVEL", "loud")]);
+    machine.context(&[
+        ("FL_SUPERLINK_ADDRESS", "nowhere"),
+        ("FL_GPU_ENABLED", "maybe"),
+        ("FL_LOG_LEVEL", "loud"),
+    ]);
     let boot = machine.boot(
         "systemctl show --property ActiveState,NRestarts,StatusText flower-supernode
          systemctl is-active docker",
     );
     says(&boot, &["ActiveState=failed", "NRestarts=0", "StatusText=Invalid configuration: "]);
-    for error in ["FL_SUPERLINK_ADDRESS='nowhere': ", "FL_GPU_ENABLED='maybe': ", "FL_LOG_LEVEL='loud': "] {
+    for error in
+        ["FL_SUPERLINK_ADDRESS='nowhere': ", "FL_GPU_ENABLED='maybe': ", "FL_LOG_LEVEL='loud': "]
+    {
         let found = entries(&boot, error);
         assert!(found.len() == 1 && found[0]["PRIORITY"] == "3", "{error}: {}", boot.story());
     }
@@ -167,7 +208,8 @@ fn hostile_values_in_context_and_one_env_are_not_executed_and_arrive_as_they_are
          ! journalctl --no-pager --boot | grep token-5e1f",
     );
     let args = boot.output.lines().find(|line| line.starts_with('[')).unwrap_or_default();
-    let args: Vec<String> = serde_json::from_str(args).unwrap_or_else(|error| panic!("{error}: {}", boot.story()));
+    let args: Vec<String> =
+        serde_json::from_str(args).unwrap_or_else(|error| panic!("{error}: {}", boot.story()));
     assert!(args.iter().any(|argument| argument == hostile), "{args:?}");
     assert_eq!(entries(&boot, FALLBACK).len(), 1, "{}", boot.story());
 }
@@ -192,9 +234,15 @@ fn after_a_reboot_the_node_is_up_again_with_its_one_warning() {
     let Some(machine) = Machine::new() else { return };
     machine.context(&wanted(&[]));
     for boot in ["first", "second"] {
-        let boot_of = machine.boot(&format!("{CONTAINER} docker ps --all --format '{{{{.Names}}}}' | wc -l"));
+        let boot_of =
+            machine.boot(&format!("{CONTAINER} docker ps --all --format '{{{{.Names}}}}' | wc -l"));
         says(&boot_of, &["runs true on runc"]);
-        assert_eq!(boot_of.output.trim_end().lines().last(), Some("1"), "{boot}: {}", boot_of.story());
+        assert_eq!(
+            boot_of.output.trim_end().lines().last(),
+            Some("1"),
+            "{boot}: {}",
+            boot_of.story()
+        );
         assert_eq!(boot_of.warnings_of(UNIT).len(), 1, "{boot}: {}", boot_of.story());
     }
 }
@@ -206,8 +254,11 @@ fn a_power_cut_during_the_first_boot_leaves_a_machine_that_boots() {
     let daemon_json = machine.path("etc/docker/daemon.json");
     machine.cut_power_when(|| daemon_json.exists());
     let containers = machine.path("../docker/containers");
-    machine.cut_power_when(|| std::fs::read_dir(&containers).is_ok_and(|mut found| found.next().is_some()));
-    let boot = machine.boot(&format!("{CONTAINER} docker ps --all --format '{{{{.Names}}}}' | wc -l"));
+    machine.cut_power_when(|| {
+        std::fs::read_dir(&containers).is_ok_and(|mut found| found.next().is_some())
+    });
+    let boot =
+        machine.boot(&format!("{CONTAINER} docker ps --all --format '{{{{.Names}}}}' | wc -l"));
     says(&boot, &["runs true on nvidia"]);
     assert_eq!(boot.output.trim_end().lines().last(), Some("1"), "{}", boot.story());
     let written = std::fs::read(&daemon_json).unwrap();
@@ -338,9 +389,12 @@ fn a_start_script_that_must_come_first_comes_first_with_the_drop_in() {
     ));
     says(&boot, &["runs true on runc"]);
     let place = |text: &str| {
-        boot.journal.iter().position(|entry| entry["MESSAGE"].as_str().is_some_and(|said| said.starts_with(text)))
+        boot.journal
+            .iter()
+            .position(|entry| entry["MESSAGE"].as_str().is_some_and(|said| said.starts_with(text)))
     };
-    let (script, node) = (place("Finished one-context.service"), place("Starting flower-supernode.service"));
+    let (script, node) =
+        (place("Finished one-context.service"), place("Starting flower-supernode.service"));
     assert!(script.is_some() && script < node, "{script:?}, {node:?}: {}", boot.story());
 }
 
@@ -349,20 +403,26 @@ fn microseconds(entry: &Value) -> u64 {
     entry["__MONOTONIC_TIMESTAMP"].as_str().and_then(|text| text.parse().ok()).expect("a time")
 }
 
-/// Keeps when each unit that the node waits for was started, and what the agent did then: the data of the README's picture.
+/// Keeps when each unit that the node waits for was started, and what the agent did then: the data
+/// of the README's picture.
 fn record(boot: &Boot) {
     // systemd's sd-messages.h: a unit is being started; it was started.
     const STARTING: &str = "7d4958e842da4a758f6c1cdc7b36dcc5";
     const STARTED: &str = "39f53479d3a045ac8e11786248231fbf";
     let seconds = |entry: &Value| (microseconds(entry) as f64 / 1e4).round() / 100.0;
-    let first = |holds: &dyn Fn(&Value) -> bool| boot.journal.iter().find(|entry| holds(entry)).map(seconds);
+    let first = |holds: &dyn Fn(&Value) -> bool| {
+        boot.journal.iter().find(|entry| holds(entry)).map(seconds)
+    };
     let unit = |unit: &str| {
-        let told = |id: &str| first(&|entry| entry["UNIT"] == unit && entry["MESSAGE_ID"] == id).expect(unit);
+        let told = |id: &str| {
+            first(&|entry| entry["UNIT"] == unit && entry["MESSAGE_ID"] == id).expect(unit)
+        };
         json!({"unit": unit, "starting": told(STARTING), "started": told(STARTED)})
     };
     let moment = |what: &str, text: &str| {
         let at = first(&|entry| {
-            entry["_SYSTEMD_UNIT"] == UNIT && entry["MESSAGE"].as_str().is_some_and(|said| said.contains(text))
+            entry["_SYSTEMD_UNIT"] == UNIT
+                && entry["MESSAGE"].as_str().is_some_and(|said| said.contains(text))
         });
         json!({"what": what, "at": at.expect(text)})
     };
@@ -387,7 +447,8 @@ fn record(boot: &Boot) {
 }
 
 #[test]
-fn a_whole_vm_with_a_kernel_a_cd_and_a_network_boots_to_a_node_and_the_agent_takes_a_hundredth_of_it() {
+fn a_whole_vm_with_a_kernel_a_cd_and_a_network_boots_to_a_node_and_the_agent_takes_a_hundredth_of_it()
+ {
     let Some(machine) = Machine::new() else { return };
     machine.context(&wanted(&[
         ("ETH0_IP", "10.0.2.15"),
@@ -403,10 +464,14 @@ fn a_whole_vm_with_a_kernel_a_cd_and_a_network_boots_to_a_node_and_the_agent_tak
     if std::env::var_os("UPDATE_PICTURES").is_some() {
         record(&boot);
     }
-    let of_agent = |entry: &&&Value| entry["SYSLOG_IDENTIFIER"] == "supernode-agent" && entry["_SYSTEMD_UNIT"] == UNIT;
+    let of_agent = |entry: &&&Value| {
+        entry["SYSLOG_IDENTIFIER"] == "supernode-agent" && entry["_SYSTEMD_UNIT"] == UNIT
+    };
     let all: Vec<&Value> = boot.journal.iter().collect();
     let first = microseconds(all.iter().find(of_agent).expect("the agent's first entry"));
-    let started = microseconds(entries(&boot, "started the container").first().expect("the container's start"));
+    let started = microseconds(
+        entries(&boot, "started the container").first().expect("the container's start"),
+    );
     let docker: u64 = entries(&boot, "Docker took ")
         .iter()
         .filter(|entry| microseconds(entry) <= started)
@@ -425,13 +490,19 @@ fn a_whole_vm_with_a_kernel_a_cd_and_a_network_boots_to_a_node_and_the_agent_tak
     assert!(share < 1.0, "{}", boot.story());
 }
 
-/// What must be said in a step of the machine below, and what must not. A step is named by the capability that is taken away.
+/// What must be said in a step of the machine below, and what must not. A step is named by the
+/// capability that is taken away.
 type Step = (&'static str, &'static [&'static str], &'static [&'static str]);
 
 const WITHOUT: [Step; 10] = [
     (
         "NONE",
-        &["started the container", "runs true on nvidia", "daemon.json 1000:1000 600", "/srv/theirs/data"],
+        &[
+            "started the container",
+            "runs true on nvidia",
+            "daemon.json 1000:1000 600",
+            "/srv/theirs/data",
+        ],
         &["No usable GPU"],
     ),
     (
@@ -472,7 +543,8 @@ const WITHOUT: [Step; 10] = [
         ],
         &["No usable GPU"],
     ),
-    // NVIDIA's own library, where nobody has made its device nodes. It has no driver here, with or without them.
+    // NVIDIA's own library, where nobody has made its device nodes. It has no driver here, with or
+    // without them.
     ("MKNOD", &["driver-not-loaded"], &["/dev/nvidiactl"]),
     ("NONE-NVIDIAS", &["driver-not-loaded", "/dev/nvidiactl"], &[]),
 ];
@@ -557,7 +629,8 @@ fn each_capability_of_the_units_is_needed_and_what_breaks_without_it_is_told() {
             continue;
         }
         let prefix = format!("{step}: ");
-        let said: Vec<&str> = boot.output.lines().filter_map(|line| line.strip_prefix(&prefix)).collect();
+        let said: Vec<&str> =
+            boot.output.lines().filter_map(|line| line.strip_prefix(&prefix)).collect();
         let has = |words: &str| said.iter().any(|line| line.contains(words));
         for words in wanted {
             assert!(has(words), "{step} is to say {words:?}: {said:#?}\n{}", boot.story());

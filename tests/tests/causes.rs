@@ -1,6 +1,12 @@
-//! Every cause for which a node runs on the CPU, up to the launch and at the launch: each is produced as really as a machine
-//! without a GPU can, by `supernode-agent run` on a real Docker engine of the test's own. `make test` prints the table.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+//! Every cause for which a node runs on the CPU, up to the launch and at the launch: each is
+//! produced as really as a machine without a GPU can, by `supernode-agent run` on a real Docker
+//! engine of the test's own. `make test` prints the table.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic"
+)]
 
 mod common;
 
@@ -11,13 +17,14 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use common::{
-    GPU_A, PATIENCE, engine_with, inspect, json_of, nvidias_library, one_gpu, say, sysfs_of_one, tell, two_gpus, up,
-    wanted, warnings,
+    GPU_A, PATIENCE, engine_with, inspect, json_of, nvidias_library, one_gpu, say, sysfs_of_one,
+    tell, two_gpus, up, wanted, warnings,
 };
 use serde_json::{Value, json};
 use supernode_tests::{Agent, Case, Engine, RuntimeMode, Sysfs, nvml_library};
 
-/// Codes that come about only while the container runs, and the file of the tests that produce them.
+/// Codes that come about only while the container runs, and the file of the tests that produce
+/// them.
 const WHILE_RUNNING: &[(&str, &str)] = &[("gpu-failed", "tests/tests/watch.rs")];
 
 type Prepare = dyn Fn(&Engine, &mut Case);
@@ -58,7 +65,12 @@ impl Cause {
     }
 
     /// A library that does as the script of the stand-in says.
-    fn of_library(code: &'static str, how: impl Into<String>, words: &[&str], script: Value) -> Self {
+    fn of_library(
+        code: &'static str,
+        how: impl Into<String>,
+        words: &[&str],
+        script: Value,
+    ) -> Self {
         Self::new(code, how, words, move |_, case| {
             case.nvml(&script);
         })
@@ -97,7 +109,11 @@ fn on_the_bus() -> Vec<Cause> {
         Cause::on_bus(
             "gpu-not-present",
             "nothing promised, no GPU on the bus",
-            &["passed no GPU", "2 PCI devices", "0000:00:02.0 (1234:20f1, class 0300, driver bochs-drm)"],
+            &[
+                "passed no GPU",
+                "2 PCI devices",
+                "0000:00:02.0 (1234:20f1, class 0300, driver bochs-drm)",
+            ],
             screen,
             &[("PCI0_ADDRESS", "")],
         ),
@@ -132,7 +148,10 @@ fn on_the_bus() -> Vec<Cause> {
         Cause::on_bus(
             "driver-not-loaded",
             "a GPU without a driver",
-            &["no driver is bound to the GPU 0000:01:00.0 (10de:20f1, class 0302)", "module is not loaded"],
+            &[
+                "no driver is bound to the GPU 0000:01:00.0 (10de:20f1, class 0302)",
+                "module is not loaded",
+            ],
             || Sysfs::new().gpu(GPU),
             &[],
         ),
@@ -167,7 +186,9 @@ fn on_the_bus() -> Vec<Cause> {
         Cause::new(
             "driver-not-loaded",
             "DKMS has built the module for the kernel of before",
-            &["DKMS has nvidia-current 535.261.03 and has built none for the kernel 6.1.0-38-amd64; the headers"],
+            &[
+                "DKMS has nvidia-current 535.261.03 and has built none for the kernel 6.1.0-38-amd64; the headers",
+            ],
             |_, case| {
                 case.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
                 let built = "var/lib/dkms/nvidia-current/535.261.03/6.1.0-37-amd64/x86_64/module/nvidia-current.ko.xz";
@@ -181,7 +202,10 @@ fn on_the_bus() -> Vec<Cause> {
             |_, case| {
                 case.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
                 let list = "kernel/nvidia-570-server/nvidia.ko:\n";
-                case.kernel("6.8.0-60-generic", &[("lib/modules/6.8.0-60-generic/modules.dep", list)]);
+                case.kernel(
+                    "6.8.0-60-generic",
+                    &[("lib/modules/6.8.0-60-generic/modules.dep", list)],
+                );
             },
         ),
         Cause::on_bus(
@@ -255,7 +279,9 @@ fn of_the_library() -> Vec<Cause> {
     };
     vec![
         Cause::of_file(missing, "no library", &["it is not installed", GPU, "550.54.15"], |_| None),
-        Cause::of_file(missing, "10 bytes of a library", &["it is cut off: 10 of"], |whole| Some(whole[..10].to_vec())),
+        Cause::of_file(missing, "10 bytes of a library", &["it is cut off: 10 of"], |whole| {
+            Some(whole[..10].to_vec())
+        }),
         Cause::of_file(
             missing,
             "12 KiB of a library: who maps it dies by SIGBUS",
@@ -268,12 +294,20 @@ fn of_the_library() -> Vec<Cause> {
         Cause::of_file(missing, "a 32-bit library", &["another machine (32 bits"], |whole| {
             Some(with_byte(whole, 4, 1))
         }),
-        Cause::of_file(missing, "a library for ARM", &["another machine (64 bits, ELF machine 40)"], |whole| {
-            Some(with_byte(whole, 18, 40))
-        }),
-        Cause::new("driver-too-old", "a library without NVML's functions (libm)", &["nvmlInit_v2"], |_, case| {
-            case.set("gpu.nvml_library", "libm.so.6");
-        }),
+        Cause::of_file(
+            missing,
+            "a library for ARM",
+            &["another machine (64 bits, ELF machine 40)"],
+            |whole| Some(with_byte(whole, 18, 40)),
+        ),
+        Cause::new(
+            "driver-too-old",
+            "a library without NVML's functions (libm)",
+            &["nvmlInit_v2"],
+            |_, case| {
+                case.set("gpu.nvml_library", "libm.so.6");
+            },
+        ),
         Cause::new(
             "driver-library-mismatch",
             "a library 560.35.03 beside a module 550.54.15",
@@ -370,24 +404,44 @@ fn of_nvmls_codes() -> Vec<Cause> {
 
 /// What Docker lacks before the launch. Docker does not know the runtime, neither before nor after.
 fn before_the_runtime() -> Vec<Cause> {
-    let of_reload = |how: &'static str, text: &'static str, reload: &'static [&'static str], words: &[&str]| {
-        Cause::new("runtime-not-configured", how, words, move |engine, case| {
-            fs::write(engine.daemon_json(), text).unwrap();
-            case.set("docker.reload_command", reload);
-        })
-    };
+    let of_reload =
+        |how: &'static str, text: &'static str, reload: &'static [&'static str], words: &[&str]| {
+            Cause::new("runtime-not-configured", how, words, move |engine, case| {
+                fs::write(engine.daemon_json(), text).unwrap();
+                case.set("docker.reload_command", reload);
+            })
+        };
     vec![
         Cause::new(
             "runtime-missing",
             "nvidia-container-runtime is not installed",
-            &["nvidia-container-runtime-is-not-here is not installed", "Docker's runtimes are: ", "runc"],
+            &[
+                "nvidia-container-runtime-is-not-here is not installed",
+                "Docker's runtimes are: ",
+                "runc",
+            ],
             |_, case| {
                 case.set("docker.runtime_path", "nvidia-container-runtime-is-not-here");
             },
         ),
-        of_reload("daemon.json is no JSON", "{\n  \"debug\": yes\n}", &["true"], &["daemon.json", "line 2, column 12"]),
-        of_reload("Docker cannot be reloaded", "{}", &["false"], &["daemon.json", "could not be reloaded"]),
-        of_reload("Docker does not register the runtime", "{}", &["true"], &["daemon.json", "did not register"]),
+        of_reload(
+            "daemon.json is no JSON",
+            "{\n  \"debug\": yes\n}",
+            &["true"],
+            &["daemon.json", "line 2, column 12"],
+        ),
+        of_reload(
+            "Docker cannot be reloaded",
+            "{}",
+            &["false"],
+            &["daemon.json", "could not be reloaded"],
+        ),
+        of_reload(
+            "Docker does not register the runtime",
+            "{}",
+            &["true"],
+            &["daemon.json", "did not register"],
+        ),
     ]
 }
 
@@ -404,7 +458,10 @@ fn at_the_launch() -> Vec<Cause> {
         )
     };
     vec![
-        refuses("the runtime finds no driver", "initialization error: nvml error: driver not loaded"),
+        refuses(
+            "the runtime finds no driver",
+            "initialization error: nvml error: driver not loaded",
+        ),
         refuses(
             "the runtime finds the driver too old for the image",
             "requirement error: unsatisfied condition: cuda>=12.8, please update your driver to a newer version",
@@ -442,10 +499,17 @@ fn at_the_launch() -> Vec<Cause> {
 }
 
 fn every_cause() -> Vec<Cause> {
-    [on_the_bus(), of_the_choice(), of_the_library(), of_nvmls_codes(), before_the_runtime(), at_the_launch()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        on_the_bus(),
+        of_the_choice(),
+        of_the_library(),
+        of_nvmls_codes(),
+        before_the_runtime(),
+        at_the_launch(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// A good machine on the engine, made one with this fault.
@@ -469,23 +533,32 @@ fn entries(agent: &Agent) -> Vec<Value> {
         .collect()
 }
 
-/// The entry tells the cause: code, particulars, fix, and the MESSAGE_ID under which `journalctl -x` explains it.
+/// The entry tells the cause: code, particulars, fix, and the MESSAGE_ID under which `journalctl
+/// -x` explains it.
 #[track_caller]
 fn assert_tells(cause: &Cause, entry: &Value, documented: &Documented) {
     let text = |field: &str| entry[field].as_str().unwrap_or_default();
     assert_eq!(text("fl_gpu_reason"), cause.code, "{}: {entry:#}", cause.how);
     for words in &cause.words {
-        assert!(text("fl_gpu_summary").contains(words.as_str()), "{}: {words}: {entry:#}", cause.how);
+        assert!(
+            text("fl_gpu_summary").contains(words.as_str()),
+            "{}: {words}: {entry:#}",
+            cause.how
+        );
     }
     assert_eq!(text("message_id"), documented.message_id, "{entry:#}");
-    assert!(documented.fixes.iter().any(|fix| fix == text("fl_gpu_fix")), "{documented:#?}: {entry:#}");
+    assert!(
+        documented.fixes.iter().any(|fix| fix == text("fl_gpu_fix")),
+        "{documented:#?}: {entry:#}"
+    );
     let message = text("message");
     for part in [cause.code, text("fl_gpu_summary"), text("fl_gpu_fix")] {
         assert!(!part.is_empty() && message.contains(part), "{part}: {message}");
     }
 }
 
-/// Produces each cause, and sees that it ends as a node on the CPU after exactly one WARNING, which came before the start.
+/// Produces each cause, and sees that it ends as a node on the CPU after exactly one WARNING, which
+/// came before the start.
 fn assert_each_is_announced(engine: &Engine, causes: &[Cause]) {
     let documented = documented();
     engine.import_image(&["flower-supernode-sklearn:1.31.0"]);
@@ -503,15 +576,21 @@ fn assert_each_is_announced(engine: &Engine, causes: &[Cause]) {
         }
         let entries = entries(&agent);
         let place = |wanted: &dyn Fn(&Value) -> bool| entries.iter().position(wanted);
-        let warnings: Vec<&Value> = entries.iter().filter(|entry| entry["level"] == "WARNING").collect();
+        let warnings: Vec<&Value> =
+            entries.iter().filter(|entry| entry["level"] == "WARNING").collect();
         assert_eq!(warnings.len(), 1, "{}: {entries:#?}", cause.how);
         assert_tells(cause, warnings[0], &documented[cause.code]);
         assert_eq!(warnings[0]["fl_gpu_status"], "cpu-fallback");
-        let started =
-            |entry: &Value| entry["message"].as_str().is_some_and(|said| said.starts_with("started the container"));
+        let started = |entry: &Value| {
+            entry["message"].as_str().is_some_and(|said| said.starts_with("started the container"))
+        };
         if tells_all {
             let started = place(&started).unwrap_or_else(|| panic!("{}: {entries:#?}", cause.how));
-            assert!(place(&|entry| entry["level"] == "WARNING") < Some(started), "{}: {entries:#?}", cause.how);
+            assert!(
+                place(&|entry| entry["level"] == "WARNING") < Some(started),
+                "{}: {entries:#?}",
+                cause.how
+            );
         } else {
             // At the level ERROR nothing but the WARNING is told.
             assert_eq!(entries.len(), 1, "{}: {entries:#?}", cause.how);
@@ -549,15 +628,18 @@ fn in_tree(relative: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// Every code of the catalogue, as the journal's catalog has it, which is made from the code's table and checked against it
-/// (agent/tests/documents.rs).
+/// Every code of the catalogue, as the journal's catalog has it, which is made from the code's
+/// table and checked against it (agent/tests/documents.rs).
 fn documented() -> BTreeMap<String, Documented> {
     in_tree("systemd/supernode-agent.catalog")
         .split("\n-- ")
         .skip(1)
         .map(|entry| {
             let (message_id, rest) = entry.split_once('\n').unwrap();
-            let code = rest.lines().find_map(|line| line.strip_prefix("Subject: No usable GPU: ")).unwrap();
+            let code = rest
+                .lines()
+                .find_map(|line| line.strip_prefix("Subject: No usable GPU: "))
+                .unwrap();
             let (_, fixes) = rest.split_once("@FL_GPU_SUMMARY@\n\n").unwrap();
             // Each begins a line; its own lines were wrapped.
             let mut texts: Vec<String> = Vec::new();
@@ -568,7 +650,9 @@ fn documented() -> BTreeMap<String, Documented> {
                 }
             }
             let for_debian = ["Fix: ", "Fix on Debian: "];
-            let fixes = texts.iter().filter_map(|text| for_debian.iter().find_map(|start| text.strip_prefix(start)));
+            let fixes = texts
+                .iter()
+                .filter_map(|text| for_debian.iter().find_map(|start| text.strip_prefix(start)));
             let fixes = fixes.map(|fix| fix.trim().to_owned()).collect();
             (code.to_owned(), Documented { message_id: message_id.to_owned(), fixes })
         })
@@ -615,17 +699,26 @@ fn every_code_of_the_catalogue_is_produced_and_documented() {
     let (readme, manual) = (in_tree("README.md"), in_tree("packaging/man/supernode-agent.8"));
     for (code, entry) in &documented {
         let elsewhere = WHILE_RUNNING.iter().find(|(other, _)| other == code);
-        assert!(produced.contains(code.as_str()) != elsewhere.is_some(), "{code} is produced by no test, or by two");
+        assert!(
+            produced.contains(code.as_str()) != elsewhere.is_some(),
+            "{code} is produced by no test, or by two"
+        );
         let id = &entry.message_id;
         assert!(id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit()), "{code}: {id}");
         assert!(entry.fixes.len() == 1 && !entry.fixes[0].is_empty(), "{code}: {entry:?}");
         assert!(readme.contains(&format!("\n| `{code}` | ")), "README.md has no row for {code}");
         let heading = format!("\n.B {}\n", code.replace('-', "\\-"));
-        assert!(manual.contains(&heading) && manual.contains(id.as_str()), "the manual has no entry for {code}");
+        assert!(
+            manual.contains(&heading) && manual.contains(id.as_str()),
+            "the manual has no entry for {code}"
+        );
     }
     for (code, file) in WHILE_RUNNING {
         if Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file).exists() {
-            assert!(in_tree(file).contains(&format!("\"{code}\"")), "{file} does not produce {code}");
+            assert!(
+                in_tree(file).contains(&format!("\"{code}\"")),
+                "{file} does not produce {code}"
+            );
         } else {
             say(&format!("SKIPPED: {code} is not produced, there is no {file}"));
         }
@@ -650,14 +743,24 @@ fn where_a_gpu_is_required_every_code_is_an_error_and_nothing_runs() {
             fs::write(path, format!("{context}FL_GPU_REQUIRED='YES'\n")).unwrap();
         }
         let mut agent = case.start();
-        assert_eq!(agent.wait_exit(PATIENCE), 78, "systemd must not try for ever: {}: {:#?}", cause.how, agent.lines());
+        assert_eq!(
+            agent.wait_exit(PATIENCE),
+            78,
+            "systemd must not try for ever: {}: {:#?}",
+            cause.how,
+            agent.lines()
+        );
         agent.wait_for_line("No usable GPU, and FL_GPU_REQUIRED is YES", PATIENCE);
         let entries = entries(&agent);
         let told = entries.iter().find(|entry| entry["fl_gpu_status"] == "required");
         let told = told.unwrap_or_else(|| panic!("{}: {entries:#?}", cause.how));
         assert_eq!(told["level"], "ERROR");
         assert_tells(cause, told, &documented[cause.code]);
-        assert!(!entries.iter().any(|entry| entry["level"] == "WARNING"), "{}: {entries:#?}", cause.how);
+        assert!(
+            !entries.iter().any(|entry| entry["level"] == "WARNING"),
+            "{}: {entries:#?}",
+            cause.how
+        );
         assert!(!agent.notifications().iter().any(|told| told.contains("READY=1")));
         assert_eq!(engine.docker(&["ps", "-q"]).stdout, "", "{}: a container runs", cause.how);
         engine.docker(&["rm", "-f", "flower-supernode"]);
@@ -667,23 +770,33 @@ fn where_a_gpu_is_required_every_code_is_an_error_and_nothing_runs() {
 #[test]
 fn the_fix_is_that_of_the_machines_own_distribution() {
     for (os_release, words, not) in [
-        ("ID=debian\nVERSION_ID=\"13\"\n", "linux-headers-$(uname -r) nvidia-driver", "ubuntu-drivers"),
+        (
+            "ID=debian\nVERSION_ID=\"13\"\n",
+            "linux-headers-$(uname -r) nvidia-driver",
+            "ubuntu-drivers",
+        ),
         ("ID=ubuntu\nID_LIKE=debian\n", "ubuntu-drivers install --gpgpu", "nvidia-driver "),
         ("ID=\"almalinux\"\nID_LIKE=\"rhel fedora\"\n", "NVIDIA's driver", "apt "),
     ] {
         let mut case = Case::new();
         case.sysfs(&Sysfs::new().gpu(GPU)).context(&in_json(&[])).os_release(os_release);
         case.set("docker.ready_timeout_seconds", 0).set("gpu.wait_seconds", 0);
-        let assert_own = |fix: &str| assert!(fix.contains(words) && !fix.contains(not), "{os_release}: {fix}");
+        let assert_own =
+            |fix: &str| assert!(fix.contains(words) && !fix.contains(not), "{os_release}: {fix}");
         for command in ["gpu", "plan"] {
-            assert_own(json_of(&case.run_command(command, &["--json"]))["gpu"]["verdict"]["fix"].as_str().unwrap());
+            assert_own(
+                json_of(&case.run_command(command, &["--json"]))["gpu"]["verdict"]["fix"]
+                    .as_str()
+                    .unwrap(),
+            );
             let text = case.run_command(command, &[]).stdout;
             assert_own(text.lines().find(|line| line.starts_with("  fix ")).unwrap());
         }
         let mut agent = case.start();
         assert_eq!(agent.wait_exit(PATIENCE), 1);
         agent.wait_for_line("No usable GPU", PATIENCE);
-        let warning = entries(&agent).into_iter().find(|entry| entry["level"] == "WARNING").unwrap();
+        let warning =
+            entries(&agent).into_iter().find(|entry| entry["level"] == "WARNING").unwrap();
         assert_own(warning["fl_gpu_fix"].as_str().unwrap());
         assert_own(warning["message"].as_str().unwrap());
     }
@@ -692,7 +805,9 @@ fn the_fix_is_that_of_the_machines_own_distribution() {
 #[test]
 fn status_gives_the_same_fix_with_the_agents_report_and_without() {
     let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&Sysfs::new().gpu(GPU)).context(&wanted(&[])).os_release("ID=ubuntu\nID_LIKE=debian\n");
+    case.sysfs(&Sysfs::new().gpu(GPU))
+        .context(&wanted(&[]))
+        .os_release("ID=ubuntu\nID_LIKE=debian\n");
     let mut agent = up(&case);
     agent.kill9();
     for _ in ["from the report", "from the container's labels"] {
@@ -704,7 +819,8 @@ fn status_gives_the_same_fix_with_the_agents_report_and_without() {
     drop(engine);
 }
 
-// What was promised, and what is there. The CPU's cases are causes of the table above, each with its code.
+// What was promised, and what is there. The CPU's cases are causes of the table above, each with
+// its code.
 
 #[test]
 fn a_gpu_that_is_there_without_a_promise_is_used_and_nothing_is_warned_of() {
@@ -722,7 +838,11 @@ fn of_two_promised_gpus_the_one_that_is_there_is_used_with_a_warning_for_the_oth
     let agent = up(&case);
     let warnings = warnings(&agent);
     assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
-    for words in ["not every GPU is used", "OpenNebula passed 0000:21:00.0 to this VM", "no device at that address"] {
+    for words in [
+        "not every GPU is used",
+        "OpenNebula passed 0000:21:00.0 to this VM",
+        "no device at that address",
+    ] {
         assert!(warnings[0].contains(words), "{warnings:?}");
     }
     let lines = agent.lines();
@@ -735,31 +855,44 @@ fn of_two_promised_gpus_the_one_that_is_there_is_used_with_a_warning_for_the_oth
 #[test]
 fn of_two_gpus_the_one_without_a_driver_is_left_out_with_a_warning() {
     let Some((engine, mut case)) = engine_with(&two_gpus()) else { return };
-    let sysfs = Sysfs::new().gpu("0000:21:00.0").driver("nouveau").gpu(GPU).driver("nvidia").module("550.54.15");
+    let sysfs = Sysfs::new()
+        .gpu("0000:21:00.0")
+        .driver("nouveau")
+        .gpu(GPU)
+        .driver("nvidia")
+        .module("550.54.15");
     case.sysfs(&sysfs).nvml(&one_gpu()).context(&wanted(&[("PCI1_ADDRESS", "21:00.0")]));
     let agent = up(&case);
     let warnings = warnings(&agent);
     assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
-    assert!(warnings[0].contains("0000:21:00.0") && warnings[0].contains("wrong-driver"), "{warnings:?}");
+    assert!(
+        warnings[0].contains("0000:21:00.0") && warnings[0].contains("wrong-driver"),
+        "{warnings:?}"
+    );
     assert_eq!(engine.records().last().unwrap().gpus, [GPU_A]);
 }
 
 #[test]
 fn promised_and_present_without_a_driver_is_laid_on_the_driver() {
-    for (sysfs, expected) in
-        [(Sysfs::new().gpu(GPU), "driver-not-loaded"), (Sysfs::new().gpu(GPU).driver("nouveau"), "wrong-driver")]
-    {
+    for (sysfs, expected) in [
+        (Sysfs::new().gpu(GPU), "driver-not-loaded"),
+        (Sysfs::new().gpu(GPU).driver("nouveau"), "wrong-driver"),
+    ] {
         let mut case = Case::new();
         for promise in ["01:00.0", ""] {
             case.sysfs(&sysfs).context(&wanted(&[("PCI0_ADDRESS", promise)]));
-            assert_eq!(json_of(&case.run_command("gpu", &["--json"]))["gpu"]["verdict"]["reason"], expected);
+            assert_eq!(
+                json_of(&case.run_command("gpu", &["--json"]))["gpu"]["verdict"]["reason"],
+                expected
+            );
         }
     }
 }
 
 // What more there is to some of them.
 
-/// The node runs on the CPU, for `reason`, after exactly one WARNING, which came before the container's start.
+/// The node runs on the CPU, for `reason`, after exactly one WARNING, which came before the
+/// container's start.
 #[track_caller]
 fn assert_cpu_for(reason: &str, agent: &Agent, engine: &Engine) {
     agent.wait_for_line("started the container", PATIENCE);
@@ -775,7 +908,8 @@ fn assert_cpu_for(reason: &str, agent: &Agent, engine: &Engine) {
 #[test]
 fn the_warning_comes_at_any_log_level_and_in_json_with_its_fields() {
     let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&Sysfs::new()).context(&wanted(&[("FL_LOG_LEVEL", "ERROR"), ("FL_LOG_FORMAT", "json")]));
+    case.sysfs(&Sysfs::new())
+        .context(&wanted(&[("FL_LOG_LEVEL", "ERROR"), ("FL_LOG_FORMAT", "json")]));
     let agent = up(&case);
     let lines = agent.lines();
     assert_eq!(lines.len(), 1, "{lines:#?}");
@@ -807,7 +941,11 @@ fn an_operators_entry_without_its_program_is_named_whether_docker_had_it_before_
     for _ in ["registered by the reload", "registered at Docker's start"] {
         let mut agent = up(&case);
         assert_cpu_for("runtime-missing", &agent, &engine);
-        assert!(warnings(&agent)[0].contains("/nowhere/nvidia-container-runtime"), "{:?}", warnings(&agent));
+        assert!(
+            warnings(&agent)[0].contains("/nowhere/nvidia-container-runtime"),
+            "{:?}",
+            warnings(&agent)
+        );
         assert_eq!(agent.terminate(), 0);
         engine.docker(&["rm", "-f", "flower-supernode"]);
         engine.restart();
@@ -822,10 +960,15 @@ fn a_launch_that_docker_refuses_ends_on_the_cpu_and_is_adopted_as_such() {
     engine.nvidia_runtime(RuntimeMode::Fail, &one_gpu());
     let mut agent = up(&case);
     assert_cpu_for("runtime-start-failed", &agent, &engine);
-    assert!(warnings(&agent)[0].contains("nvidia-container-cli"), "Docker's own text: {:?}", warnings(&agent));
+    assert!(
+        warnings(&agent)[0].contains("nvidia-container-cli"),
+        "Docker's own text: {:?}",
+        warnings(&agent)
+    );
     let containers = engine.docker(&["ps", "-aq"]).stdout;
     assert_eq!(containers.lines().count(), 1, "the dead container is still there");
-    // The agent dies; the next one finds the node that stands in for the GPU node, says so again, and lets it be.
+    // The agent dies; the next one finds the node that stands in for the GPU node, says so again,
+    // and lets it be.
     let pid = inspect(&engine, "{{.State.Pid}}");
     agent.kill9();
     let agent = up(&case);
@@ -842,7 +985,8 @@ fn a_launch_that_docker_refuses_ends_on_the_cpu_and_is_adopted_as_such() {
 }
 
 #[test]
-fn nvidias_own_library_without_a_driver_says_that_none_is_loaded_and_without_a_gpu_is_never_loaded() {
+fn nvidias_own_library_without_a_driver_says_that_none_is_loaded_and_without_a_gpu_is_never_loaded()
+{
     let Some(library) = nvidias_library() else { return };
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     let at = library.to_string_lossy().into_owned();
@@ -883,12 +1027,18 @@ fn nvidias_own_library_without_a_driver_says_that_none_is_loaded_and_without_a_g
         let warning = agent.wait_for_line(" WARNING ", PATIENCE);
         assert!(warning.contains(expected), "{:#?}", agent.lines());
         let records = fs::read_dir(case.path("")).unwrap().flatten().map(|entry| entry.path());
-        let records: Vec<PathBuf> = records.filter(|path| path.to_string_lossy().contains("/loader.")).collect();
+        let records: Vec<PathBuf> =
+            records.filter(|path| path.to_string_lossy().contains("/loader.")).collect();
         assert!(!records.is_empty(), "the loader kept no record");
-        records.iter().any(|path| String::from_utf8_lossy(&fs::read(path).unwrap()).contains("libnvidia-ml"))
+        records
+            .iter()
+            .any(|path| String::from_utf8_lossy(&fs::read(path).unwrap()).contains("libnvidia-ml"))
     };
     assert!(loaded(&sysfs_of_one(), "driver-not-loaded"), "this record would not have shown it");
     drop(node);
-    assert!(!loaded(&Sysfs::new(), "gpu-not-passed-through"), "NVIDIA's library was loaded on a machine without a GPU");
+    assert!(
+        !loaded(&Sysfs::new(), "gpu-not-passed-through"),
+        "NVIDIA's library was loaded on a machine without a GPU"
+    );
     assert_eq!(device_nodes(), before);
 }

@@ -1,5 +1,11 @@
-//! What `check` finds: the real binary against made-up roots of VMs and KVM hosts, and against templates.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+//! What `check` finds: the real binary against made-up roots of VMs and KVM hosts, and against
+//! templates.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic"
+)]
 
 mod common;
 
@@ -46,11 +52,17 @@ impl Root {
         root.write("sys/class/dmi/id/product_version", "pc-q35-8.2\n");
         root.write("sys/firmware/efi/fw_platform_size", "64\n");
         root.write("sys/devices/system/node/node0/cpulist", "0-7\n");
-        root.write("proc/cpuinfo", "processor\t: 0\nmodel name\t: AMD EPYC 7543\nflags\t\t: fpu avx avx2\n");
+        root.write(
+            "proc/cpuinfo",
+            "processor\t: 0\nmodel name\t: AMD EPYC 7543\nflags\t\t: fpu avx avx2\n",
+        );
         root.write("proc/meminfo", "MemTotal:       32768000 kB\n");
         root.write("usr/bin/nvidia-container-runtime", "#!/bin/sh\n");
-        fs::set_permissions(root.0.join("usr/bin/nvidia-container-runtime"), fs::Permissions::from_mode(0o755))
-            .unwrap();
+        fs::set_permissions(
+            root.0.join("usr/bin/nvidia-container-runtime"),
+            fs::Permissions::from_mode(0o755),
+        )
+        .unwrap();
         root.write("usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1", fs::read(nvml_library()).unwrap());
         root
     }
@@ -65,13 +77,18 @@ impl Root {
         root.write("etc/os-release", "ID=ubuntu\nID_LIKE=debian\n");
         root.write("proc/cmdline", "BOOT_IMAGE=/vmlinuz root=/dev/sda1 intel_iommu=on iommu=pt\n");
         root.write("proc/cpuinfo", "vendor_id\t: GenuineIntel\n");
-        for (group, address) in [("9", "0000:00:1c.0"), ("9", HOST_GPU), ("9", HOST_SOUND), ("10", "0000:f1:00.0")] {
+        for (group, address) in
+            [("9", "0000:00:1c.0"), ("9", HOST_GPU), ("9", HOST_SOUND), ("10", "0000:f1:00.0")]
+        {
             root.in_group(group, address);
         }
         for address in [HOST_GPU, HOST_SOUND] {
             root.write(&format!("etc/driverctl.d/{address}"), "vfio-pci\n");
         }
-        root.write("etc/udev/rules.d/99-vfio.rules", "SUBSYSTEM==\"vfio\", GROUP=\"kvm\", MODE=\"0666\"\n");
+        root.write(
+            "etc/udev/rules.d/99-vfio.rules",
+            "SUBSYSTEM==\"vfio\", GROUP=\"kvm\", MODE=\"0666\"\n",
+        );
         root.write(PCI_CONF, ":filter:\n  - '10de:*'\n:short_address: []\n:device_name: []\n");
         root
     }
@@ -82,7 +99,8 @@ impl Root {
 
     fn remove(&self, path: &str) {
         let path = self.0.join(path);
-        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        let removed =
+            if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         removed.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     }
 
@@ -155,7 +173,10 @@ impl Root {
     #[track_caller]
     fn bad(&self, subject: &str) -> Vec<String> {
         let bad = self.checks(subject).into_iter().filter(|check| check["level"] != "OK");
-        bad.map(|check| format!("{} {}", check["level"].as_str().unwrap(), check["id"].as_str().unwrap())).collect()
+        bad.map(|check| {
+            format!("{} {}", check["level"].as_str().unwrap(), check["id"].as_str().unwrap())
+        })
+        .collect()
     }
 }
 
@@ -209,9 +230,15 @@ fn a_good_vm_passes_every_check() {
             "memory",
         ]
     );
-    assert!(checks.iter().all(|check| check["level"] == "OK" || check["id"] == "disk"), "{checks:#?}");
-    let finding = |id: &str| checks.iter().find(|check| check["id"] == id).unwrap()["finding"].to_string();
-    assert!(finding("gpu").contains("NVIDIA A100") && finding("kernel-module").contains("550.54.15"));
+    assert!(
+        checks.iter().all(|check| check["level"] == "OK" || check["id"] == "disk"),
+        "{checks:#?}"
+    );
+    let finding =
+        |id: &str| checks.iter().find(|check| check["id"] == id).unwrap()["finding"].to_string();
+    assert!(
+        finding("gpu").contains("NVIDIA A100") && finding("kernel-module").contains("550.54.15")
+    );
     assert!(finding("docker").contains("26.1.5"));
     assert!(
         finding("nvidia-runtime-program").contains("\"/usr/bin/nvidia-container-runtime\""),
@@ -241,19 +268,24 @@ fn each_fault_of_a_vm_has_its_check() {
                 root.write("sys/class/dmi/id/product_name", "Standard PC (i440FX + PIIX, 1996)\n");
                 root.write("sys/class/dmi/id/product_version", "pc-i440fx-8.2\n");
             }
-            "cpu" => root.write("proc/cpuinfo", "model name : QEMU Virtual CPU version 2.5+\nflags : sse2\n"),
+            "cpu" => root.write(
+                "proc/cpuinfo",
+                "model name : QEMU Virtual CPU version 2.5+\nflags : sse2\n",
+            ),
             "numa" => root.write("sys/devices/system/node/node1/cpulist", "8-15\n"),
             "runtime program" => root.remove("usr/bin/nvidia-container-runtime"),
             "library" => root.write("usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1", "cut off"),
             "memory" => root.write("proc/meminfo", "MemTotal: 2000000 kB\n"),
-            "promise" => root.context("FL_GPU_ENABLED='YES'\nPCI0_ADDRESS='01:00.0'\nPCI1_ADDRESS='21:00.0'\n"),
+            "promise" => root
+                .context("FL_GPU_ENABLED='YES'\nPCI0_ADDRESS='01:00.0'\nPCI1_ADDRESS='21:00.0'\n"),
             "variable" => root.context("FL_GPU_ENABLED='YES'\nFL_GPU_ENABLE='YES'\n"),
             "off" => root.context("FL_GPU_ENABLED='NO'\n"),
             "settings" => root.write("etc/supernode-agent/agent.toml", "[gpus]\n"),
             "module" => root.write("sys/module/nvidia/initstate", "coming\n"),
             other => panic!("{other}"),
         });
-        let found: Vec<_> = found.iter().map(String::as_str).filter(|found| *found != "WARNING disk").collect();
+        let found: Vec<_> =
+            found.iter().map(String::as_str).filter(|found| *found != "WARNING disk").collect();
         assert_eq!(found, expected, "{change:?}");
     }
 }
@@ -264,8 +296,13 @@ fn a_gpu_that_is_absent_or_has_another_driver_is_an_error_before_nvml_is_asked()
     assert_eq!(absent.bad("vm")[..2], ["ERROR gpu-promised", "ERROR gpu-present"]);
     let nouveau = Root::vm_with(&Sysfs::new().gpu(GPU).driver("nouveau")).with_docker(&runtimes());
     assert_eq!(nouveau.bad("vm")[..3], ["ERROR gpu-driver", "ERROR kernel-module", "WARNING nvml"]);
-    let fix = nouveau.checks("vm").into_iter().find(|check| check["id"] == "gpu-driver").unwrap()["fix"].to_string();
-    assert!(fix.contains(" nvidia-driver ") && !fix.contains("ubuntu-drivers"), "not Debian's: {fix}");
+    let fix =
+        nouveau.checks("vm").into_iter().find(|check| check["id"] == "gpu-driver").unwrap()["fix"]
+            .to_string();
+    assert!(
+        fix.contains(" nvidia-driver ") && !fix.contains("ubuntu-drivers"),
+        "not Debian's: {fix}"
+    );
 }
 
 #[test]
@@ -277,10 +314,15 @@ fn without_docker_a_vm_is_checked_all_the_same_and_what_is_not_known_is_said() {
     assert_eq!(levels("gpu")["level"], "OK");
     for id in ["nvidia-runtime", "image"] {
         assert_eq!(levels(id)["level"], "WARNING");
-        assert!(levels(id)["finding"].as_str().unwrap().starts_with("not known: "), "{}", levels(id));
+        assert!(
+            levels(id)["finding"].as_str().unwrap().starts_with("not known: "),
+            "{}",
+            levels(id)
+        );
     }
     let without_runtime = Root::vm().with_docker(&json!({"runc": {"path": "runc"}}));
-    let found: Vec<_> = without_runtime.bad("vm").into_iter().filter(|found| found != "WARNING disk").collect();
+    let found: Vec<_> =
+        without_runtime.bad("vm").into_iter().filter(|found| found != "WARNING disk").collect();
     assert_eq!(found, ["WARNING nvidia-runtime"]);
 }
 
@@ -307,13 +349,18 @@ fn an_empty_root_has_nothing_of_this_machine() {
     symlink("../../../../../../../../sys", root.0.join("sys")).unwrap();
     let text = root.run("vm", &[]);
     assert_eq!(text.code, Some(1));
-    for words in ["/proc/cpuinfo: its links lead in a circle", "no context in ", "/sys: its links lead in a circle"] {
+    for words in [
+        "/proc/cpuinfo: its links lead in a circle",
+        "no context in ",
+        "/sys: its links lead in a circle",
+    ] {
         assert!(text.stdout.contains(words), "{words}: {}", text.stdout);
     }
     assert!(!text.stdout.contains("MiB"), "{}", text.stdout);
     let found = root.bad("host");
     assert!(
-        found.contains(&"WARNING iommu-kernel".into()) && found.contains(&"WARNING iommu-groups".into()),
+        found.contains(&"WARNING iommu-kernel".into())
+            && found.contains(&"WARNING iommu-groups".into()),
         "{found:?}"
     );
 }
@@ -347,15 +394,24 @@ fn each_fault_of_a_host_has_its_check() {
         root.write("proc/cmdline", "quiet\n");
     };
     assert!(host_after(amd).is_empty());
-    assert_eq!(host_after(|root| root.write("proc/cmdline", "quiet amd_iommu=off\n")), ["ERROR iommu-kernel"]);
+    assert_eq!(
+        host_after(|root| root.write("proc/cmdline", "quiet amd_iommu=off\n")),
+        ["ERROR iommu-kernel"]
+    );
     let off = |root: &Root| {
         root.write("proc/cmdline", "quiet\n");
         root.remove("sys/kernel/iommu_groups");
     };
     assert_eq!(host_after(off), ["ERROR iommu-kernel", "ERROR iommu-groups"]);
     assert_eq!(host_after(|root| root.in_group("9", "0000:f1:00.0")), ["ERROR iommu-group-mates"]);
-    assert_eq!(host_after(|root| root.remove(&format!("etc/driverctl.d/{HOST_SOUND}"))), ["WARNING driver-override"]);
-    assert_eq!(host_after(|root| root.remove("etc/udev/rules.d/99-vfio.rules")), ["ERROR vfio-udev"]);
+    assert_eq!(
+        host_after(|root| root.remove(&format!("etc/driverctl.d/{HOST_SOUND}"))),
+        ["WARNING driver-override"]
+    );
+    assert_eq!(
+        host_after(|root| root.remove("etc/udev/rules.d/99-vfio.rules")),
+        ["ERROR vfio-udev"]
+    );
     assert_eq!(host_after(|root| root.write(PCI_CONF, ":filter: '0:0'\n")), ["ERROR pci-filter"]);
     assert_eq!(host_after(|root| root.remove(PCI_CONF)), ["ERROR pci-filter"]);
     // Root reads every file: one that cannot be read is a folder here.
@@ -376,7 +432,10 @@ fn each_fault_of_a_host_has_its_check() {
         text.contains("0000:e1:00.1 (sound, 10de:20f1, class 0403) is on the driver snd_hda_intel, not on vfio-pci"),
         "{text}"
     );
-    assert!(text.contains("fix: apt install driverctl; driverctl set-override 0000:e1:00.1 vfio-pci"), "{text}");
+    assert!(
+        text.contains("fix: apt install driverctl; driverctl set-override 0000:e1:00.1 vfio-pci"),
+        "{text}"
+    );
 }
 
 #[track_caller]
@@ -417,12 +476,18 @@ fn a_good_template_passes_and_a_wrong_one_is_told_line_by_line() {
     }
     assert!(!found.stdout.contains('\x1b'), "coloured although it is no terminal");
     let syntax = template("OS=[ MACHINE=\"q35\"\n", &[]);
-    assert!(syntax.stdout.contains("ERROR    syntax  line 1: column 4: the bracket of OS"), "{}", syntax.stdout);
+    assert!(
+        syntax.stdout.contains("ERROR    syntax  line 1: column 4: the bracket of OS"),
+        "{}",
+        syntax.stdout
+    );
 }
 
 #[test]
 fn a_wrong_call_is_told_from_a_finding() {
-    let command = |arguments: &[&str]| run(Command::new(agent_binary()).args(arguments).env_clear(), PATIENCE).code;
+    let command = |arguments: &[&str]| {
+        run(Command::new(agent_binary()).args(arguments).env_clear(), PATIENCE).code
+    };
     assert_eq!(command(&["check"]), Some(2));
     assert_eq!(command(&["check", "template"]), Some(2));
     assert_eq!(command(&["check", "vm", "--root", "/nowhere/at/all"]), Some(2));
@@ -434,7 +499,10 @@ fn the_scripts_of_the_package_call_the_checks() {
     let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/scripts");
     for (script, subject) in [("validate-gpu.sh", "vm"), ("validate-host-gpu.sh", "host")] {
         let text = fs::read_to_string(scripts.join(script)).unwrap();
-        assert!(text.ends_with(&format!("exec /usr/bin/supernode-agent check {subject} \"$@\"\n")), "{text}");
+        assert!(
+            text.ends_with(&format!("exec /usr/bin/supernode-agent check {subject} \"$@\"\n")),
+            "{text}"
+        );
         assert_ne!(fs::metadata(scripts.join(script)).unwrap().permissions().mode() & 0o111, 0);
     }
 }

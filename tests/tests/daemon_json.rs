@@ -1,5 +1,11 @@
-//! `configure-runtime` on real files: what is written, what is kept, and what a kill at any moment leaves.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+//! `configure-runtime` on real files: what is written, what is kept, and what a kill at any moment
+//! leaves.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic"
+)]
 
 mod common;
 
@@ -29,7 +35,10 @@ fn configure(case: &Case) -> Output {
 #[test]
 fn a_file_is_made_where_there_is_none_and_the_second_run_changes_nothing() {
     let mut case = case();
-    case.set("docker.daemon_json", case.path("etc/docker/daemon.json").to_string_lossy().into_owned());
+    case.set(
+        "docker.daemon_json",
+        case.path("etc/docker/daemon.json").to_string_lossy().into_owned(),
+    );
     let file = case.path("etc/docker/daemon.json");
     configure(&case).expect_success();
     let first = fs::read(&file).unwrap();
@@ -39,8 +48,16 @@ fn a_file_is_made_where_there_is_none_and_the_second_run_changes_nothing() {
     assert_eq!(facts.mode() & 0o7777, 0o644);
     configure(&case).expect_success();
     assert_eq!(fs::read(&file).unwrap(), first);
-    assert_eq!(fs::metadata(&file).unwrap().ino(), facts.ino(), "the second run wrote the file anew");
-    assert_eq!(fs::read_dir(file.parent().unwrap()).unwrap().count(), 1, "something is left beside it");
+    assert_eq!(
+        fs::metadata(&file).unwrap().ino(),
+        facts.ino(),
+        "the second run wrote the file anew"
+    );
+    assert_eq!(
+        fs::read_dir(file.parent().unwrap()).unwrap().count(),
+        1,
+        "something is left beside it"
+    );
 }
 
 #[test]
@@ -80,7 +97,11 @@ fn what_is_not_one_json_object_is_refused_with_its_place_and_stays() {
         fs::write(&file, bytes).unwrap();
         let output = configure(&case);
         assert_eq!(output.code, Some(1), "{bytes:?}: {output:?}");
-        assert!(output.stderr.contains("daemon.json") && output.stderr.contains(place), "{bytes:?}: {}", output.stderr);
+        assert!(
+            output.stderr.contains("daemon.json") && output.stderr.contains(place),
+            "{bytes:?}: {}",
+            output.stderr
+        );
         assert_eq!(fs::read(&file).unwrap(), bytes);
     }
 }
@@ -118,7 +139,8 @@ fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() {
     let settings = case.settings_file();
     let (mut olds, mut news) = (0, 0);
     let mut delay = Duration::ZERO;
-    // The moments spread from the start of a run to well after its end, however long this machine takes for one.
+    // The moments spread from the start of a run to well after its end, however long this machine
+    // takes for one.
     while olds < 20 || news < 20 {
         fs::write(&file, &old).unwrap();
         let mut agent = Command::new(supernode_tests::agent_binary())
@@ -133,7 +155,10 @@ fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() {
         match fs::read_to_string(&file).unwrap() {
             text if text == old => olds += 1,
             text if text == new => news += 1,
-            text => panic!("killed after {delay:?}: neither the old nor the new file: {} bytes", text.len()),
+            text => panic!(
+                "killed after {delay:?}: neither the old nor the new file: {} bytes",
+                text.len()
+            ),
         }
         delay = if news < 20 { delay + Duration::from_micros(100) } else { Duration::ZERO };
         assert!(delay < Duration::from_secs(20), "no run came to its end: {olds} old, {news} new");
@@ -156,14 +181,21 @@ fn runs_at_the_same_time_do_not_hinder_each_other() {
         fs::write(&file, &old).unwrap();
         let run = || {
             let mut agent = Command::new(supernode_tests::agent_binary());
-            agent.args(["configure-runtime", "--settings"]).arg(&settings).stdout(Stdio::null()).spawn().unwrap()
+            agent
+                .args(["configure-runtime", "--settings"])
+                .arg(&settings)
+                .stdout(Stdio::null())
+                .spawn()
+                .unwrap()
         };
         let agents: Vec<_> = (0..6).map(|_| run()).collect();
         for mut agent in agents {
             assert!(agent.wait().unwrap().success());
         }
         let text = fs::read_to_string(&file).unwrap();
-        assert!(text.starts_with(old.trim_end_matches('}')) && text.matches("\"nvidia\"").count() == 1);
+        assert!(
+            text.starts_with(old.trim_end_matches('}')) && text.matches("\"nvidia\"").count() == 1
+        );
     }
 }
 

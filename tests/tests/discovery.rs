@@ -1,6 +1,12 @@
-//! The SuperLink through OneGate: found, waited for, trusted, followed; the share of the data; and what the cloud is told.
-//! Real engines, OneGate's stand-in, and images that do as Flower does when it connects.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+//! The SuperLink through OneGate: found, waited for, trusted, followed; the share of the data; and
+//! what the cloud is told. Real engines, OneGate's stand-in, and images that do as Flower does when
+//! it connects.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic"
+)]
 
 mod common;
 
@@ -23,7 +29,10 @@ const FAST: (&str, &str) = ("FL_EDGE_MAX_BACKOFF", "1");
 fn service() -> OneGateStandIn {
     let onegate = OneGateStandIn::start();
     onegate.change(|state| {
-        state.join(SERVICE, "superlink", SUPERLINK).nic("10.0.0.5").attribute("FL_ENDPOINT", "10.9.8.7:9092");
+        state
+            .join(SERVICE, "superlink", SUPERLINK)
+            .nic("10.0.0.5")
+            .attribute("FL_ENDPOINT", "10.9.8.7:9092");
         state.join(SERVICE, "supernode", NODE).nic("10.0.0.6");
     });
     onegate
@@ -37,7 +46,10 @@ fn machine(onegate: &OneGateStandIn, variables: &[(&str, &str)]) -> Case {
     case
 }
 
-fn machine_with_engine(onegate: &OneGateStandIn, variables: &[(&str, &str)]) -> Option<(Engine, Case)> {
+fn machine_with_engine(
+    onegate: &OneGateStandIn,
+    variables: &[(&str, &str)],
+) -> Option<(Engine, Case)> {
     let engine = Engine::start()?;
     engine.import_image(&[image::PYTORCH]);
     let mut case = machine(onegate, variables);
@@ -96,8 +108,12 @@ fn without_an_endpoint_it_is_the_first_nic_and_the_port_of_the_superlinks_releas
     let agent = up(&case);
     assert!(arguments(&engine).contains("--superlink 10.0.0.5:8000"), "{}", arguments(&engine));
     let warnings = warnings(&agent);
-    assert!(warnings.len() == 1 && warnings[0].contains("1.41.0") && warnings[0].contains("1.31.0"), "{warnings:#?}");
-    let launched = agent.lines().iter().position(|line| line.contains("started the container")).unwrap();
+    assert!(
+        warnings.len() == 1 && warnings[0].contains("1.41.0") && warnings[0].contains("1.31.0"),
+        "{warnings:#?}"
+    );
+    let launched =
+        agent.lines().iter().position(|line| line.contains("started the container")).unwrap();
     let warned = agent.lines().iter().position(|line| line.contains("1.41.0")).unwrap();
     assert!(warned < launched, "the warning comes first: {:#?}", agent.lines());
 }
@@ -110,13 +126,18 @@ fn a_superlink_that_comes_late_is_waited_for_while_the_unit_is_ready() {
     let agent = case.start();
     agent.wait_for_notify("READY=1", PATIENCE);
     agent.wait_for_notify("STATUS=waiting for the SuperLink (attempt 3, next in 1 s)", PATIENCE);
-    assert_eq!(engine.docker(&["ps", "-aq"]).expect_success(), "", "no container before there is a SuperLink");
+    assert_eq!(
+        engine.docker(&["ps", "-aq"]).expect_success(),
+        "",
+        "no container before there is a SuperLink"
+    );
     let status = case.run_command("status", &[]);
     assert!(status.stdout.contains("waiting for the SuperLink (attempt "), "{status:?}");
     assert_eq!(case.run_command("status", &["--ready"]).code, Some(1));
     onegate.change(|state| state.vms.get_mut(&SUPERLINK).unwrap().lcm_state = 3);
     agent.wait_for_line("started the container", PATIENCE);
-    let waiting = warnings(&agent).into_iter().filter(|line| line.contains("VM 100 is not running")).count();
+    let waiting =
+        warnings(&agent).into_iter().filter(|line| line.contains("VM 100 is not running")).count();
     assert_eq!(waiting, 1, "a night of waiting is one line: {:#?}", warnings(&agent));
 }
 
@@ -169,9 +190,17 @@ fn whatever_else_onegate_answers_it_is_asked_again() {
     let agent = case.start();
     agent.wait_for_line("started the container", PATIENCE);
     let told = warnings(&agent);
-    for text in ["Not authorized", "Service 7 not found", "does not contain VM 101", "restricted", "rejected", "302"] {
+    for text in [
+        "Not authorized",
+        "Service 7 not found",
+        "does not contain VM 101",
+        "restricted",
+        "rejected",
+        "302",
+    ] {
         assert!(
-            told.iter().any(|line| line.contains("waiting for the SuperLink") && line.contains(text)),
+            told.iter()
+                .any(|line| line.contains("waiting for the SuperLink") && line.contains(text)),
             "{text}: {told:#?}"
         );
     }
@@ -210,19 +239,29 @@ const LEAF: &str = include_str!("../../agent/tests/certificates/leaf.crt");
 fn a_superlink_with_tls_is_trusted_by_the_ca_that_it_published_and_by_no_leaf() {
     let onegate = service();
     onegate.change(|state| {
-        state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_TLS", "YES").attribute("FL_CA_CERT", &base64(LEAF));
+        state
+            .vms
+            .get_mut(&SUPERLINK)
+            .unwrap()
+            .attribute("FL_TLS", "YES")
+            .attribute("FL_CA_CERT", &base64(LEAF));
     });
     let Some((engine, case)) = machine_with_engine(&onegate, &[]) else { return };
     let agent = case.start();
     agent.wait_for_line("the SuperLink's VM 100 has published FL_CA_CERT=", PATIENCE);
-    onegate.change(|state| state.vms.get_mut(&SUPERLINK).unwrap().user_template.remove("FL_CA_CERT"));
+    onegate
+        .change(|state| state.vms.get_mut(&SUPERLINK).unwrap().user_template.remove("FL_CA_CERT"));
     agent.wait_for_line("the node does not connect without a CA", PATIENCE);
     assert_eq!(engine.docker(&["ps", "-aq"]).expect_success(), "");
     onegate.change(|state| {
         state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_CA_CERT", &base64(CA));
     });
     agent.wait_for_line("started the container", PATIENCE);
-    assert!(arguments(&engine).contains("--root-certificates /app/ca.crt"), "{}", arguments(&engine));
+    assert!(
+        arguments(&engine).contains("--root-certificates /app/ca.crt"),
+        "{}",
+        arguments(&engine)
+    );
     let written = case.path("certs/ca.crt");
     assert!(fs::read_to_string(&written).unwrap().starts_with("-----BEGIN CERTIFICATE-----\n"));
     let metadata = fs::metadata(&written).unwrap();
@@ -238,7 +277,11 @@ fn a_peer_cannot_talk_a_node_out_of_its_tls() {
     let own = [("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", &base64(CA))];
     let Some((engine, case)) = machine_with_engine(&onegate, &own) else { return };
     let _agent = up(&case);
-    assert!(arguments(&engine).contains("--root-certificates /app/ca.crt"), "{}", arguments(&engine));
+    assert!(
+        arguments(&engine).contains("--root-certificates /app/ca.crt"),
+        "{}",
+        arguments(&engine)
+    );
 }
 
 #[test]
@@ -246,13 +289,20 @@ fn the_cloud_hears_ready_once_flower_is_connected_and_no_at_the_stop() {
     let onegate = service();
     onegate.change(|state| {
         // Left by an earlier boot.
-        state.vms.get_mut(&NODE).unwrap().attribute("READY", "YES").attribute("FL_GPU_NAME", "NVIDIA A100");
+        state
+            .vms
+            .get_mut(&NODE)
+            .unwrap()
+            .attribute("READY", "YES")
+            .attribute("FL_GPU_NAME", "NVIDIA A100");
     });
     let variables = [("REPORT_READY", "YES"), ("FL_NODE_CONFIG", "test-never-connects=true")];
     let Some((engine, mut case)) = machine_with_engine(&onegate, &variables) else { return };
     let agent = up(&case);
     wait_for_attribute(&onegate, "FL_GPU_STATUS", "cpu");
-    for (name, value) in [("READY", "NO"), ("FL_NODE_READY", "NO"), ("FL_GPU_NAME", ""), ("FL_NODE_ID", "101")] {
+    for (name, value) in
+        [("READY", "NO"), ("FL_NODE_READY", "NO"), ("FL_GPU_NAME", ""), ("FL_NODE_ID", "101")]
+    {
         assert_eq!(attribute(&onegate, NODE, name).as_deref(), Some(value), "{name}");
     }
     assert!(case.run_command("status", &[]).stdout.contains("not connected"));
@@ -265,15 +315,24 @@ fn the_cloud_hears_ready_once_flower_is_connected_and_no_at_the_stop() {
     connected(&agent);
     wait_for_attribute(&onegate, "READY", "YES");
     let last = updates(&onegate).pop().unwrap();
-    for line in
-        ["FL_NODE_READY=YES", "FL_VERSION=1.31.0", "FL_FRAMEWORK=pytorch", "FL_GPU_AVAILABLE=NO", "FL_GPU_COUNT=0"]
-    {
+    for line in [
+        "FL_NODE_READY=YES",
+        "FL_VERSION=1.31.0",
+        "FL_FRAMEWORK=pytorch",
+        "FL_GPU_AVAILABLE=NO",
+        "FL_GPU_COUNT=0",
+    ] {
         assert!(last.lines().any(|found| found == line), "{line}: {last}");
     }
     assert_eq!(json_of(&case.run_command("status", &["--json"]))["connected"], true);
     agent.wait_for_notify("connected to 10.9.8.7:9092", PATIENCE);
     assert_eq!(agent.terminate(), 0);
-    for (name, value) in [("READY", "NO"), ("FL_NODE_READY", "NO"), ("FL_GPU_AVAILABLE", "NO"), ("FL_GPU_STATUS", "")] {
+    for (name, value) in [
+        ("READY", "NO"),
+        ("FL_NODE_READY", "NO"),
+        ("FL_GPU_AVAILABLE", "NO"),
+        ("FL_GPU_STATUS", ""),
+    ] {
         assert_eq!(attribute(&onegate, NODE, name).as_deref(), Some(value), "{name}");
     }
 }
@@ -282,7 +341,12 @@ fn the_cloud_hears_ready_once_flower_is_connected_and_no_at_the_stop() {
 fn an_invalid_configuration_is_not_ready_in_the_cloud_either() {
     let onegate = service();
     onegate.change(|state| {
-        state.vms.get_mut(&NODE).unwrap().attribute("READY", "YES").attribute("FL_NODE_READY", "YES");
+        state
+            .vms
+            .get_mut(&NODE)
+            .unwrap()
+            .attribute("READY", "YES")
+            .attribute("FL_NODE_READY", "YES");
     });
     let case = machine(&onegate, &[("REPORT_READY", "YES"), ("FL_GPU_MEMORY_FRACTION", "7")]);
     assert_eq!(case.run_command("run", &[]).code, Some(78));
@@ -304,8 +368,12 @@ fn a_cloud_that_does_not_listen_costs_one_warning() {
     agent.wait_for_line("OneGate takes what the node publishes again", PATIENCE);
     wait_for_attribute(&onegate, "FL_NODE_READY", "YES");
     // The other one is of the restart.
-    let told: Vec<_> = warnings(&agent).into_iter().filter(|line| line.contains("OneGate")).collect();
-    assert!(told.len() == 1 && told[0].contains("OneGate does not take what the node publishes"), "{told:#?}");
+    let told: Vec<_> =
+        warnings(&agent).into_iter().filter(|line| line.contains("OneGate")).collect();
+    assert!(
+        told.len() == 1 && told[0].contains("OneGate does not take what the node publishes"),
+        "{told:#?}"
+    );
 }
 
 #[test]
@@ -318,7 +386,11 @@ fn a_node_keeps_its_share_over_restarts_and_reboots_whatever_becomes_of_the_othe
     });
     let Some((engine, case)) = machine_with_engine(&onegate, &[]) else { return };
     let mut agent = up(&case);
-    assert!(arguments(&engine).contains("partition-id=1 num-partitions=2"), "{}", arguments(&engine));
+    assert!(
+        arguments(&engine).contains("partition-id=1 num-partitions=2"),
+        "{}",
+        arguments(&engine)
+    );
     wait_for_attribute(&onegate, "FL_PARTITION_ID", "1");
     // 99 is replaced by 102: the index of this node in the list is 0 now.
     onegate.change(|state| {
@@ -336,7 +408,11 @@ fn a_node_keeps_its_share_over_restarts_and_reboots_whatever_becomes_of_the_othe
     engine.docker(&["stop", "flower-supernode"]).expect_success();
     case.write("root/proc/sys/kernel/random/boot_id", "another\n");
     let _agent = up(&case);
-    assert!(arguments(&engine).contains("partition-id=1 num-partitions=2"), "{}", arguments(&engine));
+    assert!(
+        arguments(&engine).contains("partition-id=1 num-partitions=2"),
+        "{}",
+        arguments(&engine)
+    );
 
     // The one that came for 99 takes what is free, and says so.
     let mut other = Case::new();
@@ -345,7 +421,11 @@ fn a_node_keeps_its_share_over_restarts_and_reboots_whatever_becomes_of_the_othe
     engine.import_image(&[image::PYTORCH]);
     other.engine(&engine);
     let _other = up(&other);
-    assert!(arguments(&engine).contains("partition-id=0 num-partitions=2"), "{}", arguments(&engine));
+    assert!(
+        arguments(&engine).contains("partition-id=0 num-partitions=2"),
+        "{}",
+        arguments(&engine)
+    );
     assert_eq!(attribute(&onegate, 102, "FL_PARTITION_ID").as_deref(), Some("0"));
 }
 
@@ -357,7 +437,8 @@ fn a_node_with_an_address_asks_the_service_for_its_share_alone_and_starts_withou
     let agent = up(&case);
     let first = arguments(&engine);
     assert!(
-        first.contains("--superlink 192.0.2.1:9092") && first.contains("partition-id=0 num-partitions=1"),
+        first.contains("--superlink 192.0.2.1:9092")
+            && first.contains("partition-id=0 num-partitions=1"),
         "{first}"
     );
     drop(agent);
@@ -365,13 +446,19 @@ fn a_node_with_an_address_asks_the_service_for_its_share_alone_and_starts_withou
     onegate.change(|state| state.oneflow_down = true);
     let agent = up(&case);
     assert!(!arguments(&engine).contains("partition-id"), "{}", arguments(&engine));
-    assert!(warnings(&agent).iter().any(|line| line.contains("FL_NODE_CONFIG stays empty")), "{:#?}", warnings(&agent));
+    assert!(
+        warnings(&agent).iter().any(|line| line.contains("FL_NODE_CONFIG stays empty")),
+        "{:#?}",
+        warnings(&agent)
+    );
 }
 
 #[test]
 fn a_superlink_that_moved_is_followed_while_it_is_not_reached() {
     let onegate = service();
-    let Some((engine, case)) = machine_with_engine(&onegate, &[("FL_NODE_CONFIG", "test-never-connects=true")]) else {
+    let Some((engine, case)) =
+        machine_with_engine(&onegate, &[("FL_NODE_CONFIG", "test-never-connects=true")])
+    else {
         return;
     };
     let agent = up(&case);
@@ -381,7 +468,8 @@ fn a_superlink_that_moved_is_followed_while_it_is_not_reached() {
     });
     agent.wait_for_line("the service has its SuperLink at 10.9.8.8:9092 now", PATIENCE);
     assert!(eventually(Duration::from_secs(30), || {
-        let found = engine.docker(&["inspect", "--format", "{{.Id}} {{.Args}}", "flower-supernode"]).stdout;
+        let found =
+            engine.docker(&["inspect", "--format", "{{.Id}} {{.Args}}", "flower-supernode"]).stdout;
         !found.contains(&before) && found.contains("10.9.8.8:9092")
     }));
 }

@@ -1,6 +1,12 @@
-//! Faults of what a node stands on, each with what must hold, and after each of them what must always hold: nothing of the
-//! operator's is lost, there is one container, it is not on the CPU without a WARNING, READY is true, no secret is told.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+//! Faults of what a node stands on, each with what must hold, and after each of them what must
+//! always hold: nothing of the operator's is lost, there is one container, it is not on the CPU
+//! without a WARNING, READY is true, no secret is told.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic"
+)]
 
 mod common;
 mod faulty;
@@ -23,8 +29,9 @@ const QUIET: Duration = Duration::from_secs(2);
 /// A call of a boot: its number, its name, and what goes before that boot.
 type Call = (usize, String, fn(&mut Node));
 
-/// Every call of a boot, up to the two that last. Up to Docker's word that it has the runtime they are those of a boot on a
-/// Docker that has none; the others come on one that has, which need not be restarted each time.
+/// Every call of a boot, up to the two that last. Up to Docker's word that it has the runtime they
+/// are those of a boot on a Docker that has none; the others come on one that has, which need not
+/// be restarted each time.
 fn calls_of_a_boot(node: &mut Node) -> Vec<Call> {
     let befores: [fn(&mut Node); 2] = [Node::reset, Node::clear];
     let [(early, _), (_, late)] = befores.map(|before| {
@@ -33,7 +40,11 @@ fn calls_of_a_boot(node: &mut Node) -> Vec<Call> {
         node.connected();
         assert_eq!(node.count_of_runs(), 1, "what is asserted of runs is asserted of something");
         let calls = (0..).zip(node.proxy.calls()).map(|(number, call)| (number, call, before));
-        let last_info = calls.clone().filter(|(_, call, _)| call == "GET /info").map(|(number, _, _)| number).max();
+        let last_info = calls
+            .clone()
+            .filter(|(_, call, _)| call == "GET /info")
+            .map(|(number, _, _)| number)
+            .max();
         calls.partition::<Vec<Call>, _>(|(number, _, _)| Some(*number) <= last_info)
     });
     [early, late].concat()
@@ -63,7 +74,8 @@ fn each_call_hanging_for_a_while_and_sigterm_meanwhile() {
     let Some(mut node) = Node::new() else { return };
     let mut table = Table::default();
     for (number, call, before) in calls_of_a_boot(&mut node) {
-        // How many calls follow the start depends on the moment at which Flower is heard: a boot may have fewer.
+        // How many calls follow the start depends on the moment at which Flower is heard: a boot
+        // may have fewer.
         let hangs = |node: &mut Node| {
             for _ in 0..3 {
                 before(node);
@@ -71,32 +83,47 @@ fn each_call_hanging_for_a_while_and_sigterm_meanwhile() {
                 node.start();
                 let mut connected = None;
                 let is_settled = || {
-                    if connected.is_none() && node.said().iter().any(|line| line.contains("as SuperNode 1")) {
+                    if connected.is_none()
+                        && node.said().iter().any(|line| line.contains("as SuperNode 1"))
+                    {
                         connected = Some(Instant::now());
                     }
-                    node.proxy.hanging() == 1 || connected.is_some_and(|since| since.elapsed() > QUIET)
+                    node.proxy.hanging() == 1
+                        || connected.is_some_and(|since| since.elapsed() > QUIET)
                 };
                 assert!(eventually(PATIENCE, is_settled), "{:#?}", node.said());
                 if node.proxy.hanging() == 1 {
                     return;
                 }
             }
-            say(&format!("SKIPPED: three boots have no call {number}, {call} (FAULT hanging, SIGTERM)"));
+            say(&format!(
+                "SKIPPED: three boots have no call {number}, {call} (FAULT hanging, SIGTERM)"
+            ));
         };
-        table.fault(&mut node, &format!("hanging: call {number}, {call}"), "up as soon as it is answered", |node| {
-            hangs(node);
-            let since = Instant::now();
-            node.proxy.mend();
-            node.agent().wait_for_notify("READY=1", PATIENCE);
-            node.connected();
-            since
-        });
-        table.fault(&mut node, &format!("SIGTERM: call {number}, {call}"), "the end, no container", |node| {
-            hangs(node);
-            let since = Instant::now();
-            node.ends();
-            since
-        });
+        table.fault(
+            &mut node,
+            &format!("hanging: call {number}, {call}"),
+            "up as soon as it is answered",
+            |node| {
+                hangs(node);
+                let since = Instant::now();
+                node.proxy.mend();
+                node.agent().wait_for_notify("READY=1", PATIENCE);
+                node.connected();
+                since
+            },
+        );
+        table.fault(
+            &mut node,
+            &format!("SIGTERM: call {number}, {call}"),
+            "the end, no container",
+            |node| {
+                hangs(node);
+                let since = Instant::now();
+                node.ends();
+                since
+            },
+        );
     }
     table.finish();
 }
@@ -208,16 +235,21 @@ fn docker() {
         watched_as_before(node);
         since
     });
-    table.fault(&mut node, "Docker does not give its container's log, and gives it later", "Flower is heard", |node| {
-        node.reset();
-        node.proxy.fault_of("GET /containers/*/logs", Fault::Refuse);
-        node.up();
-        thread::sleep(Duration::from_secs(2));
-        let since = Instant::now();
-        node.proxy.mend();
-        node.connected();
-        since
-    });
+    table.fault(
+        &mut node,
+        "Docker does not give its container's log, and gives it later",
+        "Flower is heard",
+        |node| {
+            node.reset();
+            node.proxy.fault_of("GET /containers/*/logs", Fault::Refuse);
+            node.up();
+            thread::sleep(Duration::from_secs(2));
+            let since = Instant::now();
+            node.proxy.mend();
+            node.connected();
+            since
+        },
+    );
     table.finish();
 }
 
@@ -288,7 +320,10 @@ fn the_container() {
         ("the container is removed by hand", &[&["rm", "-f", "flower-supernode"]]),
         (
             "the container is replaced by a foreign one of its name",
-            &[&["rm", "-f", "flower-supernode"], &["run", "-d", "--name", "flower-supernode", image::PYTORCH]],
+            &[
+                &["rm", "-f", "flower-supernode"],
+                &["run", "-d", "--name", "flower-supernode", image::PYTORCH],
+            ],
         ),
     ] {
         table.fault(&mut node, name, anew, |node| {
@@ -305,66 +340,94 @@ fn the_container() {
             since
         });
     }
-    table.fault(&mut node, "the image has lost its name, and the container is killed", anew, |node| {
-        node.clear();
-        node.up();
-        let before = node.run();
-        docker(node, &["rmi", "-f", image::PYTORCH]);
-        docker(node, &["kill", "flower-supernode"]);
-        let since = Instant::now();
-        node.agent().wait_for_line("ended with exit code 137", PATIENCE);
-        assert!(eventually(PATIENCE / 6, || node.run().ends_with(" true") && node.run() != before));
-        since
-    });
-    table.fault(&mut node, "the image is removed with the container, and comes again", anew, |node| {
-        node.clear();
-        node.engine.import_image(&[image::PYTORCH]);
-        node.up();
-        let before = node.run();
-        docker(node, &["rmi", "-f", image::PYTORCH]);
-        docker(node, &["rm", "-f", "flower-supernode"]);
-        node.agent().wait_for_line("does not come up", PATIENCE);
-        node.engine.import_image(&[image::PYTORCH]);
-        let since = Instant::now();
-        node.runs_anew_of_ours_after(&before);
-        node.says_it_runs();
-        since
-    });
-    for code in [0, 1, 137] {
-        table.fault(&mut node, &format!("the container exits {code}, again and again"), "a pause that grows", |node| {
+    table.fault(
+        &mut node,
+        "the image has lost its name, and the container is killed",
+        anew,
+        |node| {
             node.clear();
-            node.context(&format!("test-exit={code}"));
             node.up();
+            let before = node.run();
+            docker(node, &["rmi", "-f", image::PYTORCH]);
+            docker(node, &["kill", "flower-supernode"]);
             let since = Instant::now();
-            for pause in [1, 2] {
-                let line = format!("ended with exit code {code}; starting it again in {pause} s");
-                node.agent().wait_for_line(&line, PATIENCE);
-            }
-            node.context("");
+            node.agent().wait_for_line("ended with exit code 137", PATIENCE);
+            assert!(
+                eventually(PATIENCE / 6, || node.run().ends_with(" true") && node.run() != before)
+            );
             since
-        });
+        },
+    );
+    table.fault(
+        &mut node,
+        "the image is removed with the container, and comes again",
+        anew,
+        |node| {
+            node.clear();
+            node.engine.import_image(&[image::PYTORCH]);
+            node.up();
+            let before = node.run();
+            docker(node, &["rmi", "-f", image::PYTORCH]);
+            docker(node, &["rm", "-f", "flower-supernode"]);
+            node.agent().wait_for_line("does not come up", PATIENCE);
+            node.engine.import_image(&[image::PYTORCH]);
+            let since = Instant::now();
+            node.runs_anew_of_ours_after(&before);
+            node.says_it_runs();
+            since
+        },
+    );
+    for code in [0, 1, 137] {
+        table.fault(
+            &mut node,
+            &format!("the container exits {code}, again and again"),
+            "a pause that grows",
+            |node| {
+                node.clear();
+                node.context(&format!("test-exit={code}"));
+                node.up();
+                let since = Instant::now();
+                for pause in [1, 2] {
+                    let line =
+                        format!("ended with exit code {code}; starting it again in {pause} s");
+                    node.agent().wait_for_line(&line, PATIENCE);
+                }
+                node.context("");
+                since
+            },
+        );
     }
-    table.fault(&mut node, "the container is renamed, and the agent killed", "one container", |node| {
-        node.clear();
-        node.up();
-        docker(node, &["rename", "flower-supernode", "somebodys"]);
-        let since = Instant::now();
-        node.up();
-        since
-    });
-    table.fault(&mut node, "container.name is changed, and the agent told", "one container", |node| {
-        node.clear();
-        node.case.set("container.name", "another-name");
-        node.start();
-        node.connected();
-        node.case.set("container.name", "flower-supernode");
-        let _ = node.case.settings_file();
-        let since = Instant::now();
-        node.agent().reload();
-        node.runs_anew_after("");
-        node.says_it_runs();
-        since
-    });
+    table.fault(
+        &mut node,
+        "the container is renamed, and the agent killed",
+        "one container",
+        |node| {
+            node.clear();
+            node.up();
+            docker(node, &["rename", "flower-supernode", "somebodys"]);
+            let since = Instant::now();
+            node.up();
+            since
+        },
+    );
+    table.fault(
+        &mut node,
+        "container.name is changed, and the agent told",
+        "one container",
+        |node| {
+            node.clear();
+            node.case.set("container.name", "another-name");
+            node.start();
+            node.connected();
+            node.case.set("container.name", "flower-supernode");
+            let _ = node.case.settings_file();
+            let since = Instant::now();
+            node.agent().reload();
+            node.runs_anew_after("");
+            node.says_it_runs();
+            since
+        },
+    );
     let holds = "the cloud hears that the node is not ready";
     table.fault(&mut node, "the container is paused, as the cloud sees it", holds, |node| {
         node.clear();
@@ -376,18 +439,23 @@ fn the_container() {
         assert!(eventually(PATIENCE / 4, is_told));
         since
     });
-    table.fault(&mut node, "the container is paused", "not ready meanwhile, the same run after", |node| {
-        node.clear();
-        node.up();
-        let before = node.run();
-        docker(node, &["pause", "flower-supernode"]);
-        assert_eq!(node.case.run_command("status", &["--ready"]).code, Some(1));
-        docker(node, &["unpause", "flower-supernode"]);
-        let since = Instant::now();
-        assert_eq!(node.case.run_command("status", &["--ready"]).code, Some(0));
-        assert_eq!(node.run(), before);
-        since
-    });
+    table.fault(
+        &mut node,
+        "the container is paused",
+        "not ready meanwhile, the same run after",
+        |node| {
+            node.clear();
+            node.up();
+            let before = node.run();
+            docker(node, &["pause", "flower-supernode"]);
+            assert_eq!(node.case.run_command("status", &["--ready"]).code, Some(1));
+            docker(node, &["unpause", "flower-supernode"]);
+            let since = Instant::now();
+            assert_eq!(node.case.run_command("status", &["--ready"]).code, Some(0));
+            assert_eq!(node.run(), before);
+            since
+        },
+    );
     table.finish();
 }
 
@@ -396,7 +464,17 @@ fn certificate() -> String {
     let sandbox = supernode_tests::Sandbox::new("ca");
     let (key, pem) = (sandbox.join("key"), sandbox.join("pem"));
     let mut openssl = std::process::Command::new("openssl");
-    openssl.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "30"]);
+    openssl.args([
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "30",
+    ]);
     openssl.args(["-subj", "/CN=ca", "-keyout"]).arg(&key).arg("-out").arg(&pem);
     supernode_tests::run(&mut openssl, PATIENCE).expect_success();
     base64(&fs::read_to_string(pem).unwrap())
@@ -408,11 +486,13 @@ fn disks() {
     let mut table = Table::default();
     // Each folder with what makes the agent write there.
     let certificate = certificate();
-    let tls = [("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", &certificate), ("REPORT_READY", "YES")];
+    let tls =
+        [("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", &certificate), ("REPORT_READY", "YES")];
     node.onegate.change(|state| {
         state.join(7, "supernode", VM);
     });
-    let folders = [("state", &[][..], 4), ("certs", &tls, 0), ("lasting", &[("FL_LOG_LEVEL", "DEBUG")], 2)];
+    let folders =
+        [("state", &[][..], 4), ("certs", &tls, 0), ("lasting", &[("FL_LOG_LEVEL", "DEBUG")], 2)];
     for (folder, variables, most_pages) in folders {
         for pages in 0..=most_pages {
             let name = format!("the disk of {folder} is full but for {pages} pages");
@@ -426,7 +506,11 @@ fn disks() {
                 drop(disk);
                 let since = Instant::now();
                 if !is_up {
-                    assert!(node.said().iter().any(|line| line.contains("cannot write")), "{:#?}", node.said());
+                    assert!(
+                        node.said().iter().any(|line| line.contains("cannot write")),
+                        "{:#?}",
+                        node.said()
+                    );
                     node.up();
                 }
                 since
@@ -456,7 +540,8 @@ fn disks() {
     node.case.set("docker.daemon_json", daemon_json.to_string_lossy().into_owned());
     type Mount = fn(&Path) -> Mounted;
     let full: Mount = |folder| Mounted::full_but_for(0, folder);
-    let mounts: [(&str, Mount); 2] = [("the disk of /etc is full", full), ("/etc is read-only", Mounted::read_only)];
+    let mounts: [(&str, Mount); 2] =
+        [("the disk of /etc is full", full), ("/etc is read-only", Mounted::read_only)];
     for (name, mount) in mounts {
         table.fault(&mut node, name, "the CPU, with its WARNING; the GPU after it", |node| {
             node.reset();
@@ -477,7 +562,10 @@ fn disks() {
 /// An agent that is started by a script of the machine, which ends with `exec "$agent" "$@"`.
 fn started_by(node: &mut Node, script: &str) {
     let agent = agent_binary();
-    let text = format!("#!/bin/sh\nset -eu\nagent='{}'\n{script}\nexec \"$agent\" \"$@\"\n", agent.display());
+    let text = format!(
+        "#!/bin/sh\nset -eu\nagent='{}'\n{script}\nexec \"$agent\" \"$@\"\n",
+        agent.display()
+    );
     let path = node.case.write("bin/started-by", text);
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     node.case.agent(path);
@@ -490,17 +578,27 @@ fn the_machine() {
     if Path::new("/run/systemd/journal/socket").exists() {
         say("SKIPPED: this machine has a journal (FAULT no journal)");
     } else {
-        table.fault(&mut node, "there is no journal, and the environment says so", "the log on stderr", |node| {
-            started_by(node, "export JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr)");
-            let since = Instant::now();
-            node.up();
-            assert!(node.said().iter().any(|line| line.contains("started the container")), "{:#?}", node.said());
-            since
-        });
+        table.fault(
+            &mut node,
+            "there is no journal, and the environment says so",
+            "the log on stderr",
+            |node| {
+                started_by(node, "export JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr)");
+                let since = Instant::now();
+                node.up();
+                assert!(
+                    node.said().iter().any(|line| line.contains("started the container")),
+                    "{:#?}",
+                    node.said()
+                );
+                since
+            },
+        );
     }
-    for (what, script) in
-        [("is not named", "unset NOTIFY_SOCKET"), ("has nobody behind it", "export NOTIFY_SOCKET=/nowhere/notify")]
-    {
+    for (what, script) in [
+        ("is not named", "unset NOTIFY_SOCKET"),
+        ("has nobody behind it", "export NOTIFY_SOCKET=/nowhere/notify"),
+    ] {
         table.fault(&mut node, &format!("the notify socket {what}"), "up", |node| {
             node.clear();
             started_by(node, script);
@@ -525,18 +623,23 @@ fn the_machine() {
         node.up();
         since
     });
-    table.fault(&mut node, "the context is half written at the start", "the rest is waited for", |node| {
-        node.clear();
-        let file = node.case.path("context/context.sh.network");
-        let whole = fs::read(&file).unwrap();
-        fs::write(&file, &whole[..whole.len() / 2]).unwrap();
-        node.start();
-        thread::sleep(Duration::from_millis(200));
-        let since = Instant::now();
-        fs::write(&file, whole).unwrap();
-        node.agent().wait_for_notify("READY=1", PATIENCE);
-        since
-    });
+    table.fault(
+        &mut node,
+        "the context is half written at the start",
+        "the rest is waited for",
+        |node| {
+            node.clear();
+            let file = node.case.path("context/context.sh.network");
+            let whole = fs::read(&file).unwrap();
+            fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+            node.start();
+            thread::sleep(Duration::from_millis(200));
+            let since = Instant::now();
+            fs::write(&file, whole).unwrap();
+            node.agent().wait_for_notify("READY=1", PATIENCE);
+            since
+        },
+    );
     table.fault(&mut node, "the context is gone while the node runs", "the same run", |node| {
         let before = node.run();
         lose_context(node);
@@ -546,35 +649,45 @@ fn the_machine() {
         assert_eq!(node.run(), before);
         since
     });
-    table.fault(&mut node, "the context is changed while the node runs", "another container, one", |node| {
-        node.context("");
-        node.up();
-        let before = node.run();
-        node.context("changed=1");
-        let since = Instant::now();
-        node.agent().reload();
-        node.runs_anew_after(&before);
-        node.says_it_runs();
-        since
-    });
+    table.fault(
+        &mut node,
+        "the context is changed while the node runs",
+        "another container, one",
+        |node| {
+            node.context("");
+            node.up();
+            let before = node.run();
+            node.context("changed=1");
+            let since = Instant::now();
+            node.agent().reload();
+            node.runs_anew_after(&before);
+            node.says_it_runs();
+            since
+        },
+    );
     match faketime() {
         None => say("SKIPPED: no libfaketime (Debian: faketime) (FAULT the clock is set back)"),
         Some(library) => {
             let clock = node.case.write("clock", "+0\n");
             node.case.env("LD_PRELOAD", library).env("FAKETIME_TIMESTAMP_FILE", &clock);
             node.case.env("FAKETIME_NO_CACHE", "1").env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
-            table.fault(&mut node, "the clock is set back a day", "watched as before, and adopted", |node| {
-                node.clear();
-                node.up();
-                fs::write(&clock, "-1d\n").unwrap();
-                let since = Instant::now();
-                watched_as_before(node);
-                let before = node.run();
-                node.up();
-                assert_eq!(node.run(), before);
-                node.connected();
-                since
-            });
+            table.fault(
+                &mut node,
+                "the clock is set back a day",
+                "watched as before, and adopted",
+                |node| {
+                    node.clear();
+                    node.up();
+                    fs::write(&clock, "-1d\n").unwrap();
+                    let since = Instant::now();
+                    watched_as_before(node);
+                    let before = node.run();
+                    node.up();
+                    assert_eq!(node.run(), before);
+                    node.connected();
+                    since
+                },
+            );
         }
     }
     table.finish();
@@ -591,13 +704,16 @@ fn fifty_kills_of_a_boot() {
     let mut table = Table::default();
     let given = std::env::var("SUPERNODE_TESTS_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed: u64 = given.unwrap_or_else(|| std::process::id().into());
-    say(&format!("MEASURED with SUPERNODE_TESTS_SEED={seed}: the moments at which the agent is killed"));
+    say(&format!(
+        "MEASURED with SUPERNODE_TESTS_SEED={seed}: the moments at which the agent is killed"
+    ));
     let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     node.reset();
     let since = Instant::now();
     node.up();
     let whole = since.elapsed();
-    // Where Docker is making the container for the one that was killed, its name is taken and cannot be looked at.
+    // Where Docker is making the container for the one that was killed, its name is taken and
+    // cannot be looked at.
     table.fault(&mut node, "the agent is killed at 50 moments of a boot", UP_IN_TWO, |node| {
         let mut longest = Duration::ZERO;
         for kill in 0..50 {
@@ -704,11 +820,13 @@ fn sigterm_in_each_phase() {
     table.finish();
 }
 
-/// A cgroup of one's own that allows this much memory; `None` where this machine lets nobody make one.
+/// A cgroup of one's own that allows this much memory; `None` where this machine lets nobody make
+/// one.
 fn cgroup(limit_mib: u64) -> Option<PathBuf> {
-    let (root, limit) = [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")]
-        .into_iter()
-        .find(|(root, _)| Path::new(root).join("cgroup.procs").exists())?;
+    let (root, limit) =
+        [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")]
+            .into_iter()
+            .find(|(root, _)| Path::new(root).join("cgroup.procs").exists())?;
     let group = Path::new(root).join(format!("sn-faults-{}", std::process::id()));
     fs::create_dir(&group).ok()?;
     let limited = fs::write(group.join(limit), (limit_mib << 20).to_string());
@@ -735,8 +853,9 @@ fn little_memory_and_a_chatty_container() {
         node.connected();
         since
     });
-    let peak =
-        ["memory.max_usage_in_bytes", "memory.peak"].iter().find_map(|file| fs::read_to_string(group.join(file)).ok());
+    let peak = ["memory.max_usage_in_bytes", "memory.peak"]
+        .iter()
+        .find_map(|file| fs::read_to_string(group.join(file)).ok());
     let peak = peak.and_then(|peak| peak.trim().parse::<u64>().ok()).unwrap_or(0) >> 20;
     say(&format!("MEASURED peak of the agent's cgroup, files among it: {peak} MiB of 32 MiB"));
     drop(node);

@@ -1,6 +1,12 @@
-//! Two nodes of a real Flower, each with an agent and an engine of its own, and a real SuperLink, which they find through
-//! OneGate and trust by the CA that it published there: they train over TLS, the SuperLink is started again, they train again.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+//! Two nodes of a real Flower, each with an agent and an engine of its own, and a real SuperLink,
+//! which they find through OneGate and trust by the CA that it published there: they train over
+//! TLS, the SuperLink is started again, they train again.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic"
+)]
 
 mod common;
 
@@ -9,7 +15,9 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use common::{PATIENCE, base64, say, up};
-use supernode_tests::{Agent, Case, Cloud, Engine, Flower, OneGateStandIn, Round, State, SuperLink, eventually};
+use supernode_tests::{
+    Agent, Case, Cloud, Engine, Flower, OneGateStandIn, Round, State, SuperLink, eventually,
+};
 
 /// More than three rounds take on a busy machine.
 const RUN: Duration = Duration::from_secs(120);
@@ -22,28 +30,41 @@ const NO_HEALTH_CHECK: bool = false;
 /// The promise: a node that hangs is back in training in this time.
 const BACK: Duration = Duration::from_secs(60);
 
-/// Flower 1.31 says goodbye and stays, and Docker sees nothing wrong with it; seldom both nodes go on.
+/// Flower 1.31 says goodbye and stays, and Docker sees nothing wrong with it; seldom both nodes go
+/// on.
 #[test]
 fn nodes_of_flower_1_31_that_hang_after_a_quick_restart_of_the_superlink_are_started_again() {
-    let Some(mut federation) = Federation::start("1.31.0", State::Memory, HEALTH_CHECK) else { return };
+    let Some(mut federation) = Federation::start("1.31.0", State::Memory, HEALTH_CHECK) else {
+        return;
+    };
     federation.train_three_rounds();
-    let back = federation.restart_and_train(Duration::ZERO, RUN).unwrap_or_else(|error| panic!("{error}"));
+    let back =
+        federation.restart_and_train(Duration::ZERO, RUN).unwrap_or_else(|error| panic!("{error}"));
     assert!(back < BACK, "{back:?}");
     federation.nodes.iter().for_each(Node::assert_hang_was_told);
 }
 
 #[test]
 fn nodes_of_flower_1_31_hang_after_a_quick_restart_of_the_superlink_when_left_alone() {
-    let Some(mut federation) = Federation::start("1.31.0", State::Memory, NO_HEALTH_CHECK) else { return };
+    let Some(mut federation) = Federation::start("1.31.0", State::Memory, NO_HEALTH_CHECK) else {
+        return;
+    };
     federation.train_three_rounds();
     if federation.restart_and_train(Duration::ZERO, ALONE).is_err() {
-        assert!(federation.nodes.iter().any(Node::hangs), "{}{}", federation.nodes[0].log(), federation.nodes[1].log());
+        assert!(
+            federation.nodes.iter().any(Node::hangs),
+            "{}{}",
+            federation.nodes[0].log(),
+            federation.nodes[1].log()
+        );
     }
 }
 
 #[test]
 fn nodes_of_flower_1_41_rest_and_train_and_after_a_quick_restart_of_the_superlink_train_again() {
-    let Some(mut federation) = Federation::start("1.41.0", State::Memory, HEALTH_CHECK) else { return };
+    let Some(mut federation) = Federation::start("1.41.0", State::Memory, HEALTH_CHECK) else {
+        return;
+    };
     federation.rest();
     federation.train_three_rounds();
     federation.restart_and_train(Duration::ZERO, RUN).unwrap_or_else(|error| panic!("{error}"));
@@ -60,11 +81,16 @@ fn nodes_of_flower_1_41_rest_and_train_and_after_a_quick_restart_of_the_superlin
 #[test]
 #[ignore = "ten minutes of figures: what each release does by itself, for either memory of the SuperLink"]
 fn how_long_nodes_that_are_left_alone_take_after_a_restart_of_the_superlink() {
-    for (release, state) in
-        [("1.31.0", State::Memory), ("1.31.0", State::Database), ("1.41.0", State::Memory), ("1.41.0", State::Database)]
-    {
+    for (release, state) in [
+        ("1.31.0", State::Memory),
+        ("1.31.0", State::Database),
+        ("1.41.0", State::Memory),
+        ("1.41.0", State::Database),
+    ] {
         say(&format!("MEASURED Flower {release}, the SuperLink's state in {state:?}:"));
-        let Some(mut federation) = Federation::start(release, state, NO_HEALTH_CHECK) else { return };
+        let Some(mut federation) = Federation::start(release, state, NO_HEALTH_CHECK) else {
+            return;
+        };
         federation.train_three_rounds();
         for outage in [Duration::from_secs(20), Duration::ZERO] {
             // Where they do not come back, that is the figure.
@@ -85,7 +111,8 @@ struct Federation {
     superlink: SuperLink,
     _onegate: OneGateStandIn,
     _cloud: Cloud,
-    /// Two processors are enough for one federation; with two, agents at rest lose their SuperLink for a while.
+    /// Two processors are enough for one federation; with two, agents at rest lose their SuperLink
+    /// for a while.
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -123,7 +150,10 @@ impl Federation {
         onegate.change(|state| {
             // Without FL_ENDPOINT: it is the NIC, and the port of the release.
             let address = superlink.address().ip().to_string();
-            let vm = state.join(SERVICE, "superlink", SUPERLINK).nic(&address).attribute("FL_VERSION", release);
+            let vm = state
+                .join(SERVICE, "superlink", SUPERLINK)
+                .nic(&address)
+                .attribute("FL_VERSION", release);
             vm.attribute("FL_TLS", "YES").attribute("FL_CA_CERT", &base64(&superlink.ca()));
             for id in NODES {
                 state.join(SERVICE, "supernode", id);
@@ -136,9 +166,16 @@ impl Federation {
             .map(|(vm_id, engine)| Node::start(release, &onegate, vm_id, engine, health_check))
             .collect();
         for node in &nodes {
-            assert!(eventually(PATIENCE, || node.log().contains("SuperNode ID:")), "{}", node.log());
+            assert!(
+                eventually(PATIENCE, || node.log().contains("SuperNode ID:")),
+                "{}",
+                node.log()
+            );
         }
-        say(&format!("MEASURED Flower {release}: both nodes connected in {:.1} s", begun.elapsed().as_secs_f64()));
+        say(&format!(
+            "MEASURED Flower {release}: both nodes connected in {:.1} s",
+            begun.elapsed().as_secs_f64()
+        ));
         Some(Self { release, nodes, superlink, _onegate: onegate, _cloud: cloud, _turn: turn })
     }
 
@@ -146,10 +183,12 @@ impl Federation {
     fn rest(&self) {
         // The last words of the start.
         thread::sleep(Duration::from_secs(10));
-        let wake_ups = || self.nodes.iter().map(|node| wake_ups_of(node.agent.pid())).collect::<Vec<_>>();
+        let wake_ups =
+            || self.nodes.iter().map(|node| wake_ups_of(node.agent.pid())).collect::<Vec<_>>();
         let before = wake_ups();
         thread::sleep(Duration::from_secs(60));
-        let a_minute: Vec<u64> = wake_ups().iter().zip(&before).map(|(after, before)| after - before).collect();
+        let a_minute: Vec<u64> =
+            wake_ups().iter().zip(&before).map(|(after, before)| after - before).collect();
         say(&format!("MEASURED wake-ups a minute of two agents at rest: {a_minute:?}"));
         assert!(a_minute.iter().all(|wake_ups| *wake_ups < 15), "{a_minute:?}");
     }
@@ -159,12 +198,24 @@ impl Federation {
         let rounds = self.superlink.run_app(3, RUN).unwrap_or_else(|error| panic!("{error}"));
         assert_learned(&rounds);
         let (seconds, accuracy) = (begun.elapsed().as_secs_f64(), rounds[2].accuracy);
-        say(&format!("MEASURED Flower {}: three rounds in {seconds:.1} s, accuracy {accuracy}", self.release));
+        say(&format!(
+            "MEASURED Flower {}: three rounds in {seconds:.1} s, accuracy {accuracy}",
+            self.release
+        ));
     }
 
-    /// Kills the SuperLink, starts it again after the outage, and gives the nodes this long for three more rounds.
-    fn restart_and_train(&mut self, outage: Duration, within: Duration) -> Result<Duration, String> {
-        let what = format!("MEASURED Flower {}: SuperLink restarted after {} s", self.release, outage.as_secs());
+    /// Kills the SuperLink, starts it again after the outage, and gives the nodes this long for
+    /// three more rounds.
+    fn restart_and_train(
+        &mut self,
+        outage: Duration,
+        within: Duration,
+    ) -> Result<Duration, String> {
+        let what = format!(
+            "MEASURED Flower {}: SuperLink restarted after {} s",
+            self.release,
+            outage.as_secs()
+        );
         let killed = SystemTime::now();
         self.superlink.restart(outage);
         let rounds = self.superlink.run_app(3, within).inspect_err(|_| {
@@ -179,12 +230,19 @@ impl Federation {
 }
 
 impl Node {
-    fn start(release: &str, onegate: &OneGateStandIn, vm_id: u32, engine: Engine, health_check: bool) -> Self {
+    fn start(
+        release: &str,
+        onegate: &OneGateStandIn,
+        vm_id: u32,
+        engine: Engine,
+        health_check: bool,
+    ) -> Self {
         let mut case = Case::new();
         case.engine(&engine).in_namespace_of(&engine).set("container.health_check", health_check);
         // As in the unit.
         case.env("WATCHDOG_USEC", "120000000");
-        case.context(&[("FLOWER_VERSION", release), ("ML_FRAMEWORK", "base")]).onegate(onegate, vm_id);
+        case.context(&[("FLOWER_VERSION", release), ("ML_FRAMEWORK", "base")])
+            .onegate(onegate, vm_id);
         Self { agent: up(&case), _case: case, engine }
     }
 
@@ -207,7 +265,8 @@ impl Node {
     }
 
     fn runs(&self) -> bool {
-        let running = self.engine.docker(&["inspect", "--format", "{{.State.Running}}", "flower-supernode"]);
+        let running =
+            self.engine.docker(&["inspect", "--format", "{{.State.Running}}", "flower-supernode"]);
         running.expect_success() == "true"
     }
 

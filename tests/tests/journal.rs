@@ -17,8 +17,9 @@ use std::time::Duration;
 use common::wanted;
 use supernode_tests::{Case, agent_binary, run};
 
-/// Runs the agent (`$2`, settings `$3`) where `/run/systemd/journal` is the folder `$1` and stderr leads to the journal, as
-/// JOURNAL_STREAM says. In a mount namespace: the machine's own /run stays what it is.
+/// Runs the agent (`$2`, settings `$3`) where `/run/systemd/journal` is the folder `$1` and stderr
+/// leads to the journal, as JOURNAL_STREAM says. In a mount namespace: the machine's own /run stays
+/// what it is.
 const ON_A_JOURNAL: &str = r#"
 mount -t tmpfs run /run
 mkdir -p /run/systemd/journal
@@ -45,14 +46,19 @@ fn a_fallback_is_one_entry_with_priority_4_a_message_id_and_its_fields() {
         println!("SKIPPED: no mount namespace of one's own here: {}", output.stderr.trim());
         return;
     }
-    assert_eq!((output.code, output.stderr.as_str()), (Some(1), ""), "what is on the journal is not on stderr");
+    assert_eq!(
+        (output.code, output.stderr.as_str()),
+        (Some(1), ""),
+        "what is on the journal is not on stderr"
+    );
     let mut entries = Vec::new();
     let mut buffer = [0; 65536];
     // The agent has ended: what it sent is here.
     while let Ok(length) = journal.recv(&mut buffer) {
         entries.push(fields_of(&buffer[..length]));
     }
-    let warnings: Vec<_> = entries.iter().filter(|entry| entry.get("PRIORITY").is_some_and(|p| p == "4")).collect();
+    let warnings: Vec<_> =
+        entries.iter().filter(|entry| entry.get("PRIORITY").is_some_and(|p| p == "4")).collect();
     assert_eq!(warnings.len(), 1, "{entries:#?}");
     let warning = warnings[0];
     assert_eq!(warning["FL_GPU_REASON"], "gpu-not-passed-through");
@@ -63,8 +69,8 @@ fn a_fallback_is_one_entry_with_priority_4_a_message_id_and_its_fields() {
     assert!(warning["MESSAGE"].contains("this node runs on the CPU"));
 }
 
-/// The fields of an entry: `NAME=value`, or the name, a line break, the value's length in eight bytes, and the value
-/// (systemd, Native Journal Protocol).
+/// The fields of an entry: `NAME=value`, or the name, a line break, the value's length in eight
+/// bytes, and the value (systemd, Native Journal Protocol).
 fn fields_of(mut entry: &[u8]) -> BTreeMap<String, String> {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let mut fields = BTreeMap::new();

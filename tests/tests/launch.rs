@@ -1,6 +1,11 @@
-//! The node on a real Docker engine, on the stand-in GPU: launched, adopted, replaced, started again, stopped. Why it is on
-//! the CPU instead is in causes.rs.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+//! The node on a real Docker engine, on the stand-in GPU: launched, adopted, replaced, started
+//! again, stopped. Why it is on the CPU instead is in causes.rs.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic"
+)]
 
 mod common;
 
@@ -10,8 +15,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::{
-    GPU_A, GPU_B, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, sysfs_of_two, two_gpus, up, wanted,
-    warnings,
+    GPU_A, GPU_B, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, sysfs_of_two,
+    two_gpus, up, wanted, warnings,
 };
 use serde_json::{Value, json};
 use supernode_tests::{Case, RuntimeMode, Sysfs, eventually, image, run};
@@ -27,7 +32,8 @@ fn a_good_gpu_is_in_the_container_and_nothing_is_warned_of() {
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
     let env = inspect(&engine, "{{range .Config.Env}}{{println .}}{{end}}");
     assert!(
-        env.contains(&format!("NVIDIA_VISIBLE_DEVICES={GPU_B}\n")) && !env.contains("CUDA_VISIBLE_DEVICES"),
+        env.contains(&format!("NVIDIA_VISIBLE_DEVICES={GPU_B}\n"))
+            && !env.contains("CUDA_VISIBLE_DEVICES"),
         "{env}"
     );
     assert!(engine.docker(&["logs", "flower-supernode"]).stdout.contains("device /dev/nvidia1"));
@@ -73,11 +79,16 @@ fn a_running_container_without_its_gpu_is_made_anew_and_not_adopted() {
     case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     up(&case).kill9();
     let before = inspect(&engine, "{{.Id}}");
-    fs::remove_file(format!("/proc/{}/root/dev/nvidia0", inspect(&engine, "{{.State.Pid}}"))).unwrap();
+    fs::remove_file(format!("/proc/{}/root/dev/nvidia0", inspect(&engine, "{{.State.Pid}}")))
+        .unwrap();
     let agent = up(&case);
     assert_ne!(inspect(&engine, "{{.Id}}"), before);
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
-    assert!(warnings(&agent)[0].contains("replacing the running container"), "{:#?}", agent.lines());
+    assert!(
+        warnings(&agent)[0].contains("replacing the running container"),
+        "{:#?}",
+        agent.lines()
+    );
 }
 
 #[test]
@@ -111,12 +122,14 @@ fn where_the_cpu_launch_is_refused_as_well_the_gpu_is_tried_again() {
     assert!(eventually(PATIENCE, || {
         agent.lines().iter().filter(|line| line.contains("does not come up")).count() >= 2
     }));
-    let fallbacks = warnings(&agent).into_iter().filter(|line| line.contains("runtime-start-failed")).count();
+    let fallbacks =
+        warnings(&agent).into_iter().filter(|line| line.contains("runtime-start-failed")).count();
     assert_eq!(fallbacks, 1, "{:#?}", agent.lines());
     fs::remove_file(&broken).unwrap();
     assert!(eventually(PATIENCE, || {
         let format = "{{.State.Running}} {{.HostConfig.Runtime}}";
-        engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout.trim() == "true nvidia"
+        engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout.trim()
+            == "true nvidia"
     }));
 }
 
@@ -172,7 +185,11 @@ fn a_paused_container_is_adopted_with_a_warning_that_names_the_cure() {
     up(&case).kill9();
     engine.docker(&["pause", "flower-supernode"]).expect_success();
     let agent = up(&case);
-    assert!(warnings(&agent)[0].contains("docker unpause flower-supernode"), "{:#?}", agent.lines());
+    assert!(
+        warnings(&agent)[0].contains("docker unpause flower-supernode"),
+        "{:#?}",
+        agent.lines()
+    );
     engine.docker(&["unpause", "flower-supernode"]).expect_success();
 }
 
@@ -180,7 +197,9 @@ fn a_paused_container_is_adopted_with_a_warning_that_names_the_cure() {
 fn a_foreign_container_of_the_same_name_is_replaced_and_its_data_stay() {
     let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    engine.docker(&["run", "-d", "--name", "flower-supernode", "-v", "/data", image::PYTORCH]).expect_success();
+    engine
+        .docker(&["run", "-d", "--name", "flower-supernode", "-v", "/data", image::PYTORCH])
+        .expect_success();
     let volumes = || engine.docker(&["volume", "ls", "-q"]).expect_success().to_owned();
     let before = volumes();
     assert!(!before.is_empty());
@@ -209,7 +228,8 @@ fn an_engine_that_hangs_does_not_keep_the_agent_from_its_end() {
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("container.stop_timeout_seconds", 1);
     let mut agent = up(&case);
     let freeze = |signal: &str| {
-        run(Command::new("kill").args([signal, &engine.pid().to_string()]), PATIENCE).expect_success();
+        run(Command::new("kill").args([signal, &engine.pid().to_string()]), PATIENCE)
+            .expect_success();
     };
     freeze("-STOP");
     assert_eq!(agent.terminate(), 1);
@@ -232,10 +252,12 @@ fn a_container_that_went_down_with_its_engine_is_started_again_without_a_longer_
     for round in 1..=3 {
         engine.restart();
         assert!(eventually(PATIENCE, || {
-            agent.lines().iter().filter(|line| line.contains("started the container")).count() == round + 1
+            agent.lines().iter().filter(|line| line.contains("started the container")).count()
+                == round + 1
         }));
     }
-    let pauses: Vec<_> = agent.lines().into_iter().filter(|line| line.contains("starting it again in")).collect();
+    let pauses: Vec<_> =
+        agent.lines().into_iter().filter(|line| line.contains("starting it again in")).collect();
     assert!(pauses.iter().all(|line| line.ends_with("in 1 s")), "{pauses:#?}");
 }
 
@@ -261,7 +283,10 @@ fn whatever_the_exit_code_the_container_is_started_again_with_a_growing_pause() 
         case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", &node_config)]);
         let mut agent = up(&case);
         for pause in [1, 2, 4] {
-            agent.wait_for_line(&format!("ended with exit code {code}; starting it again in {pause} s"), PATIENCE);
+            agent.wait_for_line(
+                &format!("ended with exit code {code}; starting it again in {pause} s"),
+                PATIENCE,
+            );
         }
         assert_eq!(agent.terminate(), 0);
         engine.docker(&["rm", "-f", "flower-supernode"]);
@@ -275,7 +300,11 @@ fn a_container_that_was_removed_by_hand_is_made_again() {
     let _agent = up(&case);
     engine.docker(&["rm", "-f", "flower-supernode"]).expect_success();
     assert!(eventually(PATIENCE, || {
-        engine.docker(&["inspect", "--format", "{{.State.Running}}", "flower-supernode"]).stdout.trim() == "true"
+        engine
+            .docker(&["inspect", "--format", "{{.State.Running}}", "flower-supernode"])
+            .stdout
+            .trim()
+            == "true"
     }));
 }
 
@@ -296,7 +325,10 @@ fn a_container_that_does_not_listen_to_sigterm_is_killed_after_its_grace() {
     case.set("container.stop_timeout_seconds", 1);
     let mut agent = up(&case);
     agent.wait_for_line("started the container", PATIENCE);
-    assert!(eventually(PATIENCE, || engine.docker(&["logs", "flower-supernode"]).stderr.contains("SuperNode ID")));
+    assert!(eventually(PATIENCE, || engine
+        .docker(&["logs", "flower-supernode"])
+        .stderr
+        .contains("SuperNode ID")));
     assert_eq!(agent.terminate(), 0);
     assert_eq!(inspect(&engine, "{{.State.Running}} {{.State.ExitCode}}"), "false 137");
 }
@@ -312,7 +344,11 @@ fn an_engine_that_comes_late_is_waited_for_and_one_that_goes_is_found_again() {
     agent.wait_for_notify("READY=1", PATIENCE);
     engine.restart();
     assert!(eventually(PATIENCE, || {
-        engine.docker(&["inspect", "--format", "{{.State.Running}}", "flower-supernode"]).stdout.trim() == "true"
+        engine
+            .docker(&["inspect", "--format", "{{.State.Running}}", "flower-supernode"])
+            .stdout
+            .trim()
+            == "true"
     }));
 }
 
@@ -328,10 +364,17 @@ fn an_engine_that_never_comes_is_an_error_that_a_retry_may_cure() {
 #[test]
 fn the_prebaked_image_stands_in_for_one_that_is_not_to_be_had() {
     let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FLOWER_VERSION", "9.9.9"), ("ML_FRAMEWORK", "pytorch")]);
+    case.context(&[
+        ("FL_SUPERLINK_ADDRESS", "h:1"),
+        ("FLOWER_VERSION", "9.9.9"),
+        ("ML_FRAMEWORK", "pytorch"),
+    ]);
     let mut agent = up(&case);
     let warning = &warnings(&agent)[0];
-    assert!(warning.contains("flower-supernode-pytorch:9.9.9") && warning.contains("prebaked"), "{warning}");
+    assert!(
+        warning.contains("flower-supernode-pytorch:9.9.9") && warning.contains("prebaked"),
+        "{warning}"
+    );
     assert_eq!(inspect(&engine, "{{.Config.Image}}"), image::PYTORCH);
     assert_eq!(agent.terminate(), 0);
     // None at all: both are named.
@@ -340,7 +383,8 @@ fn the_prebaked_image_stands_in_for_one_that_is_not_to_be_had() {
     assert_eq!(agent.wait_exit(PATIENCE), 1);
     let line = agent.wait_for_line(" ERROR ", PATIENCE);
     assert!(
-        line.contains("flower-supernode-pytorch:9.9.9") && line.contains("flower-supernode-tensorflow:9.9.8"),
+        line.contains("flower-supernode-pytorch:9.9.9")
+            && line.contains("flower-supernode-tensorflow:9.9.8"),
         "{line}"
     );
 }
@@ -365,21 +409,31 @@ fn hostile_values_arrive_byte_for_byte_and_nothing_is_executed() {
 fn the_container_is_confined_as_the_contract_says() {
     let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
     let pem = include_str!("../../agent/tests/ca.crt");
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", pem)]);
+    case.context(&[
+        ("FL_SUPERLINK_ADDRESS", "h:1"),
+        ("FL_TLS_ENABLED", "YES"),
+        ("FL_SSL_CA_CERTFILE", pem),
+    ]);
     let mut agent = up(&case);
     let host: Value = serde_json::from_str(&inspect(&engine, "{{json .HostConfig}}")).unwrap();
     assert_eq!(host["CapDrop"], json!(["ALL"]));
     assert_eq!(host["SecurityOpt"], json!(["no-new-privileges"]));
     assert_eq!(host["Init"], true);
-    assert!(host["PidsLimit"].as_i64().unwrap() > 0 && host["ShmSize"].as_u64().unwrap() > 64 << 20);
+    assert!(
+        host["PidsLimit"].as_i64().unwrap() > 0 && host["ShmSize"].as_u64().unwrap() > 64 << 20
+    );
     assert_eq!(host["RestartPolicy"]["Name"], "no");
     assert_eq!(host["LogConfig"]["Config"]["max-size"], "10m");
     assert_eq!(inspect(&engine, "{{.Config.User}}"), "49999:49999");
-    let probe = "touch /app/.flwr/x && ! touch /app/data/x && ! touch /app/ca.crt && cat /app/ca.crt";
+    let probe =
+        "touch /app/.flwr/x && ! touch /app/data/x && ! touch /app/ca.crt && cat /app/ca.crt";
     let inside = engine.docker(&["exec", "flower-supernode", "sh", "-c", probe]);
     assert_eq!(inside.stdout.trim(), pem.trim(), "{inside:?}");
     let args = inspect(&engine, "{{.Args}}");
-    assert!(args.contains("--root-certificates /app/ca.crt") && !args.contains("--insecure"), "{args}");
+    assert!(
+        args.contains("--root-certificates /app/ca.crt") && !args.contains("--insecure"),
+        "{args}"
+    );
     assert_eq!(agent.terminate(), 0);
 }
 
@@ -391,7 +445,11 @@ fn another_ca_is_another_container() {
     let ids: Vec<String> = [pem.to_owned(), pem.replace('\n', "\r\n"), two]
         .iter()
         .map(|pem| {
-            case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", pem)]);
+            case.context(&[
+                ("FL_SUPERLINK_ADDRESS", "h:1"),
+                ("FL_TLS_ENABLED", "YES"),
+                ("FL_SSL_CA_CERTFILE", pem),
+            ]);
             up(&case).kill9();
             inspect(&engine, "{{.Id}}")
         })
@@ -437,7 +495,9 @@ fn mig_instances_are_in_the_container_by_the_node_of_their_card() {
         let listed = engine.docker(&["exec", "flower-supernode", "ls", "/dev"]).stdout;
         listed
             .lines()
-            .filter(|name| name.starts_with("nvidia") && *name != "nvidiactl" && *name != "nvidia-uvm")
+            .filter(|name| {
+                name.starts_with("nvidia") && *name != "nvidiactl" && *name != "nvidia-uvm"
+            })
             .fold(String::new(), |names, name| names + name + " ")
     };
     for (selection, expected, nodes, limits) in [
@@ -446,7 +506,10 @@ fn mig_instances_are_in_the_container_by_the_node_of_their_card() {
         (MIG_B, vec![MIG_B], "nvidia3 ", "4928"),
         ("MIG-aaaa", vec![MIG_A], "nvidia3 ", "2432"),
     ] {
-        case.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", selection), ("FL_GPU_MEMORY_FRACTION", "0.5")]));
+        case.context(&wanted(&[
+            ("FL_CUDA_VISIBLE_DEVICES", selection),
+            ("FL_GPU_MEMORY_FRACTION", "0.5"),
+        ]));
         let mut agent = up(&case);
         assert_eq!(warnings(&agent), Vec::<String>::new());
         assert_eq!(engine.records().last().unwrap().gpus, expected, "{selection}");
@@ -460,7 +523,8 @@ fn mig_instances_are_in_the_container_by_the_node_of_their_card() {
         }
         assert_eq!(nodes_inside(), nodes, "{selection}");
         assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
-        let told = agent.notifications().into_iter().rfind(|told| told.contains("READY=1")).unwrap();
+        let told =
+            agent.notifications().into_iter().rfind(|told| told.contains("READY=1")).unwrap();
         assert!(expected.iter().all(|uuid| told.contains(uuid)), "{told}");
         assert_eq!(agent.terminate(), 0);
     }

@@ -1,5 +1,10 @@
 //! The agent's own page of metrics, and NVIDIA's DCGM exporter beside the node.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic"
+)]
 
 mod common;
 
@@ -8,7 +13,9 @@ use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 
-use common::{GPU_A, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings};
+use common::{
+    GPU_A, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings,
+};
 use serde_json::{Value, json};
 use supernode_tests::{Agent, Case, Engine, Sandbox, eventually, run};
 
@@ -54,7 +61,8 @@ fn reload(case: &Case, agent: &Agent) {
 fn measured_gpu(folder: &Sandbox, xids: &[u64]) -> Value {
     let mut machine = one_gpu();
     let gpu = &mut machine["gpus"][0];
-    (gpu["utilization"], gpu["power_mw"], gpu["memory_used_mib"]) = (json!(25), json!(70_500), json!(1024));
+    (gpu["utilization"], gpu["power_mw"], gpu["memory_used_mib"]) =
+        (json!(25), json!(70_500), json!(1024));
     let event = |xid: &u64| json!({"type": "xid", "data": xid, "when_file": folder.join(format!("xid-{xid}"))});
     machine["events"] = xids.iter().map(event).collect();
     machine["log"] = json!(folder.join("calls"));
@@ -135,16 +143,26 @@ fn an_address_that_is_taken_is_a_warning_and_a_reload_brings_another() {
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("metrics.listen", address.clone());
     let agent = up(&case);
     let told = warnings(&agent);
-    assert!(told.len() == 1 && told[0].contains(&format!("metrics.listen = \"{address}\" cannot be had")), "{told:?}");
+    assert!(
+        told.len() == 1
+            && told[0].contains(&format!("metrics.listen = \"{address}\" cannot be had")),
+        "{told:?}"
+    );
     // A reload brings another one.
     let free = free_address();
     case.set("metrics.listen", free.clone());
     reload(&case, &agent);
-    wait_for_page(&free, &["\nsupernode_up 1\n", "\nsupernode_device_info{device=\"cpu\",reason=\"\"} 1\n"]);
+    wait_for_page(
+        &free,
+        &["\nsupernode_up 1\n", "\nsupernode_device_info{device=\"cpu\",reason=\"\"} 1\n"],
+    );
     case.set("metrics.listen", "localhost:1");
     let output = case.run_command("plan", &[]);
     assert_eq!(output.code, Some(78));
-    assert!(output.stderr.contains("metrics.listen = \"localhost:1\": must be an IP address"), "{output:?}");
+    assert!(
+        output.stderr.contains("metrics.listen = \"localhost:1\": must be an IP address"),
+        "{output:?}"
+    );
 }
 
 /// A node with the exporter, whose stand-in is there.
@@ -157,7 +175,11 @@ fn with_exporter(machine: &Value, more: &[(&str, &str)]) -> Option<(Engine, Case
 }
 
 fn exporter(engine: &Engine, template: &str) -> String {
-    engine.docker(&["inspect", "--format", template, "flower-supernode-dcgm"]).stdout.trim().to_owned()
+    engine
+        .docker(&["inspect", "--format", template, "flower-supernode-dcgm"])
+        .stdout
+        .trim()
+        .to_owned()
 }
 
 #[track_caller]
@@ -180,10 +202,16 @@ const RUNS: &str = "{{.State.Running}}";
 fn the_exporter_runs_on_the_nodes_gpu_is_adopted_replaced_stopped_and_removed() {
     let Some((engine, mut case)) = with_exporter(&one_gpu(), &[]) else { return };
     let planned = &json_of(&case.run_command("plan", &["--json"]))["dcgm"];
-    assert_eq!((&planned["container"]["image"], &planned["reason"]), (&json!(EXPORTER), &Value::Null));
+    assert_eq!(
+        (&planned["container"]["image"], &planned["reason"]),
+        (&json!(EXPORTER), &Value::Null)
+    );
     let mut agent = up(&case);
     agent.wait_for_line("started the DCGM exporter", PATIENCE);
-    assert_eq!(exporter(&engine, "{{.HostConfig.Runtime}} {{.HostConfig.CapDrop}}"), "nvidia [ALL]");
+    assert_eq!(
+        exporter(&engine, "{{.HostConfig.Runtime}} {{.HostConfig.CapDrop}}"),
+        "nvidia [ALL]"
+    );
     assert_eq!(engine.records().last().unwrap().gpus, [GPU_A]);
     assert!(eventually(PATIENCE, || fetched(&engine, "127.0.0.1:9400").contains("49999")));
     let status = case.run_command("status", &[]).stdout;
@@ -197,7 +225,11 @@ fn the_exporter_runs_on_the_nodes_gpu_is_adopted_replaced_stopped_and_removed() 
     // Another address is another exporter, and the same node.
     case.set("dcgm.listen", "127.0.0.1:9555");
     reload(&case, &agent);
-    assert!(eventually(PATIENCE, || fetched(&engine, "127.0.0.1:9555").contains("49999")), "{:#?}", agent.lines());
+    assert!(
+        eventually(PATIENCE, || fetched(&engine, "127.0.0.1:9555").contains("49999")),
+        "{:#?}",
+        agent.lines()
+    );
     assert_ne!(exporter(&engine, "{{.Id}}"), before[1]);
     assert_eq!(inspect(&engine, "{{.Id}}"), before[0]);
     assert_eq!(agent.terminate(), 0);
@@ -227,7 +259,8 @@ fn an_exporter_without_an_image_is_one_warning_and_neither_keeps_nor_ends_the_no
     let Some((engine, mut case)) = with_exporter(&one_gpu(), &[]) else { return };
     case.set("dcgm.image", "127.0.0.1:9/exporter:1");
     let agent = up(&case);
-    let line = agent.wait_for_line("the DCGM exporter flower-supernode-dcgm does not run", PATIENCE);
+    let line =
+        agent.wait_for_line("the DCGM exporter flower-supernode-dcgm does not run", PATIENCE);
     assert!(line.contains(" WARNING ") && line.contains("the node goes on without"), "{line}");
     let status = json_of(&case.run_command("status", &["--json"]));
     assert!(status["dcgm"].as_str().unwrap().starts_with("does not run: "), "{status}");
@@ -244,7 +277,9 @@ fn an_exporter_that_ends_is_started_again_and_warned_of_once() {
     let agent = up(&case);
     let node = inspect(&engine, "{{.Id}} {{.State.Pid}}");
     for round in 1..=2 {
-        let started = || agent.lines().iter().filter(|line| line.contains("started the DCGM exporter")).count();
+        let started = || {
+            agent.lines().iter().filter(|line| line.contains("started the DCGM exporter")).count()
+        };
         assert!(eventually(PATIENCE, || started() == round), "{:#?}", agent.lines());
         engine.docker(&["kill", "flower-supernode-dcgm"]).expect_success();
     }
@@ -258,7 +293,8 @@ fn an_exporter_that_ends_is_started_again_and_warned_of_once() {
 fn the_exporter_comes_back_with_an_engine_that_crashed_and_without_a_warning_of_its_own() {
     let Some((mut engine, case)) = with_exporter(&one_gpu(), &[]) else { return };
     let agent = up(&case);
-    let started = || agent.lines().iter().filter(|line| line.contains("started the DCGM exporter")).count();
+    let started =
+        || agent.lines().iter().filter(|line| line.contains("started the DCGM exporter")).count();
     assert!(eventually(PATIENCE, || started() == 1), "{:#?}", agent.lines());
     engine.kill();
     engine.restart();
@@ -271,7 +307,9 @@ fn the_exporter_comes_back_with_an_engine_that_crashed_and_without_a_warning_of_
 #[test]
 fn the_exporter_lets_go_of_a_gpu_that_failed_and_ends_with_it() {
     let folder = Sandbox::new("metrics");
-    let Some((engine, mut case)) = with_exporter(&measured_gpu(&folder, &[48, 79]), &[]) else { return };
+    let Some((engine, mut case)) = with_exporter(&measured_gpu(&folder, &[48, 79]), &[]) else {
+        return;
+    };
     case.set("gpu.on_failure", "restart");
     let agent = up(&case);
     agent.wait_for_line("started the DCGM exporter", PATIENCE);

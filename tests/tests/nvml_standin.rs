@@ -1,7 +1,8 @@
-//! The NVML stand-in, loaded as the agent loads NVML: by dlopen, through nvml-wrapper, in a child process.
+//! The NVML stand-in, loaded as the agent loads NVML: by dlopen, through nvml-wrapper, in a child
+//! process.
 //!
-//! The library reads its script from the environment, so each test starts this executable again as [`child`], with a
-//! question, and reads what the child printed.
+//! The library reads its script from the environment, so each test starts this executable again as
+//! [`child`], with a question, and reads what the child printed.
 #![allow(
     clippy::print_stdout,
     clippy::unwrap_used,
@@ -141,7 +142,12 @@ fn xid(nvml: &Nvml) -> Result<(), NvmlError> {
     loop {
         let begun = Instant::now();
         let event = set.wait(400)?;
-        say(&format!("{} {:?} {}", event.device.uuid()?, event.event_data, begun.elapsed().as_millis() >= 100));
+        say(&format!(
+            "{} {:?} {}",
+            event.device.uuid()?,
+            event.event_data,
+            begun.elapsed().as_millis() >= 100
+        ));
     }
 }
 
@@ -176,7 +182,10 @@ fn what_a_card_has_not_is_not_supported() {
         {"uuid": "GPU-b"},
     ]}));
     let none = "Err(NotSupported)";
-    assert_eq!(machine.answers("health"), ["Ok(3)", "Ok(U32(1))", "Ok(41)", "Ok(52000)", none, none, none, none]);
+    assert_eq!(
+        machine.answers("health"),
+        ["Ok(3)", "Ok(U32(1))", "Ok(41)", "Ok(52000)", none, none, none, none]
+    );
 }
 
 #[test]
@@ -184,7 +193,9 @@ fn a_function_fails_with_the_code_of_the_script() {
     let machine = Machine::new(&json!({"fail": {"nvmlInit_v2": 9}}));
     assert_eq!(machine.answers("gpus"), ["init DriverNotLoaded"]);
 
-    let machine = Machine::new(&json!({"gpus": [{"uuid": "GPU-a", "fail": {"nvmlDeviceGetMemoryInfo_v2": 15}}]}));
+    let machine = Machine::new(
+        &json!({"gpus": [{"uuid": "GPU-a", "fail": {"nvmlDeviceGetMemoryInfo_v2": 15}}]}),
+    );
     assert_eq!(machine.answers("gpus")[1..], ["GpuLost"]);
 
     let machine = Machine::new(&json!({"gpus": [
@@ -199,7 +210,8 @@ fn a_function_fails_with_the_code_of_the_script() {
 #[test]
 fn the_driver_is_not_ready_until_the_file_exists() {
     let sandbox = Sandbox::new("ready");
-    let machine = Machine::new(&json!({"ready_file": sandbox.join("ready"), "driver_version": "550"}));
+    let machine =
+        Machine::new(&json!({"ready_file": sandbox.join("ready"), "driver_version": "550"}));
     assert_eq!(machine.answers("gpus"), ["init UnexpectedVariant(27)"]);
     sandbox.write("ready", "");
     assert_eq!(machine.answers("gpus"), ["550"]);
@@ -207,7 +219,9 @@ fn the_driver_is_not_ready_until_the_file_exists() {
 
 #[test]
 fn a_call_that_hangs_stops_no_other() {
-    let machine = Machine::new(&json!({"hang": ["nvmlDeviceGetHandleByIndex_v2"], "gpus": [{"uuid": "GPU-a"}]}));
+    let machine = Machine::new(
+        &json!({"hang": ["nvmlDeviceGetHandleByIndex_v2"], "gpus": [{"uuid": "GPU-a"}]}),
+    );
     assert_eq!(machine.answers("hang"), ["Ok(1)", "false"]);
 }
 
@@ -271,7 +285,11 @@ fn a_script_that_is_wrong_is_loud() {
     ] {
         let (answers, output) = Machine::new(&script).ask("gpus");
         assert_eq!(answers, ["init Unknown"], "{script}");
-        assert!(output.stderr.contains("nvml-standin: nvmlInit_v2: "), "{script}: {}", output.stderr);
+        assert!(
+            output.stderr.contains("nvml-standin: nvmlInit_v2: "),
+            "{script}: {}",
+            output.stderr
+        );
     }
     let machine = Machine::new(&json!({}));
     fs::remove_file(machine.sandbox.join("nvml.json")).unwrap();

@@ -1,5 +1,10 @@
 //! The stand-in for OneGate: what the real one does, the faults, and what it remembers.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic"
+)]
 
 use std::{
     io::{Read as _, Write as _},
@@ -15,11 +20,15 @@ use supernode_tests::{
 
 const SERVICE_JSON: &str = r#"{"SERVICE":{"name":"flower","id":"7","state":2,"roles":[{"name":"superlink","cardinality":1,"state":2,"nodes":[{"deploy_id":100,"running":null,"vm_info":{"VM":{"ID":"100","UID":"2","GID":"1","UNAME":"alice","GNAME":"users","NAME":"superlink_0"}}}]},{"name":"supernode","cardinality":1,"state":2,"nodes":[{"deploy_id":101,"running":null,"vm_info":{"VM":{"ID":"101","UID":"2","GID":"1","UNAME":"alice","GNAME":"users","NAME":"supernode_0_(service_7)"}}}]}]}}"#;
 
-/// Service 7: the SuperLink 100 with an endpoint and a NIC, the SuperNode 101. VM 102 is in no service, 103 in service 8.
+/// Service 7: the SuperLink 100 with an endpoint and a NIC, the SuperNode 101. VM 102 is in no
+/// service, 103 in service 8.
 fn onegate() -> OneGateStandIn {
     let onegate = OneGateStandIn::start();
     onegate.change(|state| {
-        let superlink = state.join(7, "superlink", 100).attribute("FL_ENDPOINT", "10.77.0.1:9092").nic("10.77.0.1");
+        let superlink = state
+            .join(7, "superlink", 100)
+            .attribute("FL_ENDPOINT", "10.77.0.1:9092")
+            .nic("10.77.0.1");
         superlink.name = "superlink_0".to_owned();
         state.join(7, "supernode", 101);
         state.vm(102);
@@ -38,12 +47,16 @@ fn exchange(onegate: &OneGateStandIn, bytes: &str) -> String {
 }
 
 fn head(method: &str, target: &str, vm: u32) -> String {
-    format!("{method} {target} HTTP/1.1\r\nHost: onegate\r\nX-ONEGATE-TOKEN: token-of-{vm}\r\nX-ONEGATE-VMID: {vm}\r\n")
+    format!(
+        "{method} {target} HTTP/1.1\r\nHost: onegate\r\nX-ONEGATE-TOKEN: token-of-{vm}\r\nX-ONEGATE-VMID: {vm}\r\n"
+    )
 }
 
-/// The status and the body of an answer, which is under OneGate's content type and as long as it says.
+/// The status and the body of an answer, which is under OneGate's content type and as long as it
+/// says.
 fn parsed(answer: &str) -> (u16, String) {
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("not HTTP: {answer:?}"));
+    let (head, body) =
+        answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("not HTTP: {answer:?}"));
     assert!(head.contains("\r\nContent-Type: application/json;charset=utf-8\r\n"), "{head}");
     assert!(head.contains(&format!("\r\nContent-Length: {}\r\n", body.len())), "{answer}");
     (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
@@ -61,7 +74,8 @@ fn json_of(onegate: &OneGateStandIn, target: &str, vm: u32) -> Value {
 }
 
 fn put(onegate: &OneGateStandIn, target: &str, vm: u32, body: &str) -> (u16, String) {
-    let request = format!("{}Content-Length: {}\r\n\r\n{body}", head("PUT", target, vm), body.len());
+    let request =
+        format!("{}Content-Length: {}\r\n\r\n{body}", head("PUT", target, vm), body.len());
     parsed(&exchange(onegate, &request))
 }
 
@@ -94,8 +108,12 @@ fn a_vm_reads_itself_its_service_and_its_peers() {
 fn the_forms_of_the_json_are_the_tests_choice() {
     let onegate = onegate();
     onegate.change(|state| {
-        state.shape =
-            Shape { numbers: true, one_nic_is_an_object: true, empty_lists_are_objects: true, vm_info_is_null: true };
+        state.shape = Shape {
+            numbers: true,
+            one_nic_is_an_object: true,
+            empty_lists_are_objects: true,
+            vm_info_is_null: true,
+        };
         state.vm(101).attribute("EMPTY", "");
     });
     let superlink = &json_of(&onegate, "/vms/100", 101)["VM"];
@@ -123,7 +141,10 @@ fn a_refusal_is_plain_text_with_the_real_words() {
     assert_eq!(get(&onegate, "/vm", 999), text(401, "Not authorized"));
     let wrong = head("GET", "/vm", 101).replace("token-of", "no-token-of") + "\r\n";
     assert_eq!(parsed(&exchange(&onegate, &wrong)), text(401, "Not authorized"));
-    assert_eq!(parsed(&exchange(&onegate, "GET /vm HTTP/1.1\r\n\r\n")), text(401, "Not authorized"));
+    assert_eq!(
+        parsed(&exchange(&onegate, "GET /vm HTTP/1.1\r\n\r\n")),
+        text(401, "Not authorized")
+    );
 
     // OneFlow has made the VM, and has not listed it yet.
     onegate.change(|state| {
@@ -141,8 +162,9 @@ fn a_refusal_is_plain_text_with_the_real_words() {
 #[test]
 fn an_update_is_merged_and_what_oned_cannot_parse_is_rejected() {
     let onegate = onegate();
-    let attribute =
-        |vm, name: &str| onegate.change(|state| state.vms[&vm].user_template.get(name).map(ToOwned::to_owned));
+    let attribute = |vm, name: &str| {
+        onegate.change(|state| state.vms[&vm].user_template.get(name).map(ToOwned::to_owned))
+    };
     let update = "data=fl_node_id%3D101%0AFL_GPU_NAME%3DNVIDIA+A100%0AFL_REASON%3D%22%22&type=1";
     assert_eq!(put(&onegate, "/vm", 101, update), text(200, ""));
     assert_eq!(attribute(101, "FL_NODE_ID").as_deref(), Some("101"));
@@ -150,7 +172,11 @@ fn an_update_is_merged_and_what_oned_cannot_parse_is_rejected() {
     assert_eq!(attribute(101, "FL_REASON").as_deref(), Some(""));
     assert_eq!(attribute(101, "SERVICE_ID").as_deref(), Some("7"));
     for value in ["a%2Cb", "%5Ba", "a%5D", "%22a%22", "a%5Cb", "a%0Ab", "a%0Db"] {
-        assert_eq!(put(&onegate, "/vm", 101, &format!("data=GOOD%3D1%0ABAD%3D{value}&type=1")).0, 500, "{value}");
+        assert_eq!(
+            put(&onegate, "/vm", 101, &format!("data=GOOD%3D1%0ABAD%3D{value}&type=1")).0,
+            500,
+            "{value}"
+        );
     }
     assert_eq!((attribute(101, "GOOD"), attribute(101, "BAD")), (None, None));
 
@@ -163,7 +189,8 @@ fn an_update_is_merged_and_what_oned_cannot_parse_is_rejected() {
 #[test]
 fn an_update_in_chunks_or_without_a_length_is_refused() {
     let onegate = onegate();
-    let chunked = head("PUT", "/vm", 101) + "Transfer-Encoding: chunked\r\n\r\n11\r\ndata=K%3D1&type=1\r\n0\r\n\r\n";
+    let chunked = head("PUT", "/vm", 101)
+        + "Transfer-Encoding: chunked\r\n\r\n11\r\ndata=K%3D1&type=1\r\n0\r\n\r\n";
     let endless = head("PUT", "/vm", 101) + "\r\n";
     for request in [chunked, endless] {
         assert_eq!(parsed(&exchange(&onegate, &request)).0, 411);
@@ -183,7 +210,8 @@ fn the_gate_opens_on_the_text_wherever_it_stands_and_stays_open() {
     assert!(ready(101) && !ready(100));
     put(&onegate, "/vm", 101, "data=READY%3DNO&type=1");
     assert!(ready(101));
-    let opening: Vec<bool> = onegate.requests().iter().map(supernode_tests::onegate::Request::opens_gate).collect();
+    let opening: Vec<bool> =
+        onegate.requests().iter().map(supernode_tests::onegate::Request::opens_gate).collect();
     assert_eq!(opening, [false, true, true, false]);
 }
 
@@ -282,7 +310,10 @@ fn a_onegate_that_is_away_refuses_and_comes_back_at_its_address() {
     let mut onegate = onegate();
     let address = onegate.address();
     onegate.stop();
-    assert_eq!(TcpStream::connect(address).unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+    assert_eq!(
+        TcpStream::connect(address).unwrap_err().kind(),
+        std::io::ErrorKind::ConnectionRefused
+    );
     onegate.restart();
     assert_eq!(onegate.address(), address);
     assert_eq!(get(&onegate, "/service", 101), text(200, SERVICE_JSON));
@@ -293,7 +324,9 @@ fn five_hundred_at_once_are_served() {
     let onegate = onegate();
     let begun = Instant::now();
     let mut streams: Vec<TcpStream> =
-        std::iter::repeat_with(|| TcpStream::connect(onegate.address()).unwrap()).take(500).collect();
+        std::iter::repeat_with(|| TcpStream::connect(onegate.address()).unwrap())
+            .take(500)
+            .collect();
     for stream in &mut streams {
         stream.write_all((head("GET", "/service", 101) + "\r\n").as_bytes()).unwrap();
     }

@@ -1,12 +1,20 @@
-//! What an operator asks of a node that is there: its status, a reload; and what the service manager hears.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+//! What an operator asks of a node that is there: its status, a reload; and what the service
+//! manager hears.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic"
+)]
 
 mod common;
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
 
-use common::{GPU_A, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings};
+use common::{
+    GPU_A, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings,
+};
 use serde_json::{Value, json};
 use supernode_tests::{Case, Engine, Registry, Sysfs, eventually, run};
 
@@ -36,10 +44,15 @@ fn a_node_is_ready_only_while_its_container_runs() {
     assert_eq!(agent.terminate(), 0);
     let refused = case.run_command("status", &["--ready"]);
     assert_eq!(refused.code, Some(1));
-    assert!(refused.stderr.contains("flower-supernode does not run: it ended with exit code 0"), "{refused:?}");
+    assert!(
+        refused.stderr.contains("flower-supernode does not run: it ended with exit code 0"),
+        "{refused:?}"
+    );
     assert_eq!(status(&case)["agent"]["status"], "Stopped");
     engine.docker(&["rm", "flower-supernode"]).expect_success();
-    engine.docker(&["run", "-d", "--name", "flower-supernode", supernode_tests::image::PYTORCH]).expect_success();
+    engine
+        .docker(&["run", "-d", "--name", "flower-supernode", supernode_tests::image::PYTORCH])
+        .expect_success();
     assert_eq!(ready(&case), Some(1), "a container of somebody else is not the node");
     engine.docker(&["rm", "-f", "flower-supernode"]);
 }
@@ -63,7 +76,10 @@ fn status_says_what_runs_on_which_device_since_when_and_why() {
     assert_eq!(said["superlink"], "10.9.8.7:9092");
     assert_eq!(said["agent"]["running"], true);
     assert_eq!(said["agent"]["pid"], agent.pid());
-    assert_eq!(said["container"]["started_at"].as_str(), Some(inspect(&engine, "{{.State.StartedAt}}").as_str()));
+    assert_eq!(
+        said["container"]["started_at"].as_str(),
+        Some(inspect(&engine, "{{.State.StartedAt}}").as_str())
+    );
     assert_eq!(agent.terminate(), 0);
 
     case.sysfs(&Sysfs::new().gpu("0000:01:00.0").driver("nouveau"));
@@ -84,7 +100,8 @@ fn a_pull_is_told_in_percent_of_the_whole_image_to_systemd_and_to_status() {
     let Some(engine) = Engine::start() else { return };
     let registry = Registry::start(&engine);
     let mut case = Case::new();
-    case.engine(&engine).context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_SUPERNODE_IMAGE", Registry::IMAGE)]);
+    case.engine(&engine)
+        .context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_SUPERNODE_IMAGE", Registry::IMAGE)]);
     let agent = case.start();
     let told = agent.wait_for_notify(" % of ", PATIENCE);
     assert!(told.starts_with(&format!("STATUS=Pulling {}: ", Registry::IMAGE)), "{told}");
@@ -92,7 +109,11 @@ fn a_pull_is_told_in_percent_of_the_whole_image_to_systemd_and_to_status() {
         let said = status(&case)["agent"]["status"].to_string();
         said.contains("Pulling 127.0.0.1:5000/node:1: ") && said.contains(" % of ")
     }));
-    assert!(case.run_command("status", &[]).stdout.contains("Agent      Pulling 127.0.0.1:5000/node:1: "));
+    assert!(
+        case.run_command("status", &[])
+            .stdout
+            .contains("Agent      Pulling 127.0.0.1:5000/node:1: ")
+    );
     registry.give_the_rest();
     agent.wait_for_notify("READY=1", PATIENCE);
     assert_eq!(status(&case)["container"]["image"], Registry::IMAGE);
@@ -102,12 +123,12 @@ fn a_pull_is_told_in_percent_of_the_whole_image_to_systemd_and_to_status() {
 fn who_watches_gets_each_change_once_and_ends_with_ctrl_c_or_with_the_reader() {
     let case = Case::new();
     let report = |words: &str| {
-        let report =
-            json!({"version": "0.1.0", "pid": 1, "status": words, "since": "", "verdict": null, "superlink": null});
+        let report = json!({"version": "0.1.0", "pid": 1, "status": words, "since": "", "verdict": null, "superlink": null});
         std::fs::write(case.path("state/status.json"), report.to_string()).unwrap();
     };
     let watch = |arguments: &[&str]| {
-        let mut watcher = case.command("status").args(arguments).stdout(Stdio::piped()).spawn().unwrap();
+        let mut watcher =
+            case.command("status").args(arguments).stdout(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(watcher.stdout.take().unwrap()).lines().map(Result::unwrap);
         (watcher, lines)
     };
@@ -121,7 +142,9 @@ fn who_watches_gets_each_change_once_and_ends_with_ctrl_c_or_with_the_reader() {
     };
     report("Pulling it: 1 %");
     let (mut watcher, mut lines) = watch(&["--watch", "--json"]);
-    let mut next = || serde_json::from_str::<Value>(&lines.next().unwrap()).unwrap()["agent"]["status"].clone();
+    let mut next = || {
+        serde_json::from_str::<Value>(&lines.next().unwrap()).unwrap()["agent"]["status"].clone()
+    };
     assert_eq!(next(), "Pulling it: 1 %");
     report("Pulling it: 2 %");
     assert_eq!(next(), "Pulling it: 2 %");
@@ -130,7 +153,12 @@ fn who_watches_gets_each_change_once_and_ends_with_ctrl_c_or_with_the_reader() {
 
     let (mut watcher, mut lines) = watch(&["--watch"]);
     assert!(lines.next().unwrap().starts_with("Container  "));
-    assert!(lines.next().unwrap().starts_with("Agent      not running; its last words, : Pulling it: 2 %"));
+    assert!(
+        lines
+            .next()
+            .unwrap()
+            .starts_with("Agent      not running; its last words, : Pulling it: 2 %")
+    );
     report("Stopped");
     assert_eq!(lines.next().unwrap(), "", "a block for each change");
     assert!(lines.next().unwrap().starts_with("Container  "));
@@ -160,7 +188,10 @@ fn a_reload_replaces_the_container_only_for_a_real_change() {
     // A real change.
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
     agent.reload();
-    assert!(eventually(PATIENCE, || engine.docker(&["inspect", "flower-supernode"]).stdout.contains("h:2")));
+    assert!(eventually(PATIENCE, || engine
+        .docker(&["inspect", "flower-supernode"])
+        .stdout
+        .contains("h:2")));
     agent.wait_for_line("the configuration has changed", PATIENCE);
     assert!(eventually(PATIENCE, || status(&case)["superlink"] == "h:2" && ready(&case) == Some(0)));
     assert_ne!(id(), first);
@@ -177,7 +208,10 @@ fn a_reload_replaces_the_container_only_for_a_real_change() {
 #[test]
 fn the_service_manager_hears_when_a_reload_begins_and_when_it_is_done() {
     let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", "test-never-connects=true")]);
+    case.context(&[
+        ("FL_SUPERLINK_ADDRESS", "h:1"),
+        ("FL_NODE_CONFIG", "test-never-connects=true"),
+    ]);
     let agent = up(&case);
     let run = || inspect(&engine, "{{.Id}} {{.State.StartedAt}}");
     let first = run();
@@ -185,23 +219,33 @@ fn the_service_manager_hears_when_a_reload_begins_and_when_it_is_done() {
     let reload = |until: &str| {
         let before = agent.notifications().len();
         agent.reload();
-        assert!(eventually(PATIENCE, || agent.notifications()[before..].iter().any(|told| told.contains(until))));
+        assert!(eventually(PATIENCE, || agent.notifications()[before..]
+            .iter()
+            .any(|told| told.contains(until))));
         let told: Vec<String> = agent.notifications().split_off(before);
         assert!(told[0].starts_with("RELOADING=1\nMONOTONIC_USEC="), "{told:#?}");
-        told.into_iter().skip(1).filter(|told| !told.contains("EXTEND_TIMEOUT_USEC=")).collect::<Vec<_>>()
+        told.into_iter()
+            .skip(1)
+            .filter(|told| !told.contains("EXTEND_TIMEOUT_USEC="))
+            .collect::<Vec<_>>()
     };
-    let as_before = ["READY=1\nSTATUS=Running on the CPU (FL_GPU_ENABLED is not YES); not connected to h:1\n"];
+    let as_before =
+        ["READY=1\nSTATUS=Running on the CPU (FL_GPU_ENABLED is not YES); not connected to h:1\n"];
     assert_eq!(reload("READY=1"), as_before, "nothing has changed");
     case.context(&[("FL_SUPERLINK_ADDRESS", "nowhere")]);
     assert_eq!(reload("READY=1"), as_before, "what is there now is invalid");
     agent.wait_for_line("FL_SUPERLINK_ADDRESS='nowhere': must be", PATIENCE);
     assert_eq!(run(), first);
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:2"), ("FL_NODE_CONFIG", "test-never-connects=true")]);
+    case.context(&[
+        ("FL_SUPERLINK_ADDRESS", "h:2"),
+        ("FL_NODE_CONFIG", "test-never-connects=true"),
+    ]);
     let told = reload("READY=1");
     assert!(told.len() > 1 && !told[0].contains("READY=1"), "{told:#?}");
     assert!(told.last().unwrap().contains("not connected to h:2"), "{told:#?}");
     assert_ne!(run(), first);
-    let started = agent.lines().iter().filter(|line| line.contains("started the container")).count();
+    let started =
+        agent.lines().iter().filter(|line| line.contains("started the container")).count();
     assert_eq!(started, 2, "{:#?}", agent.lines());
 }
 
@@ -214,7 +258,11 @@ fn a_reload_that_takes_the_gpu_away_is_a_fallback_with_its_warning() {
     agent.reload();
     agent.wait_for_line("device-selection-empty", PATIENCE);
     assert!(eventually(PATIENCE, || {
-        engine.docker(&["inspect", "--format", "{{.HostConfig.Runtime}}", "flower-supernode"]).stdout.trim() == "runc"
+        engine
+            .docker(&["inspect", "--format", "{{.HostConfig.Runtime}}", "flower-supernode"])
+            .stdout
+            .trim()
+            == "runc"
     }));
     assert_eq!(warnings(&agent).len(), 1);
 }

@@ -1,4 +1,5 @@
-//! What `plan` and `gpu` say of a machine: the real binary, the real probe in its child process, no Docker.
+//! What `plan` and `gpu` say of a machine: the real binary, the real probe in its child process, no
+//! Docker.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -37,13 +38,20 @@ fn verdict(case: &Case) -> Value {
 fn reason(case: &Case) -> String {
     let verdict = verdict(case);
     assert_eq!(verdict["device"], "cpu", "{verdict}");
-    assert!(!verdict["summary"].as_str().unwrap().is_empty() && !verdict["fix"].as_str().unwrap().is_empty());
+    assert!(
+        !verdict["summary"].as_str().unwrap().is_empty()
+            && !verdict["fix"].as_str().unwrap().is_empty()
+    );
     verdict["reason"].as_str().unwrap().to_owned()
 }
 
 #[test]
 fn a_plan_has_the_form_of_the_contract() {
-    let case = case(&sysfs_of_two(), &two_gpus(), &[("FL_GPU_MEMORY_FRACTION", "0.5"), ("FL_MAX_RETRIES", "0")]);
+    let case = case(
+        &sysfs_of_two(),
+        &two_gpus(),
+        &[("FL_GPU_MEMORY_FRACTION", "0.5"), ("FL_MAX_RETRIES", "0")],
+    );
     let plan = json_of(&case.run_command("plan", &["--json"]));
     assert_eq!(plan["config"]["FL_GPU_ENABLED"], true);
     assert_eq!(
@@ -55,7 +63,15 @@ fn a_plan_has_the_form_of_the_contract() {
     assert_eq!(container["image"], "flower-supernode-pytorch:1.31.0");
     assert_eq!(container["runtime"], "nvidia");
     let health = ["--health-server-address", "0.0.0.0:9099"];
-    let args = ["--superlink", "10.9.8.7:9092", "--insecure", "--isolation", "subprocess", health[0], health[1]];
+    let args = [
+        "--superlink",
+        "10.9.8.7:9092",
+        "--insecure",
+        "--isolation",
+        "subprocess",
+        health[0],
+        health[1],
+    ];
     assert_eq!(container["args"], json!(args));
     let env = &container["env"];
     assert_eq!(env["NVIDIA_VISIBLE_DEVICES"], format!("{GPU_A},{GPU_B}"));
@@ -63,7 +79,8 @@ fn a_plan_has_the_form_of_the_contract() {
     assert_eq!(env["XLA_PYTHON_CLIENT_MEM_FRACTION"], "0.5");
     assert_eq!(env["FL_GPU_MEMORY_LIMITS_MIB"], "20480,11517");
     assert_eq!(env.get("CUDA_VISIBLE_DEVICES"), None);
-    let targets: Vec<_> = container["mounts"].as_array().unwrap().iter().map(|mount| &mount["target"]).collect();
+    let targets: Vec<_> =
+        container["mounts"].as_array().unwrap().iter().map(|mount| &mount["target"]).collect();
     assert_eq!(targets, ["/app/data", "/opt/supernode-agent/site"]);
     assert!(container["labels"]["supernode-agent.spec-hash"].as_str().unwrap().len() == 16);
 }
@@ -73,7 +90,10 @@ fn a_cpu_plan_names_runc_and_void_and_the_reason_is_null_where_no_gpu_is_wanted(
     let mut case = Case::new();
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     let plan = json_of(&case.run_command("plan", &["--json"]));
-    assert_eq!(plan["gpu"]["verdict"], json!({"device": "cpu", "reason": null, "summary": null, "fix": null}));
+    assert_eq!(
+        plan["gpu"]["verdict"],
+        json!({"device": "cpu", "reason": null, "summary": null, "fix": null})
+    );
     assert_eq!(plan["container"]["runtime"], "runc");
     assert_eq!(plan["container"]["env"]["NVIDIA_VISIBLE_DEVICES"], "void");
     assert_eq!(plan["container"]["env"]["FL_DEVICE"], "cpu");
@@ -87,7 +107,10 @@ fn state_of(folder: &Path) -> BTreeMap<PathBuf, (u64, u32, u32, i64, i64)> {
         for entry in fs::read_dir(&folder).unwrap() {
             let path = entry.unwrap().path();
             let facts = fs::symlink_metadata(&path).unwrap();
-            state.insert(path.clone(), (facts.len(), facts.mode(), facts.uid(), facts.mtime(), facts.mtime_nsec()));
+            state.insert(
+                path.clone(),
+                (facts.len(), facts.mode(), facts.uid(), facts.mtime(), facts.mtime_nsec()),
+            );
             if facts.is_dir() {
                 folders.push(path);
             }
@@ -130,10 +153,18 @@ fn four_wrong_variables_are_named_in_one_run_by_every_command_that_reads_them() 
             "FL_SUPERLINK_ADDRESS='nowhere': must be ",
             "FL_CUDA_VISIBLE_DEVICES='first': must be ",
         ] {
-            assert_eq!(output.stderr.matches(start).count(), 1, "{command}: {start}: {}", output.stderr);
+            assert_eq!(
+                output.stderr.matches(start).count(),
+                1,
+                "{command}: {start}: {}",
+                output.stderr
+            );
         }
     }
-    assert_eq!(json_of(&case.run_command("plan", &["--json"]))["errors"].as_array().unwrap().len(), 4);
+    assert_eq!(
+        json_of(&case.run_command("plan", &["--json"]))["errors"].as_array().unwrap().len(),
+        4
+    );
 }
 
 #[test]
@@ -142,13 +173,19 @@ fn wrong_input_ends_with_the_right_code_and_names_the_place() {
     case.context_file("context.sh.network", "FL_GPU_ENABLED=$(id)\n");
     let output = case.run_command("plan", &[]);
     assert_eq!(output.code, Some(78));
-    assert!(output.stderr.contains("context.sh.network") && output.stderr.contains("line 1, column 16"), "{output:?}");
+    assert!(
+        output.stderr.contains("context.sh.network") && output.stderr.contains("line 1, column 16"),
+        "{output:?}"
+    );
 
     let mut case = Case::new();
     case.set("gpu.wait_second", 3);
     let output = case.run_command("plan", &[]);
     assert_eq!(output.code, Some(78));
-    assert!(output.stderr.contains("agent.toml") && output.stderr.contains("wait_second"), "{output:?}");
+    assert!(
+        output.stderr.contains("agent.toml") && output.stderr.contains("wait_second"),
+        "{output:?}"
+    );
 
     let mut case = Case::new();
     case.set("context.dir", "/nowhere/at/all");
@@ -178,7 +215,8 @@ fn a_failure_of_one_gpu_is_told_with_the_call() {
     // What is good to have may be missing.
     let mut machine = one_gpu();
     for code in [1, 2, 3, 6, 7, 10, 13, 20, 21, 25, 30] {
-        machine["gpus"][0]["fail"] = json!({"nvmlDeviceGetMemoryInfo_v2": code, "nvmlDeviceGetName": code});
+        machine["gpus"][0]["fail"] =
+            json!({"nvmlDeviceGetMemoryInfo_v2": code, "nvmlDeviceGetName": code});
         case.nvml(&machine);
         assert_eq!(verdict(&case)["device"], "cuda", "{code}");
     }
@@ -253,19 +291,26 @@ fn a_process_that_the_library_leaves_behind_hides_nothing_and_does_not_outlive_t
     let mut healthy = one_gpu();
     healthy["leave_process"] = json!(["nvmlInit_v2"]);
     for (machine, expected) in [
-        (json!({"leave_process": ["nvmlInit_v2"], "crash": ["nvmlInit_v2"]}), json!("driver-crash")),
+        (
+            json!({"leave_process": ["nvmlInit_v2"], "crash": ["nvmlInit_v2"]}),
+            json!("driver-crash"),
+        ),
         (healthy, Value::Null),
     ] {
         case.nvml(&machine);
         assert_eq!(verdict(&case)["reason"], expected);
         let script = format!("NVML_STANDIN={}", case.path("nvml.json").display());
         let left = || {
-            let environments = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path().join("environ"));
-            environments
-                .filter_map(|path| fs::read(path).ok())
-                .any(|text| text.split(|byte| *byte == 0).any(|variable| variable == script.as_bytes()))
+            let environments =
+                fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path().join("environ"));
+            environments.filter_map(|path| fs::read(path).ok()).any(|text| {
+                text.split(|byte| *byte == 0).any(|variable| variable == script.as_bytes())
+            })
         };
-        assert!(eventually(Duration::from_secs(10), || !left()), "a process of the library lives on");
+        assert!(
+            eventually(Duration::from_secs(10), || !left()),
+            "a process of the library lives on"
+        );
     }
 }
 
@@ -293,9 +338,13 @@ fn without_a_device_nvml_is_not_called_at_all() {
 #[test]
 fn one_of_two_gpus_is_selected_and_goes_by_its_uuid() {
     let mut case = case(&sysfs_of_two(), &two_gpus(), &[]);
-    for (selection, expected) in
-        [("1", GPU_B), ("GPU-aaaa", GPU_A), ("gpu-BBBB2222", GPU_B), ("01:00.0", GPU_A), ("0000:21:00.0", GPU_B)]
-    {
+    for (selection, expected) in [
+        ("1", GPU_B),
+        ("GPU-aaaa", GPU_A),
+        ("gpu-BBBB2222", GPU_B),
+        ("01:00.0", GPU_A),
+        ("0000:21:00.0", GPU_B),
+    ] {
         case.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", selection)]));
         let plan = json_of(&case.run_command("plan", &["--json"]));
         let env = &plan["container"]["env"];
@@ -317,9 +366,17 @@ fn hostile_values_execute_nothing_and_secrets_are_not_shown() {
         .flat_map(|variable| variable["names"].as_array().unwrap().clone())
         .map(|name| name.as_str().unwrap().to_owned())
         .collect();
-    for name in names.iter().map(String::as_str).chain(["START_SCRIPT", "SET_HOSTNAME", "PCI0_ADDRESS", "FL_UNKNOWN"]) {
+    for name in names.iter().map(String::as_str).chain([
+        "START_SCRIPT",
+        "SET_HOSTNAME",
+        "PCI0_ADDRESS",
+        "FL_UNKNOWN",
+    ]) {
         case.context(&[(name, &hostile), ("PASSWORD", "hunter2")]);
-        case.context_file("one_env", format!("export TOKENTXT=\"{hostile}\"\nexport {name}=\"{hostile}\"\n"));
+        case.context_file(
+            "one_env",
+            format!("export TOKENTXT=\"{hostile}\"\nexport {name}=\"{hostile}\"\n"),
+        );
         for command in ["plan", "run"] {
             let output = case.run_command(command, &[]);
             assert!(!pwned.exists(), "{name} was executed");
@@ -333,7 +390,10 @@ fn without_an_engine_a_plan_says_what_it_could_not_learn() {
     let mut case = Case::new();
     case.context(&[("FL_GPU_ENABLED", "NO")]);
     let notes = json_of(&case.run_command("plan", &["--json"]))["notes"].to_string();
-    assert!(notes.contains("does not answer") && notes.contains("FL_SUPERLINK_ADDRESS is not set"), "{notes}");
+    assert!(
+        notes.contains("does not answer") && notes.contains("FL_SUPERLINK_ADDRESS is not set"),
+        "{notes}"
+    );
 }
 
 #[test]

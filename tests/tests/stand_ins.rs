@@ -1,6 +1,11 @@
-//! The harness itself: an engine of one's own, the image, nvidia's runtime in each of its modes, and the network between
-//! engines.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+//! The harness itself: an engine of one's own, the image, nvidia's runtime in each of its modes,
+//! and the network between engines.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic"
+)]
 
 use std::{
     path::Path,
@@ -8,7 +13,9 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use supernode_tests::{Case, Cloud, Engine, OneGateStandIn, Output, RuntimeMode, eventually, image, in_namespace};
+use supernode_tests::{
+    Case, Cloud, Engine, OneGateStandIn, Output, RuntimeMode, eventually, image, in_namespace,
+};
 
 const SECONDS: Duration = Duration::from_secs(10);
 
@@ -19,7 +26,8 @@ fn two_gpus() -> Value {
 /// An engine that knows nvidia's runtime, has the image, and runs on a machine with two GPUs.
 fn engine(mode: RuntimeMode) -> Option<Engine> {
     let daemon_json = json!({"runtimes": {"nvidia": {"path": "nvidia-container-runtime"}}});
-    let engine = Engine::builder().daemon_json(daemon_json.to_string()).with_nvidia_runtime().start()?;
+    let engine =
+        Engine::builder().daemon_json(daemon_json.to_string()).with_nvidia_runtime().start()?;
     engine.import_image(&[image::PYTORCH]);
     engine.nvidia_runtime(mode, &two_gpus());
     Some(engine)
@@ -30,7 +38,8 @@ fn run(engine: &Engine, visible: &str) -> Output {
     let visible = format!("NVIDIA_VISIBLE_DEVICES={visible}");
     let command = "ls -l /dev | grep nvidia | sed 's/.* root *//; s/, */,/; s/ .* / /'";
     let entry = ["--entrypoint", "sh", image::PYTORCH, "-c", command];
-    engine.docker(&[&["run", "--rm", "--runtime", "nvidia", "--env", &visible], &entry[..]].concat())
+    engine
+        .docker(&[&["run", "--rm", "--runtime", "nvidia", "--env", &visible], &entry[..]].concat())
 }
 
 #[test]
@@ -55,7 +64,10 @@ fn a_container_gets_the_gpus_it_asks_for() {
     assert!(engine.records().is_sorted_by_key(|record| record.time_ms));
 
     let output = run(&engine, "GPU-c");
-    assert!(output.stderr.contains("nvidia-container-cli: device error: GPU-c: unknown device"), "{output:#?}");
+    assert!(
+        output.stderr.contains("nvidia-container-cli: device error: GPU-c: unknown device"),
+        "{output:#?}"
+    );
 }
 
 #[test]
@@ -63,7 +75,8 @@ fn the_device_cgroup_lets_the_container_use_its_gpu() {
     let Some(engine) = engine(RuntimeMode::Ok) else {
         return;
     };
-    // The kernel has no driver for the node: opening it says so, unless the cgroup forbids it first.
+    // The kernel has no driver for the node: opening it says so, unless the cgroup forbids it
+    // first.
     let open = |node: &str| {
         let script = format!("cat /dev/{node}");
         let visible = "NVIDIA_VISIBLE_DEVICES=GPU-a";
@@ -97,15 +110,22 @@ fn docker_says_why_nvidias_runtime_refused() {
     };
     let output = run(&engine, "all");
     assert_eq!(output.code, Some(125), "{output:#?}");
-    let expected = "nvidia-container-cli: initialization error: nvml error: driver not loaded: unknown";
+    let expected =
+        "nvidia-container-cli: initialization error: nvml error: driver not loaded: unknown";
     assert!(output.stderr.contains(expected), "{output:#?}");
     assert!(engine.records().pop().expect("a record").refused.is_some());
 
     run(&engine, "void").expect_success();
 
-    engine.nvidia_runtime(RuntimeMode::FailWith("ldcache error: no ldconfig".to_owned()), &two_gpus());
+    engine.nvidia_runtime(
+        RuntimeMode::FailWith("ldcache error: no ldconfig".to_owned()),
+        &two_gpus(),
+    );
     let output = run(&engine, "all");
-    assert!(output.stderr.contains("nvidia-container-cli: ldcache error: no ldconfig"), "{output:#?}");
+    assert!(
+        output.stderr.contains("nvidia-container-cli: ldcache error: no ldconfig"),
+        "{output:#?}"
+    );
 }
 
 #[test]
@@ -123,7 +143,9 @@ fn a_runtime_is_known_after_the_reload() {
         return;
     };
     engine.import_image(&[image::PYTORCH, "flwr/supernode:1.31.0"]);
-    let knows = |engine: &Engine| engine.get("/info").expect("an answer").pointer("/Runtimes/nvidia").is_some();
+    let knows = |engine: &Engine| {
+        engine.get("/info").expect("an answer").pointer("/Runtimes/nvidia").is_some()
+    };
     assert!(!knows(&engine));
     assert!(run(&engine, "all").stderr.contains("Unknown runtime specified nvidia"));
 
@@ -146,10 +168,19 @@ fn the_image_says_what_it_was_given_and_ends_as_it_is_told() {
         return;
     };
     engine.import_image_with(&[image::PYTORCH], &["ENV FROM_IMAGE=yes"]);
-    let id = engine.docker(&["run", "--detach", "--init", image::PYTORCH, "--insecure", "--superlink", "a:9092"]);
+    let id = engine.docker(&[
+        "run",
+        "--detach",
+        "--init",
+        image::PYTORCH,
+        "--insecure",
+        "--superlink",
+        "a:9092",
+    ]);
     let id = id.expect_success();
     let logs = || engine.docker(&["logs", id]).stdout;
-    let connected = || engine.docker(&["logs", id]).stderr == "\x1b[92mINFO \x1b[0m:      SuperNode ID: 1\n";
+    let connected =
+        || engine.docker(&["logs", id]).stderr == "\x1b[92mINFO \x1b[0m:      SuperNode ID: 1\n";
     assert!(eventually(SECONDS, || connected() && logs().contains("env PATH=")), "{}", logs());
     let said = logs();
     for line in ["arg --insecure", "arg --superlink", "arg a:9092", "env FROM_IMAGE=yes"] {
@@ -163,7 +194,8 @@ fn the_image_says_what_it_was_given_and_ends_as_it_is_told() {
     let code = engine.docker(&["inspect", "--format", "{{.State.ExitCode}}", id]);
     assert_eq!(code.expect_success(), "0");
 
-    let output = engine.docker(&["run", "--rm", image::PYTORCH, "--node-config", "a=1 test-exit=3"]);
+    let output =
+        engine.docker(&["run", "--rm", image::PYTORCH, "--node-config", "a=1 test-exit=3"]);
     assert_eq!(output.code, Some(3), "{output:#?}");
     assert!(output.stderr.contains("SuperNode ID: 1"), "{output:#?}");
     let never = "test-exit=3 test-never-connects=true";
@@ -185,7 +217,8 @@ fn an_engine_that_crashed_comes_back_and_leaves_nothing() {
     engine.kill();
     let folder = engine.socket().with_file_name("");
     let namespace = format!("/run/netns/{}", engine.network_namespace());
-    let containers: Vec<_> = std::fs::read_dir(folder.join("data/containers")).unwrap().flatten().collect();
+    let containers: Vec<_> =
+        std::fs::read_dir(folder.join("data/containers")).unwrap().flatten().collect();
     assert_eq!(containers.len(), 2);
     drop(engine);
 
@@ -203,7 +236,8 @@ fn an_engine_that_crashed_comes_back_and_leaves_nothing() {
 
 /// The command lines of all processes.
 fn command_lines() -> String {
-    let read = |entry: std::fs::DirEntry| std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+    let read =
+        |entry: std::fs::DirEntry| std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
     let all: Vec<Vec<u8>> = std::fs::read_dir("/proc").unwrap().flatten().map(read).collect();
     String::from_utf8_lossy(&all.join(&b'\n')).into_owned()
 }
@@ -235,7 +269,15 @@ fn cloud() -> Option<(Cloud, [Engine; 2], OneGateStandIn)> {
 /// Asks for `/vm` without a token, from an engine's namespace: curl's exit code and the status.
 fn curl(engine: &Engine, onegate: &OneGateStandIn) -> (Option<i32>, String) {
     let mut command = in_namespace(engine.network_namespace(), "curl");
-    command.args(["--silent", "--max-time", "2", "--output", "/dev/null", "--write-out", "%{http_code}"]);
+    command.args([
+        "--silent",
+        "--max-time",
+        "2",
+        "--output",
+        "/dev/null",
+        "--write-out",
+        "%{http_code}",
+    ]);
     let output = supernode_tests::run(command.arg(onegate.endpoint() + "/vm"), SECONDS);
     (output.code, output.stdout)
 }
@@ -244,20 +286,30 @@ fn curl(engine: &Engine, onegate: &OneGateStandIn) -> (Option<i32>, String) {
 fn the_cloud_is_reached_by_engines_and_their_containers_and_by_nobody_else() {
     let Some((cloud, engines, onegate)) = cloud() else { return };
     assert_eq!(onegate.endpoint(), format!("http://10.77.0.1:{}", onegate.address().port()));
-    // Not busybox's wget: it asks for the number of http's port, and dies where there is no C library to know it.
-    let ask = format!(r"printf 'GET /vm HTTP/1.1\r\n\r\n' | nc -w 5 10.77.0.1 {}", onegate.address().port());
+    // Not busybox's wget: it asks for the number of http's port, and dies where there is no C
+    // library to know it.
+    let ask = format!(
+        r"printf 'GET /vm HTTP/1.1\r\n\r\n' | nc -w 5 10.77.0.1 {}",
+        onegate.address().port()
+    );
     for engine in &engines {
         assert_eq!(curl(engine, &onegate), (Some(0), "401".to_owned()));
         engine.import_image(&[image::PYTORCH]);
-        let output = engine.docker(&["run", "--rm", "--entrypoint", "sh", image::PYTORCH, "-c", &ask]);
+        let output =
+            engine.docker(&["run", "--rm", "--entrypoint", "sh", image::PYTORCH, "-c", &ask]);
         assert!(output.stdout.contains("Not authorized"), "{output:#?}");
     }
     assert_eq!(onegate.requests().len(), 4);
-    std::net::TcpStream::connect_timeout(&onegate.address(), Duration::from_millis(500)).expect_err("another network");
+    std::net::TcpStream::connect_timeout(&onegate.address(), Duration::from_millis(500))
+        .expect_err("another network");
 
     // Where OneGate is usually: not an address of the network, but behind the default route.
     let mut command = in_namespace(cloud.network_namespace(), "ip");
-    supernode_tests::run(command.args(["address", "add", "169.254.16.9/32", "dev", "br0"]), SECONDS).expect_success();
+    supernode_tests::run(
+        command.args(["address", "add", "169.254.16.9/32", "dev", "br0"]),
+        SECONDS,
+    )
+    .expect_success();
     let link_local = OneGateStandIn::start_in(cloud.network_namespace(), [169, 254, 16, 9].into());
     assert_eq!(curl(&engines[0], &link_local), (Some(0), "401".to_owned()));
 
@@ -309,7 +361,8 @@ while [ "$1" = run ]; do sleep 0.05; done
     case.agent(agent).engine(&engine).in_namespace_of(&engine).onegate(&onegate, 101);
 
     let mut command = in_namespace(engine.network_namespace(), "readlink");
-    let namespace = supernode_tests::run(command.arg("/proc/self/ns/net"), SECONDS).expect_success().to_owned();
+    let namespace =
+        supernode_tests::run(command.arg("/proc/self/ns/net"), SECONDS).expect_success().to_owned();
     let mut agent = case.start();
     agent.wait_for_line(r#""ID":"101""#, SECONDS);
     let line = agent.wait_for_line("run ", SECONDS);

@@ -1,5 +1,10 @@
 //! Services whose nodes all boot at once, against one OneGate.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic"
+)]
 
 mod common;
 
@@ -9,7 +14,8 @@ use supernode_tests::crowd::{Crowd, start_together};
 #[test]
 fn five_hundred_nodes_that_start_together_all_find_their_superlink() {
     const AGENTS: u32 = 500;
-    let Crowd { took, at_first_attempt, discovery, requests, peak_requests_per_second } = start_together(AGENTS);
+    let Crowd { took, at_first_attempt, discovery, requests, peak_requests_per_second } =
+        start_together(AGENTS);
     say(&format!(
         "MEASURED {AGENTS} agents that started together all found their SuperLink within {:.1} s ({at_first_attempt} at the \
          first attempt): {discovery} requests of discovery, {requests} in all, {peak_requests_per_second} a second at the peak",

@@ -1,5 +1,10 @@
 //! The node while it runs: a GPU that fails, a container that loses it, a driver that comes late.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by a panic")]
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by a panic"
+)]
 
 mod common;
 
@@ -9,8 +14,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{
-    GPU_A, GPU_B, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, sysfs_of_two, tell, two_gpus, up,
-    wanted, warnings,
+    GPU_A, GPU_B, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, sysfs_of_two,
+    tell, two_gpus, up, wanted, warnings,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -30,8 +35,14 @@ struct Node {
 }
 
 impl Node {
-    /// The machine with these XIDs, each of which happens when it is fired; `settings` are for agent.toml.
-    fn with(machine: Value, xids: &[u64], settings: &[(&str, &str)], context: &[(&str, &str)]) -> Option<Self> {
+    /// The machine with these XIDs, each of which happens when it is fired; `settings` are for
+    /// agent.toml.
+    fn with(
+        machine: Value,
+        xids: &[u64],
+        settings: &[(&str, &str)],
+        context: &[(&str, &str)],
+    ) -> Option<Self> {
         let folder = Sandbox::new("watch");
         let events: Vec<Value> = xids
             .iter()
@@ -50,7 +61,11 @@ impl Node {
         machine["events"] = events.clone();
         machine["log"] = json!(folder.join("calls"));
         let (engine, mut case) = engine_with(&machine)?;
-        let sysfs = if machine["gpus"].as_array().unwrap().len() == 2 { sysfs_of_two() } else { sysfs_of_one() };
+        let sysfs = if machine["gpus"].as_array().unwrap().len() == 2 {
+            sysfs_of_two()
+        } else {
+            sysfs_of_one()
+        };
         case.sysfs(&sysfs).context(&wanted(context));
         for (key, value) in settings {
             case.set(key, *value);
@@ -63,7 +78,11 @@ impl Node {
 
     /// Waits until a watcher has begun to wait for events.
     fn wait_for_watcher(&self) {
-        assert!(eventually(PATIENCE, || self.calls().contains("nvmlEventSetWait_v2")), "{:#?}", self.agent.lines());
+        assert!(
+            eventually(PATIENCE, || self.calls().contains("nvmlEventSetWait_v2")),
+            "{:#?}",
+            self.agent.lines()
+        );
     }
 
     fn calls(&self) -> String {
@@ -84,7 +103,8 @@ impl Node {
     #[track_caller]
     fn wait_for_runtime(&self, runtime: &str) {
         let format = "{{.State.Running}} {{.HostConfig.Runtime}}";
-        let shown = || self.engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout;
+        let shown =
+            || self.engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout;
         let is_there = eventually(PATIENCE, || shown().trim() == format!("true {runtime}"));
         assert!(is_there, "{}: {:#?}", shown(), self.agent.lines());
     }
@@ -107,7 +127,8 @@ impl Node {
         watcher_of(self.agent.pid())
     }
 
-    /// Waits for the WARNING of a failure that was brought about just now, `how` tells by what, and puts it into the table.
+    /// Waits for the WARNING of a failure that was brought about just now, `how` tells by what, and
+    /// puts it into the table.
     #[track_caller]
     fn wait_for_failure(&self, since: Instant, how: &str) {
         self.agent.wait_for_line("gpu-failed", LOSS_LIMIT);
@@ -127,20 +148,29 @@ impl Node {
         }
         let lines = self.agent.lines();
         let warned = lines.iter().position(|line| line.contains(" WARNING ")).unwrap();
-        let replaced = lines.iter().rposition(|line| line.contains("replacing the container")).unwrap();
+        let replaced =
+            lines.iter().rposition(|line| line.contains("replacing the container")).unwrap();
         assert!(warned < replaced, "{lines:#?}");
         let verdict = &json_of(&self.case.run_command("status", &["--json"]))["gpu"]["verdict"];
         assert_eq!(verdict["reason"], "gpu-failed", "{verdict}");
-        assert_eq!(inspect(&self.engine, "{{index .Config.Labels \"supernode-agent.reason\"}}"), "gpu-failed");
-        assert!(eventually(PATIENCE, || self.watcher().is_none()), "nobody needs a watcher on the CPU");
+        assert_eq!(
+            inspect(&self.engine, "{{index .Config.Labels \"supernode-agent.reason\"}}"),
+            "gpu-failed"
+        );
+        assert!(
+            eventually(PATIENCE, || self.watcher().is_none()),
+            "nobody needs a watcher on the CPU"
+        );
     }
 }
 
 fn watcher_of(agent: u32) -> Option<u32> {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).find(|pid: &u32| {
-        let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-        read("cmdline").contains("nvml-watch") && read("status").contains(&format!("\nPPid:\t{agent}\n"))
+        let read =
+            |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        read("cmdline").contains("nvml-watch")
+            && read("status").contains(&format!("\nPPid:\t{agent}\n"))
     })
 }
 
@@ -167,7 +197,11 @@ fn a_fatal_xid_is_warned_of_with_its_meaning_and_the_node_goes_on_on_the_cpu() {
     node.agent.kill9();
     let agent = up(&node.case);
     assert_eq!(node.id(), before);
-    assert!(warnings(&agent).iter().any(|line| line.contains("gpu-failed")), "{:#?}", agent.lines());
+    assert!(
+        warnings(&agent).iter().any(|line| line.contains("gpu-failed")),
+        "{:#?}",
+        agent.lines()
+    );
 }
 
 #[test]
@@ -180,7 +214,8 @@ fn a_container_that_dies_of_the_fault_is_not_started_on_that_gpu_again() {
     node.wait_for_runtime("runc");
     let line = node.agent.wait_for_line("gpu-failed", PATIENCE);
     assert!(line.contains("XID 79: "), "{line}");
-    let launches = node.agent.lines().iter().filter(|line| line.contains("started the container")).count();
+    let launches =
+        node.agent.lines().iter().filter(|line| line.contains("started the container")).count();
     assert_eq!(launches, 2, "{:#?}", node.agent.lines());
 }
 
@@ -201,21 +236,36 @@ fn a_gpu_that_failed_is_tried_again_where_that_is_wanted_and_then_left() {
     assert_eq!(warned.len(), 1, "{warned:?}");
     assert!(warned[0].contains("is tried again") && warned[0].contains("XID 48: "), "{warned:?}");
     // Now it is not well again.
-    assert!(eventually(PATIENCE, || node.calls().matches("nvmlEventSetCreate").count() >= 4), "{}", node.calls());
-    assert!(eventually(PATIENCE, || node.calls().trim_end().ends_with("nvmlEventSetWait_v2")), "{}", node.calls());
+    assert!(
+        eventually(PATIENCE, || node.calls().matches("nvmlEventSetCreate").count() >= 4),
+        "{}",
+        node.calls()
+    );
+    assert!(
+        eventually(PATIENCE, || node.calls().trim_end().ends_with("nvmlEventSetWait_v2")),
+        "{}",
+        node.calls()
+    );
     node.fire(119);
     node.agent.wait_for_line("XID 119: ", PATIENCE);
     node.now("fail", json!({"nvmlInit_v2": 999}));
     node.agent.wait_for_line("No usable GPU, this node runs on the CPU. gpu-failed", PATIENCE);
     node.wait_for_runtime("runc");
-    let tries = node.agent.lines().iter().filter(|line| line.contains("looking at the GPU again in")).count();
+    let tries = node
+        .agent
+        .lines()
+        .iter()
+        .filter(|line| line.contains("looking at the GPU again in"))
+        .count();
     assert_eq!(tries, 3, "{:#?}", node.agent.lines());
     assert_eq!(warnings(&node.agent).len(), 3, "{:#?}", node.agent.lines());
 }
 
 #[test]
 fn a_failure_that_is_to_be_ignored_is_a_warning_alone() {
-    let Some(node) = Node::with(one_gpu(), &[79, 48], &[("gpu.on_failure", "ignore")], &[]) else { return };
+    let Some(node) = Node::with(one_gpu(), &[79, 48], &[("gpu.on_failure", "ignore")], &[]) else {
+        return;
+    };
     let before = node.id();
     for xid in [79, 48] {
         node.fire(xid);
@@ -225,7 +275,10 @@ fn a_failure_that_is_to_be_ignored_is_a_warning_alone() {
     assert_eq!(node.id(), before);
     let warnings = warnings(&node.agent);
     assert_eq!(warnings.len(), 2, "{warnings:?}");
-    assert!(warnings[0].contains("gpu-failed") && warnings[0].contains("the node goes on with it"), "{warnings:?}");
+    assert!(
+        warnings[0].contains("gpu-failed") && warnings[0].contains("the node goes on with it"),
+        "{warnings:?}"
+    );
 }
 
 #[test]
@@ -344,7 +397,9 @@ fn a_flood_of_events_costs_neither_journal_nor_memory() {
     assert!(eventually(PATIENCE, is_flood), "no flood");
     let lines = node.agent.lines().iter().filter(|line| line.contains("XID 13")).count();
     assert!(lines <= 3, "{lines}: {:#?}", node.agent.lines());
-    for (what, pid, before) in [("agent", node.agent.pid(), agent_before), ("watcher", watcher, watcher_before)] {
+    for (what, pid, before) in
+        [("agent", node.agent.pid(), agent_before), ("watcher", watcher, watcher_before)]
+    {
         let grown = peak_kib(pid).saturating_sub(before);
         assert!(grown < 2048, "the {what} has grown by {grown} KiB");
     }
@@ -356,10 +411,13 @@ fn a_flood_of_events_costs_neither_journal_nor_memory() {
 
 #[test]
 fn a_required_gpu_that_fails_is_an_error_and_the_container_is_stopped() {
-    let Some(mut node) = Node::with(one_gpu(), &[79], &[], &[("FL_GPU_REQUIRED", "YES")]) else { return };
+    let Some(mut node) = Node::with(one_gpu(), &[79], &[], &[("FL_GPU_REQUIRED", "YES")]) else {
+        return;
+    };
     node.fire(79);
     assert_eq!(node.agent.wait_exit(PATIENCE), 78);
-    let line = node.agent.wait_for_line(" ERROR The GPU failed, and FL_GPU_REQUIRED is YES", PATIENCE);
+    let line =
+        node.agent.wait_for_line(" ERROR The GPU failed, and FL_GPU_REQUIRED is YES", PATIENCE);
     assert!(line.contains("gpu-failed") && line.contains("XID 79: "), "{line}");
     assert_eq!(inspect(&node.engine, "{{.State.Running}}"), "false");
 }
@@ -373,7 +431,10 @@ fn a_container_that_lost_its_device_nodes_is_made_anew_once() {
     let line = node.agent.wait_for_line("has lost its GPU and is made anew", PATIENCE);
     assert!(line.contains(" WARNING ") && line.contains(GPU_A), "{line}");
     assert!(eventually(PATIENCE, || {
-        let pid = node.engine.docker(&["inspect", "--format", "{{.State.Pid}}", "flower-supernode"]).stdout;
+        let pid = node
+            .engine
+            .docker(&["inspect", "--format", "{{.State.Pid}}", "flower-supernode"])
+            .stdout;
         pid.trim() != "0" && Path::new(&format!("/proc/{}/root/dev/nvidia0", pid.trim())).exists()
     }));
     node.wait_for_status("Running on NVIDIA A100");
@@ -386,8 +447,8 @@ fn a_container_that_lost_its_device_nodes_is_made_anew_once() {
 fn a_container_whose_gpu_systemd_took_is_made_anew_once() {
     let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
     let folder = Sandbox::new("watch");
-    // The engine of a test leaves cgroups to itself: this systemctl tells of a scope all the same. The scope of a container
-    // that came later has started later.
+    // The engine of a test leaves cgroups to itself: this systemctl tells of a scope all the same.
+    // The scope of a container that came later has started later.
     let systemctl = format!(
         r#"#!/bin/sh
 case "$*" in
@@ -428,7 +489,8 @@ fn a_driver_that_comes_after_the_wait_is_announced_and_not_taken_by_force() {
     let agent = up(&case);
     let before = inspect(&engine, "{{.Id}} {{.State.Pid}}");
     let _sysfs = sysfs.driver("nvidia").module("550.54.15");
-    let line = agent.wait_for_line("GPU is usable now; restart flower-supernode to use it", PATIENCE);
+    let line =
+        agent.wait_for_line("GPU is usable now; restart flower-supernode to use it", PATIENCE);
     assert!(line.contains(" INFO "), "{line}");
     assert!(eventually(PATIENCE, || {
         let status = json_of(&case.run_command("status", &["--json"]));
@@ -451,7 +513,8 @@ fn a_driver_that_comes_after_the_wait_is_taken_where_that_is_wanted() {
     assert!(line.contains(" WARNING ") && line.contains("replaced"), "{line}");
     assert!(eventually(PATIENCE, || {
         let format = "{{.State.Running}} {{.HostConfig.Runtime}}";
-        engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout.trim() == "true nvidia"
+        engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout.trim()
+            == "true nvidia"
     }));
     assert!(eventually(PATIENCE, || {
         json_of(&case.run_command("status", &["--json"]))["gpu"]["verdict"]["device"] == "cuda"

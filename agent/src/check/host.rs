@@ -1,5 +1,6 @@
-//! `check host`: whether this KVM host can hand its NVIDIA GPUs to VMs, and whether OpenNebula offers them.
-//! Facts of the field: Linux, Documentation/driver-api/vfio.rst; OpenNebula's manual, PCI Passthrough.
+//! `check host`: whether this KVM host can hand its NVIDIA GPUs to VMs, and whether OpenNebula
+//! offers them. Facts of the field: Linux, Documentation/driver-api/vfio.rst; OpenNebula's manual,
+//! PCI Passthrough.
 
 use std::collections::BTreeMap;
 
@@ -13,8 +14,12 @@ const HOST_FILTER: &str = "/var/tmp/one/etc/im/kvm-probes.d/pci.conf";
 /// Where the front-end keeps it, from where `onehost sync` copies it to the hosts.
 const FRONT_END_FILTER: &str = "/var/lib/one/remotes/etc/im/kvm-probes.d/pci.conf";
 /// Where udev looks for rules (udev(7)).
-const RULE_FOLDERS: [&str; 4] =
-    ["/etc/udev/rules.d", "/run/udev/rules.d", "/usr/local/lib/udev/rules.d", "/usr/lib/udev/rules.d"];
+const RULE_FOLDERS: [&str; 4] = [
+    "/etc/udev/rules.d",
+    "/run/udev/rules.d",
+    "/usr/local/lib/udev/rules.d",
+    "/usr/lib/udev/rules.d",
+];
 /// PCI classes of bridges to host and PCI: vfio leaves them to their drivers.
 const BRIDGES: [u32; 2] = [0x0600, 0x0604];
 
@@ -73,7 +78,8 @@ pub fn read(root: &Root) -> HostFacts {
             }
         }
     }
-    facts.has_vfio_pci = root.has("/sys/bus/pci/drivers/vfio-pci") || root.has("/sys/module/vfio_pci");
+    facts.has_vfio_pci =
+        root.has("/sys/bus/pci/drivers/vfio-pci") || root.has("/sys/module/vfio_pci");
     for name in list("driver-override", "/etc/driverctl.d") {
         match root.read(&format!("/etc/driverctl.d/{name}")) {
             Ok(driver) => {
@@ -90,10 +96,15 @@ pub fn read(root: &Root) -> HostFacts {
                 continue;
             }
         };
-        for path in names.iter().filter(|name| name.ends_with(".rules")).map(|name| format!("{folder}/{name}")) {
+        for path in names
+            .iter()
+            .filter(|name| name.ends_with(".rules"))
+            .map(|name| format!("{folder}/{name}"))
+        {
             match root.read(&path) {
                 Ok(text) => {
-                    let rule = text.as_deref().and_then(vfio_rule).map(|rule| format!("{path}: {rule}"));
+                    let rule =
+                        text.as_deref().and_then(vfio_rule).map(|rule| format!("{path}: {rule}"));
                     facts.udev_rule = facts.udev_rule.take().or(rule);
                 }
                 Err(why) => unread.push(("vfio-udev", why)),
@@ -108,7 +119,8 @@ pub fn read(root: &Root) -> HostFacts {
 fn vfio_rule(text: &str) -> Option<&str> {
     text.lines().map(str::trim).find(|line| {
         let dense: String = line.chars().filter(|c| !c.is_whitespace()).collect();
-        // The rule that systemd ships is for /dev/vfio/vfio alone (50-udev-default.rules: KERNEL=="vfio/vfio").
+        // The rule that systemd ships is for /dev/vfio/vfio alone (50-udev-default.rules:
+        // KERNEL=="vfio/vfio").
         dense.contains("SUBSYSTEM==\"vfio\"")
             && (dense.contains("GROUP=") || dense.contains("MODE="))
             && !dense.starts_with('#')
@@ -133,7 +145,8 @@ pub fn judge(facts: &HostFacts, distribution: Distribution) -> Vec<Check> {
     // What was not read is no finding: that it is not known has been said.
     let is_known = |check: &Check| {
         let is_unread = facts.unread.iter().any(|(id, _)| *id == check.id);
-        check.level == Level::Ok || !(is_unread || (check.id == "gpu-present" && !facts.pci.unreadable.is_empty()))
+        check.level == Level::Ok
+            || !(is_unread || (check.id == "gpu-present" && !facts.pci.unreadable.is_empty()))
     };
     checks.extend(judged.into_iter().filter(is_known));
     checks
@@ -151,8 +164,12 @@ fn vfio_pci(facts: &HostFacts) -> Check {
 fn kernel_argument(distribution: Distribution, argument: &str) -> String {
     const GRUB: &str = "add it to GRUB_CMDLINE_LINUX in /etc/default/grub and run update-grub";
     match distribution {
-        Distribution::RedHat => format!("grubby --update-kernel=ALL --args=\"{argument}\", then reboot the host"),
-        Distribution::Debian | Distribution::Ubuntu => format!("{argument}: {GRUB}, then reboot the host"),
+        Distribution::RedHat => {
+            format!("grubby --update-kernel=ALL --args=\"{argument}\", then reboot the host")
+        }
+        Distribution::Debian | Distribution::Ubuntu => {
+            format!("{argument}: {GRUB}, then reboot the host")
+        }
         Distribution::Other => format!(
             "{argument}: {GRUB} (RHEL, AlmaLinux: grubby --update-kernel=ALL --args=\"{argument}\"), then reboot the host"
         ),
@@ -162,7 +179,11 @@ fn kernel_argument(distribution: Distribution, argument: &str) -> String {
 fn iommu_kernel(facts: &HostFacts, distribution: Distribution) -> Check {
     const ID: &str = "iommu-kernel";
     let Some(cmdline) = &facts.cmdline else {
-        return Check::unknown(ID, "there is no kernel command line in /proc/cmdline", "run it on the host itself");
+        return Check::unknown(
+            ID,
+            "there is no kernel command line in /proc/cmdline",
+            "run it on the host itself",
+        );
     };
     let arguments: Vec<&str> = cmdline.split_whitespace().collect();
     let has = |wanted: &str| {
@@ -199,12 +220,15 @@ fn iommu_kernel(facts: &HostFacts, distribution: Distribution) -> Check {
             Check::error(ID, "an Intel CPU, and the kernel command line has no intel_iommu=on", fix)
         }
         (Some("AuthenticAMD"), None) => Check::ok(ID, "an AMD CPU: its IOMMU is on by default"),
-        (Some(vendor), None) => {
-            Check::ok(ID, format!("a CPU of {vendor}: nothing is switched off on the kernel command line"))
-        }
-        (None, None) => {
-            Check::unknown(ID, "/proc/cpuinfo names no vendor of the CPU", "look at iommu-groups: groups are the proof")
-        }
+        (Some(vendor), None) => Check::ok(
+            ID,
+            format!("a CPU of {vendor}: nothing is switched off on the kernel command line"),
+        ),
+        (None, None) => Check::unknown(
+            ID,
+            "/proc/cpuinfo names no vendor of the CPU",
+            "look at iommu-groups: groups are the proof",
+        ),
     }
 }
 
@@ -212,7 +236,11 @@ fn iommu_groups(facts: &HostFacts) -> Check {
     const ID: &str = "iommu-groups";
     const FIX: &str = "switch on VT-d or AMD-Vi (IOMMU) in the firmware of the host, then reboot; dmesg | grep -e DMAR -e AMD-Vi tells more";
     if facts.groups.is_empty() {
-        return Check::error(ID, "/sys/kernel/iommu_groups is empty: no device can be given to a VM", FIX);
+        return Check::error(
+            ID,
+            "/sys/kernel/iommu_groups is empty: no device can be given to a VM",
+            FIX,
+        );
     }
     let number = facts.groups.values().collect::<std::collections::BTreeSet<_>>().len();
     let devices = facts.groups.len();
@@ -224,7 +252,8 @@ fn iommu_groups(facts: &HostFacts) -> Check {
 
 /// The functions of the cards that have a GPU: display, sound, USB, UCSI.
 fn card_functions(facts: &PciFacts) -> impl Iterator<Item = &PciDevice> {
-    let is_of_a_card = |device: &&PciDevice| facts.gpus().any(|gpu| gpu.address.is_same_card(device.address));
+    let is_of_a_card =
+        |device: &&PciDevice| facts.gpus().any(|gpu| gpu.address.is_same_card(device.address));
     facts.devices.iter().filter(is_of_a_card)
 }
 
@@ -243,28 +272,35 @@ fn functions(facts: &HostFacts, distribution: Distribution) -> Vec<Check> {
     const ID: &str = "vfio-binding";
     let install = distribution.install("driverctl", "driverctl");
     if facts.pci.gpus().next().is_none() {
-        let finding = "there is no NVIDIA GPU on the PCI bus of this host (vendor 10de, class 03xx)";
+        let finding =
+            "there is no NVIDIA GPU on the PCI bus of this host (vendor 10de, class 03xx)";
         return vec![Check::error(
             "gpu-present",
             finding,
             "look at lspci -d 10de: and at the card's seat, power and slot settings",
         )];
     }
-    let gpus: Vec<String> = facts.pci.gpus().map(|gpu| format!("{} ({})", gpu.address, gpu.ids())).collect();
+    let gpus: Vec<String> =
+        facts.pci.gpus().map(|gpu| format!("{} ({})", gpu.address, gpu.ids())).collect();
     let mut checks = vec![Check::ok("gpu-present", gpus.join(", "))];
     for function in card_functions(&facts.pci) {
         let (address, ids, what) = (function.address, function.ids(), class_name(function));
         checks.push(match function.driver.as_deref() {
             Some("vfio-pci") => Check::ok(ID, format!("{address} ({what}, {ids}) is on vfio-pci")),
             driver => {
-                let driver = driver.map_or("no driver".into(), |driver| format!("the driver {driver}"));
+                let driver =
+                    driver.map_or("no driver".into(), |driver| format!("the driver {driver}"));
                 let finding = format!("{address} ({what}, {ids}) is on {driver}, not on vfio-pci");
                 let vgpu = if function.driver.as_deref() == Some("nvidia") {
                     "; a card that is shared as vGPUs (PCI=[…,PROFILE=…]) stays on nvidia"
                 } else {
                     ""
                 };
-                Check::error(ID, finding, format!("{install}; driverctl set-override {address} vfio-pci{vgpu}"))
+                Check::error(
+                    ID,
+                    finding,
+                    format!("{install}; driverctl set-override {address} vfio-pci{vgpu}"),
+                )
             }
         });
     }
@@ -274,12 +310,15 @@ fn functions(facts: &HostFacts, distribution: Distribution) -> Vec<Check> {
 /// What shares an IOMMU group with a GPU goes to the VM with it, or keeps it from going.
 fn group_mates(facts: &HostFacts) -> Vec<Check> {
     const ID: &str = "iommu-group-mates";
-    const FIX: &str = "move one of the two cards to another slot, or switch on ACS in the firmware of the host";
+    const FIX: &str =
+        "move one of the two cards to another slot, or switch on ACS in the firmware of the host";
     let mut checks = Vec::new();
     for gpu in facts.pci.gpus() {
         let Some(group) = facts.groups.get(&gpu.address) else { continue };
-        let mates =
-            facts.groups.iter().filter(|(address, other)| *other == group && !address.is_same_card(gpu.address));
+        let mates = facts
+            .groups
+            .iter()
+            .filter(|(address, other)| *other == group && !address.is_same_card(gpu.address));
         let mut foreign = 0;
         for (address, _) in mates {
             let Some(mate) = facts.pci.at(*address) else { continue };
@@ -302,7 +341,10 @@ fn group_mates(facts: &HostFacts) -> Vec<Check> {
         if foreign == 0 {
             checks.push(Check::ok(
                 ID,
-                format!("group {group} of the GPU {} has nothing but the card and bridges", gpu.address),
+                format!(
+                    "group {group} of the GPU {} has nothing but the card and bridges",
+                    gpu.address
+                ),
             ));
         }
     }
@@ -313,20 +355,26 @@ fn group_mates(facts: &HostFacts) -> Vec<Check> {
 fn driver_overrides(facts: &HostFacts) -> Option<Check> {
     const ID: &str = "driver-override";
     facts.pci.gpus().next()?;
-    let is_set_otherwise = facts.cmdline.as_ref().is_some_and(|cmdline| cmdline.contains("vfio-pci.ids="));
+    let is_set_otherwise =
+        facts.cmdline.as_ref().is_some_and(|cmdline| cmdline.contains("vfio-pci.ids="));
     let missing: Vec<String> = card_functions(&facts.pci)
         .map(|function| function.address.to_string())
         // driverctl names the file by the address, or by bus and address (`pci-0000:e1:00.0`).
         .filter(|address| {
-            let set = facts.overrides.iter().find(|(name, _)| name.trim_start_matches("pci-") == address);
+            let set =
+                facts.overrides.iter().find(|(name, _)| name.trim_start_matches("pci-") == address);
             set.is_none_or(|(_, driver)| driver != "vfio-pci")
         })
         .collect();
     if missing.is_empty() || is_set_otherwise {
-        let how = if is_set_otherwise { "vfio-pci.ids on the kernel command line" } else { "driverctl" };
+        let how =
+            if is_set_otherwise { "vfio-pci.ids on the kernel command line" } else { "driverctl" };
         return Some(Check::ok(ID, format!("{how} binds the cards to vfio-pci at every boot")));
     }
-    let fix: Vec<String> = missing.iter().map(|address| format!("driverctl set-override {address} vfio-pci")).collect();
+    let fix: Vec<String> = missing
+        .iter()
+        .map(|address| format!("driverctl set-override {address} vfio-pci"))
+        .collect();
     let finding = format!(
         "driverctl has no override to vfio-pci for {}: unless something else binds them, they are lost to VMs after a reboot",
         missing.join(", ")
@@ -349,18 +397,26 @@ fn udev(facts: &HostFacts) -> Check {
 
 fn filter(facts: &HostFacts) -> Vec<Check> {
     const ID: &str = "pci-filter";
-    const SYNC: &str = "on the front-end as oneadmin: onehost sync -f, then onehost forceupdate HOST";
+    const SYNC: &str =
+        "on the front-end as oneadmin: onehost sync -f, then onehost forceupdate HOST";
     let mend = format!(
         ":filter: '10de:*' in {FRONT_END_FILTER} on the front-end, then as oneadmin onehost sync -f and onehost forceupdate HOST"
     );
     let gpus: Vec<&PciDevice> = facts.pci.gpus().collect();
     let judged = |path: &str, text: &str, level: Level| {
         let config = PciConf::parse(text);
-        let hidden: Vec<String> =
-            gpus.iter().filter(|gpu| !config.shows(gpu)).map(|gpu| gpu.address.to_string()).collect();
+        let hidden: Vec<String> = gpus
+            .iter()
+            .filter(|gpu| !config.shows(gpu))
+            .map(|gpu| gpu.address.to_string())
+            .collect();
         let filter = config.filter.join(", ");
         if gpus.is_empty() || hidden.is_empty() {
-            let shown = if gpus.is_empty() { "there is no GPU to match" } else { "it matches every GPU of this host" };
+            let shown = if gpus.is_empty() {
+                "there is no GPU to match"
+            } else {
+                "it matches every GPU of this host"
+            };
             let finding = format!("{path}: :filter: {filter}: {shown}");
             if let [_, ..] = config.device_name.as_slice() {
                 let names = config.device_name.join(", ");
@@ -380,24 +436,33 @@ fn filter(facts: &HostFacts) -> Vec<Check> {
         } else {
             format!(":filter: {filter}")
         };
-        Check::bad(ID, level, format!("{path} has {by}: OpenNebula is not told of {}", hidden.join(", ")), &mend)
+        Check::bad(
+            ID,
+            level,
+            format!("{path} has {by}: OpenNebula is not told of {}", hidden.join(", ")),
+            &mend,
+        )
     };
     match (&facts.host_filter, &facts.front_end_filter) {
         (None, None) => {
-            let finding = format!("there is no {HOST_FILTER}: OpenNebula has never monitored this host");
+            let finding =
+                format!("there is no {HOST_FILTER}: OpenNebula has never monitored this host");
             vec![Check::error(ID, finding, SYNC)]
         }
         (Some(host), None) => vec![judged(HOST_FILTER, host, Level::Error)],
         (None, Some(front_end)) => vec![judged(FRONT_END_FILTER, front_end, Level::Error)],
         (Some(host), Some(front_end)) => {
             // What the host has is in force; what the front-end has comes with the next sync.
-            vec![judged(HOST_FILTER, host, Level::Error), judged(FRONT_END_FILTER, front_end, Level::Warning)]
+            vec![
+                judged(HOST_FILTER, host, Level::Error),
+                judged(FRONT_END_FILTER, front_end, Level::Warning),
+            ]
         }
     }
 }
 
-/// What pci.conf says, as far as it decides whether a GPU is reported (src/im_mad/remotes/node-probes.d/pci.rb of
-/// OpenNebula/one).
+/// What pci.conf says, as far as it decides whether a GPU is reported
+/// (src/im_mad/remotes/node-probes.d/pci.rb of OpenNebula/one).
 #[derive(Debug, Default, PartialEq, Eq)]
 struct PciConf {
     filter: Vec<String>,
@@ -407,7 +472,8 @@ struct PciConf {
 }
 
 impl PciConf {
-    /// Reads the YAML that pci.conf is: `:key: value`, `:key: [a, b]`, or a list of `- value` lines.
+    /// Reads the YAML that pci.conf is: `:key: value`, `:key: [a, b]`, or a list of `- value`
+    /// lines.
     fn parse(text: &str) -> Self {
         let mut conf = Self::default();
         let mut key = "";
@@ -416,7 +482,9 @@ impl PciConf {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
-            let values = if let Some((name, value)) = line.strip_prefix(':').and_then(|rest| rest.split_once(':')) {
+            let values = if let Some((name, value)) =
+                line.strip_prefix(':').and_then(|rest| rest.split_once(':'))
+            {
                 key = match name {
                     "filter" => "filter",
                     "short_address" => "short_address",
@@ -432,8 +500,9 @@ impl PciConf {
                 continue;
             };
             let values = values.trim().trim_start_matches('[').trim_end_matches(']').split(',');
-            let values =
-                values.map(|value| value.trim().trim_matches(['\'', '"']).trim()).filter(|value| !value.is_empty());
+            let values = values
+                .map(|value| value.trim().trim_matches(['\'', '"']).trim())
+                .filter(|value| !value.is_empty());
             match key {
                 "filter" => conf.filter.extend(values.map(str::to_owned)),
                 "short_address" => conf.short_address.extend(values.map(str::to_owned)),
@@ -448,7 +517,8 @@ impl PciConf {
         // The probe compares the texts, and lspci writes no domain.
         let address = gpu.address.to_string();
         let short = address.strip_prefix("0000:").unwrap_or(&address);
-        let by_address = self.short_address.is_empty() || self.short_address.iter().any(|listed| listed == short);
+        let by_address = self.short_address.is_empty()
+            || self.short_address.iter().any(|listed| listed == short);
         by_address && self.filter.iter().any(|filter| matches(filter, gpu))
     }
 }
@@ -469,7 +539,13 @@ mod tests {
 
     fn device(address: &str, vendor: u32, class: u32, driver: &str) -> PciDevice {
         let driver = Some(driver.to_owned()).filter(|driver| !driver.is_empty());
-        PciDevice { address: PciAddress::parse(address).unwrap(), vendor, device: Some(0x20f1), class, driver }
+        PciDevice {
+            address: PciAddress::parse(address).unwrap(),
+            vendor,
+            device: Some(0x20f1),
+            class,
+            driver,
+        }
     }
 
     fn good() -> HostFacts {
@@ -479,7 +555,8 @@ mod tests {
             device("0000:e1:00.1", 0x10de, 0x040300, "vfio-pci"),
             device("0000:f1:00.0", 0x8086, 0x020000, "ixgbe"),
         ];
-        let group = |address: &str, group: &str| (PciAddress::parse(address).unwrap(), group.to_owned());
+        let group =
+            |address: &str, group: &str| (PciAddress::parse(address).unwrap(), group.to_owned());
         HostFacts {
             cmdline: Some("root=/dev/sda1 intel_iommu=on iommu=pt".into()),
             cpu_vendor: Some("GenuineIntel".into()),
@@ -488,7 +565,9 @@ mod tests {
                 .map(|(a, g)| group(a, g))
                 .into(),
             has_vfio_pci: true,
-            overrides: ["0000:e1:00.0", "0000:e1:00.1"].map(|address| (address.into(), "vfio-pci".into())).into(),
+            overrides: ["0000:e1:00.0", "0000:e1:00.1"]
+                .map(|address| (address.into(), "vfio-pci".into()))
+                .into(),
             udev_rule: Some("99-vfio.rules: SUBSYSTEM==\"vfio\"".into()),
             host_filter: Some(":filter: '10de:*'\n".into()),
             front_end_filter: None,
@@ -499,8 +578,12 @@ mod tests {
     fn bad(change: impl FnOnce(&mut HostFacts)) -> Vec<(Level, &'static str, String, String)> {
         let mut facts = good();
         change(&mut facts);
-        let checks = judge(&facts, Distribution::Debian).into_iter().filter(|check| check.level != Level::Ok);
-        checks.map(|check| (check.level, check.id, check.finding, check.fix.unwrap_or_default())).collect()
+        let checks = judge(&facts, Distribution::Debian)
+            .into_iter()
+            .filter(|check| check.level != Level::Ok);
+        checks
+            .map(|check| (check.level, check.id, check.finding, check.fix.unwrap_or_default()))
+            .collect()
     }
 
     #[track_caller]
@@ -588,15 +671,48 @@ mod tests {
             facts.unread = vec![("vfio-udev", "x: denied".into())];
         };
         one(unread, Warning, "vfio-udev", "not known: x: denied", "root");
-        one(|facts| facts.host_filter = None, Error, "pci-filter", "never monitored", "onehost sync");
-        one(|facts| facts.host_filter = Some(":filter: '0:0'".into()), Error, "pci-filter", ":filter: 0:0", "10de:*");
-        one(|facts| facts.front_end_filter = Some(":filter: '0:0'".into()), Warning, "pci-filter", "remotes", "10de:*");
+        one(
+            |facts| facts.host_filter = None,
+            Error,
+            "pci-filter",
+            "never monitored",
+            "onehost sync",
+        );
+        one(
+            |facts| facts.host_filter = Some(":filter: '0:0'".into()),
+            Error,
+            "pci-filter",
+            ":filter: 0:0",
+            "10de:*",
+        );
+        one(
+            |facts| facts.front_end_filter = Some(":filter: '0:0'".into()),
+            Warning,
+            "pci-filter",
+            "remotes",
+            "10de:*",
+        );
         let address = ":filter: '10de:*'\n:short_address:\n  - '07:00.0'\n";
-        one(|facts| facts.host_filter = Some(address.into()), Error, "pci-filter", ":short_address: 07:00.0", "10de:*");
+        one(
+            |facts| facts.host_filter = Some(address.into()),
+            Error,
+            "pci-filter",
+            ":short_address: 07:00.0",
+            "10de:*",
+        );
         let names = ":filter: '10de:*'\n:device_name: [ 'L4' ]\n";
-        one(|facts| facts.host_filter = Some(names.into()), Warning, "pci-filter", "L4 hides", "onehost show");
+        one(
+            |facts| facts.host_filter = Some(names.into()),
+            Warning,
+            "pci-filter",
+            "L4 hides",
+            "onehost show",
+        );
         let none = bad(|facts| facts.pci.devices.truncate(1));
-        assert!(none.iter().any(|(level, id, ..)| (*level, *id) == (Error, "gpu-present")), "{none:?}");
+        assert!(
+            none.iter().any(|(level, id, ..)| (*level, *id) == (Error, "gpu-present")),
+            "{none:?}"
+        );
     }
 
     #[test]
@@ -606,7 +722,10 @@ mod tests {
             (":filter: '10de:*'", true),
             (":filter: \"10DE:20f1\"  # the A100", true),
             ("# x\n:filter:\n  - '8086::0c03'\n  - '10de::0302'\n\n:short_address: []\n", true),
-            (":filter: [ '8086:*', '*:*' ]\n:short_address:\n- 'e1:00.0'\n:device_name:\n  - 'x'", true),
+            (
+                ":filter: [ '8086:*', '*:*' ]\n:short_address:\n- 'e1:00.0'\n:device_name:\n  - 'x'",
+                true,
+            ),
             (":filter: '8086:*,10de:*'", true),
             (":filter: '0:0' # no devices", false),
             (":filter: '10de:2235'", false),
@@ -623,7 +742,12 @@ mod tests {
     #[test]
     fn the_udev_rule_is_told_from_a_comment_and_from_another_rule() {
         assert!(vfio_rule("# x\nSUBSYSTEM == \"vfio\", GROUP=\"kvm\", MODE=\"0666\"\n").is_some());
-        assert!(vfio_rule("# SUBSYSTEM==\"vfio\", GROUP=\"kvm\"\nSUBSYSTEM==\"block\", GROUP=\"disk\"\n").is_none());
+        assert!(
+            vfio_rule(
+                "# SUBSYSTEM==\"vfio\", GROUP=\"kvm\"\nSUBSYSTEM==\"block\", GROUP=\"disk\"\n"
+            )
+            .is_none()
+        );
         assert!(vfio_rule("SUBSYSTEM==\"vfio\"\n").is_none());
     }
 }

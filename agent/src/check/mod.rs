@@ -52,7 +52,8 @@ impl Level {
 /// One check and what came of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// Its stable id. Where there are several things of a kind (GPUs, attributes), there is a check for each, with one id.
+    /// Its stable id. Where there are several things of a kind (GPUs, attributes), there is a check
+    /// for each, with one id.
     pub id: &'static str,
     /// How bad it is.
     pub level: Level,
@@ -72,7 +73,12 @@ impl Check {
     }
 
     /// Something is wrong, and this mends it.
-    pub fn bad(id: &'static str, level: Level, finding: impl Into<String>, fix: impl Into<String>) -> Self {
+    pub fn bad(
+        id: &'static str,
+        level: Level,
+        finding: impl Into<String>,
+        fix: impl Into<String>,
+    ) -> Self {
         Self { id, level, finding: one_line(&finding.into()), fix: Some(fix.into()), line: None }
     }
 
@@ -168,10 +174,12 @@ fn read_pci(root: &Root, sysfs: &str) -> PciFacts {
         Err(error) => return unreadable(format!("{sysfs}: {error}")),
     };
     match root.escape(&folder.join("bus/pci/devices")) {
-        Some(link) => unreadable(format!("{}: it leads out of {}", link.display(), root.path().display())),
-        None => {
-            pci::read_facts(&folder, || KernelFacts::read(Path::new(sysfs), |path| root.at(Path::new("/").join(path))))
+        Some(link) => {
+            unreadable(format!("{}: it leads out of {}", link.display(), root.path().display()))
         }
+        None => pci::read_facts(&folder, || {
+            KernelFacts::read(Path::new(sysfs), |path| root.at(Path::new("/").join(path)))
+        }),
     }
 }
 
@@ -181,7 +189,8 @@ mod tests {
 
     #[test]
     fn a_table_has_the_word_the_id_the_line_and_the_fix() {
-        let checks = vec![Check::ok("a", "fine"), Check::error("bcd", "not\nfine", "mend it").at(7)];
+        let checks =
+            vec![Check::ok("a", "fine"), Check::error("bcd", "not\nfine", "mend it").at(7)];
         let diagnosis = Diagnosis { subject: "template", place: "file".into(), checks };
         let mut text = Vec::new();
         diagnosis.write(&mut text, false).unwrap();
@@ -200,7 +209,8 @@ mod tests {
 
     #[test]
     fn the_kernel_of_a_root_is_not_that_of_this_machine() {
-        let folder = std::env::temp_dir().join(format!("supernode-agent-kernel-of-root-{}", std::process::id()));
+        let folder = std::env::temp_dir()
+            .join(format!("supernode-agent-kernel-of-root-{}", std::process::id()));
         let gpu = folder.join("sys/bus/pci/devices/0000:01:00.0");
         std::fs::create_dir_all(&gpu).unwrap();
         for (name, value) in [("vendor", "0x10de"), ("class", "0x030200"), ("device", "0x20f1")] {
@@ -209,6 +219,11 @@ mod tests {
         std::os::unix::fs::symlink("/proc", folder.join("proc")).unwrap();
         let facts = read_pci(&Root::new(&folder), "/sys");
         std::fs::remove_dir_all(folder).unwrap();
-        assert_eq!((facts.gpus().count(), facts.kernel), (1, KernelFacts::default()), "{:?}", facts.unreadable);
+        assert_eq!(
+            (facts.gpus().count(), facts.kernel),
+            (1, KernelFacts::default()),
+            "{:?}",
+            facts.unreadable
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! The root folder that is checked: `/`, or a folder that is laid out like one. Links in it lead to places in it, as they
-//! do for who has it as `/`; nothing outside is looked at.
+//! The root folder that is checked: `/`, or a folder that is laid out like one. Links in it lead to
+//! places in it, as they do for who has it as `/`; nothing outside is looked at.
 
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
@@ -30,8 +30,8 @@ impl Root {
         &self.0
     }
 
-    /// Where `path`, an absolute path below this root, lies on this machine. Links are followed within the root; what is
-    /// not there stays as it is written.
+    /// Where `path`, an absolute path below this root, lies on this machine. Links are followed
+    /// within the root; what is not there stays as it is written.
     ///
     /// # Errors
     /// When the links have no end.
@@ -49,18 +49,22 @@ impl Root {
                 Some(Component::ParentDir) => {
                     inside.pop();
                 }
-                Some(Component::Normal(name)) => match self.0.join(&inside).join(name).read_link() {
-                    // Left as it is it would be followed by the kernel, out of the root.
-                    Ok(_) if links == MOST_LINKS => return Err(io::Error::other("its links lead in a circle")),
-                    Ok(target) => {
-                        links += 1;
-                        if target.is_absolute() {
-                            inside = PathBuf::new();
+                Some(Component::Normal(name)) => {
+                    match self.0.join(&inside).join(name).read_link() {
+                        // Left as it is it would be followed by the kernel, out of the root.
+                        Ok(_) if links == MOST_LINKS => {
+                            return Err(io::Error::other("its links lead in a circle"));
                         }
-                        parts.extend(components(&target));
+                        Ok(target) => {
+                            links += 1;
+                            if target.is_absolute() {
+                                inside = PathBuf::new();
+                            }
+                            parts.extend(components(&target));
+                        }
+                        Err(_) => inside.push(name),
                     }
-                    Err(_) => inside.push(name),
-                },
+                }
                 _ => {}
             }
         }
@@ -72,14 +76,17 @@ impl Root {
         self.resolve(path).unwrap_or_else(|_| self.0.join("\0"))
     }
 
-    /// The first entry of a folder that is a link out of this root. Whoever follows links by the kernel asks this first.
+    /// The first entry of a folder that is a link out of this root. Whoever follows links by the
+    /// kernel asks this first.
     pub fn escape(&self, folder: &Path) -> Option<PathBuf> {
         if self.is_own() {
             return None;
         }
         let root = self.0.canonicalize().ok()?;
         let entries = std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path());
-        entries.into_iter().find(|path| path.canonicalize().is_ok_and(|real| !real.starts_with(&root)))
+        entries
+            .into_iter()
+            .find(|path| path.canonicalize().is_ok_and(|real| !real.starts_with(&root)))
     }
 
     /// The text of a file; `None` where there is none.
@@ -113,8 +120,10 @@ impl Root {
     pub fn list(&self, path: &str) -> Result<Vec<String>, String> {
         match self.resolve(path).and_then(std::fs::read_dir) {
             Ok(entries) => {
-                let mut names: Vec<String> =
-                    entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+                let mut names: Vec<String> = entries
+                    .flatten()
+                    .map(|entry| entry.file_name().to_string_lossy().into_owned())
+                    .collect();
                 names.sort();
                 Ok(names)
             }
@@ -134,12 +143,17 @@ impl Root {
             return runtime::find_program(name);
         }
         let is_program = |path: &Path| {
-            self.at(path).metadata().is_ok_and(|metadata| metadata.is_file() && metadata.mode() & 0o111 != 0)
+            self.at(path)
+                .metadata()
+                .is_ok_and(|metadata| metadata.is_file() && metadata.mode() & 0o111 != 0)
         };
         if name.starts_with('/') {
             return Some(PathBuf::from(name)).filter(|path| is_program(path));
         }
-        runtime::SERVICE_FOLDERS.map(|folder| Path::new(folder).join(name)).into_iter().find(|path| is_program(path))
+        runtime::SERVICE_FOLDERS
+            .map(|folder| Path::new(folder).join(name))
+            .into_iter()
+            .find(|path| is_program(path))
     }
 }
 
@@ -159,7 +173,8 @@ mod tests {
 
     #[test]
     fn links_lead_nowhere_outside_of_the_root() {
-        let folder = std::env::temp_dir().join(format!("supernode-agent-root-{}", std::process::id()));
+        let folder =
+            std::env::temp_dir().join(format!("supernode-agent-root-{}", std::process::id()));
         std::fs::create_dir_all(folder.join("run/deep")).unwrap();
         std::fs::create_dir_all(folder.join("var")).unwrap();
         symlink("/run", folder.join("var/run")).unwrap();

@@ -1,4 +1,5 @@
-//! `check vm | host | template FILE`: the facts of the machine or the file, judged, as a table or as JSON.
+//! `check vm | host | template FILE`: the facts of the machine or the file, judged, as a table or
+//! as JSON.
 
 use std::io::{IsTerminal as _, Write};
 use std::path::{Path, PathBuf};
@@ -45,21 +46,33 @@ pub(super) struct Machine {
 impl Machine {
     fn root(&self) -> Result<Root, Failure> {
         let folder = &self.root;
-        // By its real path, so that nothing depends on the folder that somebody started the agent in.
+        // By its real path, so that nothing depends on the folder that somebody started the agent
+        // in.
         let real = folder.canonicalize().ok().filter(|real| real.is_dir());
-        real.map(Root::new)
-            .ok_or_else(|| Failure::new(EXIT_USAGE, format!("--root {}: there is no such folder", folder.display())))
+        real.map(Root::new).ok_or_else(|| {
+            Failure::new(
+                EXIT_USAGE,
+                format!("--root {}: there is no such folder", folder.display()),
+            )
+        })
     }
 }
 
 /// Checks the subject and answers with the exit code: 1 where an ERROR was found.
-pub(super) fn check(subject: &Subject, settings: Option<&Path>, out: &mut dyn Write) -> Result<ExitCode, Failure> {
+pub(super) fn check(
+    subject: &Subject,
+    settings: Option<&Path>,
+    out: &mut dyn Write,
+) -> Result<ExitCode, Failure> {
     let (diagnosis, json) = match subject {
         Subject::Vm(machine) => (check_vm(&machine.root()?, settings)?, machine.json),
         Subject::Host(machine) => {
             let root = machine.root()?;
             let checks = host::judge(&host::read(&root), distribution(&root));
-            (Diagnosis { subject: "host", place: root.path().display().to_string(), checks }, machine.json)
+            (
+                Diagnosis { subject: "host", place: root.path().display().to_string(), checks },
+                machine.json,
+            )
         }
         Subject::Template { file, json } => (check_template(file), *json),
     };

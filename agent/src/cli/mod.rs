@@ -134,17 +134,20 @@ impl From<BootError> for Failure {
     }
 }
 
-/// The command line as people see it, for the shell completions: without what the agent calls itself for.
+/// The command line as people see it, for the shell completions: without what the agent calls
+/// itself for.
 pub fn visible_command() -> clap::Command {
     let whole = Cli::command();
-    let visible: Vec<_> = whole.get_subcommands().filter(|command| !command.is_hide_set()).cloned().collect();
+    let visible: Vec<_> =
+        whole.get_subcommands().filter(|command| !command.is_hide_set()).cloned().collect();
     clap::Command::new("supernode-agent").args(whole.get_arguments().cloned()).subcommands(visible)
 }
 
 /// Does what the command line says and answers with the exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let wants_json = matches!(cli.command, Command::Plan { json: true } | Command::Gpu { json: true });
+    let wants_json =
+        matches!(cli.command, Command::Plan { json: true } | Command::Gpu { json: true });
     let mut out = io::stdout().lock();
     match dispatch(cli, &mut out) {
         Ok(code) => code,
@@ -182,8 +185,8 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
         Command::Check { subject } => return check::check(subject, cli.settings.as_deref(), out),
         _ => {}
     }
-    let settings =
-        Settings::load(cli.settings.as_deref()).map_err(|error| Failure::new(EXIT_CONFIG, error_chain(&error)))?;
+    let settings = Settings::load(cli.settings.as_deref())
+        .map_err(|error| Failure::new(EXIT_CONFIG, error_chain(&error)))?;
     let runtime = async_runtime()?;
     let code = match cli.command {
         Command::Run => runtime.block_on(boot::run(settings, cli.settings.as_deref())),
@@ -197,7 +200,9 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
                 (true, _) if status.is_ready() => {}
                 (true, _) => return Err(Failure::new(EXIT_RETRY, status.headline())),
                 (false, true) => writeln!(out, "{:#}", status.to_json())?,
-                (false, false) => write!(out, "{}", status.to_text(Terminal::of_stdout().as_ref()))?,
+                (false, false) => {
+                    write!(out, "{}", status.to_text(Terminal::of_stdout().as_ref()))?
+                }
             }
             ExitCode::SUCCESS
         }
@@ -206,8 +211,7 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             let (config, remarks) = configured(&settings)?;
             let detection = runtime.block_on(detect_gpus(&config, &settings, Duration::ZERO));
             let distribution = Distribution::read(&settings.machine.root);
-            let document =
-                json!({"gpu": gpu_json(&detection, distribution), "warnings": remarks.warnings().collect::<Vec<_>>()});
+            let document = json!({"gpu": gpu_json(&detection, distribution), "warnings": remarks.warnings().collect::<Vec<_>>()});
             if json {
                 writeln!(out, "{document:#}")?
             } else {
@@ -217,7 +221,8 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
         }
         Command::Plan { json } => {
             let context = read_context(&settings.context.dir).map_err(BootError::from)?;
-            let (config, remarks) = boot::configure(&context, &settings).map_err(BootError::from)?;
+            let (config, remarks) =
+                boot::configure(&context, &settings).map_err(BootError::from)?;
             let plan = runtime.block_on(Plan::make(config, remarks, &context, &settings));
             if json {
                 writeln!(out, "{:#}", plan.to_json())?
@@ -226,9 +231,10 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             }
             ExitCode::SUCCESS
         }
-        Command::Check { .. } | Command::NvmlProbe { .. } | Command::NvmlWatch { .. } | Command::Variables { .. } => {
-            ExitCode::SUCCESS
-        }
+        Command::Check { .. }
+        | Command::NvmlProbe { .. }
+        | Command::NvmlWatch { .. }
+        | Command::Variables { .. } => ExitCode::SUCCESS,
     };
     // A probe that hangs in the driver must not keep the agent from ending.
     runtime.shutdown_background();
@@ -258,12 +264,19 @@ fn configure_runtime(settings: &Settings, out: &mut dyn Write) -> Result<ExitCod
         .map_err(|error| Failure::new(EXIT_RETRY, error))?;
     let file = docker.daemon_json.display();
     if written {
-        writeln!(out, "{file}: the nvidia runtime was added; Docker takes it up at its next start or reload")?;
+        writeln!(
+            out,
+            "{file}: the nvidia runtime was added; Docker takes it up at its next start or reload"
+        )?;
     } else {
         writeln!(out, "{file}: the nvidia runtime is there, nothing was changed")?;
     }
     if find_program(&docker.runtime_path).is_none() {
-        writeln!(out, "{} is not installed: Docker will not be able to use it", docker.runtime_path)?;
+        writeln!(
+            out,
+            "{} is not installed: Docker will not be able to use it",
+            docker.runtime_path
+        )?;
     }
     Ok(ExitCode::SUCCESS)
 }

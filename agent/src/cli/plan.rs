@@ -1,4 +1,5 @@
-//! What `plan` and `gpu` say: everything up to the launch, and what could not be learned on the way.
+//! What `plan` and `gpu` say: everything up to the launch, and what could not be learned on the
+//! way.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -36,13 +37,18 @@ pub(super) struct Plan {
     /// The DCGM exporter, or why there is none.
     exporter: Result<ContainerSpec, &'static str>,
     distribution: Distribution,
-    /// What is taken although it is not written as it should be; what `run` would stop at, or do otherwise, as far as can be
-    /// told.
+    /// What is taken although it is not written as it should be; what `run` would stop at, or do
+    /// otherwise, as far as can be told.
     notes: Vec<String>,
 }
 
 impl Plan {
-    pub(super) async fn make(config: Config, remarks: Remarks, context: &Context, settings: &Settings) -> Self {
+    pub(super) async fn make(
+        config: Config,
+        remarks: Remarks,
+        context: &Context,
+        settings: &Settings,
+    ) -> Self {
         let mut notes = remarks.notes.clone();
         let (detection, engine, superlink) = tokio::join!(
             detect_gpus(&config, settings, Duration::ZERO),
@@ -61,18 +67,29 @@ impl Plan {
                 "{why}: it is not known whether it has the image {image}, the nvidia runtime and CDI devices"
             )),
         }
-        let access = choose_access(settings.gpu.injection, detection.verdict.devices(), facts.as_ref());
-        let needs_runtime = matches!(detection.verdict, Verdict::Gpu { .. }) && access == GpuAccess::Runtime;
-        let registered = facts.as_ref().is_some_and(|facts| facts.runtimes.contains_key(RUNTIME_NAME));
+        let access =
+            choose_access(settings.gpu.injection, detection.verdict.devices(), facts.as_ref());
+        let needs_runtime =
+            matches!(detection.verdict, Verdict::Gpu { .. }) && access == GpuAccess::Runtime;
+        let registered =
+            facts.as_ref().is_some_and(|facts| facts.runtimes.contains_key(RUNTIME_NAME));
         if needs_runtime && !registered && find_program(&settings.docker.runtime_path).is_none() {
             notes.push(format!(
                 "{} is not installed: the node would fall back to the CPU (runtime-missing)",
                 settings.docker.runtime_path
             ));
         }
-        let exporter = plan_exporter(&config, detection.verdict.devices(), &access, settings, &machine);
-        let container =
-            plan::plan_container(&config, &detection.verdict, &access, superlink.as_ref(), &image, &machine, settings);
+        let exporter =
+            plan_exporter(&config, detection.verdict.devices(), &access, settings, &machine);
+        let container = plan::plan_container(
+            &config,
+            &detection.verdict,
+            &access,
+            superlink.as_ref(),
+            &image,
+            &machine,
+            settings,
+        );
         let container = container.redacted(config.node_config.as_ref());
         let distribution = Distribution::read(&settings.machine.root);
         Self { config, remarks, detection, superlink, container, exporter, distribution, notes }
@@ -97,7 +114,9 @@ impl Plan {
             match value {
                 Json::Null => continue,
                 Json::String(text) => writeln!(out, "  {name:<27} {text}")?,
-                Json::Bool(switch) => writeln!(out, "  {name:<27} {}", if switch { "YES" } else { "NO" })?,
+                Json::Bool(switch) => {
+                    writeln!(out, "  {name:<27} {}", if switch { "YES" } else { "NO" })?
+                }
                 other => writeln!(out, "  {name:<27} {other}")?,
             }
         }
@@ -105,7 +124,8 @@ impl Plan {
         write_list(out, "Idle settings", &self.remarks.idle)?;
         write_gpu(out, &self.detection, self.distribution)?;
         if let Some(superlink) = &self.superlink {
-            let vm = superlink.vm_id.map_or(String::new(), |id| format!(", VM {id} of the service"));
+            let vm =
+                superlink.vm_id.map_or(String::new(), |id| format!(", VM {id} of the service"));
             let way = if superlink.ca.is_some() { "TLS" } else { "no TLS" };
             writeln!(out, "SuperLink")?;
             writeln!(out, "  address  {} ({way}{vm})", superlink.address)?;
@@ -119,10 +139,11 @@ impl Plan {
             writeln!(out, "  device   {device}")?;
         }
         // One with blanks in it is still one.
-        let args = container.args.iter().map(|argument| match argument.contains(char::is_whitespace) {
-            true => format!("{argument:?}"),
-            false => argument.clone(),
-        });
+        let args =
+            container.args.iter().map(|argument| match argument.contains(char::is_whitespace) {
+                true => format!("{argument:?}"),
+                false => argument.clone(),
+            });
         writeln!(out, "  args     {}", args.collect::<Vec<_>>().join(" "))?;
         for (name, value) in &container.env {
             writeln!(out, "  env      {name}={value}")?;
@@ -151,14 +172,19 @@ async fn look_for_superlink(
 ) -> Option<SuperLink> {
     let cloud = Cloud::of(context, settings);
     let gate = cloud.as_ref().map(Cloud::gate).map_err(String::as_str);
-    let Found { mut superlink, service, warnings } = match find_superlink(gate, config, SystemTime::now()).await {
-        Ok(found) => found,
-        Err(error) => {
-            let outcome = if error.is_final() { "the node would not start" } else { "the node would wait" };
-            notes.push(format!("{outcome}: {}", one_line(&error_chain(&error))));
-            return None;
-        }
-    };
+    let Found { mut superlink, service, warnings } =
+        match find_superlink(gate, config, SystemTime::now()).await {
+            Ok(found) => found,
+            Err(error) => {
+                let outcome = if error.is_final() {
+                    "the node would not start"
+                } else {
+                    "the node would wait"
+                };
+                notes.push(format!("{outcome}: {}", one_line(&error_chain(&error))));
+                return None;
+            }
+        };
     notes.extend(warnings);
     if let (None, Ok(cloud)) = (&config.node_config, &cloud) {
         let keeper = Keeper::of(settings, cloud.vm_id());
@@ -166,13 +192,17 @@ async fn look_for_superlink(
             Some(service) => Ok(service),
             None => cloud.gate().service().await,
         };
-        superlink.partition = keeper.of_this_boot().or_else(|| partition::known(service.as_ref().ok()?, &keeper));
+        superlink.partition =
+            keeper.of_this_boot().or_else(|| partition::known(service.as_ref().ok()?, &keeper));
         match service {
             Ok(_) if superlink.partition.is_none() => {
-                notes.push("the node would take a partition that no other node of the service has".into());
+                notes.push(
+                    "the node would take a partition that no other node of the service has".into(),
+                );
             }
             Ok(_) | Err(OneGateError::NotInService) => {}
-            Err(error) => notes.push(format!("the partition is not known: {}", one_line(&error_chain(&error)))),
+            Err(error) => notes
+                .push(format!("the partition is not known: {}", one_line(&error_chain(&error)))),
         }
     }
     Some(superlink)
@@ -187,11 +217,18 @@ async fn look_at_engine(socket: &Path) -> Result<(Engine, EngineFacts), String> 
     };
     match tokio::time::timeout(PATIENCE, look).await {
         Ok(answer) => answer.map_err(|error| error.to_string()),
-        Err(_) => Err(format!("the Docker engine at {} gave no answer within 3 s", socket.display())),
+        Err(_) => {
+            Err(format!("the Docker engine at {} gave no answer within 3 s", socket.display()))
+        }
     }
 }
 
-async fn with_image(engine: &Engine, image: &ImageRef, machine: Machine, notes: &mut Vec<String>) -> Machine {
+async fn with_image(
+    engine: &Engine,
+    image: &ImageRef,
+    machine: Machine,
+    notes: &mut Vec<String>,
+) -> Machine {
     match engine.find_image(image.as_str()).await {
         Ok(Some(found)) => Machine { image_python_path: found.variable("PYTHONPATH"), ..machine },
         Ok(None) => {
@@ -229,7 +266,11 @@ pub(super) fn gpu_json(detection: &Detection, distribution: Distribution) -> Jso
     })
 }
 
-pub(super) fn write_gpu(out: &mut dyn Write, detection: &Detection, distribution: Distribution) -> io::Result<()> {
+pub(super) fn write_gpu(
+    out: &mut dyn Write,
+    detection: &Detection,
+    distribution: Distribution,
+) -> io::Result<()> {
     let facts = &detection.facts;
     writeln!(out, "Facts")?;
     if facts.gpus().next().is_none() {
@@ -273,7 +314,11 @@ pub(super) fn write_gpu(out: &mut dyn Write, detection: &Detection, distribution
     Ok(())
 }
 
-fn write_list<'a>(out: &mut dyn Write, title: &str, lines: impl IntoIterator<Item = &'a String>) -> io::Result<()> {
+fn write_list<'a>(
+    out: &mut dyn Write,
+    title: &str,
+    lines: impl IntoIterator<Item = &'a String>,
+) -> io::Result<()> {
     let mut lines = lines.into_iter().peekable();
     if lines.peek().is_some() {
         writeln!(out, "{title}")?;

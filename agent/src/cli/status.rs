@@ -31,10 +31,13 @@ impl Status {
     pub(super) async fn look(settings: &Settings) -> Self {
         const PATIENCE: Duration = Duration::from_secs(10);
         let name = settings.container.name.clone();
-        let look = async { Engine::connect(&settings.docker.socket).await?.find_container(&name).await };
+        let look =
+            async { Engine::connect(&settings.docker.socket).await?.find_container(&name).await };
         let container = match tokio::time::timeout(PATIENCE, look).await {
             Ok(answer) => answer.map_err(|error: EngineError| error.to_string()),
-            Err(_) => Err(format!("the Docker engine gave no answer within {} s", PATIENCE.as_secs())),
+            Err(_) => {
+                Err(format!("the Docker engine gave no answer within {} s", PATIENCE.as_secs()))
+            }
         };
         let state_dir = &settings.state.dir;
         Self {
@@ -57,16 +60,23 @@ impl Status {
         match &self.container {
             Err(why) => format!("it is not known whether {name} runs: {why}"),
             Ok(None) => format!("{name} does not run: there is no such container"),
-            Ok(Some(found)) if found.spec_hash().is_none() => format!("{name} is a container of somebody else"),
+            Ok(Some(found)) if found.spec_hash().is_none() => {
+                format!("{name} is a container of somebody else")
+            }
             Ok(Some(found)) if found.paused => format!("{name} is paused: docker unpause {name}"),
-            Ok(Some(found)) if found.running => format!("{name} runs since {}", to_seconds(&found.started_at)),
-            Ok(Some(found)) => format!("{name} does not run: it ended with exit code {}", found.exit_code),
+            Ok(Some(found)) if found.running => {
+                format!("{name} runs since {}", to_seconds(&found.started_at))
+            }
+            Ok(Some(found)) => {
+                format!("{name} does not run: it ended with exit code {}", found.exit_code)
+            }
         }
     }
 
     /// The verdict as the agent has it now, else as the container was launched with.
     fn verdict(&self) -> Json {
-        let of_report = self.report.as_ref().map(|report| &report.verdict).filter(|verdict| !verdict.is_null());
+        let of_report =
+            self.report.as_ref().map(|report| &report.verdict).filter(|verdict| !verdict.is_null());
         if let Some(verdict) = of_report {
             return verdict.clone();
         }
@@ -77,7 +87,9 @@ impl Status {
         match label(VERDICT_LABEL) {
             Some(device) => {
                 let reason = label(REASON_LABEL);
-                let fix = reason.and_then(|code| Reason::from_code(code)).map(|reason| reason.fix(self.distribution));
+                let fix = reason
+                    .and_then(|code| Reason::from_code(code))
+                    .map(|reason| reason.fix(self.distribution));
                 json!({"device": device, "reason": reason, "summary": label(SUMMARY_LABEL), "fix": fix})
             }
             None => Json::Null,
@@ -158,9 +170,9 @@ impl Status {
                 (true, false) => (Level::Warning, "not connected"),
                 (false, _) => (Level::Warning, "it is not known whether it is connected"),
             };
-            let share = report
-                .partition
-                .map_or(String::new(), |Partition { id, count }| format!("; partition {id} of {count}"));
+            let share = report.partition.map_or(String::new(), |Partition { id, count }| {
+                format!("; partition {id} of {count}")
+            });
             row(Some(level), "SuperLink", format!("{superlink}, {connected}{share}"));
         }
         if let Some(exporter) = self.exporter() {
@@ -168,11 +180,16 @@ impl Status {
         }
         let since = to_seconds(&report.since);
         // The row of the device has the finding.
-        let status = fallback.map_or(report.status.clone(), |finding| report.status.replacen(&finding, "", 1));
+        let status = fallback
+            .map_or(report.status.clone(), |finding| report.status.replacen(&finding, "", 1));
         if self.agent_runs {
             row(None, "Agent", format!("{status} (since {since}, process {})", report.pid));
         } else {
-            row(Some(Level::Error), "Agent", format!("not running; its last words, {since}: {status}"));
+            row(
+                Some(Level::Error),
+                "Agent",
+                format!("not running; its last words, {since}: {status}"),
+            );
         }
         rows
     }
@@ -196,10 +213,13 @@ impl Row {
         const LABEL: usize = 11;
         let label = format!("{:<LABEL$}", self.label);
         let label = match self.level {
-            Some(level) if terminal.is_some_and(|terminal| terminal.is_coloured) => level.coloured(&label),
+            Some(level) if terminal.is_some_and(|terminal| terminal.is_coloured) => {
+                level.coloured(&label)
+            }
             _ => label,
         };
-        let width = terminal.map_or(usize::MAX, |terminal| terminal.columns.saturating_sub(LABEL).max(20));
+        let width =
+            terminal.map_or(usize::MAX, |terminal| terminal.columns.saturating_sub(LABEL).max(20));
         let mut text = label;
         let mut column = 0;
         for word in self.text.split(' ') {
@@ -225,7 +245,9 @@ fn devices(found: &[Json]) -> Vec<String> {
     let text = |device: &Json, key: &str| device[key].as_str().unwrap_or_default().to_owned();
     let name = |device: &Json| device["name"].as_str().unwrap_or("GPU").to_owned();
     if found.len() <= MOST_ROWS {
-        let row = |device| format!("{} ({}, {})", name(device), text(device, "uuid"), text(device, "pci_address"));
+        let row = |device| {
+            format!("{} ({}, {})", name(device), text(device, "uuid"), text(device, "pci_address"))
+        };
         return found.iter().map(row).collect();
     }
     let mut names: Vec<String> = found.iter().map(name).collect();
@@ -247,14 +269,15 @@ impl Terminal {
         if !io::stdout().is_terminal() {
             return None;
         }
-        let columns = rustix::termios::tcgetwinsize(rustix::stdio::stdout()).map_or(0, |size| size.ws_col.into());
+        let columns = rustix::termios::tcgetwinsize(rustix::stdio::stdout())
+            .map_or(0, |size| size.ws_col.into());
         let columns = if columns == 0 { USUAL } else { columns };
         Some(Self { columns, is_coloured: std::env::var_os("NO_COLOR").is_none() })
     }
 }
 
-/// Shows the node until SIGINT or SIGTERM: on a terminal in place, elsewhere whenever something has changed, for as long as
-/// somebody reads.
+/// Shows the node until SIGINT or SIGTERM: on a terminal in place, elsewhere whenever something has
+/// changed, for as long as somebody reads.
 pub(super) async fn watch(settings: &Settings, json: bool, out: &mut dyn Write) -> io::Result<()> {
     const EACH: Duration = Duration::from_secs(2);
     const TO_THE_TOP_AND_CLEAR: &str = "\x1b[H\x1b[2J";
@@ -266,7 +289,11 @@ pub(super) async fn watch(settings: &Settings, json: bool, out: &mut dyn Write) 
             let status = Status::look(settings).await;
             // It is looked for each time: a window changes its size.
             let terminal = Terminal::of_stdout().filter(|_| !json);
-            let text = if json { format!("{}\n", status.to_json()) } else { status.to_text(terminal.as_ref()) };
+            let text = if json {
+                format!("{}\n", status.to_json())
+            } else {
+                status.to_text(terminal.as_ref())
+            };
             if text != shown {
                 let before = match (&terminal, json || shown.is_empty()) {
                     (Some(_), _) => TO_THE_TOP_AND_CLEAR,
@@ -288,7 +315,8 @@ pub(super) async fn watch(settings: &Settings, json: bool, out: &mut dyn Write) 
     }
 }
 
-/// Whether nobody reads our stdout any more. A write would tell, and there may be nothing to write for hours.
+/// Whether nobody reads our stdout any more. A write would tell, and there may be nothing to write
+/// for hours.
 fn is_deserted() -> bool {
     let mut stdout = [PollFd::from_borrowed_fd(rustix::stdio::stdout(), PollFlags::empty())];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -354,7 +382,10 @@ mod tests {
     fn fallback(reason: &str, fix: &str) -> Status {
         let summary = "OpenNebula passed 0000:01:00.0 to this VM (PCI0_ADDRESS='01:00.0'), and there is no device at that address";
         let verdict = json!({"device": "cpu", "reason": reason, "summary": summary, "fix": fix});
-        status(verdict, &format!("Running on the CPU: {reason}: {summary}; connected to 10.9.8.7:9092"))
+        status(
+            verdict,
+            &format!("Running on the CPU: {reason}: {summary}; connected to 10.9.8.7:9092"),
+        )
     }
 
     #[test]
@@ -383,7 +414,10 @@ Agent      Running on the CPU; connected to 10.9.8.7:9092 (since
     fn a_node_is_told_in_ten_lines_of_eighty_columns_whatever_its_gpus() {
         for count in 1..=16 {
             let text = status(gpus(count), "Running on NVIDIA A100").to_text(Some(&TERMINAL));
-            assert!(text.lines().count() <= 10 && text.lines().all(|line| line.chars().count() <= 80), "{text}");
+            assert!(
+                text.lines().count() <= 10 && text.lines().all(|line| line.chars().count() <= 80),
+                "{text}"
+            );
         }
     }
 

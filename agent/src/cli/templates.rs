@@ -1,5 +1,6 @@
-//! The table of variables as OpenNebula takes it: CONTEXT and USER_INPUTS of a VM template, a OneFlow service, the
-//! parameters of a marketplace appliance. What is below packaging/ is made from it; the facts are from OpenNebula/one.
+//! The table of variables as OpenNebula takes it: CONTEXT and USER_INPUTS of a VM template, a
+//! OneFlow service, the parameters of a marketplace appliance. What is below packaging/ is made
+//! from it; the facts are from OpenNebula/one.
 
 use serde_json::{Map, Value as Json, json};
 
@@ -24,8 +25,9 @@ pub enum Release {
     V7,
 }
 
-/// The switch is no input: OneFlow neither asks for the inputs of a VM template nor knows their defaults, so that a node of
-/// a service would leave its GPU alone. The template says it, and who chooses the template has chosen.
+/// The switch is no input: OneFlow neither asks for the inputs of a VM template nor knows their
+/// defaults, so that a node of a service would leave its GPU alone. The template says it, and who
+/// chooses the template has chosen.
 const SWITCH: &str = "FL_GPU_ENABLED";
 /// What every node needs of OpenNebula.
 const CONTEXT: &[(&str, &str)] = &[
@@ -38,24 +40,36 @@ const CONTEXT: &[(&str, &str)] = &[
 
 /// CONTEXT, USER_INPUTS and INPUTS_ORDER of a VM template.
 pub fn vm_template(node: Node) -> String {
-    let inputs = || inputs().filter(|variable| node == Node::Gpu || !GPU_ONLY.contains(&variable.name));
+    let inputs =
+        || inputs().filter(|variable| node == Node::Gpu || !GPU_ONLY.contains(&variable.name));
     let switch = if node == Node::Gpu { "YES" } else { "NO" };
-    let fixed = CONTEXT.iter().copied().chain([(SWITCH, switch)]).map(|(name, value)| format!("  {name}=\"{value}\""));
-    let context: Vec<String> =
-        fixed.chain(inputs().map(|Variable { name, .. }| format!("  {name}=\"${name}\""))).collect();
-    let asked: Vec<String> =
-        inputs().map(|variable| format!("  {}=\"{}\"", variable.name, user_input(variable))).collect();
+    let fixed = CONTEXT
+        .iter()
+        .copied()
+        .chain([(SWITCH, switch)])
+        .map(|(name, value)| format!("  {name}=\"{value}\""));
+    let context: Vec<String> = fixed
+        .chain(inputs().map(|Variable { name, .. }| format!("  {name}=\"${name}\"")))
+        .collect();
+    let asked: Vec<String> = inputs()
+        .map(|variable| format!("  {}=\"{}\"", variable.name, user_input(variable)))
+        .collect();
     let order: Vec<&str> = inputs().map(|variable| variable.name).collect();
     let (context, asked, order) = (context.join(",\n"), asked.join(",\n"), order.join(","));
     format!("CONTEXT=[\n{context} ]\nUSER_INPUTS=[\n{asked} ]\nINPUTS_ORDER=\"{order}\"\n")
 }
 
-/// The OneFlow service as `oneflow-template create` takes it: a SuperLink, and from one SuperNode on. The ids of the VM
-/// templates are -1 and -2, which no template has: whoever forgets to fill them in is told so.
+/// The OneFlow service as `oneflow-template create` takes it: a SuperLink, and from one SuperNode
+/// on. The ids of the VM templates are -1 and -2, which no template has: whoever forgets to fill
+/// them in is told so.
 pub fn service(release: Release) -> Json {
-    let asked: Map<String, Json> = inputs().map(|input| (input.name.into(), user_input(input).into())).collect();
+    let asked: Map<String, Json> =
+        inputs().map(|input| (input.name.into(), user_input(input).into())).collect();
     // By the names of the marketplace's SuperLink.
-    let superlink = [("ONEAPP_FLOWER_VERSION", "$FLOWER_VERSION"), ("ONEAPP_FL_TLS_ENABLED", "$FL_TLS_ENABLED")];
+    let superlink = [
+        ("ONEAPP_FLOWER_VERSION", "$FLOWER_VERSION"),
+        ("ONEAPP_FL_TLS_ENABLED", "$FL_TLS_ENABLED"),
+    ];
     let head = json!({
         "name": "flower",
         "description": "A Flower SuperLink, and SuperNodes that find it through OneGate",
@@ -68,10 +82,11 @@ pub fn service(release: Release) -> Json {
         Release::V6 => {
             let mut references: Vec<(&str, String)> =
                 inputs().map(|Variable { name, .. }| (*name, format!("${name}"))).collect();
-            // The text is replaced from its top: $FL_GRPC_KEEPALIVE_TIMEOUT must have gone before $FL_GRPC_KEEPALIVE_TIME is
-            // replaced, wherever it stands.
+            // The text is replaced from its top: $FL_GRPC_KEEPALIVE_TIMEOUT must have gone before
+            // $FL_GRPC_KEEPALIVE_TIME is replaced, wherever it stands.
             references.sort_by(|(a, _), (b, _)| b.cmp(a));
-            let supernode: Vec<(&str, &str)> = references.iter().map(|(name, value)| (*name, value.as_str())).collect();
+            let supernode: Vec<(&str, &str)> =
+                references.iter().map(|(name, value)| (*name, value.as_str())).collect();
             // An input without a value would stay in the text as $KEY, and reach the VM so.
             let values: Map<String, Json> =
                 inputs().map(|input| (input.name.into(), form(input).default.into())).collect();
@@ -101,7 +116,12 @@ pub fn service(release: Release) -> Json {
             })
         }
     };
-    [head, body].into_iter().filter_map(|part| part.as_object().cloned()).flatten().collect::<Map<_, _>>().into()
+    [head, body]
+        .into_iter()
+        .filter_map(|part| part.as_object().cloned())
+        .flatten()
+        .collect::<Map<_, _>>()
+        .into()
 }
 
 /// The text of `vm_template_contents`.
@@ -114,7 +134,9 @@ fn contents(attributes: &[(&str, &str)]) -> String {
 pub fn appliance_params() -> String {
     let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
     let line = |variable: &Variable| {
-        let fields = [&appliance_name(variable), "configure", variable.about, &user_input(variable)].map(quoted);
+        let fields =
+            [&appliance_name(variable), "configure", variable.about, &user_input(variable)]
+                .map(quoted);
         format!("    {}\n", fields.join(" "))
     };
     format!("ONE_SERVICE_PARAMS=(\n{})\n", VARIABLES.iter().map(line).collect::<String>())
@@ -138,9 +160,11 @@ pub fn appliance_template() -> String {
 
 /// The table of an appliance's parameters for its README.
 pub fn appliance_markdown() -> String {
-    let mut text = String::from("| parameter | values | unset means | |\n| --- | --- | --- | --- |\n");
+    let mut text =
+        String::from("| parameter | values | unset means | |\n| --- | --- | --- | --- |\n");
     for variable in VARIABLES {
-        let cells = [&variable.kind.values(), variable.unset, variable.about].map(|cell| cell.replace('|', "\\|"));
+        let cells = [&variable.kind.values(), variable.unset, variable.about]
+            .map(|cell| cell.replace('|', "\\|"));
         text.push_str(&format!("| `{}` | {} |\n", appliance_name(variable), cells.join(" | ")));
     }
     text
@@ -173,7 +197,9 @@ fn form(variable: &Variable) -> Form {
         Kind::Choice(words) if words.contains(&variable.unset) => {
             Form { kind: "list", parameters: words.join(","), default: variable.unset }
         }
-        Kind::Choice(words) => Form { kind: "list", parameters: format!(",{}", words.join(",")), default: "" },
+        Kind::Choice(words) => {
+            Form { kind: "list", parameters: format!(",{}", words.join(",")), default: "" }
+        }
         Kind::Count(_) => plain("number", variable.unset.split(' ').next().unwrap_or_default()),
         Kind::Fraction => plain("number-float", ""),
         Kind::Certificate => plain("text64", ""),
@@ -181,8 +207,9 @@ fn form(variable: &Variable) -> Form {
     }
 }
 
-/// `O|type|description|parameters|default`. Always five fields: with three, OpenNebula's command line has no default to
-/// take for an empty answer, asks for a number for ever and dies of a text64 (src/cli/one_helper.rb).
+/// `O|type|description|parameters|default`. Always five fields: with three, OpenNebula's command
+/// line has no default to take for an empty answer, asks for a number for ever and dies of a text64
+/// (src/cli/one_helper.rb).
 fn user_input(variable: &Variable) -> String {
     let Form { kind, parameters, default } = form(variable);
     format!("O|{kind}|{}|{parameters}|{default}", variable.about)
@@ -251,7 +278,10 @@ mod tests {
     fn an_appliance_has_every_variable_by_a_name_that_the_agent_knows() {
         for variable in VARIABLES {
             let name = appliance_name(variable);
-            assert!(name.starts_with("ONEAPP_FL") && variable.names().any(|known| known == name), "{name}");
+            assert!(
+                name.starts_with("ONEAPP_FL") && variable.names().any(|known| known == name),
+                "{name}"
+            );
         }
         assert_eq!(appliance_params().lines().count(), VARIABLES.len() + 2);
         assert!(appliance_params().contains("'Share of the GPU'\\''s memory"));

@@ -1,4 +1,5 @@
-//! The table of variables, as JSON, text and Markdown; what OpenNebula takes is made by [`super::templates`].
+//! The table of variables, as JSON, text and Markdown; what OpenNebula takes is made by
+//! [`super::templates`].
 
 use clap::ValueEnum;
 use serde_json::{Value as Json, json};
@@ -58,11 +59,15 @@ pub(super) fn as_text(format: Format) -> String {
 
 /// The table of the variables for a document.
 pub fn as_markdown() -> String {
-    let mut text = String::from("| variable | values | unset means | goes to |\n| --- | --- | --- | --- |\n");
+    let mut text =
+        String::from("| variable | values | unset means | goes to |\n| --- | --- | --- | --- |\n");
     for variable in VARIABLES {
-        let names: Vec<String> =
-            std::iter::once(&variable.name).chain(variable.also).map(|name| format!("`{name}`")).collect();
-        let cells = [&variable.kind.values(), variable.unset, variable.goes_to].map(|cell| cell.replace('|', "\\|"));
+        let names: Vec<String> = std::iter::once(&variable.name)
+            .chain(variable.also)
+            .map(|name| format!("`{name}`"))
+            .collect();
+        let cells = [&variable.kind.values(), variable.unset, variable.goes_to]
+            .map(|cell| cell.replace('|', "\\|"));
         text.push_str(&format!("| {} | {} |\n", names.join(", "), cells.join(" | ")));
     }
     text

@@ -1,5 +1,5 @@
-//! The CAs that vouch for the SuperLink: what an operator or a peer hands over, read as X.509 (RFC 5280).
-//! Pure: what time it is, the caller tells.
+//! The CAs that vouch for the SuperLink: what an operator or a peer hands over, read as X.509 (RFC
+//! 5280). Pure: what time it is, the caller tells.
 
 use std::fmt::{self, Write as _};
 use std::time::SystemTime;
@@ -20,7 +20,8 @@ const PRIVATE_KEY: &str = "it holds a private key, which must not leave its owne
 const REQUEST: &str = "a certificate request, which a CA has yet to sign";
 const PUBLIC_KEY: &str = "a public key";
 const PKCS7: &str = "PKCS#7 (openssl pkcs7 -print_certs -in FILE takes the certificates out)";
-const TRUSTED: &str = "a certificate in OpenSSL's own form (openssl x509 -in FILE makes a plain one)";
+const TRUSTED: &str =
+    "a certificate in OpenSSL's own form (openssl x509 -in FILE makes a plain one)";
 
 /// Certificates of CAs, one or several: each once, in the order in which they came.
 #[derive(Clone)]
@@ -52,7 +53,8 @@ enum Piece {
 pub struct Valid {
     /// The CAs that have not expired.
     pub certificate: Certificate,
-    /// What is wrong with the validity of some, each a WARNING. Who asked adds where the certificate comes from.
+    /// What is wrong with the validity of some, each a WARNING. Who asked adds where the
+    /// certificate comes from.
     pub warnings: Vec<String>,
 }
 
@@ -72,20 +74,26 @@ impl PartialEq for Certificate {
 impl Eq for Certificate {}
 
 impl Certificate {
-    /// Reads base64 (line breaks and blanks in it are dropped) of PEM text or of one certificate in DER, or the PEM text
-    /// itself. Text around the certificates and repetitions of one are dropped; of what else is no CA, see
-    /// [`Self::left_out`].
+    /// Reads base64 (line breaks and blanks in it are dropped) of PEM text or of one certificate in
+    /// DER, or the PEM text itself. Text around the certificates and repetitions of one are
+    /// dropped; of what else is no CA, see [`Self::left_out`].
     ///
     /// # Errors
-    /// What is accepted, and what this is instead. The value is never repeated: it may be a private key by mistake.
+    /// What is accepted, and what this is instead. The value is never repeated: it may be a private
+    /// key by mistake.
     pub fn parse(text: &str) -> Result<Self, Refusal> {
-        Self::read(text)
-            .map_err(|why| format!("must be the base64 of a CA's PEM certificate (base64 -w0 ca.crt); {why}"))
+        Self::read(text).map_err(|why| {
+            format!("must be the base64 of a CA's PEM certificate (base64 -w0 ca.crt); {why}")
+        })
     }
 
     fn read(text: &str) -> Result<Self, String> {
         let was_raw_pem = text.contains(BEGIN);
-        let bytes = if was_raw_pem { text.into() } else { decode_base64(text).ok_or("it is not base64")? };
+        let bytes = if was_raw_pem {
+            text.into()
+        } else {
+            decode_base64(text).ok_or("it is not base64")?
+        };
         let pieces = read_pieces(&bytes)?;
         let (mut cas, mut others) = (Vec::<Ca>::new(), Vec::new());
         for piece in pieces {
@@ -98,7 +106,8 @@ impl Certificate {
         if cas.is_empty() {
             return Err(format!("this is {}", listed(&others)));
         }
-        let left_out = (!others.is_empty()).then(|| format!("what is no CA is left out: {}", listed(&others)));
+        let left_out =
+            (!others.is_empty()).then(|| format!("what is no CA is left out: {}", listed(&others)));
         Ok(Self::of(cas, was_raw_pem, left_out))
     }
 
@@ -108,7 +117,8 @@ impl Certificate {
         Self { cas, pem, was_raw_pem, left_out }
     }
 
-    /// The PEM text, as RFC 7468 wants it: gRPC's reader is stricter than people and their mail programs are.
+    /// The PEM text, as RFC 7468 wants it: gRPC's reader is stricter than people and their mail
+    /// programs are.
     pub fn pem(&self) -> &str {
         &self.pem
     }
@@ -118,21 +128,25 @@ impl Certificate {
         self.was_raw_pem
     }
 
-    /// What stood among the CAs and is none of them: a WARNING. Who asked adds where the certificate comes from.
+    /// What stood among the CAs and is none of them: a WARNING. Who asked adds where the
+    /// certificate comes from.
     pub fn left_out(&self) -> Option<&str> {
         self.left_out.as_deref()
     }
 
-    /// What can be used at `now`: an expired CA is left out, one that is not valid yet is kept, for the clock of a VM may
-    /// well be behind when it boots.
+    /// What can be used at `now`: an expired CA is left out, one that is not valid yet is kept, for
+    /// the clock of a VM may well be behind when it boots.
     ///
     /// # Errors
     /// When all have expired: which, when, and what the clock says.
     pub fn valid_at(&self, now: SystemTime) -> Result<Valid, Refusal> {
         let clock = format!("this machine's clock says {}", utc(now));
-        let (expired, kept): (Vec<&Ca>, Vec<&Ca>) = self.cas.iter().partition(|ca| ca.not_after.to_system_time() < now);
-        let ends: Vec<String> =
-            expired.iter().map(|ca| format!("{} expired at {}", ca.subject, ca.not_after)).collect();
+        let (expired, kept): (Vec<&Ca>, Vec<&Ca>) =
+            self.cas.iter().partition(|ca| ca.not_after.to_system_time() < now);
+        let ends: Vec<String> = expired
+            .iter()
+            .map(|ca| format!("{} expired at {}", ca.subject, ca.not_after))
+            .collect();
         if kept.is_empty() {
             return Err(format!("must be a CA that has not expired; {}; {clock}", listed(&ends)));
         }
@@ -162,8 +176,11 @@ fn read_pieces(bytes: &[u8]) -> Result<Vec<Piece>, String> {
         read_pem(&text)
     } else if begins_as_der(bytes) {
         Ok(vec![read_der(bytes)?])
-    } else if decode_base64(&text).is_some_and(|inner| inner.starts_with(BEGIN.as_bytes()) || begins_as_der(&inner)) {
-        Err("it is base64 of base64: encode it once (Sunstone encodes a text64 input by itself)".into())
+    } else if decode_base64(&text)
+        .is_some_and(|inner| inner.starts_with(BEGIN.as_bytes()) || begins_as_der(&inner))
+    {
+        Err("it is base64 of base64: encode it once (Sunstone encodes a text64 input by itself)"
+            .into())
     } else {
         Err("what it encodes is neither PEM nor DER".into())
     }
@@ -179,7 +196,8 @@ fn read_pem(text: &str) -> Result<Vec<Piece>, String> {
     let mut rest = text;
     while let Some((_, after)) = rest.split_once(BEGIN) {
         let (label, body) = after.split_once("-----").ok_or("its BEGIN line is cut off")?;
-        let (body, after) = body.split_once(&format!("-----END {label}-----")).ok_or("its END line is missing")?;
+        let (body, after) =
+            body.split_once(&format!("-----END {label}-----")).ok_or("its END line is missing")?;
         rest = after;
         pieces.push(match label {
             // The second is what it was called before RFC 7468 (section 5.1).
@@ -197,14 +215,17 @@ fn read_pem(text: &str) -> Result<Vec<Piece>, String> {
 fn read_der(der: &[u8]) -> Result<Piece, String> {
     let mut reader = SliceReader::new(der).map_err(|_| NOT_WHOLE)?;
     match reader.decode::<x509_cert::Certificate>() {
-        Ok(_) if !reader.is_finished() => Err("there are bytes after the end of the certificate".into()),
+        Ok(_) if !reader.is_finished() => {
+            Err("there are bytes after the end of the certificate".into())
+        }
         Ok(certificate) => judge(&certificate, der),
         Err(_) => name_other(der),
     }
 }
 
-/// Whether a certificate is a CA's (RFC 5280, sections 4.2.1.3 and 4.2.1.9). gRPC 1.85 looks at keyUsage alone: there a
-/// server's own certificate would do as well, until the server has its next one.
+/// Whether a certificate is a CA's (RFC 5280, sections 4.2.1.3 and 4.2.1.9). gRPC 1.85 looks at
+/// keyUsage alone: there a server's own certificate would do as well, until the server has its next
+/// one.
 fn judge(certificate: &x509_cert::Certificate, der: &[u8]) -> Result<Piece, String> {
     let signed = &certificate.tbs_certificate;
     if signed.extensions.is_some() && signed.version != Version::V3 {
@@ -236,7 +257,9 @@ fn name_other(der: &[u8]) -> Result<Piece, String> {
     let tags: Vec<Tag> = elements.iter().map(|element| element.tag()).collect();
     let version = elements.first().map_or(&[][..], |first| first.value());
     let what = match (tags.as_slice(), version) {
-        ([Tag::Integer, Tag::Sequence, ..], [3]) => return Err("it is PKCS#12, which is made for private keys".into()),
+        ([Tag::Integer, Tag::Sequence, ..], [3]) => {
+            return Err("it is PKCS#12, which is made for private keys".into());
+        }
         // PKCS#8, PKCS#1 and SEC 1 begin with their version.
         ([Tag::Integer, ..], [0 | 1]) => return Err(PRIVATE_KEY.into()),
         // PKCS#8, encrypted.
@@ -261,7 +284,8 @@ fn subject(name: &Name) -> String {
 
 /// `time` in UTC, to the second.
 fn utc(time: SystemTime) -> String {
-    DateTime::from_system_time(time).map_or_else(|_| "a year before 1970 or after 9999".into(), |time| time.to_string())
+    DateTime::from_system_time(time)
+        .map_or_else(|_| "a year before 1970 or after 9999".into(), |time| time.to_string())
 }
 
 /// The first few of `items`, and how many more there are: a peer may send thousands.
@@ -367,12 +391,20 @@ mod tests {
     #[test]
     fn a_ca_comes_as_base64_of_pem_or_of_der_or_as_pem() {
         let base64 = BASE64_STANDARD.encode(TEST_CA);
-        let wrapped: String = base64.as_bytes().chunks(20).map(|line| format!("{}\n ", line.escape_ascii())).collect();
+        let wrapped: String = base64
+            .as_bytes()
+            .chunks(20)
+            .map(|line| format!("{}\n ", line.escape_ascii()))
+            .collect();
         let no_padding = BASE64_STANDARD_NO_PAD.encode(format!("{TEST_CA}\n"));
         let der = BASE64_STANDARD.encode(der_of(TEST_CA));
-        for (text, was_raw_pem) in
-            [(TEST_CA, true), (&base64, false), (&wrapped, false), (&no_padding, false), (&der, false)]
-        {
+        for (text, was_raw_pem) in [
+            (TEST_CA, true),
+            (&base64, false),
+            (&wrapped, false),
+            (&no_padding, false),
+            (&der, false),
+        ] {
             let certificate = Certificate::parse(text).expect(text);
             assert_eq!((certificate.pem(), certificate.left_out()), (TEST_CA, None));
             assert_eq!(certificate.was_raw_pem(), was_raw_pem, "{text}");
@@ -422,21 +454,32 @@ mod tests {
         let version = |number| short(0x02, &[number]);
         let octets = short(0x04, b"secret");
         let pkcs_8 = short(0x30, &[version(0), short(0x30, &[]), octets.clone()].concat());
-        let pkcs_1 = short(0x30, &[version(0), short(0x02, b"secret"), short(0x02, b"x"), version(7)].concat());
+        let pkcs_1 = short(
+            0x30,
+            &[version(0), short(0x02, b"secret"), short(0x02, b"x"), version(7)].concat(),
+        );
         let sec_1 = short(0x30, &[version(1), octets.clone()].concat());
         let encrypted = short(0x30, &[short(0x30, &[]), octets].concat());
         let in_a_bundle = format!("{TEST_CA}{KEY}{HOSPITAL_CA}");
         let of_rsa = KEY.replace("PRIVATE", "RSA PRIVATE");
-        let mut texts = vec![KEY.to_owned(), in_a_bundle.clone(), of_rsa, BASE64_STANDARD.encode(in_a_bundle)];
+        let mut texts =
+            vec![KEY.to_owned(), in_a_bundle.clone(), of_rsa, BASE64_STANDARD.encode(in_a_bundle)];
         texts.push(BASE64_STANDARD.encode(KEY));
         for der in [pkcs_8, pkcs_1, sec_1, encrypted] {
             texts.extend([pem_of(&der), BASE64_STANDARD.encode(&der)]);
         }
         for text in texts {
-            assert_eq!(why(&text), "it holds a private key, which must not leave its owner", "{text}");
+            assert_eq!(
+                why(&text),
+                "it holds a private key, which must not leave its owner",
+                "{text}"
+            );
         }
         let pkcs_12 = short(0x30, &[version(3), short(0x30, &[])].concat());
-        assert_eq!(why(&BASE64_STANDARD.encode(pkcs_12)), "it is PKCS#12, which is made for private keys");
+        assert_eq!(
+            why(&BASE64_STANDARD.encode(pkcs_12)),
+            "it is PKCS#12, which is made for private keys"
+        );
     }
 
     #[test]
@@ -446,8 +489,14 @@ mod tests {
         assert_eq!(why_in_any_form(CHAIN), format!("this is {PKCS7}"));
         let rsa = short(0x30, &[short(0x02, &[1; 9]), short(0x02, &[1, 0, 1])].concat());
         assert_eq!(why(&BASE64_STANDARD.encode(rsa)), "this is a public key");
-        assert_eq!(why(&TEST_CA.replace("CERTIFICATE", "TRUSTED CERTIFICATE")), format!("this is {TRUSTED}"));
-        assert_eq!(why(&TEST_CA.replace("CERTIFICATE", "DH \x1bPARAMETERS")), "this is PEM of 'DH \\u{1b}PARAMETERS'");
+        assert_eq!(
+            why(&TEST_CA.replace("CERTIFICATE", "TRUSTED CERTIFICATE")),
+            format!("this is {TRUSTED}")
+        );
+        assert_eq!(
+            why(&TEST_CA.replace("CERTIFICATE", "DH \x1bPARAMETERS")),
+            "this is PEM of 'DH \\u{1b}PARAMETERS'"
+        );
     }
 
     #[test]
@@ -455,7 +504,11 @@ mod tests {
         let no_constraints = "its basicConstraints do not say CA:TRUE";
         for (pem, subject, reason) in [
             (LEAF, "CN=superlink.example", no_constraints),
-            (include_str!("../../tests/certificates/no-constraints.crt"), "CN=no-constraints", no_constraints),
+            (
+                include_str!("../../tests/certificates/no-constraints.crt"),
+                "CN=no-constraints",
+                no_constraints,
+            ),
             (include_str!("../../tests/certificates/v1-leaf.crt"), "CN=v1-root", no_constraints),
             (
                 include_str!("../../tests/certificates/no-cert-sign.crt"),
@@ -463,10 +516,16 @@ mod tests {
                 "its keyUsage has no keyCertSign",
             ),
         ] {
-            assert_eq!(why_in_any_form(pem), format!("this is {subject}, which is no CA ({reason})"));
+            assert_eq!(
+                why_in_any_form(pem),
+                format!("this is {subject}, which is no CA ({reason})")
+            );
         }
         let hostile = why(HOSTILE_NAME);
-        assert!(hostile.starts_with("this is CN=a\\1b[31m\\0ab000") && hostile.is_ascii(), "{hostile}");
+        assert!(
+            hostile.starts_with("this is CN=a\\1b[31m\\0ab000") && hostile.is_ascii(),
+            "{hostile}"
+        );
     }
 
     #[test]
@@ -483,7 +542,9 @@ mod tests {
         }
         let endless = [&[0x30, 0x80][..], &der[4..], &[0, 0]].concat();
         let wrong_tag = [&[0x31][..], &der[1..]].concat();
-        for der in [&der[..der.len() - 1], &endless, &wrong_tag, &[], &[0x30], &element(0x30, &[0; 300])] {
+        for der in
+            [&der[..der.len() - 1], &endless, &wrong_tag, &[], &[0x30], &element(0x30, &[0; 300])]
+        {
             assert_eq!(why(&pem_of(der)), NOT_WHOLE, "{der:02x?}");
         }
         let end = TEST_CA.find("-----END").unwrap();
@@ -498,14 +559,20 @@ mod tests {
         assert_eq!(why("!!!"), "it is not base64");
         assert_eq!(why("aGVsbG8="), "what it encodes is neither PEM nor DER");
         for once in [BASE64_STANDARD.encode(TEST_CA), BASE64_STANDARD.encode(der_of(TEST_CA))] {
-            assert!(why(&BASE64_STANDARD.encode(once)).starts_with("it is base64 of base64: encode it once"));
+            assert!(
+                why(&BASE64_STANDARD.encode(once))
+                    .starts_with("it is base64 of base64: encode it once")
+            );
         }
     }
 
     #[test]
     fn a_ca_that_is_valid_is_used_without_a_word() {
         let ca = Certificate::parse(TEST_CA).unwrap();
-        assert_eq!(ca.valid_at(noon(2100)), Ok(Valid { certificate: ca.clone(), warnings: vec![] }));
+        assert_eq!(
+            ca.valid_at(noon(2100)),
+            Ok(Valid { certificate: ca.clone(), warnings: vec![] })
+        );
     }
 
     #[test]
@@ -545,7 +612,10 @@ mod tests {
             assert_eq!(certificate, ca);
             assert_eq!(warnings.len(), 1);
             let (dates, doubt) = warnings[0].split_once("; ").unwrap();
-            assert!(dates.starts_with("CN=hospital-ca,O=Klinikum Süd is not valid before 2026-11-26T"), "{dates}");
+            assert!(
+                dates.starts_with("CN=hospital-ca,O=Klinikum Süd is not valid before 2026-11-26T"),
+                "{dates}"
+            );
             assert_eq!(doubt, format!("this machine's clock says {clock}, which may be wrong"));
         }
     }

@@ -96,7 +96,8 @@ pub struct Promised {
     pub address: Option<PciAddress>,
 }
 
-/// What the image build left behind: the version and the framework of the image that is on the machine.
+/// What the image build left behind: the version and the framework of the image that is on the
+/// machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prebaked {
     /// Release of Flower.
@@ -174,7 +175,8 @@ impl Default for Prebaked {
 }
 
 impl Prebaked {
-    /// Reads `PREBAKED_VERSION` and `PREBAKED_FRAMEWORK` in `folder`; without these files Flower 1.31.0 with PyTorch.
+    /// Reads `PREBAKED_VERSION` and `PREBAKED_FRAMEWORK` in `folder`; without these files Flower
+    /// 1.31.0 with PyTorch.
     ///
     /// # Errors
     /// Names the file that is there and does not say what it should.
@@ -196,7 +198,9 @@ impl Prebaked {
         if let Some((path, text)) = version {
             match Version::parse(&text) {
                 Ok(version) => prebaked.version = version,
-                Err(why) => errors.push(format!("{}: {} {why}", path.display(), Kind::Version.shown(&text))),
+                Err(why) => {
+                    errors.push(format!("{}: {} {why}", path.display(), Kind::Version.shown(&text)))
+                }
             }
         }
         if let Some((path, text)) = framework {
@@ -210,7 +214,8 @@ impl Prebaked {
     }
 }
 
-/// The log's level and whether it is JSON, before the variables are checked: what is wrong about them is logged as well.
+/// The log's level and whether it is JSON, before the variables are checked: what is wrong about
+/// them is logged as well.
 pub fn log_settings(context: &Context) -> (LogLevel, bool) {
     let found = Found::read(context);
     found.log_settings()
@@ -220,13 +225,18 @@ impl Config {
     /// Reads every variable of the table out of `context`.
     ///
     /// # Errors
-    /// All that is wrong, one line for each variable as the operator wrote it, with its value and what is accepted.
-    pub fn from_context(context: &Context, prebaked: &Prebaked) -> Result<(Self, Remarks), ConfigErrors> {
+    /// All that is wrong, one line for each variable as the operator wrote it, with its value and
+    /// what is accepted.
+    pub fn from_context(
+        context: &Context,
+        prebaked: &Prebaked,
+    ) -> Result<(Self, Remarks), ConfigErrors> {
         let mut found = Found::read(context);
         let keepalive_time = found.count("FL_GRPC_KEEPALIVE_TIME").unwrap_or(60);
         let keepalive_timeout = found.count("FL_GRPC_KEEPALIVE_TIMEOUT").unwrap_or(20);
-        let both_right =
-            !["FL_GRPC_KEEPALIVE_TIME", "FL_GRPC_KEEPALIVE_TIMEOUT"].iter().any(|name| found.wrong.contains(name));
+        let both_right = !["FL_GRPC_KEEPALIVE_TIME", "FL_GRPC_KEEPALIVE_TIMEOUT"]
+            .iter()
+            .any(|name| found.wrong.contains(name));
         if both_right && keepalive_timeout >= keepalive_time {
             found.errors.push(format!(
                 "{}: must be less than {}",
@@ -251,7 +261,10 @@ impl Config {
                 Some(Value::Version(version)) => version,
                 _ => prebaked.version.clone(),
             },
-            framework: found.choice("ML_FRAMEWORK").and_then(Framework::parse).unwrap_or(prebaked.framework),
+            framework: found
+                .choice("ML_FRAMEWORK")
+                .and_then(Framework::parse)
+                .unwrap_or(prebaked.framework),
             image: match found.take("FL_SUPERNODE_IMAGE") {
                 Some(Value::Image(image)) => Some(image),
                 _ => None,
@@ -307,12 +320,16 @@ impl Config {
                 "FL_GPU_ENABLED" => json!(self.gpu_enabled),
                 "FL_GPU_REQUIRED" => json!(self.gpu_required),
                 "FL_CUDA_VISIBLE_DEVICES" => json!(self.devices.to_string()),
-                "FL_GPU_MEMORY_FRACTION" => json!(self.memory_fraction.as_ref().map(Fraction::share)),
+                "FL_GPU_MEMORY_FRACTION" => {
+                    json!(self.memory_fraction.as_ref().map(Fraction::share))
+                }
                 "FL_DCGM_ENABLED" => json!(self.dcgm_enabled),
                 "FLOWER_VERSION" => json!(self.version.to_string()),
                 "ML_FRAMEWORK" => json!(self.framework.name()),
                 "FL_SUPERNODE_IMAGE" => text(self.image.as_ref().map(ImageRef::to_string)),
-                "FL_SUPERLINK_ADDRESS" => text(self.superlink_address.as_ref().map(HostPort::to_string)),
+                "FL_SUPERLINK_ADDRESS" => {
+                    text(self.superlink_address.as_ref().map(HostPort::to_string))
+                }
                 "FL_NODE_CONFIG" => text(self.node_config.as_ref().map(NodeConfig::redacted)),
                 "FL_MAX_RETRIES" => json!(self.max_retries),
                 "FL_MAX_WAIT_TIME" => json!(self.max_wait_time),
@@ -321,7 +338,11 @@ impl Config {
                 "FL_LOG_FORMAT" => json!(if self.log_json { "json" } else { "text" }),
                 "FL_TLS_ENABLED" => json!(self.tls),
                 "FL_SSL_CA_CERTFILE" => {
-                    json!(self.ca_certificate.as_ref().map(|ca| format!("PEM, {} bytes", ca.pem().len())))
+                    json!(
+                        self.ca_certificate
+                            .as_ref()
+                            .map(|ca| format!("PEM, {} bytes", ca.pem().len()))
+                    )
                 }
                 "FL_GRPC_KEEPALIVE_TIME" => json!(self.keepalive_time),
                 "FL_GRPC_KEEPALIVE_TIMEOUT" => json!(self.keepalive_timeout),
@@ -364,7 +385,9 @@ impl Found {
                     Ok(Some(text)) => text,
                     Ok(None) => continue,
                     Err(_) => {
-                        let lossy = String::from_utf8_lossy(context.bytes(&name).unwrap_or_default().trim_ascii());
+                        let lossy = String::from_utf8_lossy(
+                            context.bytes(&name).unwrap_or_default().trim_ascii(),
+                        );
                         found.errors.push(format!(
                             "{name}={}: must be UTF-8 text: {}",
                             variable.kind.shown(&lossy),
@@ -451,7 +474,9 @@ fn unknown_names(context: &Context) -> Vec<String> {
         // An unset user input arrives empty, whatever its name.
         .filter(|name| context.bytes(name).is_some_and(|value| !value.trim_ascii().is_empty()))
         .map(|name| match variables::nearest(name) {
-            Some(known) => format!("{name} is not a known variable and has no effect: did you mean {known}?"),
+            Some(known) => {
+                format!("{name} is not a known variable and has no effect: did you mean {known}?")
+            }
             None => format!("{} is not a known variable and has no effect", shown(name)),
         })
         .collect()
@@ -491,8 +516,13 @@ fn idle_settings(config: &Config, found: &Found) -> Vec<String> {
     note(variables::GPU_ONLY, config.gpu_enabled, "FL_GPU_ENABLED is not YES");
     note(&["FLOWER_VERSION"], config.image.is_none(), "FL_SUPERNODE_IMAGE names the image");
     note(&["FL_SSL_CA_CERTFILE"], config.tls != Some(false), "FL_TLS_ENABLED is NO");
-    note(&DISCOVERY_ONLY, config.superlink_address.is_none(), "FL_SUPERLINK_ADDRESS is set, nothing is discovered");
-    let discovered_with_cap = config.edge_backoff == "exponential" || config.superlink_address.is_some();
+    note(
+        &DISCOVERY_ONLY,
+        config.superlink_address.is_none(),
+        "FL_SUPERLINK_ADDRESS is set, nothing is discovered",
+    );
+    let discovered_with_cap =
+        config.edge_backoff == "exponential" || config.superlink_address.is_some();
     note(&["FL_EDGE_MAX_BACKOFF"], discovered_with_cap, "FL_EDGE_BACKOFF is fixed");
     idle
 }
@@ -502,8 +532,10 @@ mod tests {
     use super::*;
 
     fn context(pairs: &[(&str, &str)]) -> Context {
-        let text: String =
-            pairs.iter().map(|(name, value)| format!("{name}='{}'\n", value.replace('\'', r"'\''"))).collect();
+        let text: String = pairs
+            .iter()
+            .map(|(name, value)| format!("{name}='{}'\n", value.replace('\'', r"'\''")))
+            .collect();
         Context::parse(text.as_bytes()).unwrap()
     }
 
@@ -519,11 +551,21 @@ mod tests {
     fn without_variables_there_are_the_defaults() {
         let (config, remarks) = read(&[]).unwrap();
         assert!(!config.gpu_enabled && !config.gpu_required && config.tls.is_none());
-        assert_eq!((config.version.to_string().as_str(), config.framework), ("1.31.0", Framework::PyTorch));
-        assert_eq!((config.keepalive_time, config.keepalive_timeout, config.edge_max_backoff), (60, 20, 300));
+        assert_eq!(
+            (config.version.to_string().as_str(), config.framework),
+            ("1.31.0", Framework::PyTorch)
+        );
+        assert_eq!(
+            (config.keepalive_time, config.keepalive_timeout, config.edge_max_backoff),
+            (60, 20, 300)
+        );
         assert_eq!((config.isolation, config.edge_backoff), ("subprocess", "exponential"));
         assert_eq!(remarks, Remarks::default());
-        assert_eq!(config.resolved().len(), VARIABLES.len(), "a variable of the table is not among the resolved ones");
+        assert_eq!(
+            config.resolved().len(),
+            VARIABLES.len(),
+            "a variable of the table is not among the resolved ones"
+        );
     }
 
     #[test]
@@ -570,13 +612,17 @@ mod tests {
 
     #[test]
     fn two_names_of_one_variable_must_agree() {
-        let (config, _) = read(&[("FL_GPU_ENABLED", "YES"), ("ONEAPP_FL_GPU_ENABLED", "true")]).unwrap();
+        let (config, _) =
+            read(&[("FL_GPU_ENABLED", "YES"), ("ONEAPP_FL_GPU_ENABLED", "true")]).unwrap();
         assert!(config.gpu_enabled);
-        let (config, _) = read(&[("FL_GPU_ENABLED", ""), ("ONEAPP_FL_GPU_ENABLED", " yes ")]).unwrap();
+        let (config, _) =
+            read(&[("FL_GPU_ENABLED", ""), ("ONEAPP_FL_GPU_ENABLED", " yes ")]).unwrap();
         assert!(config.gpu_enabled);
         assert_eq!(
             errors(&[("FL_GPU_ENABLED", "YES"), ("ONEAPP_FL_GPU_ENABLED", "no")]),
-            ["FL_GPU_ENABLED='YES' and ONEAPP_FL_GPU_ENABLED='no': both are set and differ; set one of them"]
+            [
+                "FL_GPU_ENABLED='YES' and ONEAPP_FL_GPU_ENABLED='no': both are set and differ; set one of them"
+            ]
         );
         assert_eq!(errors(&[("ML_FRAMEWORK", "base"), ("FL_ML_FRAMEWORK", "sklearn")]).len(), 1);
     }
@@ -585,14 +631,25 @@ mod tests {
     fn a_keepalive_timeout_must_be_less_than_its_time() {
         assert_eq!(
             errors(&[("FL_GRPC_KEEPALIVE_TIME", "20")]),
-            ["FL_GRPC_KEEPALIVE_TIMEOUT='20' (the default): must be less than FL_GRPC_KEEPALIVE_TIME='20'"]
+            [
+                "FL_GRPC_KEEPALIVE_TIMEOUT='20' (the default): must be less than FL_GRPC_KEEPALIVE_TIME='20'"
+            ]
         );
         assert_eq!(errors(&[("FL_GRPC_KEEPALIVE_TIME", "x")]).len(), 1);
         // What is wrong is not held against the other by its default.
-        assert_eq!(errors(&[("FL_GRPC_KEEPALIVE_TIME", "10"), ("FL_GRPC_KEEPALIVE_TIMEOUT", "x")]).len(), 1);
+        assert_eq!(
+            errors(&[("FL_GRPC_KEEPALIVE_TIME", "10"), ("FL_GRPC_KEEPALIVE_TIMEOUT", "x")]).len(),
+            1
+        );
         assert_eq!(errors(&[("ONEAPP_FL_GRPC_KEEPALIVE_TIME", "x")]).len(), 1);
-        assert_eq!(errors(&[("FL_LOG_LEVEL", "FL_GRPC_KEEPALIVE_"), ("FL_GRPC_KEEPALIVE_TIME", "20")]).len(), 2);
-        assert!(read(&[("FL_GRPC_KEEPALIVE_TIME", "10"), ("FL_GRPC_KEEPALIVE_TIMEOUT", "9")]).is_ok());
+        assert_eq!(
+            errors(&[("FL_LOG_LEVEL", "FL_GRPC_KEEPALIVE_"), ("FL_GRPC_KEEPALIVE_TIME", "20")])
+                .len(),
+            2
+        );
+        assert!(
+            read(&[("FL_GRPC_KEEPALIVE_TIME", "10"), ("FL_GRPC_KEEPALIVE_TIMEOUT", "9")]).is_ok()
+        );
     }
 
     #[test]
@@ -640,7 +697,8 @@ mod tests {
 
     #[test]
     fn a_ca_without_tls_is_a_connection_in_the_clear_and_warned_of() {
-        let (_, remarks) = read(&[("ONEAPP_FL_SSL_CA_CERTFILE", CA), ("FL_SUPERLINK_ADDRESS", "h:1")]).unwrap();
+        let (_, remarks) =
+            read(&[("ONEAPP_FL_SSL_CA_CERTFILE", CA), ("FL_SUPERLINK_ADDRESS", "h:1")]).unwrap();
         assert_eq!(
             remarks.warnings().collect::<Vec<_>>(),
             [
@@ -649,8 +707,12 @@ mod tests {
         );
         assert_eq!(remarks.idle, Vec::<String>::new());
         // Whoever says NO means it.
-        let (_, remarks) =
-            read(&[("FL_SSL_CA_CERTFILE", CA), ("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "NO")]).unwrap();
+        let (_, remarks) = read(&[
+            ("FL_SSL_CA_CERTFILE", CA),
+            ("FL_SUPERLINK_ADDRESS", "h:1"),
+            ("FL_TLS_ENABLED", "NO"),
+        ])
+        .unwrap();
         assert_eq!(remarks.warnings().count(), 0);
         assert_eq!(remarks.idle, ["FL_SSL_CA_CERTFILE is idle: FL_TLS_ENABLED is NO"]);
         // Without an address the SuperLink has its say.
@@ -661,7 +723,8 @@ mod tests {
     #[test]
     fn how_a_ca_was_written_and_what_stood_beside_it_is_remarked() {
         let bundle = format!("{}{CA}", include_str!("../../tests/certificates/leaf.crt"));
-        let (config, remarks) = read(&[("FL_SSL_CA_CERTFILE", &bundle), ("FL_TLS_ENABLED", "YES")]).unwrap();
+        let (config, remarks) =
+            read(&[("FL_SSL_CA_CERTFILE", &bundle), ("FL_TLS_ENABLED", "YES")]).unwrap();
         assert_eq!(config.ca_certificate.unwrap().pem(), CA);
         assert_eq!(
             remarks.doubtful,
@@ -697,9 +760,13 @@ mod tests {
     #[test]
     fn what_the_cloud_wrote_as_an_address_is_shown_in_one_bounded_line() {
         let hostile = format!("\x1b[31m\n{}", "x".repeat(9000));
-        let (config, _) = read(&[("PCI0_ADDRESS", &hostile), ("PCI1_ADDRESS", " 01:00.0 ")]).unwrap();
+        let (config, _) =
+            read(&[("PCI0_ADDRESS", &hostile), ("PCI1_ADDRESS", " 01:00.0 ")]).unwrap();
         let written = &config.promised[0].written;
-        assert!(written.starts_with("\\u{1b}[31m\\nxxx") && written.chars().count() < 250, "{written}");
+        assert!(
+            written.starts_with("\\u{1b}[31m\\nxxx") && written.chars().count() < 250,
+            "{written}"
+        );
         assert_eq!(config.promised[1].written, "01:00.0");
         assert_eq!(config.promised[1].address, PciAddress::parse("01:00.0"));
     }
@@ -727,10 +794,15 @@ mod tests {
             ("base", Framework::Base),
         ] {
             let prebaked = Prebaked {
-                framework: if framework == Framework::PyTorch { Framework::Base } else { Framework::PyTorch },
+                framework: if framework == Framework::PyTorch {
+                    Framework::Base
+                } else {
+                    Framework::PyTorch
+                },
                 ..Prebaked::default()
             };
-            let (config, _) = Config::from_context(&context(&[("ML_FRAMEWORK", word)]), &prebaked).unwrap();
+            let (config, _) =
+                Config::from_context(&context(&[("ML_FRAMEWORK", word)]), &prebaked).unwrap();
             assert_eq!(config.framework, framework);
             assert_eq!(framework.to_string(), word.to_lowercase());
         }
@@ -776,15 +848,18 @@ mod tests {
 
     #[test]
     fn a_cap_of_the_pauses_is_idle_where_they_are_fixed_or_nothing_is_discovered() {
-        let idle = |pairs: &[(&str, &str)]| read(&[&[("FL_EDGE_MAX_BACKOFF", "60")], pairs].concat()).unwrap().1.idle;
+        let idle = |pairs: &[(&str, &str)]| {
+            read(&[&[("FL_EDGE_MAX_BACKOFF", "60")], pairs].concat()).unwrap().1.idle
+        };
         assert_eq!(idle(&[]), Vec::<String>::new());
         assert_eq!(idle(&[("FL_EDGE_BACKOFF", "exponential")]), Vec::<String>::new());
         let fixed = ("FL_EDGE_BACKOFF", "fixed");
         assert_eq!(idle(&[fixed]), ["FL_EDGE_MAX_BACKOFF is idle: FL_EDGE_BACKOFF is fixed"]);
         assert_eq!(
             idle(&[fixed, ("FL_SUPERLINK_ADDRESS", "h:1")]),
-            ["FL_EDGE_BACKOFF", "FL_EDGE_MAX_BACKOFF"]
-                .map(|name| format!("{name} is idle: FL_SUPERLINK_ADDRESS is set, nothing is discovered"))
+            ["FL_EDGE_BACKOFF", "FL_EDGE_MAX_BACKOFF"].map(|name| format!(
+                "{name} is idle: FL_SUPERLINK_ADDRESS is set, nothing is discovered"
+            ))
         );
     }
 }

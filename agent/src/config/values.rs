@@ -1,5 +1,6 @@
-//! The values that operators write, as types: each is parsed once, here, and is valid ever after.
-//! A parser answers with what is accepted ("must be …"); who asked adds the variable's name and the value.
+//! The values that operators write, as types: each is parsed once, here, and is valid ever after. A
+//! parser answers with what is accepted ("must be …"); who asked adds the variable's name and the
+//! value.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -12,7 +13,8 @@ use crate::gpu::pci::PciAddress;
 /// Why a value is refused: the second half of `VARIABLE='value': must be …`.
 pub type Refusal = String;
 
-/// Foreign text as a message shows it: one line of bounded length, in which nothing acts upon a terminal or a reader.
+/// Foreign text as a message shows it: one line of bounded length, in which nothing acts upon a
+/// terminal or a reader.
 pub fn shown(text: &str) -> String {
     const MOST_CHARACTERS: usize = 200;
     let mut shown = String::new();
@@ -98,7 +100,10 @@ pub struct Version {
 impl Version {
     /// The release `major.minor.patch`.
     pub fn of(major: u16, minor: u16, patch: u16) -> Self {
-        Self { text: format!("{major}.{minor}.{patch}"), numbers: [major, minor, patch].map(u32::from) }
+        Self {
+            text: format!("{major}.{minor}.{patch}"),
+            numbers: [major, minor, patch].map(u32::from),
+        }
     }
 
     /// Major, minor, patch.
@@ -242,7 +247,9 @@ fn is_path_component(part: &str) -> bool {
         && part
             .split(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
             .filter(|separator| !separator.is_empty())
-            .all(|separator| matches!(separator, "." | "_" | "__") || separator.bytes().all(|b| b == b'-'))
+            .all(|separator| {
+                matches!(separator, "." | "_" | "__") || separator.bytes().all(|b| b == b'-')
+            })
 }
 
 /// Where a SuperLink listens: a host (name, IPv4 or IPv6) and a port.
@@ -317,7 +324,8 @@ fn is_host_name_or_ipv4(host: &str) -> bool {
             (1..=63).contains(&label.len())
                 && !label.starts_with('-')
                 && !label.ends_with('-')
-                // An underscore is no host name by RFC 952, but Docker's networks and many a zone have it.
+                // An underscore is no host name by RFC 952, but Docker's networks and many a zone
+                // have it.
                 && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
         })
 }
@@ -424,21 +432,22 @@ impl DeviceName {
     }
 }
 
-/// What the node tells its ClientApp, in the words of `flower-supernode --node-config`: checked to be accepted there.
+/// What the node tells its ClientApp, in the words of `flower-supernode --node-config`: checked to
+/// be accepted there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeConfig(String);
 
 impl NodeConfig {
     /// Reads space-separated `key=value` pairs whose values are TOML scalars.
     ///
-    /// Flower (`flwr/common/config.py`, `parse_config_args`) finds pairs with a regular expression, drops what does not
-    /// match in silence, and reads the rest as TOML: what it would drop or stumble over is refused here.
+    /// Flower (`flwr/common/config.py`, `parse_config_args`) finds pairs with a regular expression,
+    /// drops what does not match in silence, and reads the rest as TOML: what it would drop or
+    /// stumble over is refused here.
     ///
     /// # Errors
     /// What is accepted, with the pair that is not. Values are not repeated: they may be secret.
     pub fn parse(text: &str) -> Result<Self, Refusal> {
-        const EXPECTED: &str =
-            "must be space-separated key=value pairs, each value a TOML string in quotes, a number, true or false";
+        const EXPECTED: &str = "must be space-separated key=value pairs, each value a TOML string in quotes, a number, true or false";
         let text = text.trim();
         if text.len() > LONGEST_ARGUMENT_BYTES {
             return Err(format!(
@@ -449,8 +458,11 @@ impl NodeConfig {
         let hidden = Self::may_hold_secret(text);
         let refused = |number: usize, key: &str, why: &str| {
             // What stands where a key should may be half of a secret with a blank in it.
-            let place =
-                if hidden || key.is_empty() { format!("pair {number}") } else { format!("at '{}'", shown(key)) };
+            let place = if hidden || key.is_empty() {
+                format!("pair {number}")
+            } else {
+                format!("at '{}'", shown(key))
+            };
             format!("{EXPECTED}; {place}: {why}")
         };
         let mut keys = Keys::default();
@@ -460,15 +472,21 @@ impl NodeConfig {
             if rest.is_empty() {
                 break;
             }
-            let (key, value, after) = next_pair(rest).map_err(|(key, why)| refused(number, key, why))?;
+            let (key, value, after) =
+                next_pair(rest).map_err(|(key, why)| refused(number, key, why))?;
             check_pair(key, value).map_err(|why| refused(number, key, why))?;
             if !keys.add(key) {
-                return Err(refused(number, key, "the key is there twice, or one key is the beginning of another"));
+                return Err(refused(
+                    number,
+                    key,
+                    "the key is there twice, or one key is the beginning of another",
+                ));
             }
             document.push_str(&format!("{key} = {value}\n"));
             rest = after.trim_start();
         }
-        // What Flower reads is the whole; and a key of more parts than a reader can recurse through is found here.
+        // What Flower reads is the whole; and a key of more parts than a reader can recurse through
+        // is found here.
         if document.parse::<toml::Table>().is_err() {
             return Err(format!("{EXPECTED}; together the pairs are not TOML"));
         }
@@ -480,13 +498,14 @@ impl NodeConfig {
         &self.0
     }
 
-    /// Whether `text` has a key that sounds like a secret, or a value that looks like one: such a text is not shown, not
-    /// even to say that it is wrong.
+    /// Whether `text` has a key that sounds like a secret, or a value that looks like one: such a
+    /// text is not shown, not even to say that it is wrong.
     pub fn may_hold_secret(text: &str) -> bool {
         sounds_secret(text) || looks_secret(text)
     }
 
-    /// The same for people's eyes: values whose key sounds like a secret, or that look like one, are hidden.
+    /// The same for people's eyes: values whose key sounds like a secret, or that look like one,
+    /// are hidden.
     pub fn redacted(&self) -> String {
         if !Self::may_hold_secret(&self.0) {
             return self.0.clone();
@@ -494,7 +513,8 @@ impl NodeConfig {
         let mut pairs = Vec::new();
         let mut rest = self.0.as_str();
         while let Ok((key, value, after)) = next_pair(rest) {
-            let value = if sounds_secret(key) || looks_secret(value) { "'(hidden)'" } else { value };
+            let value =
+                if sounds_secret(key) || looks_secret(value) { "'(hidden)'" } else { value };
             pairs.push(format!("{key}={value}"));
             rest = after.trim_start();
         }
@@ -502,20 +522,23 @@ impl NodeConfig {
     }
 }
 
-/// The most that Linux takes as one argument of a program: MAX_ARG_STRLEN, 32 pages, less the NUL at its end (execve(2)).
+/// The most that Linux takes as one argument of a program: MAX_ARG_STRLEN, 32 pages, less the NUL
+/// at its end (execve(2)).
 const LONGEST_ARGUMENT_BYTES: usize = 32 * 4096 - 1;
 
 /// The keys so far, as the tree that TOML makes of their points.
 #[derive(Default)]
 struct Keys<'t> {
-    /// By the table that it is in, and its part of the key: the number of a table, or nothing where a value is.
+    /// By the table that it is in, and its part of the key: the number of a table, or nothing where
+    /// a value is.
     nodes: HashMap<(usize, &'t str), Option<usize>>,
 }
 
 impl<'t> Keys<'t> {
     /// Adds a key; `false` where a value, or a table, is there already.
     fn add(&mut self, key: &'t str) -> bool {
-        let (tables, name) = key.rsplit_once('.').map_or((None, key), |(tables, name)| (Some(tables), name));
+        let (tables, name) =
+            key.rsplit_once('.').map_or((None, key), |(tables, name)| (Some(tables), name));
         let mut table = 0;
         for part in tables.into_iter().flat_map(|tables| tables.split('.')) {
             let number = self.nodes.len() + 1;
@@ -534,10 +557,19 @@ impl<'t> Keys<'t> {
     }
 }
 
-/// Whether `text` has a word that goes with secrets: anywhere in it, or, where the word is a part of innocent ones, alone.
+/// Whether `text` has a word that goes with secrets: anywhere in it, or, where the word is a part
+/// of innocent ones, alone.
 fn sounds_secret(text: &str) -> bool {
-    const ANYWHERE: [&str; 8] =
-        ["password", "passwd", "passphrase", "secret", "token", "apikey", "privatekey", "accesskey"];
+    const ANYWHERE: [&str; 8] = [
+        "password",
+        "passwd",
+        "passphrase",
+        "secret",
+        "token",
+        "apikey",
+        "privatekey",
+        "accesskey",
+    ];
     const ALONE: [&str; 15] = [
         "key",
         "keys",
@@ -565,13 +597,15 @@ fn sounds_secret(text: &str) -> bool {
         words.push(if c.is_ascii_alphabetic() { c } else { ' ' });
     }
     let words = words.to_ascii_lowercase();
-    ANYWHERE.iter().any(|part| lower.contains(part)) || words.split(' ').any(|word| ALONE.contains(&word))
+    ANYWHERE.iter().any(|part| lower.contains(part))
+        || words.split(' ').any(|word| ALONE.contains(&word))
 }
 
-/// Whether `text` is a secret by its form, whatever it is called: a URL with a user and most likely a password, or a
-/// private key.
+/// Whether `text` is a secret by its form, whatever it is called: a URL with a user and most likely
+/// a password, or a private key.
 fn looks_secret(text: &str) -> bool {
-    text.split_once("://").is_some_and(|(_, rest)| rest.contains('@')) || text.contains("PRIVATE KEY-----")
+    text.split_once("://").is_some_and(|(_, rest)| rest.contains('@'))
+        || text.contains("PRIVATE KEY-----")
 }
 
 /// Takes the first pair off `text`: its key, its value with the quotes, and what follows.
@@ -596,30 +630,41 @@ fn next_pair(text: &str) -> Result<(&str, &str, &str), (&str, &'static str)> {
         return Err((key, "the value is missing"));
     }
     if after.chars().next().is_some_and(|c| !c.is_whitespace()) {
-        return Err((key, "a blank must follow the closing quote (a quote inside is not possible)"));
+        return Err((
+            key,
+            "a blank must follow the closing quote (a quote inside is not possible)",
+        ));
     }
     Ok((key, value, after))
 }
 
 fn check_pair(key: &str, value: &str) -> Result<(), &'static str> {
-    let bare =
-        |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
+    let bare = |part: &str| {
+        !part.is_empty()
+            && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
+    };
     if key.starts_with('-') || !key.split('.').all(bare) {
         return Err("a key is of letters, digits, '_', '-' and '.', and does not begin with '-'");
     }
     if !value.starts_with(['"', '\'']) && value.contains('#') {
-        return Err("'#' begins a comment, and Flower would drop the rest: put the value in quotes");
+        return Err(
+            "'#' begins a comment, and Flower would drop the rest: put the value in quotes",
+        );
     }
     // Escapes of TOML 1.1, which Flower's reader, of TOML 1.0, does not know.
     let escapes = value.replace(r"\\", "");
     if value.starts_with('"') && (escapes.contains(r"\e") || escapes.contains(r"\x")) {
         return Err("the value is not TOML");
     }
-    let table: toml::Table = format!("value = {value}").parse().map_err(|_| "the value is not TOML")?;
+    let table: toml::Table =
+        format!("value = {value}").parse().map_err(|_| "the value is not TOML")?;
     match table.get("value") {
-        Some(toml::Value::String(_) | toml::Value::Integer(_) | toml::Value::Float(_) | toml::Value::Boolean(_)) => {
-            Ok(())
-        }
+        Some(
+            toml::Value::String(_)
+            | toml::Value::Integer(_)
+            | toml::Value::Float(_)
+            | toml::Value::Boolean(_),
+        ) => Ok(()),
         _ => Err("the value must be a string, a number, true or false"),
     }
 }
@@ -638,9 +683,14 @@ mod tests {
 
     #[test]
     fn a_switch_is_read_in_any_spelling_and_any_case() {
-        for (text, expected) in
-            [("YES", true), ("on", true), ("True", true), ("1", true), ("no", false), ("oFF", false)]
-        {
+        for (text, expected) in [
+            ("YES", true),
+            ("on", true),
+            ("True", true),
+            ("1", true),
+            ("no", false),
+            ("oFF", false),
+        ] {
             assert_eq!(parse_yes_no(text), Ok(expected));
         }
         refuses(parse_yes_no, &["Y", "JA", "2", "YES NO"]);
@@ -651,10 +701,16 @@ mod tests {
         for text in ["1", "1.0", "0.8", ".5", "1e-3"] {
             assert!(Fraction::parse(text).is_ok(), "{text}");
         }
-        refuses(Fraction::parse, &["0", "0.0", "-0.1", "1.0001", "1.5", "NaN", "inf", "80%", "0,8", "half"]);
+        refuses(
+            Fraction::parse,
+            &["0", "0.0", "-0.1", "1.0001", "1.5", "NaN", "inf", "80%", "0,8", "half"],
+        );
         assert_eq!(Fraction::parse("1.5").unwrap_err(), "must be greater than 0 and at most 1");
         assert!(Fraction::parse("0,8").unwrap_err().ends_with("with a point, not a comma"));
-        assert_eq!(Fraction::parse("half").unwrap_err(), "must be a number greater than 0 and at most 1");
+        assert_eq!(
+            Fraction::parse("half").unwrap_err(),
+            "must be a number greater than 0 and at most 1"
+        );
     }
 
     #[test]
@@ -670,7 +726,10 @@ mod tests {
     #[test]
     fn a_version_has_three_numbers() {
         assert_eq!(Version::parse("1.31.0").unwrap().to_string(), "1.31.0");
-        refuses(Version::parse, &["123456.0.0", "1.31", "v1.31.0", "1.31.0.1", "1.31.x", "latest", "1..0", "1.31.0 "]);
+        refuses(
+            Version::parse,
+            &["123456.0.0", "1.31", "v1.31.0", "1.31.0.1", "1.31.x", "latest", "1..0", "1.31.0 "],
+        );
     }
 
     #[test]
@@ -767,20 +826,24 @@ mod tests {
         for text in ["[fd00::1]/a", "[fd00::1]:5000/a"] {
             assert!(ImageRef::parse(text).is_ok(), "{text}");
         }
-        refuses(ImageRef::parse, &["[fd00::1]registry/a", "[fd00::1]\0/a", "[fd00::1]5000/a", "[fd00::1]:/a"]);
+        refuses(
+            ImageRef::parse,
+            &["[fd00::1]registry/a", "[fd00::1]\0/a", "[fd00::1]5000/a", "[fd00::1]:/a"],
+        );
     }
 
     #[test]
     fn gpus_are_named_by_index_uuid_mig_uuid_and_pci_address() {
         assert_eq!(DeviceSelection::parse("ALL"), Ok(DeviceSelection::All));
         assert_eq!(DeviceSelection::parse("None"), Ok(DeviceSelection::None));
-        let selection = DeviceSelection::parse("1, gpu-ABC , MIG-1f, 01:00.0,0000:01:00.0, 1").unwrap();
+        let selection =
+            DeviceSelection::parse("1, gpu-ABC , MIG-1f, 01:00.0,0000:01:00.0, 1").unwrap();
         assert_eq!(selection.to_string(), "1,GPU-abc,MIG-1f,0000:01:00.0");
         refuses(
             DeviceSelection::parse,
             &[
-                "-1", "all,1", "0,,1", "GPU-", "GPU-xyz", "0;1", "0 1", "01:00", "01:20.0", "01:00.8", "cuda:0",
-                "12345", "$(id)",
+                "-1", "all,1", "0,,1", "GPU-", "GPU-xyz", "0;1", "0 1", "01:00", "01:20.0",
+                "01:00.8", "cuda:0", "12345", "$(id)",
             ],
         );
     }
@@ -860,7 +923,11 @@ mod tests {
         let longest = format!("k='{}'", "x".repeat(131_071 - 4));
         assert_eq!(NodeConfig::parse(&format!(" {longest} ")).unwrap().as_str(), longest);
         let refusal = NodeConfig::parse(&longest.replace("k=", "ke=")).unwrap_err();
-        assert!(refusal.starts_with("must be at most 131071 bytes") && refusal.ends_with("it has 131072"), "{refusal}");
+        assert!(
+            refusal.starts_with("must be at most 131071 bytes")
+                && refusal.ends_with("it has 131072"),
+            "{refusal}"
+        );
     }
 
     #[test]
@@ -868,7 +935,8 @@ mod tests {
         let mut keys = Keys::default();
         let names: Vec<String> = (0..10_000).map(|n| format!("t.{}.k{n}", n % 7)).collect();
         assert!(names.iter().all(|name| keys.add(name)));
-        // One node for `t`, one for each table in it, one for each value: what a key costs does not grow with the others.
+        // One node for `t`, one for each table in it, one for each value: what a key costs does not
+        // grow with the others.
         assert_eq!(keys.nodes.len(), 1 + 7 + 10_000);
         for taken in ["t", "t.3", "t.0.k0", "t.3.k9999.deeper"] {
             assert!(!keys.add(taken), "{taken}");
@@ -902,8 +970,11 @@ mod tests {
             let config = NodeConfig::parse(&format!("{key}='hunter2' a=1")).unwrap();
             assert_eq!(config.redacted(), format!("{key}='(hidden)' a=1"));
         }
-        for value in ["postgres://u:hunter2@h/d", "https://hunter2@h/", "-----BEGIN PRIVATE KEY-----hunter2"] {
-            let config = NodeConfig::parse(&format!("dsn=\"{value}\" url='http://h/' mail='a@b'")).unwrap();
+        for value in
+            ["postgres://u:hunter2@h/d", "https://hunter2@h/", "-----BEGIN PRIVATE KEY-----hunter2"]
+        {
+            let config =
+                NodeConfig::parse(&format!("dsn=\"{value}\" url='http://h/' mail='a@b'")).unwrap();
             assert_eq!(config.redacted(), "dsn='(hidden)' url='http://h/' mail='a@b'");
         }
         for key in ["monkey", "keyboard", "author", "passenger", "compass", "cookiecutter", "k"] {
@@ -942,7 +1013,10 @@ mod tests {
             DeviceSelection::parse(&format!("0,\x1b{}", "x".repeat(9000))).unwrap_err(),
             NodeConfig::parse(&format!("\x1b{}", "x".repeat(9000))).unwrap_err(),
         ] {
-            assert!(refusal.len() < 500 && !refusal.contains('\x1b') && refusal.contains("\\u{1b}xxx"), "{refusal}");
+            assert!(
+                refusal.len() < 500 && !refusal.contains('\x1b') && refusal.contains("\\u{1b}xxx"),
+                "{refusal}"
+            );
         }
     }
 

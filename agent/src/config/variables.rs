@@ -1,9 +1,10 @@
-//! The one table of context variables: what exists, what each accepts, what it means when unset, and where it goes.
-//! The parser, the `variables` command, the README and the tests come from it.
+//! The one table of context variables: what exists, what each accepts, what it means when unset,
+//! and where it goes. The parser, the `variables` command, the README and the tests come from it.
 
 use super::certificate::Certificate;
 use super::values::{
-    DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Refusal, Version, parse_count, parse_yes_no, shown,
+    DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Refusal, Version, parse_count,
+    parse_yes_no, shown,
 };
 
 /// What a variable accepts.
@@ -77,7 +78,8 @@ impl Kind {
         let hidden = match self {
             Self::Certificate => true,
             Self::NodeConfig => NodeConfig::may_hold_secret(text),
-            // No address and no image has a user and a password; where somebody wrote them, they stand before an `@`.
+            // No address and no image has a user and a password; where somebody wrote them, they
+            // stand before an `@`.
             Self::HostPort => text.contains('@'),
             Self::Image => text.split_once('@').is_some_and(|(_, host_on)| host_on.contains('/')),
             _ => false,
@@ -319,8 +321,9 @@ pub fn find(name: &str) -> Option<&'static Variable> {
     VARIABLES.iter().find(|variable| variable.names().any(|known| known == name))
 }
 
-/// The known name nearest to `name`, where one is near enough to be meant: at most two slips apart, or a word more or
-/// less, or words cut short (`MEM`, `ADDR`). The answer has the `ONEAPP_` of `name`, so that it can be pasted.
+/// The known name nearest to `name`, where one is near enough to be meant: at most two slips apart,
+/// or a word more or less, or words cut short (`MEM`, `ADDR`). The answer has the `ONEAPP_` of
+/// `name`, so that it can be pasted.
 pub fn nearest(name: &str) -> Option<String> {
     const MOST_SLIPS: usize = 2;
     // Twice as long as any known name: it is nobody's slip, and comparing takes its time.
@@ -337,8 +340,8 @@ pub fn nearest(name: &str) -> Option<String> {
         .map(|(_, known)| known)
 }
 
-/// `FL_CUDA_DEVICES` and `FL_CUDA_VISIBLE_DEVICES`: the one is the other without one of its words, whatever prefix they
-/// have. A word cut short is still that word.
+/// `FL_CUDA_DEVICES` and `FL_CUDA_VISIBLE_DEVICES`: the one is the other without one of its words,
+/// whatever prefix they have. A word cut short is still that word.
 fn is_one_word_apart(a: &str, b: &str) -> bool {
     fn words(name: &str) -> Vec<&str> {
         name.trim_start_matches("ONEAPP_").trim_start_matches("FL_").split('_').collect()
@@ -385,7 +388,9 @@ mod tests {
         let long = |length: usize| format!("FL_GPU_ENABLED_{}", "X".repeat(length - 15));
         assert_eq!(nearest(&long(80)).as_deref(), Some("FL_GPU_ENABLED"));
         let long = long(81);
-        for name in ["FL_", "FL_SOMETHING_ELSE", "FL_GPU_MEMORY_FRACTION_OF_IT", "FL_A_B_GPU", &long] {
+        for name in
+            ["FL_", "FL_SOMETHING_ELSE", "FL_GPU_MEMORY_FRACTION_OF_IT", "FL_A_B_GPU", &long]
+        {
             assert_eq!(nearest(name), None, "{name:.40}");
         }
     }

@@ -1,7 +1,7 @@
 //! The `nvidia` entry in Docker's daemon.json: a pure edit of the text.
 //!
-//! The text is never written anew: the entry is put in at its place, and every other byte (the order of keys, the
-//! digits of numbers, the indentation) stays what the operator wrote.
+//! The text is never written anew: the entry is put in at its place, and every other byte (the
+//! order of keys, the digits of numbers, the indentation) stays what the operator wrote.
 
 use std::fmt;
 
@@ -32,26 +32,43 @@ pub struct Refused {
     pub message: String,
 }
 
-/// Puts the runtime `nvidia` with `runtime_path` into `text`, which is the content of a daemon.json. An entry that is
-/// there is the operator's and stays; one that names no program at all gets the path.
+/// Puts the runtime `nvidia` with `runtime_path` into `text`, which is the content of a
+/// daemon.json. An entry that is there is the operator's and stays; one that names no program at
+/// all gets the path.
 ///
 /// # Errors
 /// When `text` is not exactly one JSON object, or one whose `runtimes` Docker itself would refuse.
 pub fn merge(text: &str, runtime_path: &str) -> Result<Merged, Refused> {
     let document = Object::parse(text, text)?;
     let Some(runtimes) = document.member("runtimes", text)? else {
-        return Ok(Merged::Changed(document.with_member(text, "runtimes", &runtimes_of(runtime_path))));
+        return Ok(Merged::Changed(document.with_member(
+            text,
+            "runtimes",
+            &runtimes_of(runtime_path),
+        )));
     };
     // Docker 20.10 dies of a null here when it reloads.
     if runtimes.get() == "null" {
-        return Ok(Merged::Changed(replaced(text, runtimes, &runtimes_of(runtime_path).render(&document.style(text)))));
+        return Ok(Merged::Changed(replaced(
+            text,
+            runtimes,
+            &runtimes_of(runtime_path).render(&document.style(text)),
+        )));
     }
     let runtimes = Object::parse(runtimes.get(), text)?;
     let Some(entry) = runtimes.member(RUNTIME_NAME, text)? else {
-        return Ok(Merged::Changed(runtimes.with_member(text, RUNTIME_NAME, &entry_of(runtime_path))));
+        return Ok(Merged::Changed(runtimes.with_member(
+            text,
+            RUNTIME_NAME,
+            &entry_of(runtime_path),
+        )));
     };
     if entry.get() == "null" {
-        return Ok(Merged::Changed(replaced(text, entry, &entry_of(runtime_path).render(&runtimes.style(text)))));
+        return Ok(Merged::Changed(replaced(
+            text,
+            entry,
+            &entry_of(runtime_path).render(&runtimes.style(text)),
+        )));
     }
     let fields = Object::parse(entry.get(), text)?;
     // Docker takes these in any case: `Path` is an operator's path as well.
@@ -66,18 +83,24 @@ pub fn merge(text: &str, runtime_path: &str) -> Result<Merged, Refused> {
     }))
 }
 
-/// Whether a member is there and names something: to Docker, null and an empty string are the same as nothing.
+/// Whether a member is there and names something: to Docker, null and an empty string are the same
+/// as nothing.
 fn names_something(value: Option<&RawValue>, key: &str, text: &str) -> Result<bool, Refused> {
     let Some(value) = value else { return Ok(false) };
     match serde_json::from_str::<Option<String>>(value.get()) {
         Ok(name) => Ok(name.is_some_and(|name| !name.is_empty())),
-        Err(_) => Err(refused_at(text, value.get(), &format!("the {key} of the nvidia runtime must be a string"))),
+        Err(_) => Err(refused_at(
+            text,
+            value.get(),
+            &format!("the {key} of the nvidia runtime must be a string"),
+        )),
     }
 }
 
 /// The text of a daemon.json that has nothing but the entry.
 pub fn fresh(runtime_path: &str) -> String {
-    let mut text = Insert::Object("runtimes", Box::new(runtimes_of(runtime_path))).render(&Style::default());
+    let mut text =
+        Insert::Object("runtimes", Box::new(runtimes_of(runtime_path))).render(&Style::default());
     text.push('\n');
     text
 }
@@ -124,10 +147,18 @@ impl Insert {
         match self {
             Self::Text(text) => text.clone(),
             Self::Object(key, value) if style.lines => {
-                let inner =
-                    Style { indent: format!("{}{}", style.indent, style.step), step: style.step.clone(), ..*style };
+                let inner = Style {
+                    indent: format!("{}{}", style.indent, style.step),
+                    step: style.step.clone(),
+                    ..*style
+                };
                 let (newline, outer) = (style.newline, &style.indent);
-                format!("{{{newline}{}{}: {}{newline}{outer}}}", inner.indent, quoted(key), value.render(&inner))
+                format!(
+                    "{{{newline}{}{}: {}{newline}{outer}}}",
+                    inner.indent,
+                    quoted(key),
+                    value.render(&inner)
+                )
             }
             Self::Object(key, value) => format!("{{{}: {}}}", quoted(key), value.render(style)),
         }
@@ -144,15 +175,22 @@ impl<'t> Object<'t> {
     /// Reads `raw`, a slice of `text`; places in errors are places in `text`.
     fn parse(raw: &'t str, text: &str) -> Result<Self, Refused> {
         if !raw.trim_start_matches(JSON_BLANKS).starts_with('{') {
-            let what = if raw.trim_matches(JSON_BLANKS).is_empty() { "nothing" } else { "something else" };
+            let what =
+                if raw.trim_matches(JSON_BLANKS).is_empty() { "nothing" } else { "something else" };
             let place = raw.trim_start_matches(JSON_BLANKS);
-            return Err(refused_at(text, place, &format!("one JSON object is expected here and {what} is found")));
+            return Err(refused_at(
+                text,
+                place,
+                &format!("one JSON object is expected here and {what} is found"),
+            ));
         }
         let mut json = serde_json::Deserializer::from_str(raw);
-        let members = json.deserialize_map(MemberList).and_then(|members| json.end().map(|()| members));
+        let members =
+            json.deserialize_map(MemberList).and_then(|members| json.end().map(|()| members));
         members.map(|members| Self { raw, members }).map_err(|error| {
             let message = error.to_string();
-            let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
+            let message =
+                message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
             refused_at(text, &raw[offset_of(&error, raw)..], message)
         })
     }
@@ -165,11 +203,19 @@ impl<'t> Object<'t> {
         self.only(key, |name| name.eq_ignore_ascii_case(key), text)
     }
 
-    fn only(&self, key: &str, is_it: impl Fn(&str) -> bool, text: &str) -> Result<Option<&'t RawValue>, Refused> {
-        let mut found = self.members.iter().filter(|(name, _)| is_it(name)).map(|(_, value)| *value);
+    fn only(
+        &self,
+        key: &str,
+        is_it: impl Fn(&str) -> bool,
+        text: &str,
+    ) -> Result<Option<&'t RawValue>, Refused> {
+        let mut found =
+            self.members.iter().filter(|(name, _)| is_it(name)).map(|(_, value)| *value);
         let first = found.next();
         match found.next() {
-            Some(second) => Err(refused_at(text, second.get(), &format!("the key {key:?} is there twice"))),
+            Some(second) => {
+                Err(refused_at(text, second.get(), &format!("the key {key:?} is there twice")))
+            }
             None => Ok(first),
         }
     }
@@ -187,10 +233,14 @@ impl<'t> Object<'t> {
             (false, true) => format!("{before},{}{}{member}{after}", style.newline, style.indent),
             (false, false) => format!("{before}, {member}{after}"),
             (true, true) => {
-                // Whatever blanks stood between the braces give way to a member on a line of its own.
+                // Whatever blanks stood between the braces give way to a member on a line of its
+                // own.
                 let outer = style.indent.strip_suffix(style.step.as_str()).unwrap_or_default();
                 let rest = after.trim_start_matches(JSON_BLANKS);
-                format!("{before}{}{}{member}{}{outer}{rest}", style.newline, style.indent, style.newline)
+                format!(
+                    "{before}{}{}{member}{}{outer}{rest}",
+                    style.newline, style.indent, style.newline
+                )
             }
             (true, false) => format!("{before}{member}{after}"),
         }
@@ -204,7 +254,8 @@ impl<'t> Object<'t> {
         let one_line = !self.raw.trim_matches(JSON_BLANKS).contains('\n');
         if self.members.is_empty() {
             // An empty object says nothing of its own: the text around it does.
-            let whole_document = text.trim_matches(JSON_BLANKS) == self.raw.trim_matches(JSON_BLANKS);
+            let whole_document =
+                text.trim_matches(JSON_BLANKS) == self.raw.trim_matches(JSON_BLANKS);
             let step = if whole_document { "    ".to_owned() } else { step_of(text) };
             return Style {
                 lines: whole_document || text.trim_matches(JSON_BLANKS).contains('\n'),
@@ -215,8 +266,10 @@ impl<'t> Object<'t> {
         }
         let first_key = offset_in(text, self.raw) + self.raw.find('"').unwrap_or(0);
         let indent = indent_of_line(text, first_key);
-        let step =
-            indent.strip_prefix(outer).filter(|step| !step.is_empty()).map_or_else(|| step_of(text), String::from);
+        let step = indent
+            .strip_prefix(outer)
+            .filter(|step| !step.is_empty())
+            .map_or_else(|| step_of(text), String::from);
         Style { lines: !one_line, indent: indent.into(), step, newline }
     }
 }
@@ -248,13 +301,17 @@ fn replaced(text: &str, old: &RawValue, new: &str) -> String {
     format!("{}{new}{}", &text[..at], &text[at + old.get().len()..])
 }
 
-/// The byte of `text` at which it goes wrong. serde_json counts in bytes, and gives the character at which it stopped or
-/// the one before.
+/// The byte of `text` at which it goes wrong. serde_json counts in bytes, and gives the character
+/// at which it stopped or the one before.
 fn offset_of(error: &serde_json::Error, text: &str) -> usize {
     if error.is_eof() {
         return text.len();
     }
-    let line_start = text.split_inclusive('\n').take(error.line().saturating_sub(1)).map(str::len).sum::<usize>();
+    let line_start = text
+        .split_inclusive('\n')
+        .take(error.line().saturating_sub(1))
+        .map(str::len)
+        .sum::<usize>();
     // Column 0 is the line break before.
     let mut offset = (line_start + error.column()).saturating_sub(1).min(text.len());
     while !text.is_char_boundary(offset) {
@@ -307,7 +364,11 @@ mod tests {
     fn merged(text: &str) -> String {
         match merge(text, PATH).unwrap_or_else(|refused| panic!("{text}: {refused}")) {
             Merged::Changed(new) => {
-                assert_eq!(merge(&new, PATH), Ok(Merged::Unchanged), "the second run changes {new}");
+                assert_eq!(
+                    merge(&new, PATH),
+                    Ok(Merged::Unchanged),
+                    "the second run changes {new}"
+                );
                 new
             }
             Merged::Unchanged => text.into(),
@@ -324,7 +385,8 @@ mod tests {
             (" \n{ \n }\n\n", format!(" \n{{\n    {lines}\n}}\n\n")),
             (r#"{"debug":true}"#, format!(r#"{{"debug":true, {runtimes}}}"#)),
             ("{\n    \"b\": 1,\n    \"a\": 2\n}\n", format!("{{\n    \"b\": 1,\n    \"a\": 2,\n    {lines}\n}}\n")),
-            // Digits are not rounded, forms of numbers and escapes are not changed, and duplicates are not ours to judge.
+            // Digits are not rounded, forms of numbers and escapes are not changed, and duplicates
+            // are not ours to judge.
             (
                 r#"{"n":12345678901234567890123,"f":1.50E+3,"s":"\u00e9\/","n":1}"#,
                 format!(r#"{{"n":12345678901234567890123,"f":1.50E+3,"s":"\u00e9\/","n":1, {runtimes}}}"#),

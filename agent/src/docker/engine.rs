@@ -1,4 +1,5 @@
-//! Our words over bollard: what the agent asks of a container engine, and answers instead of status codes.
+//! Our words over bollard: what the agent asks of a container engine, and answers instead of status
+//! codes.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -9,13 +10,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bollard::Docker;
 use bollard::errors::Error as ApiError;
 use bollard::models::{
-    ContainerCreateBody, DeviceRequest, HostConfig, HostConfigLogConfig, Mount, MountType, NetworkSettings,
-    PortBinding, RestartPolicy, RestartPolicyNameEnum,
+    ContainerCreateBody, DeviceRequest, HostConfig, HostConfigLogConfig, Mount, MountType,
+    NetworkSettings, PortBinding, RestartPolicy, RestartPolicyNameEnum,
 };
 use bollard::query_parameters::{
-    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, EventsOptionsBuilder, InspectContainerOptions,
-    ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder, StartContainerOptions,
-    StopContainerOptionsBuilder, WaitContainerOptions,
+    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, EventsOptionsBuilder,
+    InspectContainerOptions, ListContainersOptionsBuilder, LogsOptionsBuilder,
+    RemoveContainerOptionsBuilder, StartContainerOptions, StopContainerOptionsBuilder,
+    WaitContainerOptions,
 };
 use futures_util::StreamExt as _;
 use tokio::time::Instant;
@@ -85,7 +87,8 @@ pub enum EngineError {
     },
 }
 
-/// What Docker says when it is not the GPU that keeps a container from its start (texts of moby and containerd).
+/// What Docker says when it is not the GPU that keeps a container from its start (texts of moby and
+/// containerd).
 const TROUBLES_OF_ANY_CONTAINER: &[&str] = &[
     "already in use",
     "bind source path does not exist",
@@ -121,17 +124,20 @@ impl EngineError {
         matches!(self, Self::Refused { status, .. } if *status == wanted)
     }
 
-    /// Docker's reason, where this is an answer to a launch with a GPU that it may owe to the GPU; `None` where any other
-    /// container would have met with the same.
+    /// Docker's reason, where this is an answer to a launch with a GPU that it may owe to the GPU;
+    /// `None` where any other container would have met with the same.
     pub fn may_be_of_the_gpu(&self) -> Option<String> {
         match self {
             // 404 and 409: the container or its image are gone, or its name is taken.
             Self::Refused { status: 400 | 500, message, .. } => {
                 let words = message.to_lowercase();
-                let of_any = TROUBLES_OF_ANY_CONTAINER.iter().any(|trouble| words.contains(trouble));
+                let of_any =
+                    TROUBLES_OF_ANY_CONTAINER.iter().any(|trouble| words.contains(trouble));
                 (!of_any).then(|| message.clone())
             }
-            Self::TimedOut { limit, .. } => Some(format!("it had not started within {} s", limit.as_secs())),
+            Self::TimedOut { limit, .. } => {
+                Some(format!("it had not started within {} s", limit.as_secs()))
+            }
             _ => None,
         }
     }
@@ -212,7 +218,8 @@ impl Container {
         let (second, rest) = self.started_at.split_at_checked(19)?;
         let second = DateTime::from_str(&format!("{second}Z")).ok()?;
         // The fraction of the second has as many digits as Docker likes.
-        let digits: String = rest.chars().skip(1).take_while(char::is_ascii_digit).take(9).collect();
+        let digits: String =
+            rest.chars().skip(1).take_while(char::is_ascii_digit).take(9).collect();
         let nanoseconds = format!("{digits:0<9}").parse().ok()?;
         Some(second.to_system_time() + Duration::from_nanos(nanoseconds))
     }
@@ -228,7 +235,8 @@ impl Container {
         self.labels.get(SPEC_HASH_LABEL).map(String::as_str)
     }
 
-    /// Whether it was made from this specification, its labels included: an old verdict in them would not be true any more.
+    /// Whether it was made from this specification, its labels included: an old verdict in them
+    /// would not be true any more.
     pub fn is_made_from(&self, spec: &ContainerSpec) -> bool {
         let same = |(name, value): (&String, &String)| self.labels.get(name) == Some(value);
         self.spec_hash() == Some(&spec.hash()) && spec.labels.iter().all(same)
@@ -241,15 +249,19 @@ impl Engine {
     /// # Errors
     /// When the engine does not answer.
     pub async fn connect(socket: &Path) -> Result<Self, EngineError> {
-        let unreachable = |message: String| EngineError::Unreachable { socket: socket.display().to_string(), message };
+        let unreachable = |message: String| EngineError::Unreachable {
+            socket: socket.display().to_string(),
+            message,
+        };
         let since = Instant::now();
         let answer = tokio::time::timeout(CALL_LIMIT, api_version(socket)).await;
         tracing::debug!("Docker took {} µs to answer a ping", since.elapsed().as_micros());
         let version = answer
             .map_err(|_| unreachable(format!("no answer within {} s", CALL_LIMIT.as_secs())))?
             .map_err(|error| unreachable(one_line(&error_chain(&error))))?;
-        let docker = Docker::connect_with_unix(&socket.to_string_lossy(), CALL_LIMIT.as_secs(), &version)
-            .map_err(|error| unreachable(one_line(&error_chain(&error))))?;
+        let docker =
+            Docker::connect_with_unix(&socket.to_string_lossy(), CALL_LIMIT.as_secs(), &version)
+                .map_err(|error| unreachable(one_line(&error_chain(&error))))?;
         Ok(Self { docker })
     }
 
@@ -260,7 +272,11 @@ impl Engine {
     pub async fn wait_until_ready(socket: &Path, limit: Duration) -> Result<Self, EngineError> {
         let deadline = Instant::now() + limit;
         loop {
-            let attempt = tokio::time::timeout_at(deadline.max(Instant::now() + PAUSE), Self::connect(socket)).await;
+            let attempt = tokio::time::timeout_at(
+                deadline.max(Instant::now() + PAUSE),
+                Self::connect(socket),
+            )
+            .await;
             let error = match attempt {
                 Ok(Ok(engine)) => return Ok(engine),
                 Ok(Err(error)) => error,
@@ -316,28 +332,39 @@ impl Engine {
         }
     }
 
-    /// Pulls `image`; `progress` hears of it, in a few words, as often as the engine has something to say.
+    /// Pulls `image`; `progress` hears of it, in a few words, as often as the engine has something
+    /// to say.
     ///
     /// # Errors
     /// When the image is not to be had.
-    pub async fn pull(&self, image: &ImageRef, mut progress: impl FnMut(String)) -> Result<(), EngineError> {
+    pub async fn pull(
+        &self,
+        image: &ImageRef,
+        mut progress: impl FnMut(String),
+    ) -> Result<(), EngineError> {
         const DOING: &str = "pull the image";
         let options = CreateImageOptionsBuilder::default().from_image(image.as_str()).build();
         let mut steps = self.docker.create_image(Some(options), None, None);
         let mut pull = Pull::default();
         loop {
             let step = tokio::time::timeout(PULL_SILENCE, steps.next()).await;
-            let Some(step) = step.map_err(|_| EngineError::TimedOut { doing: DOING, limit: PULL_SILENCE })? else {
+            let Some(step) =
+                step.map_err(|_| EngineError::TimedOut { doing: DOING, limit: PULL_SILENCE })?
+            else {
                 return Ok(());
             };
             let step = step.map_err(EngineError::new(DOING))?;
             if let Some(error) = step.error_detail.and_then(|detail| detail.message) {
                 return Err(EngineError::Failed { doing: DOING, message: error });
             }
-            let bytes = step
-                .progress_detail
-                .and_then(|detail| Some((u64::try_from(detail.current?).ok()?, u64::try_from(detail.total?).ok()?)));
-            pull.take(step.id.as_deref().unwrap_or_default(), step.status.as_deref().unwrap_or_default(), bytes);
+            let bytes = step.progress_detail.and_then(|detail| {
+                Some((u64::try_from(detail.current?).ok()?, u64::try_from(detail.total?).ok()?))
+            });
+            pull.take(
+                step.id.as_deref().unwrap_or_default(),
+                step.status.as_deref().unwrap_or_default(),
+                bytes,
+            );
             if let Some(words) = pull.progress() {
                 progress(words);
             }
@@ -377,7 +404,10 @@ impl Engine {
     /// # Errors
     /// When the call fails.
     pub async fn find_strays(&self, settings: &Settings) -> Result<Vec<String>, EngineError> {
-        let ours = HashMap::from([("label", vec![format!("{STATE_DIR_LABEL}={}", settings.state.dir.display())])]);
+        let ours = HashMap::from([(
+            "label",
+            vec![format!("{STATE_DIR_LABEL}={}", settings.state.dir.display())],
+        )]);
         let options = ListContainersOptionsBuilder::default().filters(&ours).build();
         let call = self.docker.list_containers(Some(options));
         let found = limited("look for other containers of the node", CALL_LIMIT, call).await?;
@@ -411,7 +441,8 @@ impl Engine {
         }
     }
 
-    /// Stops the container, with `grace` between SIGTERM and SIGKILL; one that does not run, or is gone, is fine.
+    /// Stops the container, with `grace` between SIGTERM and SIGKILL; one that does not run, or is
+    /// gone, is fine.
     ///
     /// # Errors
     /// When the call fails.
@@ -421,14 +452,15 @@ impl Engine {
         // The answer comes after the grace: the call has this much more time than others.
         let limit = CALL_LIMIT + grace;
         let patient = self.docker.clone().with_timeout(limit * 2);
-        match limited("stop the container", limit, patient.stop_container(id, Some(options))).await {
+        match limited("stop the container", limit, patient.stop_container(id, Some(options))).await
+        {
             Err(error) if !error.is_status(304) && !error.is_status(404) => Err(error),
             _ => Ok(()),
         }
     }
 
-    /// Removes the container, running or not; one that is gone is fine. What somebody else's container kept in volumes
-    /// without a name stays.
+    /// Removes the container, running or not; one that is gone is fine. What somebody else's
+    /// container kept in volumes without a name stays.
     ///
     /// # Errors
     /// When the call fails.
@@ -442,12 +474,15 @@ impl Engine {
         }
     }
 
-    /// Waits until somebody has paused the container, or (`wanted` is false) lets it go on. Never, where it cannot be told.
+    /// Waits until somebody has paused the container, or (`wanted` is false) lets it go on. Never,
+    /// where it cannot be told.
     pub async fn until_paused(&self, id: &str, wanted: bool) {
         let filters = HashMap::from([("container", vec![id]), ("event", vec!["pause", "unpause"])]);
         // What happens between the look and the listening is among the events since then.
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs().to_string();
-        if matches!(self.find_container(id).await, Ok(Some(found)) if found.running && found.paused == wanted) {
+        let since =
+            SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs().to_string();
+        if matches!(self.find_container(id).await, Ok(Some(found)) if found.running && found.paused == wanted)
+        {
             return;
         }
         let options = EventsOptionsBuilder::default().since(&since).filters(&filters).build();
@@ -460,8 +495,8 @@ impl Engine {
         std::future::pending().await
     }
 
-    /// Waits until the container does not run any more and answers with its exit code; `None` when the engine went
-    /// away or the container with it.
+    /// Waits until the container does not run any more and answers with its exit code; `None` when
+    /// the engine went away or the container with it.
     pub async fn wait(&self, id: &str) -> Option<i64> {
         match self.docker.wait_container(id, None::<WaitContainerOptions>).next().await {
             Some(Ok(end)) => Some(end.status_code),
@@ -471,12 +506,15 @@ impl Engine {
         }
     }
 
-    /// Follows what the container writes, from its last start on: what it wrote in an earlier life is left out. Docker reads
-    /// its own log back, whichever driver keeps it, as long as that driver can be read.
+    /// Follows what the container writes, from its last start on: what it wrote in an earlier life
+    /// is left out. Docker reads its own log back, whichever driver keeps it, as long as that
+    /// driver can be read.
     pub fn log(&self, container: &Container) -> Log {
-        // Docker counts in seconds here: the last words of a life that ended in this very second would be among them, were it
-        // not for the pause before a start.
-        let since = container.started().and_then(|started| started.duration_since(SystemTime::UNIX_EPOCH).ok());
+        // Docker counts in seconds here: the last words of a life that ended in this very second
+        // would be among them, were it not for the pause before a start.
+        let since = container
+            .started()
+            .and_then(|started| started.duration_since(SystemTime::UNIX_EPOCH).ok());
         let options = LogsOptionsBuilder::default()
             .follow(true)
             .stdout(true)
@@ -493,7 +531,9 @@ impl Engine {
 fn ip_address_in(settings: NetworkSettings) -> Option<IpAddr> {
     // In the order of their names: the same one every time.
     let networks: BTreeMap<String, _> = settings.networks?.into_iter().collect();
-    let addresses = networks.into_values().flat_map(|network| [network.ip_address, network.global_ipv6_address]);
+    let addresses = networks
+        .into_values()
+        .flat_map(|network| [network.ip_address, network.global_ipv6_address]);
     addresses.flatten().find_map(|address| address.parse().ok())
 }
 
@@ -529,7 +569,10 @@ fn body_of(spec: &ContainerSpec) -> ContainerCreateBody {
                 }]
             }),
             port_bindings: Some(
-                spec.ports.iter().map(|port| (name_of_port(port), Some(vec![binding(port)]))).collect(),
+                spec.ports
+                    .iter()
+                    .map(|port| (name_of_port(port), Some(vec![binding(port)])))
+                    .collect(),
             ),
             mounts: Some(spec.mounts.iter().map(mount).collect()),
             tmpfs: Some(spec.tmpfs.clone().into_iter().collect()),
@@ -542,7 +585,10 @@ fn body_of(spec: &ContainerSpec) -> ContainerCreateBody {
                 typ: Some(spec.log_driver.clone()),
                 config: Some(spec.log_options.clone().into_iter().collect()),
             }),
-            restart_policy: Some(RestartPolicy { name: Some(RestartPolicyNameEnum::NO), maximum_retry_count: None }),
+            restart_policy: Some(RestartPolicy {
+                name: Some(RestartPolicyNameEnum::NO),
+                maximum_retry_count: None,
+            }),
             ..HostConfig::default()
         }),
         ..ContainerCreateBody::default()
@@ -557,10 +603,19 @@ mod tests {
 
     #[test]
     fn a_container_has_run_since_its_last_start() {
-        let container = |started_at: &str| Container { started_at: started_at.into(), ..Container::default() };
-        let started = |text| container(text).started().and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
-        assert_eq!(started("2026-11-26T16:11:13.123456789Z"), Some(Duration::new(1_795_709_473, 123_456_789)));
-        assert_eq!(started("2026-11-26T16:11:13.5Z"), Some(Duration::new(1_795_709_473, 500_000_000)));
+        let container =
+            |started_at: &str| Container { started_at: started_at.into(), ..Container::default() };
+        let started = |text| {
+            container(text).started().and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok())
+        };
+        assert_eq!(
+            started("2026-11-26T16:11:13.123456789Z"),
+            Some(Duration::new(1_795_709_473, 123_456_789))
+        );
+        assert_eq!(
+            started("2026-11-26T16:11:13.5Z"),
+            Some(Duration::new(1_795_709_473, 500_000_000))
+        );
         assert_eq!(started("2026-11-26T16:11:13Z"), Some(Duration::from_secs(1_795_709_473)));
         // One that was never started.
         assert_eq!(started("0001-01-01T00:00:00Z"), None);
@@ -577,12 +632,19 @@ mod tests {
             ..EndpointSettings::default()
         };
         let address = |networks: Vec<(&str, EndpointSettings)>| {
-            let networks = networks.into_iter().map(|(name, network)| (name.to_owned(), network)).collect();
-            ip_address_in(NetworkSettings { networks: Some(networks), ..NetworkSettings::default() })
-                .map(|address| address.to_string())
+            let networks =
+                networks.into_iter().map(|(name, network)| (name.to_owned(), network)).collect();
+            ip_address_in(NetworkSettings {
+                networks: Some(networks),
+                ..NetworkSettings::default()
+            })
+            .map(|address| address.to_string())
         };
         assert_eq!(address(vec![("host", network("", ""))]), None);
-        assert_eq!(address(vec![("bridge", network("172.17.0.2", ""))]).as_deref(), Some("172.17.0.2"));
+        assert_eq!(
+            address(vec![("bridge", network("172.17.0.2", ""))]).as_deref(),
+            Some("172.17.0.2")
+        );
         assert_eq!(
             address(vec![("b", network("10.0.0.2", "")), ("a", network("", "fd00::2"))]).as_deref(),
             Some("fd00::2")

@@ -13,7 +13,8 @@ use tokio::time::Instant;
 
 /// What is kept of a line; the rest is passed over.
 const MOST_BYTES: usize = 1024;
-/// The pause before a log that cannot be read is read again: the first, and the longest. There are drivers that never can.
+/// The pause before a log that cannot be read is read again: the first, and the longest. There are
+/// drivers that never can.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
@@ -58,8 +59,9 @@ impl Log {
         }
     }
 
-    /// The next line, without its end; of a long one the first kibibyte. `None` once the log has ended. One that cannot be
-    /// read is opened again after a pause, and its lines come again from the first. A call that is given up loses nothing.
+    /// The next line, without its end; of a long one the first kibibyte. `None` once the log has
+    /// ended. One that cannot be read is opened again after a pause, and its lines come again from
+    /// the first. A call that is given up loses nothing.
     pub async fn next_line(&mut self) -> Option<Cow<'_, str>> {
         loop {
             let line = if self.of_stderr { &mut self.err } else { &mut self.out };
@@ -152,8 +154,15 @@ mod tests {
 
     #[tokio::test]
     async fn lines_are_joined_across_frames_each_stream_for_itself() {
-        let frames =
-            vec![out(b"a\nb"), err(b"x"), out(b"c\n"), err(b"y\n\n"), out(b""), out(b"\xff\xfe!\n"), out(b"no end")];
+        let frames = vec![
+            out(b"a\nb"),
+            err(b"x"),
+            out(b"c\n"),
+            err(b"y\n\n"),
+            out(b""),
+            out(b"\xff\xfe!\n"),
+            out(b"no end"),
+        ];
         assert_eq!(lines(frames).await, ["a", "bc", "xy", "", "\u{fffd}\u{fffd}!"]);
     }
 

@@ -29,15 +29,17 @@ pub enum PingError {
     Unwell(StatusCode),
 }
 
-/// Asks the engine at `socket` for the version to speak with it: its own, and at most the client's. A ping has it in its head
-/// and costs the engine nothing; `/version`, which bollard would ask for, takes Docker 20.10 some 10 ms.
+/// Asks the engine at `socket` for the version to speak with it: its own, and at most the client's.
+/// A ping has it in its head and costs the engine nothing; `/version`, which bollard would ask for,
+/// takes Docker 20.10 some 10 ms.
 ///
 /// # Errors
 /// When it does not answer, or not that it is well.
 pub async fn api_version(socket: &Path) -> Result<ClientVersion, PingError> {
     let stream = UnixStream::connect(socket).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    let request = Request::get("/_ping").header(header::HOST, "docker").body(Empty::<Bytes>::new())?;
+    let request =
+        Request::get("/_ping").header(header::HOST, "docker").body(Empty::<Bytes>::new())?;
     let mut answer = pin!(sender.send_request(request));
     let answer = tokio::select! {
         answer = &mut answer => answer,
@@ -52,9 +54,12 @@ pub async fn api_version(socket: &Path) -> Result<ClientVersion, PingError> {
 /// The version that both know; the client's, where the engine does not say.
 fn version_in(headers: &HeaderMap) -> ClientVersion {
     let ours = ClientVersion { ..*API_DEFAULT_VERSION };
-    let said = headers.get("Api-Version").and_then(|version| version.to_str().ok()?.split_once('.'));
+    let said =
+        headers.get("Api-Version").and_then(|version| version.to_str().ok()?.split_once('.'));
     match said.map(|(major, minor)| (major.parse::<usize>(), minor.parse::<usize>())) {
-        Some((Ok(major), Ok(minor))) if (major, minor) < (ours.major_version, ours.minor_version) => {
+        Some((Ok(major), Ok(minor)))
+            if (major, minor) < (ours.major_version, ours.minor_version) =>
+        {
             ClientVersion { major_version: major, minor_version: minor }
         }
         _ => ours,
@@ -67,7 +72,8 @@ mod tests {
 
     #[test]
     fn the_lower_version_is_spoken_and_ours_where_the_engine_does_not_say() {
-        let ours = format!("{}.{}", API_DEFAULT_VERSION.major_version, API_DEFAULT_VERSION.minor_version);
+        let ours =
+            format!("{}.{}", API_DEFAULT_VERSION.major_version, API_DEFAULT_VERSION.minor_version);
         for (said, spoken) in [
             (Some("1.41"), "1.41"),
             (Some("1.9"), "1.9"),
@@ -83,7 +89,11 @@ mod tests {
                 headers.insert("api-version", said.parse().unwrap());
             }
             let version = version_in(&headers);
-            assert_eq!(format!("{}.{}", version.major_version, version.minor_version), spoken, "{said:?}");
+            assert_eq!(
+                format!("{}.{}", version.major_version, version.minor_version),
+                spoken,
+                "{said:?}"
+            );
         }
     }
 }

@@ -19,14 +19,17 @@ struct Layer {
 }
 
 impl Pull {
-    /// Takes one message of Docker: the layer's id, the status, and the bytes that it counts (current, total). The statuses
-    /// are those of moby/moby, distribution/pull_v2.go and distribution/xfer/download.go.
+    /// Takes one message of Docker: the layer's id, the status, and the bytes that it counts
+    /// (current, total). The statuses are those of moby/moby, distribution/pull_v2.go and
+    /// distribution/xfer/download.go.
     pub fn take(&mut self, id: &str, status: &str, bytes: Option<(u64, u64)>) {
         if status == "Already exists" {
             self.layers.remove(id);
             return;
         }
-        if !self.layers.contains_key(id) && !matches!(status, "Pulling fs layer" | "Waiting" | "Downloading") {
+        if !self.layers.contains_key(id)
+            && !matches!(status, "Pulling fs layer" | "Waiting" | "Downloading")
+        {
             // The image's tag and digest have messages as well.
             return;
         }
@@ -36,7 +39,9 @@ impl Pull {
                 (layer.loaded, layer.size) = (current.min(total), Some(total));
             }
             // Its bytes are counted anew, and in other units by some engines.
-            ("Verifying Checksum" | "Download complete" | "Extracting", _) => layer.is_loaded = true,
+            ("Verifying Checksum" | "Download complete" | "Extracting", _) => {
+                layer.is_loaded = true
+            }
             ("Pull complete", _) => (layer.is_loaded, layer.is_unpacked) = (true, true),
             _ => {}
         }
@@ -49,11 +54,13 @@ impl Pull {
         }
         let layers = || self.layers.values();
         if layers().all(|layer| layer.is_loaded) {
-            let (unpacked, all) = (layers().filter(|layer| layer.is_unpacked).count(), self.layers.len());
+            let (unpacked, all) =
+                (layers().filter(|layer| layer.is_unpacked).count(), self.layers.len());
             return Some(format!("all of it is here, {unpacked} of {all} layers are unpacked"));
         }
-        let loaded: u64 =
-            layers().map(|layer| if layer.is_loaded { layer.size.unwrap_or(0) } else { layer.loaded }).sum();
+        let loaded: u64 = layers()
+            .map(|layer| if layer.is_loaded { layer.size.unwrap_or(0) } else { layer.loaded })
+            .sum();
         let size: u64 = layers().filter_map(|layer| layer.size).sum();
         let (percent, mib) = ((loaded * 100).checked_div(size)?, size.div_ceil(1 << 20));
         // A few layers are loaded at a time: the others' sizes are still to come.
@@ -90,14 +97,23 @@ mod tests {
         assert_eq!(take("a", "Pulling fs layer", None), None);
         assert_eq!(take("b", "Pulling fs layer", None), None);
         let said = |text: &str| Some(text.to_owned());
-        assert_eq!(take("a", "Downloading", Some((30 * MIB, 100 * MIB))), said("30 % of at least 100 MiB"));
+        assert_eq!(
+            take("a", "Downloading", Some((30 * MIB, 100 * MIB))),
+            said("30 % of at least 100 MiB")
+        );
         assert_eq!(take("b", "Downloading", Some((0, 300 * MIB))), said("7 % of 400 MiB"));
         assert_eq!(take("a", "Download complete", None), said("25 % of 400 MiB"));
         // Unpacking counts from nothing again, and takes nothing back.
         assert_eq!(take("a", "Extracting", Some((1, 100 * MIB))), said("25 % of 400 MiB"));
         assert_eq!(take("a", "Pull complete", None), said("25 % of 400 MiB"));
-        assert_eq!(take("b", "Verifying Checksum", None), said("all of it is here, 1 of 2 layers are unpacked"));
-        assert_eq!(take("b", "Pull complete", None), said("all of it is here, 2 of 2 layers are unpacked"));
+        assert_eq!(
+            take("b", "Verifying Checksum", None),
+            said("all of it is here, 1 of 2 layers are unpacked")
+        );
+        assert_eq!(
+            take("b", "Pull complete", None),
+            said("all of it is here, 2 of 2 layers are unpacked")
+        );
         let digest = take("", "Digest: sha256:00", None);
         assert_eq!(digest, said("all of it is here, 2 of 2 layers are unpacked"));
     }

@@ -1,4 +1,5 @@
-//! Making Docker able to hand a GPU over: the runtime entry written, the engine reloaded, the result verified.
+//! Making Docker able to hand a GPU over: the runtime entry written, the engine reloaded, the
+//! result verified.
 
 use std::fs::{File, TryLockError};
 use std::io::{self, Read as _};
@@ -60,10 +61,12 @@ pub enum DaemonJsonError {
     },
 }
 
-/// Puts the runtime into daemon.json, where it is not there yet. Answers whether the file was written.
+/// Puts the runtime into daemon.json, where it is not there yet. Answers whether the file was
+/// written.
 ///
 /// # Errors
-/// When the file cannot be read, is not one JSON object, or cannot be written. Then it is what it was.
+/// When the file cannot be read, is not one JSON object, or cannot be written. Then it is what it
+/// was.
 pub fn configure_daemon_json(path: &Path, runtime_path: &str) -> Result<bool, DaemonJsonError> {
     let failed = |doing| move |source| DaemonJsonError::Io { path: path.into(), doing, source };
     let target = target_of(path).map_err(failed("follow the link"))?;
@@ -72,7 +75,8 @@ pub fn configure_daemon_json(path: &Path, runtime_path: &str) -> Result<bool, Da
     let new = match &old {
         None => daemon_json::fresh(runtime_path),
         Some(bytes) => {
-            let text = text_of(bytes).map_err(|source| DaemonJsonError::Refused { path: path.into(), source })?;
+            let text = text_of(bytes)
+                .map_err(|source| DaemonJsonError::Refused { path: path.into(), source })?;
             let merged = daemon_json::merge(text, runtime_path);
             match merged.map_err(|source| DaemonJsonError::Refused { path: path.into(), source })? {
                 Merged::Unchanged => return Ok(false),
@@ -82,7 +86,9 @@ pub fn configure_daemon_json(path: &Path, runtime_path: &str) -> Result<bool, Da
     };
     if new.len() as u64 > LARGEST_DAEMON_JSON_BYTES {
         // The next run would not read it any more.
-        return Err(failed("write it")(io::Error::other("with the nvidia runtime it would be larger than 16 MiB")));
+        return Err(failed("write it")(io::Error::other(
+            "with the nvidia runtime it would be larger than 16 MiB",
+        )));
     }
     let prepared = atomic::prepare(&target, new.as_bytes()).map_err(failed("write it"))?;
     if read(&target).map_err(failed("read it"))? != old {
@@ -93,8 +99,8 @@ pub fn configure_daemon_json(path: &Path, runtime_path: &str) -> Result<bool, Da
     Ok(true)
 }
 
-/// The file itself, where `path` is a link to it, or to another link: they stay. It need not be there; then it is made
-/// where the last link points.
+/// The file itself, where `path` is a link to it, or to another link: they stay. It need not be
+/// there; then it is made where the last link points.
 fn target_of(path: &Path) -> io::Result<PathBuf> {
     // As many as Linux follows (path_resolution(7)).
     const MOST_LINKS: usize = 40;
@@ -103,7 +109,12 @@ fn target_of(path: &Path) -> io::Result<PathBuf> {
         target = match target.read_link() {
             Ok(next) => target.parent().unwrap_or(Path::new("/")).join(next),
             // No link, or nothing there.
-            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::NotFound) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::InvalidInput | io::ErrorKind::NotFound
+                ) =>
+            {
                 return Ok(target);
             }
             Err(error) => return Err(error),
@@ -112,8 +123,9 @@ fn target_of(path: &Path) -> io::Result<PathBuf> {
     Err(io::Error::other(format!("it leads over more than {MOST_LINKS} links, or in a circle")))
 }
 
-/// Makes `run` and `configure-runtime` write one after the other: each would take the other's temporary file away. Held
-/// as long as the folder is open, and taken on the folder, so that nothing is left behind.
+/// Makes `run` and `configure-runtime` write one after the other: each would take the other's
+/// temporary file away. Held as long as the folder is open, and taken on the folder, so that
+/// nothing is left behind.
 fn lock_folder(target: &Path) -> io::Result<Option<File>> {
     const LIMIT: Duration = Duration::from_secs(2);
     const PAUSE: Duration = Duration::from_millis(10);
@@ -125,8 +137,8 @@ fn lock_folder(target: &Path) -> io::Result<Option<File>> {
         match folder.try_lock() {
             Ok(()) => return Ok(Some(folder)),
             Err(TryLockError::WouldBlock) if since.elapsed() < LIMIT => std::thread::sleep(PAUSE),
-            // An agent holds it for milliseconds: this is somebody else, and any user may be it, for whoever can open a folder
-            // can lock it.
+            // An agent holds it for milliseconds: this is somebody else, and any user may be it,
+            // for whoever can open a folder can lock it.
             Err(TryLockError::WouldBlock) => return Ok(None),
             // A file system without locks.
             Err(TryLockError::Error(_)) => return Ok(None),
@@ -164,12 +176,15 @@ fn text_of(bytes: &[u8]) -> Result<&str, Refused> {
 }
 
 /// The folders that services have in their PATH.
-pub const SERVICE_FOLDERS: [&str; 6] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
+pub const SERVICE_FOLDERS: [&str; 6] =
+    ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
 
-/// The program that `name` leads to: a path, or a name in PATH and in the folders that services have in theirs.
+/// The program that `name` leads to: a path, or a name in PATH and in the folders that services
+/// have in theirs.
 pub fn find_program(name: &str) -> Option<PathBuf> {
-    let is_program =
-        |path: &Path| path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.mode() & 0o111 != 0);
+    let is_program = |path: &Path| {
+        path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.mode() & 0o111 != 0)
+    };
     if name.starts_with('/') {
         return Some(PathBuf::from(name)).filter(|path| is_program(path));
     }
@@ -183,10 +198,17 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
         .find(|candidate| is_program(candidate))
 }
 
-/// Which way the GPUs go into the container: what `injection` says, or CDI where Docker reports each of them.
-pub fn choose_access(injection: Injection, devices: &[GpuDevice], engine: Option<&EngineFacts>) -> GpuAccess {
+/// Which way the GPUs go into the container: what `injection` says, or CDI where Docker reports
+/// each of them.
+pub fn choose_access(
+    injection: Injection,
+    devices: &[GpuDevice],
+    engine: Option<&EngineFacts>,
+) -> GpuAccess {
     const KIND: &str = "nvidia.com/gpu=";
-    let reported = |name: &str| engine.is_some_and(|facts| facts.cdi_devices.iter().any(|device| device == name));
+    let reported = |name: &str| {
+        engine.is_some_and(|facts| facts.cdi_devices.iter().any(|device| device == name))
+    };
     let by_uuid = |device: &GpuDevice| format!("{KIND}{}", device.uuid);
     let resolved: Option<Vec<String>> = devices
         .iter()
@@ -206,11 +228,16 @@ pub fn choose_access(injection: Injection, devices: &[GpuDevice], engine: Option
     }
 }
 
-/// Sees to it that Docker has the nvidia runtime: written into daemon.json, taken up by a reload, listed by the engine.
+/// Sees to it that Docker has the nvidia runtime: written into daemon.json, taken up by a reload,
+/// listed by the engine.
 ///
 /// # Errors
 /// The finding with which the node goes to the CPU.
-pub async fn ensure_runtime(engine: &Engine, facts: &EngineFacts, settings: &DockerSettings) -> Result<(), Finding> {
+pub async fn ensure_runtime(
+    engine: &Engine,
+    facts: &EngineFacts,
+    settings: &DockerSettings,
+) -> Result<(), Finding> {
     if let Some(path) = facts.runtimes.get(RUNTIME_NAME) {
         return is_installed(path, settings);
     }
@@ -232,16 +259,20 @@ pub async fn ensure_runtime(engine: &Engine, facts: &EngineFacts, settings: &Doc
         tracing::info!("wrote the nvidia runtime into {file}");
     }
     reload(&settings.reload_command).await.map_err(|why| {
-        not_configured(format!("Docker could not be reloaded after {file} got the nvidia runtime: {why}"))
+        not_configured(format!(
+            "Docker could not be reloaded after {file} got the nvidia runtime: {why}"
+        ))
     })?;
     let deadline = Instant::now() + REGISTRATION_LIMIT;
     loop {
         let answer = engine.facts().await;
-        if let Some(path) = answer.as_ref().ok().and_then(|facts| facts.runtimes.get(RUNTIME_NAME)) {
+        if let Some(path) = answer.as_ref().ok().and_then(|facts| facts.runtimes.get(RUNTIME_NAME))
+        {
             return is_installed(path, settings);
         }
         if Instant::now() >= deadline {
-            let why = answer.err().map_or(String::new(), |error: EngineError| format!(" ({error})"));
+            let why =
+                answer.err().map_or(String::new(), |error: EngineError| format!(" ({error})"));
             return Err(not_configured(format!(
                 "{file} has the nvidia runtime, and Docker did not register it after the reload{why}"
             )));
@@ -252,8 +283,8 @@ pub async fn ensure_runtime(engine: &Engine, facts: &EngineFacts, settings: &Doc
 
 /// Whether the program of the runtime that Docker has registered is there.
 fn is_installed(path: &str, settings: &DockerSettings) -> Result<(), Finding> {
-    // An entry without a path is one for a containerd shim; a mere name is looked up in dockerd's PATH, which may not be
-    // ours.
+    // An entry without a path is one for a containerd shim; a mere name is looked up in dockerd's
+    // PATH, which may not be ours.
     let there = path.is_empty()
         || find_program(path).is_some()
         || (!path.contains('/') && find_program(&settings.runtime_path).is_some());
@@ -269,12 +300,18 @@ async fn reload(command: &[String]) -> Result<(), String> {
         return Err("docker.reload_command is empty".into());
     };
     let line = command.join(" ");
-    let running = Command::new(program).args(arguments).stdin(std::process::Stdio::null()).kill_on_drop(true).output();
+    let running = Command::new(program)
+        .args(arguments)
+        .stdin(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .output();
     match tokio::time::timeout(RELOAD_LIMIT, running).await {
         Ok(Ok(output)) if output.status.success() => Ok(()),
         Ok(Ok(output)) => {
             let said = String::from_utf8_lossy(&output.stderr);
-            Err(format!("{line}: {}: {said}", output.status).trim_end_matches([':', ' ', '\n']).to_owned())
+            Err(format!("{line}: {}: {said}", output.status)
+                .trim_end_matches([':', ' ', '\n'])
+                .to_owned())
         }
         Ok(Err(error)) => Err(format!("{line}: {error}")),
         Err(_) => Err(format!("{line} did not end within {} s", RELOAD_LIMIT.as_secs())),
@@ -293,7 +330,8 @@ mod tests {
 
     impl Folder {
         fn new(name: &str) -> Self {
-            let folder = std::env::temp_dir().join(format!("supernode-agent-{name}-{}", std::process::id()));
+            let folder =
+                std::env::temp_dir().join(format!("supernode-agent-{name}-{}", std::process::id()));
             fs::create_dir(&folder).unwrap();
             Self(folder)
         }
@@ -323,7 +361,10 @@ mod tests {
         assert_eq!(folder.configure("daemon.json"), Ok(false));
         assert!(folder.0.join("c/real.json").symlink_metadata().unwrap().is_file());
         for link in ["daemon.json", "a/link", "b/link"] {
-            assert!(folder.0.join(link).symlink_metadata().unwrap().is_symlink(), "{link} was replaced");
+            assert!(
+                folder.0.join(link).symlink_metadata().unwrap().is_symlink(),
+                "{link} was replaced"
+            );
         }
         symlink("there", folder.0.join("here")).unwrap();
         symlink("here", folder.0.join("there")).unwrap();
@@ -335,7 +376,13 @@ mod tests {
     fn what_is_not_a_regular_file_is_an_error_and_never_waited_for() {
         let folder = Folder::new("no-files");
         fs::create_dir(folder.0.join("folder")).unwrap();
-        assert!(std::process::Command::new("mkfifo").arg(folder.0.join("fifo")).status().unwrap().success());
+        assert!(
+            std::process::Command::new("mkfifo")
+                .arg(folder.0.join("fifo"))
+                .status()
+                .unwrap()
+                .success()
+        );
         symlink("/dev/zero", folder.0.join("device")).unwrap();
         for name in ["folder", "fifo", "device"] {
             let error = folder.configure(name).unwrap_err();
@@ -368,17 +415,28 @@ mod tests {
     }
 
     fn device(index: u32, uuid: &str) -> GpuDevice {
-        GpuDevice { index, uuid: uuid.into(), name: None, pci_address: String::new(), memory_mib: None, minor: None }
+        GpuDevice {
+            index,
+            uuid: uuid.into(),
+            name: None,
+            pci_address: String::new(),
+            memory_mib: None,
+            minor: None,
+        }
     }
 
     fn engine(cdi_devices: &[&str]) -> EngineFacts {
-        EngineFacts { cdi_devices: cdi_devices.iter().map(|name| (*name).into()).collect(), ..EngineFacts::default() }
+        EngineFacts {
+            cdi_devices: cdi_devices.iter().map(|name| (*name).into()).collect(),
+            ..EngineFacts::default()
+        }
     }
 
     #[test]
     fn auto_takes_cdi_only_where_docker_reports_every_device() {
         let devices = [device(0, "GPU-a"), device(1, "GPU-b")];
-        let choose = |injection, facts: &EngineFacts| choose_access(injection, &devices, Some(facts));
+        let choose =
+            |injection, facts: &EngineFacts| choose_access(injection, &devices, Some(facts));
         let all = engine(&["nvidia.com/gpu=GPU-a", "nvidia.com/gpu=1", "nvidia.com/gpu=all"]);
         let named = GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-a".into(), "nvidia.com/gpu=1".into()]);
         assert_eq!(choose(Injection::Auto, &all), named);
@@ -386,14 +444,18 @@ mod tests {
         let some = engine(&["nvidia.com/gpu=GPU-a"]);
         assert_eq!(choose(Injection::Auto, &some), GpuAccess::Runtime);
         assert_eq!(choose_access(Injection::Auto, &devices, None), GpuAccess::Runtime);
-        let by_uuid = GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-a".into(), "nvidia.com/gpu=GPU-b".into()]);
+        let by_uuid =
+            GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-a".into(), "nvidia.com/gpu=GPU-b".into()]);
         assert_eq!(choose(Injection::Cdi, &some), by_uuid);
     }
 
     #[test]
     fn an_instance_is_not_named_by_the_index_of_its_card() {
         let instance = [device(0, "MIG-a")];
-        assert_eq!(choose_access(Injection::Auto, &instance, Some(&engine(&["nvidia.com/gpu=0"]))), GpuAccess::Runtime);
+        assert_eq!(
+            choose_access(Injection::Auto, &instance, Some(&engine(&["nvidia.com/gpu=0"]))),
+            GpuAccess::Runtime
+        );
     }
 
     #[test]

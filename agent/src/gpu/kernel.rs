@@ -1,12 +1,13 @@
-//! What the kernel of this VM has for NVIDIA's driver: why a module that should be loaded may not be. Read where it is cheap
-//! and certain; what cannot be told is left open.
+//! What the kernel of this VM has for NVIDIA's driver: why a module that should be loaded may not
+//! be. Read where it is cheap and certain; what cannot be told is left open.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-/// The variable of UEFI that tells whether Secure Boot is on (UEFI specification, 3.3 Globally Defined Variables).
+/// The variable of UEFI that tells whether Secure Boot is on (UEFI specification, 3.3 Globally
+/// Defined Variables).
 const SECURE_BOOT: &str = "firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c";
 
 /// The kernel, and what it has; `None`: not to be told.
@@ -20,22 +21,26 @@ pub struct KernelFacts {
     pub dkms: Option<String>,
     /// Whether its headers are installed, without which DKMS builds none.
     pub has_headers: Option<bool>,
-    /// Whether Secure Boot is on: the kernel then loads only modules that are signed with a key it knows.
+    /// Whether Secure Boot is on: the kernel then loads only modules that are signed with a key it
+    /// knows.
     pub secure_boot: Option<bool>,
 }
 
 impl KernelFacts {
-    /// Looks for the kernel and its modules, and below `sysfs` for Secure Boot. `at` tells where a path lies, which is one below
-    /// the root folder, or the absolute one of sysfs.
+    /// Looks for the kernel and its modules, and below `sysfs` for Secure Boot. `at` tells where a
+    /// path lies, which is one below the root folder, or the absolute one of sysfs.
     pub fn read(sysfs: &Path, at: impl Fn(&Path) -> PathBuf) -> Self {
         let secure_boot = secure_boot(&at(&sysfs.join(SECURE_BOOT)));
         let at = |path: String| at(Path::new(&path));
         let mut facts = Self { secure_boot, ..Self::default() };
         let release = fs::read_to_string(at("proc/sys/kernel/osrelease".into())).ok();
-        let Some(release) = release.map(|text| text.trim().to_owned()).filter(|text| !text.is_empty()) else {
+        let Some(release) =
+            release.map(|text| text.trim().to_owned()).filter(|text| !text.is_empty())
+        else {
             return facts;
         };
-        // The unit's sandbox hides the folder of modules (ProtectKernelModules=); what DKMS has and /usr/src stay visible.
+        // The unit's sandbox hides the folder of modules (ProtectKernelModules=); what DKMS has and
+        // /usr/src stay visible.
         let list = fs::read_to_string(at(format!("lib/modules/{release}/modules.dep"))).ok();
         let (dkms, is_built) = dkms(&at, &release);
         facts.has_module = list.as_deref().map(lists_nvidia).or(dkms.is_some().then_some(is_built));
@@ -46,22 +51,29 @@ impl KernelFacts {
             format!("lib/modules/{release}/build"),
         ];
         let is_told = list.is_some() || at("etc/debian_version".into()).exists();
-        facts.has_headers =
-            if headers.into_iter().any(|folder| at(folder).exists()) { Some(true) } else { is_told.then_some(false) };
+        facts.has_headers = if headers.into_iter().any(|folder| at(folder).exists()) {
+            Some(true)
+        } else {
+            is_told.then_some(false)
+        };
         facts.release = Some(release);
         facts
     }
 
-    /// What may keep the module from being loaded, each in words that continue `the nvidia module is not loaded`.
+    /// What may keep the module from being loaded, each in words that continue `the nvidia module
+    /// is not loaded`.
     pub fn obstacles(&self) -> Vec<String> {
         let release = self.release.as_deref().unwrap_or_default();
         let mut obstacles = Vec::new();
         match (self.has_module, &self.dkms) {
             (Some(true), _) => obstacles.push(format!("one is installed for the kernel {release}")),
             (Some(false), Some(source)) => {
-                obstacles.push(format!("DKMS has {source} and has built none for the kernel {release}"));
+                obstacles
+                    .push(format!("DKMS has {source} and has built none for the kernel {release}"));
             }
-            (Some(false), None) => obstacles.push(format!("none is installed for the kernel {release}")),
+            (Some(false), None) => {
+                obstacles.push(format!("none is installed for the kernel {release}"))
+            }
             (None, _) => {}
         }
         if self.has_module != Some(true) && self.has_headers == Some(false) {
@@ -77,8 +89,9 @@ impl KernelFacts {
     }
 }
 
-/// The names of NVIDIA's driver: its own, Debian's, and those of the open modules. The kernel's drivers for parts of NVIDIA's
-/// cards, and NVIDIA's other modules (nvidia-fs, nvidia-wmi-ec-backlight), have others.
+/// The names of NVIDIA's driver: its own, Debian's, and those of the open modules. The kernel's
+/// drivers for parts of NVIDIA's cards, and NVIDIA's other modules (nvidia-fs,
+/// nvidia-wmi-ec-backlight), have others.
 fn is_driver(name: &str) -> bool {
     matches!(name, "nvidia" | "nvidia-open" | "nvidia-current" | "nvidia-current-open")
         || name.starts_with("nvidia-tesla")
@@ -93,19 +106,23 @@ fn lists_nvidia(modules_dep: &str) -> bool {
     })
 }
 
-/// What DKMS has of NVIDIA's driver, and whether that is built for this kernel: `<name>/<version>/<kernel>` (dkms(8)).
+/// What DKMS has of NVIDIA's driver, and whether that is built for this kernel:
+/// `<name>/<version>/<kernel>` (dkms(8)).
 fn dkms(at: &dyn Fn(String) -> PathBuf, release: &str) -> (Option<String>, bool) {
     const FOLDER: &str = "var/lib/dkms";
     let names_in = |folder: String| {
         let entries = fs::read_dir(at(folder)).into_iter().flatten().flatten();
-        let mut names: Vec<_> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        let mut names: Vec<_> =
+            entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
         names.sort();
         names
     };
     let (mut source, mut is_built) = (None, false);
     for name in names_in(FOLDER.into()).into_iter().filter(|name| is_driver(name)) {
         let versions = names_in(format!("{FOLDER}/{name}"));
-        for version in versions.into_iter().filter(|version| version.starts_with(|c: char| c.is_ascii_digit())) {
+        for version in
+            versions.into_iter().filter(|version| version.starts_with(|c: char| c.is_ascii_digit()))
+        {
             is_built |= at(format!("{FOLDER}/{name}/{version}/{release}")).is_dir();
             source = Some(format!("{name} {version}"));
         }
@@ -144,11 +161,15 @@ mod tests {
     /// A machine whose modules are hidden from the agent.
     #[test]
     fn what_dkms_has_is_told_where_the_modules_are_hidden() {
-        let root = std::env::temp_dir().join(format!("supernode-agent-kernel-{}", std::process::id()));
+        let root =
+            std::env::temp_dir().join(format!("supernode-agent-kernel-{}", std::process::id()));
         let folder = |path: &str| fs::create_dir_all(root.join(path)).unwrap();
-        for path in
-            ["proc/sys/kernel", "etc", "var/lib/dkms/nvidia-current/535.261.03/6.1.0-9-amd64", "var/lib/dkms/zfs/2.1"]
-        {
+        for path in [
+            "proc/sys/kernel",
+            "etc",
+            "var/lib/dkms/nvidia-current/535.261.03/6.1.0-9-amd64",
+            "var/lib/dkms/zfs/2.1",
+        ] {
             folder(path);
         }
         fs::write(root.join("etc/debian_version"), "12.11\n").unwrap();
@@ -162,7 +183,8 @@ mod tests {
         let with_headers = obstacles("6.1.0-10-amd64");
         fs::remove_dir_all(&root).unwrap();
         assert_eq!(built, ["one is installed for the kernel 6.1.0-9-amd64"]);
-        let none = "DKMS has nvidia-current 535.261.03 and has built none for the kernel 6.1.0-10-amd64";
+        let none =
+            "DKMS has nvidia-current 535.261.03 and has built none for the kernel 6.1.0-10-amd64";
         let headers = "the headers of the kernel 6.1.0-10-amd64, without which DKMS builds none, are not installed";
         assert_eq!(not_built, [none, headers]);
         assert_eq!(with_headers, [none]);

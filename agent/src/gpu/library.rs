@@ -1,5 +1,6 @@
-//! The file of NVIDIA's management library: where it is, its version, what is wrong with it. Read as data, never loaded:
-//! the loader's own words do not tell a damaged file from a missing one, and a file that is cut off kills who loads it.
+//! The file of NVIDIA's management library: where it is, its version, what is wrong with it. Read
+//! as data, never loaded: the loader's own words do not tell a damaged file from a missing one, and
+//! a file that is cut off kills who loads it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -26,7 +27,8 @@ impl LibraryFile {
         };
         Self {
             version: version(&path),
-            damage: damage(&path).unwrap_or_else(|error| Some(format!("it cannot be read: {error}"))),
+            damage: damage(&path)
+                .unwrap_or_else(|error| Some(format!("it cannot be read: {error}"))),
             path: Some(path.to_string_lossy().into_owned()),
         }
     }
@@ -47,17 +49,22 @@ fn find(name: &str) -> Option<PathBuf> {
         return Some(PathBuf::from(name)).filter(exists);
     }
     let first = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    std::env::split_paths(&first).chain(FOLDERS.map(PathBuf::from)).map(|folder| folder.join(name)).find(exists)
+    std::env::split_paths(&first)
+        .chain(FOLDERS.map(PathBuf::from))
+        .map(|folder| folder.join(name))
+        .find(exists)
 }
 
-/// `libnvidia-ml.so.1` is a link to `libnvidia-ml.so.<version>`. NVML itself does not tell it once `nvmlInit` has failed.
+/// `libnvidia-ml.so.1` is a link to `libnvidia-ml.so.<version>`. NVML itself does not tell it once
+/// `nvmlInit` has failed.
 fn version(path: &Path) -> Option<String> {
     let file = path.canonicalize().ok()?;
     let (_, version) = file.file_name()?.to_str()?.split_once(".so.")?;
     version.contains('.').then(|| version.to_owned())
 }
 
-/// What is wrong with a shared library for this machine (layout: ELF-64 object file format; machine numbers: elf.h).
+/// What is wrong with a shared library for this machine (layout: ELF-64 object file format; machine
+/// numbers: elf.h).
 fn damage(path: &Path) -> std::io::Result<Option<String>> {
     const HEADER_BYTES: usize = 64;
     const LOADED_SEGMENT: u64 = 1;
@@ -73,7 +80,8 @@ fn damage(path: &Path) -> std::io::Result<Option<String>> {
     if !facts.is_file() {
         return Ok(Some("it is not a regular file".into()));
     }
-    let cut_off = |needed: u64| Some(format!("it is cut off: {length} of at least {needed} bytes are there"));
+    let cut_off =
+        |needed: u64| Some(format!("it is cut off: {length} of at least {needed} bytes are there"));
     let mut header = [0; HEADER_BYTES];
     if length < HEADER_BYTES as u64 {
         return Ok(cut_off(HEADER_BYTES as u64));
@@ -85,9 +93,12 @@ fn damage(path: &Path) -> std::io::Result<Option<String>> {
     let machine = number(&header, 18, 2);
     if header[4..6] != [2, 1] || machine != wanted_machine {
         let bits = if header[4] == 1 { 32 } else { 64 };
-        return Ok(Some(format!("it was built for another machine ({bits} bits, ELF machine {machine})")));
+        return Ok(Some(format!(
+            "it was built for another machine ({bits} bits, ELF machine {machine})"
+        )));
     }
-    let (table, size, count) = (number(&header, 32, 8), number(&header, 54, 2), number(&header, 56, 2));
+    let (table, size, count) =
+        (number(&header, 32, 8), number(&header, 54, 2), number(&header, 56, 2));
     let mut needed = HEADER_BYTES as u64;
     for index in 0..count.min(MOST_SEGMENTS) {
         let mut segment = [0; 56];
@@ -114,7 +125,8 @@ mod tests {
 
     /// A file of the test's own with these bytes.
     fn damage_of(name: &str, bytes: &[u8]) -> Option<String> {
-        let path = std::env::temp_dir().join(format!("supernode-agent-{}-{name}", std::process::id()));
+        let path =
+            std::env::temp_dir().join(format!("supernode-agent-{}-{name}", std::process::id()));
         std::fs::write(&path, bytes).unwrap();
         let damage = damage(&path).unwrap();
         std::fs::remove_file(path).unwrap();

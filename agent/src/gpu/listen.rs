@@ -1,6 +1,6 @@
-//! The watcher, from inside: the child process that listens to the driver's events for the GPUs in use, looks after their
-//! health, and prints a line of JSON for what it finds. A heartbeat tells that no call hangs. See [`super::watch`] for the
-//! outside.
+//! The watcher, from inside: the child process that listens to the driver's events for the GPUs in
+//! use, looks after their health, and prints a line of JSON for what it finds. A heartbeat tells
+//! that no call hangs. See [`super::watch`] for the outside.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -83,7 +83,8 @@ pub enum Notice {
     },
 }
 
-/// What NVML measures of a device. Not every one gives every figure: a MIG instance has memory and nothing else.
+/// What NVML measures of a device. Not every one gives every figure: a MIG instance has memory and
+/// nothing else.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reading {
     /// The share of the last sample period in which it worked, 0 to 100.
@@ -115,8 +116,8 @@ impl Reading {
     }
 }
 
-/// Watches the devices and tells of them on the standard output, with `readings` also their figures: all that the child
-/// process does, until it is killed.
+/// Watches the devices and tells of them on the standard output, with `readings` also their
+/// figures: all that the child process does, until it is killed.
 ///
 /// # Errors
 /// When nobody reads any more.
@@ -164,7 +165,14 @@ impl<'n> Rounds<'n> {
             failed_looks: 0,
             told: false,
         });
-        Self { nvml, patients: patients.collect(), readings, failed_waits: 0, wait_fault: None, absent: 0 }
+        Self {
+            nvml,
+            patients: patients.collect(),
+            readings,
+            failed_waits: 0,
+            wait_fault: None,
+            absent: 0,
+        }
     }
 
     fn go_on(mut self, library: &str, file: Option<&str>, out: &mut File) -> io::Result<()> {
@@ -182,10 +190,19 @@ impl<'n> Rounds<'n> {
                     say(out, &Notice::LibraryGone { path: path.into() })?;
                 }
                 for ((patient, xid), times) in tally.due(Instant::now()) {
-                    say(out, &Notice::Event { uuid: self.patients[patient].uuid.clone(), xid, times })?;
+                    say(
+                        out,
+                        &Notice::Event { uuid: self.patients[patient].uuid.clone(), xid, times },
+                    )?;
                 }
                 for Patient { uuid, .. } in self.patients.iter().filter(|_| self.readings) {
-                    say(out, &Notice::Reading { uuid: uuid.clone(), reading: Reading::of(self.nvml, uuid) })?;
+                    say(
+                        out,
+                        &Notice::Reading {
+                            uuid: uuid.clone(),
+                            reading: Reading::of(self.nvml, uuid),
+                        },
+                    )?;
                 }
                 say(out, &Notice::Alive)?;
                 next_round = Instant::now() + ROUND;
@@ -200,11 +217,20 @@ impl<'n> Rounds<'n> {
                     let Some(xid) = xid_of(&event) else { continue };
                     let patient = self.patient_of(&event);
                     if let Some(times) = tally.count((patient, xid), Instant::now()) {
-                        say(out, &Notice::Event { uuid: self.patients[patient].uuid.clone(), xid, times })?;
+                        say(
+                            out,
+                            &Notice::Event {
+                                uuid: self.patients[patient].uuid.clone(),
+                                xid,
+                                times,
+                            },
+                        )?;
                     }
                 }
                 // It may come before its time, and must not come without end.
-                Err(NvmlError::Timeout) => thread::sleep(until(next_round).min(Duration::from_millis(100))),
+                Err(NvmlError::Timeout) => {
+                    thread::sleep(until(next_round).min(Duration::from_millis(100)))
+                }
                 Err(error) => {
                     self.wait_fault = Some(Fault::new("nvmlEventSetWait_v2", error));
                     thread::sleep(until(next_round));
@@ -220,7 +246,8 @@ impl<'n> Rounds<'n> {
         for patient in &self.patients {
             match patient.card.as_deref() {
                 Some(card) if cards.contains(&card) => {}
-                // A set is lost with the first card that refuses: so each is tried with one of its own.
+                // A set is lost with the first card that refuses: so each is tried with one of its
+                // own.
                 Some(card) if self.listen_to(&[card]).is_some() => cards.push(card),
                 _ => deaf.push(patient.uuid.clone()),
             }
@@ -246,17 +273,20 @@ impl<'n> Rounds<'n> {
         Some(set)
     }
 
-    /// Whom an event is about. A card that is lost may not tell its UUID any more: then it is the one that is ill.
+    /// Whom an event is about. A card that is lost may not tell its UUID any more: then it is the
+    /// one that is ill.
     fn patient_of(&self, event: &EventData<'_>) -> usize {
         if self.patients.len() == 1 {
             return 0;
         }
-        let named = event
-            .device
-            .uuid()
-            .ok()
-            .and_then(|card| self.patients.iter().position(|patient| patient.card.as_deref() == Some(&card)));
-        let ill = || self.patients.iter().position(|patient| nvml::examine(self.nvml, &patient.uuid).is_err());
+        let named = event.device.uuid().ok().and_then(|card| {
+            self.patients.iter().position(|patient| patient.card.as_deref() == Some(&card))
+        });
+        let ill = || {
+            self.patients
+                .iter()
+                .position(|patient| nvml::examine(self.nvml, &patient.uuid).is_err())
+        };
         named.or_else(ill).unwrap_or(0)
     }
 

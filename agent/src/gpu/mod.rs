@@ -1,5 +1,5 @@
-//! The GPU: what is present (sysfs), what was promised (context), what the driver says (NVML), and what follows from it; and,
-//! while the node runs, what becomes of it.
+//! The GPU: what is present (sysfs), what was promised (context), what the driver says (NVML), and
+//! what follows from it; and, while the node runs, what becomes of it.
 
 pub mod kernel;
 pub mod library;
@@ -42,11 +42,11 @@ pub struct Detection {
     pub verdict: Verdict,
 }
 
-/// Finds out whether a GPU can be used. While the device is there and only the driver is still missing, it is looked
-/// for again, for at most `wait`.
+/// Finds out whether a GPU can be used. While the device is there and only the driver is still
+/// missing, it is looked for again, for at most `wait`.
 ///
-/// sysfs comes first, and NVML is not called at all where sysfs has decided: called as root on a machine without a
-/// driver it would create device nodes.
+/// sysfs comes first, and NVML is not called at all where sysfs has decided: called as root on a
+/// machine without a driver it would create device nodes.
 pub async fn detect_gpus(config: &Config, settings: &Settings, wait: Duration) -> Detection {
     let deadline = Instant::now() + wait;
     loop {
@@ -58,8 +58,9 @@ pub async fn detect_gpus(config: &Config, settings: &Settings, wait: Duration) -
     }
 }
 
-/// Whether a node that runs on the CPU for this reason may find its GPU usable later: somebody installs, loads or binds the
-/// driver, or plugs the device in. A GPU that failed is not among them, nor a driver that hangs whoever asks it.
+/// Whether a node that runs on the CPU for this reason may find its GPU usable later: somebody
+/// installs, loads or binds the driver, or plugs the device in. A GPU that failed is not among
+/// them, nor a driver that hangs whoever asks it.
 pub fn may_come_late(verdict: &Verdict) -> bool {
     verdict.finding().is_some_and(|finding| {
         matches!(
@@ -88,7 +89,11 @@ pub async fn until_usable(config: &Config, settings: &Settings) {
             return;
         }
         // sysfs costs nothing; the probe loads NVIDIA's library.
-        pause = if detection.outcome.is_some() { (pause * 2).min(LONGEST_LATE_PAUSE) } else { LATE_PAUSE };
+        pause = if detection.outcome.is_some() {
+            (pause * 2).min(LONGEST_LATE_PAUSE)
+        } else {
+            LATE_PAUSE
+        };
     }
 }
 

@@ -1,5 +1,6 @@
-//! The probe, from inside: the child process that loads libnvidia-ml, asks it, and prints what it said as JSON.
-//! It runs alone so that a library that hangs or crashes takes nobody along; see [`super::probe`] for the outside.
+//! The probe, from inside: the child process that loads libnvidia-ml, asks it, and prints what it
+//! said as JSON. It runs alone so that a library that hangs or crashes takes nobody along; see
+//! [`super::probe`] for the outside.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -19,7 +20,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::library::LibraryFile;
 use super::pci::PciAddress;
 
-/// More GPUs, or more MIG instances of one, than any machine has: a library that counts more is not believed.
+/// More GPUs, or more MIG instances of one, than any machine has: a library that counts more is not
+/// believed.
 const MOST_GPUS: u32 = 1024;
 const MOST_INSTANCES: u32 = 64;
 
@@ -114,14 +116,17 @@ impl Fault {
         let kind = match error {
             NvmlError::LibloadingError(_) => FaultKind::Library,
             NvmlError::FailedToLoadSymbol(_) => FaultKind::Symbol,
-            NvmlError::Utf8Error(_) | NvmlError::NulError(_) | NvmlError::IncorrectBits(_) => FaultKind::Garbled,
+            NvmlError::Utf8Error(_) | NvmlError::NulError(_) | NvmlError::IncorrectBits(_) => {
+                FaultKind::Garbled
+            }
             error => FaultKind::Code(error.into()),
         };
         Self { call: call.into(), kind, text }
     }
 
-    /// Whether a failure like this of a getter that is only good to have means that the GPU itself does not answer as it
-    /// should. Not every card, driver or container gives every value, so any other failure means "not known".
+    /// Whether a failure like this of a getter that is only good to have means that the GPU itself
+    /// does not answer as it should. Not every card, driver or container gives every value, so any
+    /// other failure means "not known".
     pub(super) fn is_of_the_gpu(&self) -> bool {
         const INSUFFICIENT_POWER: u32 = 8;
         const DRIVER_NOT_LOADED: u32 = 9;
@@ -160,7 +165,8 @@ pub fn answer_on_stdout(library: &str) -> std::io::Result<()> {
     out.write_all(&answer)
 }
 
-/// Makes this process a child that may load the library, and gives it a way to its parent that is its own.
+/// Makes this process a child that may load the library, and gives it a way to its parent that is
+/// its own.
 pub(super) fn settle_as_child() -> std::io::Result<File> {
     // A child that hangs ends with the agent, however that ends.
     set_parent_process_death_signal(Some(Signal::KILL))?;
@@ -171,8 +177,9 @@ pub(super) fn settle_as_child() -> std::io::Result<File> {
     Ok(out)
 }
 
-/// Rust lets the first SIGSEGV and SIGBUS pass that is sent and not caused, and takes its handler away: a library that
-/// means to die by `raise` would live on. One of each is sent before it is there.
+/// Rust lets the first SIGSEGV and SIGBUS pass that is sent and not caused, and takes its handler
+/// away: a library that means to die by `raise` would live on. One of each is sent before it is
+/// there.
 fn die_by_the_first_signal() -> std::io::Result<()> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
@@ -195,10 +202,12 @@ fn ask(library: &str) -> ProbeAnswer {
 /// Loads the library and opens NVML.
 pub(super) fn open(library: &str) -> Result<ManuallyDrop<Nvml>, Fault> {
     let nvml = Nvml::builder().lib_path(library.as_ref()).init().map_err(|error| {
-        let call = if matches!(error, NvmlError::LibloadingError(_)) { "dlopen" } else { "nvmlInit_v2" };
+        let call =
+            if matches!(error, NvmlError::LibloadingError(_)) { "dlopen" } else { "nvmlInit_v2" };
         Fault::new(call, error)
     })?;
-    // nvmlShutdown could hang, crash or be missing, and the answer would be lost: the end of the process does its work.
+    // nvmlShutdown could hang, crash or be missing, and the answer would be lost: the end of the
+    // process does its work.
     Ok(ManuallyDrop::new(nvml))
 }
 
@@ -224,15 +233,20 @@ fn describe(nvml: &Nvml, index: u32) -> ProbedGpu {
 }
 
 fn fill_in(nvml: &Nvml, gpu: &mut ProbedGpu) -> Result<(), Fault> {
-    let device = nvml.device_by_index(gpu.index).map_err(|error| Fault::new("nvmlDeviceGetHandleByIndex_v2", error))?;
-    // Without these two the GPU can neither be handed over nor be told from another: they are needed.
+    let device = nvml
+        .device_by_index(gpu.index)
+        .map_err(|error| Fault::new("nvmlDeviceGetHandleByIndex_v2", error))?;
+    // Without these two the GPU can neither be handed over nor be told from another: they are
+    // needed.
     let pci = pci_of(&device)?;
-    gpu.pci_address = Some(PciAddress::parse(&pci.bus_id).map_or(pci.bus_id, |address| address.to_string()));
+    gpu.pci_address =
+        Some(PciAddress::parse(&pci.bus_id).map_or(pci.bus_id, |address| address.to_string()));
     gpu.uuid = Some(uuid_of(&device)?);
     // These are good to have.
     gpu.name = optional("nvmlDeviceGetName", device.name())?;
     gpu.minor = optional("nvmlDeviceGetMinorNumber", device.minor_number())?;
-    gpu.memory_mib = optional("nvmlDeviceGetMemoryInfo_v2", device.memory_info())?.map(|memory| memory.total >> 20);
+    gpu.memory_mib = optional("nvmlDeviceGetMemoryInfo_v2", device.memory_info())?
+        .map(|memory| memory.total >> 20);
     gpu.mig = mig_instances(&device)?;
     gpu.ailments = ailments(&device)?;
     Ok(())
@@ -240,17 +254,22 @@ fn fill_in(nvml: &Nvml, gpu: &mut ProbedGpu) -> Result<(), Fault> {
 
 /// The card that a device named by its UUID is, or is an instance of.
 pub(super) fn card_of<'n>(nvml: &'n Nvml, uuid: &str) -> Result<Device<'n>, Fault> {
-    let device = nvml.device_by_uuid(uuid).map_err(|error| Fault::new("nvmlDeviceGetHandleByUUID", error))?;
+    let device = nvml
+        .device_by_uuid(uuid)
+        .map_err(|error| Fault::new("nvmlDeviceGetHandleByUUID", error))?;
     if !uuid.starts_with("MIG-") {
         return Ok(device);
     }
-    device.mig_parent_device().map_err(|error| Fault::new("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", error))
+    device
+        .mig_parent_device()
+        .map_err(|error| Fault::new("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", error))
 }
 
 /// Looks again at a device that was usable: what the probe asks of every GPU.
 ///
 /// # Errors
-/// A call that failed in a way that makes the GPU unusable. With success come the hardware faults, normally none.
+/// A call that failed in a way that makes the GPU unusable. With success come the hardware faults,
+/// normally none.
 pub(super) fn examine(nvml: &Nvml, uuid: &str) -> Result<Vec<String>, Fault> {
     let card = card_of(nvml, uuid)?;
     pci_of(&card)?;
@@ -268,7 +287,8 @@ pub(super) fn uuid_of(device: &Device<'_>) -> Result<String, Fault> {
     checked_uuid(uuid).map_err(|text| Fault { call: CALL.into(), kind: FaultKind::Garbled, text })
 }
 
-/// By its UUID a GPU is handed over, in a list with commas: an empty one would ask the runtime for no GPU at all.
+/// By its UUID a GPU is handed over, in a list with commas: an empty one would ask the runtime for
+/// no GPU at all.
 fn checked_uuid(uuid: String) -> Result<String, String> {
     if uuid.is_empty() || !uuid.bytes().all(|byte| byte.is_ascii_graphic() && byte != b',') {
         return Err(format!("the UUID is {uuid:?}"));
@@ -276,13 +296,19 @@ fn checked_uuid(uuid: String) -> Result<String, String> {
     Ok(uuid)
 }
 
-/// NVIDIA's code runs in the child and could write the answer in its place: it is checked where it is read as well.
+/// NVIDIA's code runs in the child and could write the answer in its place: it is checked where it
+/// is read as well.
 fn read_uuid<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     checked_uuid(String::deserialize(deserializer)?).map_err(D::Error::custom)
 }
 
-fn read_uuid_if_any<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
-    Option::<String>::deserialize(deserializer)?.map(checked_uuid).transpose().map_err(D::Error::custom)
+fn read_uuid_if_any<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<String>, D::Error> {
+    Option::<String>::deserialize(deserializer)?
+        .map(checked_uuid)
+        .transpose()
+        .map_err(D::Error::custom)
 }
 
 fn optional<T>(call: &str, answer: Result<T, NvmlError>) -> Result<Option<T>, Fault> {
@@ -305,7 +331,9 @@ fn mig_instances(device: &Device<'_>) -> Result<Option<Vec<ProbedMig>>, Fault> {
     let mut instances = Vec::new();
     for slot in 0..slots.min(MOST_INSTANCES) {
         // A slot without an instance answers NOT_FOUND.
-        let Some(instance) = optional("nvmlDeviceGetMigDeviceHandleByIndex", device.mig_device_by_index(slot))? else {
+        let Some(instance) =
+            optional("nvmlDeviceGetMigDeviceHandleByIndex", device.mig_device_by_index(slot))?
+        else {
             continue;
         };
         instances.push(ProbedMig {
@@ -323,7 +351,9 @@ fn ailments(device: &Device<'_>) -> Result<Vec<String>, Fault> {
     let ecc = device.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile);
     match optional("nvmlDeviceGetTotalEccErrors", ecc)? {
         None | Some(0) => {}
-        Some(count) => ailments.push(format!("{count} uncorrectable ECC errors since the driver was loaded")),
+        Some(count) => {
+            ailments.push(format!("{count} uncorrectable ECC errors since the driver was loaded"))
+        }
     }
     if row_remap_failed(device)? {
         ailments.push("a faulty memory row could not be remapped".into());
@@ -340,7 +370,10 @@ fn row_remap_failed(device: &Device<'_>) -> Result<bool, Fault> {
     };
     for sample in samples.into_iter().flatten() {
         if let Some(value) = optional(CALL, sample.value)? {
-            return Ok(matches!(value, SampleValue::U32(1..) | SampleValue::U64(1..) | SampleValue::I64(1..)));
+            return Ok(matches!(
+                value,
+                SampleValue::U32(1..) | SampleValue::U64(1..) | SampleValue::I64(1..)
+            ));
         }
     }
     Ok(false)
@@ -356,7 +389,9 @@ mod tests {
             let report = serde_json::json!({"driver_version": null, "gpus": [gpu]});
             serde_json::from_value::<DriverReport>(report).map(|mut report| report.gpus.remove(0))
         };
-        let mut plain = serde_json::to_value(ProbedGpu { uuid: Some("GPU-1".into()), ..ProbedGpu::default() }).unwrap();
+        let mut plain =
+            serde_json::to_value(ProbedGpu { uuid: Some("GPU-1".into()), ..ProbedGpu::default() })
+                .unwrap();
         plain["mig"] = serde_json::json!([{"uuid": "MIG-1", "name": null, "memory_mib": null}]);
         assert_eq!(answer(plain.clone()).unwrap().uuid.unwrap(), "GPU-1");
         for garbled in ["", "GPU-1,all", "GPU-1\u{1b}", "GPU 1", "GPU-ü"] {

@@ -1,5 +1,5 @@
-//! What sysfs says about NVIDIA display devices and their driver, and nothing that needs the driver itself.
-//! Facts of the layout: Linux, Documentation/ABI/testing/sysfs-bus-pci.
+//! What sysfs says about NVIDIA display devices and their driver, and nothing that needs the driver
+//! itself. Facts of the layout: Linux, Documentation/ABI/testing/sysfs-bus-pci.
 
 use std::fmt;
 use std::io;
@@ -24,7 +24,8 @@ pub struct PciAddress {
 }
 
 impl PciAddress {
-    /// Reads an address as OpenNebula (`01:00.0`), sysfs (`0000:01:00.0`) and NVML (`00000000:01:00.0`) write it.
+    /// Reads an address as OpenNebula (`01:00.0`), sysfs (`0000:01:00.0`) and NVML
+    /// (`00000000:01:00.0`) write it.
     pub fn parse(text: &str) -> Option<Self> {
         let hex = |digits: &str, lengths: std::ops::RangeInclusive<usize>| {
             (lengths.contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_hexdigit()))
@@ -111,14 +112,16 @@ impl PciDevice {
         self.vendor == NVIDIA && self.class >> 16 == DISPLAY
     }
 
-    /// Whether one may have taken it for a GPU of NVIDIA: another vendor's, or another function of an NVIDIA card.
+    /// Whether one may have taken it for a GPU of NVIDIA: another vendor's, or another function of
+    /// an NVIDIA card.
     pub fn is_similar_to_gpu(&self) -> bool {
         self.vendor == NVIDIA || self.class >> 16 == DISPLAY
     }
 
     /// [`PciDevice::ids`] and the driver.
     pub fn described(&self) -> String {
-        let driver = self.driver.as_deref().map_or("no driver".into(), |driver| format!("driver {driver}"));
+        let driver =
+            self.driver.as_deref().map_or("no driver".into(), |driver| format!("driver {driver}"));
         format!("{}, {driver}", self.ids())
     }
 
@@ -156,8 +159,8 @@ impl PciFacts {
     }
 }
 
-/// Reads the facts below `sysfs` (normally `/sys`), and by `kernel` those of the kernel where they matter. What cannot be read
-/// is listed in the answer; nothing is guessed.
+/// Reads the facts below `sysfs` (normally `/sys`), and by `kernel` those of the kernel where they
+/// matter. What cannot be read is listed in the answer; nothing is guessed.
 pub fn read_facts(sysfs: &Path, kernel: impl FnOnce() -> KernelFacts) -> PciFacts {
     let mut facts = PciFacts::default();
     let bus = sysfs.join("bus/pci/devices");
@@ -174,15 +177,17 @@ pub fn read_facts(sysfs: &Path, kernel: impl FnOnce() -> KernelFacts) -> PciFact
             }
             facts.devices.sort_by_key(|device| device.address);
         }
-        // A machine without a PCI bus has no such folder; one that has it and does not show it is another thing.
+        // A machine without a PCI bus has no such folder; one that has it and does not show it is
+        // another thing.
         Err(error) if error.kind() == io::ErrorKind::NotFound && sysfs.is_dir() => {}
         Err(error) => facts.unreadable.push(format!("{}: {error}", bus.display())),
     }
     let module = sysfs.join("module/nvidia");
     facts.module_version = read_optional(&module.join("version"), &mut facts.unreadable);
-    facts.module_pending =
-        read_optional(&module.join("initstate"), &mut facts.unreadable).filter(|state| state != "live");
-    if facts.gpus().any(|gpu| gpu.driver.is_none()) || (facts.module_version.is_none() && facts.gpus().next().is_some())
+    facts.module_pending = read_optional(&module.join("initstate"), &mut facts.unreadable)
+        .filter(|state| state != "live");
+    if facts.gpus().any(|gpu| gpu.driver.is_none())
+        || (facts.module_version.is_none() && facts.gpus().next().is_some())
     {
         facts.kernel = kernel();
     }
@@ -192,9 +197,11 @@ pub fn read_facts(sysfs: &Path, kernel: impl FnOnce() -> KernelFacts) -> PciFact
 fn read_device(address: PciAddress, folder: &Path) -> Result<PciDevice, String> {
     let number = |name: &str| {
         let path = folder.join(name);
-        let text = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let text = std::fs::read_to_string(&path)
+            .map_err(|error| format!("{}: {error}", path.display()))?;
         let digits = text.trim().trim_start_matches("0x");
-        u32::from_str_radix(digits, 16).map_err(|_| format!("{}: not a hexadecimal number", path.display()))
+        u32::from_str_radix(digits, 16)
+            .map_err(|_| format!("{}: not a hexadecimal number", path.display()))
     };
     let driver_link = folder.join("driver");
     let driver = match std::fs::read_link(&driver_link) {
@@ -202,7 +209,13 @@ fn read_device(address: PciAddress, folder: &Path) -> Result<PciDevice, String> 
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(format!("{}: {error}", driver_link.display())),
     };
-    Ok(PciDevice { address, vendor: number("vendor")?, device: number("device").ok(), class: number("class")?, driver })
+    Ok(PciDevice {
+        address,
+        vendor: number("vendor")?,
+        device: number("device").ok(),
+        class: number("class")?,
+        driver,
+    })
 }
 
 fn last_part(target: PathBuf) -> Option<String> {
@@ -227,7 +240,10 @@ mod tests {
     #[test]
     fn an_address_is_read_as_opennebula_sysfs_and_nvml_write_it() {
         for text in ["01:00.0", "0000:01:00.0", "00000000:01:00.0"] {
-            assert_eq!(PciAddress::parse(text).map(|address| address.to_string()).as_deref(), Some("0000:01:00.0"));
+            assert_eq!(
+                PciAddress::parse(text).map(|address| address.to_string()).as_deref(),
+                Some("0000:01:00.0")
+            );
         }
         assert_eq!(
             PciAddress::parse("0001:FF:1F.7").map(|address| address.to_string()).as_deref(),
@@ -260,7 +276,8 @@ mod tests {
 
     impl Sysfs {
         fn of(name: &str, files: &[(&str, &str)], drivers: &[(&str, &str)]) -> Self {
-            let sysfs = Self(std::env::temp_dir().join(format!("sn-pci-{name}-{}", std::process::id())));
+            let sysfs =
+                Self(std::env::temp_dir().join(format!("sn-pci-{name}-{}", std::process::id())));
             let place = |path: &str| {
                 let path = sysfs.0.join(path);
                 std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -271,7 +288,8 @@ mod tests {
             }
             for (device, driver) in drivers {
                 let link = place(&format!("bus/pci/devices/{device}/driver"));
-                std::os::unix::fs::symlink(format!("../../../bus/pci/drivers/{driver}"), link).unwrap();
+                std::os::unix::fs::symlink(format!("../../../bus/pci/drivers/{driver}"), link)
+                    .unwrap();
             }
             sysfs
         }
@@ -323,8 +341,14 @@ mod tests {
         assert_eq!(facts.gpus().collect::<Vec<_>>(), [gpu]);
         assert_eq!(facts.at(nic.address), Some(nic));
         assert_eq!(facts.at(PciAddress::parse("01:00.1").unwrap()), None);
-        assert_eq!((facts.module_version.as_deref(), facts.module_pending), (Some("550.54.15"), None));
-        assert!(!asked && facts.unreadable.is_empty(), "a GPU on its driver is no reason to ask the kernel");
+        assert_eq!(
+            (facts.module_version.as_deref(), facts.module_pending),
+            (Some("550.54.15"), None)
+        );
+        assert!(
+            !asked && facts.unreadable.is_empty(),
+            "a GPU on its driver is no reason to ask the kernel"
+        );
     }
 
     #[test]
@@ -336,8 +360,10 @@ mod tests {
         assert!(!with("driven", &loaded, &driven));
         assert!(with("no-driver", &loaded, &[]));
         assert!(with("no-module", &GPU, &driven));
-        let nic =
-            [("bus/pci/devices/0000:00:03.0/vendor", "0x1af4"), ("bus/pci/devices/0000:00:03.0/class", "0x020000")];
+        let nic = [
+            ("bus/pci/devices/0000:00:03.0/vendor", "0x1af4"),
+            ("bus/pci/devices/0000:00:03.0/class", "0x020000"),
+        ];
         assert!(!with("no-gpu", &nic, &[]));
     }
 
@@ -353,13 +379,19 @@ mod tests {
         let files = [&GPU[..2], &[("bus/pci/devices/0000:01:00.0/class", "VGA")]].concat();
         let (facts, _) = Sysfs::of("class", &files, &[]).read();
         assert!(facts.devices.is_empty() && facts.unreadable.len() == 1, "{facts:?}");
-        assert!(facts.unreadable[0].ends_with("/0000:01:00.0/class: not a hexadecimal number"), "{facts:?}");
+        assert!(
+            facts.unreadable[0].ends_with("/0000:01:00.0/class: not a hexadecimal number"),
+            "{facts:?}"
+        );
         // A driver that is no link, and a version that is a folder.
         let files = [("bus/pci/devices/0000:01:00.0/driver", ""), ("module/nvidia/version/x", "")];
         let (facts, _) = Sysfs::of("driver", &[&GPU[..], &files].concat(), &[]).read();
         let of = |at: usize| facts.unreadable[at].rsplit_once(": ").unwrap().0;
         assert!(facts.devices.is_empty() && facts.unreadable.len() == 2, "{facts:?}");
-        assert!(of(0).ends_with("0000:01:00.0/driver") && of(1).ends_with("module/nvidia/version"), "{facts:?}");
+        assert!(
+            of(0).ends_with("0000:01:00.0/driver") && of(1).ends_with("module/nvidia/version"),
+            "{facts:?}"
+        );
         let (facts, _) = Sysfs::of("no-bus", &[("kernel/x", "")], &[]).read();
         assert_eq!(facts, PciFacts::default());
         let facts = read_facts(Path::new("/no/such/sysfs"), KernelFacts::default);
@@ -368,10 +400,17 @@ mod tests {
 
     #[test]
     fn the_functions_of_one_card_are_known_by_all_but_their_number() {
-        let same =
-            |one: &str, other: &str| PciAddress::parse(one).unwrap().is_same_card(PciAddress::parse(other).unwrap());
-        assert!(same("01:00.0", "01:00.1") && same("01:00.1", "01:00.0") && same("01:00.1", "01:00.1"));
-        assert!(!same("01:00.0", "01:01.0") && !same("01:00.0", "02:00.0") && !same("01:00.0", "0001:01:00.0"));
+        let same = |one: &str, other: &str| {
+            PciAddress::parse(one).unwrap().is_same_card(PciAddress::parse(other).unwrap())
+        };
+        assert!(
+            same("01:00.0", "01:00.1") && same("01:00.1", "01:00.0") && same("01:00.1", "01:00.1")
+        );
+        assert!(
+            !same("01:00.0", "01:01.0")
+                && !same("01:00.0", "02:00.0")
+                && !same("01:00.0", "0001:01:00.0")
+        );
         assert_eq!(format!("{:?}", PciAddress::parse("01:00.0").unwrap()), "0000:01:00.0");
     }
 
@@ -392,7 +431,11 @@ mod tests {
             (0x1af4, 0x02_00_00, false, false),
         ] {
             let device = device(vendor, class);
-            assert_eq!((device.is_nvidia_display(), device.is_similar_to_gpu()), (is_gpu, is_similar), "{device:?}");
+            assert_eq!(
+                (device.is_nvidia_display(), device.is_similar_to_gpu()),
+                (is_gpu, is_similar),
+                "{device:?}"
+            );
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Whether a running container still has its GPU, while the machine has it: the device nodes, and the rules of its device
-//! cgroup. Looked at from outside; nothing is needed in the image.
+//! Whether a running container still has its GPU, while the machine has it: the device nodes, and
+//! the rules of its device cgroup. Looked at from outside; nothing is needed in the image.
 
 use std::io;
 use std::os::unix::fs::FileTypeExt as _;
@@ -23,12 +23,16 @@ const SYSTEMCTL_LIMIT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// When it cannot be told: the process has ended, or must not be looked at.
-pub fn devices_missing_in(container: &Container, devices: &[GpuDevice]) -> io::Result<Option<Finding>> {
+pub fn devices_missing_in(
+    container: &Container,
+    devices: &[GpuDevice],
+) -> io::Result<Option<Finding>> {
     if devices.is_empty() || container.pid == 0 {
         return Ok(None);
     }
     let dev = format!("/proc/{}/root/dev", container.pid);
-    let nodes = gpu_nodes(Path::new(&dev)).map_err(|error| io::Error::new(error.kind(), format!("{dev}: {error}")))?;
+    let nodes = gpu_nodes(Path::new(&dev))
+        .map_err(|error| io::Error::new(error.kind(), format!("{dev}: {error}")))?;
     let is_missing = |device: &&GpuDevice| match device.minor {
         Some(minor) => !nodes.contains(&format!("/dev/nvidia{minor}")),
         None => nodes.is_empty(),
@@ -39,7 +43,10 @@ pub fn devices_missing_in(container: &Container, devices: &[GpuDevice]) -> io::R
     };
     let there = if nodes.is_empty() { "no /dev/nvidia<n>".into() } else { nodes.join(", ") };
     let titles: Vec<String> = missing.iter().map(ToString::to_string).collect();
-    Ok(Some(not_visible(first, format!("the container runs, and {} is not in it (it has {there})", titles.join(", ")))))
+    Ok(Some(not_visible(
+        first,
+        format!("the container runs, and {} is not in it (it has {there})", titles.join(", ")),
+    )))
 }
 
 fn not_visible(device: &GpuDevice, summary: String) -> Finding {
@@ -50,7 +57,8 @@ fn not_visible(device: &GpuDevice, summary: String) -> Finding {
     }
 }
 
-/// The `/dev/nvidia<n>` among the character devices of a /dev. The driver gives a GPU the number of its minor.
+/// The `/dev/nvidia<n>` among the character devices of a /dev. The driver gives a GPU the number of
+/// its minor.
 fn gpu_nodes(dev: &Path) -> io::Result<Vec<String>> {
     let mut nodes = Vec::new();
     for entry in std::fs::read_dir(dev)?.flatten() {
@@ -66,8 +74,8 @@ fn gpu_nodes(dev: &Path) -> io::Result<Vec<String>> {
     Ok(nodes)
 }
 
-/// Waits until the container has lost one of `devices`, at least one. `by_hook`: they came through NVIDIA's runtime, whose
-/// hook changes the device cgroup behind systemd's back.
+/// Waits until the container has lost one of `devices`, at least one. `by_hook`: they came through
+/// NVIDIA's runtime, whose hook changes the device cgroup behind systemd's back.
 pub async fn until_lost(container: &Container, devices: &[GpuDevice], by_hook: bool) -> Finding {
     let mut systemd = Systemd::default();
     loop {
@@ -76,7 +84,9 @@ pub async fn until_lost(container: &Container, devices: &[GpuDevice], by_hook: b
             match devices_missing_in(container, devices) {
                 Ok(None) => {}
                 Ok(Some(finding)) => return finding,
-                Err(error) => tracing::debug!("cannot see whether the GPU is in the container: {error}"),
+                Err(error) => {
+                    tracing::debug!("cannot see whether the GPU is in the container: {error}")
+                }
             }
         }
         if by_hook
@@ -100,7 +110,8 @@ struct Systemd {
 }
 
 impl Systemd {
-    /// Where Docker leaves cgroups to itself there is no such scope; without systemd there is nobody to ask.
+    /// Where Docker leaves cgroups to itself there is no such scope; without systemd there is
+    /// nobody to ask.
     async fn has_taken_gpu_from(&mut self, container: &str) -> bool {
         let Some(manager) = systemctl_show("UnitsLoadTimestampMonotonic", None).await else {
             return false;
@@ -131,18 +142,22 @@ async fn systemctl_show(properties: &str, unit: Option<&str>) -> Option<String> 
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Whether systemd, which has loaded its units again after the container's start, has applied device rules to the
-/// container's scope that leave out NVIDIA's devices: from what `systemctl show` says of the manager and of the scope
-/// (org.freedesktop.systemd1(5); how runc writes the rules: opencontainers/cgroups, devices/systemd.go).
+/// Whether systemd, which has loaded its units again after the container's start, has applied
+/// device rules to the container's scope that leave out NVIDIA's devices: from what `systemctl
+/// show` says of the manager and of the scope (org.freedesktop.systemd1(5); how runc writes the
+/// rules: opencontainers/cgroups, devices/systemd.go).
 fn gpu_is_taken(manager: &str, scope: &str) -> bool {
     let values = |text: &str, name: &str| -> Vec<String> {
         let lines = text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('='));
         lines.map(str::to_owned).collect()
     };
-    let moment = |text: &str, name: &str| values(text, name).first()?.parse::<u64>().ok().filter(|moment| *moment > 0);
-    let (Some(loaded), Some(started)) =
-        (moment(manager, "UnitsLoadTimestampMonotonic"), moment(scope, "ActiveEnterTimestampMonotonic"))
-    else {
+    let moment = |text: &str, name: &str| {
+        values(text, name).first()?.parse::<u64>().ok().filter(|moment| *moment > 0)
+    };
+    let (Some(loaded), Some(started)) = (
+        moment(manager, "UnitsLoadTimestampMonotonic"),
+        moment(scope, "ActiveEnterTimestampMonotonic"),
+    ) else {
         return false;
     };
     let is_loaded = values(scope, "LoadState") == ["loaded"];
@@ -154,7 +169,10 @@ fn gpu_is_taken(manager: &str, scope: &str) -> bool {
         let names_gpu = ["/dev/char/195:", "/dev/nvidia", "char-195", "char-nvidia", "char-*"];
         access.contains(['r', 'w']) && names_gpu.iter().any(|begin| devices.starts_with(begin))
     };
-    is_loaded && is_closed && loaded > started && !values(scope, "DeviceAllow").iter().any(opens_gpu)
+    is_loaded
+        && is_closed
+        && loaded > started
+        && !values(scope, "DeviceAllow").iter().any(opens_gpu)
 }
 
 #[cfg(test)]
@@ -174,13 +192,24 @@ mod tests {
 
     #[test]
     fn nothing_is_taken_where_one_thing_is_otherwise() {
-        assert!(!gpu_is_taken("UnitsLoadTimestampMonotonic=400000000\n", HOOK), "the reload came before");
+        assert!(
+            !gpu_is_taken("UnitsLoadTimestampMonotonic=400000000\n", HOOK),
+            "the reload came before"
+        );
         assert!(!gpu_is_taken("UnitsLoadTimestampMonotonic=0\n", HOOK), "no reload since the boot");
-        assert!(!gpu_is_taken("UnitsLoadTimestampMonotonic=\n", HOOK), "a systemd that does not tell");
+        assert!(
+            !gpu_is_taken("UnitsLoadTimestampMonotonic=\n", HOOK),
+            "a systemd that does not tell"
+        );
         assert!(!gpu_is_taken("", HOOK));
         assert!(!gpu_is_taken(RELOADED, ""));
-        for rule in ["/dev/char/195:0 rwm", "/dev/nvidia0 rw", "char-nvidia-frontend rwm", "char-195 rw", "char-* rwm"]
-        {
+        for rule in [
+            "/dev/char/195:0 rwm",
+            "/dev/nvidia0 rw",
+            "char-nvidia-frontend rwm",
+            "char-195 rw",
+            "char-* rwm",
+        ] {
             assert!(!gpu_is_taken(RELOADED, &format!("{HOOK}DeviceAllow={rule}\n")), "{rule}");
         }
         for (this, that) in [

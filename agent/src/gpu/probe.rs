@@ -56,7 +56,9 @@ impl ProbeOutcome {
                 let driver = report.driver_version.as_deref().unwrap_or("of an unknown version");
                 format!("driver {driver}, {} GPU(s)", report.gpus.len())
             }
-            Self::Answered(ProbeAnswer::Failed { fault, .. }) => format!("{} failed: {}", fault.call, fault.text),
+            Self::Answered(ProbeAnswer::Failed { fault, .. }) => {
+                format!("{} failed: {}", fault.call, fault.text)
+            }
             Self::TimedOut { limit, .. } => format!("no answer within {} s", limit.as_secs_f64()),
             Self::Crashed { signal, .. } => format!("died by signal {signal}"),
             Self::Failed(why) => why.clone(),
@@ -66,7 +68,8 @@ impl ProbeOutcome {
 
 /// Asks `library` through a child process and waits at most `limit` for the answer.
 pub async fn probe(library: &str, limit: Duration) -> ProbeOutcome {
-    // By this path the child is the very binary that runs, even after an upgrade has replaced the file.
+    // By this path the child is the very binary that runs, even after an upgrade has replaced the
+    // file.
     let spawned = Command::new("/proc/self/exe")
         .arg(SUBCOMMAND)
         .arg("--")
@@ -80,7 +83,9 @@ pub async fn probe(library: &str, limit: Duration) -> ProbeOutcome {
         .spawn();
     let mut child = match spawned {
         Ok(child) => child,
-        Err(error) => return ProbeOutcome::Failed(format!("the probe could not be started: {error}")),
+        Err(error) => {
+            return ProbeOutcome::Failed(format!("the probe could not be started: {error}"));
+        }
     };
     let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
     let outcome = tokio::time::timeout(limit, answer_of(&mut child))
@@ -93,12 +98,14 @@ pub async fn probe(library: &str, limit: Duration) -> ProbeOutcome {
     explained(outcome, library)
 }
 
-/// With the library's file, about which a child that has hung or died says nothing. Mapping one that is cut off ends by SIGBUS
-/// once its missing end is touched: that is the file's fault.
+/// With the library's file, about which a child that has hung or died says nothing. Mapping one
+/// that is cut off ends by SIGBUS once its missing end is touched: that is the file's fault.
 fn explained(outcome: ProbeOutcome, library: &str) -> ProbeOutcome {
     const SIGBUS: i32 = 7;
     match outcome {
-        ProbeOutcome::TimedOut { limit, .. } => ProbeOutcome::TimedOut { limit, library: LibraryFile::look(library) },
+        ProbeOutcome::TimedOut { limit, .. } => {
+            ProbeOutcome::TimedOut { limit, library: LibraryFile::look(library) }
+        }
         ProbeOutcome::Crashed { signal, said, .. } => {
             let library = LibraryFile::look(library);
             if signal != SIGBUS || library.damage.is_none() {
@@ -120,15 +127,15 @@ async fn answer_of(child: &mut Child) -> ProbeOutcome {
     let (mut line, mut said) = (Vec::new(), Tail::default());
     let mut chunk = [0; 1024];
     let (mut out_is_open, mut err_is_open) = (true, true);
-    // Its end is no reason to stop reading at once: what it said last may still be in the pipe, whose other end a process
-    // that the library started may hold open for ever.
+    // Its end is no reason to stop reading at once: what it said last may still be in the pipe,
+    // whose other end a process that the library started may hold open for ever.
     let mut ended: Option<io::Result<ExitStatus>> = None;
     let mut deadline = Instant::now();
     while ended.is_none() || out_is_open || err_is_open {
         tokio::select! {
             read = out.read_until(b'\n', &mut line), if out_is_open => {
-                // One line is the answer: what a library prints beside it is passed over, and one that crashes in its
-                // own clean-up afterwards has answered all the same.
+                // One line is the answer: what a library prints beside it is passed over, and one
+                // that crashes in its own clean-up afterwards has answered all the same.
                 if let Ok(answer) = serde_json::from_slice(&line) {
                     return ProbeOutcome::Answered(answer);
                 }
@@ -151,10 +158,17 @@ async fn answer_of(child: &mut Child) -> ProbeOutcome {
     }
     match ended {
         Some(Ok(status)) => match status.signal() {
-            Some(signal) => ProbeOutcome::Crashed { signal, said: said.text(), library: LibraryFile::default() },
-            None => ProbeOutcome::Failed(format!("the probe ended without an answer ({status}){}", said.quoted())),
+            Some(signal) => {
+                ProbeOutcome::Crashed { signal, said: said.text(), library: LibraryFile::default() }
+            }
+            None => ProbeOutcome::Failed(format!(
+                "the probe ended without an answer ({status}){}",
+                said.quoted()
+            )),
         },
-        Some(Err(error)) => ProbeOutcome::Failed(format!("the probe could not be waited for: {error}")),
+        Some(Err(error)) => {
+            ProbeOutcome::Failed(format!("the probe could not be waited for: {error}"))
+        }
         None => ProbeOutcome::Failed("the probe's end was not seen".into()),
     }
 }

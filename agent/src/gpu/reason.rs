@@ -56,8 +56,8 @@ pub struct Entry {
 pub enum Fix {
     /// The same on every machine.
     Everywhere(&'static str),
-    /// Commands that differ. Those for Debian and Ubuntu name packages of Debian 12 and 13, of Ubuntu 22.04 and 24.04, or of
-    /// NVIDIA's own repositories.
+    /// Commands that differ. Those for Debian and Ubuntu name packages of Debian 12 and 13, of
+    /// Ubuntu 22.04 and 24.04, or of NVIDIA's own repositories.
     #[expect(missing_docs, reason = "each field is the distribution of its name")]
     Each { debian: &'static str, ubuntu: &'static str, elsewhere: &'static str },
 }
@@ -78,13 +78,18 @@ impl Fix {
         match self {
             Self::Everywhere(fix) => vec![("Fix", fix)],
             Self::Each { debian, ubuntu, elsewhere } => {
-                vec![("Fix on Debian", debian), ("Fix on Ubuntu", ubuntu), ("Fix elsewhere", elsewhere)]
+                vec![
+                    ("Fix on Debian", debian),
+                    ("Fix on Ubuntu", ubuntu),
+                    ("Fix elsewhere", elsewhere),
+                ]
             }
         }
     }
 }
 
-/// nvidia-container-toolkit is in no release of Debian or Ubuntu (source: NVIDIA's installation guide of the toolkit).
+/// nvidia-container-toolkit is in no release of Debian or Ubuntu (source: NVIDIA's installation
+/// guide of the toolkit).
 const APT_TOOLKIT: &str = "curl -fsSL https://nvidia.github.io/libnvidia-container/gpgkey -o /etc/apt/keyrings/nvidia-container-toolkit.asc && echo 'deb [signed-by=/etc/apt/keyrings/nvidia-container-toolkit.asc] https://nvidia.github.io/libnvidia-container/stable/deb/$(ARCH) /' > /etc/apt/sources.list.d/nvidia-container-toolkit.list && apt update && apt install nvidia-container-toolkit, or correct runtime_path under [docker] in /etc/supernode-agent/agent.toml; then systemctl restart flower-supernode";
 
 /// Every reason, in the order of the manual.
@@ -221,14 +226,18 @@ pub const CATALOGUE: &[Entry] = &[
         code: "gpu-lost",
         message_id: "242b4cbfa36c8e84a8b0c84dbe4ce8b2",
         meaning: "The GPU has fallen off the bus.",
-        fix: Fix::Everywhere("onevm poweroff VMID and onevm resume VMID; if the GPU stays lost, power-cycle the host"),
+        fix: Fix::Everywhere(
+            "onevm poweroff VMID and onevm resume VMID; if the GPU stays lost, power-cycle the host",
+        ),
     },
     Entry {
         reason: Reason::GpuResetRequired,
         code: "gpu-reset-required",
         message_id: "1c190f27419460b56b8b76a01484e1b7",
         meaning: "The GPU asks for a reset.",
-        fix: Fix::Everywhere("nvidia-smi -r while nothing uses the GPU, or onevm poweroff VMID and onevm resume VMID"),
+        fix: Fix::Everywhere(
+            "nvidia-smi -r while nothing uses the GPU, or onevm poweroff VMID and onevm resume VMID",
+        ),
     },
     Entry {
         reason: Reason::GpuUnhealthy,
@@ -344,7 +353,8 @@ impl Serialize for Reason {
 pub struct Finding {
     /// Why.
     pub reason: Reason,
-    /// What exactly was found, in one line: which device, which driver, which text of NVML or Docker.
+    /// What exactly was found, in one line: which device, which driver, which text of NVML or
+    /// Docker.
     pub summary: String,
     /// The PCI address it is about, where it is about one.
     pub pci_address: Option<String>,
@@ -382,23 +392,38 @@ mod tests {
         for (position, entry) in CATALOGUE.iter().enumerate() {
             assert_eq!(entry.reason as usize, position, "{}", entry.code);
             assert_eq!(Reason::from_code(entry.code), Some(entry.reason));
-            assert!(entry.message_id.len() == 32 && entry.message_id.bytes().all(|b| b.is_ascii_hexdigit()));
+            assert!(
+                entry.message_id.len() == 32
+                    && entry.message_id.bytes().all(|b| b.is_ascii_hexdigit())
+            );
             assert!(seen.insert(entry.message_id), "{} is not unique", entry.message_id);
             assert!(seen.insert(entry.code), "{} is not unique", entry.code);
             assert!(!entry.meaning.is_empty());
-            assert!(entry.fix.all().iter().all(|(_, fix)| !fix.is_empty() && !fix.ends_with('.')), "{}", entry.code);
+            assert!(
+                entry.fix.all().iter().all(|(_, fix)| !fix.is_empty() && !fix.ends_with('.')),
+                "{}",
+                entry.code
+            );
         }
-        assert_eq!(CATALOGUE.last().unwrap().reason, Reason::FrameworkWithoutGpu, "an entry is missing");
+        assert_eq!(
+            CATALOGUE.last().unwrap().reason,
+            Reason::FrameworkWithoutGpu,
+            "an entry is missing"
+        );
     }
 
     #[test]
     fn a_fix_with_a_package_is_that_of_the_machines_own_distribution() {
         for entry in CATALOGUE {
             let [debian, ubuntu, elsewhere] =
-                [Distribution::Debian, Distribution::Ubuntu, Distribution::Other].map(|on| entry.fix.on(on));
+                [Distribution::Debian, Distribution::Ubuntu, Distribution::Other]
+                    .map(|on| entry.fix.on(on));
             assert!(!debian.contains("ubuntu-drivers") && !debian.contains("dnf "), "{debian}");
             assert!(!ubuntu.contains("nvidia-driver ") && !ubuntu.contains("dnf "), "{ubuntu}");
-            assert!(!elsewhere.contains("apt ") && !elsewhere.contains("ubuntu-drivers"), "{elsewhere}");
+            assert!(
+                !elsewhere.contains("apt ") && !elsewhere.contains("ubuntu-drivers"),
+                "{elsewhere}"
+            );
             for fix in [debian, ubuntu, elsewhere] {
                 assert!(!fix.contains("Debian:") && !fix.contains("Ubuntu:"), "{fix}");
             }
@@ -407,8 +432,11 @@ mod tests {
 
     #[test]
     fn foreign_text_becomes_one_bounded_line() {
-        let finding = Finding::new(Reason::RuntimeStartFailed, format!("a\n b\x1b[31m{}", "x".repeat(5000)));
-        assert!(finding.summary.starts_with("a b[31mxxx") && finding.summary.chars().count() <= 1001);
+        let finding =
+            Finding::new(Reason::RuntimeStartFailed, format!("a\n b\x1b[31m{}", "x".repeat(5000)));
+        assert!(
+            finding.summary.starts_with("a b[31mxxx") && finding.summary.chars().count() <= 1001
+        );
     }
 
     #[test]
@@ -429,7 +457,8 @@ mod tests {
         assert_eq!(Reason::RuntimeMissing.fix(Distribution::Ubuntu), ubuntu);
         assert_eq!(Reason::RuntimeMissing.fix(Distribution::RedHat), elsewhere);
         assert_eq!(Reason::RuntimeMissing.fix(Distribution::Other), elsewhere);
-        let shown = [("Fix on Debian", debian), ("Fix on Ubuntu", ubuntu), ("Fix elsewhere", elsewhere)];
+        let shown =
+            [("Fix on Debian", debian), ("Fix on Ubuntu", ubuntu), ("Fix elsewhere", elsewhere)];
         assert_eq!(each.fix.all(), shown);
         let everywhere = Reason::GpuFailed.fix(Distribution::Debian);
         assert_eq!(Reason::GpuFailed.entry().fix.all(), [("Fix", everywhere)]);

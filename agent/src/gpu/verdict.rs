@@ -1,4 +1,5 @@
-//! The verdict: a pure function of the configuration, the facts of the machine and the answer of the probe.
+//! The verdict: a pure function of the configuration, the facts of the machine and the answer of
+//! the probe.
 
 use std::fmt;
 
@@ -95,8 +96,12 @@ impl Verdict {
     /// The form of `plan --json` and `gpu --json`; the fix is that of the distribution.
     pub fn to_json(&self, distribution: Distribution) -> Json {
         match self {
-            Self::Gpu { devices, missing } => json!({"device": "cuda", "devices": devices, "missing": missing}),
-            Self::Cpu { finding: None } => json!({"device": "cpu", "reason": null, "summary": null, "fix": null}),
+            Self::Gpu { devices, missing } => {
+                json!({"device": "cuda", "devices": devices, "missing": missing})
+            }
+            Self::Cpu { finding: None } => {
+                json!({"device": "cpu", "reason": null, "summary": null, "fix": null})
+            }
             Self::Cpu { finding: Some(finding) } => json!({
                 "device": "cpu",
                 "reason": finding.reason,
@@ -115,7 +120,10 @@ pub fn before_the_probe(config: &Config, facts: &PciFacts) -> Option<Verdict> {
         return Some(Verdict::not_wanted());
     }
     let finding = if config.framework == Framework::Sklearn {
-        Some(Finding::new(Reason::FrameworkWithoutGpu, "scikit-learn (ML_FRAMEWORK=sklearn) has no GPU build"))
+        Some(Finding::new(
+            Reason::FrameworkWithoutGpu,
+            "scikit-learn (ML_FRAMEWORK=sklearn) has no GPU build",
+        ))
     } else if config.devices == DeviceSelection::None {
         Some(Finding::new(
             Reason::DeviceSelectionEmpty,
@@ -128,14 +136,20 @@ pub fn before_the_probe(config: &Config, facts: &PciFacts) -> Option<Verdict> {
 }
 
 fn present_gpus(facts: &PciFacts) -> String {
-    let present: Vec<String> = facts.gpus().map(|gpu| format!("{} ({})", gpu.address, gpu.described())).collect();
-    if present.is_empty() { "this VM has no NVIDIA GPU".into() } else { format!("this VM has {}", present.join(", ")) }
+    let present: Vec<String> =
+        facts.gpus().map(|gpu| format!("{} ({})", gpu.address, gpu.described())).collect();
+    if present.is_empty() {
+        "this VM has no NVIDIA GPU".into()
+    } else {
+        format!("this VM has {}", present.join(", "))
+    }
 }
 
 /// A verdict that rests on a failed read says so.
 fn with_unreadable(mut finding: Finding, facts: &PciFacts) -> Finding {
     if !facts.unreadable.is_empty() {
-        finding.summary = format!("{} (could not be read: {})", finding.summary, facts.unreadable.join("; "));
+        finding.summary =
+            format!("{} (could not be read: {})", finding.summary, facts.unreadable.join("; "));
     }
     finding
 }
@@ -153,17 +167,25 @@ fn broken_promises(config: &Config, facts: &PciFacts) -> Vec<BrokenPromise> {
         .promised
         .iter()
         .filter_map(|promised| {
-            let place = promised.address.map_or_else(|| promised.written.clone(), |address| address.to_string());
-            let promise =
-                format!("OpenNebula passed {place} to this VM ({}='{}')", promised.variable, promised.written);
+            let place = promised
+                .address
+                .map_or_else(|| promised.written.clone(), |address| address.to_string());
+            let promise = format!(
+                "OpenNebula passed {place} to this VM ({}='{}')",
+                promised.variable, promised.written
+            );
             let (is_foreign, what) = match promised.address {
                 None => (false, "and that is not a PCI address".to_owned()),
                 Some(address) => match facts.at(address) {
                     None => (false, "and there is no device at that address".to_owned()),
                     Some(device) if device.is_nvidia_display() => return None,
-                    Some(device) => {
-                        (true, format!("and the device there is not an NVIDIA GPU ({})", device.described()))
-                    }
+                    Some(device) => (
+                        true,
+                        format!(
+                            "and the device there is not an NVIDIA GPU ({})",
+                            device.described()
+                        ),
+                    ),
                 },
             };
             Some(BrokenPromise { place, is_foreign, sentence: format!("{promise}, {what}") })
@@ -183,7 +205,10 @@ fn without_driver(config: &Config, facts: &PciFacts) -> Option<Finding> {
         };
         let place = Some(first.place.clone());
         let sentences: Vec<&str> = broken.iter().map(|promise| promise.sentence.as_str()).collect();
-        return Some(Finding { pci_address: place, ..Finding::new(Reason::GpuNotPassedThrough, sentences.join("; ")) });
+        return Some(Finding {
+            pci_address: place,
+            ..Finding::new(Reason::GpuNotPassedThrough, sentences.join("; "))
+        });
     }
     if facts.gpus().any(|gpu| gpu.driver.as_deref() == Some("nvidia")) {
         return None;
@@ -191,11 +216,13 @@ fn without_driver(config: &Config, facts: &PciFacts) -> Option<Finding> {
     let (bound, unbound): (Vec<_>, Vec<_>) = facts.gpus().partition(|gpu| gpu.driver.is_some());
     let mut findings = bound.into_iter().chain(unbound).map(|gpu| not_driven(gpu, facts));
     let first = findings.next()?;
-    let summaries: Vec<String> = std::iter::once(first.summary).chain(findings.map(|other| other.summary)).collect();
+    let summaries: Vec<String> =
+        std::iter::once(first.summary).chain(findings.map(|other| other.summary)).collect();
     Some(Finding { summary: summaries.join("; "), ..first })
 }
 
-/// The PCI devices of a VM without an NVIDIA GPU: their number, and those that one may have taken for it.
+/// The PCI devices of a VM without an NVIDIA GPU: their number, and those that one may have taken
+/// for it.
 fn other_devices(facts: &PciFacts) -> String {
     let similar: Vec<String> = facts
         .devices
@@ -205,7 +232,11 @@ fn other_devices(facts: &PciFacts) -> String {
         .collect();
     let count = facts.devices.len();
     let devices = if count == 1 { "1 PCI device".into() } else { format!("{count} PCI devices") };
-    if similar.is_empty() { devices } else { format!("{devices}; those nearest to one are {}", similar.join(", ")) }
+    if similar.is_empty() {
+        devices
+    } else {
+        format!("{devices}; those nearest to one are {}", similar.join(", "))
+    }
 }
 
 /// Why NVIDIA's driver does not drive this GPU.
@@ -214,18 +245,26 @@ fn not_driven(gpu: &PciDevice, facts: &PciFacts) -> Finding {
     let (reason, what) = match gpu.driver.as_deref() {
         Some("nvidia") => (
             Reason::GpuCountZero,
-            format!("the GPU {address} ({ids}) is bound to the nvidia driver, which does not list it"),
+            format!(
+                "the GPU {address} ({ids}) is bound to the nvidia driver, which does not list it"
+            ),
         ),
-        Some(driver) => {
-            (Reason::WrongDriver, format!("the GPU {address} ({ids}) is bound to the driver {driver}, not to nvidia"))
-        }
+        Some(driver) => (
+            Reason::WrongDriver,
+            format!("the GPU {address} ({ids}) is bound to the driver {driver}, not to nvidia"),
+        ),
         None => {
             let module = match (&facts.module_version, &facts.module_pending) {
                 (_, Some(state)) => format!("the nvidia module is still {state}"),
-                (Some(version), None) => format!("the nvidia module {version} is loaded and has not taken it"),
+                (Some(version), None) => {
+                    format!("the nvidia module {version} is loaded and has not taken it")
+                }
                 (None, None) => not_loaded(facts),
             };
-            (Reason::DriverNotLoaded, format!("no driver is bound to the GPU {address} ({ids}): {module}"))
+            (
+                Reason::DriverNotLoaded,
+                format!("no driver is bound to the GPU {address} ({ids}): {module}"),
+            )
         }
     };
     Finding { pci_address: Some(address.to_string()), ..Finding::new(reason, what) }
@@ -233,19 +272,24 @@ fn not_driven(gpu: &PciDevice, facts: &PciFacts) -> Finding {
 
 /// That the module is not loaded, and what is seen of the causes.
 fn not_loaded(facts: &PciFacts) -> String {
-    let parts: Vec<String> =
-        std::iter::once("the nvidia module is not loaded".into()).chain(facts.kernel.obstacles()).collect();
+    let parts: Vec<String> = std::iter::once("the nvidia module is not loaded".into())
+        .chain(facts.kernel.obstacles())
+        .collect();
     parts.join("; ")
 }
 
 /// What follows from the driver's answer, once [`before_the_probe`] had nothing to say.
 pub fn after_the_probe(config: &Config, facts: &PciFacts, outcome: &ProbeOutcome) -> Verdict {
     let finding = match outcome {
-        ProbeOutcome::Answered(ProbeAnswer::Driver(report)) => match select(config, facts, report) {
-            Ok(verdict) => return verdict,
-            Err(finding) => finding,
-        },
-        ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library }) => driver_failure(fault, library, facts),
+        ProbeOutcome::Answered(ProbeAnswer::Driver(report)) => {
+            match select(config, facts, report) {
+                Ok(verdict) => return verdict,
+                Err(finding) => finding,
+            }
+        }
+        ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library }) => {
+            driver_failure(fault, library, facts)
+        }
         ProbeOutcome::TimedOut { limit, library } => about_the_gpus(
             Reason::DriverTimeout,
             format!(
@@ -256,7 +300,11 @@ pub fn after_the_probe(config: &Config, facts: &PciFacts, outcome: &ProbeOutcome
             facts,
         ),
         ProbeOutcome::Crashed { signal, said, library } => {
-            let said = if said.is_empty() { String::new() } else { format!(", with the last words: {said}") };
+            let said = if said.is_empty() {
+                String::new()
+            } else {
+                format!(", with the last words: {said}")
+            };
             let name = signal_name(*signal);
             let what = format!(
                 "the probe died by signal {signal}{name} while it asked NVIDIA's library{said}{}",
@@ -271,7 +319,10 @@ pub fn after_the_probe(config: &Config, facts: &PciFacts, outcome: &ProbeOutcome
 
 /// A finding about the driver as a whole, with the GPUs that it should drive.
 fn about_the_gpus(reason: Reason, what: String, facts: &PciFacts) -> Finding {
-    let module = facts.module_version.as_deref().map_or(String::new(), |version| format!(", nvidia module {version}"));
+    let module = facts
+        .module_version
+        .as_deref()
+        .map_or(String::new(), |version| format!(", nvidia module {version}"));
     Finding {
         pci_address: facts.gpus().next().map(|gpu| gpu.address.to_string()),
         ..Finding::new(reason, format!("{what}; {}{module}", present_gpus(facts)))
@@ -290,7 +341,8 @@ pub(super) fn signal_name(signal: i32) -> &'static str {
     }
 }
 
-/// NVML's return codes (nvml.h, `nvmlReturn_t`) that have a reason of their own; every other one is `driver-error`.
+/// NVML's return codes (nvml.h, `nvmlReturn_t`) that have a reason of their own; every other one is
+/// `driver-error`.
 const REASONS_BY_CODE: &[(u32, Reason)] = &[
     (4, Reason::PermissionDenied),
     (8, Reason::GpuUnhealthy),
@@ -324,9 +376,10 @@ fn reason_of(fault: &Fault) -> Reason {
         FaultKind::Library => Reason::DriverLibraryMissing,
         FaultKind::Symbol => Reason::DriverTooOld,
         FaultKind::Garbled => Reason::DriverError,
-        FaultKind::Code(code) => {
-            REASONS_BY_CODE.iter().find(|(known, _)| *known == code).map_or(Reason::DriverError, |(_, reason)| *reason)
-        }
+        FaultKind::Code(code) => REASONS_BY_CODE
+            .iter()
+            .find(|(known, _)| *known == code)
+            .map_or(Reason::DriverError, |(_, reason)| *reason),
     }
 }
 
@@ -337,7 +390,10 @@ pub(super) fn describe_fault(fault: &Fault) -> String {
         FaultKind::Symbol => format!("{call} is not to be had: {text}"),
         FaultKind::Garbled => format!("what {call} answered makes no sense: {text}"),
         FaultKind::Code(code) => {
-            let text = NEWER_TEXTS.iter().find(|(known, _)| known == code).map_or(text.as_str(), |(_, text)| text);
+            let text = NEWER_TEXTS
+                .iter()
+                .find(|(known, _)| known == code)
+                .map_or(text.as_str(), |(_, text)| text);
             format!("{call} answered NVML error {code}: {text}")
         }
     }
@@ -349,8 +405,12 @@ fn driver_failure(fault: &Fault, library: &LibraryFile, facts: &PciFacts) -> Fin
     let summary = match reason {
         Reason::DriverLibraryMissing => {
             let why = match library {
-                LibraryFile { path: Some(path), damage: Some(damage), .. } => format!(": {path}: {damage}"),
-                LibraryFile { path: None, .. } if fault.kind == FaultKind::Library => ": it is not installed".into(),
+                LibraryFile { path: Some(path), damage: Some(damage), .. } => {
+                    format!(": {path}: {damage}")
+                }
+                LibraryFile { path: None, .. } if fault.kind == FaultKind::Library => {
+                    ": it is not installed".into()
+                }
                 _ => String::new(),
             };
             format!("libnvidia-ml cannot be loaded{why} ({what})")
@@ -411,7 +471,9 @@ fn select(config: &Config, facts: &PciFacts, report: &DriverReport) -> Result<Ve
     let broken = broken_promises(config, facts).into_iter().filter(|promise| !promise.is_foreign);
     let mut missing: Vec<String> = broken.map(|promise| promise.sentence).collect();
     let meant: Vec<Found<'_>> = match &config.devices {
-        DeviceSelection::Named(names) => names.iter().map(|name| find(name, facts, report)).collect(),
+        DeviceSelection::Named(names) => {
+            names.iter().map(|name| find(name, facts, report)).collect()
+        }
         DeviceSelection::All | DeviceSelection::None => {
             let listed = report.gpus.iter().map(|gpu| Found::Gpu(gpu, None));
             listed.chain(unlisted_gpus(facts, report).map(Found::NotDriven)).collect()
@@ -443,7 +505,9 @@ fn select(config: &Config, facts: &PciFacts, report: &DriverReport) -> Result<Ve
         }
         return Ok(Verdict::Gpu { devices, missing });
     }
-    if let Some(cause) = causes.into_iter().next().or_else(|| nameless_illness(&config.devices, report)) {
+    if let Some(cause) =
+        causes.into_iter().next().or_else(|| nameless_illness(&config.devices, report))
+    {
         return Err(cause);
     }
     let why = if misses.is_empty() { String::new() } else { format!(" ({})", misses.join("; ")) };
@@ -507,9 +571,12 @@ fn find<'r>(name: &DeviceName, facts: &'r PciFacts, report: &'r DriverReport) ->
         DeviceName::Index(index) => {
             report.gpus.iter().filter(|gpu| gpu.index == *index).map(|gpu| (gpu, None)).collect()
         }
-        DeviceName::Pci(address) => {
-            report.gpus.iter().filter(|gpu| address_of(gpu) == Some(*address)).map(|gpu| (gpu, None)).collect()
-        }
+        DeviceName::Pci(address) => report
+            .gpus
+            .iter()
+            .filter(|gpu| address_of(gpu) == Some(*address))
+            .map(|gpu| (gpu, None))
+            .collect(),
         DeviceName::GpuUuid(beginning) => report
             .gpus
             .iter()
@@ -519,20 +586,28 @@ fn find<'r>(name: &DeviceName, facts: &'r PciFacts, report: &'r DriverReport) ->
         DeviceName::MigUuid(beginning) => report
             .gpus
             .iter()
-            .flat_map(|gpu| gpu.mig.iter().flatten().map(move |instance| (gpu, instance.uuid.as_str())))
+            .flat_map(|gpu| {
+                gpu.mig.iter().flatten().map(move |instance| (gpu, instance.uuid.as_str()))
+            })
             .filter(|(_, uuid)| begins_with(uuid, beginning))
             .map(|(gpu, uuid)| (gpu, Some(uuid)))
             .collect(),
     };
     let on_the_bus = match name {
-        DeviceName::Pci(address) => unlisted_gpus(facts, report).find(|gpu| gpu.address == *address),
+        DeviceName::Pci(address) => {
+            unlisted_gpus(facts, report).find(|gpu| gpu.address == *address)
+        }
         _ => None,
     };
     match (candidates.as_slice(), on_the_bus) {
         ([(gpu, instance)], _) => Found::Gpu(gpu, *instance),
         ([], Some(gpu)) => Found::NotDriven(gpu),
-        ([], None) => Found::Nothing(format!("FL_CUDA_VISIBLE_DEVICES names '{name}', which is not in this VM")),
-        _ => Found::Nothing(format!("FL_CUDA_VISIBLE_DEVICES names '{name}', with which several UUIDs begin")),
+        ([], None) => Found::Nothing(format!(
+            "FL_CUDA_VISIBLE_DEVICES names '{name}', which is not in this VM"
+        )),
+        _ => Found::Nothing(format!(
+            "FL_CUDA_VISIBLE_DEVICES names '{name}', with which several UUIDs begin"
+        )),
     }
 }
 
@@ -547,9 +622,12 @@ fn begins_with(uuid: &str, beginning: &str) -> bool {
 fn listing(facts: &PciFacts, report: &DriverReport) -> String {
     let listed = report.gpus.iter().map(|gpu| match &gpu.mig {
         None => title(gpu),
-        Some(instances) if instances.is_empty() => format!("{} (in MIG mode, without an instance)", title(gpu)),
+        Some(instances) if instances.is_empty() => {
+            format!("{} (in MIG mode, without an instance)", title(gpu))
+        }
         Some(instances) => {
-            let uuids: Vec<&str> = instances.iter().map(|instance| instance.uuid.as_str()).collect();
+            let uuids: Vec<&str> =
+                instances.iter().map(|instance| instance.uuid.as_str()).collect();
             format!("{} (MIG: {})", title(gpu), uuids.join(", "))
         }
     });
@@ -558,10 +636,15 @@ fn listing(facts: &PciFacts, report: &DriverReport) -> String {
 }
 
 /// GPUs on the bus that the driver does not list: on another driver, on none, or refused by it.
-fn unlisted_gpus<'r>(facts: &'r PciFacts, report: &'r DriverReport) -> impl Iterator<Item = &'r PciDevice> {
+fn unlisted_gpus<'r>(
+    facts: &'r PciFacts,
+    report: &'r DriverReport,
+) -> impl Iterator<Item = &'r PciDevice> {
     // A card that could not tell its address may be any of them.
     let all_tell = report.gpus.iter().all(|gpu| address_of(gpu).is_some());
-    facts.gpus().filter(move |gpu| all_tell && !report.gpus.iter().any(|other| address_of(other) == Some(gpu.address)))
+    facts.gpus().filter(move |gpu| {
+        all_tell && !report.gpus.iter().any(|other| address_of(other) == Some(gpu.address))
+    })
 }
 
 #[cfg(test)]
@@ -584,7 +667,9 @@ mod tests {
         for (name, value) in pairs {
             text.push_str(&format!("{name}='{value}'\n"));
         }
-        Config::from_context(&Context::parse(text.as_bytes()).unwrap(), &Prebaked::default()).unwrap().0
+        Config::from_context(&Context::parse(text.as_bytes()).unwrap(), &Prebaked::default())
+            .unwrap()
+            .0
     }
 
     fn device(address: &str, vendor: u32, class: u32, driver: Option<&str>) -> PciDevice {
@@ -602,7 +687,11 @@ mod tests {
     }
 
     fn facts(devices: &[PciDevice]) -> PciFacts {
-        PciFacts { devices: devices.to_vec(), module_version: Some("550.54.15".into()), ..PciFacts::default() }
+        PciFacts {
+            devices: devices.to_vec(),
+            module_version: Some("550.54.15".into()),
+            ..PciFacts::default()
+        }
     }
 
     fn probed(index: u32, uuid: &str, address: &str) -> ProbedGpu {
@@ -618,7 +707,10 @@ mod tests {
     }
 
     fn report(gpus: Vec<ProbedGpu>) -> ProbeOutcome {
-        ProbeOutcome::Answered(ProbeAnswer::Driver(DriverReport { driver_version: Some("550.54.15".into()), gpus }))
+        ProbeOutcome::Answered(ProbeAnswer::Driver(DriverReport {
+            driver_version: Some("550.54.15".into()),
+            gpus,
+        }))
     }
 
     fn failed(kind: FaultKind, text: &str) -> ProbeOutcome {
@@ -684,23 +776,40 @@ mod tests {
             ("driver-not-loaded", config(&[]), facts(&[gpu_at(A, None)]), unasked.clone()),
             ("driver-not-loaded", config(&[]), on_nvidia.clone(), code(9)),
             ("wrong-driver", config(&[]), facts(&[gpu_at(A, Some("nouveau"))]), unasked.clone()),
-            ("driver-library-missing", config(&[]), on_nvidia.clone(), failed(FaultKind::Library, "No such file")),
+            (
+                "driver-library-missing",
+                config(&[]),
+                on_nvidia.clone(),
+                failed(FaultKind::Library, "No such file"),
+            ),
             ("driver-library-missing", config(&[]), on_nvidia.clone(), code(12)),
             ("driver-library-mismatch", config(&[]), on_nvidia.clone(), code(18)),
-            ("driver-too-old", config(&[]), on_nvidia.clone(), failed(FaultKind::Symbol, "undefined symbol")),
+            (
+                "driver-too-old",
+                config(&[]),
+                on_nvidia.clone(),
+                failed(FaultKind::Symbol, "undefined symbol"),
+            ),
             ("driver-too-old", config(&[]), on_nvidia.clone(), code(13)),
             ("driver-not-ready", config(&[]), on_nvidia.clone(), code(27)),
             (
                 "driver-timeout",
                 config(&[]),
                 on_nvidia.clone(),
-                ProbeOutcome::TimedOut { limit: Duration::from_secs(20), library: LibraryFile::default() },
+                ProbeOutcome::TimedOut {
+                    limit: Duration::from_secs(20),
+                    library: LibraryFile::default(),
+                },
             ),
             (
                 "driver-crash",
                 config(&[]),
                 on_nvidia.clone(),
-                ProbeOutcome::Crashed { signal: 11, said: String::new(), library: LibraryFile::default() },
+                ProbeOutcome::Crashed {
+                    signal: 11,
+                    said: String::new(),
+                    library: LibraryFile::default(),
+                },
             ),
             ("driver-error", config(&[]), on_nvidia.clone(), code(999)),
             ("driver-error", config(&[]), on_nvidia.clone(), code(20)),
@@ -722,7 +831,11 @@ mod tests {
                 config(&[]),
                 on_nvidia.clone(),
                 sick(|gpu| {
-                    gpu.fault = Some(Fault { call: "c".into(), kind: FaultKind::Code(15), text: "t".into() });
+                    gpu.fault = Some(Fault {
+                        call: "c".into(),
+                        kind: FaultKind::Code(15),
+                        text: "t".into(),
+                    });
                 }),
             ),
             (
@@ -737,7 +850,12 @@ mod tests {
                 on_nvidia.clone(),
                 unasked.clone(),
             ),
-            ("framework-without-gpu", config(&[("ML_FRAMEWORK", "sklearn")]), on_nvidia.clone(), unasked),
+            (
+                "framework-without-gpu",
+                config(&[("ML_FRAMEWORK", "sklearn")]),
+                on_nvidia.clone(),
+                unasked,
+            ),
         ];
         let mut reached = HashSet::new();
         for (expected, config, facts, outcome) in cases {
@@ -754,7 +872,11 @@ mod tests {
             Reason::GpuFailed,
         ];
         for entry in super::super::reason::CATALOGUE {
-            assert!(reached.contains(&entry.reason) != at_the_launch.contains(&entry.reason), "{}", entry.code);
+            assert!(
+                reached.contains(&entry.reason) != at_the_launch.contains(&entry.reason),
+                "{}",
+                entry.code
+            );
         }
     }
 
@@ -766,7 +888,11 @@ mod tests {
                 &facts(&[gpu_at(A, Some("nvidia"))]),
                 &failed(FaultKind::Code(code), "text"),
             ));
-            assert!(finding.summary.contains(&format!("error {code}:")) || code == 12, "{}", finding.summary);
+            assert!(
+                finding.summary.contains(&format!("error {code}:")) || code == 12,
+                "{}",
+                finding.summary
+            );
         }
     }
 
@@ -794,7 +920,11 @@ mod tests {
             "the GPU 0000:01:00.0 (10de:20b5, class 0302) is bound to the driver nouveau, not to nvidia"
         );
         let both = finding(decide(&promised, &two().0, &failed(FaultKind::Code(18), "mismatch")));
-        assert!(both.summary.contains("560.35.03") && both.summary.contains("550.54.15"), "{}", both.summary);
+        assert!(
+            both.summary.contains("560.35.03") && both.summary.contains("550.54.15"),
+            "{}",
+            both.summary
+        );
     }
 
     #[test]
@@ -804,8 +934,7 @@ mod tests {
             let facts = PciFacts { kernel, ..bare.clone() };
             finding(before_the_probe(&config(&[]), &facts).unwrap()).summary
         };
-        let start =
-            "no driver is bound to the GPU 0000:01:00.0 (10de:20b5, class 0302): the nvidia module is not loaded";
+        let start = "no driver is bound to the GPU 0000:01:00.0 (10de:20b5, class 0302): the nvidia module is not loaded";
         assert_eq!(summary(KernelFacts::default()), start);
         let kernel = |has_module, has_headers, secure_boot| KernelFacts {
             release: Some("6.1.0-9-amd64".into()),
@@ -832,9 +961,11 @@ mod tests {
             kernel: kernel(false, true, false),
             ..facts(&[gpu_at(A, Some("nvidia"))])
         };
-        let by_nvml = finding(decide(&config(&[]), &facts, &failed(FaultKind::Code(9), "no driver"))).summary;
+        let by_nvml =
+            finding(decide(&config(&[]), &facts, &failed(FaultKind::Code(9), "no driver"))).summary;
         assert!(
-            by_nvml.contains("error 9: no driver; the nvidia module is not loaded; none is installed"),
+            by_nvml
+                .contains("error 9: no driver; the nvidia module is not loaded; none is installed"),
             "{by_nvml}"
         );
     }
@@ -842,7 +973,8 @@ mod tests {
     #[test]
     fn a_vm_without_a_gpu_is_told_with_what_it_has_instead() {
         let screen = device("0000:00:02.0", 0x1234, 0x03_00_00, Some("bochs-drm"));
-        let facts = facts(&[screen, device("0000:00:03.0", 0x1af4, 0x02_00_00, Some("virtio-pci"))]);
+        let facts =
+            facts(&[screen, device("0000:00:03.0", 0x1af4, 0x02_00_00, Some("virtio-pci"))]);
         assert_eq!(
             finding(before_the_probe(&config(&[]), &facts).unwrap()).summary,
             "OpenNebula passed no GPU to this VM (the context has no PCI<n>_ADDRESS of one), and there is no NVIDIA GPU (vendor 10de, class 03xx) among its 2 PCI devices; those nearest to one are 0000:00:02.0 (1234:20b5, class 0300, driver bochs-drm)"
@@ -853,15 +985,23 @@ mod tests {
     fn every_gpu_that_is_not_driven_is_told() {
         let facts = facts(&[gpu_at(A, None), gpu_at(B, Some("nouveau"))]);
         let finding = finding(before_the_probe(&config(&[]), &facts).unwrap());
-        assert_eq!((finding.reason, finding.pci_address.as_deref()), (Reason::WrongDriver, Some(B)));
+        assert_eq!(
+            (finding.reason, finding.pci_address.as_deref()),
+            (Reason::WrongDriver, Some(B))
+        );
         assert!(finding.summary.contains(A) && finding.summary.contains(B), "{}", finding.summary);
     }
 
     #[test]
     fn a_verdict_on_a_failed_read_says_so() {
-        let facts = PciFacts { unreadable: vec!["/sys/bus/pci/devices: Permission denied".into()], ..facts(&[]) };
+        let facts = PciFacts {
+            unreadable: vec!["/sys/bus/pci/devices: Permission denied".into()],
+            ..facts(&[])
+        };
         let finding = finding(before_the_probe(&config(&[]), &facts).unwrap());
-        assert!(finding.summary.contains("could not be read: /sys/bus/pci/devices: Permission denied"));
+        assert!(
+            finding.summary.contains("could not be read: /sys/bus/pci/devices: Permission denied")
+        );
     }
 
     #[test]
@@ -886,7 +1026,8 @@ mod tests {
             ("1,0", vec!["GPU-aabb-2", "GPU-aaaa-1"]),
             ("1,GPU-aabb,21:00.0", vec!["GPU-aabb-2"]),
         ] {
-            let verdict = decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]), &facts, &outcome);
+            let verdict =
+                decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]), &facts, &outcome);
             assert_eq!(uuids(&verdict), expected, "{selection}");
         }
     }
@@ -898,7 +1039,8 @@ mod tests {
         let Verdict::Gpu { missing, .. } = &verdict else { panic!("{verdict:?}") };
         assert!(missing[0].contains("'5'") && missing[0].contains("GPU-aaaa-1"), "{missing:?}");
         for selection in ["5", "GPU-aa", "GPU-c", "99:00.0"] {
-            let verdict = decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]), &facts, &outcome);
+            let verdict =
+                decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]), &facts, &outcome);
             let finding = finding(verdict);
             assert_eq!(finding.reason, Reason::DeviceSelectionEmpty);
             assert!(finding.summary.contains("GPU-aabb-2"), "{}", finding.summary);
@@ -908,8 +1050,13 @@ mod tests {
     #[test]
     fn a_beginning_that_several_uuids_have_is_called_that() {
         let (facts, outcome) = two();
-        let ambiguous = finding(decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", "GPU-aa")]), &facts, &outcome));
-        assert!(ambiguous.summary.contains("'GPU-aa', with which several UUIDs begin"), "{}", ambiguous.summary);
+        let ambiguous =
+            finding(decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", "GPU-aa")]), &facts, &outcome));
+        assert!(
+            ambiguous.summary.contains("'GPU-aa', with which several UUIDs begin"),
+            "{}",
+            ambiguous.summary
+        );
     }
 
     #[test]
@@ -921,14 +1068,21 @@ mod tests {
             (Some("nvidia"), Reason::GpuCountZero),
         ] {
             let facts = facts(&[gpu_at(A, Some("nvidia")), gpu_at(B, driver)]);
-            let by_address = finding(decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", "21:00.0")]), &facts, &outcome));
+            let by_address = finding(decide(
+                &config(&[("FL_CUDA_VISIBLE_DEVICES", "21:00.0")]),
+                &facts,
+                &outcome,
+            ));
             assert_eq!((by_address.reason, by_address.pci_address.as_deref()), (reason, Some(B)));
             // By a name that the driver alone gives, it is among what there is.
-            let by_index = finding(decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", "1")]), &facts, &outcome));
+            let by_index =
+                finding(decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", "1")]), &facts, &outcome));
             assert_eq!(by_index.reason, Reason::DeviceSelectionEmpty);
             assert!(by_index.summary.contains(B), "{}", by_index.summary);
             // Without a selection it is a WARNING beside the good one.
-            let Verdict::Gpu { missing, .. } = decide(&config(&[]), &facts, &outcome) else { panic!("not on the GPU") };
+            let Verdict::Gpu { missing, .. } = decide(&config(&[]), &facts, &outcome) else {
+                panic!("not on the GPU")
+            };
             assert!(missing.len() == 1 && missing[0].contains(B), "{missing:?}");
         }
     }
@@ -937,7 +1091,11 @@ mod tests {
     fn a_card_that_cannot_tell_its_uuid_may_be_the_one_that_is_named_by_it() {
         let mut mute = probed(0, "", A);
         mute.uuid = None;
-        mute.fault = Some(Fault { call: "nvmlDeviceGetUUID".into(), kind: FaultKind::Code(15), text: "lost".into() });
+        mute.fault = Some(Fault {
+            call: "nvmlDeviceGetUUID".into(),
+            kind: FaultKind::Code(15),
+            text: "lost".into(),
+        });
         let facts = facts(&[gpu_at(A, Some("nvidia"))]);
         let reason = |selection| {
             let config = config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]);
@@ -971,27 +1129,41 @@ mod tests {
     fn a_sick_gpu_beside_a_good_one_is_left_out_with_a_warning() {
         let (facts, _) = two();
         let mut lost = probed(0, "GPU-aaaa-1", A);
-        lost.fault = Some(Fault { call: "nvmlDeviceGetName".into(), kind: FaultKind::Code(15), text: "lost".into() });
+        lost.fault = Some(Fault {
+            call: "nvmlDeviceGetName".into(),
+            kind: FaultKind::Code(15),
+            text: "lost".into(),
+        });
         let outcome = report(vec![lost, probed(1, "GPU-aabb-2", B)]);
         let verdict = decide(&config(&[]), &facts, &outcome);
         assert_eq!(uuids(&verdict), ["GPU-aabb-2"]);
-        let finding = finding(decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", "0")]), &facts, &outcome));
-        assert_eq!((finding.reason, finding.gpu_uuid.as_deref()), (Reason::GpuLost, Some("GPU-aaaa-1")));
+        let finding =
+            finding(decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", "0")]), &facts, &outcome));
+        assert_eq!(
+            (finding.reason, finding.gpu_uuid.as_deref()),
+            (Reason::GpuLost, Some("GPU-aaaa-1"))
+        );
     }
 
     #[test]
     fn a_card_in_mig_mode_shows_its_instances() {
         let facts = facts(&[gpu_at(A, Some("nvidia"))]);
-        let instance = |uuid: &str| ProbedMig { uuid: uuid.into(), name: None, memory_mib: Some(4864) };
+        let instance =
+            |uuid: &str| ProbedMig { uuid: uuid.into(), name: None, memory_mib: Some(4864) };
         let mut card = probed(0, "GPU-1", A);
         card.mig = Some(vec![instance("MIG-aa"), instance("MIG-bb")]);
         let outcome = report(vec![card.clone()]);
-        let select = |selection| decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]), &facts, &outcome);
+        let select = |selection| {
+            decide(&config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]), &facts, &outcome)
+        };
         assert_eq!(uuids(&select("all")), ["MIG-aa", "MIG-bb"]);
         assert_eq!(uuids(&select("MIG-b")), ["MIG-bb"]);
         assert_eq!(select("MIG-b").devices()[0].memory_mib, Some(4864));
         card.mig = Some(vec![]);
-        assert_eq!(finding(decide(&config(&[]), &facts, &report(vec![card]))).reason, Reason::DeviceSelectionEmpty);
+        assert_eq!(
+            finding(decide(&config(&[]), &facts, &report(vec![card]))).reason,
+            Reason::DeviceSelectionEmpty
+        );
     }
 
     #[test]
@@ -1014,7 +1186,8 @@ mod tests {
             Verdict::not_wanted().to_json(Distribution::Debian),
             json!({"device": "cpu", "reason": null, "summary": null, "fix": null})
         );
-        let lost = Finding { gpu_uuid: Some("GPU-1".into()), ..Finding::new(Reason::GpuLost, "why") };
+        let lost =
+            Finding { gpu_uuid: Some("GPU-1".into()), ..Finding::new(Reason::GpuLost, "why") };
         assert_eq!(
             Verdict::cpu(lost).to_json(Distribution::Ubuntu),
             json!({
@@ -1036,7 +1209,10 @@ mod tests {
             summary(two().0),
             "FL_CUDA_VISIBLE_DEVICES='none' selects no GPU; this VM has 0000:01:00.0 (10de:20b5, class 0302, driver nvidia), 0000:21:00.0 (10de:20b5, class 0302, driver nvidia)"
         );
-        assert_eq!(summary(facts(&[])), "FL_CUDA_VISIBLE_DEVICES='none' selects no GPU; this VM has no NVIDIA GPU");
+        assert_eq!(
+            summary(facts(&[])),
+            "FL_CUDA_VISIBLE_DEVICES='none' selects no GPU; this VM has no NVIDIA GPU"
+        );
     }
 
     #[test]
@@ -1047,9 +1223,20 @@ mod tests {
             (finding.pci_address, finding.gpu_uuid)
         };
         let a = Some(A.to_owned());
-        let timeout = ProbeOutcome::TimedOut { limit: Duration::from_secs(20), library: LibraryFile::default() };
-        assert_eq!(place(&promised, &facts(&[]), &timeout), (a.clone(), None), "the first that was promised");
-        assert_eq!(place(&config(&[]), &two().0, &timeout), (a.clone(), None), "the first that is there");
+        let timeout = ProbeOutcome::TimedOut {
+            limit: Duration::from_secs(20),
+            library: LibraryFile::default(),
+        };
+        assert_eq!(
+            place(&promised, &facts(&[]), &timeout),
+            (a.clone(), None),
+            "the first that was promised"
+        );
+        assert_eq!(
+            place(&config(&[]), &two().0, &timeout),
+            (a.clone(), None),
+            "the first that is there"
+        );
         let mut sick = probed(0, "GPU-1", A);
         sick.ailments.push("an ailment".into());
         let on_nvidia = facts(&[gpu_at(A, Some("nvidia"))]);
@@ -1068,9 +1255,15 @@ mod tests {
             (11, "11 (SIGSEGV)"),
             (31, "31"),
         ] {
-            let outcome = ProbeOutcome::Crashed { signal, said: String::new(), library: LibraryFile::default() };
+            let outcome = ProbeOutcome::Crashed {
+                signal,
+                said: String::new(),
+                library: LibraryFile::default(),
+            };
             let summary = finding(decide(&config(&[]), &on_nvidia, &outcome)).summary;
-            let start = format!("the probe died by signal {told} while it asked NVIDIA's library; this VM has ");
+            let start = format!(
+                "the probe died by signal {told} while it asked NVIDIA's library; this VM has "
+            );
             assert!(summary.starts_with(&start), "{summary}");
         }
     }
@@ -1080,19 +1273,26 @@ mod tests {
         let on_nvidia = facts(&[gpu_at(A, Some("nvidia"))]);
         let summary = |kind, path: Option<&str>, version: Option<&str>, damage: Option<&str>| {
             let fault = Fault { call: "nvmlInit_v2".into(), kind, text: "text".into() };
-            let (path, version, damage) = (path.map(Into::into), version.map(Into::into), damage.map(Into::into));
+            let (path, version, damage) =
+                (path.map(Into::into), version.map(Into::into), damage.map(Into::into));
             let library = LibraryFile { path, version, damage };
             let outcome = ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library });
             let summary = finding(decide(&config(&[]), &on_nvidia, &outcome)).summary;
             summary.split("; this VM has").next().unwrap().to_owned()
         };
         let library = FaultKind::Library;
-        assert_eq!(summary(library, None, None, None), "libnvidia-ml cannot be loaded: it is not installed (text)");
+        assert_eq!(
+            summary(library, None, None, None),
+            "libnvidia-ml cannot be loaded: it is not installed (text)"
+        );
         assert_eq!(
             summary(library, Some("/lib/l.so"), None, Some("it is empty")),
             "libnvidia-ml cannot be loaded: /lib/l.so: it is empty (text)"
         );
-        assert_eq!(summary(library, Some("/lib/l.so"), None, None), "libnvidia-ml cannot be loaded (text)");
+        assert_eq!(
+            summary(library, Some("/lib/l.so"), None, None),
+            "libnvidia-ml cannot be loaded (text)"
+        );
         assert_eq!(
             summary(FaultKind::Code(12), None, None, None),
             "libnvidia-ml cannot be loaded (nvmlInit_v2 answered NVML error 12: text)",
@@ -1106,7 +1306,10 @@ mod tests {
             summary(FaultKind::Symbol, Some("/lib/l.so"), None, None),
             "nvmlInit_v2 is not to be had: text; the library is /lib/l.so"
         );
-        assert_eq!(summary(FaultKind::Garbled, None, None, None), "what nvmlInit_v2 answered makes no sense: text");
+        assert_eq!(
+            summary(FaultKind::Garbled, None, None, None),
+            "what nvmlInit_v2 answered makes no sense: text"
+        );
         assert_eq!(
             summary(FaultKind::Code(27), None, None, None),
             "nvmlInit_v2 answered NVML error 27: the driver is not ready"
@@ -1116,7 +1319,9 @@ mod tests {
     #[test]
     fn a_module_that_is_loaded_is_not_said_to_be_missing() {
         let on_nvidia = facts(&[gpu_at(A, Some("nvidia"))]);
-        let summary = finding(decide(&config(&[]), &on_nvidia, &failed(FaultKind::Code(9), "no driver"))).summary;
+        let summary =
+            finding(decide(&config(&[]), &on_nvidia, &failed(FaultKind::Code(9), "no driver")))
+                .summary;
         assert_eq!(
             summary,
             "nvmlInit_v2 answered NVML error 9: no driver; this VM has 0000:01:00.0 (10de:20b5, class 0302, driver nvidia), nvidia module 550.54.15"

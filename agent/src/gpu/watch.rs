@@ -1,4 +1,5 @@
-//! The watcher, from outside: a child process of the same binary that watches the GPUs in use, see [`super::listen`].
+//! The watcher, from outside: a child process of the same binary that watches the GPUs in use, see
+//! [`super::listen`].
 //!
 //! ```text
 //!            ┌── died, or could not be started ──> pause ──> probe: the GPU is well ──┐
@@ -32,12 +33,13 @@ pub const SUBCOMMAND: &str = "nvml-watch";
 
 /// More than a line of the child ever has.
 const LONGEST_LINE_BYTES: usize = 1 << 16;
-/// Two of these without a word, and it hangs. Not one of the double length: a VM that was suspended finds its first limit
-/// over before the child could speak.
+/// Two of these without a word, and it hangs. Not one of the double length: a VM that was suspended
+/// finds its first limit over before the child could speak.
 const SILENCE: Duration = Duration::from_secs(8);
 const MOST_SILENCES: u32 = 2;
-/// The pause before a child that has died is started again: the first and the longest. With each comes a probe, which finds a
-/// GPU that is lost, within half a minute even where it takes all of its time: so it is a short one.
+/// The pause before a child that has died is started again: the first and the longest. With each
+/// comes a probe, which finds a GPU that is lost, within half a minute even where it takes all of
+/// its time: so it is a short one.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
 /// A life of this length makes the next pause the first again.
@@ -74,18 +76,31 @@ pub struct Watch {
 impl Watch {
     /// One that has not begun.
     pub fn new(reporter: Rc<Reporter>) -> Self {
-        Self { reporter, watcher: None, pause: FIRST_PAUSE, deaths: 0, told: Told::new(), failures: Told::new() }
+        Self {
+            reporter,
+            watcher: None,
+            pause: FIRST_PAUSE,
+            deaths: 0,
+            told: Told::new(),
+            failures: Told::new(),
+        }
     }
 
-    /// Ends the child, until it is needed again. In another container, or at another try, what has failed may fail again.
+    /// Ends the child, until it is needed again. In another container, or at another try, what has
+    /// failed may fail again.
     pub fn begin_anew(&mut self) {
         self.failures.clear();
         self.watcher = None;
     }
 
-    /// Watches `devices`, at least one, until one of them fails in a way that was not told yet. What changes nothing is
-    /// logged, once.
-    pub async fn until_failed(&mut self, config: &Config, settings: &Settings, devices: &[GpuDevice]) -> Finding {
+    /// Watches `devices`, at least one, until one of them fails in a way that was not told yet.
+    /// What changes nothing is logged, once.
+    pub async fn until_failed(
+        &mut self,
+        config: &Config,
+        settings: &Settings,
+        devices: &[GpuDevice],
+    ) -> Finding {
         loop {
             let death = match self.heard(settings, devices).await {
                 Heard::Said(notice) => {
@@ -144,7 +159,8 @@ impl Watch {
     ) -> Option<Finding> {
         self.deaths += 1;
         let seconds = self.pause.as_secs();
-        let text = format!("the GPU watcher {death}; starting it again in {seconds} s if the GPU is well");
+        let text =
+            format!("the GPU watcher {death}; starting it again in {seconds} s if the GPU is well");
         match self.deaths {
             ..DEATHS_TOLD => tracing::info!("{text}"),
             DEATHS_TOLD => tracing::warn!(
@@ -156,7 +172,9 @@ impl Watch {
         tokio::time::sleep(self.pause).await;
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
         let verdict = super::detect_gpus(config, settings, Duration::ZERO).await.verdict;
-        let lost = devices.iter().find(|device| !verdict.devices().iter().any(|found| found.uuid == device.uuid))?;
+        let lost = devices
+            .iter()
+            .find(|device| !verdict.devices().iter().any(|found| found.uuid == device.uuid))?;
         let why = match verdict.finding() {
             Some(finding) => format!("{}: {}", finding.reason, finding.summary),
             None => "the driver does not list it as usable any more".into(),
@@ -174,7 +192,10 @@ impl Watch {
         match notice {
             Notice::Watching { deaf } => {
                 if !deaf.is_empty() && self.deaths == 0 {
-                    tracing::info!("no events are to be had of {}: its health alone is looked after", deaf.join(", "));
+                    tracing::info!(
+                        "no events are to be had of {}: its health alone is looked after",
+                        deaf.join(", ")
+                    );
                 }
                 None
             }
@@ -185,27 +206,45 @@ impl Watch {
                 None
             }
             Notice::Event { uuid, xid, times } => self.judge_event(uuid, xid, times, devices),
-            Notice::Fault { uuid, fault } => self.failed(devices, Some(&uuid), About::Health, describe_fault(&fault)),
-            Notice::Ailing { uuid, ailments } => self.failed(devices, Some(&uuid), About::Health, ailments.join("; ")),
+            Notice::Fault { uuid, fault } => {
+                self.failed(devices, Some(&uuid), About::Health, describe_fault(&fault))
+            }
+            Notice::Ailing { uuid, ailments } => {
+                self.failed(devices, Some(&uuid), About::Health, ailments.join("; "))
+            }
             Notice::LibraryGone { path } => {
-                let what = format!("libnvidia-ml has gone from {path}: the driver was removed under the node");
+                let what = format!(
+                    "libnvidia-ml has gone from {path}: the driver was removed under the node"
+                );
                 self.failed(devices, None, About::Library, what)
             }
         }
     }
 
-    fn judge_event(&mut self, uuid: String, xid: Option<u64>, times: u64, devices: &[GpuDevice]) -> Option<Finding> {
+    fn judge_event(
+        &mut self,
+        uuid: String,
+        xid: Option<u64>,
+        times: u64,
+        devices: &[GpuDevice],
+    ) -> Option<Finding> {
         if let Some(xid) = xid {
             self.reporter.metrics(|values| values.count_xid(&uuid, xid, times));
         }
         let (class, text) = match xid.map(Xid) {
             Some(xid) => (xid.class(), xid.to_string()),
-            None => (Class::FatalForWorkload, "a double-bit ECC error, which cannot be corrected".into()),
+            None => (
+                Class::FatalForWorkload,
+                "a double-bit ECC error, which cannot be corrected".into(),
+            ),
         };
         if class.is_fatal() {
             return self.failed(devices, Some(&uuid), About::Xid(xid), text);
         }
-        let title = devices.iter().find(|device| device.uuid == uuid).map_or_else(|| uuid.clone(), ToString::to_string);
+        let title = devices
+            .iter()
+            .find(|device| device.uuid == uuid)
+            .map_or_else(|| uuid.clone(), ToString::to_string);
         if !self.told.insert((uuid, About::Xid(xid))) {
             tracing::debug!("{title}: {text}, {times} times more");
         } else if class == Class::Application {
@@ -217,9 +256,16 @@ impl Watch {
     }
 
     /// The finding about a failure of one device, or of all; `None` where it was told already.
-    fn failed(&mut self, devices: &[GpuDevice], uuid: Option<&str>, about: About, what: String) -> Option<Finding> {
+    fn failed(
+        &mut self,
+        devices: &[GpuDevice],
+        uuid: Option<&str>,
+        about: About,
+        what: String,
+    ) -> Option<Finding> {
         let device = devices.iter().find(|device| uuid.is_none_or(|uuid| device.uuid == uuid));
-        let whose = device.map_or_else(|| uuid.unwrap_or_default().to_owned(), |device| device.uuid.clone());
+        let whose = device
+            .map_or_else(|| uuid.unwrap_or_default().to_owned(), |device| device.uuid.clone());
         if !self.failures.insert((whose, about)) {
             tracing::debug!("once more: {what}");
             return None;
@@ -276,7 +322,8 @@ impl Watcher {
             .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
-        let out = child.stdout.take().ok_or_else(|| io::Error::other("it has no standard output"))?;
+        let out =
+            child.stdout.take().ok_or_else(|| io::Error::other("it has no standard output"))?;
         Ok(Self {
             uuids,
             group: child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw),
@@ -314,7 +361,8 @@ impl Watcher {
         }
     }
 
-    /// The next line; `None` at the end. One that is cut short by the caller's time limit is continued by the next call.
+    /// The next line; `None` at the end. One that is cut short by the caller's time limit is
+    /// continued by the next call.
     async fn next_line(&mut self) -> io::Result<Option<Vec<u8>>> {
         loop {
             let chunk = self.out.fill_buf().await?;
@@ -392,7 +440,10 @@ mod tests {
         let (mut watch, devices) = (watch(), devices());
         let finding = watch.judge(event("GPU-b", Some(79)), &devices).unwrap();
         assert_eq!(finding.reason, Reason::GpuFailed);
-        assert!(finding.summary.contains("NVIDIA L4 (GPU-b, ") && finding.summary.contains("XID 79: "), "{finding:?}");
+        assert!(
+            finding.summary.contains("NVIDIA L4 (GPU-b, ") && finding.summary.contains("XID 79: "),
+            "{finding:?}"
+        );
         assert_eq!(finding.gpu_uuid.as_deref(), Some("GPU-b"));
         assert_eq!(finding.pci_address.as_deref(), Some("0000:01:00.5"));
         assert_eq!(watch.judge(event("GPU-b", Some(79)), &devices), None);
@@ -413,7 +464,11 @@ mod tests {
     #[test]
     fn what_concerns_the_driver_names_every_device() {
         let mut watch = watch();
-        let finding = watch.judge(Notice::LibraryGone { path: "/lib/x".into() }, &devices()).unwrap();
-        assert!(finding.summary.contains("GPU-a") && finding.summary.contains("GPU-b"), "{finding:?}");
+        let finding =
+            watch.judge(Notice::LibraryGone { path: "/lib/x".into() }, &devices()).unwrap();
+        assert!(
+            finding.summary.contains("GPU-a") && finding.summary.contains("GPU-b"),
+            "{finding:?}"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! XIDs: the numbers under which NVIDIA's kernel driver reports what went wrong, and what each asks for. One table.
+//! XIDs: the numbers under which NVIDIA's kernel driver reports what went wrong, and what each asks
+//! for. One table.
 
 use std::fmt;
 
@@ -59,24 +60,37 @@ pub struct Entry {
     pub class: Class,
 }
 
-/// The XIDs that are known here, in ascending order. Meanings and actions after NVIDIA's "XID Errors" document
-/// (docs.nvidia.com/deploy/xid-errors, the table of XIDs and the table of recommended actions).
+/// The XIDs that are known here, in ascending order. Meanings and actions after NVIDIA's "XID
+/// Errors" document (docs.nvidia.com/deploy/xid-errors, the table of XIDs and the table of
+/// recommended actions).
 pub const XIDS: &[Entry] = &[
     entry(8, "the GPU stopped working on a channel", Class::Application),
     entry(11, "an invalid or corrupted stream of commands", Class::Application),
-    entry(13, "an exception of the graphics engine, such as an illegal instruction or access", Class::Application),
+    entry(
+        13,
+        "an exception of the graphics engine, such as an illegal instruction or access",
+        Class::Application,
+    ),
     entry(31, "an access to GPU memory that is not mapped", Class::Application),
     entry(32, "an invalid or corrupted push buffer", Class::Application),
     entry(39, "an exception of copy engine 0", Class::Application),
     entry(40, "an exception of copy engine 1", Class::Application),
     entry(41, "an exception of copy engine 2", Class::Application),
     entry(43, "a channel was stopped after its process had failed", Class::Ignore),
-    entry(45, "channels were cleaned up after an earlier error or the end of a process", Class::Information),
+    entry(
+        45,
+        "channels were cleaned up after an earlier error or the end of a process",
+        Class::Information,
+    ),
     entry(46, "the GPU stopped working", Class::ResetGpu),
     entry(48, "a double-bit ECC error, which cannot be corrected", Class::FatalForWorkload),
     entry(62, "the GPU's internal microcontroller has halted", Class::ResetGpu),
     entry(63, "a faulty page or row of memory was recorded for its replacement", Class::Ignore),
-    entry(64, "a faulty page or row of memory could not be recorded for its replacement", Class::ResetGpu),
+    entry(
+        64,
+        "a faulty page or row of memory could not be recorded for its replacement",
+        Class::ResetGpu,
+    ),
     entry(68, "an exception of the video decoder", Class::Application),
     entry(69, "a wrong use of the graphics engine", Class::Application),
     entry(74, "an NVLink error", Class::FatalForWorkload),
@@ -130,8 +144,13 @@ impl fmt::Display for Xid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(number) = self;
         match self.entry() {
-            Some(Entry { meaning, class, .. }) => write!(f, "XID {number}: {meaning} ({})", class.advice()),
-            None => write!(f, "XID {number}: not in the table of this release, so it is taken for fatal"),
+            Some(Entry { meaning, class, .. }) => {
+                write!(f, "XID {number}: {meaning} ({})", class.advice())
+            }
+            None => write!(
+                f,
+                "XID {number}: not in the table of this release, so it is taken for fatal"
+            ),
         }
     }
 }
@@ -148,9 +167,18 @@ mod tests {
 
     #[test]
     fn an_xid_is_told_with_its_meaning_and_what_it_asks_for() {
-        assert_eq!(Xid(79).to_string(), "XID 79: the GPU has fallen off the bus (the machine must be restarted)");
+        assert_eq!(
+            Xid(79).to_string(),
+            "XID 79: the GPU has fallen off the bus (the machine must be restarted)"
+        );
         for (fatal, numbers) in [
-            (true, &[46, 48, 62, 64, 74, 79, 95, 109, 110, 119, 120, 136, 140, 143, 144, 150, 155, 156, 158, 160][..]),
+            (
+                true,
+                &[
+                    46, 48, 62, 64, 74, 79, 95, 109, 110, 119, 120, 136, 140, 143, 144, 150, 155,
+                    156, 158, 160,
+                ][..],
+            ),
             (false, &[8, 11, 13, 31, 32, 39, 40, 41, 43, 45, 63, 68, 69, 92, 94, 154]),
         ] {
             for number in numbers {

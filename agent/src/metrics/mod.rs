@@ -1,5 +1,5 @@
-//! The agent's own metrics: what is known of the node -> a page in Prometheus' text format. Pure; [`serve`] puts it on the
-//! network.
+//! The agent's own metrics: what is known of the node -> a page in Prometheus' text format. Pure;
+//! [`serve`] puts it on the network.
 
 pub mod serve;
 
@@ -10,7 +10,8 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::gpu::listen::Reading;
 use crate::gpu::verdict::{GpuDevice, Verdict};
 
-/// What the GPU's watcher said longer ago than this is not known any more; it speaks every five seconds.
+/// What the GPU's watcher said longer ago than this is not known any more; it speaks every five
+/// seconds.
 const READING_HOLDS: Duration = Duration::from_secs(30);
 /// More kinds of XIDs than the GPUs of a machine have: beyond them none is remembered.
 const MOST_XIDS: usize = 1024;
@@ -72,7 +73,8 @@ pub struct Xids {
 impl Values {
     /// What the node runs on. What was read of a GPU that it goes on with stays.
     pub fn decided(&mut self, verdict: &Verdict) {
-        self.device = Some((verdict.device(), verdict.finding().map_or("", |finding| finding.reason.code())));
+        self.device =
+            Some((verdict.device(), verdict.finding().map_or("", |finding| finding.reason.code())));
         self.gpus = verdict.devices().iter().map(|device| self.gpu(device)).collect();
     }
 
@@ -110,7 +112,11 @@ impl Values {
 
     /// The driver told of an XID of a GPU, so many times.
     pub fn count_xid(&mut self, uuid: &str, xid: u64, times: u64) {
-        let name = self.gpus.iter().find(|gpu| gpu.uuid == uuid).map_or_else(String::new, |gpu| gpu.name.clone());
+        let name = self
+            .gpus
+            .iter()
+            .find(|gpu| gpu.uuid == uuid)
+            .map_or_else(String::new, |gpu| gpu.name.clone());
         let kind = XidOfGpu { uuid: uuid.into(), name, xid };
         if self.xids.len() < MOST_XIDS || self.xids.contains_key(&kind) {
             let xids = self.xids.entry(kind).or_insert(Xids { times: 0, last: SystemTime::now() });
@@ -140,9 +146,9 @@ const OF_NODE: &[&str] = &[];
 const OF_GPU: &[&str] = &["uuid", "name"];
 const OF_XID: &[&str] = &["uuid", "name", "xid"];
 
-/// All metrics; packaging/grafana/metrics.txt has the same. Names as Prometheus asks for them: base units, `_total` for
-/// counters, `_info` for a constant 1, and the moment of an event instead of the time since
-/// (prometheus.io/docs/practices/{naming,instrumenting}).
+/// All metrics; packaging/grafana/metrics.txt has the same. Names as Prometheus asks for them: base
+/// units, `_total` for counters, `_info` for a constant 1, and the moment of an event instead of
+/// the time since (prometheus.io/docs/practices/{naming,instrumenting}).
 pub const METRICS: &[Metric] = &[
     Metric {
         name: "supernode_agent_info",
@@ -210,7 +216,9 @@ pub const METRICS: &[Metric] = &[
         labels: OF_GPU,
         help: "The share of the last sample period in which the GPU worked, 0 to 1.",
         samples: |values, now, add| {
-            of_gpus(values, now, add, |reading| reading.utilization_percent.map(|percent| f64::from(percent) / 100.0));
+            of_gpus(values, now, add, |reading| {
+                reading.utilization_percent.map(|percent| f64::from(percent) / 100.0)
+            });
         },
     },
     Metric {
@@ -218,21 +226,27 @@ pub const METRICS: &[Metric] = &[
         kind: "gauge",
         labels: OF_GPU,
         help: "The GPU's memory in use.",
-        samples: |values, now, add| of_gpus(values, now, add, |reading| reading.memory_used_bytes.map(|it| it as f64)),
+        samples: |values, now, add| {
+            of_gpus(values, now, add, |reading| reading.memory_used_bytes.map(|it| it as f64))
+        },
     },
     Metric {
         name: "supernode_gpu_memory_total_bytes",
         kind: "gauge",
         labels: OF_GPU,
         help: "The GPU's memory.",
-        samples: |values, now, add| of_gpus(values, now, add, |reading| reading.memory_total_bytes.map(|it| it as f64)),
+        samples: |values, now, add| {
+            of_gpus(values, now, add, |reading| reading.memory_total_bytes.map(|it| it as f64))
+        },
     },
     Metric {
         name: "supernode_gpu_temperature_celsius",
         kind: "gauge",
         labels: OF_GPU,
         help: "The GPU's temperature.",
-        samples: |values, now, add| of_gpus(values, now, add, |reading| reading.temperature_celsius.map(f64::from)),
+        samples: |values, now, add| {
+            of_gpus(values, now, add, |reading| reading.temperature_celsius.map(f64::from))
+        },
     },
     Metric {
         name: "supernode_gpu_power_watts",
@@ -240,7 +254,9 @@ pub const METRICS: &[Metric] = &[
         labels: OF_GPU,
         help: "The GPU's power draw.",
         samples: |values, now, add| {
-            of_gpus(values, now, add, |reading| reading.power_milliwatts.map(|power| f64::from(power) / 1000.0));
+            of_gpus(values, now, add, |reading| {
+                reading.power_milliwatts.map(|power| f64::from(power) / 1000.0)
+            });
         },
     },
     Metric {
@@ -260,14 +276,17 @@ pub const METRICS: &[Metric] = &[
 ];
 
 fn at(moment: Option<SystemTime>, labels: &[&str], add: &mut Add<'_>) {
-    if let Some(since) = moment.and_then(|moment| moment.duration_since(SystemTime::UNIX_EPOCH).ok()) {
+    if let Some(since) =
+        moment.and_then(|moment| moment.duration_since(SystemTime::UNIX_EPOCH).ok())
+    {
         add(labels, since.as_millis() as f64 / 1000.0);
     }
 }
 
 fn of_gpus(values: &Values, now: Instant, add: &mut Add<'_>, value: fn(&Reading) -> Option<f64>) {
     for Gpu { uuid, name, reading } in &values.gpus {
-        let fresh = reading.filter(|(_, read_at)| now.saturating_duration_since(*read_at) < READING_HOLDS);
+        let fresh =
+            reading.filter(|(_, read_at)| now.saturating_duration_since(*read_at) < READING_HOLDS);
         if let Some(value) = fresh.and_then(|(reading, _)| value(&reading)) {
             add(&[uuid, name], value);
         }
@@ -280,14 +299,18 @@ fn of_xids(values: &Values, mut add: impl FnMut(&[&str], Xids)) {
     }
 }
 
-/// The page, in Prometheus' text format 0.0.4 (prometheus.io/docs/instrumenting/exposition_formats). A metric that is not
-/// known now has no line. `now` tells which readings hold.
+/// The page, in Prometheus' text format 0.0.4
+/// (prometheus.io/docs/instrumenting/exposition_formats). A metric that is not known now has no
+/// line. `now` tells which readings hold.
 pub fn page(values: &Values, now: Instant) -> String {
     let mut page = String::new();
     for Metric { name, kind, labels, help, samples } in METRICS {
         let mut lines = String::new();
         samples(values, now, &mut |values, value| {
-            let pairs = labels.iter().zip(values).map(|(label, value)| format!("{label}=\"{}\"", escaped(value)));
+            let pairs = labels
+                .iter()
+                .zip(values)
+                .map(|(label, value)| format!("{label}=\"{}\"", escaped(value)));
             let pairs = pairs.collect::<Vec<_>>().join(",");
             let labels = if pairs.is_empty() { pairs } else { format!("{{{pairs}}}") };
             // A text grows without fail.
@@ -339,9 +362,11 @@ mod tests {
         let table = include_str!("../../../packaging/grafana/metrics.txt");
         // In columns there, with one blank between two words here.
         let told = table.lines().filter(|line| !line.starts_with('#'));
-        let told: Vec<String> = told.map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+        let told: Vec<String> =
+            told.map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
         let line = |metric: &Metric| {
-            let labels = if metric.labels.is_empty() { "-".to_owned() } else { metric.labels.join(",") };
+            let labels =
+                if metric.labels.is_empty() { "-".to_owned() } else { metric.labels.join(",") };
             format!("{} {} {labels} {}", metric.name, metric.kind, metric.help)
         };
         assert_eq!(told, METRICS.iter().map(line).collect::<Vec<_>>());
@@ -351,7 +376,12 @@ mod tests {
     fn names_are_as_prometheus_asks_for_them() {
         for metric in METRICS {
             assert!(metric.name.starts_with("supernode_"), "{}", metric.name);
-            assert_eq!(metric.kind == "counter", metric.name.ends_with("_total"), "{}", metric.name);
+            assert_eq!(
+                metric.kind == "counter",
+                metric.name.ends_with("_total"),
+                "{}",
+                metric.name
+            );
             assert!(!metric.help.contains(['\n', '\\']), "{}", metric.name);
         }
     }
@@ -376,8 +406,14 @@ mod tests {
         values.runs(second(1000));
         values.runs(second(1000));
         values.runs(second(2000));
-        values
-            .read(UUID, Reading { power_milliwatts: Some(70_500), utilization_percent: Some(7), ..Reading::default() });
+        values.read(
+            UUID,
+            Reading {
+                power_milliwatts: Some(70_500),
+                utilization_percent: Some(7),
+                ..Reading::default()
+            },
+        );
         values.read("GPU-other", Reading { power_milliwatts: Some(1), ..Reading::default() });
         values.count_xid(UUID, 31, 2);
         values.count_xid(UUID, 31, 3);
@@ -409,7 +445,10 @@ mod tests {
         assert!(!page(&values, Instant::now() + READING_HOLDS).contains("temperature"));
         values.decided(&Verdict::cpu(Finding::new(Reason::GpuFailed, "x")));
         let page = page(&values, Instant::now());
-        assert!(page.contains("supernode_device_info{device=\"cpu\",reason=\"gpu-failed\"} 1\n"), "{page}");
+        assert!(
+            page.contains("supernode_device_info{device=\"cpu\",reason=\"gpu-failed\"} 1\n"),
+            "{page}"
+        );
         assert!(page.contains("xid=\"79\"} 1\n") && !page.contains("temperature"), "{page}");
     }
 

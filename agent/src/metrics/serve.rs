@@ -1,4 +1,5 @@
-//! The page on the network: HTTP/1, `GET /metrics` and nothing else. Whatever goes wrong here is never the node's end.
+//! The page on the network: HTTP/1, `GET /metrics` and nothing else. Whatever goes wrong here is
+//! never the node's end.
 
 use std::convert::Infallible;
 use std::io;
@@ -26,8 +27,8 @@ const BUFFER_BYTES: usize = 8192;
 const PAUSE: Duration = Duration::from_secs(30);
 const PAUSE_AFTER_ACCEPT: Duration = Duration::from_secs(1);
 
-/// Serves what `page` gives at `address`, for as long as this is polled. An address that cannot be had gets one WARNING, and
-/// is tried again.
+/// Serves what `page` gives at `address`, for as long as this is polled. An address that cannot be
+/// had gets one WARNING, and is tried again.
 pub async fn serve(address: SocketAddr, page: impl Fn() -> String) -> Infallible {
     let mut told = false;
     let listener = loop {
@@ -87,8 +88,12 @@ async fn answer(stream: TcpStream, page: &impl Fn() -> String) {
     }
 }
 
-fn response_to(request: &Request<Incoming>, page: impl Fn() -> String) -> hyper::http::Result<Response<Full<Bytes>>> {
-    let plain = |status, text: &'static str| Response::builder().status(status).body(Full::from(text));
+fn response_to(
+    request: &Request<Incoming>,
+    page: impl Fn() -> String,
+) -> hyper::http::Result<Response<Full<Bytes>>> {
+    let plain =
+        |status, text: &'static str| Response::builder().status(status).body(Full::from(text));
     match (request.uri().path(), request.method()) {
         ("/metrics", &Method::GET) => Response::builder()
             .header(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")
@@ -135,16 +140,28 @@ mod tests {
     async fn the_page_is_at_its_path_by_get_and_nothing_else_is_there() {
         beside(async |address| {
             let ok = said_to(address, b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n").await;
-            assert!(ok.starts_with("HTTP/1.1 200 OK\r\n") && ok.ends_with("\r\n\r\nup 1\n"), "{ok}");
-            assert!(ok.contains("content-type: text/plain; version=0.0.4; charset=utf-8\r\n"), "{ok}");
+            assert!(
+                ok.starts_with("HTTP/1.1 200 OK\r\n") && ok.ends_with("\r\n\r\nup 1\n"),
+                "{ok}"
+            );
+            assert!(
+                ok.contains("content-type: text/plain; version=0.0.4; charset=utf-8\r\n"),
+                "{ok}"
+            );
             for (request, status) in [
                 ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", "404 Not Found"),
                 ("GET /metrics/x HTTP/1.1\r\nHost: a\r\n\r\n", "404 Not Found"),
-                ("POST /metrics HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n", "405 Method Not Allowed"),
+                (
+                    "POST /metrics HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n",
+                    "405 Method Not Allowed",
+                ),
                 ("what?\r\n\r\n", "400 Bad Request"),
             ] {
                 let answer = said_to(address, request.as_bytes()).await;
-                assert!(answer.starts_with(&format!("HTTP/1.1 {status}\r\n")), "{request}: {answer}");
+                assert!(
+                    answer.starts_with(&format!("HTTP/1.1 {status}\r\n")),
+                    "{request}: {answer}"
+                );
             }
         })
         .await;
@@ -153,7 +170,8 @@ mod tests {
     #[tokio::test]
     async fn a_head_without_end_is_refused() {
         beside(async |address| {
-            let endless = [b"GET /metrics HTTP/1.1\r\nX: ", "x".repeat(1 << 16).as_bytes()].concat();
+            let endless =
+                [b"GET /metrics HTTP/1.1\r\nX: ", "x".repeat(1 << 16).as_bytes()].concat();
             let answer = said_to(address, &endless).await;
             assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431 "), "{answer}");
         })

@@ -1,5 +1,6 @@
-//! What the supervisor decides: a value that hears what has happened and answers what is to be done next. Pure: it reads no
-//! clock, and the time comes in with what has happened and goes out as pauses.
+//! What the supervisor decides: a value that hears what has happened and answers what is to be done
+//! next. Pure: it reads no clock, and the time comes in with what has happened and goes out as
+//! pauses.
 //!
 //! ```text
 //! look ──┬─ runs, as it is wanted: adopted ────────────────────────────────────────────> watch
@@ -21,9 +22,9 @@
 //!                                                  the GPU is usable now: told, or anew <──┘
 //! ```
 //!
-//! The pause is 1 s, doubles up to 60 s, and is 1 s again after ten minutes of health or when the engine had gone.
-//! Whenever the node must have a GPU and would go on the CPU, it ends. So does a first launch that fails: the service manager
-//! tries again, from the beginning.
+//! The pause is 1 s, doubles up to 60 s, and is 1 s again after ten minutes of health or when the
+//! engine had gone. Whenever the node must have a GPU and would go on the CPU, it ends. So does a
+//! first launch that fails: the service manager tries again, from the beginning.
 
 use std::time::Duration;
 
@@ -37,9 +38,10 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// A run of this length makes the next pause the first again.
 const HEALTHY_AFTER: Duration = Duration::from_secs(600);
-/// The pauses before a GPU that failed is tried again: as many as tries. They begin anew once it has worked for
-/// [`HEALTHY_AFTER`].
-const GPU_PAUSES: [Duration; 3] = [Duration::from_secs(5), Duration::from_secs(10), Duration::from_secs(20)];
+/// The pauses before a GPU that failed is tried again: as many as tries. They begin anew once it
+/// has worked for [`HEALTHY_AFTER`].
+const GPU_PAUSES: [Duration; 3] =
+    [Duration::from_secs(5), Duration::from_secs(10), Duration::from_secs(20)];
 /// While the engine is away it is looked for this often.
 const ENGINE_PAUSE: Duration = Duration::from_secs(2);
 
@@ -142,7 +144,8 @@ pub enum Act {
     See,
     /// Wait (Done).
     Wait(Duration),
-    /// Wait, and watch the GPU meanwhile: the container may have ended of its fault (Done, Changed).
+    /// Wait, and watch the GPU meanwhile: the container may have ended of its fault (Done,
+    /// Changed).
     Rest(Duration),
     /// Stop the container (Done, also where it does not stop).
     Stop(Grace),
@@ -292,7 +295,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A node that is to run on this, which was announced where it is a fallback; and its first act.
+    /// A node that is to run on this, which was announced where it is a fallback; and its first
+    /// act.
     pub fn new(rules: Rules, verdict: Verdict) -> (Self, Act) {
         let announced = verdict.finding().map(|finding| finding.reason);
         let ground = Ground { verdict, left: None };
@@ -348,11 +352,14 @@ impl Machine {
                 self.go(Place::Discarding(finding.clone()), Act::Discard(finding))
             }
             (Place::Discarding(finding), Event::Done) => self.fall_back(finding, tell),
-            (Place::Looking | Place::Clearing | Place::Starting | Place::Discarding(_), Event::Failed) => {
-                self.not_up(tell)
-            }
+            (
+                Place::Looking | Place::Clearing | Place::Starting | Place::Discarding(_),
+                Event::Failed,
+            ) => self.not_up(tell),
 
-            (Place::Running, Event::Changed { change, up_for }) => self.change(change, up_for, tell),
+            (Place::Running, Event::Changed { change, up_for }) => {
+                self.change(change, up_for, tell)
+            }
             (Place::Asking(cause), Event::Engine { answers: true }) => self.settle(cause, tell),
             (Place::Asking(cause), Event::Engine { answers: false }) => {
                 tell.push(Tell::EngineAway);
@@ -384,9 +391,8 @@ impl Machine {
             (Place::Holding(ending), Event::Done) => self.end_container(ending),
             (Place::Ending, Event::Done) => self.bring_up(),
 
-            (Place::Stopping(finding), Event::Done) | (Place::Probing(finding), Event::Well(false)) => {
-                self.try_gpu(finding, tell)
-            }
+            (Place::Stopping(finding), Event::Done)
+            | (Place::Probing(finding), Event::Well(false)) => self.try_gpu(finding, tell),
             (Place::Trying(finding), Event::Done) => self.go(Place::Probing(finding), Act::Probe),
             (Place::Probing(_), Event::Well(true)) => self.bring_up(),
 
@@ -440,8 +446,8 @@ impl Machine {
         self.go(Place::Running, Act::Watch)
     }
 
-    /// The launch failed. Where it had moved to the CPU: it does not come up there either, so it was not the GPU, and the
-    /// next try begins with it again.
+    /// The launch failed. Where it had moved to the CPU: it does not come up there either, so it
+    /// was not the GPU, and the next try begins with it again.
     fn not_up(&mut self, tell: &mut Vec<Tell>) -> Act {
         self.ground = self.before.clone();
         if !self.was_up {
@@ -498,12 +504,16 @@ impl Machine {
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
     }
 
-    /// A container that runs has to end: the first at once, and one soon after another has to wait, lest a node does nothing
-    /// but start.
+    /// A container that runs has to end: the first at once, and one soon after another has to wait,
+    /// lest a node does nothing but start.
     fn hold(&mut self, ending: Ending) -> Act {
         let pause = self.pause;
         self.lengthen_pause();
-        if pause > FIRST_PAUSE { self.go(Place::Holding(ending), Act::Wait(pause)) } else { self.end_container(ending) }
+        if pause > FIRST_PAUSE {
+            self.go(Place::Holding(ending), Act::Wait(pause))
+        } else {
+            self.end_container(ending)
+        }
     }
 
     fn end_container(&mut self, ending: Ending) -> Act {
@@ -529,8 +539,8 @@ impl Machine {
         }
     }
 
-    /// Gives the GPU that failed one of the tries that are left: with the container stopped, for a GPU that is in use cannot
-    /// be reset.
+    /// Gives the GPU that failed one of the tries that are left: with the container stopped, for a
+    /// GPU that is in use cannot be reset.
     fn try_gpu(&mut self, finding: Finding, tell: &mut Vec<Tell>) -> Act {
         let Some(pause) = GPU_PAUSES.get(self.gpu_tries) else {
             return self.leave_gpu(finding, tell);
@@ -540,8 +550,8 @@ impl Machine {
         self.go(Place::Trying(finding), Act::Wait(*pause))
     }
 
-    /// Leaves a GPU that failed while the container ran on it. An agent that is started again adopts the container on the
-    /// CPU: only one that is stopped gives the GPU another chance.
+    /// Leaves a GPU that failed while the container ran on it. An agent that is started again
+    /// adopts the container on the CPU: only one that is stopped gives the GPU another chance.
     fn leave_gpu(&mut self, finding: Finding, tell: &mut Vec<Tell>) -> Act {
         if self.rules.gpu_required {
             tell.push(Tell::RequiredLost(finding));
@@ -577,7 +587,8 @@ mod tests {
     use super::*;
     use crate::gpu::verdict::GpuDevice;
 
-    const RULES: Rules = Rules { gpu_required: false, on_failure: OnFailure::Cpu, on_late: OnLate::Announce };
+    const RULES: Rules =
+        Rules { gpu_required: false, on_failure: OnFailure::Cpu, on_late: OnLate::Announce };
 
     fn on_gpu() -> Verdict {
         let device = GpuDevice {
@@ -599,8 +610,9 @@ mod tests {
         Event::Changed { change, up_for: Duration::from_secs(10) }
     }
 
-    /// More than any chain of acts that do not wait: the old container is taken away; on the GPU, and then on the CPU, it is
-    /// looked for, started again, cleared, made and discarded; and the engine is asked.
+    /// More than any chain of acts that do not wait: the old container is taken away; on the GPU,
+    /// and then on the CPU, it is looked for, started again, cleared, made and discarded; and the
+    /// engine is asked.
     const MOST_ACTS: u32 = 12;
 
     /// A node, its next act, and what a test remembers of its story.
@@ -612,7 +624,8 @@ mod tests {
         warned: Vec<Reason>,
         /// The acts since one that waits.
         busy: u32,
-        /// How often the container was brought up, and the time that was waited, since the pause was the first.
+        /// How often the container was brought up, and the time that was waited, since the pause
+        /// was the first.
         bring_ups: u32,
         waited: Duration,
     }
@@ -648,7 +661,9 @@ mod tests {
                         || self.act == Act::Clear && matches!(event, Event::Done),
                     "{event:?}: {self:?}"
                 ),
-                Act::StartAgain => assert!(matches!(event, Event::Found(Found::Ended)), "{event:?}: {self:?}"),
+                Act::StartAgain => {
+                    assert!(matches!(event, Event::Found(Found::Ended)), "{event:?}: {self:?}")
+                }
                 // The other looks belong to a launch that goes on, on the CPU.
                 Act::Look if !matches!(self.act, Act::Look | Act::Discard(_)) => {
                     self.bring_ups += 1;
@@ -661,7 +676,10 @@ mod tests {
                 && let Verdict::Cpu { finding } = self.machine.verdict()
             {
                 assert!(!self.machine.rules.gpu_required, "{event:?}: {self:?}");
-                assert!(finding.iter().all(|finding| self.warned.contains(&finding.reason)), "{event:?}: {self:?}");
+                assert!(
+                    finding.iter().all(|finding| self.warned.contains(&finding.reason)),
+                    "{event:?}: {self:?}"
+                );
             }
             // A busy loop: some acts, and then one that waits.
             self.busy += 1;
@@ -694,12 +712,15 @@ mod tests {
         }
     }
 
-    /// What bringing the container up for the `n`th time without health has cost in pauses at the least. Some times are for
-    /// nothing: the first, the first container that had to be ended, and the way to the CPU when the GPU has failed. The
-    /// tries of the GPU before that have pauses of their own.
+    /// What bringing the container up for the `n`th time without health has cost in pauses at the
+    /// least. Some times are for nothing: the first, the first container that had to be ended, and
+    /// the way to the CPU when the GPU has failed. The tries of the GPU before that have pauses of
+    /// their own.
     fn least_wait(n: u32) -> Duration {
         let free = 3 + GPU_PAUSES.len() as u32;
-        (0..n.saturating_sub(free)).map(|n| (FIRST_PAUSE * 2_u32.pow(n.min(10))).min(LONGEST_PAUSE)).sum()
+        (0..n.saturating_sub(free))
+            .map(|n| (FIRST_PAUSE * 2_u32.pow(n.min(10))).min(LONGEST_PAUSE))
+            .sum()
     }
 
     /// Chance, for one act.
@@ -769,7 +790,15 @@ mod tests {
 
         /// Anything: an answer to some act.
         fn anything(self) -> Event {
-            let acts = [Act::Look, Act::Clear, Act::StartAgain, Act::Watch, Act::AskEngine, Act::See, Act::Probe];
+            let acts = [
+                Act::Look,
+                Act::Clear,
+                Act::StartAgain,
+                Act::Watch,
+                Act::AskEngine,
+                Act::See,
+                Act::Probe,
+            ];
             self.answer(&pick(&acts, self.which / 4))
         }
     }
@@ -777,20 +806,25 @@ mod tests {
     fn a_node() -> impl Strategy<Value = Story> {
         let on_failure = select(vec![OnFailure::Cpu, OnFailure::Restart, OnFailure::Ignore]);
         let on_late = select(vec![OnLate::Announce, OnLate::Restart]);
-        let cpu = select(vec![Verdict::not_wanted(), Verdict::cpu(finding(Reason::DriverNotLoaded))]);
+        let cpu =
+            select(vec![Verdict::not_wanted(), Verdict::cpu(finding(Reason::DriverNotLoaded))]);
         let verdict = prop_oneof![3 => Just(on_gpu()), 1 => cpu];
-        (any::<bool>(), on_failure, on_late, verdict).prop_map(|(required, on_failure, on_late, verdict)| {
-            // A node that must have a GPU and has none from the start is ended before it comes here.
-            let gpu_required = required && matches!(verdict, Verdict::Gpu { .. });
-            Story::new(Rules { gpu_required, on_failure, on_late }, verdict)
-        })
+        (any::<bool>(), on_failure, on_late, verdict).prop_map(
+            |(required, on_failure, on_late, verdict)| {
+                // A node that must have a GPU and has none from the start is ended before it comes
+                // here.
+                let gpu_required = required && matches!(verdict, Verdict::Gpu { .. });
+                Story::new(Rules { gpu_required, on_failure, on_late }, verdict)
+            },
+        )
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
-        /// No story leads to two containers, to a busy loop, to the CPU without its WARNING, or to the CPU at all where there
-        /// must be a GPU; and from wherever it has led the node gets well.
+        /// No story leads to two containers, to a busy loop, to the CPU without its WARNING, or to
+        /// the CPU at all where there must be a GPU; and from wherever it has led the node gets
+        /// well.
         #[test]
         fn no_story_breaks_the_contract(mut story in a_node(), dice in prop::collection::vec(dice(), 1..200)) {
             for dice in dice {
@@ -835,10 +869,13 @@ mod tests {
     }
 
     #[test]
-    fn a_container_that_hangs_loses_its_gpu_or_moves_is_made_anew_at_once_and_the_next_time_later() {
-        for (change, act) in
-            [(Change::Lost, Act::TakeAway), (Change::Hangs, Act::Stop(Grace::Short)), (Change::Moved, Act::Look)]
-        {
+    fn a_container_that_hangs_loses_its_gpu_or_moves_is_made_anew_at_once_and_the_next_time_later()
+    {
+        for (change, act) in [
+            (Change::Lost, Act::TakeAway),
+            (Change::Hangs, Act::Stop(Grace::Short)),
+            (Change::Moved, Act::Look),
+        ] {
             let mut story = up(RULES, on_gpu());
             story.hear(changed(change.clone()));
             assert_eq!(story.act, act);
@@ -908,7 +945,10 @@ mod tests {
             }
         }
         assert_eq!(pauses, GPU_PAUSES);
-        assert_eq!(story.machine.verdict().finding().map(|finding| finding.reason), Some(Reason::GpuFailed));
+        assert_eq!(
+            story.machine.verdict().finding().map(|finding| finding.reason),
+            Some(Reason::GpuFailed)
+        );
         assert_eq!(story.act, Act::Look);
     }
 
@@ -952,9 +992,11 @@ mod tests {
     #[test]
     fn another_container_is_taken_away_before_ours_is_made() {
         let mut story = Story::new(RULES, Verdict::not_wanted());
-        for (event, act) in
-            [(Event::Found(Found::Other), Act::Clear), (Event::Done, Act::Make), (Event::Done, Act::Watch)]
-        {
+        for (event, act) in [
+            (Event::Found(Found::Other), Act::Clear),
+            (Event::Done, Act::Make),
+            (Event::Done, Act::Watch),
+        ] {
             assert!(story.hear(event).is_empty());
             assert_eq!(story.act, act);
         }
@@ -979,14 +1021,18 @@ mod tests {
     }
 
     #[test]
-    fn a_container_that_runs_as_it_is_wanted_is_adopted_and_one_that_has_lost_its_gpu_is_replaced() {
+    fn a_container_that_runs_as_it_is_wanted_is_adopted_and_one_that_has_lost_its_gpu_is_replaced()
+    {
         let mut story = Story::new(RULES, on_gpu());
         let told = story.hear(Event::Found(Found::Same));
         assert!(matches!(told[..], [Tell::Adopted]), "{told:?}");
         assert_eq!(story.act, Act::Watch);
         let mut story = Story::new(RULES, on_gpu());
         let told = story.hear(Event::Found(Found::WithoutGpu(finding(Reason::GpuNotVisible))));
-        assert!(matches!(&told[..], [Tell::Replacing(why)] if why.reason == Reason::GpuNotVisible), "{told:?}");
+        assert!(
+            matches!(&told[..], [Tell::Replacing(why)] if why.reason == Reason::GpuNotVisible),
+            "{told:?}"
+        );
         assert_eq!((story.act, story.machine.verdict()), (Act::Clear, &on_gpu()));
     }
 
@@ -1012,7 +1058,10 @@ mod tests {
             _ => panic!("{told:?}"),
         };
         story.hear(changed(Change::Ended(Some(137))));
-        assert_eq!(again(story.hear(Event::Engine { answers: true })), (Cause::Ended(Some(137)), 1));
+        assert_eq!(
+            again(story.hear(Event::Engine { answers: true })),
+            (Cause::Ended(Some(137)), 1)
+        );
         story.ends_well();
         story.hear(changed(Change::Ended(None)));
         story.hear(Event::Engine { answers: true });
@@ -1035,7 +1084,10 @@ mod tests {
         assert_eq!(story.act, Act::Wait(ENGINE_PAUSE));
         story.hear(Event::Done);
         let told = story.hear(Event::Engine { answers: true });
-        assert!(matches!(told[..], [Tell::EngineBack, Tell::Again(Cause::Ended(Some(1)), FIRST_PAUSE)]), "{told:?}");
+        assert!(
+            matches!(told[..], [Tell::EngineBack, Tell::Again(Cause::Ended(Some(1)), FIRST_PAUSE)]),
+            "{told:?}"
+        );
     }
 
     #[test]
@@ -1069,7 +1121,9 @@ mod tests {
 
     #[test]
     fn a_gpu_whose_fault_ended_the_container_is_tried_again_or_left_before_the_next_start() {
-        for (on_failure, act) in [(OnFailure::Restart, Act::Stop(Grace::Whole)), (OnFailure::Cpu, Act::Look)] {
+        for (on_failure, act) in
+            [(OnFailure::Restart, Act::Stop(Grace::Whole)), (OnFailure::Cpu, Act::Look)]
+        {
             let mut story = up(Rules { on_failure, ..RULES }, on_gpu());
             story.hear(changed(Change::Ended(Some(1))));
             story.hear(Event::Engine { answers: true });
@@ -1106,7 +1160,8 @@ mod tests {
         let told = story.hear(changed(Change::Failed(finding(Reason::GpuFailed))));
         assert!(matches!(told[..], [Tell::FallBack(_), Tell::MovesToCpu]), "{told:?}");
         assert_eq!(story.machine.left_gpu(), Some(&on_gpu()));
-        // Where the GPU did not come up, and then did, and then does not again, each is a WARNING of its own.
+        // Where the GPU did not come up, and then did, and then does not again, each is a WARNING
+        // of its own.
         let mut story = up(RULES, on_gpu());
         for _ in 0..2 {
             story.hear(changed(Change::Moved));
@@ -1118,7 +1173,8 @@ mod tests {
             assert_eq!(story.act, Act::Discard(finding(Reason::RuntimeStartFailed)));
             let told = story.hear(Event::Done);
             assert!(matches!(told[..], [Tell::FallBack(_)]), "{told:?}");
-            // It does not come up on the CPU either, so the next try is with the GPU: that one comes up.
+            // It does not come up on the CPU either, so the next try is with the GPU: that one
+            // comes up.
             story.hear(Event::Failed);
             story.ends_well();
             assert_eq!(story.machine.verdict(), &on_gpu());
@@ -1127,9 +1183,11 @@ mod tests {
 
     #[test]
     fn a_container_that_has_to_end_soon_after_another_ends_after_a_pause() {
-        for (change, act) in
-            [(Change::Lost, Act::TakeAway), (Change::Hangs, Act::Stop(Grace::Short)), (Change::Moved, Act::Look)]
-        {
+        for (change, act) in [
+            (Change::Lost, Act::TakeAway),
+            (Change::Hangs, Act::Stop(Grace::Short)),
+            (Change::Moved, Act::Look),
+        ] {
             let mut story = up(RULES, on_gpu());
             story.hear(changed(change.clone()));
             story.ends_well();
@@ -1158,7 +1216,8 @@ mod tests {
         let verdict = || Verdict::cpu(finding(Reason::DriverNotLoaded));
         let told = up(RULES, verdict()).hear(changed(Change::Usable));
         assert!(matches!(told[..], [Tell::Usable]), "{told:?}");
-        let told = up(Rules { on_late: OnLate::Restart, ..RULES }, verdict()).hear(changed(Change::Usable));
+        let told = up(Rules { on_late: OnLate::Restart, ..RULES }, verdict())
+            .hear(changed(Change::Usable));
         assert!(matches!(told[..], [Tell::UsableTaken]), "{told:?}");
     }
 
@@ -1188,6 +1247,9 @@ mod tests {
         story.hear(Event::Found(Found::Nothing));
         let told = story.hear(Event::NotOnGpu(finding(Reason::GpuNotVisible)));
         assert!(matches!(told[..], [Tell::Again(Cause::NotUp, _)]), "{told:?}");
-        assert_eq!((story.act, story.machine.verdict()), (Act::Rest(FIRST_PAUSE * 2), &Verdict::not_wanted()));
+        assert_eq!(
+            (story.act, story.machine.verdict()),
+            (Act::Rest(FIRST_PAUSE * 2), &Verdict::not_wanted())
+        );
     }
 }

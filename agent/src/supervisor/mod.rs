@@ -1,4 +1,5 @@
-//! The container's life: adopted or replaced, watched, started again, stopped. The agent is its one owner.
+//! The container's life: adopted or replaced, watched, started again, stopped. The agent is its one
+//! owner.
 //!
 //! What is to be done is decided in [`machine`], where it is drawn; here it is done.
 
@@ -58,7 +59,8 @@ pub struct Node {
     pub reporter: Rc<Reporter>,
 }
 
-/// What a node is in want of that its supervisor cannot give: the story from the beginning, because the GPU is usable now.
+/// What a node is in want of that its supervisor cannot give: the story from the beginning, because
+/// the GPU is usable now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Anew;
 
@@ -119,7 +121,8 @@ struct Run {
     listener: Listener,
     /// What Flower says of its connection.
     connection: Connection,
-    /// Whether the container has a connection to the SuperLink's port: what there is to go by where Flower's log says nothing.
+    /// Whether the container has a connection to the SuperLink's port: what there is to go by where
+    /// Flower's log says nothing.
     reached: bool,
     /// Whether somebody has paused it.
     paused: bool,
@@ -166,12 +169,12 @@ enum News {
 }
 
 impl Node {
-    /// Brings the container up on this verdict and keeps it up; `starting` ends once it is up. Returns only where the story is
-    /// to begin anew: a signal ends it from outside.
+    /// Brings the container up on this verdict and keeps it up; `starting` ends once it is up.
+    /// Returns only where the story is to begin anew: a signal ends it from outside.
     ///
     /// # Errors
-    /// When the container does not come up at first; when there must be a GPU, and the container does not come up on it or it
-    /// has failed.
+    /// When the container does not come up at first; when there must be a GPU, and the container
+    /// does not come up on it or it has failed.
     pub async fn live(
         self,
         verdict: Verdict,
@@ -204,7 +207,15 @@ impl Node {
 
     fn spec_on(&self, verdict: &Verdict) -> ContainerSpec {
         let superlink = Some(&self.superlink);
-        plan::plan_container(&self.config, verdict, &self.access, superlink, &self.image, &self.machine, &self.settings)
+        plan::plan_container(
+            &self.config,
+            verdict,
+            &self.access,
+            superlink,
+            &self.image,
+            &self.machine,
+            &self.settings,
+        )
     }
 
     fn release(&self) -> &'static Release {
@@ -213,10 +224,12 @@ impl Node {
 
     /// Whether the container's log tells when Flower has connected.
     fn log_tells(&self) -> bool {
-        matches!(self.config.log_level, LogLevel::Debug | LogLevel::Info) && self.release().tells_node_id()
+        matches!(self.config.log_level, LogLevel::Debug | LogLevel::Info)
+            && self.release().tells_node_id()
     }
 
-    /// Makes what the container's mounts need. Looked after at every start: a folder may have gone in between.
+    /// Makes what the container's mounts need. Looked after at every start: a folder may have gone
+    /// in between.
     fn prepare_mounts(&self) -> Result<(), LaunchError> {
         let failed = |path: &Path| {
             let path = path.to_path_buf();
@@ -232,7 +245,8 @@ impl Node {
         site::write(state).map_err(failed(state))
     }
 
-    /// Looks, while a discovered SuperLink is not reached, whether the service has it elsewhere by now, or trusts another CA.
+    /// Looks, while a discovered SuperLink is not reached, whether the service has it elsewhere by
+    /// now, or trusts another CA.
     async fn until_moved(&self) -> superlink::Found {
         /// Flower itself tries again for that long first.
         const FIRST_LOOK: Duration = Duration::from_secs(60);
@@ -246,12 +260,16 @@ impl Node {
             tokio::time::sleep(with_jitter(pause, fastrand::f64())).await;
             match find_superlink(Ok(cloud.gate()), &self.config, SystemTime::now()).await {
                 Ok(found)
-                    if found.superlink.address != self.superlink.address || found.superlink.ca != self.superlink.ca =>
+                    if found.superlink.address != self.superlink.address
+                        || found.superlink.ca != self.superlink.ca =>
                 {
                     return found;
                 }
                 Ok(_) => {}
-                Err(error) => tracing::debug!("looking for the SuperLink again: {}", journal::error_chain(&error)),
+                Err(error) => tracing::debug!(
+                    "looking for the SuperLink again: {}",
+                    journal::error_chain(&error)
+                ),
             }
             pause = backoff.after_failure().unwrap_or(pause).max(first);
         }
@@ -277,8 +295,8 @@ impl Supervisor<'_> {
         }
     }
 
-    /// More than an act takes whose every call has a limit of its own, of a minute or two at the most. A wait for a change has
-    /// none by its nature.
+    /// More than an act takes whose every call has a limit of its own, of a minute or two at the
+    /// most. A wait for a change has none by its nature.
     fn limit_of(&self, act: &Act) -> Duration {
         const CALLS: Duration = Duration::from_secs(600);
         let Settings { gpu, container, .. } = &self.node.settings;
@@ -511,15 +529,22 @@ impl Supervisor<'_> {
                 }
                 let partition = self.node.superlink.partition;
                 self.node.superlink = SuperLink { partition, ..found.superlink };
-                tracing::info!("the service has its SuperLink at {} now", self.node.superlink.address);
+                tracing::info!(
+                    "the service has its SuperLink at {} now",
+                    self.node.superlink.address
+                );
                 Change::Moved
             }
             News::Connection(connection) => {
                 match connection {
                     Connection::Connected { node_id, .. } => {
-                        tracing::info!("connected to the SuperLink {address} as SuperNode {node_id}");
+                        tracing::info!(
+                            "connected to the SuperLink {address} as SuperNode {node_id}"
+                        );
                     }
-                    Connection::Lost { .. } => tracing::info!("not connected to the SuperLink {address}"),
+                    Connection::Lost { .. } => {
+                        tracing::info!("not connected to the SuperLink {address}")
+                    }
                     Connection::Unknown => {}
                 }
                 run.connection = connection;
@@ -609,8 +634,10 @@ impl Supervisor<'_> {
     }
 
     async fn probe(&self) -> Event {
-        let found = detect_gpus(&self.node.config, &self.node.settings, Duration::ZERO).await.verdict;
-        let is_well = |device: &GpuDevice| found.devices().iter().any(|found| found.uuid == device.uuid);
+        let found =
+            detect_gpus(&self.node.config, &self.node.settings, Duration::ZERO).await.verdict;
+        let is_well =
+            |device: &GpuDevice| found.devices().iter().any(|found| found.uuid == device.uuid);
         let well = self.machine.verdict().devices().iter().all(is_well);
         if well {
             tracing::info!("a probe finds the GPU well: the container is started on it again");
@@ -627,13 +654,18 @@ impl Supervisor<'_> {
         match tell {
             Tell::Adopted => {
                 if let Some(container) = &self.container {
-                    tracing::info!("adopted the running container {name} ({})", short(&container.id));
+                    tracing::info!(
+                        "adopted the running container {name} ({})",
+                        short(&container.id)
+                    );
                     if container.paused {
                         tracing::warn!("the container {name} is paused: docker unpause {name}");
                     }
                 }
             }
-            Tell::Replacing(finding) => tracing::warn!("replacing the running container: {}", finding.summary),
+            Tell::Replacing(finding) => {
+                tracing::warn!("replacing the running container: {}", finding.summary)
+            }
             Tell::FallBack(finding) => warn_of_the_cpu(config, &finding, *distribution),
             Tell::Required(finding) => journal::error_required(&finding, *distribution),
             Tell::RequiredLost(finding) => journal::error_required_lost(&finding, *distribution),
@@ -665,7 +697,8 @@ impl Supervisor<'_> {
             Tell::EngineBack => tracing::info!("the Docker engine answers again"),
             Tell::Ignored(finding) => {
                 journal::warn_ignored(&finding, *distribution);
-                self.remark = Some(format!("the GPU failed, which is ignored: {}", finding.summary));
+                self.remark =
+                    Some(format!("the GPU failed, which is ignored: {}", finding.summary));
             }
             Tell::TriedAgain(finding) => {
                 self.remark = None;
@@ -674,13 +707,19 @@ impl Supervisor<'_> {
                 reporter.uses(&[]);
                 reporter.doing(&format!("The GPU failed, trying it again: {}", finding.summary));
             }
-            Tell::LooksAgain(pause) => tracing::info!("looking at the GPU again in {} s", pause.as_secs()),
+            Tell::LooksAgain(pause) => {
+                tracing::info!("looking at the GPU again in {} s", pause.as_secs())
+            }
             Tell::Usable => {
                 tracing::info!("GPU is usable now; restart flower-supernode to use it");
-                self.remark = Some("the GPU is usable now: systemctl restart flower-supernode to use it".into());
+                self.remark = Some(
+                    "the GPU is usable now: systemctl restart flower-supernode to use it".into(),
+                );
             }
             Tell::UsableTaken => {
-                tracing::warn!("GPU is usable now, and gpu.on_late is restart: the container is replaced");
+                tracing::warn!(
+                    "GPU is usable now, and gpu.on_late is restart: the container is replaced"
+                );
             }
         }
     }
@@ -741,12 +780,16 @@ fn unexpected() -> LaunchError {
     EngineError::Failed { doing: "bring the container up", message }.into()
 }
 
-/// Says why there is no GPU, and what helps on this distribution: the WARNING of the fallback, or the error where a GPU is
-/// required.
+/// Says why there is no GPU, and what helps on this distribution: the WARNING of the fallback, or
+/// the error where a GPU is required.
 ///
 /// # Errors
 /// When there must be a GPU.
-pub fn announce(config: &Config, finding: &Finding, distribution: Distribution) -> Result<(), LaunchError> {
+pub fn announce(
+    config: &Config,
+    finding: &Finding,
+    distribution: Distribution,
+) -> Result<(), LaunchError> {
     if config.gpu_required {
         journal::error_required(finding, distribution);
         return Err(LaunchError::GpuRequired);
@@ -762,7 +805,8 @@ fn warn_of_the_cpu(config: &Config, finding: &Finding, distribution: Distributio
     }
 }
 
-/// Whether `container` runs on the CPU because `wanted`, on the GPU, did not come up: why, as its labels tell.
+/// Whether `container` runs on the CPU because `wanted`, on the GPU, did not come up: why, as its
+/// labels tell.
 fn stands_in_for(container: &Container, wanted: &ContainerSpec) -> Option<Finding> {
     let label = |name: &str| container.labels.get(name).map(String::as_str);
     if label(plan::REFUSED_HASH_LABEL) != Some(wanted.hash().as_str()) {

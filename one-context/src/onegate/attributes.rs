@@ -5,19 +5,23 @@ use base64::engine::general_purpose::STANDARD;
 
 use super::OneGateError;
 
-/// The text with which [`OneGate::publish`](super::OneGate::publish) sets `attributes`: `NAME=value`, a line for each, in their order.
+/// The text with which [`OneGate::publish`](super::OneGate::publish) sets `attributes`:
+/// `NAME=value`, a line for each, in their order.
 ///
-/// Values go without quotes, which OneGate adds (OpenNebula, `src/onegate/onegate-server.rb`); an empty one is `NAME=""`. A value that
-/// would not survive that becomes base64 (standard alphabet), and so does one with `READY=YES` in it, in any case: OneFlow opens
-/// its gate on that text anywhere in an update (`src/flow/lib/EventManager.rb`).
-/// Whether an attribute whose name ends in `READY` is YES is the caller's to decide.
+/// Values go without quotes, which OneGate adds (OpenNebula, `src/onegate/onegate-server.rb`); an
+/// empty one is `NAME=""`. A value that would not survive that becomes base64 (standard alphabet),
+/// and so does one with `READY=YES` in it, in any case: OneFlow opens its gate on that text
+/// anywhere in an update (`src/flow/lib/EventManager.rb`). Whether an attribute whose name ends in
+/// `READY` is YES is the caller's to decide.
 ///
 /// # Errors
 /// [`OneGateError::BadAttribute`] where a name is not `[A-Z0-9_]+`.
 pub fn update_text(attributes: &[(&str, String)]) -> Result<String, OneGateError> {
     let mut text = String::new();
     for (name, value) in attributes {
-        if name.is_empty() || !name.bytes().all(|byte| matches!(byte, b'A'..=b'Z' | b'0'..=b'9' | b'_')) {
+        if name.is_empty()
+            || !name.bytes().all(|byte| matches!(byte, b'A'..=b'Z' | b'0'..=b'9' | b'_'))
+        {
             return Err(OneGateError::BadAttribute { name: name.chars().take(100).collect() });
         }
         if !text.is_empty() {
@@ -37,9 +41,12 @@ pub fn update_text(attributes: &[(&str, String)]) -> Result<String, OneGateError
 /// Whether a value arrives as it is, and means nothing to OneFlow.
 fn is_plain(value: &str) -> bool {
     // The last two are no characters of XML, as which OpenNebula keeps a template.
-    let is_lost = |character| matches!(character, ',' | '[' | ']' | '"' | '\\' | '\u{fffe}' | '\u{ffff}');
+    let is_lost =
+        |character| matches!(character, ',' | '[' | ']' | '"' | '\\' | '\u{fffe}' | '\u{ffff}');
     let is_kept = |character: char| !character.is_control() && !is_lost(character);
-    value.trim() == value && value.chars().all(is_kept) && !value.to_ascii_uppercase().contains("READY=YES")
+    value.trim() == value
+        && value.chars().all(is_kept)
+        && !value.to_ascii_uppercase().contains("READY=YES")
 }
 
 /// The form that carries the text of an update; type 1 adds to what is there.
@@ -47,7 +54,9 @@ pub(super) fn form(update_text: &str) -> String {
     let mut form = String::from("data=");
     for byte in update_text.bytes() {
         match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' => form.push(char::from(byte)),
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' => {
+                form.push(char::from(byte))
+            }
             _ => form.push_str(&format!("%{byte:02X}")),
         }
     }
@@ -66,15 +75,22 @@ mod tests {
 
     #[test]
     fn an_update_has_a_line_for_each_attribute_in_their_order() {
-        let attributes =
-            [("FL_NODE_ID", "7".to_owned()), ("FL_GPU_NAME", "NVIDIA H100 80GB".to_owned()), ("A", "b".to_owned())];
-        assert_eq!(update_text(&attributes).unwrap(), "FL_NODE_ID=7\nFL_GPU_NAME=NVIDIA H100 80GB\nA=b");
+        let attributes = [
+            ("FL_NODE_ID", "7".to_owned()),
+            ("FL_GPU_NAME", "NVIDIA H100 80GB".to_owned()),
+            ("A", "b".to_owned()),
+        ];
+        assert_eq!(
+            update_text(&attributes).unwrap(),
+            "FL_NODE_ID=7\nFL_GPU_NAME=NVIDIA H100 80GB\nA=b"
+        );
         assert_eq!(update_text(&[]).unwrap(), "");
     }
 
     #[test]
     fn a_plain_value_stays_as_it_is() {
-        for value in ["YES", "a b", "=b", "a=b", "it's", "Grüße", "日本", "$(id)", "a#b", "%41+"] {
+        for value in ["YES", "a b", "=b", "a=b", "it's", "Grüße", "日本", "$(id)", "a#b", "%41+"]
+        {
             assert_eq!(text_of(value), value);
         }
     }
@@ -88,8 +104,8 @@ mod tests {
     fn what_opennebula_would_refuse_or_change_is_base64() {
         assert_eq!(text_of("a,b"), "YSxi");
         for value in [
-            "a,b", "[", "]", "\"", "\\", "a\nb", "a\rb", "a\tb", "\0", "\u{7f}", "\u{85}", " a", "a ", " ", "\u{a0}a",
-            "\u{fffe}", "\u{ffff}",
+            "a,b", "[", "]", "\"", "\\", "a\nb", "a\rb", "a\tb", "\0", "\u{7f}", "\u{85}", " a",
+            "a ", " ", "\u{a0}a", "\u{fffe}", "\u{ffff}",
         ] {
             assert_eq!(STANDARD.decode(text_of(value)).unwrap(), value.as_bytes(), "{value:?}");
         }
@@ -116,7 +132,8 @@ mod tests {
         for name in ["", "a", "A-B", "A B", "A=", "A\nREADY=YES", "Ä", "A[B"] {
             let error = update_text(&[("OK", "1".to_owned()), (name, "1".to_owned())]).unwrap_err();
             assert!(
-                matches!(&error, OneGateError::BadAttribute { .. }) && !error.to_string().contains('\n'),
+                matches!(&error, OneGateError::BadAttribute { .. })
+                    && !error.to_string().contains('\n'),
                 "{error}"
             );
         }

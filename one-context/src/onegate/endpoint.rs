@@ -1,4 +1,5 @@
-//! `ONEGATE_ENDPOINT` to where requests go. Pure; no error shows the text, which may hold a password.
+//! `ONEGATE_ENDPOINT` to where requests go. Pure; no error shows the text, which may hold a
+//! password.
 
 use std::fmt;
 use std::net::Ipv6Addr;
@@ -14,7 +15,8 @@ pub(super) struct Endpoint {
     pub(super) authority: String,
     pub(super) host: ServerName<'static>,
     pub(super) port: u16,
-    /// The path before that of every route: empty, or with a slash at its beginning and none at its end.
+    /// The path before that of every route: empty, or with a slash at its beginning and none at its
+    /// end.
     pub(super) prefix: String,
 }
 
@@ -36,13 +38,14 @@ impl Endpoint {
         if authority.as_str().contains('@') {
             return Err("it has a user name or a password in it");
         }
-        let bare_host = match authority.host().strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
-            Some(host) if host.parse::<Ipv6Addr>().is_ok() => host,
-            Some(_) => return Err("what it has in brackets is no IPv6 address"),
-            None => authority.host(),
-        };
-        let host =
-            ServerName::try_from(bare_host.to_owned()).map_err(|_| "its host is neither a name nor an address")?;
+        let bare_host =
+            match authority.host().strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+                Some(host) if host.parse::<Ipv6Addr>().is_ok() => host,
+                Some(_) => return Err("what it has in brackets is no IPv6 address"),
+                None => authority.host(),
+            };
+        let host = ServerName::try_from(bare_host.to_owned())
+            .map_err(|_| "its host is neither a name nor an address")?;
         let port = match authority.as_str().strip_prefix(authority.host()).unwrap_or_default() {
             "" => default_port,
             // Uri lets numbers pass that are no ports, and forgets them.
@@ -68,7 +71,8 @@ mod tests {
     #[track_caller]
     fn assert_parsed(text: &str, is_https: bool, host: &str, port: u16, prefix: &str) {
         let endpoint = Endpoint::parse(text).unwrap();
-        let parsed = (endpoint.is_https, endpoint.host.to_str(), endpoint.port, endpoint.prefix.as_str());
+        let parsed =
+            (endpoint.is_https, endpoint.host.to_str(), endpoint.port, endpoint.prefix.as_str());
         assert_eq!(parsed, (is_https, host.into(), port, prefix), "{text}");
     }
 
@@ -78,7 +82,13 @@ mod tests {
         assert_parsed("http://169.254.16.9:5030/", false, "169.254.16.9", 5030, "");
         assert_parsed("HTTP://onegate.example", false, "onegate.example", 80, "");
         assert_parsed("https://onegate.example/", true, "onegate.example", 443, "");
-        assert_parsed("https://onegate.example/cloud/gate//", true, "onegate.example", 443, "/cloud/gate");
+        assert_parsed(
+            "https://onegate.example/cloud/gate//",
+            true,
+            "onegate.example",
+            443,
+            "/cloud/gate",
+        );
         assert_parsed("http://one_gate", false, "one_gate", 80, "");
     }
 
@@ -100,7 +110,11 @@ mod tests {
 
     #[test]
     fn a_user_or_a_password_is_refused_and_not_shown() {
-        for text in ["http://alice:hunter2@onegate.example", "https://alice@[::1]:5030/", "http://@onegate.example"] {
+        for text in [
+            "http://alice:hunter2@onegate.example",
+            "https://alice@[::1]:5030/",
+            "http://@onegate.example",
+        ] {
             let error = Endpoint::parse(text).unwrap_err();
             assert!(!error.contains("hunter2") && !error.contains("alice"), "{error}");
         }

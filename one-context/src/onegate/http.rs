@@ -1,4 +1,5 @@
-//! One HTTP/1.1 request over a connection of its own: bounded in time and size, without a proxy, without redirects.
+//! One HTTP/1.1 request over a connection of its own: bounded in time and size, without a proxy,
+//! without redirects.
 
 use std::io;
 use std::path::Path;
@@ -35,7 +36,9 @@ pub enum NoAnswer {
     #[error("cannot connect; does the VM reach its cloud's network, and does OneGate run?")]
     Unreachable(#[source] io::Error),
     /// A connection without trust, or with something that does not speak TLS.
-    #[error("no TLS connection; is this server's certificate from a CA that is trusted here, and for this host?")]
+    #[error(
+        "no TLS connection; is this server's certificate from a CA that is trusted here, and for this host?"
+    )]
     NoTls(#[source] io::Error),
     /// Not HTTP, not to its end, or with a head that is too large.
     #[error("the reply is not HTTP, or was cut off")]
@@ -51,7 +54,8 @@ pub enum NoAnswer {
     },
 }
 
-/// Trusts the certificates in `ca_file` (PEM) and no other; without a file, those that the machine trusts.
+/// Trusts the certificates in `ca_file` (PEM) and no other; without a file, those that the machine
+/// trusts.
 pub(super) fn tls(ca_file: Option<&Path>) -> io::Result<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     match ca_file {
@@ -93,7 +97,8 @@ pub(super) async fn exchange(
         let Some(config) = tls else {
             return exchange_over(stream, request).await;
         };
-        let connecting = TlsConnector::from(Arc::clone(config)).connect(endpoint.host.clone(), stream);
+        let connecting =
+            TlsConnector::from(Arc::clone(config)).connect(endpoint.host.clone(), stream);
         exchange_over(connecting.await.map_err(NoAnswer::NoTls)?, request).await
     };
     tokio::time::timeout(limit, exchange).await.unwrap_or(Err(NoAnswer::TimedOut { limit }))
@@ -108,7 +113,8 @@ async fn exchange_over(
         let reply = sender.send_request(request).await?;
         Ok((reply.status(), read_body(reply.into_body()).await?))
     });
-    // The connection moves the bytes. Its errors come out of the exchange too, after what has arrived before them.
+    // The connection moves the bytes. Its errors come out of the exchange too, after what has
+    // arrived before them.
     tokio::select! {
         outcome = &mut exchange => outcome,
         _ = connection => exchange.await,

@@ -1,4 +1,5 @@
-//! OneGate, the cloud's door for its VMs: what a VM may ask about itself and its service, and what it may publish.
+//! OneGate, the cloud's door for its VMs: what a VM may ask about itself and its service, and what
+//! it may publish.
 //!
 //! - `endpoint`: where it listens (pure)
 //! - `attributes`: attributes to the body of an update (pure)
@@ -32,11 +33,12 @@ use crate::context::Secret;
 /// How much of what OneGate says an error repeats.
 const EXCERPT_CHARACTERS: usize = 200;
 
-/// A client for the VM that it runs in. Each call is one request over its own connection, and needs a Tokio runtime with I/O and
-/// time.
+/// A client for the VM that it runs in. Each call is one request over its own connection, and needs
+/// a Tokio runtime with I/O and time.
 ///
-/// It goes to the endpoint and nowhere else, as the token goes with each request: no redirect is followed, and no proxy is used,
-/// since hyper reads no environment. OneGate's usual address is link-local, where no proxy gets.
+/// It goes to the endpoint and nowhere else, as the token goes with each request: no redirect is
+/// followed, and no proxy is used, since hyper reads no environment. OneGate's usual address is
+/// link-local, where no proxy gets.
 #[derive(Debug)]
 pub struct OneGate {
     endpoint: Endpoint,
@@ -75,7 +77,8 @@ pub struct Node {
     pub vm_id: u64,
     /// The VM's name, where OneGate knows it.
     pub name: Option<String>,
-    /// Its attributes as in [`Vm::attributes`], where the service was asked for with them. Untrusted.
+    /// Its attributes as in [`Vm::attributes`], where the service was asked for with them.
+    /// Untrusted.
     pub attributes: BTreeMap<String, String>,
 }
 
@@ -88,10 +91,12 @@ pub struct Vm {
     pub name: String,
     /// Whether it is active and running (STATE 3, LCM_STATE 3); `None` where OneGate does not say.
     pub is_running: Option<bool>,
-    /// The texts of its USER_TEMPLATE: what was published for it. Names are in capitals, as OpenNebula keeps them; an empty
-    /// attribute is left out, so empty means unset. Untrusted: any VM of a service may write those of any other.
+    /// The texts of its USER_TEMPLATE: what was published for it. Names are in capitals, as
+    /// OpenNebula keeps them; an empty attribute is left out, so empty means unset. Untrusted: any
+    /// VM of a service may write those of any other.
     pub attributes: BTreeMap<String, String>,
-    /// The addresses of its NICs in their order, IPv4 before IPv6 on each; aliases last, link-local IPv6 left out. Untrusted.
+    /// The addresses of its NICs in their order, IPv4 before IPv6 on each; aliases last, link-local
+    /// IPv6 left out. Untrusted.
     pub addresses: Vec<IpAddr>,
 }
 
@@ -110,7 +115,9 @@ pub enum OneGateError {
     #[error("VMID is not the number of a VM; accepted are decimal digits")]
     BadVmId,
     /// The token cannot be sent.
-    #[error("the token for OneGate is empty or has characters that no token has; is TOKEN=YES in the VM's context?")]
+    #[error(
+        "the token for OneGate is empty or has characters that no token has; is TOKEN=YES in the VM's context?"
+    )]
     BadToken,
     /// OneGate speaks https, and there is nothing to check its certificate by.
     #[error("no CA certificates for OneGate from {origin}")]
@@ -157,7 +164,8 @@ pub enum OneGateError {
         /// What happened.
         source: NoAnswer,
     },
-    /// A reply that is not what was asked for: from an unknown version of OneGate, or not from OneGate at all.
+    /// A reply that is not what was asked for: from an unknown version of OneGate, or not from
+    /// OneGate at all.
     #[error("{request}: the reply is not one of OneGate: {excerpt}")]
     Unexpected {
         /// Method and address.
@@ -170,8 +178,9 @@ pub enum OneGateError {
 }
 
 impl OneGateError {
-    /// Whether the same request will fail for ever: only where something of this VM, its configuration or the request itself, must
-    /// change. All else may heal: OneGate answers 401 also while it does not reach oned, and 404 while OneFlow is down.
+    /// Whether the same request will fail for ever: only where something of this VM, its
+    /// configuration or the request itself, must change. All else may heal: OneGate answers 401
+    /// also while it does not reach oned, and 404 while OneFlow is down.
     pub fn is_final(&self) -> bool {
         match self {
             Self::BadEndpoint { .. }
@@ -180,7 +189,10 @@ impl OneGateError {
             | Self::NoCertificates { .. }
             | Self::BadAttribute { .. }
             | Self::NotInService => true,
-            Self::Refused { .. } | Self::Redirected { .. } | Self::NoAnswer { .. } | Self::Unexpected { .. } => false,
+            Self::Refused { .. }
+            | Self::Redirected { .. }
+            | Self::NoAnswer { .. }
+            | Self::Unexpected { .. } => false,
         }
     }
 }
@@ -191,7 +203,9 @@ fn meaning(status: u16, text: &str) -> &'static str {
         400 if text.contains("does not contain VM") => {
             "OneFlow has not registered this VM yet, or it is of another service"
         }
-        400 if text.contains("is empty") => "OneFlow has not registered the VMs of this service yet",
+        400 if text.contains("is empty") => {
+            "OneFlow has not registered the VMs of this service yet"
+        }
         400 => "OneGate does not take this request",
         401 => "the token is not valid for this VM, or OneGate does not reach oned",
         403 => "OneGate's configuration does not allow it",
@@ -204,11 +218,13 @@ fn meaning(status: u16, text: &str) -> &'static str {
 }
 
 impl OneGate {
-    /// A client with what the VM's context says: the endpoint (`ONEGATE_ENDPOINT`), the VM's number (`VMID`), and the token.
-    /// `timeout` is for each request as a whole, from connecting to the last byte of the reply.
+    /// A client with what the VM's context says: the endpoint (`ONEGATE_ENDPOINT`), the VM's number
+    /// (`VMID`), and the token. `timeout` is for each request as a whole, from connecting to the
+    /// last byte of the reply.
     ///
-    /// Where the endpoint is https, the server's certificate must come from one of the CAs in `ca_file` (PEM) and no other; without a
-    /// file, from one that the machine trusts (or that `SSL_CERT_FILE` and `SSL_CERT_DIR` name). They are read here, which blocks.
+    /// Where the endpoint is https, the server's certificate must come from one of the CAs in
+    /// `ca_file` (PEM) and no other; without a file, from one that the machine trusts (or that
+    /// `SSL_CERT_FILE` and `SSL_CERT_DIR` name). They are read here, which blocks.
     ///
     /// # Errors
     /// [`OneGateError`] where one of them cannot be used; it is final.
@@ -219,14 +235,16 @@ impl OneGate {
         ca_file: Option<&Path>,
         timeout: Duration,
     ) -> Result<Self, OneGateError> {
-        let endpoint = Endpoint::parse(endpoint).map_err(|problem| OneGateError::BadEndpoint { problem })?;
+        let endpoint =
+            Endpoint::parse(endpoint).map_err(|problem| OneGateError::BadEndpoint { problem })?;
         let vm_id = shape::decimal(vm_id).ok_or(OneGateError::BadVmId)?;
         let token_text = token.expose();
         if token_text.is_empty() || !token_text.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(OneGateError::BadToken);
         }
         let tls = endpoint.is_https.then(|| http::tls(ca_file)).transpose().map_err(|source| {
-            let origin = ca_file.map_or_else(|| "this machine".to_owned(), |path| path.display().to_string());
+            let origin = ca_file
+                .map_or_else(|| "this machine".to_owned(), |path| path.display().to_string());
             OneGateError::NoCertificates { origin, source }
         })?;
         Ok(Self { endpoint, tls, vm_id, token, limit: timeout })
@@ -264,7 +282,8 @@ impl OneGate {
         self.get(&format!("/vms/{id}"), shape::vm).await
     }
 
-    /// Sets attributes of this VM, all in one request; see [`update_text`] for how they are written. Others keep their values.
+    /// Sets attributes of this VM, all in one request; see [`update_text`] for how they are
+    /// written. Others keep their values.
     ///
     /// # Errors
     /// See [`OneGateError`].
@@ -273,7 +292,11 @@ impl OneGate {
         self.request(Method::PUT, "/vm", form).await.map(|_| ())
     }
 
-    async fn get<T>(&self, route: &str, read: fn(&[u8]) -> Result<T, ShapeError>) -> Result<T, OneGateError> {
+    async fn get<T>(
+        &self,
+        route: &str,
+        read: fn(&[u8]) -> Result<T, ShapeError>,
+    ) -> Result<T, OneGateError> {
         let body = self.request(Method::GET, route, String::new()).await?;
         read(&body).map_err(|source| OneGateError::Unexpected {
             request: self.named(&Method::GET, route),
@@ -283,7 +306,12 @@ impl OneGate {
     }
 
     /// The body of the reply to a request that OneGate takes; with a form where that is not empty.
-    async fn request(&self, method: Method, route: &str, form: String) -> Result<Vec<u8>, OneGateError> {
+    async fn request(
+        &self,
+        method: Method,
+        route: &str,
+        form: String,
+    ) -> Result<Vec<u8>, OneGateError> {
         let request = self.named(&method, route);
         let mut message = Request::builder()
             .method(method)
@@ -295,7 +323,8 @@ impl OneGate {
         if !form.is_empty() {
             message = message.header(CONTENT_TYPE, "application/x-www-form-urlencoded");
         }
-        // The length of the form is known, so it goes as Content-Length: OneGate does not read a chunked body.
+        // The length of the form is known, so it goes as Content-Length: OneGate does not read a
+        // chunked body.
         let message = message
             .body(Full::from(form))
             .map_err(|_| OneGateError::BadEndpoint { problem: "its path is too long" })?;
@@ -322,8 +351,8 @@ impl OneGate {
         format!("{method} {}{route}", self.endpoint)
     }
 
-    /// The beginning of a body, on one line and without control characters. Who repeats our request in it does not make us show
-    /// the token.
+    /// The beginning of a body, on one line and without control characters. Who repeats our request
+    /// in it does not make us show the token.
     fn excerpt(&self, body: &[u8]) -> String {
         let text = String::from_utf8_lossy(body);
         let text = text.replace(self.token.expose(), "(the token)");

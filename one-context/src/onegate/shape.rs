@@ -1,8 +1,9 @@
 //! OneGate's JSON to services and VMs. Pure.
 //!
-//! What OneGate writes comes from XML: a number may be a string, a list of one may stand without its brackets, and what is empty
-//! may be `{}`, `[]`, `""` or null. So what is there is read in each of these forms, what is not there is left out, and only an
-//! answer without the thing that was asked for, or without its number, is an error.
+//! What OneGate writes comes from XML: a number may be a string, a list of one may stand without
+//! its brackets, and what is empty may be `{}`, `[]`, `""` or null. So what is there is read in
+//! each of these forms, what is not there is left out, and only an answer without the thing that
+//! was asked for, or without its number, is an error.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -86,7 +87,8 @@ fn is_running(vm: &Value) -> Option<bool> {
     }
 }
 
-/// The attributes with a text. An attribute that is set twice or has attributes of its own has none, nor has an empty one.
+/// The attributes with a text. An attribute that is set twice or has attributes of its own has
+/// none, nor has an empty one.
 fn attributes(user_template: &Value) -> BTreeMap<String, String> {
     let attributes = user_template.as_object().into_iter().flatten();
     attributes.filter_map(|(name, value)| Some((name.clone(), text(value)?))).collect()
@@ -98,8 +100,10 @@ fn addresses(template: &Value) -> Vec<IpAddr> {
     for nic in [list(&template["NIC"]), list(&template["NIC_ALIAS"])].concat() {
         for key in ["IP", "IP6", "IP6_GLOBAL", "IP6_ULA"] {
             let address: Option<IpAddr> = nic[key].as_str().and_then(|text| text.parse().ok());
-            let is_link_local = matches!(address, Some(IpAddr::V6(address)) if address.is_unicast_link_local());
-            addresses.extend(address.filter(|address| !is_link_local && !addresses.contains(address)));
+            let is_link_local =
+                matches!(address, Some(IpAddr::V6(address)) if address.is_unicast_link_local());
+            addresses
+                .extend(address.filter(|address| !is_link_local && !addresses.contains(address)));
         }
     }
     addresses
@@ -152,11 +156,18 @@ mod tests {
     }
 
     fn nodes_of(nodes: Value) -> Vec<Node> {
-        service_of(json!({"id": 7, "roles": [{"name": "superlink", "nodes": nodes}]})).roles.remove(0).nodes
+        service_of(json!({"id": 7, "roles": [{"name": "superlink", "nodes": nodes}]}))
+            .roles
+            .remove(0)
+            .nodes
     }
 
     fn addresses_of(template: Value) -> Vec<String> {
-        vm_of(json!({"ID": 1, "TEMPLATE": template})).addresses.iter().map(IpAddr::to_string).collect()
+        vm_of(json!({"ID": 1, "TEMPLATE": template}))
+            .addresses
+            .iter()
+            .map(IpAddr::to_string)
+            .collect()
     }
 
     fn named(names: &[(&str, &str)]) -> BTreeMap<String, String> {
@@ -172,7 +183,11 @@ mod tests {
 
     #[test]
     fn a_service_is_read_as_opennebula_answers() {
-        let node = Node { vm_id: 100, name: Some("superlink_0_(service_7)".to_owned()), attributes: BTreeMap::new() };
+        let node = Node {
+            vm_id: 100,
+            name: Some("superlink_0_(service_7)".to_owned()),
+            attributes: BTreeMap::new(),
+        };
         let role = Role { name: "superlink".to_owned(), cardinality: Some(1), nodes: vec![node] };
         assert_eq!(
             service(SERVICE.as_bytes()).unwrap(),
@@ -186,7 +201,11 @@ mod tests {
             id: 101,
             name: "supernode_0".to_owned(),
             is_running: Some(true),
-            attributes: named(&[("SERVICE_ID", "7"), ("ROLE_NAME", "supernode"), ("FL_ENDPOINT", "10.0.0.1:9092")]),
+            attributes: named(&[
+                ("SERVICE_ID", "7"),
+                ("ROLE_NAME", "supernode"),
+                ("FL_ENDPOINT", "10.0.0.1:9092"),
+            ]),
             addresses: vec!["192.168.0.101".parse().unwrap()],
         };
         assert_eq!(vm(VM.as_bytes()).unwrap(), expected);
@@ -198,7 +217,8 @@ mod tests {
             assert_eq!(service_of(json!({ "id": id })).id, 7);
             assert_eq!(vm_of(json!({ "ID": id })).id, 7);
             assert_eq!(nodes_of(json!([{ "deploy_id": id }]))[0].vm_id, 7);
-            let roles = service_of(json!({"id": 1, "roles": [{"name": "a", "cardinality": id}]})).roles;
+            let roles =
+                service_of(json!({"id": 1, "roles": [{"name": "a", "cardinality": id}]})).roles;
             assert_eq!(roles[0].cardinality, Some(7));
         }
     }
@@ -229,15 +249,28 @@ mod tests {
             assert!(vm(json.as_bytes()).is_err(), "{id}");
         }
         assert_eq!(vm(b"{\"VM\":{}}").unwrap_err().to_string(), "it has no number of the VM");
-        assert_eq!(service(b"{\"SERVICE\":{}}").unwrap_err().to_string(), "it has no number of the service");
+        assert_eq!(
+            service(b"{\"SERVICE\":{}}").unwrap_err().to_string(),
+            "it has no number of the service"
+        );
     }
 
     #[test]
     fn a_reply_that_is_something_else_is_an_error_that_says_so() {
-        for json in
-            ["null", "[]", "7", "\"SERVICE\"", "{}", r#"{"SERVICE":null,"VM":null}"#, r#"{"SERVICE":[],"VM":""}"#]
-        {
-            assert_eq!(service(json.as_bytes()).unwrap_err().to_string(), "it has no SERVICE", "{json}");
+        for json in [
+            "null",
+            "[]",
+            "7",
+            "\"SERVICE\"",
+            "{}",
+            r#"{"SERVICE":null,"VM":null}"#,
+            r#"{"SERVICE":[],"VM":""}"#,
+        ] {
+            assert_eq!(
+                service(json.as_bytes()).unwrap_err().to_string(),
+                "it has no SERVICE",
+                "{json}"
+            );
             assert_eq!(vm(json.as_bytes()).unwrap_err().to_string(), "it has no VM", "{json}");
         }
         let deep = "[".repeat(1_000_000);
@@ -266,15 +299,19 @@ mod tests {
 
     #[test]
     fn a_list_of_one_may_stand_without_its_brackets() {
-        let service = service_of(json!({"id": 7, "roles": {"name": "a", "nodes": {"deploy_id": 100}}}));
+        let service =
+            service_of(json!({"id": 7, "roles": {"name": "a", "nodes": {"deploy_id": 100}}}));
         assert_eq!((service.roles.len(), service.roles[0].nodes[0].vm_id), (1, 100));
     }
 
     #[test]
     fn roles_come_in_their_order_and_those_without_a_name_are_passed_over() {
         let roles = json!([{"name": "b"}, {"name": ""}, {}, null, 7, {"name": {}}, {"name": "a"}]);
-        let names: Vec<_> =
-            service_of(json!({"id": 7, "roles": roles})).roles.into_iter().map(|role| role.name).collect();
+        let names: Vec<_> = service_of(json!({"id": 7, "roles": roles}))
+            .roles
+            .into_iter()
+            .map(|role| role.name)
+            .collect();
         assert_eq!(names, ["b", "a"]);
     }
 
@@ -328,7 +365,10 @@ mod tests {
             (json!("3"), json!({}), None),
             (json!(null), json!("3"), None),
         ] {
-            assert_eq!(vm_of(json!({"ID": 1, "STATE": state, "LCM_STATE": lcm_state})).is_running, expected);
+            assert_eq!(
+                vm_of(json!({"ID": 1, "STATE": state, "LCM_STATE": lcm_state})).is_running,
+                expected
+            );
         }
         assert_eq!(vm_of(json!({"ID": 1})).is_running, None);
     }
@@ -410,8 +450,10 @@ mod tests {
         leaf.prop_recursive(6, 64, 8, move |inner| {
             prop_oneof![
                 vec(inner.clone(), 0..4).prop_map(Value::from),
-                vec((prop::sample::select(names.to_vec()), inner), 0..8)
-                    .prop_map(|fields| fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()),
+                vec((prop::sample::select(names.to_vec()), inner), 0..8).prop_map(|fields| fields
+                    .into_iter()
+                    .map(|(name, value)| (name.to_owned(), value))
+                    .collect()),
             ]
         })
     }

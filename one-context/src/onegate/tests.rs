@@ -94,7 +94,8 @@ impl Server {
     }
 
     fn client_within(&self, limit: Duration) -> OneGate {
-        OneGate::new(&format!("http://{}", self.address), "101", Secret::new(TOKEN), None, limit).unwrap()
+        OneGate::new(&format!("http://{}", self.address), "101", Secret::new(TOKEN), None, limit)
+            .unwrap()
     }
 
     fn tls_client(&self, host: &str, ca_file: &Path) -> OneGate {
@@ -108,7 +109,11 @@ impl Server {
 }
 
 /// Reads one request and replies. That the client may leave early is no error here.
-async fn serve(mut stream: impl AsyncReadExt + AsyncWriteExt + Unpin, reply: Reply, seen: &Mutex<Vec<String>>) {
+async fn serve(
+    mut stream: impl AsyncReadExt + AsyncWriteExt + Unpin,
+    reply: Reply,
+    seen: &Mutex<Vec<String>>,
+) {
     let mut request = Vec::new();
     while !is_whole(&request) {
         let mut piece = [0; 1024];
@@ -168,11 +173,19 @@ fn chain(error: &OneGateError) -> String {
 
 #[track_caller]
 fn assert_not_whole(error: &OneGateError) {
-    assert!(matches!(error, OneGateError::NoAnswer { source: NoAnswer::NotWhole(_), .. }), "{error:?}");
+    assert!(
+        matches!(error, OneGateError::NoAnswer { source: NoAnswer::NotWhole(_), .. }),
+        "{error:?}"
+    );
     assert!(!error.is_final());
 }
 
-fn client_of(endpoint: &str, vm_id: &str, token: &str, ca_file: Option<&Path>) -> Result<OneGate, OneGateError> {
+fn client_of(
+    endpoint: &str,
+    vm_id: &str,
+    token: &str,
+    ca_file: Option<&Path>,
+) -> Result<OneGate, OneGateError> {
     OneGate::new(endpoint, vm_id, Secret::new(token), ca_file, LONG)
 }
 
@@ -198,7 +211,11 @@ async fn each_question_has_its_route_and_says_who_asks() {
 #[tokio::test]
 async fn an_update_is_one_form_with_its_length() {
     let server = Server::start(vec![reply(200, "")]).await;
-    let attributes = [("FL_NODE_ID", "101".to_owned()), ("FL_GPU_NAME", "A, B".to_owned()), ("FL_X", String::new())];
+    let attributes = [
+        ("FL_NODE_ID", "101".to_owned()),
+        ("FL_GPU_NAME", "A, B".to_owned()),
+        ("FL_X", String::new()),
+    ];
     server.client().publish(&attributes).await.unwrap();
     let expected = format!(
         "PUT /vm HTTP/1.1\r\nhost: {}\r\nx-onegate-token: {TOKEN}\r\nx-onegate-vmid: 101\r\nconnection: close\r\n\
@@ -220,7 +237,8 @@ async fn a_bad_name_of_an_attribute_is_never_sent() {
 #[tokio::test]
 async fn the_path_of_the_endpoint_comes_before_every_route() {
     let server = Server::start(vec![reply(200, VM)]).await;
-    let client = client_of(&format!("http://{}/cloud/gate/", server.address), "101", TOKEN, None).unwrap();
+    let client =
+        client_of(&format!("http://{}/cloud/gate/", server.address), "101", TOKEN, None).unwrap();
     client.vm().await.unwrap();
     assert!(server.requests()[0].starts_with("GET /cloud/gate/vm HTTP/1.1\r\n"));
 }
@@ -228,7 +246,11 @@ async fn the_path_of_the_endpoint_comes_before_every_route() {
 #[tokio::test]
 async fn a_refusal_says_what_it_probably_is_and_what_onegate_says() {
     for (status, text, meaning) in [
-        (401, "Not authorized", "the token is not valid for this VM, or OneGate does not reach oned"),
+        (
+            401,
+            "Not authorized",
+            "the token is not valid for this VM, or OneGate does not reach oned",
+        ),
         (
             400,
             "Service 7 does not contain VM 101",
@@ -236,7 +258,11 @@ async fn a_refusal_says_what_it_probably_is_and_what_onegate_says() {
         ),
         (400, "Service 7 is empty.", "OneFlow has not registered the VMs of this service yet"),
         (400, "Bad request", "OneGate does not take this request"),
-        (403, "Action (update) on resource (vm) not supported", "OneGate's configuration does not allow it"),
+        (
+            403,
+            "Action (update) on resource (vm) not supported",
+            "OneGate's configuration does not allow it",
+        ),
         (404, "Service 7 not found", "there is no such service, or OneFlow is down"),
         (
             404,
@@ -249,7 +275,8 @@ async fn a_refusal_says_what_it_probably_is_and_what_onegate_says() {
     ] {
         let server = Server::start(vec![reply(status, text)]).await;
         let error = server.client().vm().await.unwrap_err();
-        let expected = format!("GET http://{}/vm: {status}, {meaning}; OneGate says: {text}", server.address);
+        let expected =
+            format!("GET http://{}/vm: {status}, {meaning}; OneGate says: {text}", server.address);
         assert_eq!(error.to_string(), expected);
         assert!(!error.is_final());
     }
@@ -266,8 +293,12 @@ async fn a_vm_without_a_service_is_told_for_ever() {
 
 #[tokio::test]
 async fn two_refusals_and_then_an_answer() {
-    let server =
-        Server::start(vec![reply(404, "Service 7 not found"), reply(401, "Not authorized"), reply(200, VM)]).await;
+    let server = Server::start(vec![
+        reply(404, "Service 7 not found"),
+        reply(401, "Not authorized"),
+        reply(200, VM),
+    ])
+    .await;
     let client = server.client();
     assert!(!client.vm().await.unwrap_err().is_final());
     assert!(!client.vm().await.unwrap_err().is_final());
@@ -294,7 +325,10 @@ async fn the_token_is_shown_nowhere() {
     for _ in 0..2 {
         let error = client.vm().await.unwrap_err();
         let shown = format!("{} {error:?}", chain(&error));
-        assert!(!shown.contains(TOKEN) && shown.contains("X-ONEGATE-TOKEN: (the token)"), "{shown}");
+        assert!(
+            !shown.contains(TOKEN) && shown.contains("X-ONEGATE-TOKEN: (the token)"),
+            "{shown}"
+        );
     }
 }
 
@@ -302,10 +336,15 @@ async fn the_token_is_shown_nowhere() {
 async fn a_redirect_is_not_followed_nor_shown() {
     for status in [301, 302, 303, 307, 308] {
         let other = Server::start(vec![reply(200, VM)]).await;
-        let location =
-            format!("HTTP/1.1 {status} X\r\nLocation: http://{}/vm\r\nContent-Length: 0\r\n\r\n", other.address);
+        let location = format!(
+            "HTTP/1.1 {status} X\r\nLocation: http://{}/vm\r\nContent-Length: 0\r\n\r\n",
+            other.address
+        );
         let error = error_of(raw(&location)).await;
-        assert!(matches!(error, OneGateError::Redirected { status: told, .. } if told == status), "{error:?}");
+        assert!(
+            matches!(error, OneGateError::Redirected { status: told, .. } if told == status),
+            "{error:?}"
+        );
         assert!(error.to_string().contains(&status.to_string()) && !error.is_final());
         assert!(!format!("{error} {error:?}").contains(&other.address.to_string()));
         assert!(other.requests().is_empty());
@@ -316,7 +355,9 @@ async fn a_redirect_is_not_followed_nor_shown() {
 async fn an_answer_to_something_else_is_an_error_with_its_beginning() {
     let error = error_of(reply(200, "<html>Welcome to nginx!")).await;
     assert!(
-        chain(&error).contains("/vm: the reply is not one of OneGate: <html>Welcome to nginx!: it is not JSON"),
+        chain(&error).contains(
+            "/vm: the reply is not one of OneGate: <html>Welcome to nginx!: it is not JSON"
+        ),
         "{error}"
     );
     assert!(!error.is_final());
@@ -329,7 +370,8 @@ async fn an_answer_to_something_else_is_an_error_with_its_beginning() {
 #[tokio::test]
 async fn a_chunked_answer_and_one_that_ends_with_the_connection_are_read() {
     let (start, end) = VM.split_at(10);
-    let chunked = format!("{:x}\r\n{start}\r\n{:x};x=y\r\n{end}\r\n0\r\n\r\n", start.len(), end.len());
+    let chunked =
+        format!("{:x}\r\n{start}\r\n{:x};x=y\r\n{end}\r\n0\r\n\r\n", start.len(), end.len());
     let server = Server::start(vec![
         raw(&format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{chunked}")),
         raw(&format!("HTTP/1.1 200 OK\r\n\r\n{VM}")),
@@ -353,7 +395,8 @@ async fn half_an_answer_is_an_error() {
     ] {
         assert_not_whole(&error_of(raw(half)).await);
     }
-    let error = error_of(raw("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{\"VM\":{\"ID\":1}}")).await;
+    let error =
+        error_of(raw("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{\"VM\":{\"ID\":1}}")).await;
     assert!(matches!(error, OneGateError::Unexpected { .. }), "{error:?}");
 }
 
@@ -369,34 +412,54 @@ async fn what_is_not_http_is_an_error() {
         assert_not_whole(&error_of(raw(garbage)).await);
     }
     for length in ["x", "-1", "18446744073709551616", "1\r\nContent-Length: 2"] {
-        assert_not_whole(&error_of(raw(&format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{VM}"))).await);
+        assert_not_whole(
+            &error_of(raw(&format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{VM}")))
+                .await,
+        );
     }
 }
 
 #[tokio::test]
 async fn a_huge_head_is_an_error() {
-    assert_not_whole(&error_of(raw(&format!("HTTP/1.1 200 OK\r\nA: {}\r\n\r\n", "x".repeat(4_000_000)))).await);
-    assert_not_whole(&error_of(raw(&format!("HTTP/1.1 200 OK\r\n{}\r\n", "A: b\r\n".repeat(10_000)))).await);
-    let endless = Reply::Goes(b"HTTP/1.1 200 OK\r\nA: ".to_vec(), vec![b'x'; 10_000], Duration::ZERO);
+    assert_not_whole(
+        &error_of(raw(&format!("HTTP/1.1 200 OK\r\nA: {}\r\n\r\n", "x".repeat(4_000_000)))).await,
+    );
+    assert_not_whole(
+        &error_of(raw(&format!("HTTP/1.1 200 OK\r\n{}\r\n", "A: b\r\n".repeat(10_000)))).await,
+    );
+    let endless =
+        Reply::Goes(b"HTTP/1.1 200 OK\r\nA: ".to_vec(), vec![b'x'; 10_000], Duration::ZERO);
     assert_not_whole(&error_of(endless).await);
 }
 
 #[tokio::test]
 async fn a_body_over_the_limit_is_an_error_whatever_was_promised() {
     const LIMIT: usize = 4 * 1024 * 1024;
-    let server = Server::start(vec![reply(200, &format!("{VM}{}", " ".repeat(LIMIT - VM.len())))]).await;
+    let server =
+        Server::start(vec![reply(200, &format!("{VM}{}", " ".repeat(LIMIT - VM.len())))]).await;
     assert_eq!(server.client().vm().await.unwrap().id, 101);
     let piece = || " ".repeat(10_000).into_bytes();
     let chunk = format!("2710\r\n{}\r\n", " ".repeat(10_000)).into_bytes();
     for reply in [
         reply(200, &" ".repeat(LIMIT + 1)),
         Reply::Goes(b"HTTP/1.1 200 OK\r\n\r\n".to_vec(), piece(), Duration::ZERO),
-        Reply::Goes(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n".to_vec(), piece(), Duration::ZERO),
-        Reply::Goes(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n".to_vec(), chunk, Duration::ZERO),
+        Reply::Goes(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n".to_vec(),
+            piece(),
+            Duration::ZERO,
+        ),
+        Reply::Goes(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n".to_vec(),
+            chunk,
+            Duration::ZERO,
+        ),
         Reply::Goes(b"HTTP/1.1 500 X\r\n\r\n".to_vec(), piece(), Duration::ZERO),
     ] {
         let error = error_of(reply).await;
-        assert!(matches!(error, OneGateError::NoAnswer { source: NoAnswer::TooLarge, .. }), "{error:?}");
+        assert!(
+            matches!(error, OneGateError::NoAnswer { source: NoAnswer::TooLarge, .. }),
+            "{error:?}"
+        );
         assert!(chain(&error).contains("4 MiB") && !error.is_final());
     }
 }
@@ -416,8 +479,14 @@ async fn one_limit_holds_for_all_of_a_request() {
         let server = Server::start(vec![reply]).await;
         let start = Instant::now();
         let error = server.client_within(SHORT).vm().await.unwrap_err();
-        assert!(matches!(&error, OneGateError::NoAnswer { source: NoAnswer::TimedOut { .. }, .. }), "{error:?}");
-        assert!(chain(&error).ends_with("no whole reply after 300ms") && !error.is_final(), "{error}");
+        assert!(
+            matches!(&error, OneGateError::NoAnswer { source: NoAnswer::TimedOut { .. }, .. }),
+            "{error:?}"
+        );
+        assert!(
+            chain(&error).ends_with("no whole reply after 300ms") && !error.is_final(),
+            "{error}"
+        );
         assert!(start.elapsed() >= SHORT && start.elapsed() < LONG / 2);
     }
 }
@@ -426,19 +495,33 @@ async fn one_limit_holds_for_all_of_a_request() {
 async fn the_limit_holds_for_a_tls_handshake_too() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("https://{}", listener.local_addr().unwrap());
-    let client = OneGate::new(&endpoint, "101", Secret::new(TOKEN), Some(&tls_file("ca.pem")), SHORT).unwrap();
+    let client =
+        OneGate::new(&endpoint, "101", Secret::new(TOKEN), Some(&tls_file("ca.pem")), SHORT)
+            .unwrap();
     let error = client.vm().await.unwrap_err();
-    assert!(matches!(error, OneGateError::NoAnswer { source: NoAnswer::TimedOut { .. }, .. }), "{error:?}");
+    assert!(
+        matches!(error, OneGateError::NoAnswer { source: NoAnswer::TimedOut { .. }, .. }),
+        "{error:?}"
+    );
 }
 
 #[tokio::test]
 async fn nobody_there_is_an_error_that_may_heal() {
     let address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    let error = client_of(&format!("http://{address}"), "101", TOKEN, None).unwrap().vm().await.unwrap_err();
-    assert!(matches!(error, OneGateError::NoAnswer { source: NoAnswer::Unreachable(_), .. }), "{error:?}");
+    let error = client_of(&format!("http://{address}"), "101", TOKEN, None)
+        .unwrap()
+        .vm()
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(error, OneGateError::NoAnswer { source: NoAnswer::Unreachable(_), .. }),
+        "{error:?}"
+    );
     let message = chain(&error);
     assert!(
-        message.starts_with(&format!("GET http://{address}/vm: OneGate does not answer: cannot connect;")),
+        message.starts_with(&format!(
+            "GET http://{address}/vm: OneGate does not answer: cannot connect;"
+        )),
         "{message}"
     );
     assert!(!error.is_final());
@@ -455,8 +538,9 @@ async fn https_is_trusted_through_the_ca_file_alone() {
 
 #[tokio::test]
 async fn a_ca_file_may_have_several_certificates() {
-    let file =
-        TempFile::new([tls_file("other-ca.pem"), tls_file("ca.pem")].map(|path| fs::read(path).unwrap()).concat());
+    let file = TempFile::new(
+        [tls_file("other-ca.pem"), tls_file("ca.pem")].map(|path| fs::read(path).unwrap()).concat(),
+    );
     let server = Server::start_tls(vec![reply(200, VM)]).await;
     assert_eq!(server.tls_client("127.0.0.1", &file.0).vm().await.unwrap().id, 101);
 }
@@ -465,7 +549,10 @@ async fn a_ca_file_may_have_several_certificates() {
 async fn a_server_of_another_ca_gets_no_token() {
     let server = Server::start_tls(vec![reply(200, VM)]).await;
     let error = server.tls_client("127.0.0.1", &tls_file("other-ca.pem")).vm().await.unwrap_err();
-    assert!(matches!(error, OneGateError::NoAnswer { source: NoAnswer::NoTls(_), .. }), "{error:?}");
+    assert!(
+        matches!(error, OneGateError::NoAnswer { source: NoAnswer::NoTls(_), .. }),
+        "{error:?}"
+    );
     assert!(!error.is_final() && server.requests().is_empty());
 }
 
@@ -483,11 +570,17 @@ async fn without_a_ca_file_a_private_ca_is_not_trusted() {
     match client_of(&format!("https://{}", server.address), "101", TOKEN, None) {
         Ok(client) => {
             let error = client.vm().await.unwrap_err();
-            assert!(matches!(error, OneGateError::NoAnswer { source: NoAnswer::NoTls(_), .. }), "{error:?}");
+            assert!(
+                matches!(error, OneGateError::NoAnswer { source: NoAnswer::NoTls(_), .. }),
+                "{error:?}"
+            );
         }
         // A machine without ca-certificates.
         Err(error) => {
-            assert!(chain(&error).starts_with("no CA certificates for OneGate from this machine: "), "{error}")
+            assert!(
+                chain(&error).starts_with("no CA certificates for OneGate from this machine: "),
+                "{error}"
+            )
         }
     }
     assert!(server.requests().is_empty());
@@ -502,8 +595,15 @@ async fn a_server_without_tls_is_an_error() {
         let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
         let _ = stream.read(&mut [0; 1024]).await;
     });
-    let error = client_of(&endpoint, "101", TOKEN, Some(&tls_file("ca.pem"))).unwrap().vm().await.unwrap_err();
-    assert!(matches!(error, OneGateError::NoAnswer { source: NoAnswer::NoTls(_), .. }), "{error:?}");
+    let error = client_of(&endpoint, "101", TOKEN, Some(&tls_file("ca.pem")))
+        .unwrap()
+        .vm()
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(error, OneGateError::NoAnswer { source: NoAnswer::NoTls(_), .. }),
+        "{error:?}"
+    );
 }
 
 #[test]
@@ -522,8 +622,14 @@ fn a_ca_file_that_cannot_be_used_is_named() {
     let others = [&key, Path::new("/nowhere/ca.pem"), Path::new("/")];
     for path in files.iter().map(|file| file.0.as_path()).chain(others) {
         let error = client_of("https://onegate.example", "101", TOKEN, Some(path)).unwrap_err();
-        assert!(matches!(error, OneGateError::NoCertificates { .. }) && error.is_final(), "{error:?}");
-        assert!(error.to_string().ends_with(&path.display().to_string()) && error.source().is_some(), "{error}");
+        assert!(
+            matches!(error, OneGateError::NoCertificates { .. }) && error.is_final(),
+            "{error:?}"
+        );
+        assert!(
+            error.to_string().ends_with(&path.display().to_string()) && error.source().is_some(),
+            "{error}"
+        );
     }
 }
 
@@ -542,7 +648,11 @@ fn an_endpoint_that_is_none_is_final_and_not_shown() {
 #[tokio::test]
 async fn an_endpoint_whose_path_leaves_no_room_for_a_route_is_an_error() {
     let endpoint = format!("http://onegate.example/{}", "a".repeat(65_511));
-    let error = client_of(&endpoint, "101", TOKEN, None).unwrap().vm_of_service(u64::MAX).await.unwrap_err();
+    let error = client_of(&endpoint, "101", TOKEN, None)
+        .unwrap()
+        .vm_of_service(u64::MAX)
+        .await
+        .unwrap_err();
     assert!(matches!(error, OneGateError::BadEndpoint { .. }), "{error:?}");
 }
 
@@ -552,7 +662,9 @@ fn a_vm_number_or_a_token_that_is_none_is_final() {
         let error = client_of("http://169.254.16.9:5030", vm_id, TOKEN, None).unwrap_err();
         assert!(matches!(error, OneGateError::BadVmId) && error.is_final(), "{vm_id}");
     }
-    for token in ["", "secret\n", "secret\r\nX: y", "secret token", "sécret", "secret\0", "secret\u{7f}"] {
+    for token in
+        ["", "secret\n", "secret\r\nX: y", "secret token", "sécret", "secret\0", "secret\u{7f}"]
+    {
         let error = client_of("http://169.254.16.9:5030", "101", token, None).unwrap_err();
         assert!(matches!(error, OneGateError::BadToken) && error.is_final(), "{token}");
         assert!(!format!("{error} {error:?}").contains("cret"), "{error}");
@@ -566,7 +678,8 @@ impl TempFile {
     fn new(bytes: Vec<u8>) -> Self {
         use std::sync::atomic::{AtomicUsize, Ordering};
         static NEXT: AtomicUsize = AtomicUsize::new(0);
-        let name = format!("onegate-{}-{}.pem", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name =
+            format!("onegate-{}-{}.pem", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let path = std::env::temp_dir().join(name);
         fs::write(&path, bytes).unwrap();
         Self(path)

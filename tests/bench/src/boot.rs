@@ -21,7 +21,8 @@ pub(crate) fn measure(report: &mut Report) {
     let mut ground = Ground::new(false);
     ground.case.context(&[]).onegate(&onegate, NODE);
     let agent = ground.agent();
-    let is_ready = || onegate.change(|state| state.vms[&NODE].user_template.get("FL_NODE_READY").cloned());
+    let is_ready =
+        || onegate.change(|state| state.vms[&NODE].user_template.get("FL_NODE_READY").cloned());
     assert!(eventually(PATIENCE, || is_ready().as_deref() == Some("YES")), "not ready in time");
     drop(agent);
     let requests = onegate.requests();

@@ -24,7 +24,9 @@ impl Call {
         let text = String::from_utf8_lossy(&self.text);
         let mut words = text.split(' ');
         words.next() == Some(method)
-            && words.next().is_some_and(|path| path.split('?').next().is_some_and(|path| path.ends_with(end)))
+            && words
+                .next()
+                .is_some_and(|path| path.split('?').next().is_some_and(|path| path.ends_with(end)))
     }
 
     /// What it sent after its head.
@@ -44,7 +46,8 @@ pub(crate) struct Recorder {
 impl Recorder {
     /// Listens on `socket` and passes on to `engine`.
     pub(crate) fn start(socket: PathBuf, engine: &Path) -> Self {
-        let listener = UnixListener::bind(&socket).unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
+        let listener = UnixListener::bind(&socket)
+            .unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
         let calls = Arc::new(Mutex::new(Vec::new()));
         let (engine, notes) = (engine.to_owned(), Arc::clone(&calls));
         thread::spawn(move || {
@@ -52,8 +55,12 @@ impl Recorder {
                 let Ok(server) = UnixStream::connect(&engine) else { continue };
                 let (from, to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
                 let (asked, answered) = (Arc::clone(&notes), Arc::clone(&notes));
-                thread::spawn(move || pass_on(from, to, |bytes| note_request(&asked, connection, bytes)));
-                thread::spawn(move || pass_on(server, client, |_| note_answer(&answered, connection)));
+                thread::spawn(move || {
+                    pass_on(from, to, |bytes| note_request(&asked, connection, bytes))
+                });
+                thread::spawn(move || {
+                    pass_on(server, client, |_| note_answer(&answered, connection))
+                });
             }
         });
         Self { socket, calls }
@@ -70,21 +77,31 @@ impl Recorder {
     }
 }
 
-/// What no launch can do without, as the engine took it: create, start, and the look at what was started.
+/// What no launch can do without, as the engine took it: create, start, and the look at what was
+/// started.
 pub(crate) fn needed(calls: &[Call]) -> Duration {
     let started = calls.iter().position(|call| call.is("POST", "/start")).expect("it was started");
-    let create = calls.iter().find(|call| call.is("POST", "/containers/create")).expect("it was created");
-    let look = calls[started..].iter().find(|call| call.is("GET", "/json")).expect("it was looked at");
+    let create =
+        calls.iter().find(|call| call.is("POST", "/containers/create")).expect("it was created");
+    let look =
+        calls[started..].iter().find(|call| call.is("GET", "/json")).expect("it was looked at");
     [create, &calls[started], look].iter().map(|call| call.took.expect("an answer")).sum()
 }
 
 /// A request begins with its method; what does not is more of the one before.
 fn note_request(calls: &Mutex<Vec<Call>>, connection: usize, bytes: &[u8]) {
     let mut calls = calls.lock().unwrap();
-    let begins = ["GET ", "HEAD ", "POST ", "DELETE "].iter().any(|method| bytes.starts_with(method.as_bytes()));
+    let begins = ["GET ", "HEAD ", "POST ", "DELETE "]
+        .iter()
+        .any(|method| bytes.starts_with(method.as_bytes()));
     match calls.iter_mut().rev().find(|call| call.connection == connection) {
         Some(call) if !begins => call.text.extend_from_slice(bytes),
-        _ => calls.push(Call { connection, sent: Instant::now(), took: None, text: bytes.to_owned() }),
+        _ => calls.push(Call {
+            connection,
+            sent: Instant::now(),
+            took: None,
+            text: bytes.to_owned(),
+        }),
     }
 }
 

@@ -1,5 +1,5 @@
-//! Nodes that boot together: real ones against one OneGate, and more than one machine can start by a simulation of the same
-//! backoff code.
+//! Nodes that boot together: real ones against one OneGate, and more than one machine can start by
+//! a simulation of the same backoff code.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -17,7 +17,11 @@ pub(crate) fn measure(report: &mut Report, together: &[u32], simulated: &[u32]) 
     for agents in together {
         let crowd = start_together(*agents);
         let figure = format!("{} requests/s", crowd.peak_requests_per_second);
-        let all_found = format!("all found within {:.1} s, {} requests", crowd.took.as_secs_f64(), crowd.requests);
+        let all_found = format!(
+            "all found within {:.1} s, {} requests",
+            crowd.took.as_secs_f64(),
+            crowd.requests
+        );
         report.row(&format!("{agents} agents, at the peak"), &figure, &all_found);
         let raw = json!({
             "seconds": crowd.took.as_secs_f64(), "at_first_attempt": crowd.at_first_attempt, "discovery": crowd.discovery,
@@ -38,8 +42,7 @@ pub(crate) fn measure(report: &mut Report, together: &[u32], simulated: &[u32]) 
                     None => format!("not all have found it within {:.0} h", PATIENCE / 3600.0),
                 };
                 report.row(&what, &figure, &all_found);
-                let raw =
-                    json!({"peak_requests_per_second": end.peak, "last_seconds": end.last, "requests": end.requests});
+                let raw = json!({"peak_requests_per_second": end.peak, "last_seconds": end.last, "requests": end.requests});
                 report.keep(&format!("simulation: {what}"), raw);
             }
         }
@@ -65,7 +68,12 @@ struct Scene {
 const SCENES: &[Scene] = &[
     Scene { words: "booting in one minute", window: 60.0, superlink: 0.0, capacity: 1e9 },
     Scene { words: "SuperLink 10 min late", window: 60.0, superlink: 600.0, capacity: 1e9 },
-    Scene { words: "in one instant, SuperLink 10 min late", window: 0.0, superlink: 600.0, capacity: 1e9 },
+    Scene {
+        words: "in one instant, SuperLink 10 min late",
+        window: 0.0,
+        superlink: 600.0,
+        capacity: 1e9,
+    },
     Scene { words: "in one minute, OneGate 300/s", window: 60.0, superlink: 0.0, capacity: 300.0 },
 ];
 
@@ -73,13 +81,15 @@ const SCENES: &[Scene] = &[
 struct End {
     /// The most requests that were sent within one second of the clock.
     peak: u32,
-    /// When the last node had found its SuperLink, in seconds; `None` where one had not after [`PATIENCE`].
+    /// When the last node had found its SuperLink, in seconds; `None` where one had not after
+    /// [`PATIENCE`].
     last: Option<f64>,
     requests: u64,
 }
 
-/// A try is two requests, for the service and for the SuperLink's VM, as `superlink.rs` has it; OneGate answers in the order in
-/// which it is asked, also to who has stopped to wait. The pauses are the agent's.
+/// A try is two requests, for the service and for the SuperLink's VM, as `superlink.rs` has it;
+/// OneGate answers in the order in which it is asked, also to who has stopped to wait. The pauses
+/// are the agent's.
 fn simulate(scene: &Scene, nodes: u32, chance: bool) -> End {
     /// What one request may take (`onegate.timeout_seconds`).
     const LIMIT: f64 = 10.0;

@@ -1,5 +1,5 @@
-//! From the start of a program to the container running: the agent, the floor below any program (the same calls, raw), and the
-//! shell way (`shell-way.sh`).
+//! From the start of a program to the container running: the agent, the floor below any program
+//! (the same calls, raw), and the shell way (`shell-way.sh`).
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
@@ -8,7 +8,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use supernode_tests::{Case, Engine, RuntimeMode, Sysfs, agent_binary, eventually, image, nvml_library};
+use supernode_tests::{
+    Case, Engine, RuntimeMode, Sysfs, agent_binary, eventually, image, nvml_library,
+};
 
 use crate::docker::{Recorder, needed};
 use crate::report::{Report, median, milliseconds, rounded, with_quartiles};
@@ -16,7 +18,8 @@ use crate::report::{Report, median, milliseconds, rounded, with_quartiles};
 /// The name of the container.
 const NAME: &str = "flower-supernode";
 const UUID: &str = "GPU-aaaa1111-0000-0000-0000-000000000001";
-/// NVML takes its time to come up: some tenths of a second on a machine without the persistence daemon.
+/// NVML takes its time to come up: some tenths of a second on a machine without the persistence
+/// daemon.
 const NVML_INIT_MS: u32 = 100;
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -56,9 +59,11 @@ impl Ground {
             ],
             "delay_ms": {"nvmlInit_v2": NVML_INIT_MS},
         });
-        // The runtime is registered: what an image has that was built for GPUs, and any node from its second boot on.
+        // The runtime is registered: what an image has that was built for GPUs, and any node from
+        // its second boot on.
         let daemon_json = json!({"runtimes": {"nvidia": {"path": "nvidia-container-runtime", "runtimeArgs": []}}});
-        let engine = Engine::builder().with_nvidia_runtime().daemon_json(format!("{daemon_json}\n")).start();
+        let engine =
+            Engine::builder().with_nvidia_runtime().daemon_json(format!("{daemon_json}\n")).start();
         let engine = engine.expect("a Docker engine");
         engine.import_image(&[image::PYTORCH]);
         engine.nvidia_runtime(RuntimeMode::Ok, &machine);
@@ -66,12 +71,16 @@ impl Ground {
         case.engine(&engine);
         let mut variables = vec![("FL_SUPERLINK_ADDRESS", "10.9.8.7:9092")];
         if with_gpu {
-            case.nvml(&machine).sysfs(&Sysfs::new().gpu("0000:01:00.0").driver("nvidia").module("550.54.15"));
+            case.nvml(&machine)
+                .sysfs(&Sysfs::new().gpu("0000:01:00.0").driver("nvidia").module("550.54.15"));
             variables.extend([("FL_GPU_ENABLED", "YES"), ("PCI0_ADDRESS", "01:00.0")]);
             // What the shell asks.
-            let (csv, seconds) = (format!("0, {UUID}, NVIDIA A100, 40960"), f64::from(NVML_INIT_MS) / 1e3);
-            let program = case.write("bin/nvidia-smi", format!("#!/bin/sh\nsleep {seconds}\necho '{csv}'\n"));
-            fs::set_permissions(program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+            let (csv, seconds) =
+                (format!("0, {UUID}, NVIDIA A100, 40960"), f64::from(NVML_INIT_MS) / 1e3);
+            let program =
+                case.write("bin/nvidia-smi", format!("#!/bin/sh\nsleep {seconds}\necho '{csv}'\n"));
+            fs::set_permissions(program, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+                .unwrap();
         }
         case.context(&variables);
         let recorder = Recorder::start(case.path("recorder.sock"), &engine.socket());
@@ -109,7 +118,11 @@ impl Ground {
         let _ = fs::remove_file(&socket);
         let systemd = UnixDatagram::bind(&socket).unwrap();
         systemd.set_read_timeout(Some(PATIENCE)).unwrap();
-        command.arg("run").arg("--settings").arg(self.case.settings_file()).env("NOTIFY_SOCKET", &socket);
+        command
+            .arg("run")
+            .arg("--settings")
+            .arg(self.case.settings_file())
+            .env("NOTIFY_SOCKET", &socket);
         let since = Instant::now();
         let child = command.spawn().unwrap();
         let mut started = Started { child, took: Duration::ZERO };
@@ -148,7 +161,8 @@ impl Ground {
     fn wanted(&self) -> String {
         self.recorder.take();
         drop(self.agent());
-        let created = self.recorder.take().into_iter().find(|call| call.is("POST", "/containers/create"));
+        let created =
+            self.recorder.take().into_iter().find(|call| call.is("POST", "/containers/create"));
         self.clear();
         created.expect("it was created").body()
     }
@@ -161,7 +175,8 @@ impl Ground {
     /// The same container by raw calls.
     fn floor(&self, body: &str) -> Duration {
         let since = Instant::now();
-        let created = self.engine.call("POST", &format!("/containers/create?name={NAME}"), body).unwrap();
+        let created =
+            self.engine.call("POST", &format!("/containers/create?name={NAME}"), body).unwrap();
         let created: Value = serde_json::from_str(&created).unwrap();
         let id = created["Id"].as_str().expect("an id");
         self.engine.call("POST", &format!("/containers/{id}/start"), "").unwrap();
@@ -188,7 +203,8 @@ impl Ground {
         launch(command);
         let text = || fs::read_to_string(&trace).unwrap_or_default();
         let program = text().split(' ').next().unwrap_or_default().to_owned();
-        let is_over = || text().lines().any(|line| line.starts_with(&program) && line.contains("+++"));
+        let is_over =
+            || text().lines().any(|line| line.starts_with(&program) && line.contains("+++"));
         assert!(eventually(PATIENCE, is_over), "{}", text());
         let trace = text();
         trace.lines().filter(|line| line.contains("execve(") && line.ends_with("= 0")).count()
@@ -205,10 +221,13 @@ pub(crate) fn measure(report: &mut Report, launches: usize) {
     for with_gpu in [false, true] {
         let ground = Ground::new(with_gpu);
         let words = if with_gpu { "with a GPU (stand-ins)" } else { "without a GPU" };
-        report.part(&format!("a launch {words}: start of the program to the container running, median of {launches}"));
+        report.part(&format!(
+            "a launch {words}: start of the program to the container running, median of {launches}"
+        ));
         let body = ground.wanted();
         let (mut taken, mut probe) = ([Vec::new(), Vec::new(), Vec::new()], Vec::new());
-        // The first round is for the caches. Each is the first, the second and the third in its turn.
+        // The first round is for the caches. Each is the first, the second and the third in its
+        // turn.
         for round in 0..=launches {
             for turn in 0..taken.len() {
                 ground.clear();
@@ -232,9 +251,17 @@ pub(crate) fn measure(report: &mut Report, launches: usize) {
         report.row("the floor: create, start, inspect, raw", &with_quartiles(&floor), "");
         let nvml = if with_gpu { median(&probe) } else { 0.0 };
         if with_gpu {
-            report.row("one NVML initialisation, in a process of its own", &with_quartiles(&probe), "");
+            report.row(
+                "one NVML initialisation, in a process of its own",
+                &with_quartiles(&probe),
+                "",
+            );
         }
-        report.row("the agent, over the floor", &with_quartiles(&agent), &format!("at most {:.1}", 8.0 + nvml));
+        report.row(
+            "the agent, over the floor",
+            &with_quartiles(&agent),
+            &format!("at most {:.1}", 8.0 + nvml),
+        );
         report.row("the shell way, over the floor", &with_quartiles(&shell), "");
         // Both wait for NVML.
         let times = format!("{:.1}", (median(&shell) - nvml) / (median(&agent) - nvml));
@@ -245,17 +272,25 @@ pub(crate) fn measure(report: &mut Report, launches: usize) {
         };
         report.row(what, &times, "at least 15");
         let key = |what: &str| format!("launch {words}, {what}, ms");
-        for (what, figures) in [("floor", &floor), ("agent", &agent), ("shell", &shell), ("probe", &probe)] {
+        for (what, figures) in
+            [("floor", &floor), ("agent", &agent), ("shell", &shell), ("probe", &probe)]
+        {
             report.keep(&key(what), rounded(figures));
         }
-        let children = ground.programs(|strace| drop(ground.start(traced(strace, &ground.command(agent_binary())))));
+        let children = ground
+            .programs(|strace| drop(ground.start(traced(strace, &ground.command(agent_binary())))));
         ground.clear();
-        let shell_programs =
-            ground.programs(|strace| assert!(traced(strace, &ground.shell()).status().unwrap().success()));
+        let shell_programs = ground.programs(|strace| {
+            assert!(traced(strace, &ground.shell()).status().unwrap().success())
+        });
         ground.clear();
         // The program itself is not its own child.
         let aim = if with_gpu { "1" } else { "0" };
-        report.row("programs that the agent starts until it is ready", &(children - 1).to_string(), aim);
+        report.row(
+            "programs that the agent starts until it is ready",
+            &(children - 1).to_string(),
+            aim,
+        );
         report.row("programs that the shell way starts", &(shell_programs - 1).to_string(), "");
         report.keep(&key("programs"), json!({"agent": children - 1, "shell": shell_programs - 1}));
     }

@@ -1,6 +1,6 @@
-//! `make bench`: what the agent costs, beside what a user would pick instead, in one run and one table. The contenders take
-//! turns, so that whatever else the machine does falls on all of them; figures are medians. README.md beside this tells what each
-//! row means and what was decided by it.
+//! `make bench`: what the agent costs, beside what a user would pick instead, in one run and one
+//! table. The contenders take turns, so that whatever else the machine does falls on all of them;
+//! figures are medians. README.md beside this tells what each row means and what was decided by it.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -35,10 +35,16 @@ struct Extent {
     simulated: &'static [u32],
 }
 
-const WHOLE: Extent =
-    Extent { launches: 20, rest_seconds: Some(60), together: &[1, 10, 100, 500], simulated: &[10_000, 100_000] };
-/// What CI runs: from fewer runs, and without the wake-ups, which the federation's test counts with a real Flower.
-const SHORT: Extent = Extent { launches: 5, rest_seconds: None, together: &[1, 10, 100], simulated: &[10_000] };
+const WHOLE: Extent = Extent {
+    launches: 20,
+    rest_seconds: Some(60),
+    together: &[1, 10, 100, 500],
+    simulated: &[10_000, 100_000],
+};
+/// What CI runs: from fewer runs, and without the wake-ups, which the federation's test counts with
+/// a real Flower.
+const SHORT: Extent =
+    Extent { launches: 5, rest_seconds: None, together: &[1, 10, 100], simulated: &[10_000] };
 
 fn main() {
     let mut arguments = std::env::args().skip(1);

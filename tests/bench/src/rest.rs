@@ -9,25 +9,30 @@ use serde_json::json;
 use crate::launch::Ground;
 use crate::report::Report;
 
-/// A container that has run for so long is asked for its health in the pace of a long life (`health.rs`).
+/// A container that has run for so long is asked for its health in the pace of a long life
+/// (`health.rs`).
 const SETTLED: Duration = Duration::from_secs(130);
 
 /// Both nodes at once, in the same minute; `wake_ups` for so many seconds.
 pub(crate) fn measure(report: &mut Report, wake_ups: Option<u64>) {
     report.part("at rest");
-    let nodes: Vec<_> = [false, true].map(Ground::new).into_iter().map(|ground| (ground.agent(), ground)).collect();
+    let nodes: Vec<_> =
+        [false, true].map(Ground::new).into_iter().map(|ground| (ground.agent(), ground)).collect();
     let slept = || nodes.iter().map(|(agent, _)| times_slept(agent.pid())).collect::<Vec<_>>();
     let a_minute = wake_ups.map(|seconds| {
         thread::sleep(SETTLED);
         let before = slept();
         thread::sleep(Duration::from_secs(seconds));
         let pairs = slept().into_iter().zip(before);
-        pairs.map(|(after, before)| (after - before) as f64 * 60.0 / seconds as f64).collect::<Vec<_>>()
+        pairs
+            .map(|(after, before)| (after - before) as f64 * 60.0 / seconds as f64)
+            .collect::<Vec<_>>()
     });
     for (number, (agent, _)) in nodes.iter().enumerate() {
         let with_gpu = number == 1;
         let children = children(agent.pid());
-        let (own, theirs) = (pss_kib(agent.pid()), children.iter().map(|pid| pss_kib(*pid)).sum::<u64>());
+        let (own, theirs) =
+            (pss_kib(agent.pid()), children.iter().map(|pid| pss_kib(*pid)).sum::<u64>());
         let mib = format!("{:.1} MiB", (own + theirs) as f64 / 1024.0);
         let who = if with_gpu { "with a GPU" } else { "without a GPU" };
         if with_gpu {
@@ -37,7 +42,11 @@ pub(crate) fn measure(report: &mut Report, wake_ups: Option<u64>) {
         }
         let a_minute = a_minute.as_ref().map(|figures| figures[number]);
         if let Some(a_minute) = a_minute {
-            report.row(&format!("wake-ups a minute, the agent {who}"), &format!("{a_minute:.0}"), "less than 10");
+            report.row(
+                &format!("wake-ups a minute, the agent {who}"),
+                &format!("{a_minute:.0}"),
+                "less than 10",
+            );
         }
         let raw = json!({"pss_kib": own, "pss_of_children_kib": theirs, "children": children.len(), "wake_ups_a_minute": a_minute});
         report.keep(&format!("at rest, {who}"), raw);
@@ -47,7 +56,8 @@ pub(crate) fn measure(report: &mut Report, wake_ups: Option<u64>) {
 /// How often its threads have gone to sleep so far.
 fn times_slept(pid: u32) -> u64 {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("a process");
-    let status = |thread: fs::DirEntry| fs::read_to_string(thread.path().join("status")).unwrap_or_default();
+    let status =
+        |thread: fs::DirEntry| fs::read_to_string(thread.path().join("status")).unwrap_or_default();
     threads.flatten().map(|thread| number_after(&status(thread), "voluntary_ctxt_switches:")).sum()
 }
 
@@ -58,10 +68,16 @@ fn children(pid: u32) -> Vec<u32> {
 
 /// Its share of the memory: what it has in common with others counts by parts.
 fn pss_kib(pid: u32) -> u64 {
-    number_after(&fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("a process"), "Pss:")
+    number_after(
+        &fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("a process"),
+        "Pss:",
+    )
 }
 
 fn number_after(text: &str, name: &str) -> u64 {
-    let rest = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("no {name} in {text}"));
+    let rest = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name))
+        .unwrap_or_else(|| panic!("no {name} in {text}"));
     rest.trim().trim_end_matches(" kB").parse().expect("a number")
 }

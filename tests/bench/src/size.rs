@@ -12,7 +12,9 @@ use crate::report::Report;
 
 pub(crate) fn measure(report: &mut Report, package: Option<&Path>) {
     report.part("what is shipped");
-    let bytes = |path: &Path| fs::metadata(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).len();
+    let bytes = |path: &Path| {
+        fs::metadata(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).len()
+    };
     let mib = |bytes: u64| format!("{:.2} MiB", bytes as f64 / (1 << 20) as f64);
     report.row("the binary", &mib(bytes(&agent_binary())), "at most 3");
     report.keep("binary, bytes", bytes(&agent_binary()));
@@ -22,7 +24,18 @@ pub(crate) fn measure(report: &mut Report, package: Option<&Path>) {
     }
     let names = |depth: &[&str]| {
         let mut cargo = Command::new("cargo");
-        cargo.args(["tree", "--locked", "-p", "supernode-agent", "--edges", "normal", "--prefix", "none"]).args(depth);
+        cargo
+            .args([
+                "tree",
+                "--locked",
+                "-p",
+                "supernode-agent",
+                "--edges",
+                "normal",
+                "--prefix",
+                "none",
+            ])
+            .args(depth);
         let output = cargo.output().expect("cargo tree");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let text = String::from_utf8(output.stdout).unwrap();

@@ -1,5 +1,5 @@
-//! The text of `context.sh`: what is accepted comes back from the form in which OpenNebula writes it, and any bytes do that
-//! stand in a value.
+//! The text of `context.sh`: what is accepted comes back from the form in which OpenNebula writes
+//! it, and any bytes do that stand in a value.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -27,7 +27,10 @@ fuzz_target!(|text: &[u8]| {
         Ok(assignments) => assert_eq!(parse(&written(&assignments)), Ok(assignments)),
         Err(error) => {
             supernode_fuzz::assert_shown(&error.to_string());
-            assert!(error.line <= text.iter().filter(|&&byte| byte == b'\n').count() + 1, "{error}");
+            assert!(
+                error.line <= text.iter().filter(|&&byte| byte == b'\n').count() + 1,
+                "{error}"
+            );
         }
     }
     if let Ok(context) = Context::parse(text) {

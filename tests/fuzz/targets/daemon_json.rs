@@ -1,4 +1,5 @@
-//! The edit of daemon.json: every byte but those of our entry stays, and the second edit changes nothing.
+//! The edit of daemon.json: every byte but those of our entry stays, and the second edit changes
+//! nothing.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! The token of `one_env`, a file into which the operator's values are written without escaping: what is taken for the token can
-//! be sent in a header, and stands on one of the first three lines.
+//! The token of `one_env`, a file into which the operator's values are written without escaping:
+//! what is taken for the token can be sent in a header, and stands on one of the first three lines.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -8,7 +8,9 @@ use one_context::source::token_in;
 fuzz_target!(|head: &[u8]| {
     if let Some(token) = token_in(head) {
         let token = token.expose();
-        assert!(!token.is_empty() && token.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"'));
+        assert!(
+            !token.is_empty() && token.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"')
+        );
         let line = format!("export TOKENTXT=\"{token}\"");
         assert!(head.split(|&byte| byte == b'\n').take(3).any(|found| found == line.as_bytes()));
     }

@@ -1,5 +1,5 @@
-//! OneGate's JSON, and what is made of a VM whose attributes any peer may have written: an operator who wants TLS gets a CA or
-//! no connection.
+//! OneGate's JSON, and what is made of a VM whose attributes any peer may have written: an operator
+//! who wants TLS gets a CA or no connection.
 #![no_main]
 
 use std::cell::LazyCell;
@@ -37,7 +37,10 @@ fuzz_target!(|json: &[u8]| {
             match trust(config, &vm, now) {
                 Ok((superlink, warnings)) => {
                     assert!(config.tls != Some(true) || superlink.ca.is_some());
-                    assert_eq!(HostPort::parse(&superlink.address.to_string()).as_ref(), Ok(&superlink.address));
+                    assert_eq!(
+                        HostPort::parse(&superlink.address.to_string()).as_ref(),
+                        Ok(&superlink.address)
+                    );
                     warnings.iter().for_each(|warning| assert_shown(warning));
                 }
                 Err(error) => assert_shown(&error.to_string()),

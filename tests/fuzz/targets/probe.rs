@@ -1,5 +1,5 @@
-//! What the child processes answer, in which NVIDIA's code runs: the verdict on it is a GPU that can be named to Docker, or a
-//! reason that people can read.
+//! What the child processes answer, in which NVIDIA's code runs: the verdict on it is a GPU that
+//! can be named to Docker, or a reason that people can read.
 #![no_main]
 
 use std::cell::LazyCell;
@@ -54,7 +54,10 @@ fuzz_target!(|line: &[u8]| {
         for config in configs.iter() {
             let verdict = FACTS.with(|facts| after_the_probe(config, facts, &outcome));
             for device in verdict.devices() {
-                assert!(!device.uuid.is_empty() && !device.uuid.contains([',', '\0']), "{device:?}");
+                assert!(
+                    !device.uuid.is_empty() && !device.uuid.contains([',', '\0']),
+                    "{device:?}"
+                );
                 assert_shown(&device.to_string());
             }
             if let Some(finding) = verdict.finding() {

@@ -1,4 +1,5 @@
-//! A template of OpenNebula, or a service of OneFlow: each finding is one line, and names a line that is there.
+//! A template of OpenNebula, or a service of OneFlow: each finding is one line, and names a line
+//! that is there.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

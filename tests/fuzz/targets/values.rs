@@ -5,12 +5,16 @@ use std::fmt::{Debug, Display};
 
 use libfuzzer_sys::fuzz_target;
 use supernode_agent::config::values::{
-    DeviceSelection, Fraction, HostPort, ImageRef, MAX_COUNT, Refusal, Version, parse_count, parse_yes_no,
+    DeviceSelection, Fraction, HostPort, ImageRef, MAX_COUNT, Refusal, Version, parse_count,
+    parse_yes_no,
 };
 use supernode_agent::gpu::pci::PciAddress;
 use supernode_fuzz::assert_shown;
 
-fn assert_stable<T: PartialEq + Debug + Display>(text: &str, parse: impl Fn(&str) -> Result<T, Refusal>) {
+fn assert_stable<T: PartialEq + Debug + Display>(
+    text: &str,
+    parse: impl Fn(&str) -> Result<T, Refusal>,
+) {
     match parse(text) {
         Ok(value) => {
             let shown = value.to_string();

@@ -1,4 +1,5 @@
-//! A whole context to a configuration: everything that is said of it is one line a problem, and no secret is in it.
+//! A whole context to a configuration: everything that is said of it is one line a problem, and no
+//! secret is in it.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -10,7 +11,11 @@ fuzz_target!(|text: &[u8]| {
     let Ok(context) = Context::parse(text) else { return };
     match Config::from_context(&context, &Prebaked::default()) {
         Ok((config, remarks)) => {
-            remarks.warnings().chain(&remarks.idle).chain(&remarks.notes).for_each(|line| assert_shown(line));
+            remarks
+                .warnings()
+                .chain(&remarks.idle)
+                .chain(&remarks.notes)
+                .for_each(|line| assert_shown(line));
             assert!(!config.resolved().is_empty());
         }
         Err(errors) => errors.0.iter().for_each(|line| assert_shown(line)),

@@ -67,7 +67,8 @@ impl Call {
         }
     }
 
-    /// The handle of a GPU, or of one of its MIG devices, unless the script lets this function fail for that GPU.
+    /// The handle of a GPU, or of one of its MIG devices, unless the script lets this function fail
+    /// for that GPU.
     pub(crate) fn handle(&self, gpu: usize, mig: Option<usize>) -> Answer<Handle> {
         let number = ((gpu + 1) << MIG_BITS) + mig.map_or(0, |index| index + 1);
         let handle = std::ptr::without_provenance_mut(number);

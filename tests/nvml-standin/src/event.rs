@@ -43,8 +43,12 @@ fn set(handle: SetHandle) -> Answer<Arc<Mutex<Set>>> {
 
 pub(crate) fn create() -> SetHandle {
     let number = LAST.fetch_add(1, Ordering::Relaxed) + 1;
-    let set =
-        Set { created: Instant::now(), created_at: SystemTime::now(), watched: Vec::new(), told: BTreeMap::new() };
+    let set = Set {
+        created: Instant::now(),
+        created_at: SystemTime::now(),
+        watched: Vec::new(),
+        told: BTreeMap::new(),
+    };
     lock(&SETS).insert(number, Arc::new(Mutex::new(set)));
     std::ptr::without_provenance_mut(number)
 }
@@ -78,10 +82,12 @@ pub(crate) fn wait(call: &Call, handle: SetHandle, timeout: Duration) -> Answer<
 fn next<'call>(call: &'call Call, set: &mut Set) -> Option<&'call Event> {
     let happened = |number: &usize, event: &Event| {
         let due = set.times(event);
-        let watched = set.watched.iter().any(|(gpu, mask)| *gpu == event.gpu && mask & event.kind.bit() != 0);
+        let watched =
+            set.watched.iter().any(|(gpu, mask)| *gpu == event.gpu && mask & event.kind.bit() != 0);
         watched && due > set.told.get(number).copied().unwrap_or(0)
     };
-    let (number, event) = call.script.events.iter().enumerate().find(|(number, event)| happened(number, event))?;
+    let (number, event) =
+        call.script.events.iter().enumerate().find(|(number, event)| happened(number, event))?;
     *set.told.entry(number).or_default() += 1;
     Some(event)
 }
@@ -95,12 +101,17 @@ impl Set {
             None => Some(self.created.elapsed()),
             Some(file) => {
                 let written = std::fs::metadata(file).and_then(|file| file.modified());
-                written.ok().filter(|at| *at + TICK >= self.created_at).map(|at| at.elapsed().unwrap_or_default())
+                written
+                    .ok()
+                    .filter(|at| *at + TICK >= self.created_at)
+                    .map(|at| at.elapsed().unwrap_or_default())
             }
         };
         match since.and_then(|since| since.checked_sub(Duration::from_millis(event.after_ms))) {
             None => 0,
-            Some(since) => 1 + (since.as_micros() * u128::from(event.per_second) / 1_000_000) as u64,
+            Some(since) => {
+                1 + (since.as_micros() * u128::from(event.per_second) / 1_000_000) as u64
+            }
         }
     }
 }

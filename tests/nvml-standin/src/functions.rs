@@ -7,7 +7,10 @@ use std::{
 };
 
 use crate::{
-    code::{self, ARGUMENT_VERSION_MISMATCH, Answer, INSUFFICIENT_SIZE, INVALID_ARGUMENT, NOT_FOUND, NOT_SUPPORTED},
+    code::{
+        self, ARGUMENT_VERSION_MISMATCH, Answer, INSUFFICIENT_SIZE, INVALID_ARGUMENT, NOT_FOUND,
+        NOT_SUPPORTED,
+    },
     device::Handle,
     event::{self, SetHandle},
     gate::{self, gate},
@@ -56,7 +59,8 @@ struct Utilization {
     memory: c_uint,
 }
 
-/// `nvmlFieldValue_t`. The value is a union of numbers, of which the low half serves an unsigned int.
+/// `nvmlFieldValue_t`. The value is a union of numbers, of which the low half serves an unsigned
+/// int.
 #[repr(C)]
 struct FieldValue {
     field_id: c_uint,
@@ -154,7 +158,8 @@ fn fixed<const N: usize>(text: &str) -> [c_char; N] {
     field
 }
 
-/// Functions behind the gate. The body sees the call (its script and its handles) and answers a code or nothing.
+/// Functions behind the gate. The body sees the call (its script and its handles) and answers a
+/// code or nothing.
 macro_rules! gated {
     ($($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),*) |$call:ident| $body:block)*) => {
         const GATED: &[&str] = &[$(stringify!($name)),*];
@@ -305,7 +310,8 @@ gated! {
         put(failed, c_uint::from(remap_failed))
     }
 
-    /// Numbers by their field: the row remapper's, 142 to 145 in nvml.h; any other is not supported.
+    /// Numbers by their field: the row remapper's, 142 to 145 in nvml.h; any other is not
+    /// supported.
     fn nvmlDeviceGetFieldValues(device: Handle, count: c_int, values: *mut FieldValue) |call| {
         const UNSIGNED_INT: c_uint = 1;
         let device = call.device(device)?;

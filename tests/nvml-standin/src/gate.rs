@@ -1,4 +1,5 @@
-//! The gate that every call passes: whether NVML is open, the log, and the faults that the script asks for.
+//! The gate that every call passes: whether NVML is open, the log, and the faults that the script
+//! asks for.
 
 use std::{
     env,
@@ -47,7 +48,8 @@ pub(crate) struct Call {
     pub(crate) script: Arc<Script>,
 }
 
-/// Runs the body of a function other than `nvmlInit`, unless the script has something else in mind for it.
+/// Runs the body of a function other than `nvmlInit`, unless the script has something else in mind
+/// for it.
 pub(crate) fn gate(name: &'static str, body: impl FnOnce(&Call) -> Answer) -> u32 {
     let script = match &mut *state() {
         State::Closed => return UNINITIALIZED.0,
@@ -60,8 +62,8 @@ pub(crate) fn gate(name: &'static str, body: impl FnOnce(&Call) -> Answer) -> u3
     returned(pass(Call { name, script }, body))
 }
 
-/// Takes up a script that was put in the place of the one that was read: the machine has changed under the process. One that
-/// is not understood changes nothing.
+/// Takes up a script that was put in the place of the one that was read: the machine has changed
+/// under the process. One that is not understood changes nothing.
 fn renew(script: &mut Arc<Script>, stamp: &mut Stamp) {
     let now = stamp_of_script();
     if now.is_none() || now == *stamp {
@@ -183,7 +185,8 @@ unsafe extern "C" {
     safe fn close_descriptor(descriptor: c_int) -> c_int;
 }
 
-/// Dies by SIGSEGV. The first signal may only reach a handler that puts the default back (Rust's, for stack overflows).
+/// Dies by SIGSEGV. The first signal may only reach a handler that puts the default back (Rust's,
+/// for stack overflows).
 fn die() -> ! {
     loop {
         raise(SIGSEGV);

@@ -1,8 +1,10 @@
-//! The JSON that a test writes: the driver and the GPUs of the machine, and what goes wrong with them.
+//! The JSON that a test writes: the driver and the GPUs of the machine, and what goes wrong with
+//! them.
 //!
-//! A file that is renamed into the place of one that was read is taken up by the next call: cards fall ill while a process
-//! runs. Every key may be left out. What a card has not (`ecc_uncorrected`, `temperature`, …) is answered NOT_SUPPORTED, as
-//! a real card does. A key, or the name of a function, that is not known is an error: a typing error in a test is loud.
+//! A file that is renamed into the place of one that was read is taken up by the next call: cards
+//! fall ill while a process runs. Every key may be left out. What a card has not
+//! (`ecc_uncorrected`, `temperature`, …) is answered NOT_SUPPORTED, as a real card does. A key, or
+//! the name of a function, that is not known is an error: a typing error in a test is loud.
 
 use std::{
     collections::BTreeMap,
@@ -37,7 +39,8 @@ pub(crate) struct Script {
     pub(crate) babble: Vec<String>,
     /// Functions that close the standard output.
     pub(crate) close_stdout: Vec<String>,
-    /// Functions that start a process, which lives on with the standard output and error of its parent.
+    /// Functions that start a process, which lives on with the standard output and error of its
+    /// parent.
     pub(crate) leave_process: Vec<String>,
     /// What `nvmlDeviceGetCount` answers instead of how many there are.
     pub(crate) count: Option<u32>,
@@ -127,8 +130,8 @@ pub(crate) struct Event {
     /// Counted from the creation of the event set.
     #[serde(default)]
     pub(crate) after_ms: u64,
-    /// It happens when this file is written: for a test that wants to choose the moment. As with a real card, a set that is
-    /// made later does not hear of it.
+    /// It happens when this file is written: for a test that wants to choose the moment. As with a
+    /// real card, a set that is made later does not hear of it.
     pub(crate) when_file: Option<PathBuf>,
     /// It happens so many times a second from then on, without end.
     #[serde(default)]
@@ -169,17 +172,22 @@ impl EventKind {
 impl Script {
     /// Reads and checks the file; the error is one line for stderr.
     pub(crate) fn read(path: &Path) -> Result<Self, String> {
-        let text = fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        let script: Self = serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?;
+        let text =
+            fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let script: Self =
+            serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?;
         script.check().map_err(|error| format!("{}: {error}", path.display()))?;
         Ok(script)
     }
 
     fn check(&self) -> Result<(), String> {
-        let lists = [&self.hang, &self.crash, &self.raise, &self.babble, &self.close_stdout].into_iter().flatten();
+        let lists = [&self.hang, &self.crash, &self.raise, &self.babble, &self.close_stdout]
+            .into_iter()
+            .flatten();
         let tables = self.fail.keys().chain(self.delay_ms.keys());
         let per_gpu = self.gpus.iter().flat_map(|gpu| gpu.fail.keys());
-        if let Some(name) = lists.chain(tables).chain(per_gpu).find(|name| !functions::known(name)) {
+        if let Some(name) = lists.chain(tables).chain(per_gpu).find(|name| !functions::known(name))
+        {
             return Err(format!("{name} is not a function of this stand-in"));
         }
         if let Some(gpu) = self.gpus.iter().find(|gpu| gpu.pci().is_none()) {

@@ -1,8 +1,10 @@
-//! A stand-in for nvidia-container-runtime: what dockerd starts for `--runtime=nvidia`, without a driver and without a GPU.
+//! A stand-in for nvidia-container-runtime: what dockerd starts for `--runtime=nvidia`, without a
+//! driver and without a GPU.
 //!
-//! On `create` it reads the bundle's config.json, notes the container in `record.jsonl` beside the control file, gives the
-//! container the device nodes that `NVIDIA_VISIBLE_DEVICES` asks for, and hands over to runc. Every other command goes to
-//! runc as it came. `NVIDIA_RUNTIME_STANDIN` in dockerd's environment names the control file, so each engine has its own.
+//! On `create` it reads the bundle's config.json, notes the container in `record.jsonl` beside the
+//! control file, gives the container the device nodes that `NVIDIA_VISIBLE_DEVICES` asks for, and
+//! hands over to runc. Every other command goes to runc as it came. `NVIDIA_RUNTIME_STANDIN` in
+//! dockerd's environment names the control file, so each engine has its own.
 
 use std::{
     env,
@@ -41,7 +43,8 @@ struct Control {
 enum Mode {
     /// As the real one on a machine that works.
     Ok,
-    /// As the real one with its hook, of whose device rules systemd does not know: there are the nodes, and no leave.
+    /// As the real one with its hook, of whose device rules systemd does not know: there are the
+    /// nodes, and no leave.
     Hook,
     /// As the real one when nvidia-container-cli fails.
     Fail,
@@ -69,7 +72,8 @@ struct Mig {
     uuid: String,
 }
 
-/// A device that was selected: the UUID as the container's owner knows it, and the minor number of its node.
+/// A device that was selected: the UUID as the container's owner knows it, and the minor number of
+/// its node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Selected {
     uuid: String,
@@ -141,7 +145,8 @@ impl Request {
     }
 }
 
-/// Says no as runc does: a line of JSON in the log, which containerd passes up to Docker, and the text on stderr.
+/// Says no as runc does: a line of JSON in the log, which containerd passes up to Docker, and the
+/// text on stderr.
 fn refuse(log: Option<&Path>, message: &str) {
     let _ = writeln!(std::io::stderr(), "{message}");
     if let Some(path) = log {
@@ -167,14 +172,14 @@ fn read_json(path: &Path) -> Result<Value, String> {
 
 /// Notes the container and edits its config.json; an error is why it must not start.
 fn prepare(bundle: &Path, id: &str) -> Result<(), String> {
-    let control_path = env::var_os("NVIDIA_RUNTIME_STANDIN").ok_or("NVIDIA_RUNTIME_STANDIN is not set")?;
+    let control_path =
+        env::var_os("NVIDIA_RUNTIME_STANDIN").ok_or("NVIDIA_RUNTIME_STANDIN is not set")?;
     let control_path = Path::new(&control_path);
     let control: Control = serde_json::from_value(read_json(control_path)?)
         .map_err(|error| format!("{}: {error}", control_path.display()))?;
     let machine = match &control.nvml {
-        Some(path) => {
-            serde_json::from_value(read_json(path)?).map_err(|error| format!("{}: {error}", path.display()))?
-        }
+        Some(path) => serde_json::from_value(read_json(path)?)
+            .map_err(|error| format!("{}: {error}", path.display()))?,
         None => Machine::default(),
     };
 
@@ -198,7 +203,8 @@ fn prepare(bundle: &Path, id: &str) -> Result<(), String> {
     }
     add_devices(&mut config, &selected, control.mode == Mode::Ok)
         .ok_or_else(|| format!("{}: no linux section", config_path.display()))?;
-    fs::write(&config_path, config.to_string()).map_err(|error| format!("{}: {error}", config_path.display()))
+    fs::write(&config_path, config.to_string())
+        .map_err(|error| format!("{}: {error}", config_path.display()))
 }
 
 /// `process.env` as a table; of a variable that is set twice the last value holds.
@@ -212,7 +218,11 @@ fn container_env(config: &Value) -> Map<String, Value> {
 }
 
 /// Which devices the container gets, or the text with which nvidia's hook stops it.
-fn decide(control: &Control, machine: &Machine, env: &Map<String, Value>) -> Result<Vec<Selected>, String> {
+fn decide(
+    control: &Control,
+    machine: &Machine,
+    env: &Map<String, Value>,
+) -> Result<Vec<Selected>, String> {
     let wanted = match env.get("NVIDIA_VISIBLE_DEVICES").and_then(Value::as_str) {
         Some("" | "void") => return Ok(Vec::new()),
         Some(wanted) => wanted,
@@ -223,20 +233,21 @@ fn decide(control: &Control, machine: &Machine, env: &Map<String, Value>) -> Res
     match control.mode {
         Mode::Fail => Err(hook_failed(control.message.as_deref().unwrap_or(NO_DRIVER))),
         Mode::NoDevice => Ok(Vec::new()),
-        Mode::Ok | Mode::Hook => {
-            select(machine, wanted).map_err(|unknown| hook_failed(&format!("device error: {unknown}: unknown device")))
-        }
+        Mode::Ok | Mode::Hook => select(machine, wanted)
+            .map_err(|unknown| hook_failed(&format!("device error: {unknown}: unknown device"))),
     }
 }
 
-/// The GPUs that a value of `NVIDIA_VISIBLE_DEVICES` names: the error is the first name that means nothing here.
+/// The GPUs that a value of `NVIDIA_VISIBLE_DEVICES` names: the error is the first name that means
+/// nothing here.
 fn select(machine: &Machine, wanted: &str) -> Result<Vec<Selected>, String> {
     let gpus = || machine.gpus.iter().enumerate();
     let node = |index: usize, gpu: &Gpu| gpu.minor.unwrap_or(index as u32);
     match wanted {
         "none" => Ok(Vec::new()),
         "all" => {
-            let all = gpus().map(|(index, gpu)| Selected { uuid: gpu.uuid.clone(), minor: node(index, gpu) });
+            let all = gpus()
+                .map(|(index, gpu)| Selected { uuid: gpu.uuid.clone(), minor: node(index, gpu) });
             Ok(all.collect())
         }
         list => list
@@ -267,8 +278,10 @@ fn hook_failed(message: &str) -> String {
 
 /// The device nodes, and, with `leave`, that of the device cgroup to use them.
 fn add_devices(config: &mut Value, selected: &[Selected], leave: bool) -> Option<()> {
-    let mut nodes =
-        vec![("/dev/nvidiactl".to_owned(), NVIDIA, NVIDIA_CTL), ("/dev/nvidia-uvm".to_owned(), NVIDIA_UVM, 0)];
+    let mut nodes = vec![
+        ("/dev/nvidiactl".to_owned(), NVIDIA, NVIDIA_CTL),
+        ("/dev/nvidia-uvm".to_owned(), NVIDIA_UVM, 0),
+    ];
     for gpu in selected {
         let node = (format!("/dev/nvidia{}", gpu.minor), NVIDIA, gpu.minor);
         if !nodes.contains(&node) {
@@ -285,14 +298,18 @@ fn add_devices(config: &mut Value, selected: &[Selected], leave: bool) -> Option
             continue;
         }
         let resources = linux.entry("resources").or_insert_with(|| json!({})).as_object_mut()?;
-        let rule = json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rwm"});
+        let rule =
+            json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rwm"});
         list(resources, "devices")?.push(rule);
     }
     Some(())
 }
 
 /// A member that is an array; `null` or absent is an empty one.
-fn list<'section>(section: &'section mut Map<String, Value>, name: &str) -> Option<&'section mut Vec<Value>> {
+fn list<'section>(
+    section: &'section mut Map<String, Value>,
+    name: &str,
+) -> Option<&'section mut Vec<Value>> {
     let member = section.entry(name).or_insert(Value::Null);
     if member.is_null() {
         *member = json!([]);
@@ -329,11 +346,25 @@ mod tests {
 
     #[test]
     fn the_command_is_found_behind_the_options() {
-        let args = ["--root", "create", "--log", "/l", "--log-format=json", "create", "--bundle", "/b", "some-id"];
+        let args = [
+            "--root",
+            "create",
+            "--log",
+            "/l",
+            "--log-format=json",
+            "create",
+            "--bundle",
+            "/b",
+            "some-id",
+        ];
         let request = Request::read(&args.map(OsString::from));
         assert_eq!(request.log.as_deref(), Some(Path::new("/l")));
         assert_eq!(request.create.as_deref(), Some(Path::new("/b")));
         assert_eq!(request.id, "some-id");
-        assert!(Request::read(&["--root", "create", "delete", "some-id"].map(OsString::from)).create.is_none());
+        assert!(
+            Request::read(&["--root", "create", "delete", "some-id"].map(OsString::from))
+                .create
+                .is_none()
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! A stand-in for OneGate: a real HTTP server that answers as OpenNebula's does, fails as its script says, and remembers
-//! what it was asked.
+//! A stand-in for OneGate: a real HTTP server that answers as OpenNebula's does, fails as its
+//! script says, and remembers what it was asked.
 
 use std::{
     collections::VecDeque,
@@ -84,7 +84,10 @@ impl Request {
     /// A header's value, whatever the case of its name.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(known, _)| known.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value.as_str())
     }
 
     /// The VM that it says it comes from.
@@ -165,7 +168,8 @@ impl OneGateStandIn {
     fn start_at(namespace: Option<String>, address: IpAddr) -> Self {
         // A connection is a file, and a process may have 1024 of them if it does not ask for more.
         let limit = getrlimit(Resource::Nofile);
-        let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+        let _ =
+            setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
         let address = SocketAddr::new(address, 0);
         let mut onegate = Self { shared: Arc::default(), namespace, address, listening: None };
         onegate.restart();
@@ -190,7 +194,8 @@ impl OneGateStandIn {
     pub fn restart(&mut self) {
         self.stop();
         let listening = listen_at(self.namespace.as_deref(), self.address, &self.shared);
-        let listening = listening.unwrap_or_else(|error| panic!("OneGate at {}: {error}", self.address));
+        let listening =
+            listening.unwrap_or_else(|error| panic!("OneGate at {}: {error}", self.address));
         self.address = listening.socket.local_addr().expect("the address of a socket");
         self.listening = Some(listening);
     }
@@ -212,8 +217,9 @@ impl OneGateStandIn {
         change(&mut lock(&self.shared).state)
     }
 
-    /// What becomes of the next requests for a route (`GET /service`, without the query), or for all (`*`), one after the
-    /// other. Scripts are asked in the order in which they were given; after the last reply all is regular again.
+    /// What becomes of the next requests for a route (`GET /service`, without the query), or for
+    /// all (`*`), one after the other. Scripts are asked in the order in which they were given;
+    /// after the last reply all is regular again.
     pub fn script(&self, route: &str, replies: impl IntoIterator<Item = Reply>) {
         lock(&self.shared).scripts.push((route.to_owned(), replies.into_iter().collect()));
     }
@@ -232,7 +238,8 @@ impl OneGateStandIn {
     /// The most requests within one second, wherever that second begins.
     #[must_use]
     pub fn peak_requests_per_second(&self) -> usize {
-        let times: Vec<Instant> = lock(&self.shared).requests.iter().map(|request| request.at).collect();
+        let times: Vec<Instant> =
+            lock(&self.shared).requests.iter().map(|request| request.at).collect();
         peak_per_second(&times)
     }
 }
@@ -260,8 +267,13 @@ fn peak_per_second(times: &[Instant]) -> usize {
     peak
 }
 
-/// A thread of its own moves into the namespace, listens there, and has a thread for each connection.
-fn listen_at(namespace: Option<&str>, address: SocketAddr, shared: &Arc<Mutex<Shared>>) -> io::Result<Listening> {
+/// A thread of its own moves into the namespace, listens there, and has a thread for each
+/// connection.
+fn listen_at(
+    namespace: Option<&str>,
+    address: SocketAddr,
+    shared: &Arc<Mutex<Shared>>,
+) -> io::Result<Listening> {
     let namespace = namespace.map(|name| PathBuf::from("/run/netns").join(name));
     let stopped = Arc::new(AtomicBool::new(false));
     let (bound, receive) = mpsc::channel();
@@ -300,7 +312,8 @@ fn listen_at(namespace: Option<&str>, address: SocketAddr, shared: &Arc<Mutex<Sh
             });
         }
     });
-    let socket = receive.recv().unwrap_or_else(|_| Err(io::Error::other("the listening thread ended")))?;
+    let socket =
+        receive.recv().unwrap_or_else(|_| Err(io::Error::other("the listening thread ended")))?;
     Ok(Listening { socket, stopped, thread })
 }
 
@@ -320,15 +333,17 @@ impl Connection {
         let reply = self.record(&request);
         let regular = || match request.method.as_str() {
             // The server in front of OneGate's code knows no chunks.
-            "PUT" if chunked || request.header("Content-Length").is_none() => (411, "Length Required".to_owned()),
+            "PUT" if chunked || request.header("Content-Length").is_none() => {
+                (411, "Length Required".to_owned())
+            }
             _ => lock(&self.shared).state.answer(&request),
         };
         match reply {
             Reply::Regular => stream.write_all(http(regular()).as_bytes()),
             Reply::Status(status, text) => stream.write_all(http((status, text)).as_bytes()),
-            Reply::Redirect(location) => {
-                stream.write_all(head(302, &format!("Content-Length: 0\r\nLocation: {location}\r\n")).as_bytes())
-            }
+            Reply::Redirect(location) => stream.write_all(
+                head(302, &format!("Content-Length: 0\r\nLocation: {location}\r\n")).as_bytes(),
+            ),
             Reply::Bytes(bytes) => stream.write_all(&bytes),
             Reply::HalfBody => {
                 let (status, body) = regular();
@@ -374,7 +389,11 @@ impl Connection {
     }
 
     /// Does a step, and pauses, until the step says no more or OneGate is stopped.
-    fn unless_stopped(&self, pause: Duration, mut step: impl FnMut() -> io::Result<bool>) -> io::Result<()> {
+    fn unless_stopped(
+        &self,
+        pause: Duration,
+        mut step: impl FnMut() -> io::Result<bool>,
+    ) -> io::Result<()> {
         while !self.stopped.load(Ordering::Relaxed) && step()? {
             thread::sleep(pause);
         }
@@ -414,7 +433,8 @@ fn read_request(stream: &TcpStream) -> io::Result<Request> {
         headers: lines.filter_map(header).collect(),
         body: String::new(),
     };
-    let length = request.header("Content-Length").and_then(|length| length.parse().ok()).unwrap_or(0);
+    let length =
+        request.header("Content-Length").and_then(|length| length.parse().ok()).unwrap_or(0);
     let mut body = vec![0; length];
     reader.read_exact(&mut body)?;
     request.body = String::from_utf8_lossy(&body).into_owned();

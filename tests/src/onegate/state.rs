@@ -71,7 +71,8 @@ pub struct Service {
 pub struct Shape {
     /// Ids and states are numbers; otherwise strings.
     pub numbers: bool,
-    /// One NIC is an object; otherwise an array of one. In an extended service it is an object in any case.
+    /// One NIC is an object; otherwise an array of one. In an extended service it is an object in
+    /// any case.
     pub one_nic_is_an_object: bool,
     /// A list without an entry is `{}`; otherwise `[]`.
     pub empty_lists_are_objects: bool,
@@ -83,7 +84,8 @@ pub struct Shape {
 type Refusal = (u16, String);
 
 impl State {
-    /// The VM of this number, which is made where there is none: running, without a NIC, in no service.
+    /// The VM of this number, which is made where there is none: running, without a NIC, in no
+    /// service.
     pub fn vm(&mut self, id: u32) -> &mut Vm {
         self.vms.entry(id).or_insert_with(|| Vm {
             name: format!("vm-{id}"),
@@ -96,8 +98,8 @@ impl State {
         })
     }
 
-    /// A VM of a role, made as OneFlow makes it: the VM is told first and listed then. For the time between, when OneGate
-    /// says that the service does not contain it, set its SERVICE_ID alone.
+    /// A VM of a role, made as OneFlow makes it: the VM is told first and listed then. For the time
+    /// between, when OneGate says that the service does not contain it, set its SERVICE_ID alone.
     pub fn join(&mut self, service: u32, role: &str, id: u32) -> &mut Vm {
         let of_service = self.services.entry(service).or_default();
         match of_service.roles.iter_mut().find(|(name, _)| name == role) {
@@ -134,7 +136,9 @@ impl State {
             ("GET", ["service"]) => {
                 let id = self.authenticate(request)?;
                 let service = self.service_with(id, id)?;
-                Ok(self.service_json(service, request.target.ends_with("?extended=true")).to_string())
+                Ok(self
+                    .service_json(service, request.target.ends_with("?extended=true"))
+                    .to_string())
             }
             ("PUT", ["vm"]) => {
                 let id = self.authenticate(request)?;
@@ -150,14 +154,17 @@ impl State {
 
     fn authenticate(&self, request: &Request) -> Result<u32, Refusal> {
         let token = request.header("X-ONEGATE-TOKEN");
-        let id = request.vm_id().filter(|id| self.vms.get(id).is_some_and(|vm| token == Some(&vm.token)));
+        let id = request
+            .vm_id()
+            .filter(|id| self.vms.get(id).is_some_and(|vm| token == Some(&vm.token)));
         id.filter(|_| !self.oned_down).ok_or_else(|| (401, "Not authorized".to_owned()))
     }
 
     /// The service of the VM `own`, if the VM `id` is in it.
     fn service_with(&self, own: u32, id: u32) -> Result<u32, Refusal> {
         let text = self.vms[&own].user_template.get("SERVICE_ID").map_or("", String::as_str);
-        let number: u32 = text.parse().map_err(|_| (400, "Empty or invalid SERVICE_ID".to_owned()))?;
+        let number: u32 =
+            text.parse().map_err(|_| (400, "Empty or invalid SERVICE_ID".to_owned()))?;
         let service = self.services.get(&number).filter(|_| !self.oneflow_down);
         let service = service.ok_or_else(|| (404, format!("Service {number} not found")))?;
         if service.roles.iter().any(|(_, nodes)| nodes.contains(&id)) {
@@ -171,15 +178,20 @@ impl State {
         // Ruby's to_i: what is no number is 0.
         let id = id.parse().unwrap_or(0);
         self.service_with(own, id)?;
-        if self.vms.contains_key(&id) { Ok(id) } else { Err((404, format!("Error getting virtual machine [{id}]."))) }
+        if self.vms.contains_key(&id) {
+            Ok(id)
+        } else {
+            Err((404, format!("Error getting virtual machine [{id}].")))
+        }
     }
 
     fn update(&mut self, id: u32, request: &Request) -> Result<String, Refusal> {
         let (Some(text), Some("1")) = (request.update(), request.form("type").as_deref()) else {
             return Err((400, "The stand-in takes data=...&type=1 alone".to_owned()));
         };
-        let attributes = attributes(&text)
-            .map_err(|line| (500, format!("[one.vm.update] Error updating [{id}]. syntax error: {line}")))?;
+        let attributes = attributes(&text).map_err(|line| {
+            (500, format!("[one.vm.update] Error updating [{id}]. syntax error: {line}"))
+        })?;
         let vm = self.vm(id);
         vm.user_template.extend(attributes);
         // EventManager.rb looks at the whole text of the update, not for an attribute.
@@ -215,7 +227,10 @@ impl State {
             ("STATE", self.number(vm.state)),
             ("LCM_STATE", self.number(vm.lcm_state)),
             ("USER_TEMPLATE", user_template.into()),
-            ("TEMPLATE", json!({"NIC": self.list(&vm.nics, one_nic_is_an_object), "NIC_ALIAS": self.list(&[], false)})),
+            (
+                "TEMPLATE",
+                json!({"NIC": self.list(&vm.nics, one_nic_is_an_object), "NIC_ALIAS": self.list(&[], false)}),
+            ),
         ];
         fields.map(|(name, value)| (name.to_owned(), value)).into_iter().collect()
     }
@@ -250,7 +265,8 @@ impl State {
 fn attributes(text: &str) -> Result<Vec<(String, String)>, String> {
     let attribute = |line: &str| {
         let (name, value) = line.split_once('=')?;
-        let name_is_good = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        let name_is_good =
+            !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
         let value = match value {
             "\"\"" => "",
             "" => return None,

@@ -1,5 +1,9 @@
 //! Machines that several test files set up.
-#![allow(clippy::panic, dead_code, reason = "a test fails by a panic; each test file uses its own part")]
+#![allow(
+    clippy::panic,
+    dead_code,
+    reason = "a test fails by a panic; each test file uses its own part"
+)]
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -30,7 +34,12 @@ pub(crate) fn two_gpus() -> Value {
 
 /// The same machine's sysfs: both GPUs on the nvidia driver.
 pub(crate) fn sysfs_of_two() -> Sysfs {
-    Sysfs::new().gpu("0000:01:00.0").driver("nvidia").gpu("0000:21:00.0").driver("nvidia").module("550.54.15")
+    Sysfs::new()
+        .gpu("0000:01:00.0")
+        .driver("nvidia")
+        .gpu("0000:21:00.0")
+        .driver("nvidia")
+        .module("550.54.15")
 }
 
 /// One GPU on the nvidia driver.
@@ -40,11 +49,15 @@ pub(crate) fn sysfs_of_one() -> Sysfs {
 
 /// The least context of a node that wants the GPU, with more variables.
 pub(crate) fn wanted<'a>(more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
-    [("FL_GPU_ENABLED", "YES"), ("FL_SUPERLINK_ADDRESS", "10.9.8.7:9092"), ("PCI0_ADDRESS", "01:00.0")]
-        .into_iter()
-        .filter(|(name, _)| !more.iter().any(|(other, _)| other == name))
-        .chain(more.iter().copied())
-        .collect()
+    [
+        ("FL_GPU_ENABLED", "YES"),
+        ("FL_SUPERLINK_ADDRESS", "10.9.8.7:9092"),
+        ("PCI0_ADDRESS", "01:00.0"),
+    ]
+    .into_iter()
+    .filter(|(name, _)| !more.iter().any(|(other, _)| other == name))
+    .chain(more.iter().copied())
+    .collect()
 }
 
 /// An engine with the image, and a machine on it with the GPUs of `machine`.
@@ -71,7 +84,8 @@ pub(crate) fn json_of(output: &Output) -> Value {
     serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
 }
 
-/// A text in base64, in one line, as a context variable or an attribute of OneGate has a certificate.
+/// A text in base64, in one line, as a context variable or an attribute of OneGate has a
+/// certificate.
 pub(crate) fn base64(text: &str) -> String {
     let sandbox = Sandbox::new("base64");
     let file = sandbox.write("text", text);
@@ -90,17 +104,20 @@ pub(crate) fn inspect(engine: &Engine, template: &str) -> String {
     output.expect_success().trim().to_owned()
 }
 
-/// A line of the table that `make test` prints: a cause of a node on the CPU, and the time to the WARNING.
+/// A line of the table that `make test` prints: a cause of a node on the CPU, and the time to the
+/// WARNING.
 pub(crate) fn tell(code: &str, seconds: f64, how: &str) {
     say(&format!("CAUSE {code:<24} {seconds:>5.2} s  {how}"));
 }
 
-/// A whole line, in one piece. Not by a print macro: the test runner would swallow what a passing test prints.
+/// A whole line, in one piece. Not by a print macro: the test runner would swallow what a passing
+/// test prints.
 pub(crate) fn say(line: &str) {
     let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
-/// The real libnvidia-ml, unpacked from Debian's package where the machine's package sources have it.
+/// The real libnvidia-ml, unpacked from Debian's package where the machine's package sources have
+/// it.
 pub(crate) fn nvidias_library() -> Option<PathBuf> {
     if Path::new("/proc/driver/nvidia").exists() {
         say("SKIPPED: this machine has a driver, the library would find it");

@@ -7,16 +7,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use supernode_tests::{Agent, Case, DockerProxy, Engine, OneGateStandIn, RuntimeMode, agent_binary, eventually, image};
+use supernode_tests::{
+    Agent, Case, DockerProxy, Engine, OneGateStandIn, RuntimeMode, agent_binary, eventually, image,
+};
 
 use crate::common::{PATIENCE, one_gpu, say, sysfs_of_one, wanted};
 
 /// An operator's daemon.json.
-const OPERATORS: &str =
-    "{\n  \"log-level\": \"info\",\n  \"max-concurrent-downloads\": 7,\n  \"labels\": [\"rack=12\"]\n}\n";
+const OPERATORS: &str = "{\n  \"log-level\": \"info\",\n  \"max-concurrent-downloads\": 7,\n  \"labels\": [\"rack=12\"]\n}\n";
 /// What the runtime's entry makes of its end: not a byte else is changed.
-const WITH_RUNTIME: &str =
-    ",\n  \"runtimes\": {\n    \"nvidia\": {\n      \"path\": \"nvidia-container-runtime\"\n    }\n  }\n}\n";
+const WITH_RUNTIME: &str = ",\n  \"runtimes\": {\n    \"nvidia\": {\n      \"path\": \"nvidia-container-runtime\"\n    }\n  }\n}\n";
 
 /// What must be in no output; OneGate's token is the other.
 const PASSWORD: &str = "kxq7-zulu-9134";
@@ -27,7 +27,8 @@ const NEWS_TRAVEL_SECONDS: f64 = 1.0;
 /// The most memory that an agent of this process had, in KiB.
 static PEAK_KIB: AtomicU64 = AtomicU64::new(0);
 
-/// A machine with a GPU that is wanted, behind an engine that can have a bad day; and all that its agents say.
+/// A machine with a GPU that is wanted, behind an engine that can have a bad day; and all that its
+/// agents say.
 pub(crate) struct Node {
     pub(crate) engine: Engine,
     pub(crate) proxy: DockerProxy,
@@ -88,8 +89,8 @@ impl Node {
         ]));
     }
 
-    /// A machine on which no agent has run yet, and a Docker that knows of no runtime. An engine that was killed forgets
-    /// what happened, and so do we.
+    /// A machine on which no agent has run yet, and a Docker that knows of no runtime. An engine
+    /// that was killed forgets what happened, and so do we.
     pub(crate) fn reset(&mut self) {
         self.agent = None;
         self.proxy.mend();
@@ -142,7 +143,8 @@ impl Node {
         assert_eq!(self.running().as_deref(), Some("true"), "READY, and {:#?}", self.said());
     }
 
-    /// Starts an agent, and waits until the node is up, or the agent has ended with what a retry cures; whether it is up.
+    /// Starts an agent, and waits until the node is up, or the agent has ended with what a retry
+    /// cures; whether it is up.
     #[track_caller]
     pub(crate) fn tries(&mut self) -> bool {
         self.start();
@@ -154,7 +156,9 @@ impl Node {
         });
         assert!(settled, "neither ready nor at its end: {:#?}", self.said());
         match end {
-            None => assert_eq!(self.running().as_deref(), Some("true"), "READY, and {:#?}", self.said()),
+            None => {
+                assert_eq!(self.running().as_deref(), Some("true"), "READY, and {:#?}", self.said())
+            }
             Some(code) => assert_eq!(code, 1, "{:#?}", self.said()),
         }
         end.is_none()
@@ -174,7 +178,11 @@ impl Node {
     pub(crate) fn ends(&mut self) {
         let code = self.agent().terminate();
         assert_eq!(code, 0, "{:#?}", self.said());
-        assert!(self.agent().notifications().iter().any(|told| told.contains("STOPPING=1")), "{:#?}", self.said());
+        assert!(
+            self.agent().notifications().iter().any(|told| told.contains("STOPPING=1")),
+            "{:#?}",
+            self.said()
+        );
         assert_ne!(self.running().as_deref(), Some("true"), "{:#?}", self.said());
     }
 
@@ -186,14 +194,19 @@ impl Node {
 
     /// Whether the container of that name runs; `None` where there is none, or no engine.
     pub(crate) fn running(&self) -> Option<String> {
-        let shown = self.engine.docker(&["inspect", "--format", "{{.State.Running}}", "flower-supernode"]);
+        let shown =
+            self.engine.docker(&["inspect", "--format", "{{.State.Running}}", "flower-supernode"]);
         (shown.code == Some(0)).then(|| shown.stdout.trim().to_owned())
     }
 
     /// Which run of the container there is: its id and the time of its start.
     pub(crate) fn run(&self) -> String {
         let format = "{{.Id}} {{.State.StartedAt}} {{.State.Running}}";
-        self.engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout.trim().to_owned()
+        self.engine
+            .docker(&["inspect", "--format", format, "flower-supernode"])
+            .stdout
+            .trim()
+            .to_owned()
     }
 
     /// Waits until another run than this one is under way.
@@ -210,8 +223,14 @@ impl Node {
     #[track_caller]
     pub(crate) fn runs_anew_of_ours_after(&self, before: &str) {
         let format = "{{index .Config.Labels \"supernode-agent.spec-hash\"}}";
-        let ours =
-            || !self.engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout.trim().is_empty();
+        let ours = || {
+            !self
+                .engine
+                .docker(&["inspect", "--format", format, "flower-supernode"])
+                .stdout
+                .trim()
+                .is_empty()
+        };
         assert!(eventually(PATIENCE, ours), "{:#?}", self.said());
         self.runs_anew_after(before);
     }
@@ -231,7 +250,8 @@ impl Node {
         assert!(eventually(PATIENCE, there), "{:?}: {:#?}", self.published(), self.said());
     }
 
-    /// Everything that agents have said since the last reset: log, standard output, messages to systemd.
+    /// Everything that agents have said since the last reset: log, standard output, messages to
+    /// systemd.
     pub(crate) fn said(&self) -> Vec<String> {
         let now = self.agent.iter().flat_map(said_by);
         self.told.iter().cloned().chain(now).collect()
@@ -246,7 +266,8 @@ impl Node {
         if let Some(agent) = &self.agent {
             assert_ready_was_true(agent);
         }
-        let ours = self.engine.docker(&["ps", "-aq", "--filter", "label=supernode-agent.spec-hash"]);
+        let ours =
+            self.engine.docker(&["ps", "-aq", "--filter", "label=supernode-agent.spec-hash"]);
         let ours = ours.expect_success().lines().count();
         assert!(ours <= 1, "{ours} containers: {:#?}", self.said());
         let runs = self.runs();
@@ -285,7 +306,12 @@ impl Node {
             let time = time.parse::<u64>().unwrap() as f64 / 1e9;
             match action {
                 "start" if verdict != "<no" && !verdict.is_empty() => {
-                    runs.push(Run { id: id.into(), on_cpu: verdict == "cpu", from: time, to: f64::INFINITY });
+                    runs.push(Run {
+                        id: id.into(),
+                        on_cpu: verdict == "cpu",
+                        from: time,
+                        to: f64::INFINITY,
+                    });
                 }
                 "die" => {
                     let last = runs.iter_mut().rev().find(|run| run.id == id);
@@ -307,7 +333,9 @@ impl Node {
 
     fn assert_warned_before(&self, runs: &[Run]) {
         let said = self.said();
-        let warnings = said.iter().filter(|line| line.contains(" WARNING ") && line.contains("runs on the CPU"));
+        let warnings = said
+            .iter()
+            .filter(|line| line.contains(" WARNING ") && line.contains("runs on the CPU"));
         let first = warnings.filter_map(|line| seconds_of(line)).fold(f64::INFINITY, f64::min);
         for run in runs.iter().filter(|run| run.on_cpu) {
             assert!(first < run.from, "no WARNING before {run:?}: {said:#?}");
@@ -368,7 +396,10 @@ fn assert_ready_was_true(agent: &Agent) {
     let lines = agent.lines();
     let has_said = |text: &str| lines.iter().any(|line| line.contains(text));
     if agent.notifications().iter().any(|told| told.contains("READY=1")) {
-        assert!(has_said("started the container") || has_said("adopted the running container"), "{lines:#?}");
+        assert!(
+            has_said("started the container") || has_said("adopted the running container"),
+            "{lines:#?}"
+        );
     }
 }
 
@@ -381,10 +412,14 @@ fn seconds_of(line: &str) -> Option<f64> {
     let (date, time) = line.split(' ').next()?.strip_suffix('Z')?.split_once('T')?;
     let date: Vec<i64> = date.split('-').map_while(|part| part.parse().ok()).collect();
     let time: Vec<f64> = time.split(':').map_while(|part| part.parse().ok()).collect();
-    let (&[year, month, day], &[hours, minutes, seconds]) = (date.as_slice(), time.as_slice()) else { return None };
+    let (&[year, month, day], &[hours, minutes, seconds]) = (date.as_slice(), time.as_slice())
+    else {
+        return None;
+    };
     // Howard Hinnant's days_from_civil, for years after 1970.
     let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
-    let days = 365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1 - 719_468;
+    let days =
+        365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1 - 719_468;
     Some(days as f64 * 86_400.0 + hours * 3600.0 + minutes * 60.0 + seconds)
 }
 
@@ -394,7 +429,10 @@ fn watch_memory(pid: u32) {
         while let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) {
             let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
             // A zombie has none.
-            let Some(kib) = peak.and_then(|peak| peak.trim().trim_end_matches(" kB").parse().ok()) else { return };
+            let Some(kib) = peak.and_then(|peak| peak.trim().trim_end_matches(" kB").parse().ok())
+            else {
+                return;
+            };
             PEAK_KIB.fetch_max(kib, Ordering::Relaxed);
             thread::sleep(Duration::from_millis(50));
         }
@@ -408,11 +446,19 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// One fault: its name, what must hold, and its story, which ends when the node has recovered and gives the moment of
-    /// the fault.
-    pub(crate) fn fault(&mut self, node: &mut Node, name: &str, holds: &str, story: impl FnOnce(&mut Node) -> Instant) {
+    /// One fault: its name, what must hold, and its story, which ends when the node has recovered
+    /// and gives the moment of the fault.
+    pub(crate) fn fault(
+        &mut self,
+        node: &mut Node,
+        name: &str,
+        holds: &str,
+        story: impl FnOnce(&mut Node) -> Instant,
+    ) {
         match tell(node, story) {
-            Ok(seconds) => say(&format!("FAULT {name:<64} held    recovered in {seconds:>5.1} s  {holds}")),
+            Ok(seconds) => {
+                say(&format!("FAULT {name:<64} held    recovered in {seconds:>5.1} s  {holds}"))
+            }
             Err(why) => {
                 say(&format!("FAULT {name:<64} FAILED  {holds}\n{why}"));
                 self.failed.push(name.to_owned());
@@ -424,14 +470,21 @@ impl Table {
     #[track_caller]
     pub(crate) fn finish(self) {
         let build = agent_binary();
-        let build = build.parent().and_then(|folder| folder.file_name()).unwrap_or_default().to_string_lossy();
+        let build = build
+            .parent()
+            .and_then(|folder| folder.file_name())
+            .unwrap_or_default()
+            .to_string_lossy();
         let peak = PEAK_KIB.load(Ordering::Relaxed) as f64 / 1024.0;
-        say(&format!("MEASURED peak memory of the agent over the faults so far: {peak:.1} MiB ({build} build)"));
+        say(&format!(
+            "MEASURED peak memory of the agent over the faults so far: {peak:.1} MiB ({build} build)"
+        ));
         assert!(self.failed.is_empty(), "{:#?}", self.failed);
     }
 }
 
-/// Tells the story, and looks at what must always hold; gives the seconds from the fault to the recovery.
+/// Tells the story, and looks at what must always hold; gives the seconds from the fault to the
+/// recovery.
 fn tell(node: &mut Node, story: impl FnOnce(&mut Node) -> Instant) -> Result<f64, String> {
     let told = catch_unwind(AssertUnwindSafe(|| {
         let seconds = story(node).elapsed().as_secs_f64();

@@ -1,6 +1,7 @@
-//! `check template`: an OpenNebula VM template against what a SuperNode on a passed-through GPU needs; for a service template
-//! of OneFlow see service.rs. Pure: text in, checks out. What OpenNebula takes is in its manual (Virtual Machine Template
-//! Reference; PCI Passthrough) and, for 6.10 and 7.x, in src/vm and src/parsers of OpenNebula/one.
+//! `check template`: an OpenNebula VM template against what a SuperNode on a passed-through GPU
+//! needs; for a service template of OneFlow see service.rs. Pure: text in, checks out. What
+//! OpenNebula takes is in its manual (Virtual Machine Template Reference; PCI Passthrough) and, for
+//! 6.10 and 7.x, in src/vm and src/parsers of OpenNebula/one.
 
 mod parse;
 mod service;
@@ -41,8 +42,12 @@ pub fn judge(text: &str) -> Vec<Check> {
         Err(error) => {
             let fix = "mend that place: KEY=\"value\", KEY=[A=\"x\",B=\"y\"], a quote inside of quotes as \\\"";
             return vec![
-                Check::error("syntax", format!("column {}: {}", error.place.column, error.message), fix)
-                    .at(error.place.line),
+                Check::error(
+                    "syntax",
+                    format!("column {}: {}", error.place.column, error.message),
+                    fix,
+                )
+                .at(error.place.line),
             ];
         }
     };
@@ -80,7 +85,9 @@ impl Template {
 
     fn single(&self, name: &str) -> Option<&Pair> {
         self.0.iter().find_map(|attribute| match attribute {
-            Attribute::Single(pair) if pair.name == name && !pair.value.trim().is_empty() => Some(pair),
+            Attribute::Single(pair) if pair.name == name && !pair.value.trim().is_empty() => {
+                Some(pair)
+            }
             _ => None,
         })
     }
@@ -105,7 +112,9 @@ impl Template {
         ["FL_GPU_ENABLED", "ONEAPP_FL_GPU_ENABLED"]
             .iter()
             .filter_map(|name| self.pair("CONTEXT", name))
-            .any(|pair| parse_yes_no(pair.value.trim()) == Ok(on) || (on && is_reference(&pair.value)))
+            .any(|pair| {
+                parse_yes_no(pair.value.trim()) == Ok(on) || (on && is_reference(&pair.value))
+            })
     }
 
     /// Of two keys of one name in brackets OpenNebula keeps the first.
@@ -116,13 +125,19 @@ impl Template {
         });
         vectors
             .flat_map(|vector| {
-                let again =
-                    |(at, pair): (usize, &Pair)| vector.pairs[..at].iter().any(|before| before.name == pair.name);
-                vector.pairs.iter().enumerate().filter(move |(at, pair)| again((*at, pair))).map(move |(_, pair)| {
-                    let (vector, key) = (&vector.name, &pair.name);
-                    let finding = format!("{key} is in {vector} a second time: OpenNebula keeps the first");
-                    Check::warning("syntax", finding, "delete one of the two").at(pair.place.line)
-                })
+                let again = |(at, pair): (usize, &Pair)| {
+                    vector.pairs[..at].iter().any(|before| before.name == pair.name)
+                };
+                vector.pairs.iter().enumerate().filter(move |(at, pair)| again((*at, pair))).map(
+                    move |(_, pair)| {
+                        let (vector, key) = (&vector.name, &pair.name);
+                        let finding = format!(
+                            "{key} is in {vector} a second time: OpenNebula keeps the first"
+                        );
+                        Check::warning("syntax", finding, "delete one of the two")
+                            .at(pair.place.line)
+                    },
+                )
             })
             .collect()
     }
@@ -132,7 +147,10 @@ impl Template {
         let mut checks = Vec::new();
         if let Some(misplaced) = self.pair("FEATURES", "MACHINE") {
             let finding = "MACHINE is in FEATURES, where OpenNebula never reads it";
-            checks.push(Check::error("machine", finding, format!("move it into OS: {FIX}")).at(misplaced.place.line));
+            checks.push(
+                Check::error("machine", finding, format!("move it into OS: {FIX}"))
+                    .at(misplaced.place.line),
+            );
         }
         checks.push(match self.pair("OS", "MACHINE") {
             Some(pair) if is_q35(pair.value.trim()) => {
@@ -152,7 +170,9 @@ impl Template {
     }
 
     fn firmware(&self, bad: Level) -> Check {
-        let fix = format!("OpenNebula 7: OS=[FIRMWARE=\"UEFI\"]; OpenNebula 6.10: OS=[FIRMWARE=\"{UEFI_PATH}\"]");
+        let fix = format!(
+            "OpenNebula 7: OS=[FIRMWARE=\"UEFI\"]; OpenNebula 6.10: OS=[FIRMWARE=\"{UEFI_PATH}\"]"
+        );
         let Some(pair) = self.pair("OS", "FIRMWARE") else {
             let finding = "OS has no FIRMWARE: the VM boots by BIOS, which cannot map the memory of large GPUs, nor boot our image";
             return Check::bad("firmware", bad, finding, fix).at(self.line_of("OS"));
@@ -161,7 +181,9 @@ impl Template {
         let check = match value {
             "UEFI" => Check::ok(
                 "firmware",
-                format!("FIRMWARE=\"UEFI\": for OpenNebula 7; 6.10 refuses it and wants a path, \"{UEFI_PATH}\""),
+                format!(
+                    "FIRMWARE=\"UEFI\": for OpenNebula 7; 6.10 refuses it and wants a path, \"{UEFI_PATH}\""
+                ),
             ),
             path if path.starts_with('/') => Check::ok(
                 "firmware",
@@ -170,16 +192,24 @@ impl Template {
                     shown(path)
                 ),
             ),
-            other if other.eq_ignore_ascii_case("uefi") => {
-                Check::error("firmware", format!("FIRMWARE=\"{}\" must be written in capitals", shown(other)), fix)
-            }
-            other => Check::bad("firmware", bad, format!("FIRMWARE=\"{}\" is not UEFI", shown(other)), fix),
+            other if other.eq_ignore_ascii_case("uefi") => Check::error(
+                "firmware",
+                format!("FIRMWARE=\"{}\" must be written in capitals", shown(other)),
+                fix,
+            ),
+            other => Check::bad(
+                "firmware",
+                bad,
+                format!("FIRMWARE=\"{}\" is not UEFI", shown(other)),
+                fix,
+            ),
         };
         check.at(pair.place.line)
     }
 
     fn secure_boot(&self) -> Check {
-        const FIX: &str = "OS=[FIRMWARE_SECURE=\"NO\"], or sign NVIDIA's module in the image (mokutil --import)";
+        const FIX: &str =
+            "OS=[FIRMWARE_SECURE=\"NO\"], or sign NVIDIA's module in the image (mokutil --import)";
         match self.pair("OS", "FIRMWARE_SECURE") {
             None => Check::ok("secure-boot", "no FIRMWARE_SECURE: Secure Boot is off"),
             Some(pair) => match parse_yes_no(pair.value.trim()) {
@@ -224,7 +254,10 @@ impl Template {
             return vec![Check::error("pci", finding, FIX).at(misplaced.place.line)];
         }
         if devices.is_empty() && self.gpu_is(false) {
-            return vec![Check::ok("pci", "no PCI attribute, and FL_GPU_ENABLED is NO: a node on the CPU")];
+            return vec![Check::ok(
+                "pci",
+                "no PCI attribute, and FL_GPU_ENABLED is NO: a node on the CPU",
+            )];
         }
         if devices.is_empty() {
             let finding = "there is no PCI attribute: this VM gets no GPU";
@@ -250,9 +283,12 @@ impl Template {
             Some(pair) => match pair.value.trim().parse::<u64>() {
                 Ok(number @ 1..) => Some(Some(number)),
                 _ => {
-                    let finding = format!("{key}=\"{}\" must be a whole number > 0", shown(&pair.value));
-                    checks
-                        .push(Check::error("topology", finding, format!("TOPOLOGY=[{key}=\"1\"]")).at(pair.place.line));
+                    let finding =
+                        format!("{key}=\"{}\" must be a whole number > 0", shown(&pair.value));
+                    checks.push(
+                        Check::error("topology", finding, format!("TOPOLOGY=[{key}=\"1\"]"))
+                            .at(pair.place.line),
+                    );
                     None
                 }
             },
@@ -261,12 +297,18 @@ impl Template {
         let policy = topology.value("PIN_POLICY").map(str::to_ascii_uppercase);
         let policy = policy.as_deref().unwrap_or("NONE");
         if !POLICIES.contains(&policy) {
-            let finding = format!("PIN_POLICY=\"{}\" must be one of {}", shown(policy), POLICIES.join(", "));
-            checks.push(Check::error("topology", finding, "TOPOLOGY=[PIN_POLICY=\"CORE\",SOCKETS=\"1\"]").at(line));
+            let finding =
+                format!("PIN_POLICY=\"{}\" must be one of {}", shown(policy), POLICIES.join(", "));
+            checks.push(
+                Check::error("topology", finding, "TOPOLOGY=[PIN_POLICY=\"CORE\",SOCKETS=\"1\"]")
+                    .at(line),
+            );
             return checks;
         }
         if policy != "NONE" {
-            checks.push(Check::ok("topology", format!("PIN_POLICY={policy}: {PINNED_HOSTS}")).at(line));
+            checks.push(
+                Check::ok("topology", format!("PIN_POLICY={policy}: {PINNED_HOSTS}")).at(line),
+            );
             return checks;
         }
         let [Some(sockets), Some(cores), Some(threads)] = counts else { return checks };
@@ -274,7 +316,8 @@ impl Template {
             checks.push(Check::ok("topology", "the VM is not pinned").at(line));
             return checks;
         }
-        let vcpu = self.single("VCPU").map_or(Some(1), |pair| pair.value.trim().parse::<u64>().ok());
+        let vcpu =
+            self.single("VCPU").map_or(Some(1), |pair| pair.value.trim().parse::<u64>().ok());
         let product = [sockets, cores, threads]
             .into_iter()
             .try_fold(1_u64, |product, count| product.checked_mul(count.unwrap_or(1)));
@@ -310,12 +353,17 @@ impl Template {
                 match pair.value.trim().parse::<u64>() {
                     Ok(kib @ 1..) => {
                         let gib = kib >> 20;
-                        Check::ok("large-bars", format!("PCIHOLE64 is {gib} GiB (read by OpenNebula 7.2 and later)"))
-                            .at(line)
+                        Check::ok(
+                            "large-bars",
+                            format!("PCIHOLE64 is {gib} GiB (read by OpenNebula 7.2 and later)"),
+                        )
+                        .at(line)
                     }
                     _ => {
-                        let finding = format!("PCIHOLE64=\"{}\" must be a number of KiB", shown(&pair.value));
-                        Check::error("large-bars", finding, "FEATURES=[PCIHOLE64=\"1073741824\"]").at(line)
+                        let finding =
+                            format!("PCIHOLE64=\"{}\" must be a number of KiB", shown(&pair.value));
+                        Check::error("large-bars", finding, "FEATURES=[PCIHOLE64=\"1073741824\"]")
+                            .at(line)
                     }
                 }
             }
@@ -334,10 +382,12 @@ impl Template {
             )];
         };
         let line = context.place.line;
-        let is_yes = |key: &str| context.value(key).is_some_and(|value| value.eq_ignore_ascii_case("YES"));
+        let is_yes =
+            |key: &str| context.value(key).is_some_and(|value| value.eq_ignore_ascii_case("YES"));
         let mut checks = Vec::new();
-        let has_address =
-            ["FL_SUPERLINK_ADDRESS", "ONEAPP_FL_SUPERLINK_ADDRESS"].iter().any(|name| context.value(name).is_some());
+        let has_address = ["FL_SUPERLINK_ADDRESS", "ONEAPP_FL_SUPERLINK_ADDRESS"]
+            .iter()
+            .any(|name| context.value(name).is_some());
         checks.push(if is_yes("TOKEN") {
             Check::ok("context-token", "TOKEN=\"YES\"").at(line)
         } else {
@@ -368,11 +418,15 @@ impl Template {
         });
         if !is_yes("NETWORK") {
             let finding = "CONTEXT has no NETWORK=\"YES\": the VM's network cards get no address";
-            checks.push(Check::warning("context-network", finding, "CONTEXT=[NETWORK=\"YES\"]").at(line));
+            checks.push(
+                Check::warning("context-network", finding, "CONTEXT=[NETWORK=\"YES\"]").at(line),
+            );
         }
         if self.pci_count() > 0 && !self.gpu_is(true) {
             let finding = "the VM gets a PCI device, and FL_GPU_ENABLED is not YES: the node would train on the CPU";
-            checks.push(Check::warning("context-gpu", finding, "CONTEXT=[FL_GPU_ENABLED=\"YES\"]").at(line));
+            checks.push(
+                Check::warning("context-gpu", finding, "CONTEXT=[FL_GPU_ENABLED=\"YES\"]").at(line),
+            );
         }
         checks
     }
@@ -384,7 +438,9 @@ impl Template {
     /// The agent's variables in CONTEXT, by the table that the agent itself reads them by.
     fn variables(&self) -> Vec<Check> {
         let pairs = self.vector("CONTEXT").map_or(&[][..], |context| &context.pairs);
-        let ours = pairs.iter().filter(|pair| variables::find(&pair.name).is_some() || looks_like_ours(&pair.name));
+        let ours = pairs
+            .iter()
+            .filter(|pair| variables::find(&pair.name).is_some() || looks_like_ours(&pair.name));
         let mut checks = Vec::new();
         let mut fine = 0;
         for pair in ours {
@@ -392,21 +448,29 @@ impl Template {
             checks.extend(unknown_name(&pair.name, pair.place.line));
             let value = pair.value.trim();
             if let Some(name) = referred(value) {
-                let is_input = self.pair("USER_INPUTS", name).is_some() || self.single(name).is_some();
+                let is_input =
+                    self.pair("USER_INPUTS", name).is_some() || self.single(name).is_some();
                 if !is_input {
-                    let finding =
-                        format!("{}=\"{}\" refers to a user input that is not there", pair.name, shown(value));
+                    let finding = format!(
+                        "{}=\"{}\" refers to a user input that is not there",
+                        pair.name,
+                        shown(value)
+                    );
                     let fix = format!(
                         "add {name} to USER_INPUTS (supernode-agent variables --format user-inputs), or write the value here"
                     );
                     checks.push(Check::warning("variable", finding, fix).at(pair.place.line));
                 }
             } else if !is_reference(value) {
-                checks.extend(wrong_value(&pair.name, value).map(|check| check.at(pair.place.line)));
+                checks
+                    .extend(wrong_value(&pair.name, value).map(|check| check.at(pair.place.line)));
             }
             fine += usize::from(checks.len() == before);
         }
-        checks.insert(0, Check::ok("variable", format!("{fine} variables of the agent in CONTEXT are right")));
+        checks.insert(
+            0,
+            Check::ok("variable", format!("{fine} variables of the agent in CONTEXT are right")),
+        );
         checks
     }
 
@@ -420,13 +484,19 @@ impl Template {
             checks.extend(unknown_name(&pair.name, pair.place.line));
             let is_ours = variables::find(&pair.name).is_some();
             let is_used = self.vector("CONTEXT").is_some_and(|context| {
-                context.pairs.iter().any(|used| referred(used.value.trim()) == Some(pair.name.as_str()))
+                context
+                    .pairs
+                    .iter()
+                    .any(|used| referred(used.value.trim()) == Some(pair.name.as_str()))
             });
             if is_ours && !is_used {
                 let name = &pair.name;
-                let finding = format!("the user input {name} does not reach the VM: CONTEXT does not refer to it");
+                let finding = format!(
+                    "the user input {name} does not reach the VM: CONTEXT does not refer to it"
+                );
                 checks.push(
-                    Check::warning("user-input", finding, format!("CONTEXT=[{name}=\"${name}\"]")).at(pair.place.line),
+                    Check::warning("user-input", finding, format!("CONTEXT=[{name}=\"${name}\"]"))
+                        .at(pair.place.line),
                 );
             }
             fine += usize::from(checks.len() == before);
@@ -434,12 +504,22 @@ impl Template {
         if let Some(order) = self.single("INPUTS_ORDER") {
             for name in order.value.split(',').map(str::trim).filter(|name| !name.is_empty()) {
                 if inputs.pair(&name.to_ascii_uppercase()).is_none() {
-                    let finding = format!("INPUTS_ORDER names {}, which is not in USER_INPUTS", shown(name));
-                    checks.push(Check::warning("user-input", finding, "delete it there").at(order.place.line));
+                    let finding =
+                        format!("INPUTS_ORDER names {}, which is not in USER_INPUTS", shown(name));
+                    checks.push(
+                        Check::warning("user-input", finding, "delete it there")
+                            .at(order.place.line),
+                    );
                 }
             }
         }
-        checks.insert(0, Check::ok("user-input", format!("{fine} of {} user inputs are right", inputs.pairs.len())));
+        checks.insert(
+            0,
+            Check::ok(
+                "user-input",
+                format!("{fine} of {} user inputs are right", inputs.pairs.len()),
+            ),
+        );
         checks
     }
 }
@@ -459,14 +539,20 @@ fn judge_pci(pci: &Vector, fix: &str) -> Check {
     let [vendor, device, class] = selectors.map(|key| pci.value(key));
     if let Some(address) = pci.value("SHORT_ADDRESS") {
         if [vendor, device, class].iter().any(Option::is_some) {
-            let finding =
-                "SHORT_ADDRESS and VENDOR, DEVICE or CLASS exclude each other: OpenNebula refuses the template";
-            return Check::error(ID, finding, format!("PCI=[SHORT_ADDRESS=\"{}\"], or {fix}", shown(address)));
+            let finding = "SHORT_ADDRESS and VENDOR, DEVICE or CLASS exclude each other: OpenNebula refuses the template";
+            return Check::error(
+                ID,
+                finding,
+                format!("PCI=[SHORT_ADDRESS=\"{}\"], or {fix}", shown(address)),
+            );
         }
         // OpenNebula's own form has no domain (`onehost show`).
         let is_short = address.split(':').count() == 2 && PciAddress::parse(address).is_some();
         if !is_short {
-            let finding = format!("SHORT_ADDRESS=\"{}\" must be bus:device.function, like e1:00.0", shown(address));
+            let finding = format!(
+                "SHORT_ADDRESS=\"{}\" must be bus:device.function, like e1:00.0",
+                shown(address)
+            );
             return Check::error(
                 ID,
                 finding,
@@ -475,25 +561,37 @@ fn judge_pci(pci: &Vector, fix: &str) -> Check {
         }
         return Check::ok(
             ID,
-            format!("the device {address} of the host; to be imported by oneadmin (PCI is a restricted attribute)"),
+            format!(
+                "the device {address} of the host; to be imported by oneadmin (PCI is a restricted attribute)"
+            ),
         );
     }
     for (key, value) in selectors.into_iter().zip([vendor, device, class]) {
-        if let Some(value) = value.filter(|value| u16::from_str_radix(value, 16).is_err() || value.len() > 4) {
+        if let Some(value) =
+            value.filter(|value| u16::from_str_radix(value, 16).is_err() || value.len() > 4)
+        {
             let finding = format!("{key}=\"{}\" must be four hexadecimal digits", shown(value));
             return Check::error(ID, finding, fix);
         }
     }
     let number = |text: Option<&str>| text.and_then(|text| u16::from_str_radix(text, 16).ok());
     match (number(vendor), number(device), number(class)) {
-        (None, None, None) => Check::error(ID, "PCI names neither VENDOR, DEVICE, CLASS nor SHORT_ADDRESS", fix),
+        (None, None, None) => {
+            Check::error(ID, "PCI names neither VENDOR, DEVICE, CLASS nor SHORT_ADDRESS", fix)
+        }
         (Some(vendor), ..) if vendor != 0x10de => Check::warning(
             ID,
-            format!("VENDOR=\"{vendor:04x}\" is not NVIDIA (10de): this device is no GPU for the node"),
+            format!(
+                "VENDOR=\"{vendor:04x}\" is not NVIDIA (10de): this device is no GPU for the node"
+            ),
             fix,
         ),
         (_, _, Some(class @ (0x0300 | 0x0302))) => {
-            let what = if class == 0x0300 { "VGA controller, GeForce" } else { "3D controller, data-centre cards" };
+            let what = if class == 0x0300 {
+                "VGA controller, GeForce"
+            } else {
+                "3D controller, data-centre cards"
+            };
             let vendor = if vendor.is_some() { "NVIDIA" } else { "any vendor's" };
             Check::ok(
                 ID,
@@ -502,19 +600,23 @@ fn judge_pci(pci: &Vector, fix: &str) -> Check {
                 ),
             )
         }
-        (_, _, Some(class)) => {
-            Check::error(ID, format!("CLASS=\"{class:04x}\" is no class of a GPU (0302 3D controller, 0300 VGA)"), fix)
+        (_, _, Some(class)) => Check::error(
+            ID,
+            format!("CLASS=\"{class:04x}\" is no class of a GPU (0302 3D controller, 0300 VGA)"),
+            fix,
+        ),
+        (_, Some(device), None) => {
+            Check::ok(ID, format!("the device 10de:{device:04x}; to be imported by oneadmin"))
         }
-        (_, Some(device), None) => Check::ok(ID, format!("the device 10de:{device:04x}; to be imported by oneadmin")),
         (_, None, None) => {
-            let finding =
-                "VENDOR alone also means the sound and USB functions of the cards: the VM may get one of those";
+            let finding = "VENDOR alone also means the sound and USB functions of the cards: the VM may get one of those";
             Check::warning(ID, finding, fix)
         }
     }
 }
 
-/// `$NAME`, `$NIC[…]`, or text with such a thing in it: what it becomes is known when the VM is made.
+/// `$NAME`, `$NIC[…]`, or text with such a thing in it: what it becomes is known when the VM is
+/// made.
 fn is_reference(value: &str) -> bool {
     value.contains('$')
 }
@@ -523,7 +625,8 @@ fn is_reference(value: &str) -> bool {
 fn referred(value: &str) -> Option<&str> {
     let name = value.strip_prefix('$')?;
     let name = name.strip_prefix('{').and_then(|name| name.strip_suffix('}')).unwrap_or(name);
-    let is_name = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+    let is_name =
+        !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
     is_name.then_some(name)
 }
 
@@ -577,18 +680,31 @@ fn judge_input(pair: &Pair) -> Option<Check> {
     let fields: Vec<&str> = pair.value.split('|').map(str::trim).collect();
     let (need, kind) = (fields[0], fields.get(1).copied().unwrap_or_default());
     if !matches!(fields.len(), 3 | 5) {
-        return wrong(format!("it has {} fields, divided by |, and must have 3 or 5", fields.len()));
+        return wrong(format!(
+            "it has {} fields, divided by |, and must have 3 or 5",
+            fields.len()
+        ));
     }
     if !matches!(need, "M" | "O") {
-        return wrong(format!("its first field is '{}' and must be M (mandatory) or O (optional)", shown(need)));
+        return wrong(format!(
+            "its first field is '{}' and must be M (mandatory) or O (optional)",
+            shown(need)
+        ));
     }
     if !INPUT_TYPES.contains(&kind) {
-        return wrong(format!("'{}' is no type of a user input ({})", shown(kind), INPUT_TYPES.join(", ")));
+        return wrong(format!(
+            "'{}' is no type of a user input ({})",
+            shown(kind),
+            INPUT_TYPES.join(", ")
+        ));
     }
-    // There is no default then that an empty answer could stand for (parse_user_inputs of src/cli/one_helper.rb).
+    // There is no default then that an empty answer could stand for (parse_user_inputs of
+    // src/cli/one_helper.rb).
     if fields.len() == 3 && need == "O" && (kind.starts_with("number") || kind == "text64") {
         let fate = if kind == "text64" { "dies of it" } else { "asks again for ever" };
-        let finding = format!("{name}: left empty, onetemplate instantiate {fate}, for a {kind} needs five fields");
+        let finding = format!(
+            "{name}: left empty, onetemplate instantiate {fate}, for a {kind} needs five fields"
+        );
         let fix = format!("{name}=\"O|{kind}|{}| |\"", shown(fields[2]));
         return Some(Check::warning("user-input", finding, fix));
     }
@@ -596,7 +712,11 @@ fn judge_input(pair: &Pair) -> Option<Check> {
         (fields.get(3).copied().unwrap_or_default(), fields.get(4).copied().unwrap_or_default());
     if kind == "boolean" && parse_yes_no(default).is_err() {
         let fix = format!("{name}=\"{need}|boolean|{}| |NO\"", shown(fields[2]));
-        return Some(Check::error("user-input", format!("{name}: a boolean needs a default, YES or NO"), fix));
+        return Some(Check::error(
+            "user-input",
+            format!("{name}: a boolean needs a default, YES or NO"),
+            fix,
+        ));
     }
     if kind.starts_with("list") && parameters.is_empty() {
         return wrong("a list needs its options, divided by commas, in the fourth field".into());
@@ -640,7 +760,9 @@ INPUTS_ORDER="FL_GPU_ENABLED"
     fn bad(text: &str) -> Vec<(Level, &'static str, Option<usize>, String)> {
         let checks = judge(text).into_iter().filter(|check| check.level != Level::Ok);
         checks
-            .inspect(|check| assert!(check.fix.as_ref().is_some_and(|fix| !fix.is_empty()), "{check:?}"))
+            .inspect(|check| {
+                assert!(check.fix.as_ref().is_some_and(|fix| !fix.is_empty()), "{check:?}")
+            })
             .map(|check| (check.level, check.id, check.line, check.finding))
             .collect()
     }
@@ -659,7 +781,10 @@ INPUTS_ORDER="FL_GPU_ENABLED"
     fn a_good_template_has_no_finding() {
         assert_eq!(bad(GOOD), []);
         assert_eq!(bad(&GOOD.replace("\"UEFI\"", "\"/usr/share/OVMF/OVMF_CODE.fd\"")), []);
-        assert_eq!(bad(&GOOD.replace("VENDOR=\"10de\", CLASS=\"0302\"", "SHORT_ADDRESS=\"e1:00.0\"")), []);
+        assert_eq!(
+            bad(&GOOD.replace("VENDOR=\"10de\", CLASS=\"0302\"", "SHORT_ADDRESS=\"e1:00.0\"")),
+            []
+        );
         assert_eq!(bad(&GOOD.replace("\"0302\"", "\"0300\"")), []);
     }
 
@@ -668,14 +793,42 @@ INPUTS_ORDER="FL_GPU_ENABLED"
         use Level::{Error, Warning};
         one("MACHINE=\"q35\", ", "", Error, "machine", 6, "i440fx");
         one("\"q35\"", "\"pc\"", Error, "machine", 6, "is not q35");
-        one("TOPOLOGY", "FEATURES=[MACHINE=\"q35\"]\nTOPOLOGY", Error, "machine", 9, "never reads it");
+        one(
+            "TOPOLOGY",
+            "FEATURES=[MACHINE=\"q35\"]\nTOPOLOGY",
+            Error,
+            "machine",
+            9,
+            "never reads it",
+        );
         one("FIRMWARE=\"UEFI\", ", "", Error, "firmware", 6, "BIOS");
         one("\"UEFI\"", "\"BIOS\"", Error, "firmware", 6, "is not UEFI");
         one("\"UEFI\"", "\"uefi\"", Error, "firmware", 6, "capitals");
-        one("FIRMWARE_SECURE=\"NO\"", "FIRMWARE_SECURE=\"YES\"", Warning, "secure-boot", 6, "signed");
+        one(
+            "FIRMWARE_SECURE=\"NO\"",
+            "FIRMWARE_SECURE=\"YES\"",
+            Warning,
+            "secure-boot",
+            6,
+            "signed",
+        );
         one("host-passthrough", "qemu64", Warning, "cpu-model", 7, "qemu64");
-        one("CPU_MODEL=[ MODEL=\"host-passthrough\" ]\n", "\n", Warning, "cpu-model", 1, "no CPU_MODEL");
-        one("CLASS=\"0302\" ]", "CLASS=\"0302\", SHORT_ADDRESS=\"e1:00.0\" ]", Error, "pci", 8, "exclude each other");
+        one(
+            "CPU_MODEL=[ MODEL=\"host-passthrough\" ]\n",
+            "\n",
+            Warning,
+            "cpu-model",
+            1,
+            "no CPU_MODEL",
+        );
+        one(
+            "CLASS=\"0302\" ]",
+            "CLASS=\"0302\", SHORT_ADDRESS=\"e1:00.0\" ]",
+            Error,
+            "pci",
+            8,
+            "exclude each other",
+        );
         one(
             "VENDOR=\"10de\", CLASS=\"0302\"",
             "SHORT_ADDRESS=\"0000:e1:00.0\"",
@@ -688,7 +841,14 @@ INPUTS_ORDER="FL_GPU_ENABLED"
         one("\"0302\"", "\"0403\"", Error, "pci", 8, "no class of a GPU");
         one("\"10de\"", "\"nvidia\"", Error, "pci", 8, "hexadecimal");
         one("\"10de\"", "\"1002\"", Warning, "pci", 8, "not NVIDIA");
-        one("PCI=[ VENDOR=\"10de\", CLASS=\"0302\" ]", "PCI=\"10de\"", Error, "pci", 8, "not a vector");
+        one(
+            "PCI=[ VENDOR=\"10de\", CLASS=\"0302\" ]",
+            "PCI=\"10de\"",
+            Error,
+            "pci",
+            8,
+            "not a vector",
+        );
         one("TOPOLOGY", "FEATURES=[PCIHOLE64=\"1T\"]\nTOPOLOGY", Error, "large-bars", 9, "KiB");
         one("\"CORE\", SOCKETS=\"1\"", "\"HARD\"", Error, "topology", 9, "must be one of");
         one(
@@ -700,29 +860,70 @@ INPUTS_ORDER="FL_GPU_ENABLED"
             "(4) must be VCPU (8)",
         );
         one("SOCKETS=\"1\"", "SOCKETS=\"x\"", Error, "topology", 9, "whole number");
-        for (counts, product) in [("SOCKETS=\"2\",CORES=\"2\"", "(4)"), ("SOCKETS=\"2\",CORES=\"8\"", "(16)")] {
+        for (counts, product) in
+            [("SOCKETS=\"2\",CORES=\"2\"", "(4)"), ("SOCKETS=\"2\",CORES=\"8\"", "(16)")]
+        {
             one("PIN_POLICY=\"CORE\", SOCKETS=\"1\"", counts, Error, "topology", 9, product);
         }
-        assert_eq!(bad(&GOOD.replace("PIN_POLICY=\"CORE\", SOCKETS=\"1\"", "SOCKETS=\"2\",CORES=\"4\"")), []);
+        assert_eq!(
+            bad(&GOOD.replace("PIN_POLICY=\"CORE\", SOCKETS=\"1\"", "SOCKETS=\"2\",CORES=\"4\"")),
+            []
+        );
     }
 
     #[test]
     fn the_context_is_checked_by_the_table_of_variables() {
         use Level::{Error, Warning};
         one("TOKEN=\"YES\"", "TOKEN=\"NO\"", Error, "context-token", 10, "OneGate");
-        one("  TOKEN=\"YES\"", "  FL_SUPERLINK_ADDRESS=\"h:1\"", Warning, "context-token", 10, "OneGate");
+        one(
+            "  TOKEN=\"YES\"",
+            "  FL_SUPERLINK_ADDRESS=\"h:1\"",
+            Warning,
+            "context-token",
+            10,
+            "OneGate",
+        );
         one("health-check.sh", "other.sh", Warning, "context-ready", 14, "not the script");
-        one("REPORT_READY=\"YES\"", "REPORT_READY=\"NO\"", Warning, "context-ready", 10, "OneFlow does not wait");
+        one(
+            "REPORT_READY=\"YES\"",
+            "REPORT_READY=\"NO\"",
+            Warning,
+            "context-ready",
+            10,
+            "OneFlow does not wait",
+        );
         one("NETWORK=\"YES\"", "NETWORK=\"NO\"", Warning, "context-network", 10, "no address");
         one("\"0.8\"", "\"1.5\"", Error, "variable", 16, "FL_GPU_MEMORY_FRACTION='1.5': must be");
-        one("FL_GPU_MEMORY_FRACTION=", "FL_GPU_MEMORY_FRACTON=", Warning, "variable", 16, "not a known variable");
-        one("\"0.8\"", "\"$FL_FRACTION\"", Warning, "variable", 16, "refers to a user input that is not there");
+        one(
+            "FL_GPU_MEMORY_FRACTION=",
+            "FL_GPU_MEMORY_FRACTON=",
+            Warning,
+            "variable",
+            16,
+            "not a known variable",
+        );
+        one(
+            "\"0.8\"",
+            "\"$FL_FRACTION\"",
+            Warning,
+            "variable",
+            16,
+            "refers to a user input that is not there",
+        );
         let hint = judge(&GOOD.replace("FL_GPU_MEMORY_FRACTION=", "FL_GPU_MEMORY_FRACTON="));
-        assert!(hint.iter().any(|check| check.fix.as_deref() == Some("did you mean FL_GPU_MEMORY_FRACTION?")));
-        let secret = judge(&GOOD.replace("FL_GPU_MEMORY_FRACTION=\"0.8\"", "FL_SSL_CA_CERTFILE=\"hunter2\""));
+        assert!(
+            hint.iter()
+                .any(|check| check.fix.as_deref() == Some("did you mean FL_GPU_MEMORY_FRACTION?"))
+        );
+        let secret = judge(
+            &GOOD.replace("FL_GPU_MEMORY_FRACTION=\"0.8\"", "FL_SSL_CA_CERTFILE=\"hunter2\""),
+        );
         assert!(!format!("{secret:?}").contains("hunter2"));
         let off = bad(&GOOD.replace("FL_GPU_ENABLED=\"$FL_GPU_ENABLED\"", "FL_GPU_ENABLED=\"NO\""));
-        assert!(off.iter().any(|(level, id, ..)| (*level, *id) == (Warning, "context-gpu")), "{off:?}");
+        assert!(
+            off.iter().any(|(level, id, ..)| (*level, *id) == (Warning, "context-gpu")),
+            "{off:?}"
+        );
     }
 
     #[test]
@@ -733,7 +934,14 @@ INPUTS_ORDER="FL_GPU_ENABLED"
         one(INPUT, "O|boolean|Use the GPU| ", Error, "user-input", 17, "it has 4 fields");
         one(INPUT, "X|boolean|Use the GPU| |YES", Error, "user-input", 17, "must be M");
         let number = "O|number|Use the GPU";
-        one(INPUT, number, Warning, "user-input", 17, "left empty, onetemplate instantiate asks again for ever");
+        one(
+            INPUT,
+            number,
+            Warning,
+            "user-input",
+            17,
+            "left empty, onetemplate instantiate asks again for ever",
+        );
         one(INPUT, "O|text64|Use the GPU", Warning, "user-input", 17, "dies of it");
         one(INPUT, "O|bool|Use the GPU| |YES", Error, "user-input", 17, "no type");
         one(INPUT, "O|list|Use the GPU||", Error, "user-input", 17, "options");
@@ -753,8 +961,13 @@ INPUTS_ORDER="FL_GPU_ENABLED"
     fn what_the_agent_prints_for_a_template_is_right() {
         for node in [Node::Gpu, Node::Cpu] {
             let found = bad(&vm_template(node));
-            let wrong = found.iter().filter(|(_, id, ..)| !matches!(*id, "machine" | "firmware" | "cpu-model" | "pci"));
-            assert_eq!(wrong.collect::<Vec<_>>(), Vec::<&(Level, &str, Option<usize>, String)>::new());
+            let wrong = found
+                .iter()
+                .filter(|(_, id, ..)| !matches!(*id, "machine" | "firmware" | "cpu-model" | "pci"));
+            assert_eq!(
+                wrong.collect::<Vec<_>>(),
+                Vec::<&(Level, &str, Option<usize>, String)>::new()
+            );
         }
     }
 
@@ -785,13 +998,19 @@ INPUTS_ORDER="FL_GPU_ENABLED"
 
     /// All that is found of this kind: the level, and the words.
     fn found(text: &str, id: &str) -> Vec<(Level, String)> {
-        judge(text).into_iter().filter(|check| check.id == id).map(|check| (check.level, check.finding)).collect()
+        judge(text)
+            .into_iter()
+            .filter(|check| check.id == id)
+            .map(|check| (check.level, check.finding))
+            .collect()
     }
 
     #[test]
     fn what_is_right_is_told_as_well() {
-        let told: Vec<(Option<usize>, String)> =
-            judge(GOOD).into_iter().map(|check| (check.line, format!("{}: {}", check.id, check.finding))).collect();
+        let told: Vec<(Option<usize>, String)> = judge(GOOD)
+            .into_iter()
+            .map(|check| (check.line, format!("{}: {}", check.id, check.finding)))
+            .collect();
         let expected = [
             (None, "syntax: 11 attributes"),
             (Some(6), "machine: MACHINE=\"q35\""),
@@ -814,7 +1033,10 @@ INPUTS_ORDER="FL_GPU_ENABLED"
                 "large-bars: no PCIHOLE64; a GPU with a very large BAR (H100, H200, B200) may need FEATURES=[PCIHOLE64=\"1073741824\"] (in KiB, OpenNebula 7.2 and later)",
             ),
             (Some(10), "context-token: TOKEN=\"YES\""),
-            (Some(14), "context-ready: READY is reported once /opt/flower/scripts/health-check.sh says so"),
+            (
+                Some(14),
+                "context-ready: READY is reported once /opt/flower/scripts/health-check.sh says so",
+            ),
             (None, "variable: 2 variables of the agent in CONTEXT are right"),
             (None, "user-input: 1 of 1 user inputs are right"),
         ];
@@ -825,13 +1047,24 @@ INPUTS_ORDER="FL_GPU_ENABLED"
             told.clone()
         };
         assert_eq!(with("\"q35\"", "\"pc-q35-7.2\"", "machine"), "MACHINE=\"pc-q35-7.2\"");
-        assert!(with("\"UEFI\"", "\"/path\"", "firmware").starts_with("FIRMWARE=\"/path\": a path of OVMF_UEFIS"));
-        assert!(with("\"0302\"", "\"0300\"", "pci").contains("NVIDIA (class 0300: VGA controller, GeForce)"));
+        assert!(
+            with("\"UEFI\"", "\"/path\"", "firmware")
+                .starts_with("FIRMWARE=\"/path\": a path of OVMF_UEFIS")
+        );
+        assert!(
+            with("\"0302\"", "\"0300\"", "pci")
+                .contains("NVIDIA (class 0300: VGA controller, GeForce)")
+        );
         assert!(with("VENDOR=\"10de\", ", "", "pci").contains("a GPU of any vendor's (class 0302"));
-        assert!(with("CLASS=\"0302\"", "DEVICE=\"20b5\"", "pci").starts_with("the device 10de:20b5;"));
+        assert!(
+            with("CLASS=\"0302\"", "DEVICE=\"20b5\"", "pci").starts_with("the device 10de:20b5;")
+        );
         let bars = with("TOPOLOGY", "FEATURES=[PCIHOLE64=\"1073741824\"]\nTOPOLOGY", "large-bars");
         assert_eq!(bars, "PCIHOLE64 is 1024 GiB (read by OpenNebula 7.2 and later)");
-        assert_eq!(with("PIN_POLICY=\"CORE\", SOCKETS=\"1\"", "PIN_POLICY=\"\"", "topology"), "the VM is not pinned");
+        assert_eq!(
+            with("PIN_POLICY=\"CORE\", SOCKETS=\"1\"", "PIN_POLICY=\"\"", "topology"),
+            "the VM is not pinned"
+        );
         assert_eq!(
             with("PIN_POLICY=\"CORE\", SOCKETS=\"1\"", "SOCKETS=\"2\",THREADS=\"4\"", "topology"),
             "SOCKETS, CORES and THREADS make the 8 of VCPU"
@@ -843,9 +1076,14 @@ INPUTS_ORDER="FL_GPU_ENABLED"
 
     #[test]
     fn how_a_gpu_is_named_is_checked_to_its_last_digit() {
-        let pci = |pairs: &str| found(&GOOD.replace("VENDOR=\"10de\", CLASS=\"0302\"", pairs), "pci");
+        let pci =
+            |pairs: &str| found(&GOOD.replace("VENDOR=\"10de\", CLASS=\"0302\"", pairs), "pci");
         for (pairs, level, words) in [
-            ("VENDOR=\"010de\", CLASS=\"0302\"", Level::Error, "VENDOR=\"010de\" must be four hexadecimal digits"),
+            (
+                "VENDOR=\"010de\", CLASS=\"0302\"",
+                Level::Error,
+                "VENDOR=\"010de\" must be four hexadecimal digits",
+            ),
             ("DEVICE=\"xyz\"", Level::Error, "DEVICE=\"xyz\" must be four"),
             ("NAME=\"gpu\"", Level::Error, "names neither VENDOR, DEVICE, CLASS nor SHORT_ADDRESS"),
             ("SHORT_ADDRESS=\"e1:00\"", Level::Error, "must be bus:device.function"),
@@ -854,12 +1092,18 @@ INPUTS_ORDER="FL_GPU_ENABLED"
             ("DEVICE=\"20b5\"", Level::Ok, "the device 10de:20b5"),
         ] {
             let found = pci(pairs);
-            assert!(found.len() == 1 && found[0].0 == level && found[0].1.contains(words), "{pairs}: {found:#?}");
+            assert!(
+                found.len() == 1 && found[0].0 == level && found[0].1.contains(words),
+                "{pairs}: {found:#?}"
+            );
         }
         // A network card is passed through by the same attribute, and is no GPU.
         let nic = pci("TYPE=\"nic\", VENDOR=\"15b3\"");
         assert_eq!(nic, [(Level::Error, "there is no PCI attribute: this VM gets no GPU".into())]);
-        let two = found(&GOOD.replace("PCI=[", "PCI=[ TYPE=\"NIC\", SHORT_ADDRESS=\"05:00.0\" ]\nPCI=["), "pci");
+        let two = found(
+            &GOOD.replace("PCI=[", "PCI=[ TYPE=\"NIC\", SHORT_ADDRESS=\"05:00.0\" ]\nPCI=["),
+            "pci",
+        );
         assert_eq!(two.len(), 1, "{two:#?}");
     }
 
@@ -902,8 +1146,14 @@ INPUTS_ORDER="FL_GPU_ENABLED"
             10,
             "without READY_SCRIPT_PATH",
         );
-        assert_eq!(bad(&GOOD.replace("INPUTS_ORDER=\"FL_GPU_ENABLED\"", "INPUTS_ORDER=\" , \"")), []);
-        let lone = found(&GOOD.replace("VCPU=\"8\"", "VCPU=\" \"").replace("PIN_POLICY=\"CORE\", ", ""), "topology");
+        assert_eq!(
+            bad(&GOOD.replace("INPUTS_ORDER=\"FL_GPU_ENABLED\"", "INPUTS_ORDER=\" , \"")),
+            []
+        );
+        let lone = found(
+            &GOOD.replace("VCPU=\"8\"", "VCPU=\" \"").replace("PIN_POLICY=\"CORE\", ", ""),
+            "topology",
+        );
         assert_eq!(lone[0].0, Level::Ok, "an empty VCPU is one: {lone:#?}");
     }
 
@@ -915,7 +1165,10 @@ INPUTS_ORDER="FL_GPU_ENABLED"
         }
         for missing in ["$FL_SHARE", "${FL_SHARE}", "$A1"] {
             let found = fraction(missing);
-            assert!(found.len() == 1 && found[0].3.contains("refers to a user input that is not there"), "{found:#?}");
+            assert!(
+                found.len() == 1 && found[0].3.contains("refers to a user input that is not there"),
+                "{found:#?}"
+            );
         }
         let count = |text: &str, id| found(text, id).remove(0).1;
         let wrong = GOOD.replace("\"0.8\"", "\"8\"");
@@ -928,9 +1181,15 @@ INPUTS_ORDER="FL_GPU_ENABLED"
     fn a_name_that_begins_like_ours_and_is_none_is_told_with_what_to_do() {
         let fix = |name: &str| {
             let checks = judge(&GOOD.replace("FL_GPU_MEMORY_FRACTION=", &format!("{name}=")));
-            checks.into_iter().find(|check| check.level == Level::Warning).and_then(|check| check.fix)
+            checks
+                .into_iter()
+                .find(|check| check.level == Level::Warning)
+                .and_then(|check| check.fix)
         };
-        assert_eq!(fix("ONEAPP_FL_GPU_MEM").as_deref(), Some("did you mean ONEAPP_FL_GPU_MEMORY_FRACTION?"));
+        assert_eq!(
+            fix("ONEAPP_FL_GPU_MEM").as_deref(),
+            Some("did you mean ONEAPP_FL_GPU_MEMORY_FRACTION?")
+        );
         let delete = "delete it; supernode-agent variables lists what there is";
         assert_eq!(fix("FL_SOMETHING_ELSE").as_deref(), Some(delete));
         assert_eq!(fix("OTHER_FL_GPU"), None);
@@ -938,7 +1197,9 @@ INPUTS_ORDER="FL_GPU_ENABLED"
 
     #[test]
     fn a_fix_shows_a_value_that_is_accepted() {
-        for variable in variables::VARIABLES.iter().filter(|variable| variable.kind != Kind::Certificate) {
+        for variable in
+            variables::VARIABLES.iter().filter(|variable| variable.kind != Kind::Certificate)
+        {
             assert!(variable.kind.parse(&example(variable.kind)).is_ok(), "{}", variable.name);
         }
         let checks = judge(&GOOD.replace("\"0.8\"", "\"8\""));
@@ -950,7 +1211,8 @@ INPUTS_ORDER="FL_GPU_ENABLED"
     fn every_type_of_a_user_input_has_what_it_needs() {
         let judged = |value: &str| {
             let place = Place { line: 1, column: 1 };
-            judge_input(&Pair { name: "X".into(), value: value.into(), place }).map(|check| check.finding)
+            judge_input(&Pair { name: "X".into(), value: value.into(), place })
+                .map(|check| check.finding)
         };
         for fine in [
             "O|text|what",
@@ -975,9 +1237,18 @@ INPUTS_ORDER="FL_GPU_ENABLED"
             ("O|list-multiple|what||a", "X: a list needs its options"),
             ("O", "X: it has 1 fields"),
         ] {
-            assert!(judged(value).is_some_and(|finding| finding.starts_with(words)), "{value}: {:?}", judged(value));
+            assert!(
+                judged(value).is_some_and(|finding| finding.starts_with(words)),
+                "{value}: {:?}",
+                judged(value)
+            );
         }
-        let two = GOOD.replace("|YES\" ]", "|YES\", OTHER=\"O|text|what\", FL_LOG_LEVEL=\"O|text|what\" ]");
-        assert_eq!(found(&two, "user-input")[0].1, "2 of 3 user inputs are right", "one does not reach the VM");
+        let two = GOOD
+            .replace("|YES\" ]", "|YES\", OTHER=\"O|text|what\", FL_LOG_LEVEL=\"O|text|what\" ]");
+        assert_eq!(
+            found(&two, "user-input")[0].1,
+            "2 of 3 user inputs are right",
+            "one does not reach the VM"
+        );
     }
 }

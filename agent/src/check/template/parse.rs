@@ -1,5 +1,6 @@
-//! The text of an OpenNebula template as attributes with their places. Pure: text in, attributes or the first error out.
-//! The grammar is that of src/parsers/template_parser.l and template_syntax.y of OpenNebula/one.
+//! The text of an OpenNebula template as attributes with their places. Pure: text in, attributes or
+//! the first error out. The grammar is that of src/parsers/template_parser.l and template_syntax.y
+//! of OpenNebula/one.
 
 use std::fmt;
 
@@ -75,7 +76,10 @@ impl fmt::Display for SyntaxError {
 /// # Errors
 /// The first thing that is not in the grammar.
 pub fn parse(text: &str) -> Result<Vec<Attribute>, SyntaxError> {
-    let mut reader = Reader { rest: text.strip_prefix('\u{feff}').unwrap_or(text), at: Place { line: 1, column: 1 } };
+    let mut reader = Reader {
+        rest: text.strip_prefix('\u{feff}').unwrap_or(text),
+        at: Place { line: 1, column: 1 },
+    };
     let mut attributes = Vec::new();
     loop {
         reader.skip_blanks_and_comments();
@@ -83,14 +87,21 @@ pub fn parse(text: &str) -> Result<Vec<Attribute>, SyntaxError> {
         match reader.peek() {
             None => return Ok(attributes),
             Some('<') => {
-                return Err(wrong(place, "this is XML; the text form is wanted: KEY=\"value\", KEY=[A=\"x\",B=\"y\"]"));
+                return Err(wrong(
+                    place,
+                    "this is XML; the text form is wanted: KEY=\"value\", KEY=[A=\"x\",B=\"y\"]",
+                ));
             }
             Some(_) => {}
         }
         let name = reader.name()?;
         reader.skip_blanks();
         if reader.peek() == Some('[') {
-            attributes.push(Attribute::Vector(Vector { pairs: reader.brackets(&name)?, name, place }));
+            attributes.push(Attribute::Vector(Vector {
+                pairs: reader.brackets(&name)?,
+                name,
+                place,
+            }));
         } else {
             // `KEY=` at the end of a line is an empty value.
             let ended = matches!(reader.peek(), None | Some('\n'));
@@ -155,13 +166,19 @@ impl Reader<'_> {
         if name.is_empty() {
             return Err(wrong(
                 place,
-                format!("{} stands where the name of an attribute is expected", described(self.peek())),
+                format!(
+                    "{} stands where the name of an attribute is expected",
+                    described(self.peek())
+                ),
             ));
         }
         self.skip_blanks();
         if self.peek() != Some('=') {
             let found = described(self.peek());
-            return Err(wrong(self.at, format!("{found} stands behind {name}, where = is expected")));
+            return Err(wrong(
+                self.at,
+                format!("{found} stands behind {name}, where = is expected"),
+            ));
         }
         self.next();
         Ok(name.to_ascii_uppercase())
@@ -202,7 +219,8 @@ impl Reader<'_> {
     fn brackets(&mut self, name: &str) -> Result<Vec<Pair>, SyntaxError> {
         let begin = self.at;
         self.next();
-        let never_closed = || wrong(begin, format!("the bracket of {name} that begins here is never closed"));
+        let never_closed =
+            || wrong(begin, format!("the bracket of {name} that begins here is never closed"));
         let mut pairs = Vec::new();
         loop {
             self.skip_blanks_and_comments();
@@ -215,7 +233,10 @@ impl Reader<'_> {
                 return Ok(pairs);
             }
             if self.peek() == Some(']') {
-                return Err(wrong(place, "] follows a comma, where another KEY=\"value\" is expected"));
+                return Err(wrong(
+                    place,
+                    "] follows a comma, where another KEY=\"value\" is expected",
+                ));
             }
             let key = self.name()?;
             self.skip_blanks();
@@ -231,7 +252,12 @@ impl Reader<'_> {
                     return Ok(pairs);
                 }
                 None => return Err(never_closed()),
-                found => return Err(wrong(self.at, format!("{} stands where , or ] is expected", described(found)))),
+                found => {
+                    return Err(wrong(
+                        self.at,
+                        format!("{} stands where , or ] is expected", described(found)),
+                    ));
+                }
             }
         }
     }
@@ -260,8 +286,10 @@ mod tests {
                     format!("{}:{} {name}={value}", place.line, place.column)
                 }
                 Attribute::Vector(Vector { name, place, pairs }) => {
-                    let inside: Vec<String> =
-                        pairs.iter().map(|pair| format!("{}@{}={}", pair.name, pair.place.line, pair.value)).collect();
+                    let inside: Vec<String> = pairs
+                        .iter()
+                        .map(|pair| format!("{}@{}={}", pair.name, pair.place.line, pair.value))
+                        .collect();
                     format!("{}:{} {name}=[{}]", place.line, place.column, inside.join("|"))
                 }
             })
@@ -291,10 +319,16 @@ mod tests {
     #[test]
     fn bad_syntax_is_told_with_line_and_column() {
         for (text, expected) in [
-            ("A=\"x\"\nB", "line 2, column 2: the end of the file stands behind B, where = is expected"),
+            (
+                "A=\"x\"\nB",
+                "line 2, column 2: the end of the file stands behind B, where = is expected",
+            ),
             ("A=\"x", "line 1, column 3: the quote that begins here is never closed"),
             ("A=\"x\" ]", "line 1, column 7: ']' stands where the name"),
-            ("OS=[MACHINE=\"q35\"\nCPU=\"1\"\n", "line 2, column 1: 'C' stands where , or ] is expected"),
+            (
+                "OS=[MACHINE=\"q35\"\nCPU=\"1\"\n",
+                "line 2, column 1: 'C' stands where , or ] is expected",
+            ),
             ("OS=[MACHINE=\"q35\",", "line 1, column 4: the bracket of OS"),
             ("OS=[MACHINE=\"q35\",]", "line 1, column 19: ] follows a comma"),
             ("OS=[MACHINE=]", "line 1, column 13: ']' stands where the value of MACHINE"),

@@ -1,4 +1,5 @@
-//! The facts of a VM, read at the edge: sysfs, procfs, NVML through its probe, Docker, the context. What cannot be read is told.
+//! The facts of a VM, read at the edge: sysfs, procfs, NVML through its probe, Docker, the context.
+//! What cannot be read is told.
 
 use std::path::Path;
 use std::time::Duration;
@@ -58,7 +59,8 @@ pub struct VmFacts {
     pub daemon_json: Result<Option<String>, String>,
     /// CDI specifications that are NVIDIA's.
     pub cdi_specs: Result<Vec<String>, String>,
-    /// The images: name and whether the engine has it. The wanted one, then the one that the VM was built with.
+    /// The images: name and whether the engine has it. The wanted one, then the one that the VM was
+    /// built with.
     pub images: Vec<(String, Result<bool, String>)>,
     /// Where Docker keeps images, and the bytes free there.
     pub disk: (String, Result<u64, String>),
@@ -83,17 +85,23 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
             *path = root.at(&*path);
         }
     }
-    let escape = [&settings.context.dir, &settings.container.prebaked_dir].into_iter().find_map(|dir| root.escape(dir));
+    let escape = [&settings.context.dir, &settings.container.prebaked_dir]
+        .into_iter()
+        .find_map(|dir| root.escape(dir));
     let config = match escape {
-        Some(link) => Err(Unconfigured::NoContext(format!("{}: it leads out of the root", link.display()))),
+        Some(link) => {
+            Err(Unconfigured::NoContext(format!("{}: it leads out of the root", link.display())))
+        }
         None => match read_context(&settings.context.dir) {
-            Ok(context) => boot::configure(&context, &settings).map_err(|errors| Unconfigured::Invalid(errors.0)),
+            Ok(context) => boot::configure(&context, &settings)
+                .map_err(|errors| Unconfigured::Invalid(errors.0)),
             Err(error) => Err(Unconfigured::NoContext(error_chain(&error))),
         },
     };
     let sysfs = settings.gpu.sysfs.clone();
     let nvml = ask_nvml(root, &settings, &pci).await;
-    let (engine, images) = look_at_docker(&settings, config.as_ref().ok().map(|(config, _)| config)).await;
+    let (engine, images) =
+        look_at_docker(&settings, config.as_ref().ok().map(|(config, _)| config)).await;
     let daemon_json = root.read(&settings.docker.daemon_json.to_string_lossy());
     let data_root = engine.as_ref().ok().and_then(|facts| facts.data_root.clone()).or_else(|| {
         let daemon: Json = serde_json::from_str(daemon_json.as_ref().ok()?.as_deref()?).ok()?;
@@ -104,11 +112,15 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
     VmFacts {
         settings_error,
         injection: settings.gpu.injection,
-        runtime: (runtime.clone(), root.find_program(runtime).map(|path| path.display().to_string())),
+        runtime: (
+            runtime.clone(),
+            root.find_program(runtime).map(|path| path.display().to_string()),
+        ),
         gpu_nodes: pci
             .gpus()
             .map(|gpu| {
-                let file = sysfs.join("bus/pci/devices").join(gpu.address.to_string()).join("numa_node");
+                let file =
+                    sysfs.join("bus/pci/devices").join(gpu.address.to_string()).join("numa_node");
                 (gpu.address, std::fs::read_to_string(file).unwrap_or_default().trim().to_owned())
             })
             .collect(),
@@ -137,7 +149,11 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
 }
 
 /// NVML is asked only where NVIDIA's driver drives a GPU: as root it creates device nodes.
-async fn ask_nvml(root: &Root, settings: &Settings, pci: &PciFacts) -> Result<ProbeOutcome, String> {
+async fn ask_nvml(
+    root: &Root,
+    settings: &Settings,
+    pci: &PciFacts,
+) -> Result<ProbeOutcome, String> {
     if !pci.gpus().any(|gpu| gpu.driver.as_deref() == Some("nvidia")) {
         return Err("no GPU is bound to the nvidia driver".into());
     }
@@ -148,22 +164,35 @@ async fn ask_nvml(root: &Root, settings: &Settings, pci: &PciFacts) -> Result<Pr
         // The loader would look on this machine.
         let candidates = match name.starts_with('/') {
             true => vec![root.at(name)],
-            false => library::FOLDERS.iter().map(|folder| root.at(Path::new(folder).join(name))).collect(),
+            false => library::FOLDERS
+                .iter()
+                .map(|folder| root.at(Path::new(folder).join(name)))
+                .collect(),
         };
         let first = candidates.first().map(|path| path.display().to_string()).unwrap_or_default();
-        candidates.iter().find(|path| path.exists()).map_or(first, |path| path.display().to_string())
+        candidates
+            .iter()
+            .find(|path| path.exists())
+            .map_or(first, |path| path.display().to_string())
     };
     Ok(probe::probe(&library, settings.gpu.probe_timeout).await)
 }
 
 type Images = Vec<(String, Result<bool, String>)>;
 
-async fn look_at_docker(settings: &Settings, config: Option<&Config>) -> (Result<EngineFacts, String>, Images) {
+async fn look_at_docker(
+    settings: &Settings,
+    config: Option<&Config>,
+) -> (Result<EngineFacts, String>, Images) {
     const PATIENCE: Duration = Duration::from_secs(10);
     let mut names: Vec<String> = Vec::new();
     if let Some(config) = config {
         names.push(plan::wanted_image(config).to_string());
-        names.extend(plan::prebaked_image(config).map(|image| image.to_string()).filter(|image| *image != names[0]));
+        names.extend(
+            plan::prebaked_image(config)
+                .map(|image| image.to_string())
+                .filter(|image| *image != names[0]),
+        );
     }
     let look = async {
         let engine = Engine::connect(&settings.docker.socket).await?;
@@ -171,7 +200,10 @@ async fn look_at_docker(settings: &Settings, config: Option<&Config>) -> (Result
         let mut images: Images = Vec::new();
         for name in &names {
             let found = engine.find_image(name).await;
-            images.push((name.clone(), found.map(|image| image.is_some()).map_err(|error| error.to_string())));
+            images.push((
+                name.clone(),
+                found.map(|image| image.is_some()).map_err(|error| error.to_string()),
+            ));
         }
         Ok::<_, EngineError>((facts, images))
     };
@@ -186,7 +218,9 @@ async fn look_at_docker(settings: &Settings, config: Option<&Config>) -> (Result
 
 fn numa_nodes(root: &Root) -> Result<Vec<(String, String)>, String> {
     const FOLDER: &str = "/sys/devices/system/node";
-    let is_node = |name: &String| name.strip_prefix("node").is_some_and(|number| number.parse::<u32>().is_ok());
+    let is_node = |name: &String| {
+        name.strip_prefix("node").is_some_and(|number| number.parse::<u32>().is_ok())
+    };
     let nodes = root.list(FOLDER)?.into_iter().filter(is_node);
     nodes
         .map(|node| {

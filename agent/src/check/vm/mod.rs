@@ -1,5 +1,5 @@
-//! `check vm`: whether this VM has a usable GPU and whether Docker can hand it to the node; and what the host could give
-//! this VM that it has not. Facts are read by [`read`]; [`judge`] is pure.
+//! `check vm`: whether this VM has a usable GPU and whether Docker can hand it to the node; and
+//! what the host could give this VM that it has not. Facts are read by [`read`]; [`judge`] is pure.
 
 mod facts;
 
@@ -61,7 +61,8 @@ impl Vm<'_> {
         self.facts.config.as_ref().ok().map(|(config, _)| config)
     }
 
-    /// Whether the operator wants the GPU; where that is not known, the GPU is what the check is about.
+    /// Whether the operator wants the GPU; where that is not known, the GPU is what the check is
+    /// about.
     fn is_wanted(&self) -> bool {
         self.config().is_none_or(|config| config.gpu_enabled)
     }
@@ -76,15 +77,22 @@ impl Vm<'_> {
     }
 
     fn of_finding(&self, id: &'static str, finding: &Finding) -> Check {
-        Check::bad(id, self.bad(), format!("{}: {}", finding.reason, finding.summary), self.fix(finding.reason))
+        Check::bad(
+            id,
+            self.bad(),
+            format!("{}: {}", finding.reason, finding.summary),
+            self.fix(finding.reason),
+        )
     }
 
     fn settings(&self) -> Check {
         match &self.facts.settings_error {
             None => Check::ok("settings", "the settings can be read"),
-            Some(why) => {
-                Check::error("settings", why, "correct agent.toml (man agent.toml); what follows is for the defaults")
-            }
+            Some(why) => Check::error(
+                "settings",
+                why,
+                "correct agent.toml (man agent.toml); what follows is for the defaults",
+            ),
         }
     }
 
@@ -104,22 +112,35 @@ impl Vm<'_> {
             }
             Ok((_, remarks)) => remarks
                 .warnings()
-                .map(|remark| Check::warning(ID, remark, "correct the CONTEXT of the VM (onevm updateconf VM)"))
+                .map(|remark| {
+                    Check::warning(
+                        ID,
+                        remark,
+                        "correct the CONTEXT of the VM (onevm updateconf VM)",
+                    )
+                })
                 .collect(),
         }
     }
 
     fn wanted(&self) -> Check {
         const ID: &str = "gpu-wanted";
-        const FIX: &str = "CONTEXT=[FL_GPU_ENABLED=\"YES\"] in the VM template, or onevm updateconf VM";
+        const FIX: &str =
+            "CONTEXT=[FL_GPU_ENABLED=\"YES\"] in the VM template, or onevm updateconf VM";
         let is_there = self.facts.pci.gpus().next().is_some();
         match self.config() {
-            None => Check::unknown(ID, "the configuration is not valid", "mend configuration first"),
-            Some(config) if config.gpu_enabled => Check::ok(ID, "FL_GPU_ENABLED is YES"),
-            Some(_) if is_there => {
-                Check::warning(ID, "this VM has a GPU, and FL_GPU_ENABLED is not YES: the node runs on the CPU", FIX)
+            None => {
+                Check::unknown(ID, "the configuration is not valid", "mend configuration first")
             }
-            Some(_) => Check::ok(ID, "FL_GPU_ENABLED is not YES: the node runs on the CPU, as it should"),
+            Some(config) if config.gpu_enabled => Check::ok(ID, "FL_GPU_ENABLED is YES"),
+            Some(_) if is_there => Check::warning(
+                ID,
+                "this VM has a GPU, and FL_GPU_ENABLED is not YES: the node runs on the CPU",
+                FIX,
+            ),
+            Some(_) => {
+                Check::ok(ID, "FL_GPU_ENABLED is not YES: the node runs on the CPU, as it should")
+            }
         }
     }
 
@@ -132,24 +153,43 @@ impl Vm<'_> {
                 let promise = format!("{}='{}'", promised.variable, promised.written);
                 let fix = self.fix(Reason::GpuNotPassedThrough);
                 if !self.facts.pci.unreadable.is_empty() {
-                    return Check::unknown(ID, format!("{promise}: the PCI bus could not be read"), AS_ROOT);
+                    return Check::unknown(
+                        ID,
+                        format!("{promise}: the PCI bus could not be read"),
+                        AS_ROOT,
+                    );
                 }
                 let Some(address) = promised.address else {
-                    return Check::bad(ID, self.bad(), format!("{promise} is not a PCI address"), fix);
+                    return Check::bad(
+                        ID,
+                        self.bad(),
+                        format!("{promise} is not a PCI address"),
+                        fix,
+                    );
                 };
                 match self.facts.pci.at(address) {
                     Some(device) if device.is_nvidia_display() => {
                         Check::ok(ID, format!("{promise}: the GPU is there ({})", device.ids()))
                     }
-                    // With a card come functions that are no GPU, and not every passed-through device need be one.
-                    Some(device) if self.facts.pci.gpus().next().is_some() => {
-                        Check::ok(ID, format!("{promise}: the device is there, and is no GPU ({})", device.ids()))
-                    }
+                    // With a card come functions that are no GPU, and not every passed-through
+                    // device need be one.
+                    Some(device) if self.facts.pci.gpus().next().is_some() => Check::ok(
+                        ID,
+                        format!("{promise}: the device is there, and is no GPU ({})", device.ids()),
+                    ),
                     Some(device) => {
-                        let finding = format!("{promise}: the device there is not an NVIDIA GPU ({})", device.ids());
+                        let finding = format!(
+                            "{promise}: the device there is not an NVIDIA GPU ({})",
+                            device.ids()
+                        );
                         Check::bad(ID, self.bad(), finding, fix)
                     }
-                    None => Check::bad(ID, self.bad(), format!("{promise}: there is no device at that address"), fix),
+                    None => Check::bad(
+                        ID,
+                        self.bad(),
+                        format!("{promise}: there is no device at that address"),
+                        fix,
+                    ),
                 }
             })
             .collect()
@@ -162,7 +202,8 @@ impl Vm<'_> {
         if pci.gpus().next().is_none() && pci.unreadable.is_empty() {
             let finding = "there is no NVIDIA GPU on the PCI bus (vendor 10de, class 03xx)";
             let is_promised = self.config().is_some_and(|config| !config.promised.is_empty());
-            let reason = if is_promised { Reason::GpuNotPassedThrough } else { Reason::GpuNotPresent };
+            let reason =
+                if is_promised { Reason::GpuNotPassedThrough } else { Reason::GpuNotPresent };
             checks.push(if self.is_wanted() {
                 Check::error("gpu-present", finding, self.fix(reason))
             } else {
@@ -173,9 +214,12 @@ impl Vm<'_> {
             let (address, ids) = (gpu.address, gpu.ids());
             checks.push(Check::ok("gpu-present", format!("{address} ({ids})")));
             checks.push(match gpu.driver.as_deref() {
-                Some("nvidia") => Check::ok("gpu-driver", format!("{address} is bound to the nvidia driver")),
+                Some("nvidia") => {
+                    Check::ok("gpu-driver", format!("{address} is bound to the nvidia driver"))
+                }
                 Some(other) => {
-                    let finding = format!("{address} is bound to the driver {other}, not to nvidia");
+                    let finding =
+                        format!("{address} is bound to the driver {other}, not to nvidia");
                     Check::bad("gpu-driver", self.bad(), finding, self.fix(Reason::WrongDriver))
                 }
                 None => {
@@ -200,14 +244,16 @@ impl Vm<'_> {
             (None, None) if is_there => {
                 let is_secure = pci.kernel.secure_boot == Some(true);
                 let signed = if is_secure { "; Secure Boot is on: it must be signed" } else { "" };
-                let finding = format!("the nvidia module is not loaded (/sys/module/nvidia){signed}");
+                let finding =
+                    format!("the nvidia module is not loaded (/sys/module/nvidia){signed}");
                 Check::bad(ID, self.bad(), finding, self.fix(Reason::DriverNotLoaded))
             }
             (None, None) => Check::ok(ID, "not loaded, and there is no GPU to drive"),
         }
     }
 
-    /// A configuration that wants every GPU, whatever the operator's wants: what the driver says of each.
+    /// A configuration that wants every GPU, whatever the operator's wants: what the driver says of
+    /// each.
     fn asking_for_all(&self) -> Option<Config> {
         let config = match self.config() {
             Some(config) => config.clone(),
@@ -230,7 +276,13 @@ impl Vm<'_> {
             Err(_) if self.facts.pci.gpus().next().is_none() => {
                 return vec![Check::ok(ID, "not asked: there is no GPU")];
             }
-            Err(why) => return vec![Check::unknown(ID, format!("NVML was not asked: {why}"), "mend gpu-driver first")],
+            Err(why) => {
+                return vec![Check::unknown(
+                    ID,
+                    format!("NVML was not asked: {why}"),
+                    "mend gpu-driver first",
+                )];
+            }
         };
         let Some(config) = self.asking_for_all() else {
             return vec![Check::unknown(
@@ -244,10 +296,15 @@ impl Vm<'_> {
                 let mut checks = vec![Check::ok(ID, outcome.summary())];
                 checks.extend(devices.iter().map(|device| {
                     let name = device.name.as_deref().unwrap_or("GPU");
-                    let memory = device.memory_mib.map_or("memory not known".into(), |mib| format!("{mib} MiB"));
+                    let memory = device
+                        .memory_mib
+                        .map_or("memory not known".into(), |mib| format!("{mib} MiB"));
                     Check::ok(
                         "gpu",
-                        format!("{}: {name}, {memory}, {}, {}", device.index, device.uuid, device.pci_address),
+                        format!(
+                            "{}: {name}, {memory}, {}, {}",
+                            device.index, device.uuid, device.pci_address
+                        ),
                     )
                 }));
                 checks.extend(missing.iter().map(|what| {
@@ -275,7 +332,10 @@ impl Vm<'_> {
             .unwrap_or_else(|| verdict::after_the_probe(config, &self.facts.pci, outcome));
         Some(match (verdict.finding(), verdict.devices().len()) {
             (Some(finding), _) => self.of_finding(ID, finding),
-            (None, count) => Check::ok(ID, format!("FL_CUDA_VISIBLE_DEVICES={}: {count} for the node", config.devices)),
+            (None, count) => Check::ok(
+                ID,
+                format!("FL_CUDA_VISIBLE_DEVICES={}: {count} for the node", config.devices),
+            ),
         })
     }
 
@@ -285,14 +345,14 @@ impl Vm<'_> {
             Ok(false) => {}
             Err(why) => return Check::unknown("firmware", why, AS_ROOT),
         }
-        let finding =
-            "this VM booted by BIOS (there is no /sys/firmware/efi): the memory of large GPUs cannot be mapped";
+        let finding = "this VM booted by BIOS (there is no /sys/firmware/efi): the memory of large GPUs cannot be mapped";
         Check::warning("firmware", finding, UEFI_FIX)
     }
 
     fn machine(&self) -> Check {
         const ID: &str = "machine-type";
-        /// The host bridges of QEMU's two PC machines (hw/pci-host/q35.c and i440fx.c): vendor and device.
+        /// The host bridges of QEMU's two PC machines (hw/pci-host/q35.c and i440fx.c): vendor and
+        /// device.
         const ICH9: (u32, Option<u32>) = (0x8086, Some(0x29c0));
         const I440FX: (u32, Option<u32>) = (0x8086, Some(0x1237));
         let bridge = PciAddress::parse("00:00.0").and_then(|address| self.facts.pci.at(address));
@@ -311,33 +371,48 @@ impl Vm<'_> {
             let finding = format!("this VM is an i440fx ({said}): the GPU has no PCI Express slot");
             return Check::warning(ID, finding, MACHINE_FIX);
         }
-        let said = if names.is_empty() { "there is neither DMI nor a host bridge at 00:00.0".into() } else { names };
+        let said = if names.is_empty() {
+            "there is neither DMI nor a host bridge at 00:00.0".into()
+        } else {
+            names
+        };
         Check::unknown(ID, format!("no machine type of QEMU is told ({said})"), MACHINE_FIX)
     }
 
     fn cpu(&self) -> Check {
         const ID: &str = "cpu-model";
-        const GENERIC: [&str; 3] = ["QEMU Virtual CPU", "Common KVM processor", "Common 32-bit KVM processor"];
+        const GENERIC: [&str; 3] =
+            ["QEMU Virtual CPU", "Common KVM processor", "Common 32-bit KVM processor"];
         let text = match &self.facts.cpuinfo {
             Ok(Some(text)) => text,
             Ok(None) => return Check::unknown(ID, "there is no /proc/cpuinfo", AS_ROOT),
             Err(why) => return Check::unknown(ID, why, AS_ROOT),
         };
         let field = |name: &str| {
-            let line = text.lines().find(|line| line.split(':').next().is_some_and(|key| key.trim() == name))?;
+            let line = text
+                .lines()
+                .find(|line| line.split(':').next().is_some_and(|key| key.trim() == name))?;
             line.split_once(':').map(|(_, value)| value.trim())
         };
         let Some(model) = field("model name") else {
-            return Check::ok(ID, "/proc/cpuinfo gives no model name (another architecture than x86-64)");
+            return Check::ok(
+                ID,
+                "/proc/cpuinfo gives no model name (another architecture than x86-64)",
+            );
         };
         if GENERIC.iter().any(|generic| model.starts_with(generic)) {
-            let finding = format!("the CPU is QEMU's own ({model}): frameworks run slowly on it, or not at all");
+            let finding = format!(
+                "the CPU is QEMU's own ({model}): frameworks run slowly on it, or not at all"
+            );
             return Check::warning(ID, finding, CPU_FIX);
         }
         let flags: Vec<&str> = field("flags").unwrap_or_default().split_whitespace().collect();
-        let missing: Vec<&str> = ["avx", "avx2"].into_iter().filter(|flag| !flags.contains(flag)).collect();
+        let missing: Vec<&str> =
+            ["avx", "avx2"].into_iter().filter(|flag| !flags.contains(flag)).collect();
         match (field("flags"), missing.as_slice()) {
-            (None, _) => Check::unknown(ID, format!("{model}: /proc/cpuinfo gives no flags"), AS_ROOT),
+            (None, _) => {
+                Check::unknown(ID, format!("{model}: /proc/cpuinfo gives no flags"), AS_ROOT)
+            }
             (Some(_), []) => Check::ok(ID, model),
             (Some(_), missing) => {
                 let finding = format!(
@@ -351,7 +426,8 @@ impl Vm<'_> {
 
     fn numa(&self) -> Check {
         const ID: &str = "numa";
-        const HIDDEN: &str = "whether the host has pinned its CPUs cannot be seen from here (onevm show: TOPOLOGY)";
+        const HIDDEN: &str =
+            "whether the host has pinned its CPUs cannot be seen from here (onevm show: TOPOLOGY)";
         let nodes = match &self.facts.numa {
             Ok(nodes) => nodes,
             Err(why) => return Check::unknown(ID, why, AS_ROOT),
@@ -360,7 +436,8 @@ impl Vm<'_> {
             [] => Check::ok(ID, format!("the kernel shows no NUMA nodes; {HIDDEN}")),
             [(_, cpus)] => Check::ok(ID, format!("one node with the CPUs {cpus}; {HIDDEN}")),
             nodes => {
-                let told: Vec<String> = nodes.iter().map(|(node, cpus)| format!("{node}: {cpus}")).collect();
+                let told: Vec<String> =
+                    nodes.iter().map(|(node, cpus)| format!("{node}: {cpus}")).collect();
                 let told = told.join("; ");
                 let lost: Vec<String> = self
                     .facts
@@ -387,17 +464,32 @@ impl Vm<'_> {
         const ID: &str = "docker";
         match &self.facts.engine {
             Ok(facts) => Check::ok(ID, format!("Docker {} answers", facts.version)),
-            Err(why) if why.to_lowercase().contains("permission denied") => Check::unknown(ID, why, AS_ROOT),
+            Err(why) if why.to_lowercase().contains("permission denied") => {
+                Check::unknown(ID, why, AS_ROOT)
+            }
             Err(why) => {
                 let install = self.distribution.install("docker.io", "docker-ce");
-                Check::error(ID, why, format!("systemctl enable --now docker; where it is not installed: {install}"))
+                Check::error(
+                    ID,
+                    why,
+                    format!("systemctl enable --now docker; where it is not installed: {install}"),
+                )
             }
         }
     }
 
     fn reported_cdi(&self) -> Vec<&str> {
-        let devices = self.facts.engine.as_ref().map(|facts| facts.cdi_devices.as_slice()).unwrap_or_default();
-        devices.iter().map(String::as_str).filter(|device| device.starts_with("nvidia.com/gpu=")).collect()
+        let devices = self
+            .facts
+            .engine
+            .as_ref()
+            .map(|facts| facts.cdi_devices.as_slice())
+            .unwrap_or_default();
+        devices
+            .iter()
+            .map(String::as_str)
+            .filter(|device| device.starts_with("nvidia.com/gpu="))
+            .collect()
     }
 
     /// Whether the container can get the GPU without the nvidia runtime.
@@ -414,9 +506,15 @@ impl Vm<'_> {
         const FIX: &str = "supernode-agent configure-runtime && systemctl reload docker (flower-supernode does it at its start, where the GPU is wanted)";
         if let Ok(facts) = &self.facts.engine {
             return match facts.runtimes.get(RUNTIME_NAME) {
-                Some(path) => Check::ok(ID, format!("Docker has the runtime {RUNTIME_NAME} ({path})")),
-                None if self.goes_by_cdi() => Check::ok(ID, "not registered, and not needed: the GPU goes by CDI"),
-                None if !self.is_wanted() => Check::ok(ID, "Docker has no runtime nvidia, and no GPU is wanted"),
+                Some(path) => {
+                    Check::ok(ID, format!("Docker has the runtime {RUNTIME_NAME} ({path})"))
+                }
+                None if self.goes_by_cdi() => {
+                    Check::ok(ID, "not registered, and not needed: the GPU goes by CDI")
+                }
+                None if !self.is_wanted() => {
+                    Check::ok(ID, "Docker has no runtime nvidia, and no GPU is wanted")
+                }
                 None => Check::warning(ID, "Docker has no runtime nvidia", FIX),
             };
         }
@@ -433,15 +531,25 @@ impl Vm<'_> {
                         "daemon.json has the runtime nvidia, and Docker does not answer",
                         "mend docker first",
                     ),
-                    None => Check::unknown(ID, "daemon.json has no runtime nvidia, and Docker does not answer", FIX),
+                    None => Check::unknown(
+                        ID,
+                        "daemon.json has no runtime nvidia, and Docker does not answer",
+                        FIX,
+                    ),
                 }
             }
-            Ok(_) => {
-                Check::bad(ID, self.bad(), "daemon.json is not one JSON object", self.fix(Reason::RuntimeNotConfigured))
-            }
-            Err(error) => {
-                Check::bad(ID, self.bad(), format!("daemon.json: {error}"), self.fix(Reason::RuntimeNotConfigured))
-            }
+            Ok(_) => Check::bad(
+                ID,
+                self.bad(),
+                "daemon.json is not one JSON object",
+                self.fix(Reason::RuntimeNotConfigured),
+            ),
+            Err(error) => Check::bad(
+                ID,
+                self.bad(),
+                format!("daemon.json: {error}"),
+                self.fix(Reason::RuntimeNotConfigured),
+            ),
         }
     }
 
@@ -450,10 +558,13 @@ impl Vm<'_> {
         let (name, found) = &self.facts.runtime;
         match found {
             Some(path) => Check::ok(ID, path),
-            None if self.goes_by_cdi() => {
-                Check::ok(ID, format!("{name} is not installed, and not needed: the GPU goes by CDI"))
+            None if self.goes_by_cdi() => Check::ok(
+                ID,
+                format!("{name} is not installed, and not needed: the GPU goes by CDI"),
+            ),
+            None if !self.is_wanted() => {
+                Check::ok(ID, format!("{name} is not installed, and no GPU is wanted"))
             }
-            None if !self.is_wanted() => Check::ok(ID, format!("{name} is not installed, and no GPU is wanted")),
             None => Check::error(
                 ID,
                 format!("{name} is not installed: Docker cannot hand over the GPU"),
@@ -480,7 +591,9 @@ impl Vm<'_> {
             (Ok(specs), _) if specs.is_empty() => {
                 Check::ok(ID, "no CDI specification for nvidia.com/gpu: the nvidia runtime is used")
             }
-            (Ok(specs), _) => Check::ok(ID, format!("{}; Docker does not report its devices", specs.join(", "))),
+            (Ok(specs), _) => {
+                Check::ok(ID, format!("{}; Docker does not report its devices", specs.join(", ")))
+            }
         }
     }
 
@@ -496,9 +609,11 @@ impl Vm<'_> {
         let prebaked = self.facts.images.get(1);
         match (has, prebaked) {
             (Ok(true), _) => Check::ok(ID, format!("{wanted} is on this machine")),
-            (Err(why), _) => {
-                Check::unknown(ID, format!("whether {wanted} is on this machine: {why}"), "mend docker first")
-            }
+            (Err(why), _) => Check::unknown(
+                ID,
+                format!("whether {wanted} is on this machine: {why}"),
+                "mend docker first",
+            ),
             (Ok(false), Some((prebaked, Ok(true)))) => {
                 let finding = format!(
                     "{wanted} is not on this machine; it will be pulled, and where it is not to be had {prebaked} is used"
@@ -506,11 +621,14 @@ impl Vm<'_> {
                 Check::warning(
                     ID,
                     finding,
-                    format!("docker pull {wanted}, or take FLOWER_VERSION and ML_FRAMEWORK out of the CONTEXT"),
+                    format!(
+                        "docker pull {wanted}, or take FLOWER_VERSION and ML_FRAMEWORK out of the CONTEXT"
+                    ),
                 )
             }
             (Ok(false), _) => {
-                let finding = format!("{wanted} is not on this machine: the first start must pull it");
+                let finding =
+                    format!("{wanted} is not on this machine: the first start must pull it");
                 Check::warning(
                     ID,
                     finding,
@@ -522,8 +640,8 @@ impl Vm<'_> {
         }
     }
 
-    /// What unpacking the image of the framework takes: the layers twice for a moment. Rounded up from the sizes of the
-    /// CUDA builds of 2025 (PyTorch about 4 GiB packed, 8 GiB unpacked).
+    /// What unpacking the image of the framework takes: the layers twice for a moment. Rounded up
+    /// from the sizes of the CUDA builds of 2025 (PyTorch about 4 GiB packed, 8 GiB unpacked).
     fn needed_gib(&self) -> (u64, &'static str) {
         match self.config().map_or(Framework::PyTorch, |config| config.framework) {
             Framework::PyTorch => (14, "pytorch"),
@@ -537,8 +655,7 @@ impl Vm<'_> {
         const ID: &str = "disk";
         /// Without this much Docker cannot even start containers.
         const LEAST_BYTES: u64 = GIB / 2;
-        const FIX: &str =
-            "docker image prune; or a larger disk: onevm disk-resize VM 0 SIZE, and growpart and resize2fs in the VM";
+        const FIX: &str = "docker image prune; or a larger disk: onevm disk-resize VM 0 SIZE, and growpart and resize2fs in the VM";
         let (folder, free) = &self.facts.disk;
         let free = match free {
             Ok(free) => *free,
@@ -552,7 +669,9 @@ impl Vm<'_> {
         } else if !has_image && free < needed * GIB {
             Check::warning(
                 ID,
-                format!("{told}, and the image of {framework} needs about {needed} GiB while it is unpacked"),
+                format!(
+                    "{told}, and the image of {framework} needs about {needed} GiB while it is unpacked"
+                ),
                 FIX,
             )
         } else {
@@ -568,10 +687,13 @@ impl Vm<'_> {
             Ok(mib) => *mib,
             Err(why) => return Check::unknown(ID, why, AS_ROOT),
         };
-        let uses_gpu = self.config().is_none_or(|config| config.gpu_enabled && config.framework != Framework::Base);
+        let uses_gpu = self
+            .config()
+            .is_none_or(|config| config.gpu_enabled && config.framework != Framework::Base);
         // A VM has a little less than its template says.
         if uses_gpu && mib < COMFORTABLE_MIB / 10 * 9 {
-            let finding = format!("{mib} MiB: little for a framework on a GPU and its data loaders");
+            let finding =
+                format!("{mib} MiB: little for a framework on a GPU and its data loaders");
             return Check::warning(
                 ID,
                 finding,
@@ -596,12 +718,19 @@ mod tests {
 
     fn config(context: &str) -> Result<(Config, Remarks), Unconfigured> {
         let context = Context::parse(context.as_bytes()).unwrap();
-        Config::from_context(&context, &Prebaked::default()).map_err(|errors| Unconfigured::Invalid(errors.0))
+        Config::from_context(&context, &Prebaked::default())
+            .map_err(|errors| Unconfigured::Invalid(errors.0))
     }
 
     fn device(address: &str, ids: (u32, u32), class: u32, driver: &str) -> PciDevice {
         let driver = Some(driver.to_owned()).filter(|driver| !driver.is_empty());
-        PciDevice { address: PciAddress::parse(address).unwrap(), vendor: ids.0, device: Some(ids.1), class, driver }
+        PciDevice {
+            address: PciAddress::parse(address).unwrap(),
+            vendor: ids.0,
+            device: Some(ids.1),
+            class,
+            driver,
+        }
     }
 
     fn good() -> VmFacts {
@@ -617,7 +746,10 @@ mod tests {
         VmFacts {
             settings_error: None,
             injection: Injection::Auto,
-            runtime: ("nvidia-container-runtime".into(), Some("/usr/bin/nvidia-container-runtime".into())),
+            runtime: (
+                "nvidia-container-runtime".into(),
+                Some("/usr/bin/nvidia-container-runtime".into()),
+            ),
             config: config("FL_GPU_ENABLED='YES'\nPCI0_ADDRESS='01:00.0'\n"),
             pci: PciFacts {
                 devices: vec![
@@ -631,7 +763,8 @@ mod tests {
             is_uefi: Ok(true),
             machine: Ok(vec!["Standard PC (Q35 + ICH9, 2009)".into(), "pc-q35-8.2".into()]),
             cpuinfo: Ok(Some(
-                "processor\t: 0\nmodel name\t: AMD EPYC 7543\nflags\t\t: fpu avx avx2 hypervisor\n".into(),
+                "processor\t: 0\nmodel name\t: AMD EPYC 7543\nflags\t\t: fpu avx avx2 hypervisor\n"
+                    .into(),
             )),
             numa: Ok(vec![("node0".into(), "0-7".into())]),
             gpu_nodes: vec![(PciAddress::parse("01:00.0").unwrap(), "-1".into())],
@@ -653,8 +786,12 @@ mod tests {
     fn bad(change: impl FnOnce(&mut VmFacts)) -> Bad {
         let mut facts = good();
         change(&mut facts);
-        let checks = judge(&facts, Distribution::Ubuntu).into_iter().filter(|check| check.level != Level::Ok);
-        checks.map(|check| (check.level, check.id, check.finding, check.fix.unwrap_or_default())).collect()
+        let checks = judge(&facts, Distribution::Ubuntu)
+            .into_iter()
+            .filter(|check| check.level != Level::Ok);
+        checks
+            .map(|check| (check.level, check.id, check.finding, check.fix.unwrap_or_default()))
+            .collect()
     }
 
     #[track_caller]
@@ -666,7 +803,11 @@ mod tests {
     }
 
     fn failed(code: u32) -> ProbeOutcome {
-        let fault = Fault { call: "nvmlInit_v2".into(), kind: FaultKind::Code(code), text: "its text".into() };
+        let fault = Fault {
+            call: "nvmlInit_v2".into(),
+            kind: FaultKind::Code(code),
+            text: "its text".into(),
+        };
         ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library: LibraryFile::default() })
     }
 
@@ -696,12 +837,26 @@ mod tests {
         assert!(nouveau[1].2.contains("Secure Boot is on"), "{nouveau:?}");
         assert_eq!(nouveau[0].3, Reason::WrongDriver.fix(Distribution::Ubuntu));
         assert_ne!(nouveau[0].3, Reason::WrongDriver.fix(Distribution::Debian));
-        one(|facts| facts.pci.module_pending = Some("coming".into()), Error, "kernel-module", "coming", "wait_seconds");
-        one(|facts| facts.nvml = Ok(failed(18)), Error, "nvml", "driver-library-mismatch", "reboot");
+        one(
+            |facts| facts.pci.module_pending = Some("coming".into()),
+            Error,
+            "kernel-module",
+            "coming",
+            "wait_seconds",
+        );
+        one(
+            |facts| facts.nvml = Ok(failed(18)),
+            Error,
+            "nvml",
+            "driver-library-mismatch",
+            "reboot",
+        );
         one(
             |facts| {
-                facts.nvml =
-                    Ok(ProbeOutcome::TimedOut { limit: Duration::from_secs(20), library: LibraryFile::default() })
+                facts.nvml = Ok(ProbeOutcome::TimedOut {
+                    limit: Duration::from_secs(20),
+                    library: LibraryFile::default(),
+                })
             },
             Error,
             "nvml",
@@ -715,7 +870,13 @@ mod tests {
             "device-selection-empty",
             "FL_CUDA_VISIBLE_DEVICES",
         );
-        one(|facts| facts.config = config(""), Warning, "gpu-wanted", "runs on the CPU", "FL_GPU_ENABLED=\"YES\"");
+        one(
+            |facts| facts.config = config(""),
+            Warning,
+            "gpu-wanted",
+            "runs on the CPU",
+            "FL_GPU_ENABLED=\"YES\"",
+        );
         one(
             |facts| facts.config = config("FL_GPU_ENABLED='YES'\nFL_GPU_ENABLE='1'\n"),
             Warning,
@@ -724,7 +885,9 @@ mod tests {
             "CONTEXT",
         );
         let ca = include_str!("../../../tests/ca.crt");
-        let in_the_clear = format!("FL_GPU_ENABLED='YES'\nFL_SUPERLINK_ADDRESS='h:1'\nFL_SSL_CA_CERTFILE='{ca}'\n");
+        let in_the_clear = format!(
+            "FL_GPU_ENABLED='YES'\nFL_SUPERLINK_ADDRESS='h:1'\nFL_SSL_CA_CERTFILE='{ca}'\n"
+        );
         one(
             |facts| facts.config = config(&in_the_clear),
             Warning,
@@ -737,7 +900,8 @@ mod tests {
     #[test]
     fn a_bus_that_cannot_be_read_is_no_bus_without_a_gpu() {
         let found = bad(|facts| {
-            facts.pci = PciFacts { unreadable: vec!["/sys/bus: denied".into()], ..PciFacts::default() };
+            facts.pci =
+                PciFacts { unreadable: vec!["/sys/bus: denied".into()], ..PciFacts::default() };
             facts.nvml = Err("no GPU".into());
             facts.machine = Ok(vec!["pc-q35-8.2".into()]);
         });
@@ -750,7 +914,8 @@ mod tests {
     #[test]
     fn where_no_gpu_is_wanted_and_none_is_there_nothing_is_wrong() {
         let found = bad(|facts| {
-            facts.pci = PciFacts { devices: facts.pci.devices[..1].to_vec(), ..PciFacts::default() };
+            facts.pci =
+                PciFacts { devices: facts.pci.devices[..1].to_vec(), ..PciFacts::default() };
             facts.nvml = Err("no GPU".into());
             facts.config = config("ML_FRAMEWORK='sklearn'\n");
             facts.runtime.1 = None;
@@ -779,14 +944,30 @@ mod tests {
             "root",
         );
         assert_eq!(bad(|facts| facts.machine = Ok(Vec::new())), [], "the bridge says it as well");
-        let model = |model: &str, flags: &str| Ok(Some(format!("model name : {model}\nflags : {flags}\n")));
+        let model =
+            |model: &str, flags: &str| Ok(Some(format!("model name : {model}\nflags : {flags}\n")));
         for name in ["QEMU Virtual CPU version 2.5+", "Common KVM processor"] {
-            one(|facts| facts.cpuinfo = model(name, "avx avx2"), Warning, "cpu-model", name, "host-passthrough");
+            one(
+                |facts| facts.cpuinfo = model(name, "avx avx2"),
+                Warning,
+                "cpu-model",
+                name,
+                "host-passthrough",
+            );
         }
-        one(|facts| facts.cpuinfo = model("Intel Xeon", "avx"), Warning, "cpu-model", "no avx2", "host-passthrough");
+        one(
+            |facts| facts.cpuinfo = model("Intel Xeon", "avx"),
+            Warning,
+            "cpu-model",
+            "no avx2",
+            "host-passthrough",
+        );
         one(|facts| facts.cpuinfo = Ok(None), Warning, "cpu-model", "not known", "root");
         one(
-            |facts| facts.numa = Ok(vec![("node0".into(), "0-3".into()), ("node1".into(), "4-7".into())]),
+            |facts| {
+                facts.numa =
+                    Ok(vec![("node0".into(), "0-3".into()), ("node1".into(), "4-7".into())])
+            },
             Warning,
             "numa",
             "node1: 4-7",
@@ -824,7 +1005,13 @@ mod tests {
             engine.cdi_devices = vec!["nvidia.com/gpu=0".into()];
         });
         assert_eq!(by_cdi, []);
-        one(|facts| facts.injection = Injection::Cdi, Error, "cdi", "injection is cdi", "nvidia-ctk cdi generate");
+        one(
+            |facts| facts.injection = Injection::Cdi,
+            Error,
+            "cdi",
+            "injection is cdi",
+            "nvidia-ctk cdi generate",
+        );
         one(
             |facts| facts.images[0].1 = Ok(false),
             Warning,
@@ -848,14 +1035,27 @@ mod tests {
             facts.images[0].1 = Ok(false);
             facts.disk.1 = Ok(2 * GIB);
         });
-        assert!(small.iter().any(|(level, id, ..)| (*level, *id) == (Warning, "disk")), "{small:?}");
+        assert!(
+            small.iter().any(|(level, id, ..)| (*level, *id) == (Warning, "disk")),
+            "{small:?}"
+        );
         one(|facts| facts.memory_mib = Ok(2000), Warning, "memory", "2000 MiB", "MEMORY=");
-        one(|facts| facts.settings_error = Some("wrong".into()), Error, "settings", "wrong", "agent.toml");
+        one(
+            |facts| facts.settings_error = Some("wrong".into()),
+            Error,
+            "settings",
+            "wrong",
+            "agent.toml",
+        );
         for (text, words, level) in [
             (Err("denied".into()), "not known: denied", Warning),
             (Ok(Some("{".into())), "daemon.json: EOF", Error),
             (Ok(Some("[]".into())), "not one JSON object", Error),
-            (Ok(Some(r#"{"runtimes":{"nvidia":{}}}"#.into())), "daemon.json has the runtime nvidia", Warning),
+            (
+                Ok(Some(r#"{"runtimes":{"nvidia":{}}}"#.into())),
+                "daemon.json has the runtime nvidia",
+                Warning,
+            ),
         ] {
             let found = bad(|facts| {
                 facts.engine = Err("no answer".into());
