@@ -14,28 +14,18 @@
 //! Beside the Supervisor, and never the node's end: the Exporter, a container of its own, and the
 //! page of the metrics, which tells what the Reporter has heard.
 
-pub mod atomic;
 pub mod backoff;
-pub mod boot;
 pub mod check;
 pub mod cli;
-pub mod cloud;
 pub mod config;
-pub mod connection;
-pub mod dcgm;
-pub mod distribution;
+pub mod container;
+pub mod daemon;
 pub mod docker;
 pub mod flower;
 pub mod gpu;
-pub mod health;
-pub mod journal;
-pub mod lock;
-pub mod metrics;
-pub mod partition;
-pub mod plan;
+pub mod logging;
+pub mod opennebula;
 pub mod report;
-pub mod settings;
-pub mod site;
-pub mod superlink;
 pub mod supervisor;
-pub mod systemd;
+pub mod system;
+pub mod values;

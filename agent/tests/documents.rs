@@ -13,14 +13,14 @@ use std::path::{Path, PathBuf};
 
 use clap_complete::{Shell, generate};
 use supernode_agent::check::{Level, template};
-use supernode_agent::cli::templates::{
-    Node, Release, appliance_markdown, appliance_params, appliance_template, service, vm_template,
-};
 use supernode_agent::cli::variables::as_markdown;
 use supernode_agent::cli::visible_command;
 use supernode_agent::config::variables::VARIABLES;
 use supernode_agent::gpu::reason::CATALOGUE;
 use supernode_agent::gpu::xid::{Class, XIDS};
+use supernode_agent::opennebula::templates::{
+    Node, Release, appliance_markdown, appliance_params, appliance_template, service, vm_template,
+};
 
 fn in_tree(relative: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(relative)

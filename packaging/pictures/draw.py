@@ -28,11 +28,11 @@ VALUES = [
     (1, 3, "Service", "one-context/src/onegate/mod.rs"),
     (2, 0, "Config", "agent/src/config/mod.rs"),
     (2, 1.5, "Verdict", "agent/src/gpu/verdict.rs"),
-    (2, 3, "SuperLink", "agent/src/superlink.rs"),
-    (3, 1.5, "ContainerSpec", "agent/src/plan.rs"),
-    (4, 1.5, "Engine", "agent/src/docker/engine.rs"),
+    (2, 3, "SuperLink", "agent/src/opennebula/superlink.rs"),
+    (3, 1.5, "ContainerSpec", "agent/src/container/plan.rs"),
+    (4, 1.5, "Engine", "agent/src/docker/client.rs"),
     (5, 1.5, "Node", "agent/src/supervisor/mod.rs"),
-    (5, 3, "Report", "agent/src/report.rs"),
+    (5, 3, "Report", "agent/src/report/mod.rs"),
 ]
 ARROWS = [
     ("context.sh", "Context"), ("Context", "Config"), ("Config", "Verdict"), ("Config", "ContainerSpec"),

@@ -2,7 +2,6 @@
 //! Facts are read at the edge (`read`), what they mean is judged by pure functions (`judge`).
 
 pub mod host;
-pub mod root;
 pub mod template;
 pub mod vm;
 
@@ -15,7 +14,7 @@ use serde_json::{Value as Json, json};
 use crate::gpu::kernel::KernelFacts;
 use crate::gpu::pci::{self, PciFacts};
 use crate::gpu::reason::one_line;
-use root::Root;
+use crate::system::facts::Root;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]

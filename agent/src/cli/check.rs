@@ -8,11 +8,11 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 
 use super::Failure;
-use crate::check::root::Root;
 use crate::check::{Check, Diagnosis, host, template, vm};
-use crate::distribution::Distribution;
-use crate::journal::error_chain;
-use crate::settings::{DEFAULT_PATH, Settings};
+use crate::config::settings::{DEFAULT_PATH, Settings};
+use crate::logging::error_chain;
+use crate::system::facts::Root;
+use crate::system::os_release::Distribution;
 
 /// Wrong usage, as clap has it.
 const EXIT_USAGE: u8 = 2;

@@ -3,7 +3,6 @@
 mod check;
 mod plan;
 mod status;
-pub mod templates;
 pub mod variables;
 
 use std::io::{self, Write};
@@ -16,13 +15,14 @@ use one_context::Context;
 use one_context::source::read_context;
 use serde_json::json;
 
-use crate::boot::{self, BootError, EXIT_CONFIG, EXIT_RETRY};
+use crate::config::settings::Settings;
 use crate::config::{Config, Remarks};
-use crate::distribution::Distribution;
-use crate::docker::runtime::{configure_daemon_json, find_program};
-use crate::gpu::{detect_gpus, listen, nvml};
-use crate::journal::error_chain;
-use crate::settings::Settings;
+use crate::daemon::{self, BootError, EXIT_CONFIG, EXIT_RETRY};
+use crate::docker::nvidia_runtime::configure_daemon_json;
+use crate::gpu::{detect_gpus, monitor_child, probe_child};
+use crate::logging::error_chain;
+use crate::system::os_release::Distribution;
+use crate::system::programs::find_program;
 use plan::{Plan, gpu_json, write_gpu};
 use status::{Status, Terminal};
 use variables::Format;
@@ -89,7 +89,7 @@ enum Command {
         library: String,
     },
     /// Watch GPUs and print what happens to them: the other child process of the agent
-    #[command(name = crate::gpu::watch::SUBCOMMAND, hide = true)]
+    #[command(name = crate::supervisor::gpu_monitor::SUBCOMMAND, hide = true)]
     NvmlWatch {
         /// Tell their figures as well
         #[arg(long)]
@@ -167,11 +167,11 @@ pub fn main() -> ExitCode {
 fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
     match &cli.command {
         Command::NvmlProbe { library } => {
-            nvml::answer_on_stdout(library)?;
+            probe_child::answer_on_stdout(library)?;
             return Ok(ExitCode::SUCCESS);
         }
         Command::NvmlWatch { readings, library, devices } => {
-            listen::tell_on_stdout(library, devices, *readings)?;
+            monitor_child::tell_on_stdout(library, devices, *readings)?;
             return Ok(ExitCode::SUCCESS);
         }
         Command::Variables { json, format } => {
@@ -189,7 +189,7 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
         .map_err(|error| Failure::new(EXIT_CONFIG, error_chain(&error)))?;
     let runtime = async_runtime()?;
     let code = match cli.command {
-        Command::Run => runtime.block_on(boot::run(settings, cli.settings.as_deref())),
+        Command::Run => runtime.block_on(daemon::run(settings, cli.settings.as_deref())),
         Command::Status { json, watch: true, .. } => {
             runtime.block_on(status::watch(&settings, json, out))?;
             ExitCode::SUCCESS
@@ -222,7 +222,7 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
         Command::Plan { json } => {
             let context = read_context(&settings.context.dir).map_err(BootError::from)?;
             let (config, remarks) =
-                boot::configure(&context, &settings).map_err(BootError::from)?;
+                daemon::configure(&context, &settings).map_err(BootError::from)?;
             let plan = runtime.block_on(Plan::make(config, remarks, &context, &settings));
             if json {
                 writeln!(out, "{:#}", plan.to_json())?
@@ -250,7 +250,7 @@ fn async_runtime() -> Result<tokio::runtime::Runtime, Failure> {
 
 fn configured(settings: &Settings) -> Result<(Config, Remarks), BootError> {
     let context: Context = read_context(&settings.context.dir)?;
-    Ok(boot::configure(&context, settings)?)
+    Ok(daemon::configure(&context, settings)?)
 }
 
 fn configure_runtime(settings: &Settings, out: &mut dyn Write) -> Result<ExitCode, Failure> {

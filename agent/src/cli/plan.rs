@@ -9,23 +9,24 @@ use one_context::Context;
 use one_context::onegate::OneGateError;
 use serde_json::{Value as Json, json};
 
-use crate::boot;
-use crate::cloud::Cloud;
-use crate::config::values::ImageRef;
+use crate::config::settings::Settings;
 use crate::config::{Config, Remarks};
-use crate::dcgm::plan_exporter;
-use crate::distribution::Distribution;
+use crate::container::plan::{self, ContainerSpec, Machine};
+use crate::daemon;
+use crate::docker::client::{Engine, EngineError, EngineFacts};
 use crate::docker::daemon_json::RUNTIME_NAME;
-use crate::docker::engine::{Engine, EngineError, EngineFacts};
-use crate::docker::runtime::{GpuAccess, choose_access, find_program};
+use crate::docker::nvidia_runtime::{GpuAccess, choose_access};
 use crate::gpu::reason::one_line;
 use crate::gpu::verdict::Verdict;
 use crate::gpu::{Detection, detect_gpus};
-use crate::journal::error_chain;
-use crate::partition::{self, Keeper};
-use crate::plan::{self, ContainerSpec, Machine};
-use crate::settings::Settings;
-use crate::superlink::{Found, SuperLink, find_superlink};
+use crate::logging::error_chain;
+use crate::opennebula::partition::{self, Keeper};
+use crate::opennebula::publisher::Cloud;
+use crate::opennebula::superlink::{Found, SuperLink, find_superlink};
+use crate::supervisor::exporter::plan_exporter;
+use crate::system::os_release::Distribution;
+use crate::system::programs::find_program;
+use crate::values::ImageRef;
 
 /// Everything up to the launch, and what could not be learned on the way.
 pub(super) struct Plan {
@@ -56,7 +57,7 @@ impl Plan {
             look_for_superlink(&config, context, settings, &mut notes),
         );
         let image = plan::wanted_image(&config);
-        let mut machine = boot::this_machine();
+        let mut machine = daemon::this_machine();
         let mut facts = None;
         match engine {
             Ok((engine, engine_facts)) => {

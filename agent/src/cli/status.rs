@@ -8,14 +8,14 @@ use serde_json::{Value as Json, json};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::check::Level;
-use crate::distribution::Distribution;
-use crate::docker::engine::{Container, Engine, EngineError};
+use crate::config::settings::Settings;
+use crate::container::plan::{REASON_LABEL, SUMMARY_LABEL, VERDICT_LABEL};
+use crate::docker::client::{Container, Engine, EngineError};
 use crate::gpu::reason::Reason;
-use crate::lock;
-use crate::partition::Partition;
-use crate::plan::{REASON_LABEL, SUMMARY_LABEL, VERDICT_LABEL};
+use crate::opennebula::partition::Partition;
 use crate::report::Report;
-use crate::settings::Settings;
+use crate::system::lock;
+use crate::system::os_release::Distribution;
 
 /// The node at this moment.
 pub(super) struct Status {
@@ -341,7 +341,7 @@ mod tests {
     const TERMINAL: Terminal = Terminal { columns: 80, is_coloured: false };
 
     fn status(verdict: Json, words: &str) -> Status {
-        let labels = [(crate::plan::SPEC_HASH_LABEL.to_owned(), "0".to_owned())];
+        let labels = [(crate::container::plan::SPEC_HASH_LABEL.to_owned(), "0".to_owned())];
         let container = Container {
             id: "9c255f65bd31".into(),
             running: true,

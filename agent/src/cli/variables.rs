@@ -1,11 +1,11 @@
 //! The table of variables, as JSON, text and Markdown; what OpenNebula takes is made by
-//! [`super::templates`].
+//! [`crate::opennebula::templates`].
 
 use clap::ValueEnum;
 use serde_json::{Value as Json, json};
 
-use super::templates::{self, Node};
 use crate::config::variables::{VARIABLES, Variable};
+use crate::opennebula::templates::{self, Node};
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
 pub(super) enum Format {

@@ -1,7 +1,6 @@
 //! Context -> Config: every variable checked before anything is done, all errors together.
 
-pub mod certificate;
-pub mod values;
+pub mod settings;
 pub mod variables;
 
 use std::fmt;
@@ -11,8 +10,8 @@ use one_context::Context;
 use serde_json::{Map, Value as Json, json};
 
 use crate::gpu::pci::PciAddress;
-use certificate::Certificate;
-use values::{DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Version, shown};
+use crate::values::ca_bundle::Certificate;
+use crate::values::{DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Version, shown};
 use variables::{Kind, VARIABLES, Value, Variable};
 
 /// The machine-learning framework of the node's image.

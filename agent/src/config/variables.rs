@@ -1,8 +1,8 @@
 //! The one table of context variables: what exists, what each accepts, what it means when unset,
 //! and where it goes. The parser, the `variables` command, the README and the tests come from it.
 
-use super::certificate::Certificate;
-use super::values::{
+use crate::values::ca_bundle::Certificate;
+use crate::values::{
     DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Refusal, Version, parse_count,
     parse_yes_no, shown,
 };

@@ -2,15 +2,13 @@
 //! what follows from it; and, while the node runs, what becomes of it.
 
 pub mod kernel;
-pub mod library;
-pub mod listen;
-pub mod nvml;
+pub mod monitor_child;
+pub mod nvml_library;
 pub mod pci;
-pub mod presence;
 pub mod probe;
+pub mod probe_child;
 pub mod reason;
 pub mod verdict;
-pub mod watch;
 pub mod xid;
 
 use std::time::Duration;
@@ -18,7 +16,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::config::Config;
-use crate::settings::Settings;
+use crate::config::settings::Settings;
 use kernel::KernelFacts;
 use pci::PciFacts;
 use probe::ProbeOutcome;

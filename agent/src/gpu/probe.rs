@@ -11,9 +11,9 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
-use super::library::LibraryFile;
-use super::nvml::{Fault, FaultKind, ProbeAnswer};
 use super::reason::one_line;
+use crate::gpu::nvml_library::LibraryFile;
+use crate::gpu::probe_child::{Fault, FaultKind, ProbeAnswer};
 
 /// The hidden subcommand that the child runs.
 pub const SUBCOMMAND: &str = "nvml-probe";

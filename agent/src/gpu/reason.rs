@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Serialize, Serializer};
 
-use crate::distribution::Distribution;
+use crate::system::os_release::Distribution;
 
 /// Why a node runs on the CPU although a GPU was wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

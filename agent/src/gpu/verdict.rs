@@ -6,14 +6,14 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::{Value as Json, json};
 
-use super::library::LibraryFile;
-use super::nvml::{DriverReport, Fault, FaultKind, ProbeAnswer, ProbedGpu};
 use super::pci::{PciAddress, PciDevice, PciFacts};
 use super::probe::ProbeOutcome;
 use super::reason::{Finding, Reason, one_line};
-use crate::config::values::{DeviceName, DeviceSelection};
 use crate::config::{Config, Framework};
-use crate::distribution::Distribution;
+use crate::gpu::nvml_library::LibraryFile;
+use crate::gpu::probe_child::{DriverReport, Fault, FaultKind, ProbeAnswer, ProbedGpu};
+use crate::system::os_release::Distribution;
+use crate::values::{DeviceName, DeviceSelection};
 
 /// What the node runs on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -329,7 +329,7 @@ fn about_the_gpus(reason: Reason, what: String, facts: &PciFacts) -> Finding {
     }
 }
 
-pub(super) fn signal_name(signal: i32) -> &'static str {
+pub(crate) fn signal_name(signal: i32) -> &'static str {
     match signal {
         4 => " (SIGILL)",
         6 => " (SIGABRT)",
@@ -383,7 +383,7 @@ fn reason_of(fault: &Fault) -> Reason {
     }
 }
 
-pub(super) fn describe_fault(fault: &Fault) -> String {
+pub(crate) fn describe_fault(fault: &Fault) -> String {
     let Fault { call, kind, text } = fault;
     match kind {
         FaultKind::Library => text.clone(),
@@ -655,7 +655,7 @@ mod tests {
     use one_context::Context;
 
     use super::super::kernel::KernelFacts;
-    use super::super::nvml::ProbedMig;
+    use super::super::probe_child::ProbedMig;
     use super::*;
     use crate::config::Prebaked;
 

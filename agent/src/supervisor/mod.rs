@@ -3,7 +3,10 @@
 //!
 //! What is to be done is decided in [`machine`], where it is drawn; here it is done.
 
-pub mod machine;
+pub mod exporter;
+pub mod gpu_monitor;
+pub mod gpu_presence;
+pub mod state_machine;
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -11,30 +14,30 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
-use crate::atomic;
 use crate::backoff::{Backoff, with_jitter};
-use crate::cloud::Cloud;
-use crate::config::values::ImageRef;
+use crate::config::settings::Settings;
 use crate::config::{Config, LogLevel};
-use crate::connection::{Connection, Listener, until_reached};
-use crate::distribution::Distribution;
-use crate::docker::engine::{Container, Engine, EngineError};
-use crate::docker::runtime::GpuAccess;
-use crate::flower::Release;
-use crate::gpu::presence::{self, devices_missing_in};
+use crate::container::plan::{self, ContainerSpec};
+use crate::container::site_hook;
+use crate::docker::client::{Container, Engine, EngineError};
+use crate::docker::nvidia_runtime::GpuAccess;
+use crate::flower::connection::{Connection, Listener, until_reached};
+use crate::flower::liveness::{Dead, Liveness};
+use crate::flower::release::Release;
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::{GpuDevice, Verdict};
-use crate::gpu::watch::Watch;
 use crate::gpu::{self, detect_gpus};
-use crate::health::{Dead, Liveness};
-use crate::journal;
-use crate::plan::{self, ContainerSpec};
+use crate::logging;
+use crate::opennebula::publisher::Cloud;
+use crate::opennebula::superlink::{self, SuperLink, find_superlink};
 use crate::report::Reporter;
-use crate::settings::Settings;
-use crate::site;
-use crate::superlink::{self, SuperLink, find_superlink};
-use crate::systemd::{LongStep, Watchdog};
-use machine::{Act, Cause, Change, End, Event, Found, Grace, Machine, Rules, Step, Tell};
+use crate::supervisor::gpu_monitor::Watch;
+use crate::supervisor::gpu_presence::devices_missing_in;
+use crate::system::atomic_file;
+use crate::system::os_release::Distribution;
+use crate::system::systemd::{LongStep, Watchdog};
+use crate::values::ImageRef;
+use state_machine::{Act, Cause, Change, End, Event, Found, Grace, Machine, Rules, Step, Tell};
 
 /// The node: everything its container is made from.
 #[derive(Debug)]
@@ -239,10 +242,10 @@ impl Node {
         std::fs::create_dir_all(data).map_err(failed(data))?;
         if let Some(ca) = &self.superlink.ca {
             let file = self.settings.container.certs_dir.join(plan::CA_FILE);
-            atomic::replace(&file, ca.pem().as_bytes()).map_err(failed(&file))?;
+            atomic_file::replace(&file, ca.pem().as_bytes()).map_err(failed(&file))?;
         }
         let state = &self.settings.state.dir;
-        site::write(state).map_err(failed(state))
+        site_hook::write(state).map_err(failed(state))
     }
 
     /// Looks, while a discovered SuperLink is not reached, whether the service has it elsewhere by
@@ -268,7 +271,7 @@ impl Node {
                 Ok(_) => {}
                 Err(error) => tracing::debug!(
                     "looking for the SuperLink again: {}",
-                    journal::error_chain(&error)
+                    logging::error_chain(&error)
                 ),
             }
             pause = backoff.after_failure().unwrap_or(pause).max(first);
@@ -491,7 +494,7 @@ impl Supervisor<'_> {
             finding = self.watch.until_failed(&node.config, &node.settings, devices), if !devices.is_empty() => {
                 News::Failed(finding)
             }
-            finding = presence::until_lost(container, devices, by_hook), if !devices.is_empty() => News::Lost(finding),
+            finding = gpu_presence::until_lost(container, devices, by_hook), if !devices.is_empty() => News::Lost(finding),
             () = gpu::until_usable(&node.config, &node.settings), if self.machine.waits_for_gpu() => News::Usable,
         }
     }
@@ -613,7 +616,7 @@ impl Supervisor<'_> {
         if let Some(container) = &self.container
             && let Err(error) = self.engine.stop(&container.id, grace).await
         {
-            tracing::warn!("the container does not stop: {}", journal::error_chain(&error));
+            tracing::warn!("the container does not stop: {}", logging::error_chain(&error));
         }
         Event::Done
     }
@@ -623,7 +626,7 @@ impl Supervisor<'_> {
         if let Some(container) = &self.container
             && let Err(error) = self.stop_and_remove(container).await
         {
-            tracing::error!("the container cannot be removed: {}", journal::error_chain(&error));
+            tracing::error!("the container cannot be removed: {}", logging::error_chain(&error));
         }
         Event::Done
     }
@@ -667,8 +670,8 @@ impl Supervisor<'_> {
                 tracing::warn!("replacing the running container: {}", finding.summary)
             }
             Tell::FallBack(finding) => warn_of_the_cpu(config, &finding, *distribution),
-            Tell::Required(finding) => journal::error_required(&finding, *distribution),
-            Tell::RequiredLost(finding) => journal::error_required_lost(&finding, *distribution),
+            Tell::Required(finding) => logging::error_required(&finding, *distribution),
+            Tell::RequiredLost(finding) => logging::error_required_lost(&finding, *distribution),
             Tell::MovesToCpu => {
                 self.remark = None;
                 self.watch.begin_anew();
@@ -676,7 +679,7 @@ impl Supervisor<'_> {
             }
             Tell::NotUp => {
                 let error = self.error.take().unwrap_or_else(unexpected);
-                tracing::error!("the container does not come up: {}", journal::error_chain(&error));
+                tracing::error!("the container does not come up: {}", logging::error_chain(&error));
             }
             Tell::Again(cause, pause) => {
                 let what = match cause {
@@ -696,13 +699,13 @@ impl Supervisor<'_> {
             }
             Tell::EngineBack => tracing::info!("the Docker engine answers again"),
             Tell::Ignored(finding) => {
-                journal::warn_ignored(&finding, *distribution);
+                logging::warn_ignored(&finding, *distribution);
                 self.remark =
                     Some(format!("the GPU failed, which is ignored: {}", finding.summary));
             }
             Tell::TriedAgain(finding) => {
                 self.remark = None;
-                journal::warn_tried_again(&finding, *distribution);
+                logging::warn_tried_again(&finding, *distribution);
                 reporter.down();
                 reporter.uses(&[]);
                 reporter.doing(&format!("The GPU failed, trying it again: {}", finding.summary));
@@ -791,7 +794,7 @@ pub fn announce(
     distribution: Distribution,
 ) -> Result<(), LaunchError> {
     if config.gpu_required {
-        journal::error_required(finding, distribution);
+        logging::error_required(finding, distribution);
         return Err(LaunchError::GpuRequired);
     }
     warn_of_the_cpu(config, finding, distribution);
@@ -799,7 +802,7 @@ pub fn announce(
 }
 
 fn warn_of_the_cpu(config: &Config, finding: &Finding, distribution: Distribution) {
-    journal::warn_fallback(finding, distribution);
+    logging::warn_fallback(finding, distribution);
     if let Some(fraction) = &config.memory_fraction {
         tracing::info!("FL_GPU_MEMORY_FRACTION={fraction} is idle: this node runs on the CPU");
     }

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Made the files beside it, once, with OpenSSL 3.0: the cases that the tests of agent/src/config/certificate.rs read.
+# Made the files beside it, once, with OpenSSL 3.0: the cases that the tests of agent/src/values/ca_bundle.rs read.
 # The keys are thrown away. What is valid here is so for a hundred years; the tests of validity bring their own clock.
 set -eu
 cd "$(dirname "$0")"

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use libfuzzer_sys::fuzz_target;
-use supernode_agent::config::certificate::Certificate;
+use supernode_agent::values::ca_bundle::Certificate;
 use supernode_fuzz::assert_shown;
 
 fn assert_stable(text: &str) {

@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use supernode_agent::flower::said;
+use supernode_agent::flower::log::said;
 
 fuzz_target!(|line: &str| {
     let heard = said(line);

@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use supernode_agent::config::values::NodeConfig;
+use supernode_agent::values::NodeConfig;
 use supernode_fuzz::assert_shown;
 
 fuzz_target!(|text: &str| {

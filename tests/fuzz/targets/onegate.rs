@@ -8,9 +8,9 @@ use std::time::{Duration, SystemTime};
 use libfuzzer_sys::fuzz_target;
 use one_context::Context;
 use one_context::onegate::shape;
-use supernode_agent::config::values::HostPort;
+use supernode_agent::values::HostPort;
 use supernode_agent::config::{Config, Prebaked};
-use supernode_agent::superlink::trust;
+use supernode_agent::opennebula::superlink::trust;
 use supernode_fuzz::assert_shown;
 
 thread_local! {

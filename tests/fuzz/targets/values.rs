@@ -4,7 +4,7 @@
 use std::fmt::{Debug, Display};
 
 use libfuzzer_sys::fuzz_target;
-use supernode_agent::config::values::{
+use supernode_agent::values::{
     DeviceSelection, Fraction, HostPort, ImageRef, MAX_COUNT, Refusal, Version, parse_count,
     parse_yes_no,
 };

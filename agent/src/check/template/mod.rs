@@ -9,9 +9,9 @@ mod service;
 pub use parse::{Attribute, Pair, Place, SyntaxError, Vector, parse};
 
 use super::{Check, Level};
-use crate::config::values::{parse_yes_no, shown};
 use crate::config::variables::{self, Kind};
 use crate::gpu::pci::PciAddress;
+use crate::values::{parse_yes_no, shown};
 
 /// Where the package puts what says whether the node is ready.
 pub const READY_SCRIPT: &str = "/opt/flower/scripts/health-check.sh";
@@ -735,7 +735,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::cli::templates::{Node, vm_template};
+    use crate::opennebula::templates::{Node, vm_template};
 
     const GOOD: &str = r#"# A SuperNode on one GPU
 NAME="supernode"

@@ -188,7 +188,7 @@ fn strings(of: &Json) -> impl Iterator<Item = &str> {
 mod tests {
     use super::*;
     use crate::check::Level;
-    use crate::cli::templates::{Release, service};
+    use crate::opennebula::templates::{Release, service};
 
     fn bad(service: &Json) -> Vec<(Level, &'static str, String)> {
         let checks =

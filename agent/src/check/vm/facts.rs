@@ -7,17 +7,17 @@ use std::time::Duration;
 use one_context::source::read_context;
 use serde_json::Value as Json;
 
-use crate::boot;
 use crate::check::read_pci;
-use crate::check::root::Root;
+use crate::config::settings::{Injection, Settings};
 use crate::config::{Config, Remarks};
-use crate::docker::engine::{Engine, EngineError, EngineFacts};
-use crate::gpu::library;
+use crate::container::plan;
+use crate::daemon;
+use crate::docker::client::{Engine, EngineError, EngineFacts};
+use crate::gpu::nvml_library;
 use crate::gpu::pci::{PciAddress, PciFacts};
 use crate::gpu::probe::{self, ProbeOutcome};
-use crate::journal::error_chain;
-use crate::plan;
-use crate::settings::{Injection, Settings};
+use crate::logging::error_chain;
+use crate::system::facts::Root;
 
 /// Why there is no configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,7 +93,7 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
             Err(Unconfigured::NoContext(format!("{}: it leads out of the root", link.display())))
         }
         None => match read_context(&settings.context.dir) {
-            Ok(context) => boot::configure(&context, &settings)
+            Ok(context) => daemon::configure(&context, &settings)
                 .map_err(|errors| Unconfigured::Invalid(errors.0)),
             Err(error) => Err(Unconfigured::NoContext(error_chain(&error))),
         },
@@ -164,7 +164,7 @@ async fn ask_nvml(
         // The loader would look on this machine.
         let candidates = match name.starts_with('/') {
             true => vec![root.at(name)],
-            false => library::FOLDERS
+            false => nvml_library::FOLDERS
                 .iter()
                 .map(|folder| root.at(Path::new(folder).join(name)))
                 .collect(),

@@ -7,14 +7,14 @@ use one_context::Context;
 use serde_json::Value as Json;
 
 use super::{Check, Level};
-use crate::config::values::DeviceSelection;
+use crate::config::settings::Injection;
 use crate::config::{Config, Framework, Prebaked};
-use crate::distribution::Distribution;
 use crate::docker::daemon_json::RUNTIME_NAME;
 use crate::gpu::pci::PciAddress;
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::{self, Verdict};
-use crate::settings::Injection;
+use crate::system::os_release::Distribution;
+use crate::values::DeviceSelection;
 
 pub use facts::{Unconfigured, VmFacts, read};
 
@@ -710,11 +710,11 @@ mod tests {
 
     use super::*;
     use crate::config::Remarks;
-    use crate::docker::engine::EngineFacts;
-    use crate::gpu::library::LibraryFile;
-    use crate::gpu::nvml::{DriverReport, Fault, FaultKind, ProbeAnswer, ProbedGpu};
+    use crate::docker::client::EngineFacts;
+    use crate::gpu::nvml_library::LibraryFile;
     use crate::gpu::pci::{PciDevice, PciFacts};
     use crate::gpu::probe::ProbeOutcome;
+    use crate::gpu::probe_child::{DriverReport, Fault, FaultKind, ProbeAnswer, ProbedGpu};
 
     fn config(context: &str) -> Result<(Config, Remarks), Unconfigured> {
         let context = Context::parse(context.as_bytes()).unwrap();

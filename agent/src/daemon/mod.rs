@@ -1,0 +1,738 @@
+//! The story of `run`, from the context to the supervised container.
+
+use std::path::Path;
+use std::pin::pin;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::{Duration, SystemTime};
+
+use one_context::Context;
+use one_context::onegate::{OneGateError, Service};
+use one_context::source::{SourceError, read_context};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::backoff::{Backoff, SPREAD, with_jitter};
+use crate::config::settings::{Settings, SettingsError};
+use crate::config::{self, Config, ConfigErrors, LogLevel, Prebaked, Remarks};
+use crate::container::plan::{self, Machine};
+use crate::docker::client::{Engine, EngineError, EngineFacts, Image};
+use crate::docker::nvidia_runtime::{GpuAccess, choose_access, ensure_runtime};
+use crate::flower::release;
+use crate::gpu::detect_gpus;
+use crate::gpu::reason::one_line;
+use crate::gpu::verdict::Verdict;
+use crate::logging;
+use crate::opennebula::partition::{self, Keeper, Partition};
+use crate::opennebula::publisher::Cloud;
+use crate::opennebula::superlink::{self, Found, Gate, SuperLink, SuperLinkError, find_superlink};
+use crate::report::Reporter;
+use crate::report::metrics_server;
+use crate::supervisor::exporter::{self, Exporter};
+use crate::supervisor::{Anew, LaunchError, Node, announce};
+use crate::system::lock::{Lock, LockError};
+use crate::system::os_release::Distribution;
+use crate::system::systemd::{LongStep, Watchdog};
+use crate::values::{ImageRef, Version};
+
+/// Exit code: a failure that a retry may cure.
+pub const EXIT_RETRY: u8 = 1;
+/// Exit code: the agent was asked to leave the container to the next one (sysexits.h, EX_TEMPFAIL).
+pub const EXIT_LEFT: u8 = 75;
+/// Exit code: an invalid configuration (sysexits.h, EX_CONFIG); systemd is told not to retry it.
+pub const EXIT_CONFIG: u8 = 78;
+
+/// Why the node does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The context.
+    #[error(transparent)]
+    Context(#[from] SourceError),
+    /// agent.toml, at a reload.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// The variables.
+    #[error(transparent)]
+    Config(#[from] ConfigErrors),
+    /// The SuperLink.
+    #[error(transparent)]
+    SuperLink(#[from] SuperLinkError),
+    /// The engine.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The container.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// No image.
+    #[error("{0}")]
+    Image(String),
+    /// There is another agent, or it cannot be told.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The container still runs.
+    #[error("the container {name} could not be stopped: {why}")]
+    NotStopped {
+        /// Its name.
+        name: String,
+        /// Why.
+        why: String,
+    },
+    /// Signals.
+    #[error("cannot listen for signals")]
+    Signals(#[source] std::io::Error),
+}
+
+impl BootError {
+    /// 78 where only the operator can mend it, a machine without the GPU that it must have among
+    /// that, else 1.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Context(error) if error.is_invalid() => EXIT_CONFIG,
+            Self::Settings(_) | Self::Config(_) => EXIT_CONFIG,
+            Self::SuperLink(error) if error.is_final() => EXIT_CONFIG,
+            Self::Launch(LaunchError::GpuRequired) => EXIT_CONFIG,
+            _ => EXIT_RETRY,
+        }
+    }
+}
+
+/// The daemon, from start to end. A reload reads `settings_file` again.
+pub async fn run(settings: Settings, settings_file: Option<&Path>) -> ExitCode {
+    let lock = Lock::take(&settings.state.dir);
+    // The status file is that of the agent that has the lock.
+    let reporter = Rc::new(Reporter::new(lock.is_ok().then_some(settings.state.dir.as_path())));
+    let watchdog = Watchdog::wanted();
+    let result = match read_context(&settings.context.dir) {
+        Ok(context) => {
+            let (level, as_json) = config::log_settings(&context);
+            logging::init(level, as_json);
+            // Before anything can fail: what an earlier boot has published is not true any more.
+            reporter.publish_by(Cloud::of(&context, &settings).ok().as_ref());
+            run_until_signal(&context, settings, settings_file, lock, &reporter, &watchdog).await
+        }
+        Err(error) => {
+            logging::init(LogLevel::Info, false);
+            Err(error.into())
+        }
+    };
+    let error = match result {
+        Ok(End::Stop) => {
+            reporter.doing("Stopped");
+            return ExitCode::SUCCESS;
+        }
+        Ok(End::Leave) => {
+            reporter.stopping("Left; the container runs on for the next agent");
+            return ExitCode::from(EXIT_LEFT);
+        }
+        Err(error) => error,
+    };
+    log_error(&error);
+    reporter.stopping(&failure_line(&error));
+    reporter.finish().await;
+    ExitCode::from(error.exit_code())
+}
+
+/// One entry for each thing that is wrong.
+fn log_error(error: &BootError) {
+    match error {
+        BootError::Config(errors) => errors.0.iter().for_each(|line| tracing::error!("{line}")),
+        error => tracing::error!("{}", logging::error_chain(error)),
+    }
+}
+
+/// The line for `systemctl status`.
+fn failure_line(error: &BootError) -> String {
+    match error {
+        BootError::Config(errors) => format!("Invalid configuration: {}", errors.0.join("; ")),
+        error => format!("Failed: {}", logging::error_chain(error)),
+    }
+}
+
+/// What the operator wants, whole: what a reload compares.
+#[derive(Debug, Clone, PartialEq)]
+struct Wish {
+    config: Config,
+    settings: Settings,
+    /// The way to OneGate, or why there is none.
+    cloud: Result<Cloud, String>,
+}
+
+impl Wish {
+    fn read(context: &Context, settings: Settings) -> Result<Self, BootError> {
+        let (config, remarks) = configure(context, &settings)?;
+        log_remarks(&remarks);
+        let cloud = Cloud::of(context, &settings);
+        superlink::check(gate_of(&cloud), &config, SystemTime::now())?;
+        Ok(Self { config, settings, cloud })
+    }
+
+    /// Reads everything again. `None` where nothing has changed, or what is there now cannot be
+    /// used.
+    fn reloaded(&self, settings_file: Option<&Path>) -> Option<Self> {
+        let read = || {
+            let settings = Settings::load(settings_file)?;
+            let context = read_context(&settings.context.dir)?;
+            Self::read(&context, settings)
+        };
+        match read() {
+            Ok(new) if new == *self => {
+                tracing::info!("reload: nothing has changed");
+                None
+            }
+            Ok(new) => {
+                tracing::info!("reload: the configuration has changed");
+                Some(new)
+            }
+            Err(error) => {
+                log_error(&error);
+                tracing::error!(
+                    "reload: the new configuration cannot be used, the node goes on with the old one"
+                );
+                None
+            }
+        }
+    }
+}
+
+async fn run_until_signal(
+    context: &Context,
+    settings: Settings,
+    settings_file: Option<&Path>,
+    lock: Result<Lock, LockError>,
+    reporter: &Rc<Reporter>,
+    watchdog: &Watchdog,
+) -> Result<End, BootError> {
+    let mut wish = Wish::read(context, settings)?;
+    let _lock = lock?;
+    let mut signals = Signals::listen()?;
+    let lived = live_until_signal(&mut wish, settings_file, &mut signals, reporter, watchdog).await;
+    // A node that must have a GPU does not go on without: neither does a container of before.
+    let stops = matches!(lived, Ok(End::Stop) | Err(BootError::Launch(LaunchError::GpuRequired)));
+    if !stops {
+        return lived;
+    }
+    reporter.stopping("Stopping the container");
+    let _extension = LongStep::begin();
+    let stop = async {
+        tokio::select! {
+            ended = async { tokio::join!(stop_containers(&wish.settings), reporter.finish()) } => ended,
+            name = signals.end() => (Err(format!("{name} came again and ended the wait for it")), ()),
+        }
+    };
+    let (stopped, ()) = watchdog.during(Duration::MAX, stop).await;
+    let name = wish.settings.container.name;
+    match (lived, stopped) {
+        (lived, Ok(())) => lived,
+        (Ok(_), Err(why)) => Err(BootError::NotStopped { name, why }),
+        (Err(error), Err(why)) => {
+            tracing::warn!("the container {name} could not be stopped: {why}");
+            Err(error)
+        }
+    }
+}
+
+/// Keeps the node up, as the operator wants it by now, until a signal ends it.
+async fn live_until_signal(
+    wish: &mut Wish,
+    settings_file: Option<&Path>,
+    signals: &mut Signals,
+    reporter: &Rc<Reporter>,
+    watchdog: &Watchdog,
+) -> Result<End, BootError> {
+    loop {
+        let mut life = pin!(live(wish.clone(), Rc::clone(reporter), watchdog));
+        let new = loop {
+            tokio::select! {
+                lived = &mut life => {
+                    let Anew = lived?;
+                    break wish.clone();
+                }
+                signal = signals.next() => match signal {
+                    Received::End(name) => {
+                        tracing::info!("received {name}");
+                        return Ok(End::Stop);
+                    }
+                    Received::Leave => {
+                        tracing::info!("received SIGUSR1: the container is left to the next agent");
+                        return Ok(End::Leave);
+                    }
+                    Received::Reload => {
+                        let was_ready = reporter.reloading();
+                        match wish.reloaded(settings_file) {
+                            // It is ready once that runs.
+                            Some(new) => break new,
+                            None if was_ready => reporter.ready_as_before(),
+                            None => {}
+                        }
+                    }
+                },
+            }
+        };
+        *wish = new;
+    }
+}
+
+fn gate_of(cloud: &Result<Cloud, String>) -> Gate<'_> {
+    cloud.as_ref().map(Cloud::gate).map_err(String::as_str)
+}
+
+/// The node's life, with the page of its metrics beside it.
+async fn live(wish: Wish, reporter: Rc<Reporter>, watchdog: &Watchdog) -> Result<Anew, BootError> {
+    let Some(address) = wish.settings.metrics.address() else {
+        return live_alone(wish, reporter, watchdog).await;
+    };
+    let page = Rc::clone(&reporter);
+    tokio::select! {
+        lived = live_alone(wish, reporter, watchdog) => lived,
+        never = metrics_server::serve(address, || page.page()) => match never {},
+    }
+}
+
+/// Brings the node up and keeps it up, until something new asks for the story from its beginning.
+async fn live_alone(
+    wish: Wish,
+    reporter: Rc<Reporter>,
+    watchdog: &Watchdog,
+) -> Result<Anew, BootError> {
+    let Wish { config, settings, cloud } = wish;
+    let starting = LongStep::begin();
+    reporter.publish_by(cloud.as_ref().ok());
+    reporter.connected(false);
+    reporter.news(|news| {
+        (news.version, news.framework) = (config.version.to_string(), config.framework.to_string())
+    });
+    reporter.doing("Looking for the GPU and the Docker engine");
+    let find = async {
+        // The SuperLink is looked for meanwhile. It may come last by hours, which is no reason to
+        // keep the machine's boot.
+        let mut preparing = pin!(prepare(&config, &settings, &reporter));
+        let mut searching = pin!(search(&config, &settings, &cloud, &reporter));
+        let mut early = None;
+        let prepared = loop {
+            tokio::select! {
+                prepared = &mut preparing => break prepared?,
+                found = &mut searching, if early.is_none() => early = Some(found?),
+            }
+        };
+        let superlink = match early {
+            Some(superlink) => superlink,
+            None => {
+                reporter.rest_is_ready();
+                searching.await?
+            }
+        };
+        reporter.waited();
+        Ok::<_, BootError>((prepared, superlink))
+    };
+    // For as long as it takes: each of its steps has a limit of its own, but a SuperLink may be
+    // waited for without end.
+    let (prepared, superlink) = watchdog.during(Duration::MAX, find).await?;
+    let Prepared { engine, distribution, verdict, access, image, python_path } = prepared;
+    warn_of_release(&config, &image, superlink.version.as_ref());
+    let machine = Machine { image_python_path: python_path, ..this_machine() };
+    reporter.doing("Starting the container");
+    let exporter = Exporter {
+        config: config.clone(),
+        settings: settings.clone(),
+        access: access.clone(),
+        machine: machine.clone(),
+        reporter: Rc::clone(&reporter),
+    };
+    take_strays_away(&engine, &settings).await?;
+    let cloud = cloud.ok();
+    let node =
+        Node { config, settings, cloud, superlink, image, machine, distribution, access, reporter };
+    tokio::select! {
+        lived = node.live(verdict, engine, starting, watchdog) => Ok(lived?),
+        never = exporter.keep() => match never {},
+    }
+}
+
+/// What the container needs beside the SuperLink.
+struct Prepared {
+    engine: Engine,
+    distribution: Distribution,
+    verdict: Verdict,
+    access: GpuAccess,
+    image: ImageRef,
+    /// PYTHONPATH in that image.
+    python_path: Option<String>,
+}
+
+async fn prepare(
+    config: &Config,
+    settings: &Settings,
+    reporter: &Reporter,
+) -> Result<Prepared, BootError> {
+    let (engine, detection) = tokio::join!(
+        reach_docker(config.gpu_enabled, settings),
+        detect_gpus(config, settings, settings.gpu.wait),
+    );
+    let verdict = detection.verdict;
+    let distribution = Distribution::read(&settings.machine.root);
+    // The GPU's finding comes first: where a GPU is required, an absent engine must not hide that
+    // there is none.
+    if let Some(finding) = verdict.finding() {
+        announce(config, finding, distribution)?;
+    }
+    let (engine, facts) = engine?;
+    let (verdict, access) =
+        make_docker_able(config, verdict, &engine, facts, settings, distribution).await?;
+    let (image, found) = find_image(config, &engine, &settings.container.name, reporter).await?;
+    let python_path = found.variable("PYTHONPATH");
+    Ok(Prepared { engine, distribution, verdict, access, image, python_path })
+}
+
+/// The engine, and where a GPU is wanted what it says of itself: that takes Docker 10 ms, while
+/// NVML is asked.
+async fn reach_docker(
+    wants_gpu: bool,
+    settings: &Settings,
+) -> Result<(Engine, Option<Result<EngineFacts, EngineError>>), EngineError> {
+    let engine =
+        Engine::wait_until_ready(&settings.docker.socket, settings.docker.ready_timeout).await?;
+    let facts = if wants_gpu { Some(engine.facts().await) } else { None };
+    Ok((engine, facts))
+}
+
+/// Looks for the SuperLink until it is found, as `FL_EDGE_BACKOFF` wants it.
+async fn search(
+    config: &Config,
+    settings: &Settings,
+    cloud: &Result<Cloud, String>,
+    reporter: &Reporter,
+) -> Result<SuperLink, SuperLinkError> {
+    let mut backoff = match config.edge_backoff {
+        "fixed" => Backoff::fixed(),
+        _ => Backoff::exponential(Duration::from_secs(config.edge_max_backoff)),
+    };
+    if config.superlink_address.is_none() {
+        tokio::time::sleep(SPREAD.mul_f64(fastrand::f64())).await;
+    }
+    let mut told = String::new();
+    loop {
+        let error = match find_superlink(gate_of(cloud), config, SystemTime::now()).await {
+            Ok(found) => {
+                return Ok(with_partition(found, config, settings, cloud, backoff.tries()).await);
+            }
+            Err(error) if error.is_final() => return Err(error),
+            Err(error) => error,
+        };
+        let why = one_line(&logging::error_chain(&error));
+        let Some(pause) = backoff.after_failure() else {
+            return Err(SuperLinkError::GaveUp { tries: backoff.tries(), last: Box::new(error) });
+        };
+        let pause = with_jitter(pause, fastrand::f64());
+        let (attempt, seconds) = (backoff.tries() + 1, pause.as_secs());
+        reporter.waiting(&format!(
+            "waiting for the SuperLink (attempt {attempt}, next in {seconds} s): {why}"
+        ));
+        // A night of this is one line, for as long as it is the same.
+        if why != told {
+            tracing::warn!("waiting for the SuperLink, asking again in {seconds} s: {why}");
+            told = why;
+        }
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Says what was found, and adds this node's share of the data.
+async fn with_partition(
+    found: Found,
+    config: &Config,
+    settings: &Settings,
+    cloud: &Result<Cloud, String>,
+    tries: u32,
+) -> SuperLink {
+    let Found { mut superlink, service, warnings } = found;
+    for warning in &warnings {
+        tracing::warn!("{warning}");
+    }
+    if let Some(vm_id) = superlink.vm_id {
+        let way = if superlink.ca.is_some() { "TLS" } else { "no TLS" };
+        tracing::info!(
+            "found the SuperLink at {} (VM {vm_id}, {way}, attempt {})",
+            superlink.address,
+            tries + 1
+        );
+    }
+    if config.node_config.is_none()
+        && let Ok(cloud) = cloud
+    {
+        superlink.partition = partition_of(cloud, service, settings).await;
+    }
+    superlink
+}
+
+/// This node's share of the data. It is worth some seconds, and not the node.
+async fn partition_of(
+    cloud: &Cloud,
+    mut service: Option<Service>,
+    settings: &Settings,
+) -> Option<Partition> {
+    const LIMIT: Duration = Duration::from_secs(15);
+    const PAUSE: Duration = Duration::from_secs(2);
+    let keeper = Keeper::of(settings, cloud.vm_id());
+    if let Some(partition) = keeper.of_this_boot() {
+        return Some(partition);
+    }
+    let mut why = format!("no answer within {} s", LIMIT.as_secs());
+    let take = async {
+        loop {
+            let taken = async {
+                let service = match service.take() {
+                    Some(service) => service,
+                    None => cloud.gate().service().await?,
+                };
+                partition::take(cloud.gate(), &service, &keeper).await
+            };
+            match taken.await {
+                Ok(partition) => return partition,
+                Err(OneGateError::NotInService) => return None,
+                Err(error) => why = one_line(&logging::error_chain(&error)),
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, take).await.unwrap_or_else(|_| {
+        tracing::warn!(
+            "OneGate does not tell which share of the data is this node's, FL_NODE_CONFIG stays empty: {why}"
+        );
+        None
+    })
+}
+
+/// A release that the agent does not know, or that differs from the SuperLink's, is told before the
+/// launch. That of an operator's own image is not known.
+fn warn_of_release(config: &Config, image: &ImageRef, superlink: Option<&Version>) {
+    if config.image.is_some() {
+        return;
+    }
+    let version = plan::version_in(config, image);
+    let other = superlink.and_then(|superlink| release::compatibility(version, superlink));
+    for warning in release::too_old(version).into_iter().chain(other) {
+        tracing::warn!("{warning}");
+    }
+}
+
+/// Reads and checks every variable.
+///
+/// # Errors
+/// All that is wrong.
+pub fn configure(
+    context: &Context,
+    settings: &Settings,
+) -> Result<(Config, Remarks), ConfigErrors> {
+    match Prebaked::read(&settings.container.prebaked_dir) {
+        Ok(prebaked) => Config::from_context(context, &prebaked),
+        Err(mut errors) => {
+            // What is wrong with the variables is told in the same run.
+            if let Err(more) = Config::from_context(context, &Prebaked::default()) {
+                errors.0.extend(more.0);
+            }
+            Err(errors)
+        }
+    }
+}
+
+fn log_remarks(remarks: &Remarks) {
+    for line in remarks.warnings() {
+        tracing::warn!("{line}");
+    }
+    for line in remarks.idle.iter().chain(&remarks.notes) {
+        tracing::info!("{line}");
+    }
+}
+
+/// Chooses the way for the GPU and prepares it; a way that is barred makes the verdict CPU.
+async fn make_docker_able(
+    config: &Config,
+    verdict: Verdict,
+    engine: &Engine,
+    facts: Option<Result<EngineFacts, EngineError>>,
+    settings: &Settings,
+    distribution: Distribution,
+) -> Result<(Verdict, GpuAccess), BootError> {
+    let (Verdict::Gpu { devices, missing }, Some(facts)) = (&verdict, facts) else {
+        return Ok((verdict, GpuAccess::Runtime));
+    };
+    let facts = facts?;
+    let access = choose_access(settings.gpu.injection, devices, Some(&facts));
+    if access == GpuAccess::Runtime
+        && let Err(finding) = ensure_runtime(engine, &facts, &settings.docker).await
+    {
+        announce(config, &finding, distribution)?;
+        return Ok((Verdict::cpu(finding), access));
+    }
+    if !missing.is_empty() {
+        tracing::warn!("not every GPU is used: {}", missing.join("; "));
+    }
+    Ok((verdict, access))
+}
+
+/// The image that is wanted, else the one that is on the machine since it was built.
+async fn find_image(
+    config: &Config,
+    engine: &Engine,
+    container: &str,
+    reporter: &Reporter,
+) -> Result<(ImageRef, Image), BootError> {
+    let wanted = plan::wanted_image(config);
+    if let Some(found) = engine.find_image(wanted.as_str()).await? {
+        return Ok((wanted, found));
+    }
+    // The name was taken off the image, and a container that was made from it goes on.
+    if let Some(running) = engine.find_container(container).await?.filter(|found| found.running)
+        && running.image == wanted.as_str()
+        && let Some(found) = engine.find_image(&running.image_id).await?
+    {
+        return Ok((wanted, found));
+    }
+    reporter.doing(&format!("Pulling {wanted}"));
+    tracing::info!("pulling {wanted}");
+    let pulled =
+        engine.pull(&wanted, |step| reporter.progress(&format!("Pulling {wanted}: {step}"))).await;
+    let error = match pulled {
+        Ok(()) => match engine.find_image(wanted.as_str()).await? {
+            Some(found) => return Ok((wanted, found)),
+            None => "it was pulled and is not there".to_owned(),
+        },
+        Err(error) => error.to_string(),
+    };
+    let Some(prebaked) = plan::prebaked_image(config).filter(|prebaked| *prebaked != wanted) else {
+        return Err(BootError::Image(format!("the image {wanted} is not to be had: {error}")));
+    };
+    let Some(found) = engine.find_image(prebaked.as_str()).await? else {
+        return Err(BootError::Image(format!(
+            "neither the image {wanted} nor the prebaked {prebaked} is to be had: {error}"
+        )));
+    };
+    tracing::warn!(
+        "the image {wanted} is not to be had, the prebaked {prebaked} is used instead: {error}"
+    );
+    Ok((prebaked, found))
+}
+
+/// Takes away what runs of ours under another name, because somebody gave it one or
+/// `container.name` was changed: it would train beside the node, on the same GPU.
+async fn take_strays_away(engine: &Engine, settings: &Settings) -> Result<(), EngineError> {
+    for name in engine.find_strays(settings).await? {
+        tracing::warn!(
+            "the container {name} is this node's, under another name: it is stopped and removed"
+        );
+        if let Some(stray) = engine.find_container(&name).await? {
+            engine.stop(&stray.id, settings.container.stop_timeout).await?;
+            engine.remove(&stray).await?;
+        }
+    }
+    Ok(())
+}
+
+/// What of this machine the container's specification depends on.
+pub fn this_machine() -> Machine {
+    let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total_kib = memory
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))
+        .and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    Machine {
+        memory_mib: total_kib.unwrap_or(0) / 1024,
+        has_journal: Path::new("/run/systemd/journal/socket").exists(),
+        image_python_path: None,
+    }
+}
+
+/// Stops the container, with its grace, and the DCGM exporter; an engine that hangs does not keep
+/// the agent.
+async fn stop_containers(settings: &Settings) -> Result<(), String> {
+    const MORE_THAN_GRACE: Duration = Duration::from_secs(10);
+    let (name, grace) = (&settings.container.name, settings.container.stop_timeout);
+    let exporter = exporter::name_of(settings);
+    let stop = async {
+        let engine = Engine::connect(&settings.docker.socket).await?;
+        let (node, exporter) = tokio::join!(
+            stop_container(&engine, name, grace),
+            stop_container(&engine, &exporter, exporter::GRACE)
+        );
+        if let Err(error) = exporter {
+            tracing::warn!("the DCGM exporter could not be stopped: {error}");
+        }
+        node
+    };
+    match tokio::time::timeout(grace + MORE_THAN_GRACE, stop).await {
+        // Without an engine there is, as far as can be told, no container.
+        Ok(Err(error @ EngineError::Unreachable { .. })) => {
+            tracing::warn!("{error}");
+            Ok(())
+        }
+        Ok(stopped) => stopped.map_err(|error| error.to_string()),
+        Err(_) => {
+            Err(format!("Docker gave no answer within {} s", (grace + MORE_THAN_GRACE).as_secs()))
+        }
+    }
+}
+
+/// Stops a container of ours, where it runs.
+async fn stop_container(engine: &Engine, name: &str, grace: Duration) -> Result<(), EngineError> {
+    match engine.find_container(name).await? {
+        Some(container) if container.running && container.spec_hash().is_some() => {
+            tracing::info!("stopping the container {name}");
+            engine.stop(&container.id, grace).await
+        }
+        _ => Ok(()),
+    }
+}
+
+/// How a node's agent ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// With its container.
+    Stop,
+    /// Alone.
+    Leave,
+}
+
+/// What a signal asks for.
+enum Received {
+    /// SIGTERM (systemctl stop) or SIGINT (a terminal).
+    End(&'static str),
+    /// SIGHUP (systemctl reload).
+    Reload,
+    /// SIGUSR1 (an upgrade of the package).
+    Leave,
+}
+
+struct Signals {
+    term: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+    leave: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self, BootError> {
+        let listen = |kind| signal(kind).map_err(BootError::Signals);
+        Ok(Self {
+            term: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+            hangup: listen(SignalKind::hangup())?,
+            leave: listen(SignalKind::user_defined1())?,
+        })
+    }
+
+    async fn next(&mut self) -> Received {
+        tokio::select! {
+            _ = self.term.recv() => Received::End("SIGTERM"),
+            _ = self.interrupt.recv() => Received::End("SIGINT"),
+            _ = self.hangup.recv() => Received::Reload,
+            _ = self.leave.recv() => Received::Leave,
+        }
+    }
+
+    async fn end(&mut self) -> &'static str {
+        loop {
+            if let Received::End(name) = self.next().await {
+                return name;
+            }
+        }
+    }
+}

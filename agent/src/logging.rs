@@ -1,0 +1,235 @@
+//! Where the agent's words go: to the journal where there is one, with fields; else to stderr, as
+//! text or JSON.
+
+use std::fmt;
+use std::os::unix::fs::MetadataExt as _;
+
+use serde_json::{Map, Value as Json};
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_journald::{Priority, PriorityMappings};
+use tracing_subscriber::Layer as _;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+use crate::config::LogLevel;
+use crate::gpu::reason::Finding;
+use crate::system::os_release::Distribution;
+
+const FALLBACK_TARGET: &str = "supernode_agent::fallback";
+
+/// Sends what is logged from now on to the journal, where stderr leads there, else to stderr.
+pub fn init(level: LogLevel, as_json: bool) {
+    let level = match level {
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Warning => LevelFilter::WARN,
+        LogLevel::Error => LevelFilter::ERROR,
+    };
+    // Our words only: the libraries below have their own idea of what is worth a line.
+    let ours = Targets::new()
+        .with_target("supernode_agent", level)
+        // Whatever the level: nobody trains on the CPU unnoticed.
+        .with_target(FALLBACK_TARGET, level.max(LevelFilter::WARN));
+    let on_journal = stderr_is_the_journal();
+    if on_journal && let Ok(journal) = tracing_journald::layer() {
+        let journal = journal
+            .with_field_prefix(None)
+            .with_syslog_identifier("supernode-agent".into())
+            .with_priority_mappings(PriorityMappings {
+                info: Priority::Informational,
+                ..PriorityMappings::new()
+            });
+        let _ = tracing_subscriber::registry().with(journal.with_filter(ours)).try_init();
+        return;
+    }
+    let format = match (as_json, on_journal) {
+        (true, _) => Format::Json,
+        (false, true) => Format::Prefixed,
+        (false, false) => Format::Text,
+    };
+    let stderr = tracing_subscriber::fmt::layer().event_format(format).with_writer(std::io::stderr);
+    let _ = tracing_subscriber::registry().with(stderr.with_filter(ours)).try_init();
+}
+
+/// Whether stderr leads to the journal: systemd gives device and inode of the stream
+/// (systemd.exec(5), JOURNAL_STREAM). The variable alone proves nothing, for it is inherited.
+fn stderr_is_the_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
+        return false;
+    };
+    std::fs::metadata("/proc/self/fd/2")
+        .is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
+}
+
+/// The time, as the log's lines have it.
+pub fn now() -> String {
+    let mut time = String::new();
+    // Into a text it always can be written.
+    let _ = SystemTime.format_time(&mut Writer::new(&mut time));
+    time
+}
+
+/// An error and its causes, in one line; a cause whose text is there already is not repeated.
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+/// An entry about a finding: its level, the distribution that the fix is for, what becomes of the
+/// node, and in words.
+macro_rules! log_finding {
+    ($level:expr, $finding:expr, $distribution:expr, $status:literal, $text:literal) => {{
+        let fix = $finding.reason.fix($distribution);
+        tracing::event!(
+            target: FALLBACK_TARGET,
+            $level,
+            message_id = $finding.reason.entry().message_id,
+            fl_gpu_status = $status,
+            fl_gpu_reason = $finding.reason.code(),
+            fl_gpu_summary = $finding.summary,
+            fl_gpu_fix = fix,
+            pci_address = $finding.pci_address,
+            gpu_uuid = $finding.gpu_uuid,
+            concat!($text, " {}: {}. Fix: {}"),
+            $finding.reason,
+            $finding.summary,
+            fix,
+        )
+    }};
+}
+
+/// The one WARNING of a node that wanted a GPU and runs on the CPU.
+pub fn warn_fallback(finding: &Finding, distribution: Distribution) {
+    log_finding!(
+        Level::WARN,
+        finding,
+        distribution,
+        "cpu-fallback",
+        "No usable GPU, this node runs on the CPU."
+    );
+}
+
+/// The error of a node that must have a GPU and has none.
+pub fn error_required(finding: &Finding, distribution: Distribution) {
+    log_finding!(
+        Level::ERROR,
+        finding,
+        distribution,
+        "required",
+        "No usable GPU, and FL_GPU_REQUIRED is YES: this node does not start."
+    );
+}
+
+/// The error of a node that must have a GPU and has lost it while it ran.
+pub fn error_required_lost(finding: &Finding, distribution: Distribution) {
+    log_finding!(
+        Level::ERROR,
+        finding,
+        distribution,
+        "required",
+        "The GPU failed, and FL_GPU_REQUIRED is YES: this node stops."
+    );
+}
+
+/// The WARNING of a node whose GPU failed and is tried again.
+pub fn warn_tried_again(finding: &Finding, distribution: Distribution) {
+    log_finding!(
+        Level::WARN,
+        finding,
+        distribution,
+        "retry",
+        "The GPU failed and is tried again (gpu.on_failure is restart)."
+    );
+}
+
+/// The WARNING of a node whose GPU failed, and nothing is done about it.
+pub fn warn_ignored(finding: &Finding, distribution: Distribution) {
+    log_finding!(
+        Level::WARN,
+        finding,
+        distribution,
+        "ignored",
+        "The GPU failed, and the node goes on with it (gpu.on_failure is ignore)."
+    );
+}
+
+/// How a line on stderr looks.
+enum Format {
+    /// Time, level, message.
+    Text,
+    /// `<4>` and the message: systemd reads the number as the priority.
+    Prefixed,
+    /// One object with all fields.
+    Json,
+}
+
+impl<S, N> FormatEvent<S, N> for Format
+where
+    S: Subscriber + for<'s> LookupSpan<'s>,
+    N: for<'w> FormatFields<'w> + 'static,
+{
+    fn format_event(
+        &self,
+        _: &FmtContext<'_, S, N>,
+        mut out: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        let (name, priority) = match *event.metadata().level() {
+            Level::ERROR => ("ERROR", 3),
+            Level::WARN => ("WARNING", 4),
+            Level::INFO => ("INFO", 6),
+            _ => ("DEBUG", 7),
+        };
+        match self {
+            Self::Prefixed => writeln!(out, "<{priority}>{}", fields.message.replace('\n', " ")),
+            Self::Text => {
+                SystemTime.format_time(&mut out)?;
+                writeln!(out, " {name} {}", fields.message)
+            }
+            Self::Json => {
+                let mut object = Map::new();
+                object.insert("timestamp".into(), now().into());
+                object.insert("level".into(), name.into());
+                object.insert("message".into(), fields.message.into());
+                object.extend(fields.others);
+                writeln!(out, "{}", Json::Object(object))
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Fields {
+    message: String,
+    others: Map<String, Json>,
+}
+
+impl Visit for Fields {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == "message" {
+            self.message = value.into();
+        } else {
+            self.others.insert(field.name().into(), value.into());
+        }
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.record_str(field, &format!("{value:?}"));
+    }
+}

@@ -1,0 +1,704 @@
+//! The CAs that vouch for the SuperLink: what an operator or a peer hands over, read as X.509 (RFC
+//! 5280). Pure: what time it is, the caller tells.
+
+use std::fmt::{self, Write as _};
+use std::time::SystemTime;
+
+use base64::Engine as _;
+use x509_cert::Version;
+use x509_cert::der::asn1::Any;
+use x509_cert::der::{DateTime, Decode as _, Reader as _, SliceReader, Tag, Tagged as _};
+use x509_cert::ext::pkix::{BasicConstraints, KeyUsage};
+use x509_cert::name::Name;
+use x509_cert::request::CertReq;
+
+use crate::values::{Refusal, shown};
+
+const BEGIN: &str = "-----BEGIN ";
+const NOT_WHOLE: &str = "what it holds is not a certificate, or not a whole one";
+const PRIVATE_KEY: &str = "it holds a private key, which must not leave its owner";
+const REQUEST: &str = "a certificate request, which a CA has yet to sign";
+const PUBLIC_KEY: &str = "a public key";
+const PKCS7: &str = "PKCS#7 (openssl pkcs7 -print_certs -in FILE takes the certificates out)";
+const TRUSTED: &str =
+    "a certificate in OpenSSL's own form (openssl x509 -in FILE makes a plain one)";
+
+/// Certificates of CAs, one or several: each once, in the order in which they came.
+#[derive(Clone)]
+pub struct Certificate {
+    cas: Vec<Ca>,
+    pem: String,
+    was_raw_pem: bool,
+    left_out: Option<String>,
+}
+
+/// A certificate whose owner may sign others.
+#[derive(Clone)]
+struct Ca {
+    der: Vec<u8>,
+    subject: String,
+    not_before: DateTime,
+    not_after: DateTime,
+}
+
+/// What a text holds besides what makes it useless.
+enum Piece {
+    Ca(Ca),
+    /// Something else, in words.
+    Other(String),
+}
+
+/// What can be used of a [`Certificate`] at a given time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Valid {
+    /// The CAs that have not expired.
+    pub certificate: Certificate,
+    /// What is wrong with the validity of some, each a WARNING. Who asked adds where the
+    /// certificate comes from.
+    pub warnings: Vec<String>,
+}
+
+impl fmt::Debug for Certificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Certificate({} bytes)", self.pem.len())
+    }
+}
+
+/// The same CAs are the same certificate, in whatever form they came.
+impl PartialEq for Certificate {
+    fn eq(&self, other: &Self) -> bool {
+        self.pem == other.pem
+    }
+}
+
+impl Eq for Certificate {}
+
+impl Certificate {
+    /// Reads base64 (line breaks and blanks in it are dropped) of PEM text or of one certificate in
+    /// DER, or the PEM text itself. Text around the certificates and repetitions of one are
+    /// dropped; of what else is no CA, see [`Self::left_out`].
+    ///
+    /// # Errors
+    /// What is accepted, and what this is instead. The value is never repeated: it may be a private
+    /// key by mistake.
+    pub fn parse(text: &str) -> Result<Self, Refusal> {
+        Self::read(text).map_err(|why| {
+            format!("must be the base64 of a CA's PEM certificate (base64 -w0 ca.crt); {why}")
+        })
+    }
+
+    fn read(text: &str) -> Result<Self, String> {
+        let was_raw_pem = text.contains(BEGIN);
+        let bytes = if was_raw_pem {
+            text.into()
+        } else {
+            decode_base64(text).ok_or("it is not base64")?
+        };
+        let pieces = read_pieces(&bytes)?;
+        let (mut cas, mut others) = (Vec::<Ca>::new(), Vec::new());
+        for piece in pieces {
+            match piece {
+                Piece::Ca(ca) if cas.iter().any(|known| known.der == ca.der) => {}
+                Piece::Ca(ca) => cas.push(ca),
+                Piece::Other(what) => others.push(what),
+            }
+        }
+        if cas.is_empty() {
+            return Err(format!("this is {}", listed(&others)));
+        }
+        let left_out =
+            (!others.is_empty()).then(|| format!("what is no CA is left out: {}", listed(&others)));
+        Ok(Self::of(cas, was_raw_pem, left_out))
+    }
+
+    fn of(cas: Vec<Ca>, was_raw_pem: bool, left_out: Option<String>) -> Self {
+        let mut pem = String::new();
+        cas.iter().for_each(|ca| push_pem(&mut pem, &ca.der));
+        Self { cas, pem, was_raw_pem, left_out }
+    }
+
+    /// The PEM text, as RFC 7468 wants it: gRPC's reader is stricter than people and their mail
+    /// programs are.
+    pub fn pem(&self) -> &str {
+        &self.pem
+    }
+
+    /// Whether it came as PEM text, without the base64 around it.
+    pub fn was_raw_pem(&self) -> bool {
+        self.was_raw_pem
+    }
+
+    /// What stood among the CAs and is none of them: a WARNING. Who asked adds where the
+    /// certificate comes from.
+    pub fn left_out(&self) -> Option<&str> {
+        self.left_out.as_deref()
+    }
+
+    /// What can be used at `now`: an expired CA is left out, one that is not valid yet is kept, for
+    /// the clock of a VM may well be behind when it boots.
+    ///
+    /// # Errors
+    /// When all have expired: which, when, and what the clock says.
+    pub fn valid_at(&self, now: SystemTime) -> Result<Valid, Refusal> {
+        let clock = format!("this machine's clock says {}", utc(now));
+        let (expired, kept): (Vec<&Ca>, Vec<&Ca>) =
+            self.cas.iter().partition(|ca| ca.not_after.to_system_time() < now);
+        let ends: Vec<String> = expired
+            .iter()
+            .map(|ca| format!("{} expired at {}", ca.subject, ca.not_after))
+            .collect();
+        if kept.is_empty() {
+            return Err(format!("must be a CA that has not expired; {}; {clock}", listed(&ends)));
+        }
+        let starts: Vec<String> = kept
+            .iter()
+            .filter(|ca| ca.not_before.to_system_time() > now)
+            .map(|ca| format!("{} is not valid before {}", ca.subject, ca.not_before))
+            .collect();
+        let mut warnings = Vec::new();
+        if !ends.is_empty() {
+            warnings.push(format!("what has expired is left out: {}; {clock}", listed(&ends)));
+        }
+        if !starts.is_empty() {
+            warnings.push(format!("{}; {clock}, which may be wrong", listed(&starts)));
+        }
+        let kept = kept.into_iter().cloned().collect();
+        Ok(Valid { certificate: Self::of(kept, self.was_raw_pem, self.left_out.clone()), warnings })
+    }
+}
+
+fn read_pieces(bytes: &[u8]) -> Result<Vec<Piece>, String> {
+    // People write their names around a certificate in any encoding; what counts is ASCII.
+    let text = String::from_utf8_lossy(bytes);
+    if text.contains("PRIVATE KEY") {
+        Err(PRIVATE_KEY.into())
+    } else if text.contains(BEGIN) {
+        read_pem(&text)
+    } else if begins_as_der(bytes) {
+        Ok(vec![read_der(bytes)?])
+    } else if decode_base64(&text)
+        .is_some_and(|inner| inner.starts_with(BEGIN.as_bytes()) || begins_as_der(&inner))
+    {
+        Err("it is base64 of base64: encode it once (Sunstone encodes a text64 input by itself)"
+            .into())
+    } else {
+        Err("what it encodes is neither PEM nor DER".into())
+    }
+}
+
+/// With the tag of a sequence, as all that is taken for a certificate does.
+fn begins_as_der(bytes: &[u8]) -> bool {
+    bytes.first() == Some(&0x30)
+}
+
+fn read_pem(text: &str) -> Result<Vec<Piece>, String> {
+    let mut pieces = Vec::new();
+    let mut rest = text;
+    while let Some((_, after)) = rest.split_once(BEGIN) {
+        let (label, body) = after.split_once("-----").ok_or("its BEGIN line is cut off")?;
+        let (body, after) =
+            body.split_once(&format!("-----END {label}-----")).ok_or("its END line is missing")?;
+        rest = after;
+        pieces.push(match label {
+            // The second is what it was called before RFC 7468 (section 5.1).
+            "CERTIFICATE" | "X509 CERTIFICATE" => read_der(&decode_base64(body).ok_or(NOT_WHOLE)?)?,
+            "TRUSTED CERTIFICATE" => Piece::Other(TRUSTED.into()),
+            "CERTIFICATE REQUEST" | "NEW CERTIFICATE REQUEST" => Piece::Other(REQUEST.into()),
+            "PUBLIC KEY" | "RSA PUBLIC KEY" => Piece::Other(PUBLIC_KEY.into()),
+            "PKCS7" | "CMS" => Piece::Other(PKCS7.into()),
+            label => Piece::Other(format!("PEM of '{}'", shown(label))),
+        });
+    }
+    Ok(pieces)
+}
+
+fn read_der(der: &[u8]) -> Result<Piece, String> {
+    let mut reader = SliceReader::new(der).map_err(|_| NOT_WHOLE)?;
+    match reader.decode::<x509_cert::Certificate>() {
+        Ok(_) if !reader.is_finished() => {
+            Err("there are bytes after the end of the certificate".into())
+        }
+        Ok(certificate) => judge(&certificate, der),
+        Err(_) => name_other(der),
+    }
+}
+
+/// Whether a certificate is a CA's (RFC 5280, sections 4.2.1.3 and 4.2.1.9). gRPC 1.85 looks at
+/// keyUsage alone: there a server's own certificate would do as well, until the server has its next
+/// one.
+fn judge(certificate: &x509_cert::Certificate, der: &[u8]) -> Result<Piece, String> {
+    let signed = &certificate.tbs_certificate;
+    if signed.extensions.is_some() && signed.version != Version::V3 {
+        return Err(NOT_WHOLE.into());
+    }
+    let constraints = signed.get::<BasicConstraints>().map_err(|_| NOT_WHOLE)?;
+    let usage = signed.get::<KeyUsage>().map_err(|_| NOT_WHOLE)?;
+    // X.509 v1 has no way to say it; OpenSSL and BoringSSL believe it when it is self-signed.
+    let is_v1_root = signed.version == Version::V1 && signed.subject == signed.issuer;
+    let subject = subject(&signed.subject);
+    let why_not = if !constraints.map_or(is_v1_root, |(_, constraints)| constraints.ca) {
+        "its basicConstraints do not say CA:TRUE"
+    } else if usage.is_some_and(|(_, usage)| !usage.key_cert_sign()) {
+        "its keyUsage has no keyCertSign"
+    } else {
+        return Ok(Piece::Ca(Ca {
+            der: der.to_vec(),
+            subject,
+            not_before: signed.validity.not_before.to_date_time(),
+            not_after: signed.validity.not_after.to_date_time(),
+        }));
+    };
+    Ok(Piece::Other(format!("{subject}, which is no CA ({why_not})")))
+}
+
+/// What `der` is when it is no certificate, by the shape of its outermost sequence.
+fn name_other(der: &[u8]) -> Result<Piece, String> {
+    let elements = Vec::<Any>::from_der(der).map_err(|_| NOT_WHOLE)?;
+    let tags: Vec<Tag> = elements.iter().map(|element| element.tag()).collect();
+    let version = elements.first().map_or(&[][..], |first| first.value());
+    let what = match (tags.as_slice(), version) {
+        ([Tag::Integer, Tag::Sequence, ..], [3]) => {
+            return Err("it is PKCS#12, which is made for private keys".into());
+        }
+        // PKCS#8, PKCS#1 and SEC 1 begin with their version.
+        ([Tag::Integer, ..], [0 | 1]) => return Err(PRIVATE_KEY.into()),
+        // PKCS#8, encrypted.
+        ([Tag::Sequence, Tag::OctetString], _) => return Err(PRIVATE_KEY.into()),
+        ([Tag::Sequence, Tag::BitString] | [Tag::Integer, Tag::Integer], _) => PUBLIC_KEY,
+        ([Tag::ObjectIdentifier, ..], _) => PKCS7,
+        _ if CertReq::from_der(der).is_ok() => REQUEST,
+        _ => return Err(NOT_WHOLE.into()),
+    };
+    Ok(Piece::Other(what.into()))
+}
+
+/// The name of a certificate's owner as people write it (RFC 4514), fit to be shown.
+fn subject(name: &Name) -> String {
+    let mut text = String::new();
+    // Not `to_string`, which would panic at a name that cannot be written.
+    match write!(text, "{name}") {
+        Ok(()) if !text.is_empty() => shown(&text),
+        _ => "a certificate without a name".into(),
+    }
+}
+
+/// `time` in UTC, to the second.
+fn utc(time: SystemTime) -> String {
+    DateTime::from_system_time(time)
+        .map_or_else(|_| "a year before 1970 or after 9999".into(), |time| time.to_string())
+}
+
+/// The first few of `items`, and how many more there are: a peer may send thousands.
+fn listed(items: &[String]) -> String {
+    const MOST: usize = 4;
+    let mut list = items.iter().take(MOST).map(String::as_str).collect::<Vec<_>>().join("; ");
+    if items.len() > MOST {
+        list.push_str(&format!("; and {} more", items.len() - MOST));
+    }
+    list
+}
+
+/// Adds a certificate to `pem`, in lines of 64 characters.
+fn push_pem(pem: &mut String, der: &[u8]) {
+    let base64 = base64::prelude::BASE64_STANDARD.encode(der);
+    let mut rest = base64.as_str();
+    pem.push_str("-----BEGIN CERTIFICATE-----\n");
+    while !rest.is_empty() {
+        let (line, after) = rest.split_at(rest.len().min(64));
+        pem.push_str(line);
+        pem.push('\n');
+        rest = after;
+    }
+    pem.push_str("-----END CERTIFICATE-----\n");
+}
+
+/// Standard base64 (RFC 4648, section 4), in lines or in one, padded or not.
+fn decode_base64(text: &str) -> Option<Vec<u8>> {
+    use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+    const LENIENT: GeneralPurpose = GeneralPurpose::new(
+        &base64::alphabet::STANDARD,
+        GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+    );
+    let joined: String = text.split_ascii_whitespace().collect();
+    LENIENT.decode(joined).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use base64::prelude::{BASE64_STANDARD, BASE64_STANDARD_NO_PAD};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const TEST_CA: &str = include_str!("../../tests/ca.crt");
+    const HOSPITAL_CA: &str = include_str!("../../tests/certificates/hospital-ca.crt");
+    const OLD_CA: &str = include_str!("../../tests/certificates/old-ca.crt");
+    const V1_ROOT: &str = include_str!("../../tests/certificates/v1-root.crt");
+    const LEAF: &str = include_str!("../../tests/certificates/leaf.crt");
+    const HOSTILE_NAME: &str = include_str!("../../tests/certificates/hostile-name.crt");
+    const REQUEST_PEM: &str = include_str!("../../tests/certificates/request.csr");
+    const PUBLIC_PEM: &str = include_str!("../../tests/certificates/public.pem");
+    const CHAIN: &str = include_str!("../../tests/certificates/chain.p7b");
+    const KEY: &str = "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----\n";
+
+    fn der_of(pem: &str) -> Vec<u8> {
+        let body: String = pem.lines().filter(|line| !line.starts_with("-----")).collect();
+        BASE64_STANDARD.decode(body).unwrap()
+    }
+
+    fn pem_of(der: &[u8]) -> String {
+        let mut pem = String::new();
+        push_pem(&mut pem, der);
+        pem
+    }
+
+    /// An element of DER.
+    fn element(tag: u8, content: &[u8]) -> Vec<u8> {
+        let length = content.len() as u16;
+        [&[tag, 0x82], &length.to_be_bytes()[..], content].concat()
+    }
+
+    fn short(tag: u8, content: &[u8]) -> Vec<u8> {
+        [&[tag, content.len() as u8], content].concat()
+    }
+
+    /// The second half of the refusal, the one that says what the text is.
+    #[track_caller]
+    fn why(text: &str) -> String {
+        let refusal = Certificate::parse(text).unwrap_err();
+        let (expected, why) = refusal.split_once("; ").unwrap();
+        assert_eq!(expected, "must be the base64 of a CA's PEM certificate (base64 -w0 ca.crt)");
+        assert!(!why.contains('\n') && why.len() < 1000, "{why}");
+        why.to_owned()
+    }
+
+    /// The same in PEM, in the base64 of it and in that of its DER.
+    #[track_caller]
+    fn why_in_any_form(pem: &str) -> String {
+        let first = why(pem);
+        assert_eq!(why(&BASE64_STANDARD.encode(pem)), first);
+        assert_eq!(why(&BASE64_STANDARD.encode(der_of(pem))), first);
+        first
+    }
+
+    /// Noon of the first day of a year.
+    fn noon(year: u16) -> SystemTime {
+        DateTime::new(year, 1, 1, 12, 0, 0).unwrap().to_system_time()
+    }
+
+    #[test]
+    fn a_ca_comes_as_base64_of_pem_or_of_der_or_as_pem() {
+        let base64 = BASE64_STANDARD.encode(TEST_CA);
+        let wrapped: String = base64
+            .as_bytes()
+            .chunks(20)
+            .map(|line| format!("{}\n ", line.escape_ascii()))
+            .collect();
+        let no_padding = BASE64_STANDARD_NO_PAD.encode(format!("{TEST_CA}\n"));
+        let der = BASE64_STANDARD.encode(der_of(TEST_CA));
+        for (text, was_raw_pem) in [
+            (TEST_CA, true),
+            (&base64, false),
+            (&wrapped, false),
+            (&no_padding, false),
+            (&der, false),
+        ] {
+            let certificate = Certificate::parse(text).expect(text);
+            assert_eq!((certificate.pem(), certificate.left_out()), (TEST_CA, None));
+            assert_eq!(certificate.was_raw_pem(), was_raw_pem, "{text}");
+        }
+        assert_eq!(Certificate::parse(TEST_CA), Certificate::parse(&base64));
+        assert_ne!(Certificate::parse(TEST_CA), Certificate::parse(HOSPITAL_CA));
+    }
+
+    #[test]
+    fn a_ca_is_kept_as_grpc_reads_it_whatever_stood_around_it() {
+        let in_one_line = TEST_CA.replace('\n', " ");
+        let for_windows = format!("\u{feff}{}", TEST_CA.replace('\n', "\r\n"));
+        let of_old = TEST_CA.replace("CERTIFICATE", "X509 CERTIFICATE");
+        let latin_1 = BASE64_STANDARD.encode([b"# Klinikum S\xfcd\n", TEST_CA.as_bytes()].concat());
+        let with_text = format!("subject=CN = a CA\n{}# bye", TEST_CA.trim_end_matches('\n'));
+        for text in [in_one_line, for_windows, of_old, latin_1, with_text] {
+            assert_eq!(Certificate::parse(&text).expect(&text).pem(), TEST_CA);
+        }
+    }
+
+    #[test]
+    fn several_cas_are_kept_in_their_order_and_each_once() {
+        let bundle = format!("{HOSPITAL_CA}{TEST_CA}\n{HOSPITAL_CA}{V1_ROOT}");
+        let certificate = Certificate::parse(&bundle).unwrap();
+        assert_eq!(certificate.pem(), format!("{HOSPITAL_CA}{TEST_CA}{V1_ROOT}"));
+        assert_eq!(certificate.left_out(), None);
+    }
+
+    #[test]
+    fn what_stands_among_cas_and_is_none_is_left_out_by_name() {
+        let certificate = Certificate::parse(&format!("{LEAF}{REQUEST_PEM}{TEST_CA}")).unwrap();
+        assert_eq!(certificate.pem(), TEST_CA);
+        assert_eq!(
+            certificate.left_out(),
+            Some(
+                "what is no CA is left out: CN=superlink.example, which is no CA (its basicConstraints do not say CA:TRUE); \
+                 a certificate request, which a CA has yet to sign"
+            )
+        );
+        let many = Certificate::parse(&format!("{TEST_CA}{}", LEAF.repeat(1000))).unwrap();
+        let left_out = many.left_out().unwrap();
+        assert!(left_out.len() < 500 && left_out.ends_with("; and 996 more"), "{left_out}");
+    }
+
+    #[test]
+    fn a_private_key_is_refused_wherever_it_stands() {
+        let version = |number| short(0x02, &[number]);
+        let octets = short(0x04, b"secret");
+        let pkcs_8 = short(0x30, &[version(0), short(0x30, &[]), octets.clone()].concat());
+        let pkcs_1 = short(
+            0x30,
+            &[version(0), short(0x02, b"secret"), short(0x02, b"x"), version(7)].concat(),
+        );
+        let sec_1 = short(0x30, &[version(1), octets.clone()].concat());
+        let encrypted = short(0x30, &[short(0x30, &[]), octets].concat());
+        let in_a_bundle = format!("{TEST_CA}{KEY}{HOSPITAL_CA}");
+        let of_rsa = KEY.replace("PRIVATE", "RSA PRIVATE");
+        let mut texts =
+            vec![KEY.to_owned(), in_a_bundle.clone(), of_rsa, BASE64_STANDARD.encode(in_a_bundle)];
+        texts.push(BASE64_STANDARD.encode(KEY));
+        for der in [pkcs_8, pkcs_1, sec_1, encrypted] {
+            texts.extend([pem_of(&der), BASE64_STANDARD.encode(&der)]);
+        }
+        for text in texts {
+            assert_eq!(
+                why(&text),
+                "it holds a private key, which must not leave its owner",
+                "{text}"
+            );
+        }
+        let pkcs_12 = short(0x30, &[version(3), short(0x30, &[])].concat());
+        assert_eq!(
+            why(&BASE64_STANDARD.encode(pkcs_12)),
+            "it is PKCS#12, which is made for private keys"
+        );
+    }
+
+    #[test]
+    fn what_is_no_certificate_is_told_by_what_it_is() {
+        assert_eq!(why_in_any_form(REQUEST_PEM), format!("this is {REQUEST}"));
+        assert_eq!(why_in_any_form(PUBLIC_PEM), "this is a public key");
+        assert_eq!(why_in_any_form(CHAIN), format!("this is {PKCS7}"));
+        let rsa = short(0x30, &[short(0x02, &[1; 9]), short(0x02, &[1, 0, 1])].concat());
+        assert_eq!(why(&BASE64_STANDARD.encode(rsa)), "this is a public key");
+        assert_eq!(
+            why(&TEST_CA.replace("CERTIFICATE", "TRUSTED CERTIFICATE")),
+            format!("this is {TRUSTED}")
+        );
+        assert_eq!(
+            why(&TEST_CA.replace("CERTIFICATE", "DH \x1bPARAMETERS")),
+            "this is PEM of 'DH \\u{1b}PARAMETERS'"
+        );
+    }
+
+    #[test]
+    fn a_certificate_that_is_no_cas_is_named() {
+        let no_constraints = "its basicConstraints do not say CA:TRUE";
+        for (pem, subject, reason) in [
+            (LEAF, "CN=superlink.example", no_constraints),
+            (
+                include_str!("../../tests/certificates/no-constraints.crt"),
+                "CN=no-constraints",
+                no_constraints,
+            ),
+            (include_str!("../../tests/certificates/v1-leaf.crt"), "CN=v1-root", no_constraints),
+            (
+                include_str!("../../tests/certificates/no-cert-sign.crt"),
+                "CN=no-cert-sign",
+                "its keyUsage has no keyCertSign",
+            ),
+        ] {
+            assert_eq!(
+                why_in_any_form(pem),
+                format!("this is {subject}, which is no CA ({reason})")
+            );
+        }
+        let hostile = why(HOSTILE_NAME);
+        assert!(
+            hostile.starts_with("this is CN=a\\1b[31m\\0ab000") && hostile.is_ascii(),
+            "{hostile}"
+        );
+    }
+
+    #[test]
+    fn a_self_signed_certificate_of_x509_v1_is_a_ca() {
+        assert_eq!(Certificate::parse(V1_ROOT).unwrap().pem(), V1_ROOT);
+    }
+
+    #[test]
+    fn a_certificate_is_whole_to_its_last_byte() {
+        let der = der_of(TEST_CA);
+        let more = [&der[..], &[0]].concat();
+        for text in [pem_of(&more), BASE64_STANDARD.encode(&more), pem_of(&der.repeat(2))] {
+            assert_eq!(why(&text), "there are bytes after the end of the certificate");
+        }
+        let endless = [&[0x30, 0x80][..], &der[4..], &[0, 0]].concat();
+        let wrong_tag = [&[0x31][..], &der[1..]].concat();
+        for der in
+            [&der[..der.len() - 1], &endless, &wrong_tag, &[], &[0x30], &element(0x30, &[0; 300])]
+        {
+            assert_eq!(why(&pem_of(der)), NOT_WHOLE, "{der:02x?}");
+        }
+        let end = TEST_CA.find("-----END").unwrap();
+        assert_eq!(why(&TEST_CA[..end]), "its END line is missing");
+        assert_eq!(why("-----BEGIN CERT"), "its BEGIN line is cut off");
+        // One that cannot be read is no reason to guess at the others.
+        assert_eq!(why(&format!("{HOSPITAL_CA}{}", TEST_CA.replacen("MII", "MII!", 1))), NOT_WHOLE);
+    }
+
+    #[test]
+    fn what_is_neither_base64_nor_a_certificate_is_told() {
+        assert_eq!(why("!!!"), "it is not base64");
+        assert_eq!(why("aGVsbG8="), "what it encodes is neither PEM nor DER");
+        for once in [BASE64_STANDARD.encode(TEST_CA), BASE64_STANDARD.encode(der_of(TEST_CA))] {
+            assert!(
+                why(&BASE64_STANDARD.encode(once))
+                    .starts_with("it is base64 of base64: encode it once")
+            );
+        }
+    }
+
+    #[test]
+    fn a_ca_that_is_valid_is_used_without_a_word() {
+        let ca = Certificate::parse(TEST_CA).unwrap();
+        assert_eq!(
+            ca.valid_at(noon(2100)),
+            Ok(Valid { certificate: ca.clone(), warnings: vec![] })
+        );
+    }
+
+    #[test]
+    fn an_expired_ca_is_refused_with_its_date_and_the_clocks() {
+        let old = Certificate::parse(OLD_CA).unwrap();
+        assert_eq!(
+            old.valid_at(noon(2026)).unwrap_err(),
+            "must be a CA that has not expired; CN=old-ca expired at 2024-05-01T00:00:00Z; \
+             this machine's clock says 2026-01-01T12:00:00Z"
+        );
+        // The last second is within (RFC 5280, section 4.1.2.5).
+        let last = DateTime::new(2024, 5, 1, 0, 0, 0).unwrap().to_system_time();
+        assert!(old.valid_at(last).is_ok() && old.valid_at(last + Duration::from_secs(1)).is_err());
+    }
+
+    #[test]
+    fn an_expired_ca_among_valid_ones_is_left_out_with_a_warning() {
+        let bundle = Certificate::parse(&format!("{TEST_CA}{OLD_CA}{LEAF}")).unwrap();
+        let valid = bundle.valid_at(noon(2100)).unwrap();
+        assert_eq!(valid.certificate.pem(), TEST_CA);
+        assert_eq!(valid.certificate.left_out(), bundle.left_out());
+        assert_eq!(
+            valid.warnings,
+            ["what has expired is left out: CN=old-ca expired at 2024-05-01T00:00:00Z; \
+              this machine's clock says 2100-01-01T12:00:00Z"]
+        );
+    }
+
+    #[test]
+    fn a_ca_that_is_not_valid_yet_is_kept_for_the_clock_may_be_wrong() {
+        let ca = Certificate::parse(HOSPITAL_CA).unwrap();
+        for (now, clock) in [
+            (noon(1970), "1970-01-01T12:00:00Z"),
+            (UNIX_EPOCH - Duration::from_secs(1), "a year before 1970 or after 9999"),
+        ] {
+            let Valid { certificate, warnings } = ca.valid_at(now).unwrap();
+            assert_eq!(certificate, ca);
+            assert_eq!(warnings.len(), 1);
+            let (dates, doubt) = warnings[0].split_once("; ").unwrap();
+            assert!(
+                dates.starts_with("CN=hospital-ca,O=Klinikum Süd is not valid before 2026-11-26T"),
+                "{dates}"
+            );
+            assert_eq!(doubt, format!("this machine's clock says {clock}, which may be wrong"));
+        }
+    }
+
+    fn pems() -> impl Strategy<Value = &'static str> {
+        prop::sample::select(vec![
+            TEST_CA,
+            HOSPITAL_CA,
+            OLD_CA,
+            V1_ROOT,
+            LEAF,
+            HOSTILE_NAME,
+            REQUEST_PEM,
+            PUBLIC_PEM,
+            CHAIN,
+        ])
+    }
+
+    /// What is accepted is accepted again from its own text, with the same result.
+    fn is_stable(text: &str) -> Result<(), TestCaseError> {
+        if let Ok(certificate) = Certificate::parse(text) {
+            let again = Certificate::parse(certificate.pem()).map_err(TestCaseError::fail)?;
+            prop_assert_eq!(&again, &certificate);
+            prop_assert_eq!(again.left_out(), None);
+            prop_assert_eq!(again.valid_at(noon(2030)), certificate.valid_at(noon(2030)));
+        }
+        Ok(())
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_it_panic(text in "\\PC{0,60}", bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            is_stable(&text)?;
+            is_stable(&BASE64_STANDARD.encode(&bytes))?;
+            is_stable(&pem_of(&bytes))?;
+        }
+
+        #[test]
+        fn no_damage_makes_it_panic(pem in pems(), at in any::<prop::sample::Index>(), byte: u8, cut: bool) {
+            let mut der = der_of(pem);
+            let at = at.index(der.len());
+            der[at] = byte;
+            if cut {
+                der.truncate(at + 1);
+            }
+            is_stable(&pem_of(&der))?;
+            is_stable(&BASE64_STANDARD.encode(&der))?;
+        }
+
+        #[test]
+        fn no_mixture_makes_it_panic(parts in prop::collection::vec(pems(), 1..5), at in any::<prop::sample::Index>(), byte in 0u8..0x80) {
+            let mut text = parts.concat();
+            is_stable(&text)?;
+            let at = at.index(text.len());
+            text.replace_range(at..=at, &char::from(byte).to_string());
+            is_stable(&text)?;
+        }
+    }
+
+    #[test]
+    fn a_certificate_is_no_flood_in_the_log() {
+        let ca = Certificate::parse(TEST_CA).unwrap();
+        assert_eq!(format!("{ca:?}"), format!("Certificate({} bytes)", TEST_CA.len()));
+    }
+
+    #[test]
+    fn a_ca_is_valid_from_its_first_second_on() {
+        let ca = Certificate::parse(HOSPITAL_CA).unwrap();
+        let first = ca.cas[0].not_before.to_system_time();
+        assert_eq!(ca.valid_at(first).unwrap().warnings, Vec::<String>::new());
+        assert_eq!(ca.valid_at(first - Duration::from_secs(1)).unwrap().warnings.len(), 1);
+    }
+
+    #[test]
+    fn der_of_a_shape_that_nothing_has_is_no_certificate() {
+        assert_eq!(why(&pem_of(&short(0x30, &short(0x04, b"x")))), NOT_WHOLE);
+    }
+
+    #[test]
+    fn an_owner_without_a_name_is_called_that_and_a_long_list_is_cut() {
+        assert_eq!(subject(&Name::default()), "a certificate without a name");
+        let items = ["a", "b", "c", "d", "e"].map(String::from);
+        assert_eq!(listed(&items[..4]), "a; b; c; d");
+        assert_eq!(listed(&items), "a; b; c; d; and 1 more");
+    }
+}
