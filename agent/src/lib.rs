@@ -5,9 +5,9 @@
 //! ```text
 //! context files -> Context -> Config ┐
 //! sysfs -> PciFacts ─────────────────┼-> Verdict ┐
-//! child -> ProbeOutcome ─────────────┘           ├-> ContainerSpec -> Engine -> Supervisor -> Reporter -> systemd, OneGate
+//! child -> ProbeOutcome ─────────────┘           ├-> ContainerSpec -> Client -> Supervisor -> Reporter -> systemd, OneGate
 //! address, or OneGate -> SuperLink ──────────────┘                                 │
-//! child -> Notice -> Watch -> Finding ─────────────────────────────────────────────┤
+//! child -> MonitorMessage -> Watch -> Finding ─────────────────────────────────────────────┤
 //! the container's log -> Connection, its health -> Liveness ───────────────────────┘
 //! ```
 //!

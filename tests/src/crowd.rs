@@ -18,7 +18,7 @@ use crate::{
 /// A cloud has several.
 const SERVICES: u32 = 20;
 /// More than all of them need on a busy machine, with a debug build.
-const PATIENCE: Duration = Duration::from_secs(240);
+const TIMEOUT: Duration = Duration::from_secs(240);
 
 /// What became of agents that started together.
 #[derive(Debug, Clone, Copy)]
@@ -54,7 +54,7 @@ pub fn start_together(agents: u32) -> Crowd {
     // All of them stand behind one gate, and start when it opens.
     let gate = Sandbox::new("crowd");
     let fifo = gate.join("gate");
-    run(Command::new("mkfifo").arg(&fifo), PATIENCE).expect_success();
+    run(Command::new("mkfifo").arg(&fifo), TIMEOUT).expect_success();
     let script = format!(
         "#!/bin/sh\nread -r _ < {}\nexec {} \"$@\"\n",
         fifo.display(),
@@ -67,7 +67,7 @@ pub fn start_together(agents: u32) -> Crowd {
         .map(|id| {
             let mut case = Case::new();
             // Docker is not there: the SuperLink is looked for meanwhile.
-            case.set("docker.ready_timeout_seconds", PATIENCE.as_secs());
+            case.set("docker.ready_timeout_seconds", TIMEOUT.as_secs());
             case.context(&[]).onegate(&onegate, 1000 + id).agent(&behind_gate);
             let agent = case.start();
             (case, agent)
@@ -78,7 +78,7 @@ pub fn start_together(agents: u32) -> Crowd {
     let opened = fs::OpenOptions::new().read(true).write(true).open(&fifo).expect("the gate");
     (&opened).write_all(&vec![b'\n'; agents as usize]).expect("the gate");
     let found = |(_, agent): &(Case, Agent)| {
-        agent.wait_for_line("found the SuperLink at 10.9.8.7:9092", PATIENCE)
+        agent.wait_for_line("found the SuperLink at 10.9.8.7:9092", TIMEOUT)
     };
     let at_first_attempt =
         nodes.iter().map(found).filter(|line| line.contains("attempt 1)")).count();

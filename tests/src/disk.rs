@@ -11,7 +11,7 @@ use std::{
 use crate::process::run;
 
 const PAGE: usize = 4096;
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A file system that is mounted over a folder, for as long as this lives. What lay there comes
 /// back then, unchanged.
@@ -52,13 +52,13 @@ impl Mounted {
 
     #[track_caller]
     fn by(script: &str, folder: &Path) -> Self {
-        run(Command::new("sh").args(["-ec", script, "sh"]).arg(folder), PATIENCE).expect_success();
+        run(Command::new("sh").args(["-ec", script, "sh"]).arg(folder), TIMEOUT).expect_success();
         Self { folder: folder.to_owned() }
     }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        run(Command::new("umount").arg("--lazy").arg(&self.folder), PATIENCE);
+        run(Command::new("umount").arg("--lazy").arg(&self.folder), TIMEOUT);
     }
 }

@@ -14,7 +14,7 @@ use std::{
 
 use crate::process::{run, running};
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// Set, it keeps what tests have made, for a look at it.
 const KEEP: &str = "SUPERNODE_TESTS_KEEP";
 /// Below this much memory that is to be had, folders are on the disk.
@@ -51,7 +51,7 @@ impl Sandbox {
                 Command::new("mount")
                     .args(["-t", "tmpfs", "-o", "mode=755", TMPFS])
                     .arg(&sandbox.path),
-                PATIENCE,
+                TIMEOUT,
             );
         }
         sandbox
@@ -101,7 +101,7 @@ fn mounted() -> Vec<PathBuf> {
 }
 
 fn unmount(folder: &Path) {
-    run(Command::new("umount").arg("--lazy").arg(folder), PATIENCE);
+    run(Command::new("umount").arg("--lazy").arg(folder), TIMEOUT);
     let _ = fs::remove_dir(folder);
 }
 

@@ -15,7 +15,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::PATIENCE;
+use common::TIMEOUT;
 use supernode_tests::{Output, Sandbox, run};
 
 /// What /etc/one-appliance/service does with appliance.sh (`$2`, stage `$3`), as far as it can be
@@ -92,7 +92,7 @@ impl Appliance {
             .args(["--mount", "bash", "-c", FRAME, "frame"])
             .arg(self.0.path())
             .arg(folder().join("appliance.sh"));
-        let output = run(command.arg(stage).envs(environment.iter().copied()), PATIENCE);
+        let output = run(command.arg(stage).envs(environment.iter().copied()), TIMEOUT);
         if output.stderr.contains("unshare failed") || output.stderr.contains("permission denied") {
             println!("SKIPPED: no mount namespace of one's own here: {}", output.stderr.trim());
             return None;
@@ -240,5 +240,5 @@ abort "logo" unless File.exist?("#{folder}/../../logos/#{description["logo"]}")
         println!("SKIPPED: there is no ruby, which the marketplace's tests are written in");
         return;
     }
-    run(Command::new("ruby").args(["-e", READ]).arg(folder()), PATIENCE).expect_success();
+    run(Command::new("ruby").args(["-e", READ]).arg(folder()), TIMEOUT).expect_success();
 }

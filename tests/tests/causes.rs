@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use common::{
-    GPU_A, PATIENCE, engine_with, inspect, json_of, nvidias_library, one_gpu, say, sysfs_of_one,
+    GPU_A, TIMEOUT, engine_with, inspect, json_of, nvidias_library, one_gpu, say, sysfs_of_one,
     tell, two_gpus, up, wanted, warnings,
 };
 use serde_json::{Value, json};
@@ -108,7 +108,7 @@ fn on_the_bus() -> Vec<Cause> {
     vec![
         Cause::on_bus(
             "gpu-not-present",
-            "nothing promised, no GPU on the bus",
+            "nothing assigned, no GPU on the bus",
             &[
                 "passed no GPU",
                 "2 PCI devices",
@@ -119,28 +119,28 @@ fn on_the_bus() -> Vec<Cause> {
         ),
         Cause::on_bus(
             "gpu-not-present",
-            "a PCI NIC promised as a NIC (PCI0_MAC), and no GPU",
+            "a PCI NIC assigned as a NIC (PCI0_MAC), and no GPU",
             &["passed no GPU"],
             nic,
             &[("PCI0_MAC", "02:00:00:00:00:01")],
         ),
         Cause::on_bus(
             "gpu-not-passed-through",
-            "promised, and nothing at that address",
+            "assigned, and nothing at that address",
             &[passed, "no device at that address"],
             Sysfs::new,
             &[],
         ),
         Cause::on_bus(
             "gpu-not-passed-through",
-            "promised, and a NIC at that address",
+            "assigned, and a NIC at that address",
             &[passed, "not an NVIDIA GPU (8086:20f1, class 0200, driver igb)"],
             nic,
             &[],
         ),
         Cause::on_bus(
             "gpu-not-passed-through",
-            "two promised, and nothing at either address",
+            "two assigned, and nothing at either address",
             &[passed, "0000:21:00.0"],
             Sysfs::new,
             &[("PCI1_ADDRESS", "21:00.0")],
@@ -566,13 +566,13 @@ fn assert_each_is_announced(engine: &Engine, causes: &[Cause]) {
         let case = machine_with(cause, engine);
         let began = Instant::now();
         let mut agent = case.start();
-        agent.wait_for_line("No usable GPU, this node runs on the CPU.", PATIENCE);
+        agent.wait_for_line("No usable GPU, this node runs on the CPU.", TIMEOUT);
         let seconds = began.elapsed().as_secs_f64();
-        agent.wait_for_notify("READY=1", PATIENCE);
+        agent.wait_for_notify("READY=1", TIMEOUT);
         let context = fs::read_to_string(case.path("context/context.sh.network")).unwrap();
         let tells_all = !context.contains("FL_LOG_LEVEL='ERROR'");
         if tells_all {
-            agent.wait_for_line("started the container", PATIENCE);
+            agent.wait_for_line("started the container", TIMEOUT);
         }
         let entries = entries(&agent);
         let place = |wanted: &dyn Fn(&Value) -> bool| entries.iter().position(wanted);
@@ -744,13 +744,13 @@ fn where_a_gpu_is_required_every_code_is_an_error_and_nothing_runs() {
         }
         let mut agent = case.start();
         assert_eq!(
-            agent.wait_exit(PATIENCE),
+            agent.wait_exit(TIMEOUT),
             78,
             "systemd must not try for ever: {}: {:#?}",
             cause.how,
             agent.lines()
         );
-        agent.wait_for_line("No usable GPU, and FL_GPU_REQUIRED is YES", PATIENCE);
+        agent.wait_for_line("No usable GPU, and FL_GPU_REQUIRED is YES", TIMEOUT);
         let entries = entries(&agent);
         let told = entries.iter().find(|entry| entry["fl_gpu_status"] == "required");
         let told = told.unwrap_or_else(|| panic!("{}: {entries:#?}", cause.how));
@@ -793,8 +793,8 @@ fn the_fix_is_that_of_the_machines_own_distribution() {
             assert_own(text.lines().find(|line| line.starts_with("  fix ")).unwrap());
         }
         let mut agent = case.start();
-        assert_eq!(agent.wait_exit(PATIENCE), 1);
-        agent.wait_for_line("No usable GPU", PATIENCE);
+        assert_eq!(agent.wait_exit(TIMEOUT), 1);
+        agent.wait_for_line("No usable GPU", TIMEOUT);
         let warning =
             entries(&agent).into_iter().find(|entry| entry["level"] == "WARNING").unwrap();
         assert_own(warning["fl_gpu_fix"].as_str().unwrap());
@@ -819,7 +819,7 @@ fn status_gives_the_same_fix_with_the_agents_report_and_without() {
     drop(engine);
 }
 
-// What was promised, and what is there. The CPU's cases are causes of the table above, each with
+// What was assigned, and what is there. The CPU's cases are causes of the table above, each with
 // its code.
 
 #[test]
@@ -895,7 +895,7 @@ fn promised_and_present_without_a_driver_is_laid_on_the_driver() {
 /// container's start.
 #[track_caller]
 fn assert_cpu_for(reason: &str, agent: &Agent, engine: &Engine) {
-    agent.wait_for_line("started the container", PATIENCE);
+    agent.wait_for_line("started the container", TIMEOUT);
     let warnings = warnings(agent);
     assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
     assert!(warnings[0].contains(reason) && warnings[0].contains("Fix: "), "{warnings:?}");
@@ -1023,8 +1023,8 @@ fn nvidias_own_library_without_a_driver_says_that_none_is_loaded_and_without_a_g
         case.env("LD_DEBUG", "files").env("LD_DEBUG_OUTPUT", record);
         case.set("docker.ready_timeout_seconds", 0).set("gpu.wait_seconds", 0);
         let mut agent = case.start();
-        assert_eq!(agent.wait_exit(PATIENCE), 1);
-        let warning = agent.wait_for_line(" WARNING ", PATIENCE);
+        assert_eq!(agent.wait_exit(TIMEOUT), 1);
+        let warning = agent.wait_for_line(" WARNING ", TIMEOUT);
         assert!(warning.contains(expected), "{:#?}", agent.lines());
         let records = fs::read_dir(case.path("")).unwrap().flatten().map(|entry| entry.path());
         let records: Vec<PathBuf> =

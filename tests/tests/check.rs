@@ -17,7 +17,7 @@ use std::path::Path;
 use std::process::Command;
 use std::thread;
 
-use common::{PATIENCE, engine_with, json_of, one_gpu, sysfs_of_one, wanted};
+use common::{TIMEOUT, engine_with, json_of, one_gpu, sysfs_of_one, wanted};
 use serde_json::{Value, json};
 use supernode_tests::{Output, Sandbox, Sysfs, agent_binary, nvml_library, run};
 
@@ -35,7 +35,7 @@ impl Root {
         let root = Self(Sandbox::new("root"));
         let mut copy = Command::new("cp");
         copy.arg("-a").arg(sysfs.root()).arg(root.0.join("sys"));
-        run(&mut copy, PATIENCE).expect_success();
+        run(&mut copy, TIMEOUT).expect_success();
         root
     }
 
@@ -153,7 +153,7 @@ impl Root {
             .args(more)
             .env_clear()
             .env("NVML_STANDIN", script);
-        run(&mut command, PATIENCE)
+        run(&mut command, TIMEOUT)
     }
 
     #[track_caller]
@@ -210,7 +210,7 @@ fn a_good_vm_passes_every_check() {
             "settings",
             "configuration",
             "gpu-wanted",
-            "gpu-promised",
+            "gpu-assigned",
             "gpu-present",
             "gpu-driver",
             "kernel-module",
@@ -256,7 +256,7 @@ fn each_fault_of_a_vm_has_its_check() {
         (&["runtime program"], &["ERROR nvidia-runtime-program"]),
         (&["library"], &["ERROR nvml"]),
         (&["memory"], &["WARNING memory"]),
-        (&["promise"], &["ERROR gpu-promised"]),
+        (&["promise"], &["ERROR gpu-assigned"]),
         (&["variable"], &["WARNING configuration"]),
         (&["off"], &["WARNING gpu-wanted"]),
         (&["settings"], &["ERROR settings"]),
@@ -293,7 +293,7 @@ fn each_fault_of_a_vm_has_its_check() {
 #[test]
 fn a_gpu_that_is_absent_or_has_another_driver_is_an_error_before_nvml_is_asked() {
     let absent = Root::vm_with(&Sysfs::new()).with_docker(&runtimes());
-    assert_eq!(absent.bad("vm")[..2], ["ERROR gpu-promised", "ERROR gpu-present"]);
+    assert_eq!(absent.bad("vm")[..2], ["ERROR gpu-assigned", "ERROR gpu-present"]);
     let nouveau = Root::vm_with(&Sysfs::new().gpu(GPU).driver("nouveau")).with_docker(&runtimes());
     assert_eq!(nouveau.bad("vm")[..3], ["ERROR gpu-driver", "ERROR kernel-module", "WARNING nvml"]);
     let fix =
@@ -443,7 +443,7 @@ fn template(text: &str, more: &[&str]) -> Output {
     let sandbox = Sandbox::new("template");
     let file = sandbox.write("vm.tmpl", text);
     let mut command = Command::new(agent_binary());
-    run(command.args(["check", "template"]).arg(file).args(more).env_clear(), PATIENCE)
+    run(command.args(["check", "template"]).arg(file).args(more).env_clear(), TIMEOUT)
 }
 
 const TEMPLATE: &str = r#"NAME="supernode"
@@ -486,7 +486,7 @@ fn a_good_template_passes_and_a_wrong_one_is_told_line_by_line() {
 #[test]
 fn a_wrong_call_is_told_from_a_finding() {
     let command = |arguments: &[&str]| {
-        run(Command::new(agent_binary()).args(arguments).env_clear(), PATIENCE).code
+        run(Command::new(agent_binary()).args(arguments).env_clear(), TIMEOUT).code
     };
     assert_eq!(command(&["check"]), Some(2));
     assert_eq!(command(&["check", "template"]), Some(2));

@@ -14,7 +14,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::time::Duration;
 
-use common::{PATIENCE, base64, inspect, json_of, up, warnings};
+use common::{TIMEOUT, base64, inspect, json_of, up, warnings};
 use supernode_tests::onegate::{Reply, Request};
 use supernode_tests::{Agent, Case, Engine, OneGateStandIn, eventually, image};
 
@@ -72,12 +72,12 @@ fn attribute(onegate: &OneGateStandIn, vm: u32, name: &str) -> Option<String> {
 
 #[track_caller]
 fn wait_for_attribute(onegate: &OneGateStandIn, name: &str, value: &str) {
-    let arrived = eventually(PATIENCE, || attribute(onegate, NODE, name).as_deref() == Some(value));
+    let arrived = eventually(TIMEOUT, || attribute(onegate, NODE, name).as_deref() == Some(value));
     assert!(arrived, "{name} is {:?}; {:#?}", attribute(onegate, NODE, name), updates(onegate));
 }
 
 fn connected(agent: &Agent) {
-    agent.wait_for_line("connected to the SuperLink", PATIENCE);
+    agent.wait_for_line("connected to the SuperLink", TIMEOUT);
 }
 
 #[test]
@@ -124,8 +124,8 @@ fn a_superlink_that_comes_late_is_waited_for_while_the_unit_is_ready() {
     onegate.change(|state| state.vms.get_mut(&SUPERLINK).unwrap().lcm_state = 1);
     let Some((engine, case)) = machine_with_engine(&onegate, &[]) else { return };
     let agent = case.start();
-    agent.wait_for_notify("READY=1", PATIENCE);
-    agent.wait_for_notify("STATUS=waiting for the SuperLink (attempt 3, next in 1 s)", PATIENCE);
+    agent.wait_for_notify("READY=1", TIMEOUT);
+    agent.wait_for_notify("STATUS=waiting for the SuperLink (attempt 3, next in 1 s)", TIMEOUT);
     assert_eq!(
         engine.docker(&["ps", "-aq"]).expect_success(),
         "",
@@ -135,7 +135,7 @@ fn a_superlink_that_comes_late_is_waited_for_while_the_unit_is_ready() {
     assert!(status.stdout.contains("waiting for the SuperLink (attempt "), "{status:?}");
     assert_eq!(case.run_command("status", &["--ready"]).code, Some(1));
     onegate.change(|state| state.vms.get_mut(&SUPERLINK).unwrap().lcm_state = 3);
-    agent.wait_for_line("started the container", PATIENCE);
+    agent.wait_for_line("started the container", TIMEOUT);
     let waiting =
         warnings(&agent).into_iter().filter(|line| line.contains("VM 100 is not running")).count();
     assert_eq!(waiting, 1, "a night of waiting is one line: {:#?}", warnings(&agent));
@@ -188,7 +188,7 @@ fn whatever_else_onegate_answers_it_is_asked_again() {
     case.set("onegate.timeout_seconds", 2);
     onegate.script("GET /service", faults());
     let agent = case.start();
-    agent.wait_for_line("started the container", PATIENCE);
+    agent.wait_for_line("started the container", TIMEOUT);
     let told = warnings(&agent);
     for text in [
         "Not authorized",
@@ -218,7 +218,7 @@ fn slow_and_endless_answers_end_with_the_time_that_one_request_has() {
     case.set("onegate.timeout_seconds", 1);
     onegate.script("GET /service", [Reply::Hang, Reply::Slow, Reply::Endless]);
     let agent = case.start();
-    agent.wait_for_line("started the container", PATIENCE);
+    agent.wait_for_line("started the container", TIMEOUT);
 }
 
 #[test]
@@ -228,8 +228,8 @@ fn fixed_gives_up_after_thirty_tries_and_systemd_may_try_again() {
     onegate.change(|state| state.oneflow_down = true);
     let case = machine(&onegate, &[("FL_EDGE_BACKOFF", "fixed")]);
     let mut agent = case.start();
-    agent.wait_for_line("waiting for the SuperLink, asking again in 1", PATIENCE);
-    assert_eq!(agent.wait_exit(PATIENCE), 1, "there is no Docker either");
+    agent.wait_for_line("waiting for the SuperLink, asking again in 1", TIMEOUT);
+    assert_eq!(agent.wait_exit(TIMEOUT), 1, "there is no Docker either");
 }
 
 const CA: &str = include_str!("../../agent/tests/ca.crt");
@@ -248,15 +248,15 @@ fn a_superlink_with_tls_is_trusted_by_the_ca_that_it_published_and_by_no_leaf() 
     });
     let Some((engine, case)) = machine_with_engine(&onegate, &[]) else { return };
     let agent = case.start();
-    agent.wait_for_line("the SuperLink's VM 100 has published FL_CA_CERT=", PATIENCE);
+    agent.wait_for_line("the SuperLink's VM 100 has published FL_CA_CERT=", TIMEOUT);
     onegate
         .change(|state| state.vms.get_mut(&SUPERLINK).unwrap().user_template.remove("FL_CA_CERT"));
-    agent.wait_for_line("the node does not connect without a CA", PATIENCE);
+    agent.wait_for_line("the node does not connect without a CA", TIMEOUT);
     assert_eq!(engine.docker(&["ps", "-aq"]).expect_success(), "");
     onegate.change(|state| {
         state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_CA_CERT", &base64(CA));
     });
-    agent.wait_for_line("started the container", PATIENCE);
+    agent.wait_for_line("started the container", TIMEOUT);
     assert!(
         arguments(&engine).contains("--root-certificates /app/ca.crt"),
         "{}",
@@ -325,7 +325,7 @@ fn the_cloud_hears_ready_once_flower_is_connected_and_no_at_the_stop() {
         assert!(last.lines().any(|found| found == line), "{line}: {last}");
     }
     assert_eq!(json_of(&case.run_command("status", &["--json"]))["connected"], true);
-    agent.wait_for_notify("connected to 10.9.8.7:9092", PATIENCE);
+    agent.wait_for_notify("connected to 10.9.8.7:9092", TIMEOUT);
     assert_eq!(agent.terminate(), 0);
     for (name, value) in [
         ("READY", "NO"),
@@ -361,11 +361,11 @@ fn a_cloud_that_does_not_listen_costs_one_warning() {
     onegate.script("PUT /vm", std::iter::repeat_n(Reply::Status(500, "rejected".into()), 1000));
     let agent = up(&case);
     connected(&agent);
-    assert!(eventually(PATIENCE, || updates(&onegate).len() > 1), "{:#?}", updates(&onegate));
+    assert!(eventually(TIMEOUT, || updates(&onegate).len() > 1), "{:#?}", updates(&onegate));
     onegate.end_scripts();
     // The next try by itself is up to half a minute away; what is new is tried at once.
     engine.docker(&["restart", "--time", "0", "flower-supernode"]).expect_success();
-    agent.wait_for_line("OneGate takes what the node publishes again", PATIENCE);
+    agent.wait_for_line("OneGate takes what the node publishes again", TIMEOUT);
     wait_for_attribute(&onegate, "FL_NODE_READY", "YES");
     // The other one is of the restart.
     let told: Vec<_> =
@@ -401,7 +401,7 @@ fn a_node_keeps_its_share_over_restarts_and_reboots_whatever_becomes_of_the_othe
     let container = inspect(&engine, "{{.Id}}");
     agent.kill9();
     let agent = up(&case);
-    agent.wait_for_line("adopted the running container", PATIENCE);
+    agent.wait_for_line("adopted the running container", TIMEOUT);
     assert_eq!(inspect(&engine, "{{.Id}}"), container, "nothing has changed for it");
     drop(agent);
     // A reboot: /run is empty, the boot is another.
@@ -466,7 +466,7 @@ fn a_superlink_that_moved_is_followed_while_it_is_not_reached() {
     onegate.change(|state| {
         state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_ENDPOINT", "10.9.8.8:9092");
     });
-    agent.wait_for_line("the service has its SuperLink at 10.9.8.8:9092 now", PATIENCE);
+    agent.wait_for_line("the service has its SuperLink at 10.9.8.8:9092 now", TIMEOUT);
     assert!(eventually(Duration::from_secs(30), || {
         let found =
             engine.docker(&["inspect", "--format", "{{.Id}} {{.Args}}", "flower-supernode"]).stdout;

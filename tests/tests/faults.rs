@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, base64, say, sysfs_of_one, wanted};
+use common::{TIMEOUT, base64, say, sysfs_of_one, wanted};
 use faulty::{Node, Table, VM};
 use supernode_tests::{Fault, Mounted, Sysfs, agent_binary, eventually, image};
 
@@ -91,7 +91,7 @@ fn each_call_hanging_for_a_while_and_sigterm_meanwhile() {
                     node.proxy.hanging() == 1
                         || connected.is_some_and(|since| since.elapsed() > QUIET)
                 };
-                assert!(eventually(PATIENCE, is_settled), "{:#?}", node.said());
+                assert!(eventually(TIMEOUT, is_settled), "{:#?}", node.said());
                 if node.proxy.hanging() == 1 {
                     return;
                 }
@@ -108,7 +108,7 @@ fn each_call_hanging_for_a_while_and_sigterm_meanwhile() {
                 hangs(node);
                 let since = Instant::now();
                 node.proxy.mend();
-                node.agent().wait_for_notify("READY=1", PATIENCE);
+                node.agent().wait_for_notify("READY=1", TIMEOUT);
                 node.connected();
                 since
             },
@@ -134,9 +134,9 @@ fn a_call_that_is_never_answered() {
     let at_the_next_start: Recovery = Node::up_in_two;
     let on_the_cpu: Recovery = |node| {
         node.start();
-        node.agent().wait_for_line("it had not started within 120 s", 3 * PATIENCE);
+        node.agent().wait_for_line("it had not started within 120 s", 3 * TIMEOUT);
         node.proxy.mend();
-        node.agent().wait_for_notify("READY=1", PATIENCE);
+        node.agent().wait_for_notify("READY=1", TIMEOUT);
     };
     let gives_up = "given up after 60 s, up at the next start";
     // They wait for a minute or two, and do nothing: all of them at once.
@@ -172,10 +172,10 @@ fn docker() {
     table.fault(&mut node, "Docker is absent at the start, and comes", "waited for", |node| {
         node.engine.stop();
         node.start();
-        node.agent().wait_for_notify("EXTEND_TIMEOUT_USEC=", PATIENCE);
+        node.agent().wait_for_notify("EXTEND_TIMEOUT_USEC=", TIMEOUT);
         node.engine.restart();
         let since = Instant::now();
-        node.agent().wait_for_notify("READY=1", PATIENCE);
+        node.agent().wait_for_notify("READY=1", TIMEOUT);
         since
     });
     table.fault(&mut node, "Docker is absent for longer than is waited for", UP_IN_TWO, |node| {
@@ -280,7 +280,7 @@ fn docker_with_live_restore() {
             }
             node.engine.restart();
             let since = Instant::now();
-            node.agent().wait_for_line("the Docker engine answers again", PATIENCE);
+            node.agent().wait_for_line("the Docker engine answers again", TIMEOUT);
             assert_eq!(node.run(), before);
             watched_as_before(node);
             since
@@ -293,7 +293,7 @@ fn docker_with_live_restore() {
         node.up();
         node.engine.restart();
         let since = Instant::now();
-        node.agent().wait_for_line("the Docker engine answers again", PATIENCE);
+        node.agent().wait_for_line("the Docker engine answers again", TIMEOUT);
         node.says_it_runs();
         since
     });
@@ -351,9 +351,9 @@ fn the_container() {
             docker(node, &["rmi", "-f", image::PYTORCH]);
             docker(node, &["kill", "flower-supernode"]);
             let since = Instant::now();
-            node.agent().wait_for_line("ended with exit code 137", PATIENCE);
+            node.agent().wait_for_line("ended with exit code 137", TIMEOUT);
             assert!(
-                eventually(PATIENCE / 6, || node.run().ends_with(" true") && node.run() != before)
+                eventually(TIMEOUT / 6, || node.run().ends_with(" true") && node.run() != before)
             );
             since
         },
@@ -369,7 +369,7 @@ fn the_container() {
             let before = node.run();
             docker(node, &["rmi", "-f", image::PYTORCH]);
             docker(node, &["rm", "-f", "flower-supernode"]);
-            node.agent().wait_for_line("does not come up", PATIENCE);
+            node.agent().wait_for_line("does not come up", TIMEOUT);
             node.engine.import_image(&[image::PYTORCH]);
             let since = Instant::now();
             node.runs_anew_of_ours_after(&before);
@@ -390,7 +390,7 @@ fn the_container() {
                 for pause in [1, 2] {
                     let line =
                         format!("ended with exit code {code}; starting it again in {pause} s");
-                    node.agent().wait_for_line(&line, PATIENCE);
+                    node.agent().wait_for_line(&line, TIMEOUT);
                 }
                 node.context("");
                 since
@@ -436,7 +436,7 @@ fn the_container() {
         docker(node, &["pause", "flower-supernode"]);
         let since = Instant::now();
         let is_told = || node.published().get("FL_NODE_READY").is_some_and(|ready| ready == "NO");
-        assert!(eventually(PATIENCE / 4, is_told));
+        assert!(eventually(TIMEOUT / 4, is_told));
         since
     });
     table.fault(
@@ -476,7 +476,7 @@ fn certificate() -> String {
         "30",
     ]);
     openssl.args(["-subj", "/CN=ca", "-keyout"]).arg(&key).arg("-out").arg(&pem);
-    supernode_tests::run(&mut openssl, PATIENCE).expect_success();
+    supernode_tests::run(&mut openssl, TIMEOUT).expect_success();
     base64(&fs::read_to_string(pem).unwrap())
 }
 
@@ -547,7 +547,7 @@ fn disks() {
             node.reset();
             let disk = mount(&etc);
             node.up();
-            node.agent().wait_for_line("runtime-not-configured", PATIENCE);
+            node.agent().wait_for_line("runtime-not-configured", TIMEOUT);
             node.ends();
             drop(disk);
             let since = Instant::now();
@@ -636,7 +636,7 @@ fn the_machine() {
             thread::sleep(Duration::from_millis(200));
             let since = Instant::now();
             fs::write(&file, whole).unwrap();
-            node.agent().wait_for_notify("READY=1", PATIENCE);
+            node.agent().wait_for_notify("READY=1", TIMEOUT);
             since
         },
     );
@@ -645,7 +645,7 @@ fn the_machine() {
         lose_context(node);
         let since = Instant::now();
         node.agent().reload();
-        node.agent().wait_for_line("the node goes on with the old one", PATIENCE);
+        node.agent().wait_for_line("the node goes on with the old one", TIMEOUT);
         assert_eq!(node.run(), before);
         since
     });
@@ -747,7 +747,7 @@ fn sigterm_in_each_phase() {
     table.fault(&mut node, "SIGTERM: waiting for Docker", the_end, |node| {
         node.engine.stop();
         node.start();
-        node.agent().wait_for_notify("EXTEND_TIMEOUT_USEC=", PATIENCE);
+        node.agent().wait_for_notify("EXTEND_TIMEOUT_USEC=", TIMEOUT);
         let since = Instant::now();
         node.ends();
         node.engine.restart();
@@ -756,7 +756,7 @@ fn sigterm_in_each_phase() {
     table.fault(&mut node, "SIGTERM: waiting for the driver", the_end, |node| {
         node.case.sysfs(&Sysfs::new().gpu("0000:01:00.0")).set("gpu.wait_seconds", 30);
         node.start();
-        node.agent().wait_for_notify("Looking for the GPU", PATIENCE);
+        node.agent().wait_for_notify("Looking for the GPU", TIMEOUT);
         thread::sleep(Duration::from_millis(500));
         let since = Instant::now();
         node.ends();
@@ -767,7 +767,7 @@ fn sigterm_in_each_phase() {
         node.engine.docker(&["rmi", image::PYTORCH]).expect_success();
         node.proxy.fault_of("POST /images/create", Fault::Hang);
         node.start();
-        node.agent().wait_for_notify("STATUS=Pulling", PATIENCE);
+        node.agent().wait_for_notify("STATUS=Pulling", TIMEOUT);
         let since = Instant::now();
         node.ends();
         node.proxy.mend();
@@ -783,7 +783,7 @@ fn sigterm_in_each_phase() {
         fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).unwrap();
         node.start();
         let starts = || node.proxy.calls().iter().any(|call| call.ends_with("/start"));
-        assert!(eventually(PATIENCE, starts), "{:#?}", node.said());
+        assert!(eventually(TIMEOUT, starts), "{:#?}", node.said());
         let since = Instant::now();
         node.ends();
         thread::sleep(Duration::from_secs(3));
@@ -801,7 +801,7 @@ fn sigterm_in_each_phase() {
     table.fault(&mut node, "SIGTERM: the pause before the next start", the_end, |node| {
         node.context("test-exit=1");
         node.up();
-        node.agent().wait_for_line("starting it again in 2 s", PATIENCE);
+        node.agent().wait_for_line("starting it again in 2 s", TIMEOUT);
         let since = Instant::now();
         node.ends();
         node.context("");
@@ -859,6 +859,6 @@ fn little_memory_and_a_chatty_container() {
     let peak = peak.and_then(|peak| peak.trim().parse::<u64>().ok()).unwrap_or(0) >> 20;
     say(&format!("MEASURED peak of the agent's cgroup, files among it: {peak} MiB of 32 MiB"));
     drop(node);
-    assert!(eventually(PATIENCE, || fs::remove_dir(&group).is_ok()));
+    assert!(eventually(TIMEOUT, || fs::remove_dir(&group).is_ok()));
     table.finish();
 }

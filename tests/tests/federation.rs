@@ -14,7 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use common::{PATIENCE, base64, say, up};
+use common::{TIMEOUT, base64, say, up};
 use supernode_tests::{
     Agent, Case, Cloud, Engine, Flower, OneGateStandIn, Round, State, SuperLink, eventually,
 };
@@ -166,11 +166,7 @@ impl Federation {
             .map(|(vm_id, engine)| Node::start(release, &onegate, vm_id, engine, health_check))
             .collect();
         for node in &nodes {
-            assert!(
-                eventually(PATIENCE, || node.log().contains("SuperNode ID:")),
-                "{}",
-                node.log()
-            );
+            assert!(eventually(TIMEOUT, || node.log().contains("SuperNode ID:")), "{}", node.log());
         }
         say(&format!(
             "MEASURED Flower {release}: both nodes connected in {:.1} s",

@@ -15,7 +15,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::{
-    GPU_A, GPU_B, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, sysfs_of_two,
+    GPU_A, GPU_B, TIMEOUT, engine_with, inspect, json_of, one_gpu, sysfs_of_one, sysfs_of_two,
     two_gpus, up, wanted, warnings,
 };
 use serde_json::{Value, json};
@@ -54,7 +54,7 @@ fn a_killed_agent_leaves_the_container_and_the_next_adopts_it() {
         agent.kill9();
         assert_eq!(inspect(&engine, facts), before);
         let agent = up(&case);
-        agent.wait_for_line("adopted the running container", PATIENCE);
+        agent.wait_for_line("adopted the running container", TIMEOUT);
         assert_eq!(inspect(&engine, facts), before);
     }
 }
@@ -69,7 +69,7 @@ fn an_agent_that_is_told_to_leave_leaves_the_container_to_the_next() {
     assert_eq!(agent.leave(), 75);
     assert_eq!(inspect(&engine, facts), before);
     let agent = up(&case);
-    agent.wait_for_line("adopted the running container", PATIENCE);
+    agent.wait_for_line("adopted the running container", TIMEOUT);
     assert_eq!(inspect(&engine, facts), before);
 }
 
@@ -97,9 +97,9 @@ fn what_keeps_any_container_from_its_start_is_not_laid_on_the_gpu() {
     case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     case.set("container.log_driver", "no-such-driver");
     let mut agent = case.start();
-    assert_eq!(agent.wait_exit(PATIENCE), 1);
+    assert_eq!(agent.wait_exit(TIMEOUT), 1);
     assert_eq!(warnings(&agent), Vec::<String>::new());
-    agent.wait_for_line("no-such-driver", PATIENCE);
+    agent.wait_for_line("no-such-driver", TIMEOUT);
 }
 
 #[test]
@@ -118,15 +118,15 @@ fn where_the_cpu_launch_is_refused_as_well_the_gpu_is_tried_again() {
     fs::write(&broken, "").unwrap();
     engine.docker(&["kill", "flower-supernode"]).expect_success();
     // Twice round: the WARNING is not given for every try.
-    agent.wait_for_line("does not come up", PATIENCE);
-    assert!(eventually(PATIENCE, || {
+    agent.wait_for_line("does not come up", TIMEOUT);
+    assert!(eventually(TIMEOUT, || {
         agent.lines().iter().filter(|line| line.contains("does not come up")).count() >= 2
     }));
     let fallbacks =
         warnings(&agent).into_iter().filter(|line| line.contains("runtime-start-failed")).count();
     assert_eq!(fallbacks, 1, "{:#?}", agent.lines());
     fs::remove_file(&broken).unwrap();
-    assert!(eventually(PATIENCE, || {
+    assert!(eventually(TIMEOUT, || {
         let format = "{{.State.Running}} {{.HostConfig.Runtime}}";
         engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout.trim()
             == "true nvidia"
@@ -228,19 +228,19 @@ fn an_engine_that_hangs_does_not_keep_the_agent_from_its_end() {
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("container.stop_timeout_seconds", 1);
     let mut agent = up(&case);
     let freeze = |signal: &str| {
-        run(Command::new("kill").args([signal, &engine.pid().to_string()]), PATIENCE)
+        run(Command::new("kill").args([signal, &engine.pid().to_string()]), TIMEOUT)
             .expect_success();
     };
     freeze("-STOP");
     assert_eq!(agent.terminate(), 1);
-    agent.wait_for_line("could not be stopped: Docker gave no answer within 11 s", PATIENCE);
+    agent.wait_for_line("could not be stopped: Docker gave no answer within 11 s", TIMEOUT);
     freeze("-CONT");
     let mut agent = up(&case);
     freeze("-STOP");
     agent.interrupt();
-    agent.wait_for_line("received SIGINT", PATIENCE);
+    agent.wait_for_line("received SIGINT", TIMEOUT);
     assert_eq!(agent.terminate(), 1);
-    agent.wait_for_line("SIGTERM came again", PATIENCE);
+    agent.wait_for_line("SIGTERM came again", TIMEOUT);
     freeze("-CONT");
 }
 
@@ -251,7 +251,7 @@ fn a_container_that_went_down_with_its_engine_is_started_again_without_a_longer_
     let agent = up(&case);
     for round in 1..=3 {
         engine.restart();
-        assert!(eventually(PATIENCE, || {
+        assert!(eventually(TIMEOUT, || {
             agent.lines().iter().filter(|line| line.contains("started the container")).count()
                 == round + 1
         }));
@@ -285,7 +285,7 @@ fn whatever_the_exit_code_the_container_is_started_again_with_a_growing_pause() 
         for pause in [1, 2, 4] {
             agent.wait_for_line(
                 &format!("ended with exit code {code}; starting it again in {pause} s"),
-                PATIENCE,
+                TIMEOUT,
             );
         }
         assert_eq!(agent.terminate(), 0);
@@ -299,7 +299,7 @@ fn a_container_that_was_removed_by_hand_is_made_again() {
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     let _agent = up(&case);
     engine.docker(&["rm", "-f", "flower-supernode"]).expect_success();
-    assert!(eventually(PATIENCE, || {
+    assert!(eventually(TIMEOUT, || {
         engine
             .docker(&["inspect", "--format", "{{.State.Running}}", "flower-supernode"])
             .stdout
@@ -313,7 +313,7 @@ fn sigterm_in_the_middle_of_the_start_ends_the_agent() {
     let mut case = Case::new();
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     let mut agent = case.start();
-    agent.wait_for_notify("EXTEND_TIMEOUT_USEC=", PATIENCE);
+    agent.wait_for_notify("EXTEND_TIMEOUT_USEC=", TIMEOUT);
     assert_eq!(agent.terminate(), 0);
     assert!(agent.notifications().iter().any(|told| told.contains("STOPPING=1")));
 }
@@ -324,8 +324,8 @@ fn a_container_that_does_not_listen_to_sigterm_is_killed_after_its_grace() {
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", "test-ignore-term=true")]);
     case.set("container.stop_timeout_seconds", 1);
     let mut agent = up(&case);
-    agent.wait_for_line("started the container", PATIENCE);
-    assert!(eventually(PATIENCE, || engine
+    agent.wait_for_line("started the container", TIMEOUT);
+    assert!(eventually(TIMEOUT, || engine
         .docker(&["logs", "flower-supernode"])
         .stderr
         .contains("SuperNode ID")));
@@ -339,11 +339,11 @@ fn an_engine_that_comes_late_is_waited_for_and_one_that_goes_is_found_again() {
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     engine.stop();
     let agent = case.start();
-    agent.wait_for_notify("EXTEND_TIMEOUT_USEC=", PATIENCE);
+    agent.wait_for_notify("EXTEND_TIMEOUT_USEC=", TIMEOUT);
     engine.restart();
-    agent.wait_for_notify("READY=1", PATIENCE);
+    agent.wait_for_notify("READY=1", TIMEOUT);
     engine.restart();
-    assert!(eventually(PATIENCE, || {
+    assert!(eventually(TIMEOUT, || {
         engine
             .docker(&["inspect", "--format", "{{.State.Running}}", "flower-supernode"])
             .stdout
@@ -357,8 +357,8 @@ fn an_engine_that_never_comes_is_an_error_that_a_retry_may_cure() {
     let mut case = Case::new();
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("docker.ready_timeout_seconds", 1);
     let mut agent = case.start();
-    assert_eq!(agent.wait_exit(PATIENCE), 1);
-    agent.wait_for_line("docker.sock does not answer", PATIENCE);
+    assert_eq!(agent.wait_exit(TIMEOUT), 1);
+    agent.wait_for_line("docker.sock does not answer", TIMEOUT);
 }
 
 #[test]
@@ -380,8 +380,8 @@ fn the_prebaked_image_stands_in_for_one_that_is_not_to_be_had() {
     // None at all: both are named.
     case.prebaked("9.9.8", "tensorflow");
     let mut agent = case.start();
-    assert_eq!(agent.wait_exit(PATIENCE), 1);
-    let line = agent.wait_for_line(" ERROR ", PATIENCE);
+    assert_eq!(agent.wait_exit(TIMEOUT), 1);
+    let line = agent.wait_for_line(" ERROR ", TIMEOUT);
     assert!(
         line.contains("flower-supernode-pytorch:9.9.9")
             && line.contains("flower-supernode-tensorflow:9.9.8"),
@@ -397,7 +397,7 @@ fn hostile_values_arrive_byte_for_byte_and_nothing_is_executed() {
     let _agent = up(&case);
     let args: Vec<String> = serde_json::from_str(&inspect(&engine, "{{json .Args}}")).unwrap();
     assert!(args.iter().any(|argument| argument == hostile), "{args:?}");
-    assert!(eventually(PATIENCE, || {
+    assert!(eventually(TIMEOUT, || {
         let log = engine.docker(&["logs", "flower-supernode"]).stdout;
         log.lines().any(|line| line == format!("arg {hostile}"))
     }));
@@ -469,7 +469,7 @@ fn a_driver_that_comes_within_the_wait_is_used() {
     machine["ready_file"] = json!(ready);
     case.sysfs(&sysfs).nvml(&machine).context(&wanted(&[])).set("gpu.wait_seconds", 60);
     let agent = case.start();
-    agent.wait_for_notify("Looking for the GPU", PATIENCE);
+    agent.wait_for_notify("Looking for the GPU", TIMEOUT);
     let _bound = sysfs.driver("nvidia").module("550.54.15");
     fs::write(ready, "").unwrap();
     let told = agent.wait_for_notify("READY=1", Duration::from_secs(30));

@@ -14,7 +14,7 @@ use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 
 use common::{
-    GPU_A, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings,
+    GPU_A, TIMEOUT, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings,
 };
 use serde_json::{Value, json};
 use supernode_tests::{Agent, Case, Engine, Sandbox, eventually, run};
@@ -33,7 +33,7 @@ fn free_address() -> String {
 fn answer(address: &str, request: &str) -> String {
     let exchange = || {
         let mut stream = TcpStream::connect(address)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         stream.write_all(format!("{request} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes())?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).map(|_| answer)
@@ -44,7 +44,7 @@ fn answer(address: &str, request: &str) -> String {
 #[track_caller]
 fn wait_for_page(address: &str, parts: &[&str]) -> String {
     let mut page = String::new();
-    let has_all = eventually(PATIENCE, || {
+    let has_all = eventually(TIMEOUT, || {
         page = answer(address, "GET /metrics");
         parts.iter().all(|part| page.contains(part))
     });
@@ -131,7 +131,7 @@ fn without_a_page_nobody_measures_the_gpu() {
     case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     let _agent = up(&case);
     let calls = || fs::read_to_string(folder.join("calls")).unwrap_or_default();
-    assert!(eventually(PATIENCE, || calls().contains("nvmlEventSetWait_v2")), "{}", calls());
+    assert!(eventually(TIMEOUT, || calls().contains("nvmlEventSetWait_v2")), "{}", calls());
     assert!(!calls().contains("nvmlDeviceGetPowerUsage"), "{}", calls());
 }
 
@@ -184,7 +184,7 @@ fn exporter(engine: &Engine, template: &str) -> String {
 
 #[track_caller]
 fn wait_for_exporter(engine: &Engine, agent: &Agent, template: &str, expected: &str) {
-    let is_so = eventually(PATIENCE, || exporter(engine, template) == expected);
+    let is_so = eventually(TIMEOUT, || exporter(engine, template) == expected);
     assert!(is_so, "{}: {:#?}", exporter(engine, template), agent.lines());
 }
 
@@ -193,7 +193,7 @@ fn fetched(engine: &Engine, address: &str) -> String {
     let mut command = Command::new("nsenter");
     command.arg(format!("--net=/run/netns/{}", engine.network_namespace()));
     command.args(["busybox", "wget", "-q", "-O", "-", &format!("http://{address}/etc/passwd")]);
-    run(&mut command, PATIENCE).stdout
+    run(&mut command, TIMEOUT).stdout
 }
 
 const RUNS: &str = "{{.State.Running}}";
@@ -207,26 +207,26 @@ fn the_exporter_runs_on_the_nodes_gpu_is_adopted_replaced_stopped_and_removed() 
         (&json!(EXPORTER), &Value::Null)
     );
     let mut agent = up(&case);
-    agent.wait_for_line("started the DCGM exporter", PATIENCE);
+    agent.wait_for_line("started the DCGM exporter", TIMEOUT);
     assert_eq!(
         exporter(&engine, "{{.HostConfig.Runtime}} {{.HostConfig.CapDrop}}"),
         "nvidia [ALL]"
     );
     assert_eq!(engine.records().last().unwrap().gpus, [GPU_A]);
-    assert!(eventually(PATIENCE, || fetched(&engine, "127.0.0.1:9400").contains("49999")));
+    assert!(eventually(TIMEOUT, || fetched(&engine, "127.0.0.1:9400").contains("49999")));
     let status = case.run_command("status", &[]).stdout;
     assert!(status.contains(&format!("DCGM       {EXPORTER} at 127.0.0.1:9400\n")), "{status}");
     // An agent that dies leaves both, and the next adopts both.
     let before = [inspect(&engine, "{{.Id}}"), exporter(&engine, "{{.Id}}")];
     agent.kill9();
     let mut agent = up(&case);
-    agent.wait_for_line("adopted the running DCGM exporter", PATIENCE);
+    agent.wait_for_line("adopted the running DCGM exporter", TIMEOUT);
     assert_eq!([inspect(&engine, "{{.Id}}"), exporter(&engine, "{{.Id}}")], before);
     // Another address is another exporter, and the same node.
     case.set("dcgm.listen", "127.0.0.1:9555");
     reload(&case, &agent);
     assert!(
-        eventually(PATIENCE, || fetched(&engine, "127.0.0.1:9555").contains("49999")),
+        eventually(TIMEOUT, || fetched(&engine, "127.0.0.1:9555").contains("49999")),
         "{:#?}",
         agent.lines()
     );
@@ -240,7 +240,7 @@ fn the_exporter_runs_on_the_nodes_gpu_is_adopted_replaced_stopped_and_removed() 
     let planned = &json_of(&case.run_command("plan", &["--json"]))["dcgm"];
     assert_eq!(planned, &json!({"container": null, "reason": "FL_DCGM_ENABLED is not YES"}));
     let agent = up(&case);
-    agent.wait_for_line("removing the DCGM exporter: FL_DCGM_ENABLED is not YES", PATIENCE);
+    agent.wait_for_line("removing the DCGM exporter: FL_DCGM_ENABLED is not YES", TIMEOUT);
     wait_for_exporter(&engine, &agent, RUNS, "");
 }
 
@@ -259,15 +259,14 @@ fn an_exporter_without_an_image_is_one_warning_and_neither_keeps_nor_ends_the_no
     let Some((engine, mut case)) = with_exporter(&one_gpu(), &[]) else { return };
     case.set("dcgm.image", "127.0.0.1:9/exporter:1");
     let agent = up(&case);
-    let line =
-        agent.wait_for_line("the DCGM exporter flower-supernode-dcgm does not run", PATIENCE);
+    let line = agent.wait_for_line("the DCGM exporter flower-supernode-dcgm does not run", TIMEOUT);
     assert!(line.contains(" WARNING ") && line.contains("the node goes on without"), "{line}");
     let status = json_of(&case.run_command("status", &["--json"]));
     assert!(status["dcgm"].as_str().unwrap().starts_with("does not run: "), "{status}");
     assert_eq!(inspect(&engine, RUNS), "true");
     // It is tried again.
     engine.docker(&["tag", EXPORTER, "127.0.0.1:9/exporter:1"]).expect_success();
-    agent.wait_for_line("started the DCGM exporter", PATIENCE);
+    agent.wait_for_line("started the DCGM exporter", TIMEOUT);
     assert_eq!(warnings(&agent).len(), 1, "{:#?}", agent.lines());
 }
 
@@ -280,7 +279,7 @@ fn an_exporter_that_ends_is_started_again_and_warned_of_once() {
         let started = || {
             agent.lines().iter().filter(|line| line.contains("started the DCGM exporter")).count()
         };
-        assert!(eventually(PATIENCE, || started() == round), "{:#?}", agent.lines());
+        assert!(eventually(TIMEOUT, || started() == round), "{:#?}", agent.lines());
         engine.docker(&["kill", "flower-supernode-dcgm"]).expect_success();
     }
     wait_for_exporter(&engine, &agent, RUNS, "true");
@@ -295,10 +294,10 @@ fn the_exporter_comes_back_with_an_engine_that_crashed_and_without_a_warning_of_
     let agent = up(&case);
     let started =
         || agent.lines().iter().filter(|line| line.contains("started the DCGM exporter")).count();
-    assert!(eventually(PATIENCE, || started() == 1), "{:#?}", agent.lines());
+    assert!(eventually(TIMEOUT, || started() == 1), "{:#?}", agent.lines());
     engine.kill();
     engine.restart();
-    assert!(eventually(PATIENCE, || started() == 2), "{:#?}", agent.lines());
+    assert!(eventually(TIMEOUT, || started() == 2), "{:#?}", agent.lines());
     wait_for_exporter(&engine, &agent, RUNS, "true");
     let told = warnings(&agent);
     assert!(!told.iter().any(|line| line.contains("DCGM")), "{told:#?}");
@@ -312,16 +311,16 @@ fn the_exporter_lets_go_of_a_gpu_that_failed_and_ends_with_it() {
     };
     case.set("gpu.on_failure", "restart");
     let agent = up(&case);
-    agent.wait_for_line("started the DCGM exporter", PATIENCE);
+    agent.wait_for_line("started the DCGM exporter", TIMEOUT);
     let first = exporter(&engine, "{{.Id}}");
     folder.write("xid-48", "");
-    agent.wait_for_line("removing the DCGM exporter: no GPU is in use", PATIENCE);
-    agent.wait_for_line("a probe finds the GPU well", PATIENCE);
+    agent.wait_for_line("removing the DCGM exporter: no GPU is in use", TIMEOUT);
+    agent.wait_for_line("a probe finds the GPU well", TIMEOUT);
     wait_for_exporter(&engine, &agent, RUNS, "true");
     assert_ne!(exporter(&engine, "{{.Id}}"), first);
     case.set("gpu.on_failure", "cpu");
     reload(&case, &agent);
-    agent.wait_for_line("adopted the running DCGM exporter", PATIENCE);
+    agent.wait_for_line("adopted the running DCGM exporter", TIMEOUT);
     folder.write("xid-79", "");
     wait_for_exporter(&engine, &agent, RUNS, "");
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}} {{.State.Running}}"), "runc true");

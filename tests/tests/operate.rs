@@ -13,7 +13,7 @@ use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
 
 use common::{
-    GPU_A, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings,
+    GPU_A, TIMEOUT, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings,
 };
 use serde_json::{Value, json};
 use supernode_tests::{Case, Engine, Registry, Sysfs, eventually, run};
@@ -103,9 +103,9 @@ fn a_pull_is_told_in_percent_of_the_whole_image_to_systemd_and_to_status() {
     case.engine(&engine)
         .context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_SUPERNODE_IMAGE", Registry::IMAGE)]);
     let agent = case.start();
-    let told = agent.wait_for_notify(" % of ", PATIENCE);
+    let told = agent.wait_for_notify(" % of ", TIMEOUT);
     assert!(told.starts_with(&format!("STATUS=Pulling {}: ", Registry::IMAGE)), "{told}");
-    assert!(eventually(PATIENCE, || {
+    assert!(eventually(TIMEOUT, || {
         let said = status(&case)["agent"]["status"].to_string();
         said.contains("Pulling 127.0.0.1:5000/node:1: ") && said.contains(" % of ")
     }));
@@ -115,7 +115,7 @@ fn a_pull_is_told_in_percent_of_the_whole_image_to_systemd_and_to_status() {
             .contains("Agent      Pulling 127.0.0.1:5000/node:1: ")
     );
     registry.give_the_rest();
-    agent.wait_for_notify("READY=1", PATIENCE);
+    agent.wait_for_notify("READY=1", TIMEOUT);
     assert_eq!(status(&case)["container"]["image"], Registry::IMAGE);
 }
 
@@ -134,7 +134,7 @@ fn who_watches_gets_each_change_once_and_ends_with_ctrl_c_or_with_the_reader() {
     };
     let ends = |watcher: &mut Child| {
         let mut code = None;
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             code = watcher.try_wait().unwrap();
             code.is_some()
         });
@@ -163,7 +163,7 @@ fn who_watches_gets_each_change_once_and_ends_with_ctrl_c_or_with_the_reader() {
     assert_eq!(lines.next().unwrap(), "", "a block for each change");
     assert!(lines.next().unwrap().starts_with("Container  "));
     let interrupt = format!("kill -INT {}", watcher.id());
-    run(Command::new("sh").args(["-c", &interrupt]), PATIENCE).expect_success();
+    run(Command::new("sh").args(["-c", &interrupt]), TIMEOUT).expect_success();
     assert_eq!(ends(&mut watcher), Some(0));
 }
 
@@ -177,27 +177,27 @@ fn a_reload_replaces_the_container_only_for_a_real_change() {
     // A line that is none of ours.
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("ETH0_DNS", "9.9.9.9")]);
     agent.reload();
-    agent.wait_for_line("nothing has changed", PATIENCE);
+    agent.wait_for_line("nothing has changed", TIMEOUT);
     // One that is wrong: it is told, and the node goes on.
     case.context(&[("FL_SUPERLINK_ADDRESS", "nowhere"), ("FL_LOG_LEVEL", "loud")]);
     agent.reload();
-    agent.wait_for_line("FL_SUPERLINK_ADDRESS='nowhere': must be", PATIENCE);
-    agent.wait_for_line("FL_LOG_LEVEL='loud': must be", PATIENCE);
-    agent.wait_for_line("the node goes on with the old one", PATIENCE);
+    agent.wait_for_line("FL_SUPERLINK_ADDRESS='nowhere': must be", TIMEOUT);
+    agent.wait_for_line("FL_LOG_LEVEL='loud': must be", TIMEOUT);
+    agent.wait_for_line("the node goes on with the old one", TIMEOUT);
     assert_eq!(id(), first);
     // A real change.
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
     agent.reload();
-    assert!(eventually(PATIENCE, || engine
+    assert!(eventually(TIMEOUT, || engine
         .docker(&["inspect", "flower-supernode"])
         .stdout
         .contains("h:2")));
-    agent.wait_for_line("the configuration has changed", PATIENCE);
-    assert!(eventually(PATIENCE, || status(&case)["superlink"] == "h:2" && ready(&case) == Some(0)));
+    agent.wait_for_line("the configuration has changed", TIMEOUT);
+    assert!(eventually(TIMEOUT, || status(&case)["superlink"] == "h:2" && ready(&case) == Some(0)));
     assert_ne!(id(), first);
     let second = id();
     agent.reload();
-    assert!(eventually(PATIENCE, || {
+    assert!(eventually(TIMEOUT, || {
         agent.lines().iter().filter(|line| line.contains("nothing has changed")).count() == 2
     }));
     assert_eq!(id(), second);
@@ -219,7 +219,7 @@ fn the_service_manager_hears_when_a_reload_begins_and_when_it_is_done() {
     let reload = |until: &str| {
         let before = agent.notifications().len();
         agent.reload();
-        assert!(eventually(PATIENCE, || agent.notifications()[before..]
+        assert!(eventually(TIMEOUT, || agent.notifications()[before..]
             .iter()
             .any(|told| told.contains(until))));
         let told: Vec<String> = agent.notifications().split_off(before);
@@ -234,7 +234,7 @@ fn the_service_manager_hears_when_a_reload_begins_and_when_it_is_done() {
     assert_eq!(reload("READY=1"), as_before, "nothing has changed");
     case.context(&[("FL_SUPERLINK_ADDRESS", "nowhere")]);
     assert_eq!(reload("READY=1"), as_before, "what is there now is invalid");
-    agent.wait_for_line("FL_SUPERLINK_ADDRESS='nowhere': must be", PATIENCE);
+    agent.wait_for_line("FL_SUPERLINK_ADDRESS='nowhere': must be", TIMEOUT);
     assert_eq!(run(), first);
     case.context(&[
         ("FL_SUPERLINK_ADDRESS", "h:2"),
@@ -256,8 +256,8 @@ fn a_reload_that_takes_the_gpu_away_is_a_fallback_with_its_warning() {
     let agent = up(&case);
     case.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", "7")]));
     agent.reload();
-    agent.wait_for_line("device-selection-empty", PATIENCE);
-    assert!(eventually(PATIENCE, || {
+    agent.wait_for_line("device-selection-empty", TIMEOUT);
+    assert!(eventually(TIMEOUT, || {
         engine
             .docker(&["inspect", "--format", "{{.HostConfig.Runtime}}", "flower-supernode"])
             .stdout
@@ -272,7 +272,7 @@ fn the_watchdog_is_fed_where_there_is_one() {
     let mut case = Case::new();
     case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).env("WATCHDOG_USEC", "200000");
     let agent = case.start();
-    assert!(eventually(PATIENCE, || {
+    assert!(eventually(TIMEOUT, || {
         agent.notifications().iter().filter(|told| told.contains("WATCHDOG=1")).count() >= 3
     }));
 }

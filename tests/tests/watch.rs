@@ -14,7 +14,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{
-    GPU_A, GPU_B, PATIENCE, engine_with, inspect, json_of, one_gpu, sysfs_of_one, sysfs_of_two,
+    GPU_A, GPU_B, TIMEOUT, engine_with, inspect, json_of, one_gpu, sysfs_of_one, sysfs_of_two,
     tell, two_gpus, up, wanted, warnings,
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -79,7 +79,7 @@ impl Node {
     /// Waits until a watcher has begun to wait for events.
     fn wait_for_watcher(&self) {
         assert!(
-            eventually(PATIENCE, || self.calls().contains("nvmlEventSetWait_v2")),
+            eventually(TIMEOUT, || self.calls().contains("nvmlEventSetWait_v2")),
             "{:#?}",
             self.agent.lines()
         );
@@ -105,13 +105,13 @@ impl Node {
         let format = "{{.State.Running}} {{.HostConfig.Runtime}}";
         let shown =
             || self.engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout;
-        let is_there = eventually(PATIENCE, || shown().trim() == format!("true {runtime}"));
+        let is_there = eventually(TIMEOUT, || shown().trim() == format!("true {runtime}"));
         assert!(is_there, "{}: {:#?}", shown(), self.agent.lines());
     }
 
     #[track_caller]
     fn wait_for_status(&self, words: &str) {
-        let said = eventually(PATIENCE, || {
+        let said = eventually(TIMEOUT, || {
             let status = json_of(&self.case.run_command("status", &["--json"]));
             status["agent"]["status"].as_str().is_some_and(|status| status.contains(words))
         });
@@ -158,7 +158,7 @@ impl Node {
             "gpu-failed"
         );
         assert!(
-            eventually(PATIENCE, || self.watcher().is_none()),
+            eventually(TIMEOUT, || self.watcher().is_none()),
             "nobody needs a watcher on the CPU"
         );
     }
@@ -209,10 +209,10 @@ fn a_container_that_dies_of_the_fault_is_not_started_on_that_gpu_again() {
     let Some(node) = Node::with(one_gpu(), &[79], &[], &[]) else { return };
     // The driver tells of it when the container has gone already.
     node.engine.docker(&["kill", "flower-supernode"]).expect_success();
-    node.agent.wait_for_line("ended with exit code 137", PATIENCE);
+    node.agent.wait_for_line("ended with exit code 137", TIMEOUT);
     node.fire(79);
     node.wait_for_runtime("runc");
-    let line = node.agent.wait_for_line("gpu-failed", PATIENCE);
+    let line = node.agent.wait_for_line("gpu-failed", TIMEOUT);
     assert!(line.contains("XID 79: "), "{line}");
     let launches =
         node.agent.lines().iter().filter(|line| line.contains("started the container")).count();
@@ -225,8 +225,8 @@ fn a_gpu_that_failed_is_tried_again_where_that_is_wanted_and_then_left() {
     let Some(mut node) = Node::with(one_gpu(), &[48, 119], settings, &[]) else { return };
     let first = node.id();
     node.fire(48);
-    node.agent.wait_for_line("a probe finds the GPU well", PATIENCE);
-    assert!(eventually(PATIENCE, || {
+    node.agent.wait_for_line("a probe finds the GPU well", TIMEOUT);
+    assert!(eventually(TIMEOUT, || {
         node.agent.lines().iter().filter(|line| line.contains("started the container")).count() == 2
     }));
     node.wait_for_runtime("nvidia");
@@ -237,19 +237,19 @@ fn a_gpu_that_failed_is_tried_again_where_that_is_wanted_and_then_left() {
     assert!(warned[0].contains("is tried again") && warned[0].contains("XID 48: "), "{warned:?}");
     // Now it is not well again.
     assert!(
-        eventually(PATIENCE, || node.calls().matches("nvmlEventSetCreate").count() >= 4),
+        eventually(TIMEOUT, || node.calls().matches("nvmlEventSetCreate").count() >= 4),
         "{}",
         node.calls()
     );
     assert!(
-        eventually(PATIENCE, || node.calls().trim_end().ends_with("nvmlEventSetWait_v2")),
+        eventually(TIMEOUT, || node.calls().trim_end().ends_with("nvmlEventSetWait_v2")),
         "{}",
         node.calls()
     );
     node.fire(119);
-    node.agent.wait_for_line("XID 119: ", PATIENCE);
+    node.agent.wait_for_line("XID 119: ", TIMEOUT);
     node.now("fail", json!({"nvmlInit_v2": 999}));
-    node.agent.wait_for_line("No usable GPU, this node runs on the CPU. gpu-failed", PATIENCE);
+    node.agent.wait_for_line("No usable GPU, this node runs on the CPU. gpu-failed", TIMEOUT);
     node.wait_for_runtime("runc");
     let tries = node
         .agent
@@ -269,7 +269,7 @@ fn a_failure_that_is_to_be_ignored_is_a_warning_alone() {
     let before = node.id();
     for xid in [79, 48] {
         node.fire(xid);
-        node.agent.wait_for_line(&format!("XID {xid}: "), PATIENCE);
+        node.agent.wait_for_line(&format!("XID {xid}: "), TIMEOUT);
     }
     node.wait_for_status("the GPU failed, which is ignored");
     assert_eq!(node.id(), before);
@@ -293,7 +293,7 @@ fn an_applications_xid_is_told_once_and_changes_nothing() {
     let before = node.id();
     for (xid, uuid) in [(13, GPU_A), (31, GPU_B), (45, GPU_A)] {
         node.fire(xid);
-        let line = node.agent.wait_for_line(&format!("XID {xid}: "), PATIENCE);
+        let line = node.agent.wait_for_line(&format!("XID {xid}: "), TIMEOUT);
         assert!(line.contains(uuid), "{line}");
     }
     let told = node.agent.lines().iter().filter(|line| line.contains("XID ")).count();
@@ -309,7 +309,7 @@ fn the_card_of_a_mig_instance_is_watched_for_it() {
     let context = &[("FL_CUDA_VISIBLE_DEVICES", "MIG-bbbb")];
     let Some(node) = Node::with(machine, &[79], &[], context) else { return };
     node.fire(79);
-    let line = node.agent.wait_for_line("gpu-failed", PATIENCE);
+    let line = node.agent.wait_for_line("gpu-failed", TIMEOUT);
     assert!(line.contains("MIG-bbbb") && line.contains("0000:01:00.0"), "{line}");
     node.wait_for_runtime("runc");
 }
@@ -358,14 +358,14 @@ fn a_watcher_that_was_killed_comes_back_and_nothing_changes() {
     let Some(mut node) = Node::with(one_gpu(), &[79], &[], &[]) else { return };
     let (before, first) = (node.id(), node.watcher().unwrap());
     kill9(first);
-    node.agent.wait_for_line("the GPU watcher died by signal 9", PATIENCE);
-    assert!(eventually(PATIENCE, || node.watcher().is_some_and(|watcher| watcher != first)));
+    node.agent.wait_for_line("the GPU watcher died by signal 9", TIMEOUT);
+    assert!(eventually(TIMEOUT, || node.watcher().is_some_and(|watcher| watcher != first)));
     assert_eq!(node.id(), before);
     assert_eq!(warnings(&node.agent), Vec::<String>::new());
     // It ends with the agent, however that ends.
     let second = node.watcher().unwrap();
     node.agent.kill9();
-    assert!(eventually(PATIENCE, || !Path::new(&format!("/proc/{second}")).exists()));
+    assert!(eventually(TIMEOUT, || !Path::new(&format!("/proc/{second}")).exists()));
     assert_eq!(node.id(), before);
 }
 
@@ -392,9 +392,9 @@ fn a_flood_of_events_costs_neither_journal_nor_memory() {
     let watcher = node.watcher().unwrap();
     let (agent_before, watcher_before) = (peak_kib(node.agent.pid()), peak_kib(watcher));
     node.fire(13);
-    node.agent.wait_for_line("XID 13: ", PATIENCE);
+    node.agent.wait_for_line("XID 13: ", TIMEOUT);
     let is_flood = || node.calls().matches("nvmlEventSetWait_v2").count() > 40_000;
-    assert!(eventually(PATIENCE, is_flood), "no flood");
+    assert!(eventually(TIMEOUT, is_flood), "no flood");
     let lines = node.agent.lines().iter().filter(|line| line.contains("XID 13")).count();
     assert!(lines <= 3, "{lines}: {:#?}", node.agent.lines());
     for (what, pid, before) in
@@ -405,7 +405,7 @@ fn a_flood_of_events_costs_neither_journal_nor_memory() {
     }
     // In the flood the one that matters is not lost.
     node.fire(79);
-    node.agent.wait_for_line("XID 79: ", PATIENCE);
+    node.agent.wait_for_line("XID 79: ", TIMEOUT);
     node.wait_for_runtime("runc");
 }
 
@@ -415,9 +415,9 @@ fn a_required_gpu_that_fails_is_an_error_and_the_container_is_stopped() {
         return;
     };
     node.fire(79);
-    assert_eq!(node.agent.wait_exit(PATIENCE), 78);
+    assert_eq!(node.agent.wait_exit(TIMEOUT), 78);
     let line =
-        node.agent.wait_for_line(" ERROR The GPU failed, and FL_GPU_REQUIRED is YES", PATIENCE);
+        node.agent.wait_for_line(" ERROR The GPU failed, and FL_GPU_REQUIRED is YES", TIMEOUT);
     assert!(line.contains("gpu-failed") && line.contains("XID 79: "), "{line}");
     assert_eq!(inspect(&node.engine, "{{.State.Running}}"), "false");
 }
@@ -428,9 +428,9 @@ fn a_container_that_lost_its_device_nodes_is_made_anew_once() {
     let before = node.id();
     let pid = inspect(&node.engine, "{{.State.Pid}}");
     fs::remove_file(format!("/proc/{pid}/root/dev/nvidia0")).unwrap();
-    let line = node.agent.wait_for_line("has lost its GPU and is made anew", PATIENCE);
+    let line = node.agent.wait_for_line("has lost its GPU and is made anew", TIMEOUT);
     assert!(line.contains(" WARNING ") && line.contains(GPU_A), "{line}");
-    assert!(eventually(PATIENCE, || {
+    assert!(eventually(TIMEOUT, || {
         let pid = node
             .engine
             .docker(&["inspect", "--format", "{{.State.Pid}}", "flower-supernode"])
@@ -470,9 +470,9 @@ esac
     let before = node.id();
     node.folder.write("first", inspect(&node.engine, "{{.Id}}"));
     node.folder.write("reloaded", "9000");
-    let line = node.agent.wait_for_line("has lost its GPU and is made anew", PATIENCE);
+    let line = node.agent.wait_for_line("has lost its GPU and is made anew", TIMEOUT);
     assert!(line.contains(" WARNING ") && line.contains("daemon-reload"), "{line}");
-    assert!(eventually(PATIENCE, || {
+    assert!(eventually(TIMEOUT, || {
         node.agent.lines().iter().filter(|line| line.contains("started the container")).count() == 2
     }));
     node.wait_for_runtime("nvidia");
@@ -490,9 +490,9 @@ fn a_driver_that_comes_after_the_wait_is_announced_and_not_taken_by_force() {
     let before = inspect(&engine, "{{.Id}} {{.State.Pid}}");
     let _sysfs = sysfs.driver("nvidia").module("550.54.15");
     let line =
-        agent.wait_for_line("GPU is usable now; restart flower-supernode to use it", PATIENCE);
+        agent.wait_for_line("GPU is usable now; restart flower-supernode to use it", TIMEOUT);
     assert!(line.contains(" INFO "), "{line}");
-    assert!(eventually(PATIENCE, || {
+    assert!(eventually(TIMEOUT, || {
         let status = json_of(&case.run_command("status", &["--json"]));
         let text = status["agent"]["status"].as_str().unwrap_or_default();
         text.contains("driver-not-loaded") && text.contains("the GPU is usable now")
@@ -509,14 +509,14 @@ fn a_driver_that_comes_after_the_wait_is_taken_where_that_is_wanted() {
     let agent = up(&case);
     engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
     let _sysfs = sysfs.driver("nvidia").module("550.54.15");
-    let line = agent.wait_for_line("GPU is usable now", PATIENCE);
+    let line = agent.wait_for_line("GPU is usable now", TIMEOUT);
     assert!(line.contains(" WARNING ") && line.contains("replaced"), "{line}");
-    assert!(eventually(PATIENCE, || {
+    assert!(eventually(TIMEOUT, || {
         let format = "{{.State.Running}} {{.HostConfig.Runtime}}";
         engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout.trim()
             == "true nvidia"
     }));
-    assert!(eventually(PATIENCE, || {
+    assert!(eventually(TIMEOUT, || {
         json_of(&case.run_command("status", &["--json"]))["gpu"]["verdict"]["device"] == "cuda"
     }));
     assert_eq!(warnings(&agent).len(), 2, "{:#?}", agent.lines());

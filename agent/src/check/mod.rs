@@ -13,7 +13,7 @@ use serde_json::{Value as Json, json};
 
 use crate::gpu::kernel::KernelFacts;
 use crate::gpu::pci::{self, PciFacts};
-use crate::gpu::reason::one_line;
+use crate::gpu::reason::sanitize_line;
 use crate::system::facts::Root;
 
 /// How bad it is.
@@ -68,7 +68,13 @@ pub struct Check {
 impl Check {
     /// All is well.
     pub fn ok(id: &'static str, finding: impl Into<String>) -> Self {
-        Self { id, level: Level::Ok, finding: one_line(&finding.into()), fix: None, line: None }
+        Self {
+            id,
+            level: Level::Ok,
+            finding: sanitize_line(&finding.into()),
+            fix: None,
+            line: None,
+        }
     }
 
     /// Something is wrong, and this mends it.
@@ -78,7 +84,13 @@ impl Check {
         finding: impl Into<String>,
         fix: impl Into<String>,
     ) -> Self {
-        Self { id, level, finding: one_line(&finding.into()), fix: Some(fix.into()), line: None }
+        Self {
+            id,
+            level,
+            finding: sanitize_line(&finding.into()),
+            fix: Some(fix.into()),
+            line: None,
+        }
     }
 
     /// Something that an operator should know.

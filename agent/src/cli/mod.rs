@@ -16,7 +16,7 @@ use one_context::source::read_context;
 use serde_json::json;
 
 use crate::config::settings::Settings;
-use crate::config::{Config, Remarks};
+use crate::config::{Config, Diagnostics};
 use crate::daemon::{self, BootError, EXIT_CONFIG, EXIT_RETRY};
 use crate::docker::nvidia_runtime::configure_daemon_json;
 use crate::gpu::{detect_gpus, monitor_child, probe_child};
@@ -167,11 +167,11 @@ pub fn main() -> ExitCode {
 fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
     match &cli.command {
         Command::NvmlProbe { library } => {
-            probe_child::answer_on_stdout(library)?;
+            probe_child::run_probe(library)?;
             return Ok(ExitCode::SUCCESS);
         }
         Command::NvmlWatch { readings, library, devices } => {
-            monitor_child::tell_on_stdout(library, devices, *readings)?;
+            monitor_child::run_monitor(library, devices, *readings)?;
             return Ok(ExitCode::SUCCESS);
         }
         Command::Variables { json, format } => {
@@ -248,7 +248,7 @@ fn async_runtime() -> Result<tokio::runtime::Runtime, Failure> {
         .map_err(|error| Failure::new(EXIT_RETRY, format!("cannot start: {error}")))
 }
 
-fn configured(settings: &Settings) -> Result<(Config, Remarks), BootError> {
+fn configured(settings: &Settings) -> Result<(Config, Diagnostics), BootError> {
     let context: Context = read_context(&settings.context.dir)?;
     Ok(daemon::configure(&context, settings)?)
 }

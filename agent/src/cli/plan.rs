@@ -10,19 +10,19 @@ use one_context::onegate::OneGateError;
 use serde_json::{Value as Json, json};
 
 use crate::config::settings::Settings;
-use crate::config::{Config, Remarks};
+use crate::config::{Config, Diagnostics};
 use crate::container::plan::{self, ContainerSpec, Machine};
 use crate::daemon;
-use crate::docker::client::{Engine, EngineError, EngineFacts};
+use crate::docker::client::{Client, EngineError, EngineInfo};
 use crate::docker::daemon_json::RUNTIME_NAME;
-use crate::docker::nvidia_runtime::{GpuAccess, choose_access};
-use crate::gpu::reason::one_line;
+use crate::docker::nvidia_runtime::{GpuInjection, choose_access};
+use crate::gpu::reason::sanitize_line;
 use crate::gpu::verdict::Verdict;
 use crate::gpu::{Detection, detect_gpus};
 use crate::logging::error_chain;
-use crate::opennebula::partition::{self, Keeper};
-use crate::opennebula::publisher::Cloud;
-use crate::opennebula::superlink::{Found, SuperLink, find_superlink};
+use crate::opennebula::partition::{self, PartitionStore};
+use crate::opennebula::publisher::OneGateAccess;
+use crate::opennebula::superlink::{Discovery, SuperLink, find_superlink};
 use crate::supervisor::exporter::plan_exporter;
 use crate::system::os_release::Distribution;
 use crate::system::programs::find_program;
@@ -31,7 +31,7 @@ use crate::values::ImageRef;
 /// Everything up to the launch, and what could not be learned on the way.
 pub(super) struct Plan {
     config: Config,
-    remarks: Remarks,
+    remarks: Diagnostics,
     detection: Detection,
     superlink: Option<SuperLink>,
     container: ContainerSpec,
@@ -46,7 +46,7 @@ pub(super) struct Plan {
 impl Plan {
     pub(super) async fn make(
         config: Config,
-        remarks: Remarks,
+        remarks: Diagnostics,
         context: &Context,
         settings: &Settings,
     ) -> Self {
@@ -71,7 +71,7 @@ impl Plan {
         let access =
             choose_access(settings.gpu.injection, detection.verdict.devices(), facts.as_ref());
         let needs_runtime =
-            matches!(detection.verdict, Verdict::Gpu { .. }) && access == GpuAccess::Runtime;
+            matches!(detection.verdict, Verdict::Gpu { .. }) && access == GpuInjection::Runtime;
         let registered =
             facts.as_ref().is_some_and(|facts| facts.runtimes.contains_key(RUNTIME_NAME));
         if needs_runtime && !registered && find_program(&settings.docker.runtime_path).is_none() {
@@ -171,9 +171,9 @@ async fn look_for_superlink(
     settings: &Settings,
     notes: &mut Vec<String>,
 ) -> Option<SuperLink> {
-    let cloud = Cloud::of(context, settings);
-    let gate = cloud.as_ref().map(Cloud::gate).map_err(String::as_str);
-    let Found { mut superlink, service, warnings } =
+    let cloud = OneGateAccess::of(context, settings);
+    let gate = cloud.as_ref().map(OneGateAccess::gate).map_err(String::as_str);
+    let Discovery { mut superlink, service, warnings } =
         match find_superlink(gate, config, SystemTime::now()).await {
             Ok(found) => found,
             Err(error) => {
@@ -182,13 +182,13 @@ async fn look_for_superlink(
                 } else {
                     "the node would wait"
                 };
-                notes.push(format!("{outcome}: {}", one_line(&error_chain(&error))));
+                notes.push(format!("{outcome}: {}", sanitize_line(&error_chain(&error))));
                 return None;
             }
         };
     notes.extend(warnings);
     if let (None, Ok(cloud)) = (&config.node_config, &cloud) {
-        let keeper = Keeper::of(settings, cloud.vm_id());
+        let keeper = PartitionStore::of(settings, cloud.vm_id());
         let service = match service {
             Some(service) => Ok(service),
             None => cloud.gate().service().await,
@@ -202,21 +202,23 @@ async fn look_for_superlink(
                 );
             }
             Ok(_) | Err(OneGateError::NotInService) => {}
-            Err(error) => notes
-                .push(format!("the partition is not known: {}", one_line(&error_chain(&error)))),
+            Err(error) => notes.push(format!(
+                "the partition is not known: {}",
+                sanitize_line(&error_chain(&error))
+            )),
         }
     }
     Some(superlink)
 }
 
-async fn look_at_engine(socket: &Path) -> Result<(Engine, EngineFacts), String> {
-    const PATIENCE: Duration = Duration::from_secs(3);
+async fn look_at_engine(socket: &Path) -> Result<(Client, EngineInfo), String> {
+    const TIMEOUT: Duration = Duration::from_secs(3);
     let look = async {
-        let engine = Engine::connect(socket).await?;
-        let facts = engine.facts().await?;
+        let engine = Client::connect(socket).await?;
+        let facts = engine.info().await?;
         Ok::<_, EngineError>((engine, facts))
     };
-    match tokio::time::timeout(PATIENCE, look).await {
+    match tokio::time::timeout(TIMEOUT, look).await {
         Ok(answer) => answer.map_err(|error| error.to_string()),
         Err(_) => {
             Err(format!("the Docker engine at {} gave no answer within 3 s", socket.display()))
@@ -225,7 +227,7 @@ async fn look_at_engine(socket: &Path) -> Result<(Engine, EngineFacts), String> 
 }
 
 async fn with_image(
-    engine: &Engine,
+    engine: &Client,
     image: &ImageRef,
     machine: Machine,
     notes: &mut Vec<String>,

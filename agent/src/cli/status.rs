@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::check::Level;
 use crate::config::settings::Settings;
 use crate::container::plan::{REASON_LABEL, SUMMARY_LABEL, VERDICT_LABEL};
-use crate::docker::client::{Container, Engine, EngineError};
+use crate::docker::client::{Client, Container, EngineError};
 use crate::gpu::reason::Reason;
 use crate::opennebula::partition::Partition;
 use crate::report::Report;
@@ -29,14 +29,15 @@ pub(super) struct Status {
 
 impl Status {
     pub(super) async fn look(settings: &Settings) -> Self {
-        const PATIENCE: Duration = Duration::from_secs(10);
+        const TIMEOUT: Duration = Duration::from_secs(10);
         let name = settings.container.name.clone();
-        let look =
-            async { Engine::connect(&settings.docker.socket).await?.find_container(&name).await };
-        let container = match tokio::time::timeout(PATIENCE, look).await {
+        let look = async {
+            Client::connect(&settings.docker.socket).await?.inspect_container(&name).await
+        };
+        let container = match tokio::time::timeout(TIMEOUT, look).await {
             Ok(answer) => answer.map_err(|error: EngineError| error.to_string()),
             Err(_) => {
-                Err(format!("the Docker engine gave no answer within {} s", PATIENCE.as_secs()))
+                Err(format!("the Docker engine gave no answer within {} s", TIMEOUT.as_secs()))
             }
         };
         let state_dir = &settings.state.dir;
@@ -241,10 +242,10 @@ impl Row {
 
 /// The GPUs, a row for each; of many, one row.
 fn devices(found: &[Json]) -> Vec<String> {
-    const MOST_ROWS: usize = 2;
+    const MAX_ROWS: usize = 2;
     let text = |device: &Json, key: &str| device[key].as_str().unwrap_or_default().to_owned();
     let name = |device: &Json| device["name"].as_str().unwrap_or("GPU").to_owned();
-    if found.len() <= MOST_ROWS {
+    if found.len() <= MAX_ROWS {
         let row = |device| {
             format!("{} ({}, {})", name(device), text(device, "uuid"), text(device, "pci_address"))
         };

@@ -10,7 +10,7 @@ use one_context::Context;
 use serde_json::{Map, Value as Json, json};
 
 use crate::gpu::pci::PciAddress;
-use crate::values::ca_bundle::Certificate;
+use crate::values::ca_bundle::CaBundle;
 use crate::values::{DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Version, shown};
 use variables::{Kind, VARIABLES, Value, Variable};
 
@@ -84,9 +84,9 @@ impl LogLevel {
     }
 }
 
-/// A PCI device that OpenNebula passed through: what the cloud promised.
+/// A PCI device that OpenNebula passed through: what the cloud assigned.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Promised {
+pub struct Assigned {
     /// The variable, `PCI<n>_ADDRESS`, fit to be shown.
     pub variable: String,
     /// Its value as written, fit to be shown: it is foreign text, and goes into findings.
@@ -125,34 +125,34 @@ pub struct Config {
     pub log_level: LogLevel,
     pub log_json: bool,
     pub tls: Option<bool>,
-    pub ca_certificate: Option<Certificate>,
+    pub ca_certificate: Option<CaBundle>,
     pub keepalive_time: u64,
     pub keepalive_timeout: u64,
     pub edge_backoff: &'static str,
     pub edge_max_backoff: u64,
     /// The passed-through PCI devices that are not NICs.
-    pub promised: Vec<Promised>,
+    pub assigned: Vec<Assigned>,
     /// The image that is on the machine, to fall back on.
     pub prebaked: Prebaked,
 }
 
 /// What an operator should know although nothing is wrong enough to stop.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Remarks {
+pub struct Diagnostics {
     /// Unknown names: each is a WARNING.
     pub unknown: Vec<String>,
     /// Settings that do not do all that they seem to: each is a WARNING.
-    pub doubtful: Vec<String>,
+    pub misconfigured: Vec<String>,
     /// Settings that another one makes idle: each is an INFO.
     pub idle: Vec<String>,
     /// Settings that are taken although they are not written as they should be: each is an INFO.
     pub notes: Vec<String>,
 }
 
-impl Remarks {
+impl Diagnostics {
     /// All that is a WARNING.
     pub fn warnings(&self) -> impl Iterator<Item = &String> {
-        self.unknown.iter().chain(&self.doubtful)
+        self.unknown.iter().chain(&self.misconfigured)
     }
 }
 
@@ -216,7 +216,7 @@ impl Prebaked {
 /// The log's level and whether it is JSON, before the variables are checked: what is wrong about
 /// them is logged as well.
 pub fn log_settings(context: &Context) -> (LogLevel, bool) {
-    let found = Found::read(context);
+    let found = ParsedVariables::read(context);
     found.log_settings()
 }
 
@@ -229,8 +229,8 @@ impl Config {
     pub fn from_context(
         context: &Context,
         prebaked: &Prebaked,
-    ) -> Result<(Self, Remarks), ConfigErrors> {
-        let mut found = Found::read(context);
+    ) -> Result<(Self, Diagnostics), ConfigErrors> {
+        let mut found = ParsedVariables::read(context);
         let keepalive_time = found.count("FL_GRPC_KEEPALIVE_TIME").unwrap_or(60);
         let keepalive_timeout = found.count("FL_GRPC_KEEPALIVE_TIMEOUT").unwrap_or(20);
         let both_right = !["FL_GRPC_KEEPALIVE_TIME", "FL_GRPC_KEEPALIVE_TIMEOUT"]
@@ -287,10 +287,10 @@ impl Config {
             keepalive_timeout,
             edge_backoff: found.choice("FL_EDGE_BACKOFF").unwrap_or("exponential"),
             edge_max_backoff: found.count("FL_EDGE_MAX_BACKOFF").unwrap_or(300),
-            promised: context
+            assigned: context
                 .passthrough_addresses()
                 .into_iter()
-                .map(|(variable, written)| Promised {
+                .map(|(variable, written)| Assigned {
                     variable: shown(&variable),
                     address: PciAddress::parse(&written),
                     written: shown(&written),
@@ -301,9 +301,9 @@ impl Config {
         if !found.errors.is_empty() {
             return Err(ConfigErrors(found.errors));
         }
-        let remarks = Remarks {
+        let remarks = Diagnostics {
             unknown: unknown_names(context),
-            doubtful: doubtful_settings(&config, &found),
+            misconfigured: doubtful_settings(&config, &found),
             idle: idle_settings(&config, &found),
             notes: notes(&found),
         };
@@ -351,34 +351,34 @@ impl Config {
             };
             map.insert(variable.name.into(), value);
         }
-        for promised in &self.promised {
-            map.insert(promised.variable.clone(), json!(promised.written));
+        for assigned in &self.assigned {
+            map.insert(assigned.variable.clone(), json!(assigned.written));
         }
         map
     }
 }
 
 /// The variables that are set in a context, with what is wrong about them.
-struct Found {
-    set: Vec<(&'static Variable, Set)>,
+struct ParsedVariables {
+    set: Vec<(&'static Variable, SetVariable)>,
     errors: Vec<String>,
     /// The variables that the errors are about, by their names in the table.
     wrong: Vec<&'static str>,
 }
 
 /// A variable that is set: under which name, how it was written, what it is.
-struct Set {
+struct SetVariable {
     name: String,
     shown: String,
     value: Value,
 }
 
-impl Found {
+impl ParsedVariables {
     fn read(context: &Context) -> Self {
         let mut found = Self { set: Vec::new(), errors: Vec::new(), wrong: Vec::new() };
         for variable in VARIABLES {
             let errors_before = found.errors.len();
-            let mut first: Option<Set> = None;
+            let mut first: Option<SetVariable> = None;
             for name in variable.names() {
                 let text = match context.text(&name) {
                     Ok(Some(text)) => text,
@@ -403,7 +403,7 @@ impl Found {
                         first.name, first.shown
                     )),
                     (Ok(_), Some(_)) => {}
-                    (Ok(value), None) => first = Some(Set { name, shown, value }),
+                    (Ok(value), None) => first = Some(SetVariable { name, shown, value }),
                 }
             }
             found.set.extend(first.map(|set| (variable, set)));
@@ -414,7 +414,7 @@ impl Found {
         found
     }
 
-    fn get(&self, name: &str) -> Option<&Set> {
+    fn get(&self, name: &str) -> Option<&SetVariable> {
         self.set.iter().find(|(variable, _)| variable.name == name).map(|(_, set)| set)
     }
 
@@ -444,9 +444,9 @@ impl Found {
     }
 
     /// The CA, with the name under which it was set.
-    fn ca(&self) -> Option<(&str, &Certificate)> {
+    fn ca(&self) -> Option<(&str, &CaBundle)> {
         match self.get("FL_SSL_CA_CERTFILE")? {
-            Set { name, value: Value::Certificate(ca), .. } => Some((name, ca)),
+            SetVariable { name, value: Value::CaBundle(ca), .. } => Some((name, ca)),
             _ => None,
         }
     }
@@ -481,19 +481,19 @@ fn unknown_names(context: &Context) -> Vec<String> {
         .collect()
 }
 
-fn doubtful_settings(config: &Config, found: &Found) -> Vec<String> {
+fn doubtful_settings(config: &Config, found: &ParsedVariables) -> Vec<String> {
     let Some((name, ca)) = found.ca() else { return Vec::new() };
-    let mut doubtful = Vec::new();
+    let mut misconfigured = Vec::new();
     if config.tls.is_none() && config.superlink_address.is_some() {
-        doubtful.push(format!(
+        misconfigured.push(format!(
             "{name} is set and FL_TLS_ENABLED is not: the connection to the SuperLink is NOT encrypted; set FL_TLS_ENABLED=YES"
         ));
     }
-    doubtful.extend(ca.left_out().map(|what| format!("{name}: {what}")));
-    doubtful
+    misconfigured.extend(ca.ignored().map(|what| format!("{name}: {what}")));
+    misconfigured
 }
 
-fn notes(found: &Found) -> Vec<String> {
+fn notes(found: &ParsedVariables) -> Vec<String> {
     let raw = found.ca().filter(|(_, ca)| ca.was_raw_pem());
     let note = raw.map(|(name, _)| {
         format!("{name} is PEM text; the base64 of it is expected (base64 -w0 ca.crt), and the text is taken as it is")
@@ -501,7 +501,7 @@ fn notes(found: &Found) -> Vec<String> {
     note.into_iter().collect()
 }
 
-fn idle_settings(config: &Config, found: &Found) -> Vec<String> {
+fn idle_settings(config: &Config, found: &ParsedVariables) -> Vec<String> {
     const DISCOVERY_ONLY: [&str; 2] = ["FL_EDGE_BACKOFF", "FL_EDGE_MAX_BACKOFF"];
     let mut idle = Vec::new();
     let mut note = |names: &[&str], active: bool, why: &str| {
@@ -538,7 +538,7 @@ mod tests {
         Context::parse(text.as_bytes()).unwrap()
     }
 
-    fn read(pairs: &[(&str, &str)]) -> Result<(Config, Remarks), ConfigErrors> {
+    fn read(pairs: &[(&str, &str)]) -> Result<(Config, Diagnostics), ConfigErrors> {
         Config::from_context(&context(pairs), &Prebaked::default())
     }
 
@@ -559,7 +559,7 @@ mod tests {
             (60, 20, 300)
         );
         assert_eq!((config.isolation, config.edge_backoff), ("subprocess", "exponential"));
-        assert_eq!(remarks, Remarks::default());
+        assert_eq!(remarks, Diagnostics::default());
         assert_eq!(
             config.resolved().len(),
             VARIABLES.len(),
@@ -580,7 +580,7 @@ mod tests {
                 Kind::HostPort => "h:25",
                 Kind::Devices => "25",
                 Kind::NodeConfig => "k=25",
-                Kind::Certificate => CA,
+                Kind::CaBundle => CA,
             };
             let default = Config::from_context(&context(&[]), &Prebaked::default()).unwrap().0;
             for name in variable.names() {
@@ -726,7 +726,7 @@ mod tests {
             read(&[("FL_SSL_CA_CERTFILE", &bundle), ("FL_TLS_ENABLED", "YES")]).unwrap();
         assert_eq!(config.ca_certificate.unwrap().pem(), CA);
         assert_eq!(
-            remarks.doubtful,
+            remarks.misconfigured,
             [
                 "FL_SSL_CA_CERTFILE: what is no CA is left out: CN=superlink.example, which is no CA (its basicConstraints do not say CA:TRUE)"
             ]
@@ -761,13 +761,13 @@ mod tests {
         let hostile = format!("\x1b[31m\n{}", "x".repeat(9000));
         let (config, _) =
             read(&[("PCI0_ADDRESS", &hostile), ("PCI1_ADDRESS", " 01:00.0 ")]).unwrap();
-        let written = &config.promised[0].written;
+        let written = &config.assigned[0].written;
         assert!(
             written.starts_with("\\u{1b}[31m\\nxxx") && written.chars().count() < 250,
             "{written}"
         );
-        assert_eq!(config.promised[1].written, "01:00.0");
-        assert_eq!(config.promised[1].address, PciAddress::parse("01:00.0"));
+        assert_eq!(config.assigned[1].written, "01:00.0");
+        assert_eq!(config.assigned[1].address, PciAddress::parse("01:00.0"));
     }
 
     #[test]

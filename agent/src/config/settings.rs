@@ -13,7 +13,7 @@ use crate::values::ImageRef;
 pub const DEFAULT_PATH: &str = "/etc/supernode-agent/agent.toml";
 
 /// The largest `/dev/shm`: what a signed number of bytes, which is Docker's, holds.
-const MOST_SHM_MIB: u64 = i64::MAX as u64 >> 20;
+const MAX_SHM_MIB: u64 = i64::MAX as u64 >> 20;
 
 /// All settings; a key that is missing has its default, one that is not known is an error.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -374,7 +374,7 @@ impl Settings {
             ),
             (
                 "container.shm_size_mib",
-                shm_mib <= MOST_SHM_MIB,
+                shm_mib <= MAX_SHM_MIB,
                 shm_mib.to_string(),
                 "must be at most 8796093022207: Docker counts in bytes, up to 2^63 - 1",
             ),

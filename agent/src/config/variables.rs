@@ -1,10 +1,10 @@
 //! The one table of context variables: what exists, what each accepts, what it means when unset,
 //! and where it goes. The parser, the `variables` command, the README and the tests come from it.
 
-use crate::values::ca_bundle::Certificate;
+use crate::values::ca_bundle::CaBundle;
 use crate::values::{
-    DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Refusal, Version, parse_count,
-    parse_yes_no, shown,
+    DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, ValidationError, Version,
+    parse_count, parse_yes_no, shown,
 };
 
 /// What a variable accepts.
@@ -29,7 +29,7 @@ pub enum Kind {
     /// Flower's node configuration.
     NodeConfig,
     /// A certificate.
-    Certificate,
+    CaBundle,
 }
 
 /// A value that was checked against its [`Kind`].
@@ -46,7 +46,7 @@ pub enum Value {
     HostPort(HostPort),
     Devices(DeviceSelection),
     NodeConfig(NodeConfig),
-    Certificate(Certificate),
+    CaBundle(CaBundle),
 }
 
 impl Kind {
@@ -54,7 +54,7 @@ impl Kind {
     ///
     /// # Errors
     /// What is accepted.
-    pub fn parse(self, text: &str) -> Result<Value, Refusal> {
+    pub fn parse(self, text: &str) -> Result<Value, ValidationError> {
         match self {
             Self::YesNo => parse_yes_no(text).map(Value::YesNo),
             Self::Choice(words) => words
@@ -69,14 +69,14 @@ impl Kind {
             Self::HostPort => HostPort::parse(text).map(Value::HostPort),
             Self::Devices => DeviceSelection::parse(text).map(Value::Devices),
             Self::NodeConfig => NodeConfig::parse(text).map(Value::NodeConfig),
-            Self::Certificate => Certificate::parse(text).map(Value::Certificate),
+            Self::CaBundle => CaBundle::parse(text).map(Value::CaBundle),
         }
     }
 
     /// How the value of this kind may be shown in an error: in full, in part, or not at all.
     pub fn shown(self, text: &str) -> String {
         let hidden = match self {
-            Self::Certificate => true,
+            Self::CaBundle => true,
             Self::NodeConfig => NodeConfig::may_hold_secret(text),
             // No address and no image has a user and a password; where somebody wrote them, they
             // stand before an `@`.
@@ -106,7 +106,7 @@ impl Kind {
                     .into()
             }
             Self::NodeConfig => "space-separated key=value, values TOML scalars".into(),
-            Self::Certificate => "base64 of a CA's PEM certificate, or of several".into(),
+            Self::CaBundle => "base64 of a CA's PEM certificate, or of several".into(),
         }
     }
 }
@@ -277,7 +277,7 @@ pub const VARIABLES: &[Variable] = &[
     Variable {
         name: "FL_SSL_CA_CERTFILE",
         also: &[],
-        kind: Kind::Certificate,
+        kind: Kind::CaBundle,
         unset: "from OneGate",
         goes_to: "the CA file",
         about: "Certificate of the SuperLink's CA",
@@ -325,7 +325,7 @@ pub fn find(name: &str) -> Option<&'static Variable> {
 /// or a word more or less, or words cut short (`MEM`, `ADDR`). The answer has the `ONEAPP_` of
 /// `name`, so that it can be pasted.
 pub fn nearest(name: &str) -> Option<String> {
-    const MOST_SLIPS: usize = 2;
+    const MAX_SLIPS: usize = 2;
     // Twice as long as any known name: it is nobody's slip, and comparing takes its time.
     const LONGEST: usize = 80;
     if name.len() > LONGEST {
@@ -335,7 +335,7 @@ pub fn nearest(name: &str) -> Option<String> {
         .iter()
         .flat_map(Variable::names)
         .map(|known| (strsim::osa_distance(name, &known), known))
-        .filter(|(distance, known)| *distance <= MOST_SLIPS || is_one_word_apart(name, known))
+        .filter(|(distance, known)| *distance <= MAX_SLIPS || is_one_word_apart(name, known))
         .min_by_key(|(distance, known)| (*distance, known.len()))
         .map(|(_, known)| known)
 }
@@ -405,7 +405,7 @@ mod tests {
             assert_eq!(kind.shown(shown), format!("'{shown}'"));
             assert_eq!(kind.shown(hidden), format!("({} characters, not shown)", hidden.len()));
         }
-        assert_eq!(Kind::Certificate.shown("é"), "(1 characters, not shown)");
+        assert_eq!(Kind::CaBundle.shown("é"), "(1 characters, not shown)");
         assert_eq!(Kind::YesNo.shown("maybe\n"), "'maybe\\n'");
     }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::config::settings::Settings;
 use crate::config::{Config, Framework};
 use crate::container::site_hook;
-use crate::docker::nvidia_runtime::GpuAccess;
+use crate::docker::nvidia_runtime::GpuInjection;
 use crate::flower::release::{HEALTH_FLAG, HEALTH_PORT, Release};
 use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::opennebula::partition::Partition;
@@ -179,7 +179,7 @@ fn image_of(framework: Framework, version: &Version) -> ImageRef {
 pub fn plan_container(
     config: &Config,
     verdict: &Verdict,
-    access: &GpuAccess,
+    access: &GpuInjection,
     superlink: Option<&SuperLink>,
     image: &ImageRef,
     machine: &Machine,
@@ -254,18 +254,18 @@ fn arguments(config: &Config, superlink: Option<&SuperLink>, release: &Release) 
 }
 
 /// How a container gets `devices`: the OCI runtime, and the CDI devices.
-pub fn way_in(devices: &[GpuDevice], access: &GpuAccess) -> (&'static str, Vec<String>) {
+pub fn way_in(devices: &[GpuDevice], access: &GpuInjection) -> (&'static str, Vec<String>) {
     match access {
         _ if devices.is_empty() => ("runc", Vec::new()),
-        GpuAccess::Runtime => ("nvidia", Vec::new()),
-        GpuAccess::Cdi(names) => ("runc", names.clone()),
+        GpuInjection::Runtime => ("nvidia", Vec::new()),
+        GpuInjection::Cdi(names) => ("runc", names.clone()),
     }
 }
 
 /// The value of `NVIDIA_VISIBLE_DEVICES`.
-pub fn visible_devices(devices: &[GpuDevice], access: &GpuAccess) -> String {
+pub fn visible_devices(devices: &[GpuDevice], access: &GpuInjection) -> String {
     match access {
-        GpuAccess::Runtime if !devices.is_empty() => {
+        GpuInjection::Runtime if !devices.is_empty() => {
             let uuids: Vec<&str> = devices.iter().map(|device| device.uuid.as_str()).collect();
             uuids.join(",")
         }
@@ -277,7 +277,7 @@ pub fn visible_devices(devices: &[GpuDevice], access: &GpuAccess) -> String {
 fn environment(
     config: &Config,
     verdict: &Verdict,
-    access: &GpuAccess,
+    access: &GpuInjection,
     machine: &Machine,
 ) -> BTreeMap<String, String> {
     let mut env = BTreeMap::new();
@@ -294,7 +294,7 @@ fn environment(
     if devices.is_empty() {
         return env;
     }
-    if *access == GpuAccess::Runtime {
+    if *access == GpuInjection::Runtime {
         set("NVIDIA_DRIVER_CAPABILITIES", DRIVER_CAPABILITIES);
     }
     // CUDA's order is nvidia-smi's. CUDA_VISIBLE_DEVICES is left alone: the container has the
@@ -385,7 +385,7 @@ mod tests {
         Verdict::Gpu { devices, missing: Vec::new() }
     }
 
-    fn spec(context: &str, verdict: &Verdict, access: &GpuAccess) -> ContainerSpec {
+    fn spec(context: &str, verdict: &Verdict, access: &GpuInjection) -> ContainerSpec {
         let context = Context::parse(context.as_bytes()).unwrap();
         let (config, _) = Config::from_context(&context, &Prebaked::default()).unwrap();
         let machine = Machine {
@@ -435,7 +435,7 @@ mod tests {
     #[test]
     fn retries_of_0_are_left_out_for_flower_reads_0_as_once() {
         let cpu = Verdict::not_wanted();
-        let args = |context: &str| spec(context, &cpu, &GpuAccess::Runtime).args;
+        let args = |context: &str| spec(context, &cpu, &GpuInjection::Runtime).args;
         assert_eq!(
             args("FL_MAX_RETRIES='0'\nFL_MAX_WAIT_TIME='0'\n"),
             ["--isolation", "subprocess", "--health-server-address", "0.0.0.0:9099"]
@@ -476,10 +476,10 @@ mod tests {
 
     #[test]
     fn a_gpu_goes_in_by_the_runtime_or_by_cdi_and_never_by_both() {
-        let by_runtime = spec("", &gpu(), &GpuAccess::Runtime);
+        let by_runtime = spec("", &gpu(), &GpuInjection::Runtime);
         assert_eq!((by_runtime.runtime.as_str(), by_runtime.cdi_devices.len()), ("nvidia", 0));
         assert_eq!(by_runtime.env["NVIDIA_VISIBLE_DEVICES"], "GPU-0,GPU-1");
-        let by_cdi = spec("", &gpu(), &GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-0".into()]));
+        let by_cdi = spec("", &gpu(), &GpuInjection::Cdi(vec!["nvidia.com/gpu=GPU-0".into()]));
         assert_eq!((by_cdi.runtime.as_str(), by_cdi.cdi_devices.len()), ("runc", 1));
         assert_eq!(by_cdi.env["NVIDIA_VISIBLE_DEVICES"], "void");
         for spec in [by_runtime, by_cdi] {
@@ -490,30 +490,30 @@ mod tests {
 
     #[test]
     fn a_memory_fraction_reaches_every_framework_and_none_means_growth_on_demand() {
-        let limited = spec("FL_GPU_MEMORY_FRACTION='0.5'\n", &gpu(), &GpuAccess::Runtime);
+        let limited = spec("FL_GPU_MEMORY_FRACTION='0.5'\n", &gpu(), &GpuInjection::Runtime);
         assert_eq!(limited.env["XLA_PYTHON_CLIENT_MEM_FRACTION"], "0.5");
         // In CUDA's order, which is that of the PCI addresses; 0 where the memory is not known.
         assert_eq!(limited.env[site_hook::LIMITS_VARIABLE], "0,500");
         assert_eq!(limited.env["PYTHONPATH"], "/opt/supernode-agent/site:/app/lib");
-        let free = spec("", &gpu(), &GpuAccess::Runtime);
+        let free = spec("", &gpu(), &GpuInjection::Runtime);
         assert_eq!(free.env["TF_FORCE_GPU_ALLOW_GROWTH"], "true");
         assert_eq!(free.env["XLA_PYTHON_CLIENT_PREALLOCATE"], "false");
         assert!(!free.env.contains_key("PYTHONPATH") && free.mounts.len() == 1);
         let on_cpu =
-            spec("FL_GPU_MEMORY_FRACTION='0.5'\n", &Verdict::not_wanted(), &GpuAccess::Runtime);
+            spec("FL_GPU_MEMORY_FRACTION='0.5'\n", &Verdict::not_wanted(), &GpuInjection::Runtime);
         assert!(!on_cpu.env.contains_key("PYTHONPATH") && on_cpu.mounts.len() == 1);
     }
 
     #[test]
     fn the_hash_is_of_everything_but_the_labels_and_the_same_in_every_release() {
-        let cpu = spec("", &Verdict::not_wanted(), &GpuAccess::Runtime);
+        let cpu = spec("", &Verdict::not_wanted(), &GpuInjection::Runtime);
         let finding = Finding::new(Reason::GpuLost, "x");
-        let fallback = spec("", &Verdict::cpu(finding), &GpuAccess::Runtime);
+        let fallback = spec("", &Verdict::cpu(finding), &GpuInjection::Runtime);
         assert_eq!(cpu.hash(), fallback.hash());
         assert_eq!(fallback.labels[REASON_LABEL], "gpu-lost");
         assert_ne!(
             cpu.hash(),
-            spec("FL_LOG_LEVEL='DEBUG'\n", &Verdict::not_wanted(), &GpuAccess::Runtime).hash()
+            spec("FL_LOG_LEVEL='DEBUG'\n", &Verdict::not_wanted(), &GpuInjection::Runtime).hash()
         );
         // Another hash for the same wish makes every node replace its container at the next
         // upgrade: think twice.
@@ -532,7 +532,7 @@ mod tests {
             plan_container(
                 &config,
                 &Verdict::not_wanted(),
-                &GpuAccess::Runtime,
+                &GpuInjection::Runtime,
                 None,
                 &image,
                 &machine,
@@ -561,7 +561,7 @@ mod tests {
     #[test]
     fn people_see_the_specification_without_the_secrets_of_the_node_configuration() {
         let context = "FL_SUPERLINK_ADDRESS='h:1'\nFL_NODE_CONFIG='site=1 token=\"hunter2\"'\n";
-        let spec = spec(context, &Verdict::not_wanted(), &GpuAccess::Runtime);
+        let spec = spec(context, &Verdict::not_wanted(), &GpuInjection::Runtime);
         let node_config = NodeConfig::parse("site=1 token=\"hunter2\"").unwrap();
         let mut expected = spec.clone();
         let secret =
@@ -583,7 +583,7 @@ mod tests {
             plan_container(
                 &config,
                 &verdict,
-                &GpuAccess::Runtime,
+                &GpuInjection::Runtime,
                 None,
                 &image,
                 &machine,
@@ -598,7 +598,7 @@ mod tests {
     fn the_runtime_is_told_what_of_the_driver_to_bring_and_cdi_knows_it() {
         let capabilities =
             |access| spec("", &gpu(), &access).env.get("NVIDIA_DRIVER_CAPABILITIES").cloned();
-        assert_eq!(capabilities(GpuAccess::Runtime).as_deref(), Some(DRIVER_CAPABILITIES));
-        assert_eq!(capabilities(GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-0".into()])), None);
+        assert_eq!(capabilities(GpuInjection::Runtime).as_deref(), Some(DRIVER_CAPABILITIES));
+        assert_eq!(capabilities(GpuInjection::Cdi(vec!["nvidia.com/gpu=GPU-0".into()])), None);
     }
 }

@@ -25,5 +25,5 @@ pub fn folder(state_dir: &Path) -> PathBuf {
 pub fn write(state_dir: &Path) -> io::Result<()> {
     let folder = folder(state_dir);
     std::fs::create_dir_all(&folder)?;
-    atomic_file::replace_for_this_boot(&folder.join("sitecustomize.py"), HOOK.as_bytes())
+    atomic_file::replace_volatile(&folder.join("sitecustomize.py"), HOOK.as_bytes())
 }

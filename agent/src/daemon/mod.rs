@@ -13,31 +13,33 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::backoff::{Backoff, SPREAD, with_jitter};
 use crate::config::settings::{Settings, SettingsError};
-use crate::config::{self, Config, ConfigErrors, LogLevel, Prebaked, Remarks};
+use crate::config::{self, Config, ConfigErrors, Diagnostics, LogLevel, Prebaked};
 use crate::container::plan::{self, Machine};
-use crate::docker::client::{Engine, EngineError, EngineFacts, Image};
-use crate::docker::nvidia_runtime::{GpuAccess, choose_access, ensure_runtime};
+use crate::docker::client::{Client, EngineError, EngineInfo, Image};
+use crate::docker::nvidia_runtime::{GpuInjection, choose_access, ensure_runtime};
 use crate::flower::release;
 use crate::gpu::detect_gpus;
-use crate::gpu::reason::one_line;
+use crate::gpu::reason::sanitize_line;
 use crate::gpu::verdict::Verdict;
 use crate::logging;
-use crate::opennebula::partition::{self, Keeper, Partition};
-use crate::opennebula::publisher::Cloud;
-use crate::opennebula::superlink::{self, Found, Gate, SuperLink, SuperLinkError, find_superlink};
+use crate::opennebula::partition::{self, Partition, PartitionStore};
+use crate::opennebula::publisher::OneGateAccess;
+use crate::opennebula::superlink::{
+    self, Discovery, OneGateAvailability, SuperLink, SuperLinkError, find_superlink,
+};
 use crate::report::Reporter;
 use crate::report::metrics_server;
 use crate::supervisor::exporter::{self, Exporter};
-use crate::supervisor::{Anew, LaunchError, Node, announce};
+use crate::supervisor::{LaunchError, Node, RestartRequested, report_fallback};
 use crate::system::lock::{Lock, LockError};
 use crate::system::os_release::Distribution;
-use crate::system::systemd::{LongStep, Watchdog};
+use crate::system::systemd::{TimeoutExtension, Watchdog};
 use crate::values::{ImageRef, Version};
 
 /// Exit code: a failure that a retry may cure.
 pub const EXIT_RETRY: u8 = 1;
 /// Exit code: the agent was asked to leave the container to the next one (sysexits.h, EX_TEMPFAIL).
-pub const EXIT_LEFT: u8 = 75;
+pub const EXIT_HANDED_OVER: u8 = 75;
 /// Exit code: an invalid configuration (sysexits.h, EX_CONFIG); systemd is told not to retry it.
 pub const EXIT_CONFIG: u8 = 78;
 
@@ -58,7 +60,7 @@ pub enum BootError {
     SuperLink(#[from] SuperLinkError),
     /// The engine.
     #[error(transparent)]
-    Engine(#[from] EngineError),
+    Client(#[from] EngineError),
     /// The container.
     #[error(transparent)]
     Launch(#[from] LaunchError),
@@ -106,7 +108,7 @@ pub async fn run(settings: Settings, settings_file: Option<&Path>) -> ExitCode {
             let (level, as_json) = config::log_settings(&context);
             logging::init(level, as_json);
             // Before anything can fail: what an earlier boot has published is not true any more.
-            reporter.publish_by(Cloud::of(&context, &settings).ok().as_ref());
+            reporter.publish_by(OneGateAccess::of(&context, &settings).ok().as_ref());
             run_until_signal(&context, settings, settings_file, lock, &reporter, &watchdog).await
         }
         Err(error) => {
@@ -115,13 +117,13 @@ pub async fn run(settings: Settings, settings_file: Option<&Path>) -> ExitCode {
         }
     };
     let error = match result {
-        Ok(End::Stop) => {
+        Ok(Shutdown::Stop) => {
             reporter.doing("Stopped");
             return ExitCode::SUCCESS;
         }
-        Ok(End::Leave) => {
+        Ok(Shutdown::HandOver) => {
             reporter.stopping("Left; the container runs on for the next agent");
-            return ExitCode::from(EXIT_LEFT);
+            return ExitCode::from(EXIT_HANDED_OVER);
         }
         Err(error) => error,
     };
@@ -149,25 +151,25 @@ fn failure_line(error: &BootError) -> String {
 
 /// What the operator wants, whole: what a reload compares.
 #[derive(Debug, Clone, PartialEq)]
-struct Wish {
+struct DesiredState {
     config: Config,
     settings: Settings,
     /// The way to OneGate, or why there is none.
-    cloud: Result<Cloud, String>,
+    cloud: Result<OneGateAccess, String>,
 }
 
-impl Wish {
+impl DesiredState {
     fn read(context: &Context, settings: Settings) -> Result<Self, BootError> {
         let (config, remarks) = configure(context, &settings)?;
         log_remarks(&remarks);
-        let cloud = Cloud::of(context, &settings);
+        let cloud = OneGateAccess::of(context, &settings);
         superlink::check(gate_of(&cloud), &config, SystemTime::now())?;
         Ok(Self { config, settings, cloud })
     }
 
     /// Reads everything again. `None` where nothing has changed, or what is there now cannot be
     /// used.
-    fn reloaded(&self, settings_file: Option<&Path>) -> Option<Self> {
+    fn reload(&self, settings_file: Option<&Path>) -> Option<Self> {
         let read = || {
             let settings = Settings::load(settings_file)?;
             let context = read_context(&settings.context.dir)?;
@@ -200,28 +202,30 @@ async fn run_until_signal(
     lock: Result<Lock, LockError>,
     reporter: &Rc<Reporter>,
     watchdog: &Watchdog,
-) -> Result<End, BootError> {
-    let mut wish = Wish::read(context, settings)?;
+) -> Result<Shutdown, BootError> {
+    let mut desired = DesiredState::read(context, settings)?;
     let _lock = lock?;
     let mut signals = Signals::listen()?;
-    let lived = live_until_signal(&mut wish, settings_file, &mut signals, reporter, watchdog).await;
+    let outcome =
+        serve_until_signal(&mut desired, settings_file, &mut signals, reporter, watchdog).await;
     // A node that must have a GPU does not go on without: neither does a container of before.
-    let stops = matches!(lived, Ok(End::Stop) | Err(BootError::Launch(LaunchError::GpuRequired)));
+    let stops =
+        matches!(outcome, Ok(Shutdown::Stop) | Err(BootError::Launch(LaunchError::GpuRequired)));
     if !stops {
-        return lived;
+        return outcome;
     }
     reporter.stopping("Stopping the container");
-    let _extension = LongStep::begin();
+    let _extension = TimeoutExtension::begin();
     let stop = async {
         tokio::select! {
-            ended = async { tokio::join!(stop_containers(&wish.settings), reporter.finish()) } => ended,
+            ended = async { tokio::join!(stop_containers(&desired.settings), reporter.finish()) } => ended,
             name = signals.end() => (Err(format!("{name} came again and ended the wait for it")), ()),
         }
     };
-    let (stopped, ()) = watchdog.during(Duration::MAX, stop).await;
-    let name = wish.settings.container.name;
-    match (lived, stopped) {
-        (lived, Ok(())) => lived,
+    let (stopped, ()) = watchdog.guard(Duration::MAX, stop).await;
+    let name = desired.settings.container.name;
+    match (outcome, stopped) {
+        (outcome, Ok(())) => outcome,
         (Ok(_), Err(why)) => Err(BootError::NotStopped { name, why }),
         (Err(error), Err(why)) => {
             tracing::warn!("the container {name} could not be stopped: {why}");
@@ -231,33 +235,33 @@ async fn run_until_signal(
 }
 
 /// Keeps the node up, as the operator wants it by now, until a signal ends it.
-async fn live_until_signal(
-    wish: &mut Wish,
+async fn serve_until_signal(
+    desired: &mut DesiredState,
     settings_file: Option<&Path>,
     signals: &mut Signals,
     reporter: &Rc<Reporter>,
     watchdog: &Watchdog,
-) -> Result<End, BootError> {
+) -> Result<Shutdown, BootError> {
     loop {
-        let mut life = pin!(live(wish.clone(), Rc::clone(reporter), watchdog));
+        let mut life = pin!(run_with_metrics(desired.clone(), Rc::clone(reporter), watchdog));
         let new = loop {
             tokio::select! {
-                lived = &mut life => {
-                    let Anew = lived?;
-                    break wish.clone();
+                outcome = &mut life => {
+                    let RestartRequested = outcome?;
+                    break desired.clone();
                 }
                 signal = signals.next() => match signal {
-                    Received::End(name) => {
+                    SignalEvent::Stop(name) => {
                         tracing::info!("received {name}");
-                        return Ok(End::Stop);
+                        return Ok(Shutdown::Stop);
                     }
-                    Received::Leave => {
+                    SignalEvent::HandOver => {
                         tracing::info!("received SIGUSR1: the container is left to the next agent");
-                        return Ok(End::Leave);
+                        return Ok(Shutdown::HandOver);
                     }
-                    Received::Reload => {
+                    SignalEvent::Reload => {
                         let was_ready = reporter.reloading();
-                        match wish.reloaded(settings_file) {
+                        match desired.reload(settings_file) {
                             // It is ready once that runs.
                             Some(new) => break new,
                             None if was_ready => reporter.ready_as_before(),
@@ -267,34 +271,38 @@ async fn live_until_signal(
                 },
             }
         };
-        *wish = new;
+        *desired = new;
     }
 }
 
-fn gate_of(cloud: &Result<Cloud, String>) -> Gate<'_> {
-    cloud.as_ref().map(Cloud::gate).map_err(String::as_str)
+fn gate_of(cloud: &Result<OneGateAccess, String>) -> OneGateAvailability<'_> {
+    cloud.as_ref().map(OneGateAccess::gate).map_err(String::as_str)
 }
 
 /// The node's life, with the page of its metrics beside it.
-async fn live(wish: Wish, reporter: Rc<Reporter>, watchdog: &Watchdog) -> Result<Anew, BootError> {
-    let Some(address) = wish.settings.metrics.address() else {
-        return live_alone(wish, reporter, watchdog).await;
+async fn run_with_metrics(
+    desired: DesiredState,
+    reporter: Rc<Reporter>,
+    watchdog: &Watchdog,
+) -> Result<RestartRequested, BootError> {
+    let Some(address) = desired.settings.metrics.address() else {
+        return run_node(desired, reporter, watchdog).await;
     };
     let page = Rc::clone(&reporter);
     tokio::select! {
-        lived = live_alone(wish, reporter, watchdog) => lived,
+        outcome = run_node(desired, reporter, watchdog) => outcome,
         never = metrics_server::serve(address, || page.page()) => match never {},
     }
 }
 
 /// Brings the node up and keeps it up, until something new asks for the story from its beginning.
-async fn live_alone(
-    wish: Wish,
+async fn run_node(
+    desired: DesiredState,
     reporter: Rc<Reporter>,
     watchdog: &Watchdog,
-) -> Result<Anew, BootError> {
-    let Wish { config, settings, cloud } = wish;
-    let starting = LongStep::begin();
+) -> Result<RestartRequested, BootError> {
+    let DesiredState { config, settings, cloud } = desired;
+    let starting = TimeoutExtension::begin();
     reporter.publish_by(cloud.as_ref().ok());
     reporter.connected(false);
     reporter.news(|news| {
@@ -304,8 +312,8 @@ async fn live_alone(
     let find = async {
         // The SuperLink is looked for meanwhile. It may come last by hours, which is no reason to
         // keep the machine's boot.
-        let mut preparing = pin!(prepare(&config, &settings, &reporter));
-        let mut searching = pin!(search(&config, &settings, &cloud, &reporter));
+        let mut preparing = pin!(preflight(&config, &settings, &reporter));
+        let mut searching = pin!(discover_superlink(&config, &settings, &cloud, &reporter));
         let mut early = None;
         let prepared = loop {
             tokio::select! {
@@ -325,8 +333,8 @@ async fn live_alone(
     };
     // For as long as it takes: each of its steps has a limit of its own, but a SuperLink may be
     // waited for without end.
-    let (prepared, superlink) = watchdog.during(Duration::MAX, find).await?;
-    let Prepared { engine, distribution, verdict, access, image, python_path } = prepared;
+    let (prepared, superlink) = watchdog.guard(Duration::MAX, find).await?;
+    let Preflight { engine, distribution, verdict, access, image, python_path } = prepared;
     warn_of_release(&config, &image, superlink.version.as_ref());
     let machine = Machine { image_python_path: python_path, ..this_machine() };
     reporter.doing("Starting the container");
@@ -337,32 +345,32 @@ async fn live_alone(
         machine: machine.clone(),
         reporter: Rc::clone(&reporter),
     };
-    take_strays_away(&engine, &settings).await?;
+    remove_orphans(&engine, &settings).await?;
     let cloud = cloud.ok();
     let node =
         Node { config, settings, cloud, superlink, image, machine, distribution, access, reporter };
     tokio::select! {
-        lived = node.live(verdict, engine, starting, watchdog) => Ok(lived?),
+        outcome = node.supervise(verdict, engine, starting, watchdog) => Ok(outcome?),
         never = exporter.keep() => match never {},
     }
 }
 
 /// What the container needs beside the SuperLink.
-struct Prepared {
-    engine: Engine,
+struct Preflight {
+    engine: Client,
     distribution: Distribution,
     verdict: Verdict,
-    access: GpuAccess,
+    access: GpuInjection,
     image: ImageRef,
     /// PYTHONPATH in that image.
     python_path: Option<String>,
 }
 
-async fn prepare(
+async fn preflight(
     config: &Config,
     settings: &Settings,
     reporter: &Reporter,
-) -> Result<Prepared, BootError> {
+) -> Result<Preflight, BootError> {
     let (engine, detection) = tokio::join!(
         reach_docker(config.gpu_enabled, settings),
         detect_gpus(config, settings, settings.gpu.wait),
@@ -372,14 +380,14 @@ async fn prepare(
     // The GPU's finding comes first: where a GPU is required, an absent engine must not hide that
     // there is none.
     if let Some(finding) = verdict.finding() {
-        announce(config, finding, distribution)?;
+        report_fallback(config, finding, distribution)?;
     }
     let (engine, facts) = engine?;
     let (verdict, access) =
-        make_docker_able(config, verdict, &engine, facts, settings, distribution).await?;
-    let (image, found) = find_image(config, &engine, &settings.container.name, reporter).await?;
+        prepare_gpu_access(config, verdict, &engine, facts, settings, distribution).await?;
+    let (image, found) = resolve_image(config, &engine, &settings.container.name, reporter).await?;
     let python_path = found.variable("PYTHONPATH");
-    Ok(Prepared { engine, distribution, verdict, access, image, python_path })
+    Ok(Preflight { engine, distribution, verdict, access, image, python_path })
 }
 
 /// The engine, and where a GPU is wanted what it says of itself: that takes Docker 10 ms, while
@@ -387,18 +395,18 @@ async fn prepare(
 async fn reach_docker(
     wants_gpu: bool,
     settings: &Settings,
-) -> Result<(Engine, Option<Result<EngineFacts, EngineError>>), EngineError> {
+) -> Result<(Client, Option<Result<EngineInfo, EngineError>>), EngineError> {
     let engine =
-        Engine::wait_until_ready(&settings.docker.socket, settings.docker.ready_timeout).await?;
-    let facts = if wants_gpu { Some(engine.facts().await) } else { None };
+        Client::wait_until_ready(&settings.docker.socket, settings.docker.ready_timeout).await?;
+    let facts = if wants_gpu { Some(engine.info().await) } else { None };
     Ok((engine, facts))
 }
 
 /// Looks for the SuperLink until it is found, as `FL_EDGE_BACKOFF` wants it.
-async fn search(
+async fn discover_superlink(
     config: &Config,
     settings: &Settings,
-    cloud: &Result<Cloud, String>,
+    cloud: &Result<OneGateAccess, String>,
     reporter: &Reporter,
 ) -> Result<SuperLink, SuperLinkError> {
     let mut backoff = match config.edge_backoff {
@@ -417,7 +425,7 @@ async fn search(
             Err(error) if error.is_final() => return Err(error),
             Err(error) => error,
         };
-        let why = one_line(&logging::error_chain(&error));
+        let why = sanitize_line(&logging::error_chain(&error));
         let Some(pause) = backoff.after_failure() else {
             return Err(SuperLinkError::GaveUp { tries: backoff.tries(), last: Box::new(error) });
         };
@@ -437,13 +445,13 @@ async fn search(
 
 /// Says what was found, and adds this node's share of the data.
 async fn with_partition(
-    found: Found,
+    found: Discovery,
     config: &Config,
     settings: &Settings,
-    cloud: &Result<Cloud, String>,
+    cloud: &Result<OneGateAccess, String>,
     tries: u32,
 ) -> SuperLink {
-    let Found { mut superlink, service, warnings } = found;
+    let Discovery { mut superlink, service, warnings } = found;
     for warning in &warnings {
         tracing::warn!("{warning}");
     }
@@ -465,13 +473,13 @@ async fn with_partition(
 
 /// This node's share of the data. It is worth some seconds, and not the node.
 async fn partition_of(
-    cloud: &Cloud,
+    cloud: &OneGateAccess,
     mut service: Option<Service>,
     settings: &Settings,
 ) -> Option<Partition> {
     const LIMIT: Duration = Duration::from_secs(15);
     const PAUSE: Duration = Duration::from_secs(2);
-    let keeper = Keeper::of(settings, cloud.vm_id());
+    let keeper = PartitionStore::of(settings, cloud.vm_id());
     if let Some(partition) = keeper.of_this_boot() {
         return Some(partition);
     }
@@ -488,7 +496,7 @@ async fn partition_of(
             match taken.await {
                 Ok(partition) => return partition,
                 Err(OneGateError::NotInService) => return None,
-                Err(error) => why = one_line(&logging::error_chain(&error)),
+                Err(error) => why = sanitize_line(&logging::error_chain(&error)),
             }
             tokio::time::sleep(PAUSE).await;
         }
@@ -521,7 +529,7 @@ fn warn_of_release(config: &Config, image: &ImageRef, superlink: Option<&Version
 pub fn configure(
     context: &Context,
     settings: &Settings,
-) -> Result<(Config, Remarks), ConfigErrors> {
+) -> Result<(Config, Diagnostics), ConfigErrors> {
     match Prebaked::read(&settings.container.prebaked_dir) {
         Ok(prebaked) => Config::from_context(context, &prebaked),
         Err(mut errors) => {
@@ -534,7 +542,7 @@ pub fn configure(
     }
 }
 
-fn log_remarks(remarks: &Remarks) {
+fn log_remarks(remarks: &Diagnostics) {
     for line in remarks.warnings() {
         tracing::warn!("{line}");
     }
@@ -544,23 +552,23 @@ fn log_remarks(remarks: &Remarks) {
 }
 
 /// Chooses the way for the GPU and prepares it; a way that is barred makes the verdict CPU.
-async fn make_docker_able(
+async fn prepare_gpu_access(
     config: &Config,
     verdict: Verdict,
-    engine: &Engine,
-    facts: Option<Result<EngineFacts, EngineError>>,
+    engine: &Client,
+    facts: Option<Result<EngineInfo, EngineError>>,
     settings: &Settings,
     distribution: Distribution,
-) -> Result<(Verdict, GpuAccess), BootError> {
+) -> Result<(Verdict, GpuInjection), BootError> {
     let (Verdict::Gpu { devices, missing }, Some(facts)) = (&verdict, facts) else {
-        return Ok((verdict, GpuAccess::Runtime));
+        return Ok((verdict, GpuInjection::Runtime));
     };
     let facts = facts?;
     let access = choose_access(settings.gpu.injection, devices, Some(&facts));
-    if access == GpuAccess::Runtime
+    if access == GpuInjection::Runtime
         && let Err(finding) = ensure_runtime(engine, &facts, &settings.docker).await
     {
-        announce(config, &finding, distribution)?;
+        report_fallback(config, &finding, distribution)?;
         return Ok((Verdict::cpu(finding), access));
     }
     if !missing.is_empty() {
@@ -570,9 +578,9 @@ async fn make_docker_able(
 }
 
 /// The image that is wanted, else the one that is on the machine since it was built.
-async fn find_image(
+async fn resolve_image(
     config: &Config,
-    engine: &Engine,
+    engine: &Client,
     container: &str,
     reporter: &Reporter,
 ) -> Result<(ImageRef, Image), BootError> {
@@ -581,7 +589,7 @@ async fn find_image(
         return Ok((wanted, found));
     }
     // The name was taken off the image, and a container that was made from it goes on.
-    if let Some(running) = engine.find_container(container).await?.filter(|found| found.running)
+    if let Some(running) = engine.inspect_container(container).await?.filter(|found| found.running)
         && running.image == wanted.as_str()
         && let Some(found) = engine.find_image(&running.image_id).await?
     {
@@ -614,12 +622,12 @@ async fn find_image(
 
 /// Takes away what runs of ours under another name, because somebody gave it one or
 /// `container.name` was changed: it would train beside the node, on the same GPU.
-async fn take_strays_away(engine: &Engine, settings: &Settings) -> Result<(), EngineError> {
-    for name in engine.find_strays(settings).await? {
+async fn remove_orphans(engine: &Client, settings: &Settings) -> Result<(), EngineError> {
+    for name in engine.find_orphans(settings).await? {
         tracing::warn!(
             "the container {name} is this node's, under another name: it is stopped and removed"
         );
-        if let Some(stray) = engine.find_container(&name).await? {
+        if let Some(stray) = engine.inspect_container(&name).await? {
             engine.stop(&stray.id, settings.container.stop_timeout).await?;
             engine.remove(&stray).await?;
         }
@@ -648,7 +656,7 @@ async fn stop_containers(settings: &Settings) -> Result<(), String> {
     let (name, grace) = (&settings.container.name, settings.container.stop_timeout);
     let exporter = exporter::name_of(settings);
     let stop = async {
-        let engine = Engine::connect(&settings.docker.socket).await?;
+        let engine = Client::connect(&settings.docker.socket).await?;
         let (node, exporter) = tokio::join!(
             stop_container(&engine, name, grace),
             stop_container(&engine, &exporter, exporter::GRACE)
@@ -672,8 +680,8 @@ async fn stop_containers(settings: &Settings) -> Result<(), String> {
 }
 
 /// Stops a container of ours, where it runs.
-async fn stop_container(engine: &Engine, name: &str, grace: Duration) -> Result<(), EngineError> {
-    match engine.find_container(name).await? {
+async fn stop_container(engine: &Client, name: &str, grace: Duration) -> Result<(), EngineError> {
+    match engine.inspect_container(name).await? {
         Some(container) if container.running && container.spec_hash().is_some() => {
             tracing::info!("stopping the container {name}");
             engine.stop(&container.id, grace).await
@@ -684,21 +692,21 @@ async fn stop_container(engine: &Engine, name: &str, grace: Duration) -> Result<
 
 /// How a node's agent ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
+enum Shutdown {
     /// With its container.
     Stop,
     /// Alone.
-    Leave,
+    HandOver,
 }
 
 /// What a signal asks for.
-enum Received {
+enum SignalEvent {
     /// SIGTERM (systemctl stop) or SIGINT (a terminal).
-    End(&'static str),
+    Stop(&'static str),
     /// SIGHUP (systemctl reload).
     Reload,
     /// SIGUSR1 (an upgrade of the package).
-    Leave,
+    HandOver,
 }
 
 struct Signals {
@@ -719,18 +727,18 @@ impl Signals {
         })
     }
 
-    async fn next(&mut self) -> Received {
+    async fn next(&mut self) -> SignalEvent {
         tokio::select! {
-            _ = self.term.recv() => Received::End("SIGTERM"),
-            _ = self.interrupt.recv() => Received::End("SIGINT"),
-            _ = self.hangup.recv() => Received::Reload,
-            _ = self.leave.recv() => Received::Leave,
+            _ = self.term.recv() => SignalEvent::Stop("SIGTERM"),
+            _ = self.interrupt.recv() => SignalEvent::Stop("SIGINT"),
+            _ = self.hangup.recv() => SignalEvent::Reload,
+            _ = self.leave.recv() => SignalEvent::HandOver,
         }
     }
 
     async fn end(&mut self) -> &'static str {
         loop {
-            if let Received::End(name) = self.next().await {
+            if let SignalEvent::Stop(name) = self.next().await {
                 return name;
             }
         }

@@ -27,8 +27,8 @@ use crate::config::settings::Settings;
 use crate::container::plan::{ContainerSpec, PortSpec, SPEC_HASH_LABEL, STATE_DIR_LABEL};
 use crate::docker::log::Log;
 use crate::docker::ping::api_version;
-use crate::docker::pull_progress::Pull;
-use crate::gpu::reason::one_line;
+use crate::docker::pull_progress::PullProgress;
+use crate::gpu::reason::sanitize_line;
 use crate::logging::error_chain;
 use crate::values::ImageRef;
 
@@ -44,7 +44,7 @@ const PAUSE: Duration = Duration::from_millis(250);
 
 /// An engine that has answered.
 #[derive(Debug, Clone)]
-pub struct Engine {
+pub struct Client {
     docker: Docker,
 }
 
@@ -60,28 +60,28 @@ pub enum EngineError {
         message: String,
     },
     /// It refused a call.
-    #[error("Docker refused to {doing} (HTTP {status}): {message}")]
+    #[error("Docker refused to {operation} (HTTP {status}): {message}")]
     Refused {
         /// What was asked.
-        doing: &'static str,
+        operation: &'static str,
         /// The HTTP status.
         status: u16,
         /// Docker's own text.
         message: String,
     },
     /// The call failed on the way.
-    #[error("could not {doing}: {message}")]
+    #[error("could not {operation}: {message}")]
     Failed {
         /// What was asked.
-        doing: &'static str,
+        operation: &'static str,
         /// Why.
         message: String,
     },
     /// The call was not answered in time.
-    #[error("could not {doing}: Docker gave no answer within {} s", .limit.as_secs())]
+    #[error("could not {operation}: Docker gave no answer within {} s", .limit.as_secs())]
     TimedOut {
         /// What was asked.
-        doing: &'static str,
+        operation: &'static str,
         /// How long it was waited for.
         limit: Duration,
     },
@@ -111,12 +111,12 @@ const TROUBLES_OF_ANY_CONTAINER: &[&str] = &[
 ];
 
 impl EngineError {
-    fn new(doing: &'static str) -> impl Fn(ApiError) -> Self {
+    fn new(operation: &'static str) -> impl Fn(ApiError) -> Self {
         move |error| match error {
             ApiError::DockerResponseServerError { status_code, message } => {
-                Self::Refused { doing, status: status_code, message: one_line(&message) }
+                Self::Refused { operation, status: status_code, message: sanitize_line(&message) }
             }
-            error => Self::Failed { doing, message: one_line(&error_chain(&error)) },
+            error => Self::Failed { operation, message: sanitize_line(&error_chain(&error)) },
         }
     }
 
@@ -126,7 +126,7 @@ impl EngineError {
 
     /// Docker's reason, where this is an answer to a launch with a GPU that it may owe to the GPU;
     /// `None` where any other container would have met with the same.
-    pub fn may_be_of_the_gpu(&self) -> Option<String> {
+    pub fn gpu_start_failure(&self) -> Option<String> {
         match self {
             // 404 and 409: the container or its image are gone, or its name is taken.
             Self::Refused { status: 400 | 500, message, .. } => {
@@ -145,22 +145,22 @@ impl EngineError {
 
 /// One call, with a limit for all of it: the client's own limit ends with the head of the answer.
 async fn limited<T>(
-    doing: &'static str,
+    operation: &'static str,
     limit: Duration,
     call: impl Future<Output = Result<T, ApiError>>,
 ) -> Result<T, EngineError> {
     let since = Instant::now();
     let answer = tokio::time::timeout(limit, call).await;
-    tracing::debug!("Docker took {} µs to {doing}", since.elapsed().as_micros());
+    tracing::debug!("Docker took {} µs to {operation}", since.elapsed().as_micros());
     match answer {
-        Ok(answer) => answer.map_err(EngineError::new(doing)),
-        Err(_) => Err(EngineError::TimedOut { doing, limit }),
+        Ok(answer) => answer.map_err(EngineError::new(operation)),
+        Err(_) => Err(EngineError::TimedOut { operation, limit }),
     }
 }
 
 /// What the engine says of itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct EngineFacts {
+pub struct EngineInfo {
     /// Its release.
     pub version: String,
     /// Its runtimes: name and path, which is empty for a containerd shim.
@@ -243,7 +243,7 @@ impl Container {
     }
 }
 
-impl Engine {
+impl Client {
     /// Connects once.
     ///
     /// # Errors
@@ -258,10 +258,10 @@ impl Engine {
         tracing::debug!("Docker took {} µs to answer a ping", since.elapsed().as_micros());
         let version = answer
             .map_err(|_| unreachable(format!("no answer within {} s", CALL_LIMIT.as_secs())))?
-            .map_err(|error| unreachable(one_line(&error_chain(&error))))?;
+            .map_err(|error| unreachable(sanitize_line(&error_chain(&error))))?;
         let docker =
             Docker::connect_with_unix(&socket.to_string_lossy(), CALL_LIMIT.as_secs(), &version)
-                .map_err(|error| unreachable(one_line(&error_chain(&error))))?;
+                .map_err(|error| unreachable(sanitize_line(&error_chain(&error))))?;
         Ok(Self { docker })
     }
 
@@ -296,9 +296,9 @@ impl Engine {
     ///
     /// # Errors
     /// When the call fails.
-    pub async fn facts(&self) -> Result<EngineFacts, EngineError> {
+    pub async fn info(&self) -> Result<EngineInfo, EngineError> {
         let info = limited("describe itself", CALL_LIMIT, self.docker.info()).await?;
-        Ok(EngineFacts {
+        Ok(EngineInfo {
             version: info.server_version.unwrap_or_default(),
             data_root: info.docker_root_dir,
             runtimes: info
@@ -345,17 +345,17 @@ impl Engine {
         const DOING: &str = "pull the image";
         let options = CreateImageOptionsBuilder::default().from_image(image.as_str()).build();
         let mut steps = self.docker.create_image(Some(options), None, None);
-        let mut pull = Pull::default();
+        let mut pull = PullProgress::default();
         loop {
             let step = tokio::time::timeout(PULL_SILENCE, steps.next()).await;
             let Some(step) =
-                step.map_err(|_| EngineError::TimedOut { doing: DOING, limit: PULL_SILENCE })?
+                step.map_err(|_| EngineError::TimedOut { operation: DOING, limit: PULL_SILENCE })?
             else {
                 return Ok(());
             };
             let step = step.map_err(EngineError::new(DOING))?;
             if let Some(error) = step.error_detail.and_then(|detail| detail.message) {
-                return Err(EngineError::Failed { doing: DOING, message: error });
+                return Err(EngineError::Failed { operation: DOING, message: error });
             }
             let bytes = step.progress_detail.and_then(|detail| {
                 Some((u64::try_from(detail.current?).ok()?, u64::try_from(detail.total?).ok()?))
@@ -375,7 +375,7 @@ impl Engine {
     ///
     /// # Errors
     /// When the call fails.
-    pub async fn find_container(&self, name: &str) -> Result<Option<Container>, EngineError> {
+    pub async fn inspect_container(&self, name: &str) -> Result<Option<Container>, EngineError> {
         let call = self.docker.inspect_container(name, None::<InspectContainerOptions>);
         match limited("look at the container", CALL_LIMIT, call).await {
             Ok(found) => {
@@ -403,7 +403,7 @@ impl Engine {
     ///
     /// # Errors
     /// When the call fails.
-    pub async fn find_strays(&self, settings: &Settings) -> Result<Vec<String>, EngineError> {
+    pub async fn find_orphans(&self, settings: &Settings) -> Result<Vec<String>, EngineError> {
         let ours = HashMap::from([(
             "label",
             vec![format!("{STATE_DIR_LABEL}={}", settings.state.dir.display())],
@@ -476,12 +476,12 @@ impl Engine {
 
     /// Waits until somebody has paused the container, or (`wanted` is false) lets it go on. Never,
     /// where it cannot be told.
-    pub async fn until_paused(&self, id: &str, wanted: bool) {
+    pub async fn wait_for_pause(&self, id: &str, wanted: bool) {
         let filters = HashMap::from([("container", vec![id]), ("event", vec!["pause", "unpause"])]);
         // What happens between the look and the listening is among the events since then.
         let since =
             SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs().to_string();
-        if matches!(self.find_container(id).await, Ok(Some(found)) if found.running && found.paused == wanted)
+        if matches!(self.inspect_container(id).await, Ok(Some(found)) if found.running && found.paused == wanted)
         {
             return;
         }

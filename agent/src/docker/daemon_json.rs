@@ -251,7 +251,7 @@ impl<'t> Object<'t> {
         let newline = if text.contains("\r\n") { "\r\n" } else { "\n" };
         let start = offset_in(text, self.raw) + self.raw.find('{').unwrap_or(0);
         let outer = indent_of_line(text, start);
-        let one_line = !self.raw.trim_matches(JSON_BLANKS).contains('\n');
+        let sanitize_line = !self.raw.trim_matches(JSON_BLANKS).contains('\n');
         if self.members.is_empty() {
             // An empty object says nothing of its own: the text around it does.
             let whole_document =
@@ -270,7 +270,7 @@ impl<'t> Object<'t> {
             .strip_prefix(outer)
             .filter(|step| !step.is_empty())
             .map_or_else(|| step_of(text), String::from);
-        Style { lines: !one_line, indent: indent.into(), step, newline }
+        Style { lines: !sanitize_line, indent: indent.into(), step, newline }
     }
 }
 

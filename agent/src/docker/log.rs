@@ -12,11 +12,11 @@ use hyper::body::{Buf as _, Bytes};
 use tokio::time::Instant;
 
 /// What is kept of a line; the rest is passed over.
-const MOST_BYTES: usize = 1024;
+const MAX_BYTES: usize = 1024;
 /// The pause before a log that cannot be read is read again: the first, and the longest. There are
 /// drivers that never can.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+const MAX_PAUSE: Duration = Duration::from_secs(60);
 
 type Frames = Pin<Box<dyn Stream<Item = Result<LogOutput, ApiError>> + Send>>;
 
@@ -72,7 +72,7 @@ impl Log {
             }
             if let Some(again_at) = self.again_at {
                 tokio::time::sleep_until(again_at).await;
-                self.read_again();
+                self.reopen();
             }
             match self.frames.next().await? {
                 Ok(frame) => {
@@ -83,14 +83,14 @@ impl Log {
                 Err(error) => {
                     tracing::debug!("the container's log cannot be read: {error}");
                     self.again_at = Some(Instant::now() + self.pause);
-                    self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+                    self.pause = (self.pause * 2).min(MAX_PAUSE);
                 }
             }
         }
     }
 
     /// Opens it again; its lines come again from the first.
-    pub fn read_again(&mut self) {
+    pub fn reopen(&mut self) {
         self.again_at = None;
         (self.out, self.err, self.rest) = Default::default();
         self.frames = (self.open)();
@@ -112,7 +112,7 @@ impl Line {
         }
         let end = bytes.iter().position(|byte| *byte == b'\n');
         let part = &bytes[..end.unwrap_or(bytes.len())];
-        let room = MOST_BYTES - self.kept.len();
+        let room = MAX_BYTES - self.kept.len();
         self.kept.extend_from_slice(&part[..part.len().min(room)]);
         match end {
             Some(end) => bytes.advance(end + 1),
@@ -171,10 +171,10 @@ mod tests {
         let mut frames: Vec<_> = (0..1000).map(|_| out(&[b'x'; 16384])).collect();
         frames.push(out(b"\nnext\n"));
         let lines = lines(frames).await;
-        assert_eq!((lines[0].len(), lines[1].as_str()), (MOST_BYTES, "next"));
+        assert_eq!((lines[0].len(), lines[1].as_str()), (MAX_BYTES, "next"));
         let mut line = Line::default();
         assert!(!line.take(&mut Bytes::from_static(&[b'x'; 16384])));
-        assert!(line.kept.capacity() <= 2 * MOST_BYTES);
+        assert!(line.kept.capacity() <= 2 * MAX_BYTES);
     }
 
     #[tokio::test(start_paused = true)]

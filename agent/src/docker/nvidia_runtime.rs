@@ -10,7 +10,7 @@ use tokio::process::Command;
 use tokio::time::Instant;
 
 use crate::config::settings::{DockerSettings, Injection};
-use crate::docker::client::{Engine, EngineError, EngineFacts};
+use crate::docker::client::{Client, EngineError, EngineInfo};
 use crate::docker::daemon_json::{self, Merged, RUNTIME_NAME, Refused};
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::GpuDevice;
@@ -18,14 +18,14 @@ use crate::system::atomic_file;
 use crate::system::programs::find_program;
 
 /// A daemon.json above this size is none.
-const LARGEST_DAEMON_JSON_BYTES: u64 = 16 << 20;
+const MAX_DAEMON_JSON_BYTES: u64 = 16 << 20;
 /// How long a reload may take, and then the engine until it lists the runtime.
 const RELOAD_LIMIT: Duration = Duration::from_secs(30);
 const REGISTRATION_LIMIT: Duration = Duration::from_secs(10);
 
 /// How the container gets its GPUs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum GpuAccess {
+pub enum GpuInjection {
     /// `HostConfig.Runtime=nvidia`.
     Runtime,
     /// These CDI devices.
@@ -84,7 +84,7 @@ pub fn configure_daemon_json(path: &Path, runtime_path: &str) -> Result<bool, Da
             }
         }
     };
-    if new.len() as u64 > LARGEST_DAEMON_JSON_BYTES {
+    if new.len() as u64 > MAX_DAEMON_JSON_BYTES {
         // The next run would not read it any more.
         return Err(failed("write it")(io::Error::other(
             "with the nvidia runtime it would be larger than 16 MiB",
@@ -95,7 +95,7 @@ pub fn configure_daemon_json(path: &Path, runtime_path: &str) -> Result<bool, Da
         prepared.discard();
         return Err(DaemonJsonError::Changed { path: path.into() });
     }
-    prepared.put_in_place().map_err(failed("write it"))?;
+    prepared.commit().map_err(failed("write it"))?;
     Ok(true)
 }
 
@@ -103,9 +103,9 @@ pub fn configure_daemon_json(path: &Path, runtime_path: &str) -> Result<bool, Da
 /// there; then it is made where the last link points.
 fn target_of(path: &Path) -> io::Result<PathBuf> {
     // As many as Linux follows (path_resolution(7)).
-    const MOST_LINKS: usize = 40;
+    const MAX_LINKS: usize = 40;
     let mut target = path.to_owned();
-    for _ in 0..=MOST_LINKS {
+    for _ in 0..=MAX_LINKS {
         target = match target.read_link() {
             Ok(next) => target.parent().unwrap_or(Path::new("/")).join(next),
             // No link, or nothing there.
@@ -120,7 +120,7 @@ fn target_of(path: &Path) -> io::Result<PathBuf> {
             Err(error) => return Err(error),
         };
     }
-    Err(io::Error::other(format!("it leads over more than {MOST_LINKS} links, or in a circle")))
+    Err(io::Error::other(format!("it leads over more than {MAX_LINKS} links, or in a circle")))
 }
 
 /// Makes `run` and `configure-runtime` write one after the other: each would take the other's
@@ -156,8 +156,8 @@ fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
         Err(error) => return Err(error),
     };
     let mut bytes = Vec::new();
-    file.take(LARGEST_DAEMON_JSON_BYTES + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > LARGEST_DAEMON_JSON_BYTES {
+    file.take(MAX_DAEMON_JSON_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_DAEMON_JSON_BYTES {
         return Err(io::Error::other("it is larger than 16 MiB"));
     }
     Ok(Some(bytes))
@@ -180,8 +180,8 @@ fn text_of(bytes: &[u8]) -> Result<&str, Refused> {
 pub fn choose_access(
     injection: Injection,
     devices: &[GpuDevice],
-    engine: Option<&EngineFacts>,
-) -> GpuAccess {
+    engine: Option<&EngineInfo>,
+) -> GpuInjection {
     const KIND: &str = "nvidia.com/gpu=";
     let reported = |name: &str| {
         engine.is_some_and(|facts| facts.cdi_devices.iter().any(|device| device == name))
@@ -199,9 +199,9 @@ pub fn choose_access(
         })
         .collect();
     match (injection, resolved) {
-        (Injection::Runtime, _) | (Injection::Auto, None) => GpuAccess::Runtime,
-        (Injection::Auto | Injection::Cdi, Some(names)) => GpuAccess::Cdi(names),
-        (Injection::Cdi, None) => GpuAccess::Cdi(devices.iter().map(by_uuid).collect()),
+        (Injection::Runtime, _) | (Injection::Auto, None) => GpuInjection::Runtime,
+        (Injection::Auto | Injection::Cdi, Some(names)) => GpuInjection::Cdi(names),
+        (Injection::Cdi, None) => GpuInjection::Cdi(devices.iter().map(by_uuid).collect()),
     }
 }
 
@@ -211,8 +211,8 @@ pub fn choose_access(
 /// # Errors
 /// The finding with which the node goes to the CPU.
 pub async fn ensure_runtime(
-    engine: &Engine,
-    facts: &EngineFacts,
+    engine: &Client,
+    facts: &EngineInfo,
     settings: &DockerSettings,
 ) -> Result<(), Finding> {
     if let Some(path) = facts.runtimes.get(RUNTIME_NAME) {
@@ -242,7 +242,7 @@ pub async fn ensure_runtime(
     })?;
     let deadline = Instant::now() + REGISTRATION_LIMIT;
     loop {
-        let answer = engine.facts().await;
+        let answer = engine.info().await;
         if let Some(path) = answer.as_ref().ok().and_then(|facts| facts.runtimes.get(RUNTIME_NAME))
         {
             return is_installed(path, settings);
@@ -378,7 +378,7 @@ mod tests {
     #[test]
     fn a_file_that_would_grow_beyond_the_limit_is_not_written() {
         let folder = Folder::new("limit");
-        let largest = usize::try_from(LARGEST_DAEMON_JSON_BYTES).unwrap();
+        let largest = usize::try_from(MAX_DAEMON_JSON_BYTES).unwrap();
         let file = folder.0.join("daemon.json");
         let text = format!("{{\"a\": \"{}\"}}", "x".repeat(largest - 9));
         assert_eq!(text.len(), largest);
@@ -402,10 +402,10 @@ mod tests {
         }
     }
 
-    fn engine(cdi_devices: &[&str]) -> EngineFacts {
-        EngineFacts {
+    fn engine(cdi_devices: &[&str]) -> EngineInfo {
+        EngineInfo {
             cdi_devices: cdi_devices.iter().map(|name| (*name).into()).collect(),
-            ..EngineFacts::default()
+            ..EngineInfo::default()
         }
     }
 
@@ -413,16 +413,17 @@ mod tests {
     fn auto_takes_cdi_only_where_docker_reports_every_device() {
         let devices = [device(0, "GPU-a"), device(1, "GPU-b")];
         let choose =
-            |injection, facts: &EngineFacts| choose_access(injection, &devices, Some(facts));
+            |injection, facts: &EngineInfo| choose_access(injection, &devices, Some(facts));
         let all = engine(&["nvidia.com/gpu=GPU-a", "nvidia.com/gpu=1", "nvidia.com/gpu=all"]);
-        let named = GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-a".into(), "nvidia.com/gpu=1".into()]);
+        let named =
+            GpuInjection::Cdi(vec!["nvidia.com/gpu=GPU-a".into(), "nvidia.com/gpu=1".into()]);
         assert_eq!(choose(Injection::Auto, &all), named);
-        assert_eq!(choose(Injection::Runtime, &all), GpuAccess::Runtime);
+        assert_eq!(choose(Injection::Runtime, &all), GpuInjection::Runtime);
         let some = engine(&["nvidia.com/gpu=GPU-a"]);
-        assert_eq!(choose(Injection::Auto, &some), GpuAccess::Runtime);
-        assert_eq!(choose_access(Injection::Auto, &devices, None), GpuAccess::Runtime);
+        assert_eq!(choose(Injection::Auto, &some), GpuInjection::Runtime);
+        assert_eq!(choose_access(Injection::Auto, &devices, None), GpuInjection::Runtime);
         let by_uuid =
-            GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-a".into(), "nvidia.com/gpu=GPU-b".into()]);
+            GpuInjection::Cdi(vec!["nvidia.com/gpu=GPU-a".into(), "nvidia.com/gpu=GPU-b".into()]);
         assert_eq!(choose(Injection::Cdi, &some), by_uuid);
     }
 
@@ -431,7 +432,7 @@ mod tests {
         let instance = [device(0, "MIG-a")];
         assert_eq!(
             choose_access(Injection::Auto, &instance, Some(&engine(&["nvidia.com/gpu=0"]))),
-            GpuAccess::Runtime
+            GpuInjection::Runtime
         );
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 /// What Docker has told of the layers so far.
 #[derive(Debug, Default)]
-pub struct Pull {
+pub struct PullProgress {
     layers: BTreeMap<String, Layer>,
 }
 
@@ -18,7 +18,7 @@ struct Layer {
     is_unpacked: bool,
 }
 
-impl Pull {
+impl PullProgress {
     /// Takes one message of Docker: the layer's id, the status, and the bytes that it counts
     /// (current, total). The statuses are those of moby/moby, distribution/pull_v2.go and
     /// distribution/xfer/download.go.
@@ -79,7 +79,7 @@ mod tests {
     type Step = (&'static str, &'static str, Option<(u64, u64)>);
 
     fn after(steps: &[Step]) -> Option<String> {
-        let mut pull = Pull::default();
+        let mut pull = PullProgress::default();
         for (id, status, bytes) in steps {
             pull.take(id, status, *bytes);
         }
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn the_progress_is_that_of_all_layers_together() {
-        let mut pull = Pull::default();
+        let mut pull = PullProgress::default();
         let mut take = |id: &str, status: &str, bytes| {
             pull.take(id, status, bytes);
             pull.progress()

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use crate::docker::client::Container;
 use crate::docker::log::Log;
-use crate::flower::log::{Said, said};
+use crate::flower::log::{LogEvent, parse_log_line};
 
 /// The connection of a node to its SuperLink.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -45,25 +45,27 @@ impl Connection {
     /// The connection after Flower has said this, at the time `now`. What changes nothing keeps its
     /// time.
     #[must_use]
-    pub fn after(self, said: Said, now: SystemTime) -> Self {
+    pub fn after(self, said: LogEvent, now: SystemTime) -> Self {
         match (self, said) {
-            (Self::Connected { node_id: old, .. }, Said::Registered(node_id)) if node_id == old => {
+            (Self::Connected { node_id: old, .. }, LogEvent::Registered(node_id))
+                if node_id == old =>
+            {
                 self
             }
-            (_, Said::Registered(node_id)) => Self::Connected { node_id, since: now },
+            (_, LogEvent::Registered(node_id)) => Self::Connected { node_id, since: now },
             // Only what was connected before is so again: an app says this sentence, too, of its
             // connection to the node.
-            (Self::Lost { node_id: Some(node_id), .. }, Said::Reconnected) => {
+            (Self::Lost { node_id: Some(node_id), .. }, LogEvent::Reconnected) => {
                 Self::Connected { node_id, since: now }
             }
-            (_, Said::Reconnected) => self,
-            (Self::Connected { node_id, .. }, Said::Retrying) => {
+            (_, LogEvent::Reconnected) => self,
+            (Self::Connected { node_id, .. }, LogEvent::Retrying) => {
                 Self::Lost { node_id: Some(node_id), since: now }
             }
-            (Self::Unknown, Said::Retrying | Said::Ended)
-            | (Self::Connected { .. }, Said::Ended) => Self::Lost { node_id: None, since: now },
-            (Self::Lost { .. }, Said::Retrying) => self,
-            (Self::Lost { since, .. }, Said::Ended) => Self::Lost { node_id: None, since },
+            (Self::Unknown, LogEvent::Retrying | LogEvent::Ended)
+            | (Self::Connected { .. }, LogEvent::Ended) => Self::Lost { node_id: None, since: now },
+            (Self::Lost { .. }, LogEvent::Retrying) => self,
+            (Self::Lost { since, .. }, LogEvent::Ended) => Self::Lost { node_id: None, since },
         }
     }
 
@@ -83,7 +85,7 @@ impl Connection {
 
 /// The connection of one run of the container.
 #[derive(Debug)]
-pub struct Listener {
+pub struct ConnectionMonitor {
     /// Until it ends.
     log: Option<Log>,
     connection: Connection,
@@ -96,9 +98,9 @@ pub struct Listener {
 /// Flower has said its word, and nobody heard it. So a log that tells nothing is read again from
 /// the first.
 const FIRST_SILENCE: Duration = Duration::from_secs(20);
-const LONGEST_SILENCE: Duration = Duration::from_secs(3600);
+const MAX_SILENCE: Duration = Duration::from_secs(3600);
 
-impl Listener {
+impl ConnectionMonitor {
     /// Listens to a run of the container, from its beginning.
     pub fn new(log: Log) -> Self {
         let again = (Instant::now() + FIRST_SILENCE, FIRST_SILENCE);
@@ -117,8 +119,8 @@ impl Listener {
             let line = tokio::select! {
                 line = log.next_line() => line,
                 () = tokio::time::sleep_until(self.again.0), if matches!(self.connection, Connection::Unknown) => {
-                    log.read_again();
-                    let pause = (self.again.1 * 2).min(LONGEST_SILENCE);
+                    log.reopen();
+                    let pause = (self.again.1 * 2).min(MAX_SILENCE);
                     self.again = (Instant::now() + pause, pause);
                     continue;
                 }
@@ -127,7 +129,7 @@ impl Listener {
                 self.log = None;
                 break;
             };
-            let Some(said) = said(&line) else { continue };
+            let Some(said) = parse_log_line(&line) else { continue };
             let before = self.connection;
             self.connection = before.after(said, SystemTime::now());
             if self.connection.differs_from(&before) {
@@ -181,7 +183,7 @@ mod tests {
     }
 
     /// The connection after all this, one a second.
-    fn after(said: &[Said]) -> Connection {
+    fn after(said: &[LogEvent]) -> Connection {
         (1..).zip(said).fold(Connection::Unknown, |connection, (second, said)| {
             connection.after(*said, at(second))
         })
@@ -189,7 +191,7 @@ mod tests {
 
     #[test]
     fn the_node_is_connected_from_its_id_until_an_attempt_fails() {
-        use Said::{Ended, Reconnected, Registered, Retrying};
+        use LogEvent::{Ended, Reconnected, Registered, Retrying};
         let connected = |second| Connection::Connected { node_id: 7, since: at(second) };
         let lost = |node_id, second| Connection::Lost { node_id, since: at(second) };
         for (said, expected) in [
@@ -224,7 +226,7 @@ mod tests {
             }
             _ => stream::pending().boxed(),
         };
-        let mut listener = Listener::new(Log::new(frames));
+        let mut listener = ConnectionMonitor::new(Log::new(frames));
         let since = Instant::now();
         assert_eq!(listener.next_change().await.node_id(), Some(7));
         assert_eq!(since.elapsed().as_secs(), 20 + 40);
@@ -250,7 +252,7 @@ WARNING :   Connection attempt failed, retrying in 0.62 seconds
             stream::iter(log.as_bytes().chunks(7))
                 .map(|part| Ok(LogOutput::StdErr { message: part.into() }))
         };
-        let mut listener = Listener::new(Log::new(frames));
+        let mut listener = ConnectionMonitor::new(Log::new(frames));
         assert!(matches!(listener.next_change().await, Connection::Lost { node_id: None, .. }));
         assert_eq!(listener.next_change().await.node_id(), Some(7));
         assert!(matches!(listener.next_change().await, Connection::Lost { node_id: Some(7), .. }));

@@ -25,21 +25,21 @@ use crate::logging::error_chain;
 const CHECK_LIMIT: Duration = Duration::from_secs(10);
 /// The pause between two checks of a node that is connected to its SuperLink, and of one that is
 /// not: a hang begins with that.
-const PAUSE: Duration = Duration::from_secs(60);
-const PAUSE_WHILE_APART: Duration = Duration::from_secs(15);
+const INTERVAL: Duration = Duration::from_secs(60);
+const INTERVAL_DISCONNECTED: Duration = Duration::from_secs(15);
 /// The pause after a failure that counts.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
 /// So many failures in a row are a death.
-const FAILURES: u32 = 3;
+const FAILURE_THRESHOLD: u32 = 3;
 /// A container that has run for so long serves its health if it ever does.
-const STARTED_AFTER: Duration = Duration::from_secs(120);
+const START_PERIOD: Duration = Duration::from_secs(120);
 
 /// An empty HealthCheckRequest as gRPC frames it: not compressed, and its length.
 const REQUEST: &[u8] = &[0, 0, 0, 0, 0];
 /// A HealthCheckResponse with the status SERVING, framed (grpc/grpc, `doc/health-checking.md`).
 const SERVING: &[u8] = &[0, 0, 0, 0, 2, 8, 1];
 /// The answer has seven bytes.
-const MOST_BYTES: usize = 4096;
+const MAX_BYTES: usize = 4096;
 
 /// Why a check failed.
 #[derive(Debug, thiserror::Error)]
@@ -134,7 +134,7 @@ async fn problem_with(
         return Ok(Some(format!("HTTP {}", response.status())));
     }
     let (head, body) = response.into_parts();
-    let body = Limited::new(body, MOST_BYTES).collect().await?;
+    let body = Limited::new(body, MAX_BYTES).collect().await?;
     // A call that fails at once has its status in the head.
     let status = body.trailers().and_then(|trailers| trailers.get("grpc-status"));
     let status = status
@@ -154,8 +154,8 @@ async fn problem_with(
 
 /// How a container was found dead.
 #[derive(Debug, thiserror::Error)]
-#[error("Flower's health service failed {FAILURES} checks in a row: {}", error_chain(.last))]
-pub struct Dead {
+#[error("Flower's health service failed {FAILURE_THRESHOLD} checks in a row: {}", error_chain(.last))]
+pub struct LivenessFailure {
     /// The last failure.
     pub last: HealthError,
 }
@@ -171,19 +171,23 @@ pub struct Dead {
 pub struct Liveness {
     /// The run of the container: its id, and when it was started.
     run: (String, String),
-    was_well: bool,
+    was_healthy: bool,
     failures: u32,
     /// When it was asked last: the pause is kept, however often the watch is taken up again.
     asked: Option<Instant>,
     /// Whether a container was taken for dead that had never been well, and none has been well
     /// since.
-    doubts: bool,
+    suspect: bool,
 }
 
 impl Liveness {
     /// Asks for the health of `container`, which is connected to its SuperLink or not, until it is
     /// dead. Never, where it has no address. A call that is given up loses nothing.
-    pub async fn until_dead(&mut self, container: &Container, connected: bool) -> Dead {
+    pub async fn wait_until_unresponsive(
+        &mut self,
+        container: &Container,
+        connected: bool,
+    ) -> LivenessFailure {
         let Some(ip_address) = container.ip_address else {
             return std::future::pending().await;
         };
@@ -196,39 +200,39 @@ impl Liveness {
         check: impl AsyncFn() -> Result<(), HealthError>,
         container: &Container,
         connected: bool,
-    ) -> Dead {
+    ) -> LivenessFailure {
         if (&self.run.0, &self.run.1) != (&container.id, &container.started_at) {
             self.run = (container.id.clone(), container.started_at.clone());
-            (self.was_well, self.failures, self.asked) = (false, 0, None);
+            (self.was_healthy, self.failures, self.asked) = (false, 0, None);
         }
-        let has_started = Instant::now() + STARTED_AFTER.saturating_sub(container.running_for());
+        let has_started = Instant::now() + START_PERIOD.saturating_sub(container.running_for());
         loop {
             if let Some(asked) = self.asked {
-                let is_starting = !self.was_well && Instant::now() < has_started;
+                let is_starting = !self.was_healthy && Instant::now() < has_started;
                 let pause = match (self.failures, connected) {
                     (1.., _) => PAUSE_AFTER_FAILURE,
                     // A failure counts once it was well: that is to be known soon.
                     _ if is_starting => PAUSE_AFTER_FAILURE,
-                    (0, true) => PAUSE,
-                    (0, false) => PAUSE_WHILE_APART,
+                    (0, true) => INTERVAL,
+                    (0, false) => INTERVAL_DISCONNECTED,
                 };
                 tokio::time::sleep_until(asked + pause).await;
             }
             let answer = check().await;
             self.asked = Some(Instant::now());
             let Err(error) = answer else {
-                (self.was_well, self.failures, self.doubts) = (true, 0, false);
+                (self.was_healthy, self.failures, self.suspect) = (true, 0, false);
                 continue;
             };
             tracing::debug!("no sign of health: {}", error_chain(&error));
             let refused = matches!(error, HealthError::Refused { .. });
-            if self.was_well || (refused && !self.doubts && Instant::now() >= has_started) {
+            if self.was_healthy || (refused && !self.suspect && Instant::now() >= has_started) {
                 self.failures += 1;
             }
-            if self.failures >= FAILURES {
+            if self.failures >= FAILURE_THRESHOLD {
                 self.failures = 0;
-                self.doubts = !self.was_well;
-                return Dead { last: error };
+                self.suspect = !self.was_healthy;
+                return LivenessFailure { last: error };
             }
         }
     }
@@ -306,7 +310,7 @@ mod tests {
             );
         }
         let error =
-            check(server(200, &[b'x'; MOST_BYTES + 1], Some("0")).await, LIMIT).await.unwrap_err();
+            check(server(200, &[b'x'; MAX_BYTES + 1], Some("0")).await, LIMIT).await.unwrap_err();
         assert!(matches!(error, HealthError::Broken { .. }), "{error:?}");
     }
 

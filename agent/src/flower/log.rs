@@ -2,7 +2,7 @@
 
 /// What a line of Flower's log says of the connection to the SuperLink.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Said {
+pub enum LogEvent {
     /// The node has connected, and has this id for its SuperLink. Flower says it once in a process.
     Registered(u64),
     /// An attempt after one that failed came through.
@@ -20,9 +20,9 @@ pub enum Said {
 /// A line of Flower is a level, coloured, `:`, blanks and a sentence (`common/logger.py`; with
 /// `FLWR_LOG_LEVEL=DEBUG` the time stands behind the level): `\x1b[92mINFO \x1b[0m:      SuperNode
 /// ID: 7`. What a ClientApp prints has no level before it. The SuperExec and the apps, which are
-/// Flower too and write to the same log, say [`Said::Reconnected`] and [`Said::Retrying`] of their
+/// Flower too and write to the same log, say [`LogEvent::Reconnected`] and [`LogEvent::Retrying`] of their
 /// connection to the node.
-pub fn said(line: &str) -> Option<Said> {
+pub fn parse_log_line(line: &str) -> Option<LogEvent> {
     let line = after_colour(line);
     let rest = ["INFO", "WARNING", "ERROR"].iter().find_map(|level| line.strip_prefix(level))?;
     let (time, sentence) = rest.split_once(": ")?;
@@ -31,18 +31,18 @@ pub fn said(line: &str) -> Option<Said> {
     }
     let sentence = sentence.trim_start();
     if let Some(id) = sentence.strip_prefix("SuperNode ID: ") {
-        return id.trim_end().parse().ok().map(Said::Registered);
+        return id.trim_end().parse().ok().map(LogEvent::Registered);
     }
     SENTENCES.iter().find(|(beginning, _)| sentence.starts_with(beginning)).map(|(_, said)| *said)
 }
 
 /// The beginnings of sentences: `common/retry_invoker.py`, from 1.32.0 `supercore/retry/`;
 /// `supernode/start_client_internal.py`.
-const SENTENCES: &[(&str, Said)] = &[
-    ("Connection attempt failed, retrying", Said::Retrying),
-    ("Connection successful after", Said::Reconnected),
-    ("Giving up reconnection after", Said::Ended),
-    ("SuperNode terminated gracefully", Said::Ended),
+const SENTENCES: &[(&str, LogEvent)] = &[
+    ("Connection attempt failed, retrying", LogEvent::Retrying),
+    ("Connection successful after", LogEvent::Reconnected),
+    ("Giving up reconnection after", LogEvent::Ended),
+    ("SuperNode terminated gracefully", LogEvent::Ended),
 ];
 
 /// What stands behind an escape sequence for a colour, where the text begins with one.
@@ -59,11 +59,11 @@ mod tests {
     use super::*;
 
     /// What the lines say that say something.
-    fn all_said(lines: &str) -> Vec<Said> {
-        lines.lines().filter_map(said).collect()
+    fn all_said(lines: &str) -> Vec<LogEvent> {
+        lines.lines().filter_map(parse_log_line).collect()
     }
 
-    use Said::{Ended, Reconnected, Registered, Retrying};
+    use LogEvent::{Ended, Reconnected, Registered, Retrying};
 
     /// Recorded with the SuperLink stopped after 11 s and started again at once: both processes end
     /// with exit code 0. That of 1.31.0 takes 5 s to it, and in a container it has been seen to
@@ -141,7 +141,7 @@ httpx.HTTPStatusError: Client error '401 Unauthorized' for url 'http://127.0.0.1
             "INFO 2026-11-26 16:11:13,123:      SuperNode ID: 7",
             "\x1b[1;92mINFO\x1b[0m:      SuperNode ID: 7",
         ] {
-            assert_eq!(said(line), Some(Registered(7)), "{line}");
+            assert_eq!(parse_log_line(line), Some(Registered(7)), "{line}");
         }
     }
 
@@ -164,7 +164,7 @@ httpx.HTTPStatusError: Client error '401 Unauthorized' for url 'http://127.0.0.1
             "INFO :      the app said: SuperNode ID: 7",
             "INFO :      SuperExec terminated gracefully.",
         ] {
-            assert_eq!(said(line), None, "{line}");
+            assert_eq!(parse_log_line(line), None, "{line}");
         }
     }
 }

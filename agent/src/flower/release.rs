@@ -35,7 +35,7 @@ pub struct Release {
     fleet_protocol: Protocol,
     fleet_port: u16,
     serves_health: bool,
-    tells_node_id: bool,
+    logs_node_id: bool,
 }
 
 /// The first with `--isolation`; it has all flags of flower-supernode that the agent uses but
@@ -47,12 +47,12 @@ const V1_11: Release = Release {
     fleet_protocol: Protocol::Grpc,
     fleet_port: 9092,
     serves_health: false,
-    tells_node_id: false,
+    logs_node_id: false,
 };
 /// `supercore/grpc_health/health_server.py`, used in `supernode/start_client_internal.py`.
 const V1_21: Release = Release { since: [1, 21, 0], serves_health: true, ..V1_11 };
 /// `SuperNode ID: <n>` in `supernode/start_client_internal.py`.
-const V1_24: Release = Release { since: [1, 24, 0], tells_node_id: true, ..V1_21 };
+const V1_24: Release = Release { since: [1, 24, 0], logs_node_id: true, ..V1_21 };
 /// `supernode/fleet_http_connection.py`; `SUPERLINK_UVICORN_DEFAULT_PORT` in
 /// `supercore/constant.py`, which until 1.39 is the port of the other APIs alone.
 const V1_40: Release =
@@ -84,9 +84,9 @@ impl Release {
         self.serves_health
     }
 
-    /// Whether the log tells, at the level INFO, when the node has connected: [`Said::Registered`].
-    pub fn tells_node_id(&self) -> bool {
-        self.tells_node_id
+    /// Whether the log tells, at the level INFO, when the node has connected: [`LogEvent::Registered`].
+    pub fn logs_node_id(&self) -> bool {
+        self.logs_node_id
     }
 }
 
@@ -150,7 +150,7 @@ mod tests {
                 release.fleet_protocol(),
                 release.fleet_port(),
                 release.serves_health(),
-                release.tells_node_id(),
+                release.logs_node_id(),
             );
             assert_eq!(found, (protocol, port, health, id), "{text}");
         }

@@ -1,4 +1,4 @@
-//! The GPU: what is present (sysfs), what was promised (context), what the driver says (NVML), and
+//! The GPU: what is present (sysfs), what was assigned (context), what the driver says (NVML), and
 //! what follows from it; and, while the node runs, what becomes of it.
 
 pub mod kernel;
@@ -27,7 +27,7 @@ use verdict::Verdict;
 const PAUSE: Duration = Duration::from_millis(500);
 /// How often after that: in sysfs, and, where that shows a driver, by the probe, ever more rarely.
 const LATE_PAUSE: Duration = Duration::from_secs(10);
-const LONGEST_LATE_PAUSE: Duration = Duration::from_secs(300);
+const MAX_LATE_PAUSE: Duration = Duration::from_secs(300);
 
 /// The verdict and what it rests on.
 #[derive(Debug)]
@@ -59,7 +59,7 @@ pub async fn detect_gpus(config: &Config, settings: &Settings, wait: Duration) -
 /// Whether a node that runs on the CPU for this reason may find its GPU usable later: somebody
 /// installs, loads or binds the driver, or plugs the device in. A GPU that failed is not among
 /// them, nor a driver that hangs whoever asks it.
-pub fn may_come_late(verdict: &Verdict) -> bool {
+pub fn is_recoverable(verdict: &Verdict) -> bool {
     verdict.finding().is_some_and(|finding| {
         matches!(
             finding.reason,
@@ -78,7 +78,7 @@ pub fn may_come_late(verdict: &Verdict) -> bool {
 }
 
 /// Looks for the GPU at a slow pace until it is usable.
-pub async fn until_usable(config: &Config, settings: &Settings) {
+pub async fn wait_until_available(config: &Config, settings: &Settings) {
     let mut pause = LATE_PAUSE;
     loop {
         tokio::time::sleep(pause).await;
@@ -87,11 +87,8 @@ pub async fn until_usable(config: &Config, settings: &Settings) {
             return;
         }
         // sysfs costs nothing; the probe loads NVIDIA's library.
-        pause = if detection.outcome.is_some() {
-            (pause * 2).min(LONGEST_LATE_PAUSE)
-        } else {
-            LATE_PAUSE
-        };
+        pause =
+            if detection.outcome.is_some() { (pause * 2).min(MAX_LATE_PAUSE) } else { LATE_PAUSE };
     }
 }
 

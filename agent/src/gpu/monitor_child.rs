@@ -28,19 +28,19 @@ const ROUNDS_TO_A_LOSS: u32 = 3;
 /// What repeats itself is counted, and told this often.
 const COUNT_PERIOD: Duration = Duration::from_secs(60);
 /// More kinds of events than all GPUs of a machine have: beyond them nothing is remembered.
-const MOST_KINDS: usize = 1024;
+const MAX_KINDS: usize = 1024;
 
 /// What the child says, a line each.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Notice {
+pub enum MonitorMessage {
     /// It has begun.
     Watching {
         /// Devices that give no events: only their health is looked after.
-        deaf: Vec<String>,
+        unsupported: Vec<String>,
     },
     /// It goes on.
-    Alive,
+    Heartbeat,
     /// How a device is doing.
     Reading {
         /// The device.
@@ -65,11 +65,11 @@ pub enum Notice {
         fault: Fault,
     },
     /// NVML reports hardware faults.
-    Ailing {
+    Unhealthy {
         /// The device.
         uuid: String,
         /// The faults.
-        ailments: Vec<String>,
+        health_issues: Vec<String>,
     },
     /// The file of the library is not there any more.
     LibraryGone {
@@ -121,23 +121,25 @@ impl Reading {
 ///
 /// # Errors
 /// When nobody reads any more.
-pub fn tell_on_stdout(library: &str, uuids: &[String], readings: bool) -> io::Result<()> {
-    let mut out = probe_child::settle_as_child()?;
+pub fn run_monitor(library: &str, uuids: &[String], readings: bool) -> io::Result<()> {
+    let mut out = probe_child::init_child()?;
     let file = LibraryFile::look(library).path;
     match probe_child::open(library) {
-        Ok(nvml) => Rounds::new(&nvml, uuids, readings).go_on(library, file.as_deref(), &mut out),
-        Err(fault) => say(&mut out, &Notice::Failed { fault }),
+        Ok(nvml) => {
+            MonitorLoop::new(&nvml, uuids, readings).go_on(library, file.as_deref(), &mut out)
+        }
+        Err(fault) => say(&mut out, &MonitorMessage::Failed { fault }),
     }
 }
 
-fn say(out: &mut File, notice: &Notice) -> io::Result<()> {
+fn say(out: &mut File, notice: &MonitorMessage) -> io::Result<()> {
     let mut line = serde_json::to_vec(notice)?;
     line.push(b'\n');
     out.write_all(&line)
 }
 
 /// A device in use.
-struct Patient {
+struct MonitoredGpu {
     uuid: String,
     /// The UUID of its card, by which events name it.
     card: Option<String>,
@@ -145,9 +147,9 @@ struct Patient {
     told: bool,
 }
 
-struct Rounds<'n> {
+struct MonitorLoop<'n> {
     nvml: &'n Nvml,
-    patients: Vec<Patient>,
+    patients: Vec<MonitoredGpu>,
     /// Whether their figures are told.
     readings: bool,
     /// A wait that fails is no fault of one device: so many rounds in a row.
@@ -157,9 +159,9 @@ struct Rounds<'n> {
     absent: u32,
 }
 
-impl<'n> Rounds<'n> {
+impl<'n> MonitorLoop<'n> {
     fn new(nvml: &'n Nvml, uuids: &[String], readings: bool) -> Self {
-        let patients = uuids.iter().map(|uuid| Patient {
+        let patients = uuids.iter().map(|uuid| MonitoredGpu {
             uuid: uuid.clone(),
             card: probe_child::card_of(nvml, uuid)
                 .and_then(|card| probe_child::uuid_of(&card))
@@ -178,9 +180,9 @@ impl<'n> Rounds<'n> {
     }
 
     fn go_on(mut self, library: &str, file: Option<&str>, out: &mut File) -> io::Result<()> {
-        let (set, deaf) = self.listen();
-        say(out, &Notice::Watching { deaf })?;
-        let mut tally = Tally::default();
+        let (set, unsupported) = self.listen();
+        say(out, &MonitorMessage::Watching { unsupported })?;
+        let mut tally = EventCounter::default();
         let mut next_round = Instant::now();
         loop {
             let left = next_round.saturating_duration_since(Instant::now());
@@ -189,24 +191,28 @@ impl<'n> Rounds<'n> {
                     say(out, &notice)?;
                 }
                 if let Some(path) = file.filter(|_| self.library_is_lost(library)) {
-                    say(out, &Notice::LibraryGone { path: path.into() })?;
+                    say(out, &MonitorMessage::LibraryGone { path: path.into() })?;
                 }
                 for ((patient, xid), times) in tally.due(Instant::now()) {
                     say(
                         out,
-                        &Notice::Event { uuid: self.patients[patient].uuid.clone(), xid, times },
+                        &MonitorMessage::Event {
+                            uuid: self.patients[patient].uuid.clone(),
+                            xid,
+                            times,
+                        },
                     )?;
                 }
-                for Patient { uuid, .. } in self.patients.iter().filter(|_| self.readings) {
+                for MonitoredGpu { uuid, .. } in self.patients.iter().filter(|_| self.readings) {
                     say(
                         out,
-                        &Notice::Reading {
+                        &MonitorMessage::Reading {
                             uuid: uuid.clone(),
                             reading: Reading::of(self.nvml, uuid),
                         },
                     )?;
                 }
-                say(out, &Notice::Alive)?;
+                say(out, &MonitorMessage::Heartbeat)?;
                 next_round = Instant::now() + ROUND;
                 continue;
             }
@@ -221,7 +227,7 @@ impl<'n> Rounds<'n> {
                     if let Some(times) = tally.count((patient, xid), Instant::now()) {
                         say(
                             out,
-                            &Notice::Event {
+                            &MonitorMessage::Event {
                                 uuid: self.patients[patient].uuid.clone(),
                                 xid,
                                 times,
@@ -244,21 +250,21 @@ impl<'n> Rounds<'n> {
     /// Listens to every card that can be listened to; names the devices that cannot.
     fn listen(&self) -> (Option<EventSet<'n>>, Vec<String>) {
         let mut cards: Vec<&str> = Vec::new();
-        let mut deaf = Vec::new();
+        let mut unsupported = Vec::new();
         for patient in &self.patients {
             match patient.card.as_deref() {
                 Some(card) if cards.contains(&card) => {}
                 // A set is lost with the first card that refuses: so each is tried with one of its
                 // own.
                 Some(card) if self.listen_to(&[card]).is_some() => cards.push(card),
-                _ => deaf.push(patient.uuid.clone()),
+                _ => unsupported.push(patient.uuid.clone()),
             }
         }
         let set = self.listen_to(&cards).filter(|_| !cards.is_empty());
         if set.is_none() {
-            deaf = self.patients.iter().map(|patient| patient.uuid.clone()).collect();
+            unsupported = self.patients.iter().map(|patient| patient.uuid.clone()).collect();
         }
-        (set, deaf)
+        (set, unsupported)
     }
 
     fn listen_to(&self, cards: &[&str]) -> Option<EventSet<'n>> {
@@ -292,22 +298,22 @@ impl<'n> Rounds<'n> {
         named.or_else(ill).unwrap_or(0)
     }
 
-    fn look_after_all(&mut self) -> Vec<Notice> {
+    fn look_after_all(&mut self) -> Vec<MonitorMessage> {
         let mut notices = Vec::new();
         for patient in &mut self.patients {
             let uuid = patient.uuid.clone();
             let notice = match probe_child::examine(self.nvml, &uuid) {
-                Ok(ailments) if ailments.is_empty() => {
+                Ok(health_issues) if health_issues.is_empty() => {
                     (patient.failed_looks, patient.told) = (0, false);
                     continue;
                 }
-                Ok(ailments) => Notice::Ailing { uuid, ailments },
+                Ok(health_issues) => MonitorMessage::Unhealthy { uuid, health_issues },
                 Err(fault) => {
                     patient.failed_looks += 1;
                     if patient.failed_looks < ROUNDS_TO_A_FAULT {
                         continue;
                     }
-                    Notice::Fault { uuid, fault }
+                    MonitorMessage::Fault { uuid, fault }
                 }
             };
             if !patient.told {
@@ -322,7 +328,7 @@ impl<'n> Rounds<'n> {
                     && let Some(first) = self.patients.iter_mut().find(|patient| !patient.told)
                 {
                     first.told = true;
-                    notices.push(Notice::Fault { uuid: first.uuid.clone(), fault });
+                    notices.push(MonitorMessage::Fault { uuid: first.uuid.clone(), fault });
                 }
             }
             _ => self.failed_waits = 0,
@@ -357,21 +363,21 @@ type Kind = (usize, Option<u64>);
 
 /// Folds what repeats itself: the first is told at once, then at most a count a minute.
 #[derive(Default)]
-struct Tally(BTreeMap<Kind, Repeats>);
+struct EventCounter(BTreeMap<Kind, Repeats>);
 
 struct Repeats {
     untold: u64,
     told_at: Instant,
 }
 
-impl Tally {
+impl EventCounter {
     /// Counts one, and answers how many are to be told now.
     fn count(&mut self, kind: Kind, now: Instant) -> Option<u64> {
         if let Some(repeats) = self.0.get_mut(&kind) {
             repeats.untold += 1;
             return repeats.due(now);
         }
-        if self.0.len() == MOST_KINDS {
+        if self.0.len() == MAX_KINDS {
             return None;
         }
         self.0.insert(kind, Repeats { untold: 0, told_at: now });
@@ -401,7 +407,7 @@ mod tests {
     #[test]
     fn the_first_is_told_at_once_and_then_a_count_a_minute() {
         let begin = Instant::now();
-        let mut tally = Tally::default();
+        let mut tally = EventCounter::default();
         let kind = (0, Some(13));
         assert_eq!(tally.count(kind, begin), Some(1));
         for millisecond in 1..50_000 {
@@ -416,13 +422,13 @@ mod tests {
     #[test]
     fn every_device_and_every_xid_is_counted_by_itself_up_to_a_bound() {
         let now = Instant::now();
-        let mut tally = Tally::default();
+        let mut tally = EventCounter::default();
         for kind in [(0, Some(13)), (1, Some(13)), (0, Some(31)), (0, None)] {
             assert_eq!(tally.count(kind, now), Some(1));
         }
         for xid in 1000..100_000 {
             tally.count((0, Some(xid)), now);
         }
-        assert_eq!(tally.0.len(), MOST_KINDS);
+        assert_eq!(tally.0.len(), MAX_KINDS);
     }
 }

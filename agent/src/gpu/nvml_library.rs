@@ -69,7 +69,7 @@ fn damage(path: &Path) -> std::io::Result<Option<String>> {
     const HEADER_BYTES: usize = 64;
     const LOADED_SEGMENT: u64 = 1;
     /// More than a linker makes.
-    const MOST_SEGMENTS: u64 = 256;
+    const MAX_SEGMENTS: u64 = 256;
     let wanted_machine = match std::env::consts::ARCH {
         "aarch64" => 183,
         _ => 62,
@@ -100,7 +100,7 @@ fn damage(path: &Path) -> std::io::Result<Option<String>> {
     let (table, size, count) =
         (number(&header, 32, 8), number(&header, 54, 2), number(&header, 56, 2));
     let mut needed = HEADER_BYTES as u64;
-    for index in 0..count.min(MOST_SEGMENTS) {
+    for index in 0..count.min(MAX_SEGMENTS) {
         let mut segment = [0; 56];
         let at = table.saturating_add(index * size);
         if at.saturating_add(segment.len() as u64) > length {

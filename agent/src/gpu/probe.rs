@@ -11,7 +11,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
-use super::reason::one_line;
+use super::reason::sanitize_line;
 use crate::gpu::nvml_library::LibraryFile;
 use crate::gpu::probe_child::{Fault, FaultKind, ProbeAnswer};
 
@@ -19,7 +19,7 @@ use crate::gpu::probe_child::{Fault, FaultKind, ProbeAnswer};
 pub const SUBCOMMAND: &str = "nvml-probe";
 
 /// More than a machine full of MIG instances can fill.
-const LONGEST_ANSWER_BYTES: u64 = 1 << 20;
+const MAX_ANSWER_BYTES: u64 = 1 << 20;
 /// How long the pipes of a child that has ended are still read.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
@@ -123,7 +123,7 @@ async fn answer_of(child: &mut Child) -> ProbeOutcome {
     let (Some(out), Some(mut err)) = (child.stdout.take(), child.stderr.take()) else {
         return ProbeOutcome::Failed("the probe has no standard output".into());
     };
-    let mut out = BufReader::new(out.take(LONGEST_ANSWER_BYTES));
+    let mut out = BufReader::new(out.take(MAX_ANSWER_BYTES));
     let (mut line, mut said) = (Vec::new(), Tail::default());
     let mut chunk = [0; 1024];
     let (mut out_is_open, mut err_is_open) = (true, true);
@@ -179,13 +179,13 @@ struct Tail(Vec<u8>);
 
 impl Tail {
     fn push(&mut self, bytes: &[u8]) {
-        const MOST_BYTES: usize = 400;
+        const MAX_BYTES: usize = 400;
         self.0.extend_from_slice(bytes);
-        self.0.drain(..self.0.len().saturating_sub(MOST_BYTES));
+        self.0.drain(..self.0.len().saturating_sub(MAX_BYTES));
     }
 
     fn text(&self) -> String {
-        one_line(&String::from_utf8_lossy(&self.0))
+        sanitize_line(&String::from_utf8_lossy(&self.0))
     }
 
     fn quoted(&self) -> String {

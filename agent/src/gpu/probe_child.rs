@@ -22,8 +22,8 @@ use crate::gpu::pci::PciAddress;
 
 /// More GPUs, or more MIG instances of one, than any machine has: a library that counts more is not
 /// believed.
-const MOST_GPUS: u32 = 1024;
-const MOST_INSTANCES: u32 = 64;
+const MAX_GPUS: u32 = 1024;
+const MAX_INSTANCES: u32 = 64;
 
 /// What the child answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,7 +107,7 @@ pub enum FaultKind {
     /// NVML's return code (nvml.h, `nvmlReturn_t`).
     Code(u32),
     /// The call succeeded, and what it answered makes no sense.
-    Garbled,
+    InvalidResponse,
 }
 
 impl Fault {
@@ -117,7 +117,7 @@ impl Fault {
             NvmlError::LibloadingError(_) => FaultKind::Library,
             NvmlError::FailedToLoadSymbol(_) => FaultKind::Symbol,
             NvmlError::Utf8Error(_) | NvmlError::NulError(_) | NvmlError::IncorrectBits(_) => {
-                FaultKind::Garbled
+                FaultKind::InvalidResponse
             }
             error => FaultKind::Code(error.into()),
         };
@@ -158,8 +158,8 @@ impl Fault {
 ///
 /// # Errors
 /// When the answer cannot be written.
-pub fn answer_on_stdout(library: &str) -> std::io::Result<()> {
-    let mut out = settle_as_child()?;
+pub fn run_probe(library: &str) -> std::io::Result<()> {
+    let mut out = init_child()?;
     let mut answer = serde_json::to_vec(&ask(library))?;
     answer.push(b'\n');
     out.write_all(&answer)
@@ -167,7 +167,7 @@ pub fn answer_on_stdout(library: &str) -> std::io::Result<()> {
 
 /// Makes this process a child that may load the library, and gives it a way to its parent that is
 /// its own.
-pub(super) fn settle_as_child() -> std::io::Result<File> {
+pub(super) fn init_child() -> std::io::Result<File> {
     // A child that hangs ends with the agent, however that ends.
     set_parent_process_death_signal(Some(Signal::KILL))?;
     die_by_the_first_signal()?;
@@ -214,9 +214,13 @@ pub(super) fn open(library: &str) -> Result<ManuallyDrop<Nvml>, Fault> {
 fn report(library: &str) -> Result<DriverReport, Fault> {
     let nvml = open(library)?;
     let count = nvml.device_count().map_err(|error| Fault::new("nvmlDeviceGetCount_v2", error))?;
-    if count > MOST_GPUS {
+    if count > MAX_GPUS {
         let text = format!("it counts {count} GPUs");
-        return Err(Fault { call: "nvmlDeviceGetCount_v2".into(), kind: FaultKind::Garbled, text });
+        return Err(Fault {
+            call: "nvmlDeviceGetCount_v2".into(),
+            kind: FaultKind::InvalidResponse,
+            text,
+        });
     }
     Ok(DriverReport {
         driver_version: nvml.sys_driver_version().ok(),
@@ -284,7 +288,11 @@ fn pci_of(device: &Device<'_>) -> Result<PciInfo, Fault> {
 pub(super) fn uuid_of(device: &Device<'_>) -> Result<String, Fault> {
     const CALL: &str = "nvmlDeviceGetUUID";
     let uuid = device.uuid().map_err(|error| Fault::new(CALL, error))?;
-    checked_uuid(uuid).map_err(|text| Fault { call: CALL.into(), kind: FaultKind::Garbled, text })
+    checked_uuid(uuid).map_err(|text| Fault {
+        call: CALL.into(),
+        kind: FaultKind::InvalidResponse,
+        text,
+    })
 }
 
 /// By its UUID a GPU is handed over, in a list with commas: an empty one would ask the runtime for
@@ -329,7 +337,7 @@ fn mig_instances(device: &Device<'_>) -> Result<Option<Vec<ProbedMig>>, Fault> {
     }
     let slots = optional("nvmlDeviceGetMaxMigDeviceCount", device.mig_device_count())?.unwrap_or(0);
     let mut instances = Vec::new();
-    for slot in 0..slots.min(MOST_INSTANCES) {
+    for slot in 0..slots.min(MAX_INSTANCES) {
         // A slot without an instance answers NOT_FOUND.
         let Some(instance) =
             optional("nvmlDeviceGetMigDeviceHandleByIndex", device.mig_device_by_index(slot))?

@@ -107,7 +107,7 @@ pub const CATALOGUE: &[Entry] = &[
         reason: Reason::GpuNotPassedThrough,
         code: "gpu-not-passed-through",
         message_id: "1066eaea8fabf0f00ff7b11691329178",
-        meaning: "OpenNebula promised a PCI device that is not in this VM, or is not a GPU.",
+        meaning: "OpenNebula assigned a PCI device that is not in this VM, or is not a GPU.",
         fix: Fix::Everywhere(
             "on the host, bind every function of the card to vfio-pci (driverctl set-override ADDRESS vfio-pci), check the PCI attribute of the VM template, then onevm poweroff VMID and onevm resume VMID",
         ),
@@ -365,15 +365,15 @@ pub struct Finding {
 impl Finding {
     /// A finding about no device in particular.
     pub fn new(reason: Reason, summary: impl Into<String>) -> Self {
-        Self { reason, summary: one_line(&summary.into()), pci_address: None, gpu_uuid: None }
+        Self { reason, summary: sanitize_line(&summary.into()), pci_address: None, gpu_uuid: None }
     }
 }
 
 /// Foreign text in one line of bounded length.
-pub fn one_line(text: &str) -> String {
-    const MOST_CHARACTERS: usize = 1000;
+pub fn sanitize_line(text: &str) -> String {
+    const MAX_CHARACTERS: usize = 1000;
     let mut line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    if let Some((at, _)) = line.char_indices().nth(MOST_CHARACTERS) {
+    if let Some((at, _)) = line.char_indices().nth(MAX_CHARACTERS) {
         line.truncate(at);
         line.push('…');
     }
@@ -445,8 +445,8 @@ mod tests {
         assert_eq!(serde_json::to_string(&Reason::GpuLost).unwrap(), "\"gpu-lost\"");
         assert_eq!(Reason::from_code("no-such-code"), None);
         let longest = "é".repeat(1000);
-        assert_eq!(one_line(&format!(" {longest}\n")), longest);
-        assert_eq!(one_line(&format!("{longest}é")), format!("{longest}…"));
+        assert_eq!(sanitize_line(&format!(" {longest}\n")), longest);
+        assert_eq!(sanitize_line(&format!("{longest}é")), format!("{longest}…"));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use serde_json::{Value as Json, json};
 
 use super::pci::{PciAddress, PciDevice, PciFacts};
 use super::probe::ProbeOutcome;
-use super::reason::{Finding, Reason, one_line};
+use super::reason::{Finding, Reason, sanitize_line};
 use crate::config::{Config, Framework};
 use crate::gpu::nvml_library::LibraryFile;
 use crate::gpu::probe_child::{DriverReport, Fault, FaultKind, ProbeAnswer, ProbedGpu};
@@ -22,7 +22,7 @@ pub enum Verdict {
     Gpu {
         /// The devices for the container, at least one.
         devices: Vec<GpuDevice>,
-        /// Selected or promised devices that are not among them, each a WARNING.
+        /// Selected or assigned devices that are not among them, each a WARNING.
         missing: Vec<String>,
     },
     /// The CPU.
@@ -54,7 +54,7 @@ impl fmt::Display for GpuDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // All of it comes from the child that runs NVIDIA's code.
         let name = self.name.as_deref().unwrap_or("GPU");
-        f.write_str(&one_line(&format!("{name} ({}, {})", self.uuid, self.pci_address)))
+        f.write_str(&sanitize_line(&format!("{name} ({}, {})", self.uuid, self.pci_address)))
     }
 }
 
@@ -154,7 +154,7 @@ fn with_unreadable(mut finding: Finding, facts: &PciFacts) -> Finding {
     finding
 }
 
-/// A promised device that is not in the VM as a GPU.
+/// A assigned device that is not in the VM as a GPU.
 struct BrokenPromise {
     place: String,
     /// Something else is there: the sound function of a card, a NIC, a disk.
@@ -164,17 +164,17 @@ struct BrokenPromise {
 
 fn broken_promises(config: &Config, facts: &PciFacts) -> Vec<BrokenPromise> {
     config
-        .promised
+        .assigned
         .iter()
-        .filter_map(|promised| {
-            let place = promised
+        .filter_map(|assigned| {
+            let place = assigned
                 .address
-                .map_or_else(|| promised.written.clone(), |address| address.to_string());
+                .map_or_else(|| assigned.written.clone(), |address| address.to_string());
             let promise = format!(
                 "OpenNebula passed {place} to this VM ({}='{}')",
-                promised.variable, promised.written
+                assigned.variable, assigned.written
             );
-            let (is_foreign, what) = match promised.address {
+            let (is_foreign, what) = match assigned.address {
                 None => (false, "and that is not a PCI address".to_owned()),
                 Some(address) => match facts.at(address) {
                     None => (false, "and there is no device at that address".to_owned()),
@@ -375,7 +375,7 @@ fn reason_of(fault: &Fault) -> Reason {
     match fault.kind {
         FaultKind::Library => Reason::DriverLibraryMissing,
         FaultKind::Symbol => Reason::DriverTooOld,
-        FaultKind::Garbled => Reason::DriverError,
+        FaultKind::InvalidResponse => Reason::DriverError,
         FaultKind::Code(code) => REASONS_BY_CODE
             .iter()
             .find(|(known, _)| *known == code)
@@ -388,7 +388,7 @@ pub(crate) fn describe_fault(fault: &Fault) -> String {
     match kind {
         FaultKind::Library => text.clone(),
         FaultKind::Symbol => format!("{call} is not to be had: {text}"),
-        FaultKind::Garbled => format!("what {call} answered makes no sense: {text}"),
+        FaultKind::InvalidResponse => format!("what {call} answered makes no sense: {text}"),
         FaultKind::Code(code) => {
             let text = NEWER_TEXTS
                 .iter()
@@ -763,13 +763,13 @@ mod tests {
         let code = |code| failed(FaultKind::Code(code), "text");
         let none = facts(&[]);
         let unasked = ProbeOutcome::Failed("must not be asked".into());
-        let promised = [("PCI0_ADDRESS", "01:00.0")];
+        let assigned = [("PCI0_ADDRESS", "01:00.0")];
         let cases: Vec<(&str, Config, PciFacts, ProbeOutcome)> = vec![
             ("gpu-not-present", config(&[]), none.clone(), unasked.clone()),
-            ("gpu-not-passed-through", config(&promised), none.clone(), unasked.clone()),
+            ("gpu-not-passed-through", config(&assigned), none.clone(), unasked.clone()),
             (
                 "gpu-not-passed-through",
-                config(&promised),
+                config(&assigned),
                 facts(&[device(A, 0x8086, 0x02_00_00, Some("igb"))]),
                 unasked.clone(),
             ),
@@ -905,8 +905,8 @@ mod tests {
 
     #[test]
     fn the_summary_says_what_was_promised_and_what_is_there() {
-        let promised = config(&[("PCI0_ADDRESS", "01:00.0")]);
-        let finding_of = |facts| finding(before_the_probe(&promised, &facts).unwrap());
+        let assigned = config(&[("PCI0_ADDRESS", "01:00.0")]);
+        let finding_of = |facts| finding(before_the_probe(&assigned, &facts).unwrap());
         assert_eq!(
             finding_of(facts(&[])).summary,
             "OpenNebula passed 0000:01:00.0 to this VM (PCI0_ADDRESS='01:00.0'), and there is no device at that address"
@@ -919,7 +919,7 @@ mod tests {
             finding_of(facts(&[gpu_at(A, Some("nouveau"))])).summary,
             "the GPU 0000:01:00.0 (10de:20b5, class 0302) is bound to the driver nouveau, not to nvidia"
         );
-        let both = finding(decide(&promised, &two().0, &failed(FaultKind::Code(18), "mismatch")));
+        let both = finding(decide(&assigned, &two().0, &failed(FaultKind::Code(18), "mismatch")));
         assert!(
             both.summary.contains("560.35.03") && both.summary.contains("550.54.15"),
             "{}",
@@ -1217,7 +1217,7 @@ mod tests {
 
     #[test]
     fn a_finding_names_the_device_that_it_is_about() {
-        let promised = config(&[("PCI0_ADDRESS", "01:00.0"), ("PCI1_ADDRESS", "21:00.0")]);
+        let assigned = config(&[("PCI0_ADDRESS", "01:00.0"), ("PCI1_ADDRESS", "21:00.0")]);
         let place = |config: &Config, facts: &PciFacts, outcome: &ProbeOutcome| {
             let finding = finding(decide(config, facts, outcome));
             (finding.pci_address, finding.gpu_uuid)
@@ -1228,9 +1228,9 @@ mod tests {
             library: LibraryFile::default(),
         };
         assert_eq!(
-            place(&promised, &facts(&[]), &timeout),
+            place(&assigned, &facts(&[]), &timeout),
             (a.clone(), None),
-            "the first that was promised"
+            "the first that was assigned"
         );
         assert_eq!(
             place(&config(&[]), &two().0, &timeout),
@@ -1307,7 +1307,7 @@ mod tests {
             "nvmlInit_v2 is not to be had: text; the library is /lib/l.so"
         );
         assert_eq!(
-            summary(FaultKind::Garbled, None, None, None),
+            summary(FaultKind::InvalidResponse, None, None, None),
             "what nvmlInit_v2 answered makes no sense: text"
         );
         assert_eq!(

@@ -27,9 +27,9 @@ pub const ATTRIBUTE: &str = "FL_PARTITION_ID";
 pub const OWNER_ATTRIBUTE: &str = "FL_NODE_ID";
 
 /// More than a service has nodes: what is published beyond it is not believed.
-const MOST_IDS: u64 = 1 << 20;
+const MAX_IDS: u64 = 1 << 20;
 /// How often a node that meets another with its id takes another one.
-const ROUNDS: u32 = 5;
+const MAX_ATTEMPTS: u32 = 5;
 
 /// A share of the data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,7 +42,7 @@ pub struct Partition {
 
 /// What is kept on the disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Kept {
+struct PartitionRecord {
     vm_id: u64,
     service_id: u64,
     /// The boot in which the shares were counted.
@@ -52,13 +52,13 @@ struct Kept {
 
 /// Where the partition of one VM is kept.
 #[derive(Debug, Clone)]
-pub struct Keeper {
+pub struct PartitionStore {
     file: PathBuf,
     vm_id: u64,
     boot_id: String,
 }
 
-impl Keeper {
+impl PartitionStore {
     /// In the folder of the settings, for this VM in this boot.
     pub fn of(settings: &Settings, vm_id: u64) -> Self {
         let boot_id =
@@ -72,8 +72,9 @@ impl Keeper {
     }
 
     /// What was kept for this VM; a disk that was copied from another VM's does not count.
-    fn kept(&self) -> Option<Kept> {
-        let kept: Kept = serde_json::from_slice(&std::fs::read(&self.file).ok()?).ok()?;
+    fn kept(&self) -> Option<PartitionRecord> {
+        let kept: PartitionRecord =
+            serde_json::from_slice(&std::fs::read(&self.file).ok()?).ok()?;
         (kept.vm_id == self.vm_id && kept.partition.id < kept.partition.count).then_some(kept)
     }
 
@@ -85,7 +86,7 @@ impl Keeper {
 
     fn keep(&self, service_id: u64, partition: Partition) {
         let (vm_id, boot_id) = (self.vm_id, self.boot_id.clone());
-        let kept = Kept { vm_id, service_id, boot_id, partition };
+        let kept = PartitionRecord { vm_id, service_id, boot_id, partition };
         // A structure of numbers and texts always has a JSON.
         let text = serde_json::to_string(&kept).unwrap_or_default();
         if let Err(error) = atomic_file::replace(&self.file, text.as_bytes()) {
@@ -100,7 +101,7 @@ impl Keeper {
 
 /// The partition of `service` that this VM has without asking anybody: the one that it took before,
 /// else its number. `None` where no role has this VM, or others must be asked.
-pub fn known(service: &Service, keeper: &Keeper) -> Option<Partition> {
+pub fn known(service: &Service, keeper: &PartitionStore) -> Option<Partition> {
     let role = role_of(service, keeper.vm_id)?;
     let kept =
         keeper.kept().filter(|kept| kept.service_id == service.id).map(|kept| kept.partition.id);
@@ -115,7 +116,7 @@ pub fn known(service: &Service, keeper: &Keeper) -> Option<Partition> {
 pub async fn take(
     gate: &OneGate,
     service: &Service,
-    keeper: &Keeper,
+    keeper: &PartitionStore,
 ) -> Result<Option<Partition>, OneGateError> {
     let partition = match known(service, keeper) {
         Some(partition) => Some(partition),
@@ -148,7 +149,7 @@ async fn claim(gate: &OneGate, vm_id: u64) -> Result<Option<Partition>, OneGateE
             return Ok(Some(partition));
         }
         round += 1;
-        if round == ROUNDS {
+        if round == MAX_ATTEMPTS {
             tracing::warn!(
                 "another node of the service has the partition {} as well",
                 partition.id
@@ -178,7 +179,7 @@ fn with_count(id: u64, count: u64) -> Partition {
 fn number_of(role: &Role, node: &Node) -> Option<u64> {
     let rest = node.name.as_deref()?.strip_prefix(role.name.as_str())?.strip_prefix('_')?;
     let (number, _) = rest.split_once("_(service_")?;
-    number.parse().ok().filter(|number| *number < MOST_IDS)
+    number.parse().ok().filter(|number| *number < MAX_IDS)
 }
 
 /// This VM's number, where nobody has ever been replaced: the numbers of the role begin with 0 and
@@ -195,7 +196,7 @@ fn by_number(role: &Role, vm_id: u64) -> Option<u64> {
 /// The id that a node has published for itself.
 fn published(node: &Node) -> Option<u64> {
     let number = |name: &str| node.attributes.get(name)?.trim().parse::<u64>().ok();
-    number(ATTRIBUTE).filter(|id| *id < MOST_IDS && number(OWNER_ATTRIBUTE) == Some(node.vm_id))
+    number(ATTRIBUTE).filter(|id| *id < MAX_IDS && number(OWNER_ATTRIBUTE) == Some(node.vm_id))
 }
 
 /// The ids that the nodes of a role have published, but for one node.
@@ -217,15 +218,15 @@ fn free_partition(role: &Role, vm_id: u64) -> Partition {
     let mut without: Vec<&Node> =
         role.nodes.iter().filter(|node| node.vm_id == vm_id || published(node).is_none()).collect();
     without.sort_by_key(|node| node.vm_id);
-    let mut homeless = Vec::new();
+    let mut unassigned = Vec::new();
     for node in without {
         match number_of(role, node).filter(|number| free.remove(number)) {
             Some(number) if node.vm_id == vm_id => return with_count(number, count),
             Some(_) => {}
-            None => homeless.push(node.vm_id),
+            None => unassigned.push(node.vm_id),
         }
     }
-    let place = homeless.iter().position(|id| *id == vm_id).unwrap_or(0);
+    let place = unassigned.iter().position(|id| *id == vm_id).unwrap_or(0);
     // More published ids than nodes: those of VMs that have gone are not in the list, those of
     // liars may be.
     let id =
@@ -338,16 +339,16 @@ mod tests {
     fn what_was_taken_is_kept_for_this_vm_and_counted_anew_at_a_reboot() {
         let folder = std::env::temp_dir().join(format!("sn-partition-{}", std::process::id()));
         let partition = Partition { id: 1, count: 2 };
-        Keeper::new(&folder, 102, "boot-1\n").keep(7, partition);
-        assert_eq!(Keeper::new(&folder, 102, "boot-1").of_this_boot(), Some(partition));
-        assert_eq!(Keeper::new(&folder, 102, "boot-2").of_this_boot(), None);
+        PartitionStore::new(&folder, 102, "boot-1\n").keep(7, partition);
+        assert_eq!(PartitionStore::new(&folder, 102, "boot-1").of_this_boot(), Some(partition));
+        assert_eq!(PartitionStore::new(&folder, 102, "boot-2").of_this_boot(), None);
         assert_eq!(
-            Keeper::new(&folder, 102, "boot-2").kept().map(|kept| kept.partition),
+            PartitionStore::new(&folder, 102, "boot-2").kept().map(|kept| kept.partition),
             Some(partition)
         );
-        assert_eq!(Keeper::new(&folder, 103, "boot-1").kept(), None, "a copied disk");
+        assert_eq!(PartitionStore::new(&folder, 103, "boot-1").kept(), None, "a copied disk");
         std::fs::write(folder.join("partition.json"), "{").unwrap();
-        assert_eq!(Keeper::new(&folder, 102, "boot-1").kept(), None);
+        assert_eq!(PartitionStore::new(&folder, 102, "boot-1").kept(), None);
         std::fs::remove_dir_all(folder).unwrap();
     }
 
@@ -359,7 +360,7 @@ mod tests {
     fn what_is_known_without_asking_is_what_was_taken_in_this_service_and_else_the_number() {
         let folder =
             std::env::temp_dir().join(format!("sn-partition-known-{}", std::process::id()));
-        let keeper = Keeper::new(&folder, 102, "boot-1");
+        let keeper = PartitionStore::new(&folder, 102, "boot-1");
         let other = Role { name: "superlink".into(), ..role(&[(100, 0, None)]) };
         let now = service(7, vec![other.clone(), role(&[(101, 0, None), (102, 1, None)])]);
         assert_eq!(known(&now, &keeper), Some(Partition { id: 1, count: 2 }));
@@ -381,13 +382,13 @@ mod tests {
 
     #[test]
     fn a_number_beyond_any_service_is_not_believed() {
-        let most = MOST_IDS - 1;
+        let most = MAX_IDS - 1;
         let numbered = |number| role(&[(101, number, None)]);
         assert_eq!(number_of(&numbered(most), &numbered(most).nodes[0]), Some(most));
-        assert_eq!(number_of(&numbered(MOST_IDS), &numbered(MOST_IDS).nodes[0]), None);
+        assert_eq!(number_of(&numbered(MAX_IDS), &numbered(MAX_IDS).nodes[0]), None);
         let with_id = |id| role(&[(101, 0, Some(id))]);
         assert_eq!(published(&with_id(most).nodes[0]), Some(most));
-        assert_eq!(published(&with_id(MOST_IDS).nodes[0]), None);
+        assert_eq!(published(&with_id(MAX_IDS).nodes[0]), None);
     }
 
     #[test]

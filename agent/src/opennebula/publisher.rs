@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 
 use crate::backoff::{Backoff, with_jitter};
 use crate::config::settings::Settings;
-use crate::gpu::reason::one_line;
+use crate::gpu::reason::sanitize_line;
 use crate::logging::error_chain;
 use crate::opennebula::partition;
 use crate::values::parse_yes_no;
@@ -49,7 +49,7 @@ impl Access {
                     dir.display()
                 ));
             }
-            Err(error) => return Err(one_line(&error_chain(&error))),
+            Err(error) => return Err(sanitize_line(&error_chain(&error))),
         };
         let report_ready = context
             .text("REPORT_READY")
@@ -62,19 +62,19 @@ impl Access {
 
 /// OneGate as this VM reaches it.
 #[derive(Debug, Clone)]
-pub struct Cloud {
+pub struct OneGateAccess {
     access: Access,
     gate: Arc<OneGate>,
 }
 
 /// Two are equal where they were made from the same.
-impl PartialEq for Cloud {
+impl PartialEq for OneGateAccess {
     fn eq(&self, other: &Self) -> bool {
         self.access == other.access
     }
 }
 
-impl Cloud {
+impl OneGateAccess {
     /// Reads the way from the context.
     ///
     /// # Errors
@@ -91,7 +91,7 @@ impl Cloud {
             ca_file,
             settings.onegate.timeout,
         )
-        .map_err(|error| one_line(&error_chain(&error)))?;
+        .map_err(|error| sanitize_line(&error_chain(&error)))?;
         Ok(Self { access, gate: Arc::new(gate) })
     }
 
@@ -108,7 +108,7 @@ impl Cloud {
 
 /// What a node publishes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct News {
+pub struct NodeAttributes {
     /// Release of Flower.
     pub version: String,
     /// Framework.
@@ -128,26 +128,26 @@ pub struct News {
 /// Publishes the node's news.
 #[derive(Debug)]
 pub struct Publisher {
-    cloud: Cloud,
-    wanted: watch::Sender<Option<News>>,
+    cloud: OneGateAccess,
+    wanted: watch::Sender<Option<NodeAttributes>>,
     task: JoinHandle<()>,
 }
 
 impl Publisher {
     /// Publishes by this way from now on.
-    pub fn new(cloud: Cloud) -> Self {
+    pub fn new(cloud: OneGateAccess) -> Self {
         let (wanted, receiver) = watch::channel(None);
         let task = tokio::spawn(publish_changes(cloud.clone(), receiver));
         Self { cloud, wanted, task }
     }
 
     /// Whether it publishes by this way.
-    pub fn is_by(&self, cloud: &Cloud) -> bool {
+    pub fn is_by(&self, cloud: &OneGateAccess) -> bool {
         self.cloud == *cloud
     }
 
     /// What is true from now on.
-    pub fn publish(&self, news: &News) {
+    pub fn publish(&self, news: &NodeAttributes) {
         self.wanted.send_if_modified(|wanted| {
             let changed = wanted.as_ref() != Some(news);
             if changed {
@@ -161,10 +161,18 @@ impl Publisher {
     pub async fn finish(self) {
         self.task.abort();
         let last = self.wanted.borrow().clone().unwrap_or_default();
-        let news =
-            News { gpus: Vec::new(), gpu_status: "", fallback_reason: "", ready: false, ..last };
+        let news = NodeAttributes {
+            gpus: Vec::new(),
+            gpu_status: "",
+            fallback_reason: "",
+            ready: false,
+            ..last
+        };
         if let Err(error) = send(&self.cloud, &news).await {
-            tracing::info!("OneGate was not told of the end: {}", one_line(&error_chain(&error)));
+            tracing::info!(
+                "OneGate was not told of the end: {}",
+                sanitize_line(&error_chain(&error))
+            );
         }
     }
 }
@@ -175,12 +183,15 @@ impl Drop for Publisher {
     }
 }
 
-async fn send(cloud: &Cloud, news: &News) -> Result<(), OneGateError> {
+async fn send(cloud: &OneGateAccess, news: &NodeAttributes) -> Result<(), OneGateError> {
     cloud.gate.publish(&attributes(&cloud.access, news)).await
 }
 
 /// One PUT for each change; what changes while one is on its way, or failed, goes with the next.
-async fn publish_changes(cloud: Cloud, mut wanted: watch::Receiver<Option<News>>) {
+async fn publish_changes(
+    cloud: OneGateAccess,
+    mut wanted: watch::Receiver<Option<NodeAttributes>>,
+) {
     /// The longest pause between tries.
     const CAP: Duration = Duration::from_secs(300);
     /// Nodes that start together, or lose one SuperLink, do not all write at once.
@@ -201,7 +212,7 @@ async fn publish_changes(cloud: Cloud, mut wanted: watch::Receiver<Option<News>>
             if backoff.tries() == 0 {
                 tracing::warn!(
                     "OneGate does not take what the node publishes, which goes on without; it is tried again in silence: {}",
-                    one_line(&error_chain(&error))
+                    sanitize_line(&error_chain(&error))
                 );
             }
             let Some(pause) = backoff.after_failure() else {
@@ -218,7 +229,7 @@ async fn publish_changes(cloud: Cloud, mut wanted: watch::Receiver<Option<News>>
 
 /// The attributes, all of them each time: what an earlier boot left is overwritten. A value that is
 /// empty erases.
-fn attributes(access: &Access, news: &News) -> Vec<(&'static str, String)> {
+fn attributes(access: &Access, news: &NodeAttributes) -> Vec<(&'static str, String)> {
     let yes_no = |yes: bool| if yes { "YES" } else { "NO" }.to_owned();
     let on_gpu = news.gpu_status == "gpu";
     let mut attributes = vec![
@@ -257,7 +268,7 @@ mod tests {
         }
     }
 
-    fn text(access: &Access, news: &News) -> String {
+    fn text(access: &Access, news: &NodeAttributes) -> String {
         let lines: Vec<String> = attributes(access, news)
             .iter()
             .map(|(name, value)| format!("{name}={value}"))
@@ -267,8 +278,11 @@ mod tests {
 
     #[test]
     fn ready_is_told_only_while_it_is_true_and_only_where_the_cloud_waits_for_it() {
-        let mut news =
-            News { gpu_status: "gpu", gpus: vec!["NVIDIA A100".into()], ..News::default() };
+        let mut news = NodeAttributes {
+            gpu_status: "gpu",
+            gpus: vec!["NVIDIA A100".into()],
+            ..NodeAttributes::default()
+        };
         assert!(!text(&access(true), &news).contains("READY=YES"));
         news.ready = true;
         let all = text(&access(true), &news);
@@ -278,7 +292,7 @@ mod tests {
 
     #[test]
     fn what_an_earlier_boot_left_is_overwritten() {
-        let before = text(&access(false), &News::default());
+        let before = text(&access(false), &NodeAttributes::default());
         for line in [
             "FL_GPU_AVAILABLE=NO",
             "FL_GPU_STATUS=",
@@ -288,10 +302,10 @@ mod tests {
         ] {
             assert!(before.lines().any(|found| found == line), "{line}: {before}");
         }
-        let news = News {
+        let news = NodeAttributes {
             gpu_status: "cpu-fallback",
             fallback_reason: "gpu-not-present",
-            ..News::default()
+            ..NodeAttributes::default()
         };
         let fallback = text(&access(false), &news);
         assert!(fallback.contains(

@@ -10,7 +10,7 @@ use one_context::onegate::{OneGate, OneGateError, Service, Vm};
 use crate::config::Config;
 use crate::flower::release::Release;
 use crate::opennebula::partition::Partition;
-use crate::values::ca_bundle::{Certificate, Valid};
+use crate::values::ca_bundle::{CaBundle, ValidBundle};
 use crate::values::{HostPort, Version, parse_yes_no, shown};
 
 /// The role of a service in which the SuperLink is, as OneFlow's templates name it.
@@ -22,7 +22,7 @@ pub struct SuperLink {
     /// Where it listens.
     pub address: HostPort,
     /// The CA that its certificate must come from; without one the connection is in the clear.
-    pub ca: Option<Certificate>,
+    pub ca: Option<CaBundle>,
     /// Its VM, where it was found through OneGate.
     pub vm_id: Option<u64>,
     /// The release of Flower that it publishes.
@@ -97,7 +97,7 @@ pub enum SuperLinkError {
     },
     /// The CA is of no use now.
     #[error("FL_SSL_CA_CERTFILE: {0}")]
-    Certificate(String),
+    CaBundle(String),
     /// The tries of FL_EDGE_BACKOFF=fixed are over.
     #[error("the SuperLink was not found in {tries} tries (FL_EDGE_BACKOFF is fixed)")]
     GaveUp {
@@ -118,7 +118,7 @@ impl SuperLinkError {
             | Self::NoService
             | Self::NoRole { .. }
             | Self::NoCertificate
-            | Self::Certificate(_) => true,
+            | Self::CaBundle(_) => true,
             Self::OneGate(error) => error.is_final(),
             _ => false,
         }
@@ -127,7 +127,7 @@ impl SuperLinkError {
 
 /// What one look brings.
 #[derive(Debug)]
-pub struct Found {
+pub struct Discovery {
     /// The SuperLink; its partition is not looked for here.
     pub superlink: SuperLink,
     /// The service, where OneGate was asked for it.
@@ -137,7 +137,7 @@ pub struct Found {
 }
 
 /// The way to OneGate, or why there is none.
-pub type Gate<'a> = Result<&'a OneGate, &'a str>;
+pub type OneGateAvailability<'a> = Result<&'a OneGate, &'a str>;
 
 /// Looks once: the operator's address, else the role `superlink` of the service and what its VM has
 /// published. OneGate is asked only for what the operator does not say.
@@ -147,15 +147,15 @@ pub type Gate<'a> = Result<&'a OneGate, &'a str>;
 /// there is none without a CA that is valid at `now`: the connection is never downgraded in
 /// silence.
 pub async fn find_superlink(
-    gate: Gate<'_>,
+    gate: OneGateAvailability<'_>,
     config: &Config,
     now: SystemTime,
-) -> Result<Found, SuperLinkError> {
+) -> Result<Discovery, SuperLinkError> {
     let Some(address) = &config.superlink_address else {
         let gate = gate.map_err(|why| SuperLinkError::NoOneGate(why.into()))?;
         return ask(gate, config, now).await;
     };
-    let found = |superlink, warnings| Ok(Found { superlink, service: None, warnings });
+    let found = |superlink, warnings| Ok(Discovery { superlink, service: None, warnings });
     let superlink = SuperLink {
         address: address.clone(),
         ca: None,
@@ -172,7 +172,7 @@ pub async fn find_superlink(
         (true, None) => {
             let gate = gate.map_err(|_| SuperLinkError::NoCertificate)?;
             match ask(gate, config, now).await {
-                Ok(found) => Ok(Found {
+                Ok(found) => Ok(Discovery {
                     superlink: SuperLink { ca: found.superlink.ca, ..superlink },
                     ..found
                 }),
@@ -187,7 +187,11 @@ pub async fn find_superlink(
 ///
 /// # Errors
 /// A final one.
-pub fn check(gate: Gate<'_>, config: &Config, now: SystemTime) -> Result<(), SuperLinkError> {
+pub fn check(
+    gate: OneGateAvailability<'_>,
+    config: &Config,
+    now: SystemTime,
+) -> Result<(), SuperLinkError> {
     match (&config.superlink_address, &config.ca_certificate, gate) {
         (None, _, Err(why)) => return Err(SuperLinkError::NoOneGate(why.into())),
         (Some(_), None, Err(_)) if config.tls == Some(true) => {
@@ -199,22 +203,27 @@ pub fn check(gate: Gate<'_>, config: &Config, now: SystemTime) -> Result<(), Sup
     Ok(())
 }
 
-fn own_ca(ca: &Certificate, now: SystemTime) -> Result<(Certificate, Vec<String>), SuperLinkError> {
-    let Valid { certificate, warnings } = ca.valid_at(now).map_err(SuperLinkError::Certificate)?;
+fn own_ca(ca: &CaBundle, now: SystemTime) -> Result<(CaBundle, Vec<String>), SuperLinkError> {
+    let ValidBundle { certificate, warnings } =
+        ca.valid_at(now).map_err(SuperLinkError::CaBundle)?;
     Ok((
         certificate,
         warnings.into_iter().map(|line| format!("FL_SSL_CA_CERTFILE: {line}")).collect(),
     ))
 }
 
-async fn ask(gate: &OneGate, config: &Config, now: SystemTime) -> Result<Found, SuperLinkError> {
+async fn ask(
+    gate: &OneGate,
+    config: &Config,
+    now: SystemTime,
+) -> Result<Discovery, SuperLinkError> {
     let service = gate.service().await.map_err(|error| match error {
         OneGateError::NotInService => SuperLinkError::NoService,
         error => error.into(),
     })?;
     let vm = superlink_vm(gate, &service).await?;
-    let (superlink, warnings) = trust(config, &vm, now)?;
-    Ok(Found { superlink, service: Some(service), warnings })
+    let (superlink, warnings) = resolve_published(config, &vm, now)?;
+    Ok(Discovery { superlink, service: Some(service), warnings })
 }
 
 /// The first VM of the role that runs.
@@ -246,7 +255,7 @@ async fn superlink_vm(gate: &OneGate, service: &Service) -> Result<Vm, SuperLink
 ///
 /// # Errors
 /// Why the node does not connect to what the VM has published; as in [`find_superlink`].
-pub fn trust(
+pub fn resolve_published(
     config: &Config,
     vm: &Vm,
     now: SystemTime,
@@ -322,9 +331,9 @@ pub fn trust(
             let of_peer = |refusal| {
                 refused("FL_CA_CERT", format!("({} characters)", text.chars().count()), refusal)
             };
-            let ca = Certificate::parse(text).map_err(of_peer)?;
+            let ca = CaBundle::parse(text).map_err(of_peer)?;
             let valid = ca.valid_at(now).map_err(of_peer)?;
-            let remarks = ca.left_out().map(str::to_owned).into_iter().chain(valid.warnings);
+            let remarks = ca.ignored().map(str::to_owned).into_iter().chain(valid.warnings);
             warnings.extend(
                 remarks.map(|line| format!("FL_CA_CERT of the SuperLink's VM {}: {line}", vm.id)),
             );
@@ -378,7 +387,7 @@ mod tests {
         pairs: &[(&str, &str)],
         attributes: &[(&str, &str)],
     ) -> Result<(SuperLink, Vec<String>), SuperLinkError> {
-        trust(&config(pairs), &vm(attributes), now())
+        resolve_published(&config(pairs), &vm(attributes), now())
     }
 
     fn address(pairs: &[(&str, &str)], attributes: &[(&str, &str)]) -> String {
@@ -397,12 +406,12 @@ mod tests {
         let mut only_ipv6 = vm(&[]);
         only_ipv6.addresses.remove(0);
         assert_eq!(
-            trust(&config(&[]), &only_ipv6, now()).unwrap().0.address.to_string(),
+            resolve_published(&config(&[]), &only_ipv6, now()).unwrap().0.address.to_string(),
             "[fd00::5]:9092"
         );
         only_ipv6.addresses.clear();
         assert!(matches!(
-            trust(&config(&[]), &only_ipv6, now()),
+            resolve_published(&config(&[]), &only_ipv6, now()),
             Err(SuperLinkError::NoAddress(100))
         ));
     }
@@ -539,7 +548,7 @@ mod tests {
         let gate = onegate(vec![service("superlink", &[100]), peer(100, true, published)]);
         let config = config(&[("FL_SUPERLINK_ADDRESS", "own:1"), ("FL_TLS_ENABLED", "YES")]);
         let found = find_superlink(Ok(&gate), &config, now()).await.unwrap();
-        let ca = Some(Certificate::parse(CA).unwrap());
+        let ca = Some(CaBundle::parse(CA).unwrap());
         let address = HostPort::parse("own:1").unwrap();
         assert_eq!(
             found.superlink,
@@ -559,7 +568,7 @@ mod tests {
             find_superlink(Err("no token"), &config(&[own[0], own[1], tls]), now()).await
         };
         let found = find(("FL_TLS_ENABLED", "YES")).await.unwrap();
-        assert_eq!(found.superlink.ca, Some(Certificate::parse(CA).unwrap()));
+        assert_eq!(found.superlink.ca, Some(CaBundle::parse(CA).unwrap()));
         assert_eq!(find(("FL_TLS_ENABLED", "NO")).await.unwrap().superlink.ca, None);
         let without = config(&[own[0], ("FL_TLS_ENABLED", "YES")]);
         let error = find_superlink(Err("no token"), &without, now()).await.unwrap_err();

@@ -202,7 +202,7 @@ fn form(variable: &Variable) -> Form {
         }
         Kind::Count(_) => plain("number", variable.unset.split(' ').next().unwrap_or_default()),
         Kind::Fraction => plain("number-float", ""),
-        Kind::Certificate => plain("text64", ""),
+        Kind::CaBundle => plain("text64", ""),
         _ => plain("text", ""),
     }
 }

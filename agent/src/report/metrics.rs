@@ -12,7 +12,7 @@ use crate::gpu::verdict::{GpuDevice, Verdict};
 /// seconds.
 const READING_HOLDS: Duration = Duration::from_secs(30);
 /// More kinds of XIDs than the GPUs of a machine have: beyond them none is remembered.
-const MOST_XIDS: usize = 1024;
+const MAX_XIDS: usize = 1024;
 
 /// What the page tells.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -116,7 +116,7 @@ impl Values {
             .find(|gpu| gpu.uuid == uuid)
             .map_or_else(String::new, |gpu| gpu.name.clone());
         let kind = XidOfGpu { uuid: uuid.into(), name, xid };
-        if self.xids.len() < MOST_XIDS || self.xids.contains_key(&kind) {
+        if self.xids.len() < MAX_XIDS || self.xids.contains_key(&kind) {
             let xids = self.xids.entry(kind).or_insert(Xids { times: 0, last: SystemTime::now() });
             *xids = Xids { times: xids.times.saturating_add(times), last: SystemTime::now() };
         }
@@ -455,7 +455,7 @@ mod tests {
         let mut values = Values::default();
         (0..10_000).for_each(|xid| values.count_xid(UUID, xid, 1));
         values.count_xid(UUID, 0, u64::MAX);
-        assert_eq!(values.xids.len(), MOST_XIDS);
+        assert_eq!(values.xids.len(), MAX_XIDS);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 
 /// More than scrapers and a curious operator need at a time; the others wait.
-const MOST_CONNECTIONS: usize = 8;
+const MAX_CONNECTIONS: usize = 8;
 /// How long a connection may take for its request's head, and as a whole: it has one request.
 const HEAD_LIMIT: Duration = Duration::from_secs(5);
 const CONNECTION_LIMIT: Duration = Duration::from_secs(10);
@@ -53,7 +53,7 @@ async fn answer_all(listener: &TcpListener, page: &impl Fn() -> String) -> Infal
     let mut connections = FuturesUnordered::new();
     loop {
         tokio::select! {
-            accepted = accept(listener), if connections.len() < MOST_CONNECTIONS => {
+            accepted = accept(listener), if connections.len() < MAX_CONNECTIONS => {
                 connections.push(answer(accepted, page));
             }
             Some(()) = connections.next() => {}
@@ -182,7 +182,7 @@ mod tests {
     async fn who_connects_and_says_nothing_is_sent_away_and_the_next_is_answered() {
         beside(async |address| {
             let mut idle = Vec::new();
-            for _ in 0..MOST_CONNECTIONS * 2 {
+            for _ in 0..MAX_CONNECTIONS * 2 {
                 idle.push(TcpStream::connect(address).await.unwrap());
             }
             let ok = said_to(address, b"GET /metrics HTTP/1.0\r\n\r\n").await;

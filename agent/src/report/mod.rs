@@ -13,11 +13,11 @@ use serde_json::Value as Json;
 use tokio::sync::watch;
 
 use crate::docker::client::Container;
-use crate::gpu::reason::one_line;
+use crate::gpu::reason::sanitize_line;
 use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::logging;
 use crate::opennebula::partition::Partition;
-use crate::opennebula::publisher::{Cloud, News, Publisher};
+use crate::opennebula::publisher::{NodeAttributes, OneGateAccess, Publisher};
 use crate::opennebula::superlink::SuperLink;
 use crate::report::metrics::Values;
 use crate::system::atomic_file;
@@ -66,7 +66,7 @@ fn file_in(state_dir: &Path) -> PathBuf {
 pub struct Reporter {
     file: Option<PathBuf>,
     report: RefCell<Report>,
-    news: RefCell<News>,
+    news: RefCell<NodeAttributes>,
     values: RefCell<Values>,
     gpus_in_use: watch::Sender<Option<Vec<GpuDevice>>>,
     publisher: RefCell<Option<Publisher>>,
@@ -101,7 +101,7 @@ impl Reporter {
 
     /// Publishes by this way from now on. Only who keeps the status file does: there is one agent a
     /// machine.
-    pub fn publish_by(&self, cloud: Option<&Cloud>) {
+    pub fn publish_by(&self, cloud: Option<&OneGateAccess>) {
         let Some(cloud) = cloud.filter(|_| self.file.is_some()) else {
             self.publisher.replace(None);
             return;
@@ -114,7 +114,7 @@ impl Reporter {
     }
 
     /// Changes what is published.
-    pub fn news(&self, change: impl FnOnce(&mut News)) {
+    pub fn news(&self, change: impl FnOnce(&mut NodeAttributes)) {
         change(&mut self.news.borrow_mut());
         if let Some(publisher) = &*self.publisher.borrow() {
             publisher.publish(&self.news.borrow());
@@ -141,7 +141,7 @@ impl Reporter {
 
     /// What is being done.
     pub fn doing(&self, status: &str) {
-        let status = one_line(status);
+        let status = sanitize_line(status);
         tracing::debug!("status: {status}");
         systemd::status(&status);
         self.keep(|report| report.status = status);
@@ -155,7 +155,7 @@ impl Reporter {
             return;
         }
         self.progress_told.set(Some(Instant::now()));
-        let status = one_line(status);
+        let status = sanitize_line(status);
         systemd::status(&status);
         self.report.borrow_mut().status = status;
         self.write();
@@ -211,7 +211,7 @@ impl Reporter {
 
     /// How the DCGM exporter is doing; `None` where none is wanted.
     pub fn exporter(&self, exporter: Option<String>) {
-        self.keep(|report| report.exporter = exporter.map(|text| one_line(&text)));
+        self.keep(|report| report.exporter = exporter.map(|text| sanitize_line(&text)));
     }
 
     /// Whether the node is connected to its SuperLink.
@@ -234,7 +234,7 @@ impl Reporter {
 
     /// The node runs, or waits for its SuperLink alone.
     pub fn ready(&self, status: &str) {
-        let status = one_line(status);
+        let status = sanitize_line(status);
         systemd::ready(&status);
         self.is_ready.set(true);
         self.keep(|report| report.status = status);
@@ -258,7 +258,7 @@ impl Reporter {
 
     /// The agent is on its way out.
     pub fn stopping(&self, status: &str) {
-        let status = one_line(status);
+        let status = sanitize_line(status);
         systemd::stopping(&status);
         self.keep(|report| report.status = status);
     }
@@ -279,7 +279,7 @@ impl Reporter {
         let text = serde_json::to_string_pretty(&*self.report.borrow()).unwrap_or_default();
         // Without the file the node is what it is; `status` says that it is not known.
         if let Some(file) = &self.file
-            && let Err(error) = atomic_file::replace_for_this_boot(file, text.as_bytes())
+            && let Err(error) = atomic_file::replace_volatile(file, text.as_bytes())
         {
             tracing::debug!("cannot write {}: {error}", file.display());
         }

@@ -19,8 +19,8 @@ use tokio::time::Instant;
 use crate::config::Config;
 use crate::config::settings::Settings;
 use crate::container::plan::{self, ContainerSpec, Machine, PortSpec};
-use crate::docker::client::{Container, Engine, EngineError};
-use crate::docker::nvidia_runtime::GpuAccess;
+use crate::docker::client::{Client, Container, EngineError};
+use crate::docker::nvidia_runtime::GpuInjection;
 use crate::gpu::verdict::GpuDevice;
 use crate::logging::error_chain;
 use crate::report::Reporter;
@@ -35,7 +35,7 @@ const SHM_SIZE_MIB: u64 = 64;
 pub const GRACE: Duration = Duration::from_secs(5);
 /// The pauses before it is tried again: the first, and the longest.
 const FIRST_PAUSE: Duration = Duration::from_secs(5);
-const LONGEST_PAUSE: Duration = Duration::from_secs(600);
+const MAX_PAUSE: Duration = Duration::from_secs(600);
 /// A run of this length makes the next pause the first again, and the next failure a WARNING.
 const HEALTHY_AFTER: Duration = Duration::from_secs(600);
 
@@ -51,7 +51,7 @@ pub fn name_of(settings: &Settings) -> String {
 pub fn plan_exporter(
     config: &Config,
     devices: &[GpuDevice],
-    access: &GpuAccess,
+    access: &GpuInjection,
     settings: &Settings,
     machine: &Machine,
 ) -> Result<ContainerSpec, &'static str> {
@@ -112,7 +112,7 @@ pub struct Exporter {
     /// Where things are.
     pub settings: Settings,
     /// How the GPU gets in.
-    pub access: GpuAccess,
+    pub access: GpuInjection,
     /// What the machine has.
     pub machine: Machine,
     /// Who tells which GPUs are in use, and is told.
@@ -169,7 +169,7 @@ impl Exporter {
                 }
             }
             tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            pause = (pause * 2).min(MAX_PAUSE);
         }
     }
 
@@ -180,11 +180,11 @@ impl Exporter {
         devices: &[GpuDevice],
         up_since: &mut Option<Instant>,
     ) -> Result<Infallible, Trouble> {
-        let engine = Engine::connect(&self.settings.docker.socket).await?;
+        let engine = Client::connect(&self.settings.docker.socket).await?;
         let container = bring_up(&engine, spec, devices).await?;
         *up_since = Some(Instant::now());
         self.reporter.exporter(Some(format!("{} at {}", spec.image, self.settings.dcgm.listen)));
-        let by_hook = self.access == GpuAccess::Runtime;
+        let by_hook = self.access == GpuInjection::Runtime;
         tokio::select! {
             end = engine.wait(&container.id) => Err(Trouble::Ended(end)),
             finding = gpu_presence::until_lost(&container, devices, by_hook) => {
@@ -201,14 +201,14 @@ impl Exporter {
         while let Err(error) = self.take_away(why).await {
             tracing::debug!("the DCGM exporter cannot be removed: {}", error_chain(&error));
             tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            pause = (pause * 2).min(MAX_PAUSE);
         }
         std::future::pending().await
     }
 
     async fn take_away(&self, why: &str) -> Result<(), EngineError> {
-        let engine = Engine::connect(&self.settings.docker.socket).await?;
-        let found = engine.find_container(&name_of(&self.settings)).await?;
+        let engine = Client::connect(&self.settings.docker.socket).await?;
+        let found = engine.inspect_container(&name_of(&self.settings)).await?;
         let Some(ours) = found.filter(|container| container.spec_hash().is_some()) else {
             if self.config.dcgm_enabled && self.config.gpu_enabled {
                 tracing::info!("FL_DCGM_ENABLED is idle: {why}");
@@ -223,12 +223,12 @@ impl Exporter {
 
 /// Adopts the running container of this very specification, or replaces whatever has its name.
 async fn bring_up(
-    engine: &Engine,
+    engine: &Client,
     spec: &ContainerSpec,
     devices: &[GpuDevice],
 ) -> Result<Container, Trouble> {
     let name = &spec.name;
-    let found = engine.find_container(name).await?;
+    let found = engine.inspect_container(name).await?;
     let has_gpus = |container: &Container| {
         !matches!(gpu_presence::devices_missing_in(container, devices), Ok(Some(_)))
     };
@@ -252,7 +252,7 @@ async fn bring_up(
     }
     let id = engine.create(spec).await?;
     engine.start(&id).await?;
-    let started = engine.find_container(&id).await?.ok_or(Trouble::Ended(None))?;
+    let started = engine.inspect_container(&id).await?.ok_or(Trouble::Ended(None))?;
     tracing::info!("started the DCGM exporter {name} from {}", spec.image);
     Ok(started)
 }
@@ -277,7 +277,11 @@ mod tests {
     use super::*;
     use crate::config::Prebaked;
 
-    fn plan(context: &str, gpus: usize, access: &GpuAccess) -> Result<ContainerSpec, &'static str> {
+    fn plan(
+        context: &str,
+        gpus: usize,
+        access: &GpuInjection,
+    ) -> Result<ContainerSpec, &'static str> {
         let context = Context::parse(context.as_bytes()).unwrap();
         let (config, _) = Config::from_context(&context, &Prebaked::default()).unwrap();
         let device = |index: usize| GpuDevice {
@@ -294,7 +298,7 @@ mod tests {
 
     #[test]
     fn it_is_wanted_only_where_it_is_asked_for_and_a_gpu_is_in_use() {
-        let runtime = &GpuAccess::Runtime;
+        let runtime = &GpuInjection::Runtime;
         assert_eq!(plan("FL_GPU_ENABLED='YES'\n", 1, runtime), Err("FL_DCGM_ENABLED is not YES"));
         assert_eq!(plan("FL_DCGM_ENABLED='YES'\n", 1, runtime), Err("FL_GPU_ENABLED is not YES"));
         assert_eq!(
@@ -307,7 +311,7 @@ mod tests {
     #[test]
     fn it_has_the_nodes_gpus_by_the_nodes_way() {
         let context = "FL_DCGM_ENABLED='YES'\nFL_GPU_ENABLED='YES'\n";
-        let by_runtime = plan(context, 2, &GpuAccess::Runtime).unwrap();
+        let by_runtime = plan(context, 2, &GpuInjection::Runtime).unwrap();
         assert_eq!(
             (by_runtime.name.as_str(), by_runtime.runtime.as_str()),
             ("flower-supernode-dcgm", "nvidia")
@@ -315,7 +319,7 @@ mod tests {
         assert_eq!(by_runtime.env["NVIDIA_VISIBLE_DEVICES"], "GPU-0,GPU-1");
         assert_eq!(by_runtime.labels[plan::SPEC_HASH_LABEL], by_runtime.hash());
         let by_cdi =
-            plan(context, 1, &GpuAccess::Cdi(vec!["nvidia.com/gpu=GPU-0".into()])).unwrap();
+            plan(context, 1, &GpuInjection::Cdi(vec!["nvidia.com/gpu=GPU-0".into()])).unwrap();
         assert_eq!((by_cdi.runtime.as_str(), by_cdi.cdi_devices.len()), ("runc", 1));
         assert_eq!(by_cdi.env["NVIDIA_VISIBLE_DEVICES"], "void");
     }

@@ -22,7 +22,7 @@ use tokio::time::Instant;
 
 use crate::config::Config;
 use crate::config::settings::Settings;
-use crate::gpu::monitor_child::Notice;
+use crate::gpu::monitor_child::MonitorMessage;
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::{GpuDevice, describe_fault, signal_name};
 use crate::gpu::xid::{Class, Xid};
@@ -32,16 +32,16 @@ use crate::report::Reporter;
 pub const SUBCOMMAND: &str = "nvml-watch";
 
 /// More than a line of the child ever has.
-const LONGEST_LINE_BYTES: usize = 1 << 16;
+const MAX_LINE_BYTES: usize = 1 << 16;
 /// Two of these without a word, and it hangs. Not one of the double length: a VM that was suspended
 /// finds its first limit over before the child could speak.
 const SILENCE: Duration = Duration::from_secs(8);
-const MOST_SILENCES: u32 = 2;
+const MAX_SILENCES: u32 = 2;
 /// The pause before a child that has died is started again: the first and the longest. With each
 /// comes a probe, which finds a GPU that is lost, within half a minute even where it takes all of
 /// its time: so it is a short one.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(8);
+const MAX_PAUSE: Duration = Duration::from_secs(8);
 /// A life of this length makes the next pause the first again.
 const HEALTHY_AFTER: Duration = Duration::from_secs(600);
 /// So many deaths in a row are told.
@@ -61,10 +61,10 @@ enum About {
 
 /// The watch over the GPUs of a node. One child at a time; it ends with this value.
 #[derive(Debug)]
-pub struct Watch {
+pub struct GpuMonitor {
     /// Who hears of figures and XIDs.
     reporter: Rc<Reporter>,
-    watcher: Option<Watcher>,
+    watcher: Option<MonitorProcess>,
     pause: Duration,
     deaths: u32,
     /// XIDs that change nothing.
@@ -73,7 +73,7 @@ pub struct Watch {
     failures: Told,
 }
 
-impl Watch {
+impl GpuMonitor {
     /// One that has not begun.
     pub fn new(reporter: Rc<Reporter>) -> Self {
         Self {
@@ -88,7 +88,7 @@ impl Watch {
 
     /// Ends the child, until it is needed again. In another container, or at another try, what has
     /// failed may fail again.
-    pub fn begin_anew(&mut self) {
+    pub fn reset(&mut self) {
         self.failures.clear();
         self.watcher = None;
     }
@@ -103,13 +103,13 @@ impl Watch {
     ) -> Finding {
         loop {
             let death = match self.heard(settings, devices).await {
-                Heard::Said(notice) => {
+                MonitorEvent::Message(notice) => {
                     if let Some(finding) = self.judge(notice, devices) {
                         return finding;
                     }
                     continue;
                 }
-                Heard::Silence(length) => {
+                MonitorEvent::Silence(length) => {
                     let seconds = length.as_secs();
                     let what = format!(
                         "NVIDIA's driver does not answer: the watcher gave no sign of life for {seconds} s and was killed"
@@ -119,7 +119,7 @@ impl Watch {
                         None => "hung and was killed".to_owned(),
                     }
                 }
-                Heard::End(how) => how,
+                MonitorEvent::End(how) => how,
             };
             if let Some(finding) = self.look_after_death(&death, config, settings, devices).await {
                 return finding;
@@ -127,20 +127,20 @@ impl Watch {
         }
     }
 
-    async fn heard(&mut self, settings: &Settings, devices: &[GpuDevice]) -> Heard {
+    async fn heard(&mut self, settings: &Settings, devices: &[GpuDevice]) -> MonitorEvent {
         let uuids = || devices.iter().map(|device| device.uuid.clone());
         if self.watcher.as_ref().is_some_and(|watcher| !watcher.uuids.iter().cloned().eq(uuids())) {
             self.watcher = None;
         }
         let watcher = match &mut self.watcher {
             Some(watcher) => watcher,
-            none => match Watcher::start(settings, uuids().collect()) {
+            none => match MonitorProcess::start(settings, uuids().collect()) {
                 Ok(watcher) => none.insert(watcher),
-                Err(error) => return Heard::End(format!("could not be started: {error}")),
+                Err(error) => return MonitorEvent::End(format!("could not be started: {error}")),
             },
         };
         let heard = watcher.hear().await;
-        if !matches!(heard, Heard::Said(_)) {
+        if !matches!(heard, MonitorEvent::Message(_)) {
             if watcher.since.elapsed() >= HEALTHY_AFTER {
                 (self.pause, self.deaths) = (FIRST_PAUSE, 0);
             }
@@ -165,12 +165,12 @@ impl Watch {
             ..DEATHS_TOLD => tracing::info!("{text}"),
             DEATHS_TOLD => tracing::warn!(
                 "{text}; it has not lived long {DEATHS_TOLD} times: faults are noticed only by a probe every {} s",
-                LONGEST_PAUSE.as_secs()
+                MAX_PAUSE.as_secs()
             ),
             _ => tracing::debug!("{text}"),
         }
         tokio::time::sleep(self.pause).await;
-        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        self.pause = (self.pause * 2).min(MAX_PAUSE);
         let verdict = crate::gpu::detect_gpus(config, settings, Duration::ZERO).await.verdict;
         let lost = devices
             .iter()
@@ -188,31 +188,33 @@ impl Watch {
     }
 
     /// What follows from what the child said.
-    fn judge(&mut self, notice: Notice, devices: &[GpuDevice]) -> Option<Finding> {
+    fn judge(&mut self, notice: MonitorMessage, devices: &[GpuDevice]) -> Option<Finding> {
         match notice {
-            Notice::Watching { deaf } => {
-                if !deaf.is_empty() && self.deaths == 0 {
+            MonitorMessage::Watching { unsupported } => {
+                if !unsupported.is_empty() && self.deaths == 0 {
                     tracing::info!(
                         "no events are to be had of {}: its health alone is looked after",
-                        deaf.join(", ")
+                        unsupported.join(", ")
                     );
                 }
                 None
             }
             // The end follows.
-            Notice::Alive | Notice::Failed { .. } => None,
-            Notice::Reading { uuid, reading } => {
+            MonitorMessage::Heartbeat | MonitorMessage::Failed { .. } => None,
+            MonitorMessage::Reading { uuid, reading } => {
                 self.reporter.metrics(|values| values.read(&uuid, reading));
                 None
             }
-            Notice::Event { uuid, xid, times } => self.judge_event(uuid, xid, times, devices),
-            Notice::Fault { uuid, fault } => {
+            MonitorMessage::Event { uuid, xid, times } => {
+                self.judge_event(uuid, xid, times, devices)
+            }
+            MonitorMessage::Fault { uuid, fault } => {
                 self.failed(devices, Some(&uuid), About::Health, describe_fault(&fault))
             }
-            Notice::Ailing { uuid, ailments } => {
-                self.failed(devices, Some(&uuid), About::Health, ailments.join("; "))
+            MonitorMessage::Unhealthy { uuid, health_issues } => {
+                self.failed(devices, Some(&uuid), About::Health, health_issues.join("; "))
             }
-            Notice::LibraryGone { path } => {
+            MonitorMessage::LibraryGone { path } => {
                 let what = format!(
                     "libnvidia-ml has gone from {path}: the driver was removed under the node"
                 );
@@ -282,8 +284,8 @@ impl Watch {
     }
 }
 
-enum Heard {
-    Said(Notice),
+enum MonitorEvent {
+    Message(MonitorMessage),
     /// Nothing for so long: it is killed.
     Silence(Duration),
     /// It has ended: how, as the end of a sentence.
@@ -292,7 +294,7 @@ enum Heard {
 
 /// The child.
 #[derive(Debug)]
-struct Watcher {
+struct MonitorProcess {
     uuids: Vec<String>,
     child: Child,
     group: Option<Pid>,
@@ -305,7 +307,7 @@ struct Watcher {
     last_words: Option<String>,
 }
 
-impl Watcher {
+impl MonitorProcess {
     fn start(settings: &Settings, uuids: Vec<String>) -> io::Result<Self> {
         // Nobody looks at figures where there is no page.
         let readings = settings.metrics.address().map(|_| "--readings");
@@ -332,31 +334,33 @@ impl Watcher {
             line: Vec::new(),
             since: Instant::now(),
             // It begins with what the probe does.
-            limit: (settings.gpu.probe_timeout / MOST_SILENCES).max(SILENCE),
+            limit: (settings.gpu.probe_timeout / MAX_SILENCES).max(SILENCE),
             last_words: None,
         })
     }
 
-    async fn hear(&mut self) -> Heard {
+    async fn hear(&mut self) -> MonitorEvent {
         let mut silences = 0;
         loop {
             let line = match tokio::time::timeout(self.limit, self.next_line()).await {
                 Ok(Ok(Some(line))) => line,
-                Ok(Ok(None)) => return Heard::End(self.end().await),
-                Ok(Err(error)) => return Heard::End(format!("could not be read: {error}")),
+                Ok(Ok(None)) => return MonitorEvent::End(self.end().await),
+                Ok(Err(error)) => return MonitorEvent::End(format!("could not be read: {error}")),
                 Err(_) => {
                     silences += 1;
-                    if silences == MOST_SILENCES {
-                        return Heard::Silence(self.limit * MOST_SILENCES);
+                    if silences == MAX_SILENCES {
+                        return MonitorEvent::Silence(self.limit * MAX_SILENCES);
                     }
                     continue;
                 }
             };
             self.limit = SILENCE;
             match serde_json::from_slice(&line) {
-                Ok(Notice::Failed { fault }) => self.last_words = Some(describe_fault(&fault)),
-                Ok(notice) => return Heard::Said(notice),
-                Err(_) => return Heard::End("said what is not understood".into()),
+                Ok(MonitorMessage::Failed { fault }) => {
+                    self.last_words = Some(describe_fault(&fault))
+                }
+                Ok(notice) => return MonitorEvent::Message(notice),
+                Err(_) => return MonitorEvent::End("said what is not understood".into()),
             }
         }
     }
@@ -371,7 +375,7 @@ impl Watcher {
             }
             let end = chunk.iter().position(|byte| *byte == b'\n');
             let length = end.map_or(chunk.len(), |end| end + 1);
-            if self.line.len() + length > LONGEST_LINE_BYTES {
+            if self.line.len() + length > MAX_LINE_BYTES {
                 return Err(io::Error::other("it talks without end"));
             }
             self.line.extend_from_slice(&chunk[..length]);
@@ -384,8 +388,8 @@ impl Watcher {
 
     /// How it has ended.
     async fn end(&mut self) -> String {
-        const PATIENCE: Duration = Duration::from_secs(1);
-        let status = tokio::time::timeout(PATIENCE, self.child.wait()).await;
+        const TIMEOUT: Duration = Duration::from_secs(1);
+        let status = tokio::time::timeout(TIMEOUT, self.child.wait()).await;
         let how = match status {
             Ok(Ok(status)) => match status.signal() {
                 Some(signal) => format!("died by signal {signal}{}", signal_name(signal)),
@@ -400,7 +404,7 @@ impl Watcher {
     }
 }
 
-impl Drop for Watcher {
+impl Drop for MonitorProcess {
     fn drop(&mut self) {
         // A process that hangs inside the driver may not even die of SIGKILL: it is not waited for.
         if let Some(group) = self.group {
@@ -413,8 +417,8 @@ impl Drop for Watcher {
 mod tests {
     use super::*;
 
-    fn watch() -> Watch {
-        Watch::new(Rc::new(Reporter::new(None)))
+    fn watch() -> GpuMonitor {
+        GpuMonitor::new(Rc::new(Reporter::new(None)))
     }
 
     fn devices() -> Vec<GpuDevice> {
@@ -431,8 +435,8 @@ mod tests {
             .collect()
     }
 
-    fn event(uuid: &str, xid: Option<u64>) -> Notice {
-        Notice::Event { uuid: uuid.into(), xid, times: 1 }
+    fn event(uuid: &str, xid: Option<u64>) -> MonitorMessage {
+        MonitorMessage::Event { uuid: uuid.into(), xid, times: 1 }
     }
 
     #[test]
@@ -449,7 +453,7 @@ mod tests {
         assert_eq!(watch.judge(event("GPU-b", Some(79)), &devices), None);
         assert!(watch.judge(event("GPU-a", Some(79)), &devices).is_some(), "another device");
         assert!(watch.judge(event("GPU-b", None), &devices).is_some(), "another fault");
-        watch.begin_anew();
+        watch.reset();
         assert!(watch.judge(event("GPU-b", Some(79)), &devices).is_some());
     }
 
@@ -465,7 +469,7 @@ mod tests {
     fn what_concerns_the_driver_names_every_device() {
         let mut watch = watch();
         let finding =
-            watch.judge(Notice::LibraryGone { path: "/lib/x".into() }, &devices()).unwrap();
+            watch.judge(MonitorMessage::LibraryGone { path: "/lib/x".into() }, &devices()).unwrap();
         assert!(
             finding.summary.contains("GPU-a") && finding.summary.contains("GPU-b"),
             "{finding:?}"

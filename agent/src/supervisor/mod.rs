@@ -19,25 +19,28 @@ use crate::config::settings::Settings;
 use crate::config::{Config, LogLevel};
 use crate::container::plan::{self, ContainerSpec};
 use crate::container::site_hook;
-use crate::docker::client::{Container, Engine, EngineError};
-use crate::docker::nvidia_runtime::GpuAccess;
-use crate::flower::connection::{Connection, Listener, until_reached};
-use crate::flower::liveness::{Dead, Liveness};
+use crate::docker::client::{Client, Container, EngineError};
+use crate::docker::nvidia_runtime::GpuInjection;
+use crate::flower::connection::{Connection, ConnectionMonitor, until_reached};
+use crate::flower::liveness::{Liveness, LivenessFailure};
 use crate::flower::release::Release;
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::gpu::{self, detect_gpus};
 use crate::logging;
-use crate::opennebula::publisher::Cloud;
+use crate::opennebula::publisher::OneGateAccess;
 use crate::opennebula::superlink::{self, SuperLink, find_superlink};
 use crate::report::Reporter;
-use crate::supervisor::gpu_monitor::Watch;
+use crate::supervisor::gpu_monitor::GpuMonitor;
 use crate::supervisor::gpu_presence::devices_missing_in;
 use crate::system::atomic_file;
 use crate::system::os_release::Distribution;
-use crate::system::systemd::{LongStep, Watchdog};
+use crate::system::systemd::{TimeoutExtension, Watchdog};
 use crate::values::ImageRef;
-use state_machine::{Act, Cause, Change, End, Event, Found, Grace, Machine, Rules, Step, Tell};
+use state_machine::{
+    Command, ContainerEvent, Event, Existing, ExitReason, Grace, Notification, Policy,
+    RestartReason, StateMachine, Transition,
+};
 
 /// The node: everything its container is made from.
 #[derive(Debug)]
@@ -47,7 +50,7 @@ pub struct Node {
     /// Where things are.
     pub settings: Settings,
     /// The way to OneGate, where there is one.
-    pub cloud: Option<Cloud>,
+    pub cloud: Option<OneGateAccess>,
     /// What the node connects to.
     pub superlink: SuperLink,
     /// The image that was found.
@@ -57,7 +60,7 @@ pub struct Node {
     /// The distribution that fixes are for.
     pub distribution: Distribution,
     /// How the GPU gets in.
-    pub access: GpuAccess,
+    pub access: GpuInjection,
     /// Who is told.
     pub reporter: Rc<Reporter>,
 }
@@ -65,14 +68,14 @@ pub struct Node {
 /// What a node is in want of that its supervisor cannot give: the story from the beginning, because
 /// the GPU is usable now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Anew;
+pub struct RestartRequested;
 
 /// Why the container does not run.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
     /// The engine.
     #[error(transparent)]
-    Engine(#[from] EngineError),
+    Client(#[from] EngineError),
     /// There must be a GPU, and there is none.
     #[error("FL_GPU_REQUIRED is YES and no GPU is usable")]
     GpuRequired,
@@ -100,28 +103,28 @@ pub enum LaunchError {
 struct Supervisor<'a> {
     node: Node,
     watchdog: &'a Watchdog,
-    machine: Machine,
-    engine: Engine,
+    machine: StateMachine,
+    engine: Client,
     /// What has the container's name, as it was seen last.
     container: Option<Container>,
     /// The run of it that is listened to.
-    run: Option<Run>,
-    watch: Watch,
+    run: Option<ContainerRun>,
+    watch: GpuMonitor,
     liveness: Liveness,
     /// What is true beside the verdict, for the status.
-    remark: Option<String>,
+    status_note: Option<String>,
     /// Why the last launch failed.
     error: Option<LaunchError>,
     /// Until the container is up.
-    starting: Option<LongStep>,
+    starting: Option<TimeoutExtension>,
 }
 
 /// One run of a container, and what is heard of it.
-struct Run {
+struct ContainerRun {
     id: String,
     started_at: String,
     since: Instant,
-    listener: Listener,
+    listener: ConnectionMonitor,
     /// What Flower says of its connection.
     connection: Connection,
     /// Whether the container has a connection to the SuperLink's port: what there is to go by where
@@ -131,13 +134,13 @@ struct Run {
     paused: bool,
 }
 
-impl Run {
-    fn new(engine: &Engine, container: &Container) -> Self {
+impl ContainerRun {
+    fn new(engine: &Client, container: &Container) -> Self {
         Self {
             id: container.id.clone(),
             started_at: container.started_at.clone(),
             since: Instant::now(),
-            listener: Listener::new(engine.log(container)),
+            listener: ConnectionMonitor::new(engine.log(container)),
             connection: Connection::default(),
             reached: false,
             paused: container.paused,
@@ -150,7 +153,7 @@ impl Run {
 }
 
 /// What is heard of a running container.
-enum News {
+enum WatchEvent {
     /// It has ended, with this exit code, or the engine went away.
     Ended(Option<i64>),
     /// Its GPU failed.
@@ -166,9 +169,9 @@ enum News {
     /// Somebody has paused it, or lets it go on.
     Paused(bool),
     /// Flower does not answer any more.
-    Hangs(Dead),
+    Hangs(LivenessFailure),
     /// The service has another SuperLink.
-    Moved(Box<superlink::Found>),
+    Moved(Box<superlink::Discovery>),
 }
 
 impl Node {
@@ -178,19 +181,19 @@ impl Node {
     /// # Errors
     /// When the container does not come up at first; when there must be a GPU, and the container
     /// does not come up on it or it has failed.
-    pub async fn live(
+    pub async fn supervise(
         self,
         verdict: Verdict,
-        engine: Engine,
-        starting: LongStep,
+        engine: Client,
+        starting: TimeoutExtension,
         watchdog: &Watchdog,
-    ) -> Result<Anew, LaunchError> {
-        let rules = Rules {
+    ) -> Result<RestartRequested, LaunchError> {
+        let policy = Policy {
             gpu_required: self.config.gpu_required,
             on_failure: self.settings.gpu.on_failure,
             on_late: self.settings.gpu.on_late,
         };
-        let (machine, act) = Machine::new(rules, verdict);
+        let (machine, act) = StateMachine::new(policy, verdict);
         let reporter = Rc::clone(&self.reporter);
         let mut supervisor = Supervisor {
             node: self,
@@ -199,9 +202,9 @@ impl Node {
             engine,
             container: None,
             run: None,
-            watch: Watch::new(reporter),
+            watch: GpuMonitor::new(reporter),
             liveness: Liveness::default(),
-            remark: None,
+            status_note: None,
             error: None,
             starting: Some(starting),
         };
@@ -226,9 +229,9 @@ impl Node {
     }
 
     /// Whether the container's log tells when Flower has connected.
-    fn log_tells(&self) -> bool {
+    fn log_reports_connection(&self) -> bool {
         matches!(self.config.log_level, LogLevel::Debug | LogLevel::Info)
-            && self.release().tells_node_id()
+            && self.release().logs_node_id()
     }
 
     /// Makes what the container's mounts need. Looked after at every start: a folder may have gone
@@ -250,7 +253,7 @@ impl Node {
 
     /// Looks, while a discovered SuperLink is not reached, whether the service has it elsewhere by
     /// now, or trusts another CA.
-    async fn until_moved(&self) -> superlink::Found {
+    async fn until_moved(&self) -> superlink::Discovery {
         /// Flower itself tries again for that long first.
         const FIRST_LOOK: Duration = Duration::from_secs(60);
         let Some(cloud) = &self.cloud else {
@@ -281,55 +284,57 @@ impl Node {
 
 impl Supervisor<'_> {
     /// Does what the machine decides, one act after the other.
-    async fn work(&mut self, mut act: Act) -> Result<Anew, LaunchError> {
+    async fn work(&mut self, mut act: Command) -> Result<RestartRequested, LaunchError> {
         loop {
             let event = match act {
-                Act::End(End::Anew) => return Ok(Anew),
-                Act::End(End::GpuRequired) => return Err(LaunchError::GpuRequired),
-                Act::End(End::NotUp) => return Err(self.error.take().unwrap_or_else(unexpected)),
+                Command::Exit(ExitReason::RestartRequested) => return Ok(RestartRequested),
+                Command::Exit(ExitReason::GpuRequired) => return Err(LaunchError::GpuRequired),
+                Command::Exit(ExitReason::LaunchFailed) => {
+                    return Err(self.error.take().unwrap_or_else(unexpected));
+                }
                 act => {
-                    let limit = self.limit_of(&act);
-                    self.watchdog.during(limit, self.perform(act)).await
+                    let limit = self.timeout_for(&act);
+                    self.watchdog.guard(limit, self.execute(act)).await
                 }
             };
-            let Step { tell, act: next } = self.machine.after(event);
-            tell.into_iter().for_each(|tell| self.tell(tell));
+            let Transition { notifications, command: next } = self.machine.handle(event);
+            notifications.into_iter().for_each(|notification| self.notify(notification));
             act = next;
         }
     }
 
     /// More than an act takes whose every call has a limit of its own, of a minute or two at the
     /// most. A wait for a change has none by its nature.
-    fn limit_of(&self, act: &Act) -> Duration {
+    fn timeout_for(&self, act: &Command) -> Duration {
         const CALLS: Duration = Duration::from_secs(600);
         let Settings { gpu, container, .. } = &self.node.settings;
         match act {
-            Act::Watch => Duration::MAX,
-            Act::Wait(pause) | Act::Rest(pause) => *pause + CALLS,
+            Command::Monitor => Duration::MAX,
+            Command::Sleep(pause) | Command::BackOff(pause) => *pause + CALLS,
             _ => CALLS.saturating_add(container.stop_timeout).saturating_add(gpu.probe_timeout),
         }
     }
 
-    async fn perform(&mut self, act: Act) -> Event {
+    async fn execute(&mut self, act: Command) -> Event {
         let done = match act {
-            Act::Look => self.look().await,
-            Act::Clear => self.clear().await,
-            Act::Make => self.make().await,
-            Act::StartAgain => self.start_again().await,
-            Act::Discard(finding) => self.discard(finding).await,
-            Act::Watch => Ok(self.watch().await),
-            Act::AskEngine => Ok(Event::Engine { answers: self.engine.facts().await.is_ok() }),
-            Act::Connect => Ok(self.connect().await),
-            Act::See => Ok(self.see().await),
-            Act::Wait(pause) => {
+            Command::Inspect => self.look().await,
+            Command::RemoveExisting => self.clear().await,
+            Command::CreateAndStart => self.make().await,
+            Command::StartExisting => self.start_again().await,
+            Command::RemoveFailed(finding) => self.discard(finding).await,
+            Command::Monitor => Ok(self.watch().await),
+            Command::PingEngine => Ok(Event::Engine { answers: self.engine.info().await.is_ok() }),
+            Command::Reconnect => Ok(self.connect().await),
+            Command::CheckRunning => Ok(self.see().await),
+            Command::Sleep(pause) => {
                 tokio::time::sleep(pause).await;
                 Ok(Event::Done)
             }
-            Act::Rest(pause) => Ok(self.rest(pause).await),
-            Act::Stop(grace) => Ok(self.stop(grace).await),
-            Act::TakeAway => Ok(self.take_away().await),
-            Act::Probe => Ok(self.probe().await),
-            Act::End(_) => Ok(Event::Done),
+            Command::BackOff(pause) => Ok(self.rest(pause).await),
+            Command::Stop(grace) => Ok(self.stop(grace).await),
+            Command::StopAndRemove => Ok(self.stop_and_remove_container().await),
+            Command::Probe => Ok(self.probe().await),
+            Command::Exit(_) => Ok(Event::Done),
         };
         done.unwrap_or_else(|error| {
             self.error = Some(error);
@@ -339,7 +344,7 @@ impl Supervisor<'_> {
 
     fn spec(&self) -> ContainerSpec {
         let mut spec = self.node.spec_on(self.machine.verdict());
-        if let Some(gpu) = self.machine.left_gpu() {
+        if let Some(gpu) = self.machine.fallback_from() {
             spec.labels.insert(plan::REFUSED_HASH_LABEL.into(), self.node.spec_on(gpu).hash());
         }
         spec
@@ -349,26 +354,27 @@ impl Supervisor<'_> {
         self.node.reporter.down();
         self.node.prepare_mounts()?;
         let spec = self.spec();
-        self.container = self.engine.find_container(&spec.name).await?;
+        self.container = self.engine.inspect_container(&spec.name).await?;
         let Some(container) = &self.container else {
-            return Ok(Event::Found(Found::Nothing));
+            return Ok(Event::Inspected(Existing::Nothing));
         };
         let found = match (container.running, container.spec_hash() == Some(&spec.hash())) {
             (true, true) => match missing_in(container, self.machine.verdict().devices()) {
-                None => Found::Same,
-                Some(finding) => Found::WithoutGpu(finding),
+                None => Existing::UpToDate,
+                Some(finding) => Existing::WithoutGpu(finding),
             },
-            (true, false) => stands_in_for(container, &spec).map_or(Found::Other, Found::StandIn),
+            (true, false) => previous_fallback(container, &spec)
+                .map_or(Existing::Outdated, Existing::CpuFallback),
             // One that has ended goes on, with its log, where it is what would be made now.
             (false, _) if container.is_made_from(&spec) => {
                 let image = self.engine.find_image(&spec.image).await?;
                 // Where the name was taken off the image, nothing else could be made.
                 let same = image.is_none_or(|image| image.id == container.image_id);
-                if same { Found::Ended } else { Found::Other }
+                if same { Existing::Exited } else { Existing::Outdated }
             }
-            (false, _) => Found::Other,
+            (false, _) => Existing::Outdated,
         };
-        Ok(Event::Found(found))
+        Ok(Event::Inspected(found))
     }
 
     async fn clear(&self) -> Result<Event, LaunchError> {
@@ -408,20 +414,20 @@ impl Supervisor<'_> {
         let verdict = self.machine.verdict();
         if let Err(error) = started {
             let on_gpu = matches!(verdict, Verdict::Gpu { .. });
-            return match error.may_be_of_the_gpu().filter(|_| on_gpu) {
-                Some(why) => Ok(Event::NotOnGpu(Finding::new(
+            return match error.gpu_start_failure().filter(|_| on_gpu) {
+                Some(why) => Ok(Event::GpuStartFailed(Finding::new(
                     Reason::RuntimeStartFailed,
                     format!("Docker did not start the container with the GPU: {why}"),
                 ))),
                 None => Err(error.into()),
             };
         }
-        let Some(container) = self.engine.find_container(&spec.name).await? else {
+        let Some(container) = self.engine.inspect_container(&spec.name).await? else {
             let message = "it was removed right after its start".into();
-            return Err(EngineError::Failed { doing: "start the container", message }.into());
+            return Err(EngineError::Failed { operation: "start the container", message }.into());
         };
         if let Some(finding) = missing_in(&container, verdict.devices()) {
-            return Ok(Event::NotOnGpu(finding));
+            return Ok(Event::GpuStartFailed(finding));
         }
         tracing::info!(
             "started the container {} ({}) from {} on {}",
@@ -440,7 +446,7 @@ impl Supervisor<'_> {
     /// Docker 20.10 holds on to a container for as long as its runtime hangs.
     async fn discard(&self, finding: Finding) -> Result<Event, LaunchError> {
         let removed = async {
-            match self.engine.find_container(&self.node.settings.container.name).await? {
+            match self.engine.inspect_container(&self.node.settings.container.name).await? {
                 Some(dead) => self.engine.remove(&dead).await,
                 None => Ok(()),
             }
@@ -456,17 +462,17 @@ impl Supervisor<'_> {
             return Event::Failed;
         };
         if self.machine.verdict().devices().is_empty() {
-            self.watch.begin_anew();
+            self.watch.reset();
         }
         let mut run = match self.run.take() {
             Some(run) if run.is_of(&container) => run,
-            _ => Run::new(&self.engine, &container),
+            _ => ContainerRun::new(&self.engine, &container),
         };
         self.starting = None;
         let change = loop {
             self.report_running(&container, &run);
-            let news = self.next_news(&container, &mut run).await;
-            if let Some(change) = self.hear(news, &container, &mut run).await {
+            let news = self.next_event(&container, &mut run).await;
+            if let Some(change) = self.handle_event(news, &container, &mut run).await {
                 break change;
             }
         };
@@ -475,39 +481,45 @@ impl Supervisor<'_> {
         Event::Changed { change, up_for }
     }
 
-    async fn next_news(&mut self, container: &Container, run: &mut Run) -> News {
+    async fn next_event(&mut self, container: &Container, run: &mut ContainerRun) -> WatchEvent {
         let node = &self.node;
         let devices = self.machine.verdict().devices();
-        let by_hook = node.access == GpuAccess::Runtime;
+        let by_hook = node.access == GpuInjection::Runtime;
         let port = node.superlink.address.port();
-        let (log_tells, reached, paused) = (node.log_tells(), run.reached, run.paused);
+        let (log_reports_connection, reached, paused) =
+            (node.log_reports_connection(), run.reached, run.paused);
         let connected = is_connected(node, run);
         let searches = node.superlink.vm_id.is_some() && !connected;
         let asks = node.settings.container.health_check && node.release().serves_health();
         tokio::select! {
-            connection = run.listener.next_change() => News::Connection(connection),
-            () = self.engine.until_paused(&container.id, !paused) => News::Paused(!paused),
-            () = until_reached(container, port, !reached), if !log_tells => News::Reached(!reached),
-            dead = self.liveness.until_dead(container, connected), if asks => News::Hangs(dead),
-            found = node.until_moved(), if searches => News::Moved(Box::new(found)),
-            end = self.engine.wait(&container.id) => News::Ended(end),
+            connection = run.listener.next_change() => WatchEvent::Connection(connection),
+            () = self.engine.wait_for_pause(&container.id, !paused) => WatchEvent::Paused(!paused),
+            () = until_reached(container, port, !reached), if !log_reports_connection => WatchEvent::Reached(!reached),
+            dead = self.liveness.wait_until_unresponsive(container, connected), if asks => WatchEvent::Hangs(dead),
+            found = node.until_moved(), if searches => WatchEvent::Moved(Box::new(found)),
+            end = self.engine.wait(&container.id) => WatchEvent::Ended(end),
             finding = self.watch.until_failed(&node.config, &node.settings, devices), if !devices.is_empty() => {
-                News::Failed(finding)
+                WatchEvent::Failed(finding)
             }
-            finding = gpu_presence::until_lost(container, devices, by_hook), if !devices.is_empty() => News::Lost(finding),
-            () = gpu::until_usable(&node.config, &node.settings), if self.machine.waits_for_gpu() => News::Usable,
+            finding = gpu_presence::until_lost(container, devices, by_hook), if !devices.is_empty() => WatchEvent::Lost(finding),
+            () = gpu::wait_until_available(&node.config, &node.settings), if self.machine.awaits_gpu() => WatchEvent::Usable,
         }
     }
 
     /// Tells the news, and answers with what is to be decided about.
-    async fn hear(&mut self, news: News, container: &Container, run: &mut Run) -> Option<Change> {
+    async fn handle_event(
+        &mut self,
+        news: WatchEvent,
+        container: &Container,
+        run: &mut ContainerRun,
+    ) -> Option<ContainerEvent> {
         let (name, address) = (&self.node.settings.container.name, &self.node.superlink.address);
         Some(match news {
-            News::Ended(code) => Change::Ended(code),
-            News::Failed(finding) => Change::Failed(finding),
-            News::Usable => Change::Usable,
-            News::Lost(finding) => {
-                self.remark = None;
+            WatchEvent::Ended(code) => ContainerEvent::Exited(code),
+            WatchEvent::Failed(finding) => ContainerEvent::GpuFailed(finding),
+            WatchEvent::Usable => ContainerEvent::GpuAvailable,
+            WatchEvent::Lost(finding) => {
+                self.status_note = None;
                 tracing::warn!(
                     gpu_uuid = finding.gpu_uuid,
                     pci_address = finding.pci_address,
@@ -515,18 +527,18 @@ impl Supervisor<'_> {
                     finding.summary
                 );
                 self.node.reporter.doing("The container has lost its GPU, making it anew");
-                Change::Lost
+                ContainerEvent::GpuLost
             }
-            News::Hangs(_) if self.is_paused(container).await => {
+            WatchEvent::Hangs(_) if self.is_paused(container).await => {
                 tracing::debug!("the container is paused: it is not asked for its health");
                 return None;
             }
-            News::Hangs(dead) => {
+            WatchEvent::Hangs(dead) => {
                 tracing::warn!("Flower in the container {name} hangs and is started again: {dead}");
                 self.node.reporter.doing("Flower hangs, starting the container again");
-                Change::Hangs
+                ContainerEvent::Unresponsive
             }
-            News::Moved(found) => {
+            WatchEvent::Moved(found) => {
                 for warning in &found.warnings {
                     tracing::warn!("{warning}");
                 }
@@ -536,9 +548,9 @@ impl Supervisor<'_> {
                     "the service has its SuperLink at {} now",
                     self.node.superlink.address
                 );
-                Change::Moved
+                ContainerEvent::SuperLinkChanged
             }
-            News::Connection(connection) => {
+            WatchEvent::Connection(connection) => {
                 match connection {
                     Connection::Connected { node_id, .. } => {
                         tracing::info!(
@@ -553,7 +565,7 @@ impl Supervisor<'_> {
                 run.connection = connection;
                 return None;
             }
-            News::Paused(paused) => {
+            WatchEvent::Paused(paused) => {
                 if paused {
                     tracing::warn!("the container {name} is paused: docker unpause {name}");
                 } else {
@@ -562,7 +574,7 @@ impl Supervisor<'_> {
                 run.paused = paused;
                 return None;
             }
-            News::Reached(reached) => {
+            WatchEvent::Reached(reached) => {
                 let no = if reached { "" } else { "no " };
                 tracing::info!("the container has {no}connection to the SuperLink {address}");
                 run.reached = reached;
@@ -572,11 +584,11 @@ impl Supervisor<'_> {
     }
 
     async fn is_paused(&self, container: &Container) -> bool {
-        matches!(self.engine.find_container(&container.id).await, Ok(Some(found)) if found.paused)
+        matches!(self.engine.inspect_container(&container.id).await, Ok(Some(found)) if found.paused)
     }
 
     async fn connect(&mut self) -> Event {
-        let engine = Engine::connect(&self.node.settings.docker.socket).await;
+        let engine = Client::connect(&self.node.settings.docker.socket).await;
         let answers = engine.is_ok();
         if let Ok(engine) = engine {
             self.engine = engine;
@@ -586,20 +598,20 @@ impl Supervisor<'_> {
 
     async fn see(&mut self) -> Event {
         let Some(container) = &self.container else {
-            return Event::Runs(false);
+            return Event::Running(false);
         };
-        let runs = matches!(self.engine.find_container(&container.id).await, Ok(Some(found)) if found.running);
+        let runs = matches!(self.engine.inspect_container(&container.id).await, Ok(Some(found)) if found.running);
         if runs && let Some(run) = &mut self.run {
-            run.listener = Listener::new(self.engine.log(container));
+            run.listener = ConnectionMonitor::new(self.engine.log(container));
         }
-        Event::Runs(runs)
+        Event::Running(runs)
     }
 
     async fn rest(&mut self, pause: Duration) -> Event {
         let devices = self.machine.verdict().devices();
         tokio::select! {
             finding = self.watch.until_failed(&self.node.config, &self.node.settings, devices), if !devices.is_empty() => {
-                Event::Changed { change: Change::Failed(finding), up_for: Duration::ZERO }
+                Event::Changed { change: ContainerEvent::GpuFailed(finding), up_for: Duration::ZERO }
             }
             () = tokio::time::sleep(pause) => Event::Done,
         }
@@ -609,10 +621,10 @@ impl Supervisor<'_> {
         const SHORT: Duration = Duration::from_secs(5);
         let whole = self.node.settings.container.stop_timeout;
         let grace = match grace {
-            Grace::Whole => whole,
+            Grace::Configured => whole,
             Grace::Short => SHORT.min(whole),
         };
-        self.watch.begin_anew();
+        self.watch.reset();
         if let Some(container) = &self.container
             && let Err(error) = self.engine.stop(&container.id, grace).await
         {
@@ -621,8 +633,8 @@ impl Supervisor<'_> {
         Event::Done
     }
 
-    async fn take_away(&mut self) -> Event {
-        self.watch.begin_anew();
+    async fn stop_and_remove_container(&mut self) -> Event {
+        self.watch.reset();
         if let Some(container) = &self.container
             && let Err(error) = self.stop_and_remove(container).await
         {
@@ -648,14 +660,14 @@ impl Supervisor<'_> {
             let why = found.finding().map_or("", |finding| &finding.summary);
             tracing::info!("the GPU is not well: {why}");
         }
-        Event::Well(well)
+        Event::GpuHealthy(well)
     }
 
-    fn tell(&mut self, tell: Tell) {
+    fn notify(&mut self, notification: Notification) {
         let Node { config, settings, distribution, reporter, .. } = &self.node;
         let name = &settings.container.name;
-        match tell {
-            Tell::Adopted => {
+        match notification {
+            Notification::Adopted => {
                 if let Some(container) = &self.container {
                     tracing::info!(
                         "adopted the running container {name} ({})",
@@ -666,60 +678,62 @@ impl Supervisor<'_> {
                     }
                 }
             }
-            Tell::Replacing(finding) => {
+            Notification::Replacing(finding) => {
                 tracing::warn!("replacing the running container: {}", finding.summary)
             }
-            Tell::FallBack(finding) => warn_of_the_cpu(config, &finding, *distribution),
-            Tell::Required(finding) => logging::error_required(&finding, *distribution),
-            Tell::RequiredLost(finding) => logging::error_required_lost(&finding, *distribution),
-            Tell::MovesToCpu => {
-                self.remark = None;
-                self.watch.begin_anew();
+            Notification::CpuFallback(finding) => log_cpu_fallback(config, &finding, *distribution),
+            Notification::GpuRequired(finding) => logging::error_required(&finding, *distribution),
+            Notification::RequiredGpuLost(finding) => {
+                logging::error_required_lost(&finding, *distribution)
+            }
+            Notification::MovingToCpu => {
+                self.status_note = None;
+                self.watch.reset();
                 reporter.doing("The GPU failed, moving to the CPU");
             }
-            Tell::NotUp => {
+            Notification::LaunchFailed => {
                 let error = self.error.take().unwrap_or_else(unexpected);
                 tracing::error!("the container does not come up: {}", logging::error_chain(&error));
             }
-            Tell::Again(cause, pause) => {
+            Notification::RestartScheduled(cause, pause) => {
                 let what = match cause {
-                    Cause::Ended(Some(code)) => format!("ended with exit code {code}"),
-                    Cause::Ended(None) => "is gone".into(),
-                    Cause::NotUp => "does not come up".into(),
+                    RestartReason::Exited(Some(code)) => format!("ended with exit code {code}"),
+                    RestartReason::Exited(None) => "is gone".into(),
+                    RestartReason::LaunchFailed => "does not come up".into(),
                 };
                 let seconds = pause.as_secs();
                 reporter.down();
                 tracing::warn!("the container {name} {what}; starting it again in {seconds} s");
                 reporter.doing(&format!("The container {what}, starting it again in {seconds} s"));
             }
-            Tell::EngineAway => {
+            Notification::EngineUnavailable => {
                 let socket = settings.docker.socket.display();
                 tracing::warn!("the Docker engine at {socket} does not answer; waiting for it");
                 reporter.doing("Waiting for the Docker engine");
             }
-            Tell::EngineBack => tracing::info!("the Docker engine answers again"),
-            Tell::Ignored(finding) => {
+            Notification::EngineAvailable => tracing::info!("the Docker engine answers again"),
+            Notification::GpuFaultIgnored(finding) => {
                 logging::warn_ignored(&finding, *distribution);
-                self.remark =
+                self.status_note =
                     Some(format!("the GPU failed, which is ignored: {}", finding.summary));
             }
-            Tell::TriedAgain(finding) => {
-                self.remark = None;
+            Notification::GpuRetry(finding) => {
+                self.status_note = None;
                 logging::warn_tried_again(&finding, *distribution);
                 reporter.down();
                 reporter.uses(&[]);
                 reporter.doing(&format!("The GPU failed, trying it again: {}", finding.summary));
             }
-            Tell::LooksAgain(pause) => {
+            Notification::GpuProbeScheduled(pause) => {
                 tracing::info!("looking at the GPU again in {} s", pause.as_secs())
             }
-            Tell::Usable => {
+            Notification::GpuAvailable => {
                 tracing::info!("GPU is usable now; restart flower-supernode to use it");
-                self.remark = Some(
+                self.status_note = Some(
                     "the GPU is usable now: systemctl restart flower-supernode to use it".into(),
                 );
             }
-            Tell::UsableTaken => {
+            Notification::GpuReclaimed => {
                 tracing::warn!(
                     "GPU is usable now, and gpu.on_late is restart: the container is replaced"
                 );
@@ -728,7 +742,7 @@ impl Supervisor<'_> {
     }
 
     /// Tells that the node runs, and on what.
-    fn report_running(&self, container: &Container, run: &Run) {
+    fn report_running(&self, container: &Container, run: &ContainerRun) {
         let Node { distribution, superlink, reporter, .. } = &self.node;
         let verdict = self.machine.verdict();
         reporter.up(container);
@@ -750,16 +764,20 @@ impl Supervisor<'_> {
             status.push_str("; paused: docker unpause ");
             status.push_str(&self.node.settings.container.name);
         }
-        if let Some(remark) = &self.remark {
+        if let Some(status_note) = &self.status_note {
             status.push_str("; ");
-            status.push_str(remark);
+            status.push_str(status_note);
         }
         reporter.ready(&status);
     }
 }
 
-fn is_connected(node: &Node, run: &Run) -> bool {
-    let reached = if node.log_tells() { run.connection.node_id().is_some() } else { run.reached };
+fn is_connected(node: &Node, run: &ContainerRun) -> bool {
+    let reached = if node.log_reports_connection() {
+        run.connection.node_id().is_some()
+    } else {
+        run.reached
+    };
     reached && !run.paused
 }
 
@@ -780,7 +798,7 @@ fn titles(devices: &[GpuDevice]) -> String {
 /// The error of a launch that failed without one.
 fn unexpected() -> LaunchError {
     let message = "what has happened does not fit what was done".into();
-    EngineError::Failed { doing: "bring the container up", message }.into()
+    EngineError::Failed { operation: "bring the container up", message }.into()
 }
 
 /// Says why there is no GPU, and what helps on this distribution: the WARNING of the fallback, or
@@ -788,7 +806,7 @@ fn unexpected() -> LaunchError {
 ///
 /// # Errors
 /// When there must be a GPU.
-pub fn announce(
+pub fn report_fallback(
     config: &Config,
     finding: &Finding,
     distribution: Distribution,
@@ -797,11 +815,11 @@ pub fn announce(
         logging::error_required(finding, distribution);
         return Err(LaunchError::GpuRequired);
     }
-    warn_of_the_cpu(config, finding, distribution);
+    log_cpu_fallback(config, finding, distribution);
     Ok(())
 }
 
-fn warn_of_the_cpu(config: &Config, finding: &Finding, distribution: Distribution) {
+fn log_cpu_fallback(config: &Config, finding: &Finding, distribution: Distribution) {
     logging::warn_fallback(finding, distribution);
     if let Some(fraction) = &config.memory_fraction {
         tracing::info!("FL_GPU_MEMORY_FRACTION={fraction} is idle: this node runs on the CPU");
@@ -810,7 +828,7 @@ fn warn_of_the_cpu(config: &Config, finding: &Finding, distribution: Distributio
 
 /// Whether `container` runs on the CPU because `wanted`, on the GPU, did not come up: why, as its
 /// labels tell.
-fn stands_in_for(container: &Container, wanted: &ContainerSpec) -> Option<Finding> {
+fn previous_fallback(container: &Container, wanted: &ContainerSpec) -> Option<Finding> {
     let label = |name: &str| container.labels.get(name).map(String::as_str);
     if label(plan::REFUSED_HASH_LABEL) != Some(wanted.hash().as_str()) {
         return None;

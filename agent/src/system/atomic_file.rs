@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 
 /// New content that lies beside its target and is not yet in its place.
 #[derive(Debug)]
-pub struct Prepared {
+pub struct PendingFile {
     file: PathBuf,
     target: PathBuf,
-    lasting: bool,
+    durable: bool,
 }
 
 /// Writes `bytes` beside `target`, on the disk, with the mode and the owner of the file that is
@@ -20,24 +20,24 @@ pub struct Prepared {
 ///
 /// # Errors
 /// When the folder or the file cannot be written. Nothing is left behind then.
-pub fn prepare(target: &Path, bytes: &[u8]) -> io::Result<Prepared> {
+pub fn prepare(target: &Path, bytes: &[u8]) -> io::Result<PendingFile> {
     prepare_for(target, bytes, true)
 }
 
-fn prepare_for(target: &Path, bytes: &[u8], lasting: bool) -> io::Result<Prepared> {
+fn prepare_for(target: &Path, bytes: &[u8], durable: bool) -> io::Result<PendingFile> {
     let folder = folder_of(target);
     std::fs::create_dir_all(folder)?;
     let mut name = OsString::from(".");
     name.push(target.file_name().unwrap_or_default());
     name.push(".supernode-agent");
     // One fixed name: what a killed run left behind is taken away by the next.
-    let prepared = Prepared { file: folder.join(name), target: target.into(), lasting };
+    let prepared = PendingFile { file: folder.join(name), target: target.into(), durable };
     match std::fs::remove_file(&prepared.file) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let mut file = File::options().write(true).create_new(true).mode(0o600).open(&prepared.file)?;
-    match fill(&mut file, target, bytes, lasting) {
+    match fill(&mut file, target, bytes, durable) {
         Ok(()) => Ok(prepared),
         Err(error) => {
             prepared.discard();
@@ -46,7 +46,7 @@ fn prepare_for(target: &Path, bytes: &[u8], lasting: bool) -> io::Result<Prepare
     }
 }
 
-fn fill(file: &mut File, target: &Path, bytes: &[u8], lasting: bool) -> io::Result<()> {
+fn fill(file: &mut File, target: &Path, bytes: &[u8], durable: bool) -> io::Result<()> {
     file.write_all(bytes)?;
     let old = match target.metadata() {
         Ok(old) => Some(old),
@@ -60,20 +60,20 @@ fn fill(file: &mut File, target: &Path, bytes: &[u8], lasting: bool) -> io::Resu
     if let Some(old) = old {
         std::os::unix::fs::fchown(&*file, Some(old.uid()), Some(old.gid()))?;
     }
-    if lasting { file.sync_all() } else { Ok(()) }
+    if durable { file.sync_all() } else { Ok(()) }
 }
 
-impl Prepared {
+impl PendingFile {
     /// Puts the content in its place.
     ///
     /// # Errors
     /// When the target cannot be replaced; it is what it was then.
-    pub fn put_in_place(self) -> io::Result<()> {
+    pub fn commit(self) -> io::Result<()> {
         if let Err(error) = std::fs::rename(&self.file, &self.target) {
             self.discard();
             return Err(error);
         }
-        if self.lasting { File::open(folder_of(&self.target))?.sync_all() } else { Ok(()) }
+        if self.durable { File::open(folder_of(&self.target))?.sync_all() } else { Ok(()) }
     }
 
     /// Takes the content away again.
@@ -95,15 +95,15 @@ pub fn replace(target: &Path, bytes: &[u8]) -> io::Result<()> {
 ///
 /// # Errors
 /// When it cannot be written; it is what it was then.
-pub fn replace_for_this_boot(target: &Path, bytes: &[u8]) -> io::Result<()> {
+pub fn replace_volatile(target: &Path, bytes: &[u8]) -> io::Result<()> {
     replace_for(target, bytes, false)
 }
 
-fn replace_for(target: &Path, bytes: &[u8], lasting: bool) -> io::Result<()> {
+fn replace_for(target: &Path, bytes: &[u8], durable: bool) -> io::Result<()> {
     if std::fs::read(target).is_ok_and(|present| present == bytes) {
         return Ok(());
     }
-    prepare_for(target, bytes, lasting)?.put_in_place()
+    prepare_for(target, bytes, durable)?.commit()
 }
 
 fn folder_of(target: &Path) -> &Path {

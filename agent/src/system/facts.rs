@@ -8,7 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use crate::system::programs;
 
 /// More than any file that is read here has.
-const LARGEST_FILE_BYTES: u64 = 4 << 20;
+const MAX_FILE_BYTES: u64 = 4 << 20;
 
 /// A root folder.
 #[derive(Debug, Clone)]
@@ -37,7 +37,7 @@ impl Root {
     /// When the links have no end.
     pub fn resolve(&self, path: impl AsRef<Path>) -> io::Result<PathBuf> {
         // As many as Linux follows (path_resolution(7)).
-        const MOST_LINKS: usize = 40;
+        const MAX_LINKS: usize = 40;
         if self.is_own() {
             return Ok(Path::new("/").join(path));
         }
@@ -52,7 +52,7 @@ impl Root {
                 Some(Component::Normal(name)) => {
                     match self.0.join(&inside).join(name).read_link() {
                         // Left as it is it would be followed by the kernel, out of the root.
-                        Ok(_) if links == MOST_LINKS => {
+                        Ok(_) if links == MAX_LINKS => {
                             return Err(io::Error::other("its links lead in a circle"));
                         }
                         Ok(target) => {
@@ -101,7 +101,7 @@ impl Root {
             if !facts.is_file() {
                 return Err(io::Error::other("it is not a regular file"));
             }
-            if facts.len() > LARGEST_FILE_BYTES {
+            if facts.len() > MAX_FILE_BYTES {
                 return Err(io::Error::other("it is larger than 4 MiB"));
             }
             std::fs::read(file)

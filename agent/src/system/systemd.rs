@@ -54,7 +54,7 @@ impl Watchdog {
     }
 
     /// Does `work`, which takes less than `limit`.
-    pub async fn during<T>(&self, limit: Duration, work: impl Future<Output = T>) -> T {
+    pub async fn guard<T>(&self, limit: Duration, work: impl Future<Output = T>) -> T {
         self.during_by(|| notify(&[NotifyState::Watchdog]), limit, work).await
     }
 
@@ -96,9 +96,9 @@ fn notify(states: &[NotifyState<'_>]) {
 
 /// As long as this lives, the service manager's time limit for start and stop is moved on.
 #[derive(Debug)]
-pub struct LongStep(JoinHandle<()>);
+pub struct TimeoutExtension(JoinHandle<()>);
 
-impl LongStep {
+impl TimeoutExtension {
     /// Begins to ask for more time.
     pub fn begin() -> Self {
         const STEP: Duration = Duration::from_secs(30);
@@ -113,7 +113,7 @@ impl LongStep {
     }
 }
 
-impl Drop for LongStep {
+impl Drop for TimeoutExtension {
     fn drop(&mut self) {
         self.0.abort();
     }

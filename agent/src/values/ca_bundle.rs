@@ -12,7 +12,7 @@ use x509_cert::ext::pkix::{BasicConstraints, KeyUsage};
 use x509_cert::name::Name;
 use x509_cert::request::CertReq;
 
-use crate::values::{Refusal, shown};
+use crate::values::{ValidationError, shown};
 
 const BEGIN: &str = "-----BEGIN ";
 const NOT_WHOLE: &str = "what it holds is not a certificate, or not a whole one";
@@ -25,11 +25,11 @@ const TRUSTED: &str =
 
 /// Certificates of CAs, one or several: each once, in the order in which they came.
 #[derive(Clone)]
-pub struct Certificate {
+pub struct CaBundle {
     cas: Vec<Ca>,
     pem: String,
     was_raw_pem: bool,
-    left_out: Option<String>,
+    ignored: Option<String>,
 }
 
 /// A certificate whose owner may sign others.
@@ -48,40 +48,40 @@ enum Piece {
     Other(String),
 }
 
-/// What can be used of a [`Certificate`] at a given time.
+/// What can be used of a [`CaBundle`] at a given time.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Valid {
+pub struct ValidBundle {
     /// The CAs that have not expired.
-    pub certificate: Certificate,
+    pub certificate: CaBundle,
     /// What is wrong with the validity of some, each a WARNING. Who asked adds where the
     /// certificate comes from.
     pub warnings: Vec<String>,
 }
 
-impl fmt::Debug for Certificate {
+impl fmt::Debug for CaBundle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Certificate({} bytes)", self.pem.len())
+        write!(f, "CaBundle({} bytes)", self.pem.len())
     }
 }
 
 /// The same CAs are the same certificate, in whatever form they came.
-impl PartialEq for Certificate {
+impl PartialEq for CaBundle {
     fn eq(&self, other: &Self) -> bool {
         self.pem == other.pem
     }
 }
 
-impl Eq for Certificate {}
+impl Eq for CaBundle {}
 
-impl Certificate {
+impl CaBundle {
     /// Reads base64 (line breaks and blanks in it are dropped) of PEM text or of one certificate in
     /// DER, or the PEM text itself. Text around the certificates and repetitions of one are
-    /// dropped; of what else is no CA, see [`Self::left_out`].
+    /// dropped; of what else is no CA, see [`Self::ignored`].
     ///
     /// # Errors
     /// What is accepted, and what this is instead. The value is never repeated: it may be a private
     /// key by mistake.
-    pub fn parse(text: &str) -> Result<Self, Refusal> {
+    pub fn parse(text: &str) -> Result<Self, ValidationError> {
         Self::read(text).map_err(|why| {
             format!("must be the base64 of a CA's PEM certificate (base64 -w0 ca.crt); {why}")
         })
@@ -106,15 +106,15 @@ impl Certificate {
         if cas.is_empty() {
             return Err(format!("this is {}", listed(&others)));
         }
-        let left_out =
+        let ignored =
             (!others.is_empty()).then(|| format!("what is no CA is left out: {}", listed(&others)));
-        Ok(Self::of(cas, was_raw_pem, left_out))
+        Ok(Self::of(cas, was_raw_pem, ignored))
     }
 
-    fn of(cas: Vec<Ca>, was_raw_pem: bool, left_out: Option<String>) -> Self {
+    fn of(cas: Vec<Ca>, was_raw_pem: bool, ignored: Option<String>) -> Self {
         let mut pem = String::new();
         cas.iter().for_each(|ca| push_pem(&mut pem, &ca.der));
-        Self { cas, pem, was_raw_pem, left_out }
+        Self { cas, pem, was_raw_pem, ignored }
     }
 
     /// The PEM text, as RFC 7468 wants it: gRPC's reader is stricter than people and their mail
@@ -130,8 +130,8 @@ impl Certificate {
 
     /// What stood among the CAs and is none of them: a WARNING. Who asked adds where the
     /// certificate comes from.
-    pub fn left_out(&self) -> Option<&str> {
-        self.left_out.as_deref()
+    pub fn ignored(&self) -> Option<&str> {
+        self.ignored.as_deref()
     }
 
     /// What can be used at `now`: an expired CA is left out, one that is not valid yet is kept, for
@@ -139,7 +139,7 @@ impl Certificate {
     ///
     /// # Errors
     /// When all have expired: which, when, and what the clock says.
-    pub fn valid_at(&self, now: SystemTime) -> Result<Valid, Refusal> {
+    pub fn valid_at(&self, now: SystemTime) -> Result<ValidBundle, ValidationError> {
         let clock = format!("this machine's clock says {}", utc(now));
         let (expired, kept): (Vec<&Ca>, Vec<&Ca>) =
             self.cas.iter().partition(|ca| ca.not_after.to_system_time() < now);
@@ -163,7 +163,10 @@ impl Certificate {
             warnings.push(format!("{}; {clock}, which may be wrong", listed(&starts)));
         }
         let kept = kept.into_iter().cloned().collect();
-        Ok(Valid { certificate: Self::of(kept, self.was_raw_pem, self.left_out.clone()), warnings })
+        Ok(ValidBundle {
+            certificate: Self::of(kept, self.was_raw_pem, self.ignored.clone()),
+            warnings,
+        })
     }
 }
 
@@ -367,7 +370,7 @@ mod tests {
     /// The second half of the refusal, the one that says what the text is.
     #[track_caller]
     fn why(text: &str) -> String {
-        let refusal = Certificate::parse(text).unwrap_err();
+        let refusal = CaBundle::parse(text).unwrap_err();
         let (expected, why) = refusal.split_once("; ").unwrap();
         assert_eq!(expected, "must be the base64 of a CA's PEM certificate (base64 -w0 ca.crt)");
         assert!(!why.contains('\n') && why.len() < 1000, "{why}");
@@ -405,12 +408,12 @@ mod tests {
             (&no_padding, false),
             (&der, false),
         ] {
-            let certificate = Certificate::parse(text).expect(text);
-            assert_eq!((certificate.pem(), certificate.left_out()), (TEST_CA, None));
+            let certificate = CaBundle::parse(text).expect(text);
+            assert_eq!((certificate.pem(), certificate.ignored()), (TEST_CA, None));
             assert_eq!(certificate.was_raw_pem(), was_raw_pem, "{text}");
         }
-        assert_eq!(Certificate::parse(TEST_CA), Certificate::parse(&base64));
-        assert_ne!(Certificate::parse(TEST_CA), Certificate::parse(HOSPITAL_CA));
+        assert_eq!(CaBundle::parse(TEST_CA), CaBundle::parse(&base64));
+        assert_ne!(CaBundle::parse(TEST_CA), CaBundle::parse(HOSPITAL_CA));
     }
 
     #[test]
@@ -421,32 +424,32 @@ mod tests {
         let latin_1 = BASE64_STANDARD.encode([b"# Klinikum S\xfcd\n", TEST_CA.as_bytes()].concat());
         let with_text = format!("subject=CN = a CA\n{}# bye", TEST_CA.trim_end_matches('\n'));
         for text in [in_one_line, for_windows, of_old, latin_1, with_text] {
-            assert_eq!(Certificate::parse(&text).expect(&text).pem(), TEST_CA);
+            assert_eq!(CaBundle::parse(&text).expect(&text).pem(), TEST_CA);
         }
     }
 
     #[test]
     fn several_cas_are_kept_in_their_order_and_each_once() {
         let bundle = format!("{HOSPITAL_CA}{TEST_CA}\n{HOSPITAL_CA}{V1_ROOT}");
-        let certificate = Certificate::parse(&bundle).unwrap();
+        let certificate = CaBundle::parse(&bundle).unwrap();
         assert_eq!(certificate.pem(), format!("{HOSPITAL_CA}{TEST_CA}{V1_ROOT}"));
-        assert_eq!(certificate.left_out(), None);
+        assert_eq!(certificate.ignored(), None);
     }
 
     #[test]
     fn what_stands_among_cas_and_is_none_is_left_out_by_name() {
-        let certificate = Certificate::parse(&format!("{LEAF}{REQUEST_PEM}{TEST_CA}")).unwrap();
+        let certificate = CaBundle::parse(&format!("{LEAF}{REQUEST_PEM}{TEST_CA}")).unwrap();
         assert_eq!(certificate.pem(), TEST_CA);
         assert_eq!(
-            certificate.left_out(),
+            certificate.ignored(),
             Some(
                 "what is no CA is left out: CN=superlink.example, which is no CA (its basicConstraints do not say CA:TRUE); \
                  a certificate request, which a CA has yet to sign"
             )
         );
-        let many = Certificate::parse(&format!("{TEST_CA}{}", LEAF.repeat(1000))).unwrap();
-        let left_out = many.left_out().unwrap();
-        assert!(left_out.len() < 500 && left_out.ends_with("; and 996 more"), "{left_out}");
+        let many = CaBundle::parse(&format!("{TEST_CA}{}", LEAF.repeat(1000))).unwrap();
+        let ignored = many.ignored().unwrap();
+        assert!(ignored.len() < 500 && ignored.ends_with("; and 996 more"), "{ignored}");
     }
 
     #[test]
@@ -530,7 +533,7 @@ mod tests {
 
     #[test]
     fn a_self_signed_certificate_of_x509_v1_is_a_ca() {
-        assert_eq!(Certificate::parse(V1_ROOT).unwrap().pem(), V1_ROOT);
+        assert_eq!(CaBundle::parse(V1_ROOT).unwrap().pem(), V1_ROOT);
     }
 
     #[test]
@@ -568,16 +571,16 @@ mod tests {
 
     #[test]
     fn a_ca_that_is_valid_is_used_without_a_word() {
-        let ca = Certificate::parse(TEST_CA).unwrap();
+        let ca = CaBundle::parse(TEST_CA).unwrap();
         assert_eq!(
             ca.valid_at(noon(2100)),
-            Ok(Valid { certificate: ca.clone(), warnings: vec![] })
+            Ok(ValidBundle { certificate: ca.clone(), warnings: vec![] })
         );
     }
 
     #[test]
     fn an_expired_ca_is_refused_with_its_date_and_the_clocks() {
-        let old = Certificate::parse(OLD_CA).unwrap();
+        let old = CaBundle::parse(OLD_CA).unwrap();
         assert_eq!(
             old.valid_at(noon(2026)).unwrap_err(),
             "must be a CA that has not expired; CN=old-ca expired at 2024-05-01T00:00:00Z; \
@@ -590,10 +593,10 @@ mod tests {
 
     #[test]
     fn an_expired_ca_among_valid_ones_is_left_out_with_a_warning() {
-        let bundle = Certificate::parse(&format!("{TEST_CA}{OLD_CA}{LEAF}")).unwrap();
+        let bundle = CaBundle::parse(&format!("{TEST_CA}{OLD_CA}{LEAF}")).unwrap();
         let valid = bundle.valid_at(noon(2100)).unwrap();
         assert_eq!(valid.certificate.pem(), TEST_CA);
-        assert_eq!(valid.certificate.left_out(), bundle.left_out());
+        assert_eq!(valid.certificate.ignored(), bundle.ignored());
         assert_eq!(
             valid.warnings,
             ["what has expired is left out: CN=old-ca expired at 2024-05-01T00:00:00Z; \
@@ -603,12 +606,12 @@ mod tests {
 
     #[test]
     fn a_ca_that_is_not_valid_yet_is_kept_for_the_clock_may_be_wrong() {
-        let ca = Certificate::parse(HOSPITAL_CA).unwrap();
+        let ca = CaBundle::parse(HOSPITAL_CA).unwrap();
         for (now, clock) in [
             (noon(1970), "1970-01-01T12:00:00Z"),
             (UNIX_EPOCH - Duration::from_secs(1), "a year before 1970 or after 9999"),
         ] {
-            let Valid { certificate, warnings } = ca.valid_at(now).unwrap();
+            let ValidBundle { certificate, warnings } = ca.valid_at(now).unwrap();
             assert_eq!(certificate, ca);
             assert_eq!(warnings.len(), 1);
             let (dates, doubt) = warnings[0].split_once("; ").unwrap();
@@ -636,10 +639,10 @@ mod tests {
 
     /// What is accepted is accepted again from its own text, with the same result.
     fn is_stable(text: &str) -> Result<(), TestCaseError> {
-        if let Ok(certificate) = Certificate::parse(text) {
-            let again = Certificate::parse(certificate.pem()).map_err(TestCaseError::fail)?;
+        if let Ok(certificate) = CaBundle::parse(text) {
+            let again = CaBundle::parse(certificate.pem()).map_err(TestCaseError::fail)?;
             prop_assert_eq!(&again, &certificate);
-            prop_assert_eq!(again.left_out(), None);
+            prop_assert_eq!(again.ignored(), None);
             prop_assert_eq!(again.valid_at(noon(2030)), certificate.valid_at(noon(2030)));
         }
         Ok(())
@@ -677,13 +680,13 @@ mod tests {
 
     #[test]
     fn a_certificate_is_no_flood_in_the_log() {
-        let ca = Certificate::parse(TEST_CA).unwrap();
-        assert_eq!(format!("{ca:?}"), format!("Certificate({} bytes)", TEST_CA.len()));
+        let ca = CaBundle::parse(TEST_CA).unwrap();
+        assert_eq!(format!("{ca:?}"), format!("CaBundle({} bytes)", TEST_CA.len()));
     }
 
     #[test]
     fn a_ca_is_valid_from_its_first_second_on() {
-        let ca = Certificate::parse(HOSPITAL_CA).unwrap();
+        let ca = CaBundle::parse(HOSPITAL_CA).unwrap();
         let first = ca.cas[0].not_before.to_system_time();
         assert_eq!(ca.valid_at(first).unwrap().warnings, Vec::<String>::new());
         assert_eq!(ca.valid_at(first - Duration::from_secs(1)).unwrap().warnings.len(), 1);

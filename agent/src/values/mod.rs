@@ -13,21 +13,21 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use crate::gpu::pci::PciAddress;
 
 /// Why a value is refused: the second half of `VARIABLE='value': must be …`.
-pub type Refusal = String;
+pub type ValidationError = String;
 
 /// Foreign text as a message shows it: one line of bounded length, in which nothing acts upon a
 /// terminal or a reader.
 pub fn shown(text: &str) -> String {
-    const MOST_CHARACTERS: usize = 200;
+    const MAX_CHARACTERS: usize = 200;
     let mut shown = String::new();
-    for c in text.chars().take(MOST_CHARACTERS) {
+    for c in text.chars().take(MAX_CHARACTERS) {
         match c {
             // They are harmless, and operators know them as they wrote them.
             '\'' | '"' | '\\' => shown.push(c),
             c => shown.extend(c.escape_debug()),
         }
     }
-    if text.chars().nth(MOST_CHARACTERS).is_some() {
+    if text.chars().nth(MAX_CHARACTERS).is_some() {
         shown.push('…');
     }
     shown
@@ -37,7 +37,7 @@ pub fn shown(text: &str) -> String {
 ///
 /// # Errors
 /// What is accepted, for any other text.
-pub fn parse_yes_no(text: &str) -> Result<bool, Refusal> {
+pub fn parse_yes_no(text: &str) -> Result<bool, ValidationError> {
     match text.to_ascii_uppercase().as_str() {
         "YES" | "TRUE" | "ON" | "1" => Ok(true),
         "NO" | "FALSE" | "OFF" | "0" => Ok(false),
@@ -49,7 +49,7 @@ pub fn parse_yes_no(text: &str) -> Result<bool, Refusal> {
 ///
 /// # Errors
 /// What is accepted, for any other text.
-pub fn parse_count(text: &str, least: u64) -> Result<u64, Refusal> {
+pub fn parse_count(text: &str, least: u64) -> Result<u64, ValidationError> {
     let plain_digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     match text.parse::<u64>() {
         Ok(number) if plain_digits && number >= least && number <= MAX_COUNT => Ok(number),
@@ -69,7 +69,7 @@ impl Fraction {
     ///
     /// # Errors
     /// What is accepted, for anything that is not a number greater than 0 and at most 1.
-    pub fn parse(text: &str) -> Result<Self, Refusal> {
+    pub fn parse(text: &str) -> Result<Self, ValidationError> {
         match text.parse::<f64>() {
             Ok(share) if share > 0.0 && share <= 1.0 => Ok(Self(share)),
             Ok(_) => Err("must be greater than 0 and at most 1".into()),
@@ -117,7 +117,7 @@ impl Version {
     ///
     /// # Errors
     /// What is accepted, for any other text.
-    pub fn parse(text: &str) -> Result<Self, Refusal> {
+    pub fn parse(text: &str) -> Result<Self, ValidationError> {
         let number = |part: &str| {
             let numeric = (1..=5).contains(&part.len()) && part.bytes().all(|b| b.is_ascii_digit());
             numeric.then(|| part.parse().ok()).flatten()
@@ -164,7 +164,7 @@ impl ImageRef {
     ///
     /// # Errors
     /// What is accepted, for any other text.
-    pub fn parse(text: &str) -> Result<Self, Refusal> {
+    pub fn parse(text: &str) -> Result<Self, ValidationError> {
         if Self::is_valid(text) {
             Ok(Self(text.into()))
         } else {
@@ -263,7 +263,7 @@ impl HostPort {
     ///
     /// # Errors
     /// What is accepted, for any other text.
-    pub fn parse(text: &str) -> Result<Self, Refusal> {
+    pub fn parse(text: &str) -> Result<Self, ValidationError> {
         if text.contains("://") {
             return Err("must be host:port without a scheme, such as superlink.example:9092".into());
         }
@@ -387,7 +387,7 @@ impl DeviceSelection {
     ///
     /// # Errors
     /// What is accepted, with the first part that is not.
-    pub fn parse(text: &str) -> Result<Self, Refusal> {
+    pub fn parse(text: &str) -> Result<Self, ValidationError> {
         match text.to_ascii_lowercase().as_str() {
             "all" => return Ok(Self::All),
             "none" => return Ok(Self::None),
@@ -448,12 +448,12 @@ impl NodeConfig {
     ///
     /// # Errors
     /// What is accepted, with the pair that is not. Values are not repeated: they may be secret.
-    pub fn parse(text: &str) -> Result<Self, Refusal> {
+    pub fn parse(text: &str) -> Result<Self, ValidationError> {
         const EXPECTED: &str = "must be space-separated key=value pairs, each value a TOML string in quotes, a number, true or false";
         let text = text.trim();
-        if text.len() > LONGEST_ARGUMENT_BYTES {
+        if text.len() > MAX_ARGUMENT_BYTES {
             return Err(format!(
-                "must be at most {LONGEST_ARGUMENT_BYTES} bytes, the most that Linux passes as one argument; it has {}",
+                "must be at most {MAX_ARGUMENT_BYTES} bytes, the most that Linux passes as one argument; it has {}",
                 text.len()
             ));
         }
@@ -526,7 +526,7 @@ impl NodeConfig {
 
 /// The most that Linux takes as one argument of a program: MAX_ARG_STRLEN, 32 pages, less the NUL
 /// at its end (execve(2)).
-const LONGEST_ARGUMENT_BYTES: usize = 32 * 4096 - 1;
+const MAX_ARGUMENT_BYTES: usize = 32 * 4096 - 1;
 
 /// The keys so far, as the tree that TOML makes of their points.
 #[derive(Default)]
@@ -676,7 +676,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn refuses<T: fmt::Debug>(parse: impl Fn(&str) -> Result<T, Refusal>, texts: &[&str]) {
+    fn refuses<T: fmt::Debug>(parse: impl Fn(&str) -> Result<T, ValidationError>, texts: &[&str]) {
         for text in texts {
             let refusal = parse(text).expect_err(text);
             assert!(refusal.starts_with("must be "), "{text}: {refusal}");

@@ -8,7 +8,7 @@ use supernode_tests::{OneGateStandIn, eventually};
 use crate::launch::Ground;
 use crate::report::Report;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const NODE: u32 = 101;
 
 pub(crate) fn measure(report: &mut Report) {
@@ -23,7 +23,7 @@ pub(crate) fn measure(report: &mut Report) {
     let agent = ground.agent();
     let is_ready =
         || onegate.change(|state| state.vms[&NODE].user_template.get("FL_NODE_READY").cloned());
-    assert!(eventually(PATIENCE, || is_ready().as_deref() == Some("YES")), "not ready in time");
+    assert!(eventually(TIMEOUT, || is_ready().as_deref() == Some("YES")), "not ready in time");
     drop(agent);
     let requests = onegate.requests();
     let asked = requests.iter().filter(|request| request.method == "GET").count();

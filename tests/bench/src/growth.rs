@@ -39,7 +39,7 @@ pub(crate) fn measure(report: &mut Report, together: &[u32], simulated: &[u32]) 
                 let figure = format!("{} requests/s", end.peak);
                 let all_found = match end.last {
                     Some(last) => format!("the last has found it after {last:.0} s"),
-                    None => format!("not all have found it within {:.0} h", PATIENCE / 3600.0),
+                    None => format!("not all have found it within {:.0} h", TIMEOUT / 3600.0),
                 };
                 report.row(&what, &figure, &all_found);
                 let raw = json!({"peak_requests_per_second": end.peak, "last_seconds": end.last, "requests": end.requests});
@@ -50,7 +50,7 @@ pub(crate) fn measure(report: &mut Report, together: &[u32], simulated: &[u32]) 
 }
 
 /// The longest time that is simulated, in seconds.
-const PATIENCE: f64 = 6.0 * 3600.0;
+const TIMEOUT: f64 = 6.0 * 3600.0;
 
 /// How nodes boot.
 #[derive(Debug, Clone, Copy)]
@@ -82,7 +82,7 @@ struct End {
     /// The most requests that were sent within one second of the clock.
     peak: u32,
     /// When the last node had found its SuperLink, in seconds; `None` where one had not after
-    /// [`PATIENCE`].
+    /// [`TIMEOUT`].
     last: Option<f64>,
     requests: u64,
 }
@@ -110,7 +110,7 @@ fn simulate(scene: &Scene, nodes: u32, chance: bool) -> End {
     let last = loop {
         let Some(Reverse((at, node, is_first))) = coming.pop() else { break Some(last) };
         let now = at as f64 / 1e6;
-        if now > PATIENCE {
+        if now > TIMEOUT {
             break None;
         }
         let second = now as usize;

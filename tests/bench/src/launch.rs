@@ -21,7 +21,7 @@ const UUID: &str = "GPU-aaaa1111-0000-0000-0000-000000000001";
 /// NVML takes its time to come up: some tenths of a second on a machine without the persistence
 /// daemon.
 const NVML_INIT_MS: u32 = 100;
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A machine with its own engine, on which each contender launches the same container.
 pub(crate) struct Ground {
@@ -117,7 +117,7 @@ impl Ground {
         let socket = self.case.path("bench.sock");
         let _ = fs::remove_file(&socket);
         let systemd = UnixDatagram::bind(&socket).unwrap();
-        systemd.set_read_timeout(Some(PATIENCE)).unwrap();
+        systemd.set_read_timeout(Some(TIMEOUT)).unwrap();
         command
             .arg("run")
             .arg("--settings")
@@ -205,7 +205,7 @@ impl Ground {
         let program = text().split(' ').next().unwrap_or_default().to_owned();
         let is_over =
             || text().lines().any(|line| line.starts_with(&program) && line.contains("+++"));
-        assert!(eventually(PATIENCE, is_over), "{}", text());
+        assert!(eventually(TIMEOUT, is_over), "{}", text());
         let trace = text();
         trace.lines().filter(|line| line.contains("execve(") && line.ends_with("= 0")).count()
     }

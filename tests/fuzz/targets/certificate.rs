@@ -7,14 +7,14 @@ use std::time::{Duration, SystemTime};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use libfuzzer_sys::fuzz_target;
-use supernode_agent::values::ca_bundle::Certificate;
+use supernode_agent::values::ca_bundle::CaBundle;
 use supernode_fuzz::assert_shown;
 
 fn assert_stable(text: &str) {
-    match Certificate::parse(text) {
+    match CaBundle::parse(text) {
         Ok(ca) => {
-            assert_eq!(Certificate::parse(ca.pem()).as_ref(), Ok(&ca));
-            ca.left_out().into_iter().for_each(assert_shown);
+            assert_eq!(CaBundle::parse(ca.pem()).as_ref(), Ok(&ca));
+            ca.ignored().into_iter().for_each(assert_shown);
             // 2030, when the certificates of the corpus are valid.
             match ca.valid_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000)) {
                 Ok(valid) => valid.warnings.iter().for_each(|warning| assert_shown(warning)),

@@ -10,7 +10,7 @@ use one_context::Context;
 use one_context::onegate::shape;
 use supernode_agent::values::HostPort;
 use supernode_agent::config::{Config, Prebaked};
-use supernode_agent::opennebula::superlink::trust;
+use supernode_agent::opennebula::superlink::resolve_published;
 use supernode_fuzz::assert_shown;
 
 thread_local! {
@@ -34,7 +34,7 @@ fuzz_target!(|json: &[u8]| {
     let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000);
     CONFIGS.with(|configs| {
         for config in configs.iter() {
-            match trust(config, &vm, now) {
+            match resolve_published(config, &vm, now) {
                 Ok((superlink, warnings)) => {
                     assert!(config.tls != Some(true) || superlink.ca.is_some());
                     assert_eq!(

@@ -10,7 +10,7 @@ use one_context::Context;
 use serde::{Serialize, de::DeserializeOwned};
 use supernode_agent::config::{Config, Prebaked};
 use supernode_agent::system::os_release::Distribution;
-use supernode_agent::gpu::monitor_child::Notice;
+use supernode_agent::gpu::monitor_child::MonitorMessage;
 use supernode_agent::gpu::probe_child::ProbeAnswer;
 use supernode_agent::gpu::pci::{PciAddress, PciDevice, PciFacts};
 use supernode_agent::gpu::probe::ProbeOutcome;
@@ -47,7 +47,7 @@ fn read<T: Serialize + DeserializeOwned + PartialEq + Debug>(line: &[u8]) -> Opt
 }
 
 fuzz_target!(|line: &[u8]| {
-    let _: Option<Notice> = read(line);
+    let _: Option<MonitorMessage> = read(line);
     let Some(answer) = read::<ProbeAnswer>(line) else { return };
     let outcome = ProbeOutcome::Answered(answer);
     CONFIGS.with(|configs| {

@@ -5,7 +5,7 @@ use std::fmt::{Debug, Display};
 
 use libfuzzer_sys::fuzz_target;
 use supernode_agent::values::{
-    DeviceSelection, Fraction, HostPort, ImageRef, MAX_COUNT, Refusal, Version, parse_count,
+    DeviceSelection, Fraction, HostPort, ImageRef, MAX_COUNT, ValidationError, Version, parse_count,
     parse_yes_no,
 };
 use supernode_agent::gpu::pci::PciAddress;
@@ -13,7 +13,7 @@ use supernode_fuzz::assert_shown;
 
 fn assert_stable<T: PartialEq + Debug + Display>(
     text: &str,
-    parse: impl Fn(&str) -> Result<T, Refusal>,
+    parse: impl Fn(&str) -> Result<T, ValidationError>,
 ) {
     match parse(text) {
         Ok(value) => {

@@ -31,7 +31,7 @@ pub use state::{Service, Shape, State, Vm};
 const BACKLOG: i32 = 4096;
 
 /// A request is sent in one go, and its answer read; who takes longer is gone.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How often a connection that is kept from its end looks whether OneGate is still there.
 const STEP: Duration = Duration::from_millis(100);
@@ -326,8 +326,8 @@ struct Connection {
 
 impl Connection {
     fn serve(&self, mut stream: &TcpStream) -> io::Result<()> {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
+        stream.set_write_timeout(Some(TIMEOUT))?;
         let request = read_request(stream)?;
         let chunked = request.header("Transfer-Encoding").is_some();
         let reply = self.record(&request);

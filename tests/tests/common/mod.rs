@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use supernode_tests::{Agent, Case, Engine, Output, RuntimeMode, Sandbox, Sysfs, image, run};
 
 /// More than any step takes on a busy machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) const GPU_A: &str = "GPU-aaaa1111-0000-0000-0000-000000000001";
 pub(crate) const GPU_B: &str = "GPU-bbbb2222-0000-0000-0000-000000000002";
@@ -74,7 +74,7 @@ pub(crate) fn engine_with(machine: &Value) -> Option<(Engine, Case)> {
 #[track_caller]
 pub(crate) fn up(case: &Case) -> Agent {
     let agent = case.start();
-    agent.wait_for_notify("READY=1", PATIENCE);
+    agent.wait_for_notify("READY=1", TIMEOUT);
     agent
 }
 
@@ -89,7 +89,7 @@ pub(crate) fn json_of(output: &Output) -> Value {
 pub(crate) fn base64(text: &str) -> String {
     let sandbox = Sandbox::new("base64");
     let file = sandbox.write("text", text);
-    run(Command::new("base64").arg("-w0").arg(file), PATIENCE).expect_success().to_owned()
+    run(Command::new("base64").arg("-w0").arg(file), TIMEOUT).expect_success().to_owned()
 }
 
 /// The lines of an agent that are WARNINGs.

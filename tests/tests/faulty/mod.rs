@@ -11,7 +11,7 @@ use supernode_tests::{
     Agent, Case, DockerProxy, Engine, OneGateStandIn, RuntimeMode, agent_binary, eventually, image,
 };
 
-use crate::common::{PATIENCE, one_gpu, say, sysfs_of_one, wanted};
+use crate::common::{TIMEOUT, one_gpu, say, sysfs_of_one, wanted};
 
 /// An operator's daemon.json.
 const OPERATORS: &str = "{\n  \"log-level\": \"info\",\n  \"max-concurrent-downloads\": 7,\n  \"labels\": [\"rack=12\"]\n}\n";
@@ -139,7 +139,7 @@ impl Node {
     #[track_caller]
     pub(crate) fn up(&mut self) {
         self.start();
-        self.agent().wait_for_notify("READY=1", PATIENCE);
+        self.agent().wait_for_notify("READY=1", TIMEOUT);
         assert_eq!(self.running().as_deref(), Some("true"), "READY, and {:#?}", self.said());
     }
 
@@ -150,7 +150,7 @@ impl Node {
         self.start();
         let mut end = None;
         let agent = self.agent();
-        let settled = eventually(3 * PATIENCE, || {
+        let settled = eventually(3 * TIMEOUT, || {
             end = agent.ended();
             end.is_some() || agent.notifications().iter().any(|told| told.contains("READY=1"))
         });
@@ -189,7 +189,7 @@ impl Node {
     /// Waits until this agent says that Flower is connected: then all there is of a node is there.
     #[track_caller]
     pub(crate) fn connected(&mut self) {
-        self.agent().wait_for_line("as SuperNode 1", PATIENCE);
+        self.agent().wait_for_line("as SuperNode 1", TIMEOUT);
     }
 
     /// Whether the container of that name runs; `None` where there is none, or no engine.
@@ -212,7 +212,7 @@ impl Node {
     /// Waits until another run than this one is under way.
     #[track_caller]
     pub(crate) fn runs_anew_after(&self, before: &str) {
-        let again = eventually(PATIENCE, || {
+        let again = eventually(TIMEOUT, || {
             let now = self.run();
             now.ends_with(" true") && now != before
         });
@@ -231,7 +231,7 @@ impl Node {
                 .trim()
                 .is_empty()
         };
-        assert!(eventually(PATIENCE, ours), "{:#?}", self.said());
+        assert!(eventually(TIMEOUT, ours), "{:#?}", self.said());
         self.runs_anew_after(before);
     }
 
@@ -239,7 +239,7 @@ impl Node {
     #[track_caller]
     pub(crate) fn says_it_runs(&self) {
         let status = || self.case.run_command("status", &["--json"]).stdout;
-        let says = eventually(PATIENCE / 2, || status().contains("\"status\": \"Running on "));
+        let says = eventually(TIMEOUT / 2, || status().contains("\"status\": \"Running on "));
         assert!(says, "{}: {:#?}", status(), self.said());
     }
 
@@ -247,7 +247,7 @@ impl Node {
     #[track_caller]
     pub(crate) fn is_published(&self, name: &str, value: &str) {
         let there = || self.published().get(name).is_some_and(|found| found == value);
-        assert!(eventually(PATIENCE, there), "{:?}: {:#?}", self.published(), self.said());
+        assert!(eventually(TIMEOUT, there), "{:?}: {:#?}", self.published(), self.said());
     }
 
     /// Everything that agents have said since the last reset: log, standard output, messages to

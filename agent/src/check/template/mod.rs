@@ -668,7 +668,7 @@ fn example(kind: Kind) -> String {
         Kind::HostPort => "superlink.example:9092".into(),
         Kind::Devices => "all".into(),
         Kind::NodeConfig => "partition-id=0 num-partitions=2".into(),
-        Kind::Certificate => "…, the output of base64 -w0 ca.crt".into(),
+        Kind::CaBundle => "…, the output of base64 -w0 ca.crt".into(),
     }
 }
 
@@ -1198,7 +1198,7 @@ INPUTS_ORDER="FL_GPU_ENABLED"
     #[test]
     fn a_fix_shows_a_value_that_is_accepted() {
         for variable in
-            variables::VARIABLES.iter().filter(|variable| variable.kind != Kind::Certificate)
+            variables::VARIABLES.iter().filter(|variable| variable.kind != Kind::CaBundle)
         {
             assert!(variable.kind.parse(&example(variable.kind)).is_ok(), "{}", variable.name);
         }

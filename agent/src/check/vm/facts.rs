@@ -9,10 +9,10 @@ use serde_json::Value as Json;
 
 use crate::check::read_pci;
 use crate::config::settings::{Injection, Settings};
-use crate::config::{Config, Remarks};
+use crate::config::{Config, Diagnostics};
 use crate::container::plan;
 use crate::daemon;
-use crate::docker::client::{Engine, EngineError, EngineFacts};
+use crate::docker::client::{Client, EngineError, EngineInfo};
 use crate::gpu::nvml_library;
 use crate::gpu::pci::{PciAddress, PciFacts};
 use crate::gpu::probe::{self, ProbeOutcome};
@@ -38,7 +38,7 @@ pub struct VmFacts {
     /// The program of the nvidia runtime as the settings name it, and where it is.
     pub runtime: (String, Option<String>),
     /// The configuration and its remarks, or what is wrong.
-    pub config: Result<(Config, Remarks), Unconfigured>,
+    pub config: Result<(Config, Diagnostics), Unconfigured>,
     /// The PCI bus and the kernel module.
     pub pci: PciFacts,
     /// What NVML said, or why it was not asked.
@@ -54,7 +54,7 @@ pub struct VmFacts {
     /// The NUMA node of each GPU, as sysfs has it: -1 where it is not known.
     pub gpu_nodes: Vec<(PciAddress, String)>,
     /// What the engine says of itself.
-    pub engine: Result<EngineFacts, String>,
+    pub engine: Result<EngineInfo, String>,
     /// daemon.json, where there is one.
     pub daemon_json: Result<Option<String>, String>,
     /// CDI specifications that are NVIDIA's.
@@ -183,8 +183,8 @@ type Images = Vec<(String, Result<bool, String>)>;
 async fn look_at_docker(
     settings: &Settings,
     config: Option<&Config>,
-) -> (Result<EngineFacts, String>, Images) {
-    const PATIENCE: Duration = Duration::from_secs(10);
+) -> (Result<EngineInfo, String>, Images) {
+    const TIMEOUT: Duration = Duration::from_secs(10);
     let mut names: Vec<String> = Vec::new();
     if let Some(config) = config {
         names.push(plan::wanted_image(config).to_string());
@@ -195,8 +195,8 @@ async fn look_at_docker(
         );
     }
     let look = async {
-        let engine = Engine::connect(&settings.docker.socket).await?;
-        let facts = engine.facts().await?;
+        let engine = Client::connect(&settings.docker.socket).await?;
+        let facts = engine.info().await?;
         let mut images: Images = Vec::new();
         for name in &names {
             let found = engine.find_image(name).await;
@@ -207,10 +207,10 @@ async fn look_at_docker(
         }
         Ok::<_, EngineError>((facts, images))
     };
-    let why = match tokio::time::timeout(PATIENCE, look).await {
+    let why = match tokio::time::timeout(TIMEOUT, look).await {
         Ok(Ok((facts, images))) => return (Ok(facts), images),
         Ok(Err(error)) => error.to_string(),
-        Err(_) => format!("the Docker engine gave no answer within {} s", PATIENCE.as_secs()),
+        Err(_) => format!("the Docker engine gave no answer within {} s", TIMEOUT.as_secs()),
     };
     let images = names.into_iter().map(|name| (name, Err(why.clone()))).collect();
     (Err(why), images)

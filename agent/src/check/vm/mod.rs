@@ -32,7 +32,7 @@ pub fn judge(facts: &VmFacts, distribution: Distribution) -> Vec<Check> {
     checks.push(vm.settings());
     checks.extend(vm.configuration());
     checks.push(vm.wanted());
-    checks.extend(vm.promised());
+    checks.extend(vm.assigned());
     checks.extend(vm.devices());
     checks.push(vm.module());
     checks.extend(vm.nvml());
@@ -144,13 +144,13 @@ impl Vm<'_> {
         }
     }
 
-    fn promised(&self) -> Vec<Check> {
-        const ID: &str = "gpu-promised";
-        let promised = self.config().map(|config| config.promised.as_slice()).unwrap_or_default();
-        promised
+    fn assigned(&self) -> Vec<Check> {
+        const ID: &str = "gpu-assigned";
+        let assigned = self.config().map(|config| config.assigned.as_slice()).unwrap_or_default();
+        assigned
             .iter()
-            .map(|promised| {
-                let promise = format!("{}='{}'", promised.variable, promised.written);
+            .map(|assigned| {
+                let promise = format!("{}='{}'", assigned.variable, assigned.written);
                 let fix = self.fix(Reason::GpuNotPassedThrough);
                 if !self.facts.pci.unreadable.is_empty() {
                     return Check::unknown(
@@ -159,7 +159,7 @@ impl Vm<'_> {
                         AS_ROOT,
                     );
                 }
-                let Some(address) = promised.address else {
+                let Some(address) = assigned.address else {
                     return Check::bad(
                         ID,
                         self.bad(),
@@ -201,7 +201,7 @@ impl Vm<'_> {
             pci.unreadable.iter().map(|why| Check::unknown("gpu-present", why, AS_ROOT)).collect();
         if pci.gpus().next().is_none() && pci.unreadable.is_empty() {
             let finding = "there is no NVIDIA GPU on the PCI bus (vendor 10de, class 03xx)";
-            let is_promised = self.config().is_some_and(|config| !config.promised.is_empty());
+            let is_promised = self.config().is_some_and(|config| !config.assigned.is_empty());
             let reason =
                 if is_promised { Reason::GpuNotPassedThrough } else { Reason::GpuNotPresent };
             checks.push(if self.is_wanted() {
@@ -264,7 +264,7 @@ impl Vm<'_> {
             gpu_enabled: true,
             devices: DeviceSelection::All,
             framework: Framework::PyTorch,
-            promised: Vec::new(),
+            assigned: Vec::new(),
             ..config
         })
     }
@@ -709,14 +709,14 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::config::Remarks;
-    use crate::docker::client::EngineFacts;
+    use crate::config::Diagnostics;
+    use crate::docker::client::EngineInfo;
     use crate::gpu::nvml_library::LibraryFile;
     use crate::gpu::pci::{PciDevice, PciFacts};
     use crate::gpu::probe::ProbeOutcome;
     use crate::gpu::probe_child::{DriverReport, Fault, FaultKind, ProbeAnswer, ProbedGpu};
 
-    fn config(context: &str) -> Result<(Config, Remarks), Unconfigured> {
+    fn config(context: &str) -> Result<(Config, Diagnostics), Unconfigured> {
         let context = Context::parse(context.as_bytes()).unwrap();
         Config::from_context(&context, &Prebaked::default())
             .map_err(|errors| Unconfigured::Invalid(errors.0))
@@ -768,10 +768,10 @@ mod tests {
             )),
             numa: Ok(vec![("node0".into(), "0-7".into())]),
             gpu_nodes: vec![(PciAddress::parse("01:00.0").unwrap(), "-1".into())],
-            engine: Ok(EngineFacts {
+            engine: Ok(EngineInfo {
                 version: "26.1.5".into(),
                 runtimes: [("nvidia".into(), "nvidia-container-runtime".into())].into(),
-                ..EngineFacts::default()
+                ..EngineInfo::default()
             }),
             daemon_json: Ok(None),
             cdi_specs: Ok(Vec::new()),
@@ -824,7 +824,7 @@ mod tests {
             facts.nvml = Err("no GPU".into());
         });
         let ids: Vec<_> = absent.iter().map(|(level, id, ..)| (*level, *id)).collect();
-        assert_eq!(ids, [(Error, "gpu-promised"), (Error, "gpu-present")]);
+        assert_eq!(ids, [(Error, "gpu-assigned"), (Error, "gpu-present")]);
         assert!(absent[0].2.contains("PCI0_ADDRESS='01:00.0'"), "{absent:?}");
         let nouveau = bad(|facts| {
             facts.pci.devices[1].driver = Some("nouveau".into());
@@ -906,7 +906,7 @@ mod tests {
             facts.machine = Ok(vec!["pc-q35-8.2".into()]);
         });
         let ids: Vec<_> = found.iter().map(|(level, id, ..)| (*level, *id)).collect();
-        assert_eq!(ids, [(Level::Warning, "gpu-promised"), (Level::Warning, "gpu-present")]);
+        assert_eq!(ids, [(Level::Warning, "gpu-assigned"), (Level::Warning, "gpu-present")]);
         let denied = bad(|facts| facts.engine = Err("… Permission denied (os error 13)".into()));
         assert_eq!((denied[0].0, denied[0].1), (Level::Warning, "docker"));
     }
@@ -919,7 +919,7 @@ mod tests {
             facts.nvml = Err("no GPU".into());
             facts.config = config("ML_FRAMEWORK='sklearn'\n");
             facts.runtime.1 = None;
-            facts.engine = Ok(EngineFacts::default());
+            facts.engine = Ok(EngineInfo::default());
         });
         assert_eq!(found, []);
     }
