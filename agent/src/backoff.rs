@@ -1,96 +1,111 @@
-//! When to ask OneGate again: the two ways of `FL_EDGE_BACKOFF`. Pure; chance comes from the
-//! caller.
+//! Exponential backoff with jitter.
 
 use std::time::Duration;
 
-/// Nodes that boot together do not ask together: the first try comes within this time. Docker and
-/// the GPU take theirs meanwhile.
-pub const SPREAD: Duration = Duration::from_secs(5);
-/// The pause after the first try.
-const FIRST: Duration = Duration::from_secs(10);
-/// The tries of the way `fixed`.
-const FIXED_TRIES: u32 = 30;
-
-/// The pauses between tries.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Delays between attempts that keep failing. The first one is `initial`, each further one twice
+/// the one before, up to `max`. Pure: the caller supplies the random number.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Backoff {
+    initial: Duration,
+    max: Duration,
+    /// Largest random addition to a delay, as a fraction of that delay.
+    jitter: f64,
     next: Duration,
-    /// What the pauses grow to; `None`: they do not grow.
-    cap: Option<Duration>,
-    /// The tries that have been made.
-    tries: u32,
+    attempts: u32,
 }
 
 impl Backoff {
-    /// 10 s, doubling up to `cap`, without end.
-    pub fn exponential(cap: Duration) -> Self {
-        Self { next: FIRST.min(cap), cap: Some(cap), tries: 0 }
+    /// Doubles from `initial` to `max`, without jitter. With `initial` equal to `max` or above, every
+    /// delay is `max`.
+    pub fn new(initial: Duration, max: Duration) -> Self {
+        let initial = initial.min(max);
+        Self { initial, max, jitter: 0.0, next: initial, attempts: 0 }
     }
 
-    /// 30 tries, 10 s apart.
-    pub fn fixed() -> Self {
-        Self { next: FIRST, cap: None, tries: 0 }
+    /// Adds up to this fraction of a delay to it, so that nodes that boot together, or lose the same
+    /// peer, do not retry together.
+    #[must_use]
+    pub fn with_jitter(self, fraction: f64) -> Self {
+        Self { jitter: fraction.max(0.0), ..self }
     }
 
-    /// The pause after one more try that failed; `None`: that was the last one.
-    pub fn after_failure(&mut self) -> Option<Duration> {
-        self.tries = self.tries.saturating_add(1);
-        let pause = self.next;
-        match self.cap {
-            Some(cap) => self.next = (pause * 2).min(cap),
-            None if self.tries >= FIXED_TRIES => return None,
-            None => {}
-        }
-        Some(pause)
+    /// Counts a failed attempt and returns the delay before the next one. `chance`, from 0 to 1,
+    /// is how much of the jitter is added.
+    pub fn next_delay(&mut self, chance: f64) -> Duration {
+        let delay = self.next;
+        self.next = delay.saturating_mul(2).min(self.max);
+        self.attempts = self.attempts.saturating_add(1);
+        delay + delay.mul_f64(self.jitter * chance.clamp(0.0, 1.0))
     }
 
-    /// The tries that have failed.
-    pub fn tries(&self) -> u32 {
-        self.tries
+    /// The delay that [`next_delay`](Self::next_delay) returns next, without jitter.
+    pub fn peek(&self) -> Duration {
+        self.next
     }
-}
 
-/// `pause` and up to half of it on top: nodes that boot together, or whose SuperLink comes late for
-/// all of them, do not ask together. `chance` is from 0 to 1.
-pub fn with_jitter(pause: Duration, chance: f64) -> Duration {
-    pause + pause.mul_f64(chance.clamp(0.0, 1.0) / 2.0)
+    /// Starts again from `initial`, after a success.
+    pub fn reset(&mut self) {
+        (self.next, self.attempts) = (self.initial, 0);
+    }
+
+    /// Failed attempts since the start or the last [`reset`](Self::reset).
+    pub fn attempts(&self) -> u32 {
+        self.attempts
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn seconds(backoff: &mut Backoff, count: usize) -> Vec<u64> {
-        std::iter::from_fn(|| backoff.after_failure())
-            .take(count)
-            .map(|pause| pause.as_secs())
-            .collect()
+    const fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn delays<const N: usize>(backoff: &mut Backoff) -> [u64; N] {
+        std::array::from_fn(|_| backoff.next_delay(0.0).as_secs())
     }
 
     #[test]
-    fn exponential_doubles_up_to_the_cap_without_end() {
-        assert_eq!(
-            seconds(&mut Backoff::exponential(Duration::from_secs(300)), 8),
-            [10, 20, 40, 80, 160, 300, 300, 300]
-        );
-        assert_eq!(seconds(&mut Backoff::exponential(Duration::from_secs(3)), 3), [3, 3, 3]);
-        let mut backoff = Backoff::exponential(Duration::from_secs(u64::from(u32::MAX)));
-        assert!((0..10_000).all(|_| backoff.after_failure().is_some()));
+    fn doubles_up_to_max() {
+        let mut backoff = Backoff::new(seconds(10), seconds(300));
+        assert_eq!(delays(&mut backoff), [10, 20, 40, 80, 160, 300, 300, 300]);
+        assert_eq!(backoff.attempts(), 8);
     }
 
     #[test]
-    fn fixed_is_thirty_tries_ten_seconds_apart() {
-        let mut backoff = Backoff::fixed();
-        assert_eq!(seconds(&mut backoff, 100), [10; 29]);
-        assert_eq!(backoff.tries(), 30);
+    fn max_below_initial_is_the_delay() {
+        assert_eq!(delays(&mut Backoff::new(seconds(10), seconds(3))), [3, 3, 3]);
+        assert_eq!(delays(&mut Backoff::new(seconds(10), seconds(10))), [10, 10, 10]);
     }
 
     #[test]
-    fn jitter_only_adds_and_at_most_half() {
-        let pause = Duration::from_secs(40);
-        assert_eq!(
-            [0.0, 0.5, 1.0, 7.0].map(|chance| with_jitter(pause, chance).as_secs()),
-            [40, 50, 60, 60]
-        );
+    fn unlimited_max_does_not_overflow() {
+        let mut backoff = Backoff::new(seconds(1), Duration::MAX);
+        for _ in 0..1000 {
+            backoff.next_delay(1.0);
+        }
+        assert_eq!(backoff.peek(), Duration::MAX);
+    }
+
+    #[test]
+    fn reset_starts_from_initial() {
+        let mut backoff = Backoff::new(seconds(1), seconds(60));
+        assert_eq!(delays(&mut backoff), [1, 2, 4]);
+        assert_eq!((backoff.peek(), backoff.attempts()), (seconds(8), 3));
+        backoff.reset();
+        assert_eq!((backoff.peek(), backoff.attempts()), (seconds(1), 0));
+        assert_eq!(delays(&mut backoff), [1, 2]);
+    }
+
+    #[test]
+    fn jitter_adds_at_most_its_fraction() {
+        let delay_at = |chance| {
+            let mut backoff = Backoff::new(seconds(40), seconds(60)).with_jitter(0.5);
+            let delay = backoff.next_delay(chance);
+            assert_eq!(backoff.peek(), seconds(60), "jitter must not grow the delays");
+            delay.as_secs()
+        };
+        assert_eq!([0.0, 0.5, 1.0, 7.0].map(delay_at), [40, 50, 60, 60]);
     }
 }

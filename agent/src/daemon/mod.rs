@@ -1,5 +1,7 @@
 //! The story of `run`, from the context to the supervised container.
 
+pub mod discovery;
+
 use std::path::Path;
 use std::pin::pin;
 use std::process::ExitCode;
@@ -7,11 +9,9 @@ use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
 use one_context::Context;
-use one_context::onegate::{OneGateError, Service};
 use one_context::source::{SourceError, read_context};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::backoff::{Backoff, SPREAD, with_jitter};
 use crate::config::settings::{Settings, SettingsError};
 use crate::config::{self, Config, ConfigErrors, Diagnostics, LogLevel, Prebaked};
 use crate::container::plan::{self, Machine};
@@ -19,14 +19,10 @@ use crate::docker::client::{Client, EngineError, EngineInfo, Image};
 use crate::docker::nvidia_runtime::{GpuInjection, choose_access, ensure_runtime};
 use crate::flower::release;
 use crate::gpu::detect_gpus;
-use crate::gpu::reason::sanitize_line;
 use crate::gpu::verdict::Verdict;
 use crate::logging;
-use crate::opennebula::partition::{self, Partition, PartitionStore};
 use crate::opennebula::publisher::OneGateAccess;
-use crate::opennebula::superlink::{
-    self, Discovery, OneGateAvailability, SuperLink, SuperLinkError, find_superlink,
-};
+use crate::opennebula::superlink::{self, OneGateAvailability, SuperLinkError};
 use crate::report::Reporter;
 use crate::report::metrics_server;
 use crate::supervisor::exporter::{self, Exporter};
@@ -35,6 +31,7 @@ use crate::system::lock::{Lock, LockError};
 use crate::system::os_release::Distribution;
 use crate::system::systemd::{TimeoutExtension, Watchdog};
 use crate::values::{ImageRef, Version};
+use discovery::discover_superlink;
 
 /// Exit code: a failure that a retry may cure.
 pub const EXIT_RETRY: u8 = 1;
@@ -400,113 +397,6 @@ async fn reach_docker(
         Client::wait_until_ready(&settings.docker.socket, settings.docker.ready_timeout).await?;
     let facts = if wants_gpu { Some(engine.info().await) } else { None };
     Ok((engine, facts))
-}
-
-/// Looks for the SuperLink until it is found, as `FL_EDGE_BACKOFF` wants it.
-async fn discover_superlink(
-    config: &Config,
-    settings: &Settings,
-    cloud: &Result<OneGateAccess, String>,
-    reporter: &Reporter,
-) -> Result<SuperLink, SuperLinkError> {
-    let mut backoff = match config.edge_backoff {
-        "fixed" => Backoff::fixed(),
-        _ => Backoff::exponential(Duration::from_secs(config.edge_max_backoff)),
-    };
-    if config.superlink_address.is_none() {
-        tokio::time::sleep(SPREAD.mul_f64(fastrand::f64())).await;
-    }
-    let mut told = String::new();
-    loop {
-        let error = match find_superlink(gate_of(cloud), config, SystemTime::now()).await {
-            Ok(found) => {
-                return Ok(with_partition(found, config, settings, cloud, backoff.tries()).await);
-            }
-            Err(error) if error.is_final() => return Err(error),
-            Err(error) => error,
-        };
-        let why = sanitize_line(&logging::error_chain(&error));
-        let Some(pause) = backoff.after_failure() else {
-            return Err(SuperLinkError::GaveUp { tries: backoff.tries(), last: Box::new(error) });
-        };
-        let pause = with_jitter(pause, fastrand::f64());
-        let (attempt, seconds) = (backoff.tries() + 1, pause.as_secs());
-        reporter.waiting(&format!(
-            "waiting for the SuperLink (attempt {attempt}, next in {seconds} s): {why}"
-        ));
-        // A night of this is one line, for as long as it is the same.
-        if why != told {
-            tracing::warn!("waiting for the SuperLink, asking again in {seconds} s: {why}");
-            told = why;
-        }
-        tokio::time::sleep(pause).await;
-    }
-}
-
-/// Says what was found, and adds this node's share of the data.
-async fn with_partition(
-    found: Discovery,
-    config: &Config,
-    settings: &Settings,
-    cloud: &Result<OneGateAccess, String>,
-    tries: u32,
-) -> SuperLink {
-    let Discovery { mut superlink, service, warnings } = found;
-    for warning in &warnings {
-        tracing::warn!("{warning}");
-    }
-    if let Some(vm_id) = superlink.vm_id {
-        let way = if superlink.ca.is_some() { "TLS" } else { "no TLS" };
-        tracing::info!(
-            "found the SuperLink at {} (VM {vm_id}, {way}, attempt {})",
-            superlink.address,
-            tries + 1
-        );
-    }
-    if config.node_config.is_none()
-        && let Ok(cloud) = cloud
-    {
-        superlink.partition = partition_of(cloud, service, settings).await;
-    }
-    superlink
-}
-
-/// This node's share of the data. It is worth some seconds, and not the node.
-async fn partition_of(
-    cloud: &OneGateAccess,
-    mut service: Option<Service>,
-    settings: &Settings,
-) -> Option<Partition> {
-    const LIMIT: Duration = Duration::from_secs(15);
-    const PAUSE: Duration = Duration::from_secs(2);
-    let keeper = PartitionStore::of(settings, cloud.vm_id());
-    if let Some(partition) = keeper.of_this_boot() {
-        return Some(partition);
-    }
-    let mut why = format!("no answer within {} s", LIMIT.as_secs());
-    let take = async {
-        loop {
-            let taken = async {
-                let service = match service.take() {
-                    Some(service) => service,
-                    None => cloud.gate().service().await?,
-                };
-                partition::take(cloud.gate(), &service, &keeper).await
-            };
-            match taken.await {
-                Ok(partition) => return partition,
-                Err(OneGateError::NotInService) => return None,
-                Err(error) => why = sanitize_line(&logging::error_chain(&error)),
-            }
-            tokio::time::sleep(PAUSE).await;
-        }
-    };
-    tokio::time::timeout(LIMIT, take).await.unwrap_or_else(|_| {
-        tracing::warn!(
-            "OneGate does not tell which share of the data is this node's, FL_NODE_CONFIG stays empty: {why}"
-        );
-        None
-    })
 }
 
 /// A release that the agent does not know, or that differs from the SuperLink's, is told before the

@@ -11,12 +11,14 @@ use futures_util::{Stream, StreamExt as _};
 use hyper::body::{Buf as _, Bytes};
 use tokio::time::Instant;
 
+use crate::backoff::Backoff;
+
 /// What is kept of a line; the rest is passed over.
 const MAX_BYTES: usize = 1024;
 /// The pause before a log that cannot be read is read again: the first, and the longest. There are
 /// drivers that never can.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const MAX_PAUSE: Duration = Duration::from_secs(60);
+const INITIAL_DELAY: Duration = Duration::from_secs(1);
+const MAX_DELAY: Duration = Duration::from_secs(60);
 
 type Frames = Pin<Box<dyn Stream<Item = Result<LogOutput, ApiError>> + Send>>;
 
@@ -26,7 +28,7 @@ pub struct Log {
     frames: Frames,
     /// When it is to be opened again, where it could not be read.
     again_at: Option<Instant>,
-    pause: Duration,
+    backoff: Backoff,
     /// What of the last frame was not looked at yet.
     rest: Bytes,
     of_stderr: bool,
@@ -51,7 +53,7 @@ impl Log {
             frames: open(),
             open,
             again_at: None,
-            pause: FIRST_PAUSE,
+            backoff: Backoff::new(INITIAL_DELAY, MAX_DELAY),
             rest: Bytes::new(),
             of_stderr: false,
             out: Line::default(),
@@ -76,14 +78,13 @@ impl Log {
             }
             match self.frames.next().await? {
                 Ok(frame) => {
-                    self.pause = FIRST_PAUSE;
+                    self.backoff.reset();
                     self.of_stderr = matches!(frame, LogOutput::StdErr { .. });
                     self.rest = frame.into_bytes();
                 }
                 Err(error) => {
                     tracing::debug!("the container's log cannot be read: {error}");
-                    self.again_at = Some(Instant::now() + self.pause);
-                    self.pause = (self.pause * 2).min(MAX_PAUSE);
+                    self.again_at = Some(Instant::now() + self.backoff.next_delay(0.0));
                 }
             }
         }
@@ -183,7 +184,7 @@ mod tests {
         let openings = vec![vec![out(b"a\nhalf"), bad()], vec![bad()], vec![out(b"a\nb\n")]];
         let since = Instant::now();
         assert_eq!(lines_of_each(openings).await, ["a", "a", "b"]);
-        assert_eq!(since.elapsed(), 3 * FIRST_PAUSE);
+        assert_eq!(since.elapsed(), 3 * INITIAL_DELAY);
     }
 
     #[tokio::test]

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::config::settings::Settings;
 use kernel::KernelFacts;
@@ -25,9 +26,10 @@ use verdict::Verdict;
 
 /// How often a driver that is still coming is looked for.
 const PAUSE: Duration = Duration::from_millis(500);
-/// How often after that: in sysfs, and, where that shows a driver, by the probe, ever more rarely.
-const LATE_PAUSE: Duration = Duration::from_secs(10);
-const MAX_LATE_PAUSE: Duration = Duration::from_secs(300);
+/// Interval of reading sysfs for a GPU that becomes available after the start. Where sysfs shows a
+/// driver, each probe doubles it, up to the maximum.
+const LATE_INTERVAL: Duration = Duration::from_secs(10);
+const MAX_LATE_INTERVAL: Duration = Duration::from_secs(300);
 
 /// The verdict and what it rests on.
 #[derive(Debug)]
@@ -79,16 +81,17 @@ pub fn is_recoverable(verdict: &Verdict) -> bool {
 
 /// Looks for the GPU at a slow pace until it is usable.
 pub async fn wait_until_available(config: &Config, settings: &Settings) {
-    let mut pause = LATE_PAUSE;
+    let mut backoff = Backoff::new(LATE_INTERVAL, MAX_LATE_INTERVAL);
     loop {
-        tokio::time::sleep(pause).await;
+        tokio::time::sleep(backoff.next_delay(0.0)).await;
         let detection = detect_once(config, settings).await;
         if !detection.verdict.devices().is_empty() {
             return;
         }
-        // sysfs costs nothing; the probe loads NVIDIA's library.
-        pause =
-            if detection.outcome.is_some() { (pause * 2).min(MAX_LATE_PAUSE) } else { LATE_PAUSE };
+        // Reading sysfs costs nothing; the probe loads NVIDIA's library.
+        if detection.outcome.is_none() {
+            backoff.reset();
+        }
     }
 }
 

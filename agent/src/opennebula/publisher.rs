@@ -14,7 +14,7 @@ use one_context::{Context, Secret, read_token};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::backoff::{Backoff, with_jitter};
+use crate::backoff::Backoff;
 use crate::config::settings::Settings;
 use crate::gpu::reason::sanitize_line;
 use crate::logging::error_chain;
@@ -192,35 +192,32 @@ async fn publish_changes(
     cloud: OneGateAccess,
     mut wanted: watch::Receiver<Option<NodeAttributes>>,
 ) {
-    /// The longest pause between tries.
-    const CAP: Duration = Duration::from_secs(300);
+    const INITIAL_DELAY: Duration = Duration::from_secs(10);
+    const MAX_DELAY: Duration = Duration::from_secs(300);
     /// Nodes that start together, or lose one SuperLink, do not all write at once.
     const SPREAD: Duration = Duration::from_secs(2);
     while wanted.changed().await.is_ok() {
         tokio::time::sleep(SPREAD.mul_f64(fastrand::f64())).await;
-        let mut backoff = Backoff::exponential(CAP);
+        let mut backoff = Backoff::new(INITIAL_DELAY, MAX_DELAY).with_jitter(0.5);
         loop {
             let Some(news) = wanted.borrow_and_update().clone() else {
                 break;
             };
             let Err(error) = send(&cloud, &news).await else {
-                if backoff.tries() > 0 {
+                if backoff.attempts() > 0 {
                     tracing::info!("OneGate takes what the node publishes again");
                 }
                 break;
             };
-            if backoff.tries() == 0 {
+            if backoff.attempts() == 0 {
                 tracing::warn!(
                     "OneGate does not take what the node publishes, which goes on without; it is tried again in silence: {}",
                     sanitize_line(&error_chain(&error))
                 );
             }
-            let Some(pause) = backoff.after_failure() else {
-                break;
-            };
             // Something new is worth a try before its time.
             tokio::select! {
-                () = tokio::time::sleep(with_jitter(pause, fastrand::f64())) => {}
+                () = tokio::time::sleep(backoff.next_delay(fastrand::f64())) => {}
                 changed = wanted.changed() => if changed.is_err() { return },
             }
         }

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::config::settings::Settings;
 use crate::container::plan::{self, ContainerSpec, Machine, PortSpec};
@@ -34,8 +35,8 @@ const SHM_SIZE_MIB: u64 = 64;
 /// Between SIGTERM and SIGKILL: it has nothing to finish.
 pub const GRACE: Duration = Duration::from_secs(5);
 /// The pauses before it is tried again: the first, and the longest.
-const FIRST_PAUSE: Duration = Duration::from_secs(5);
-const MAX_PAUSE: Duration = Duration::from_secs(600);
+const INITIAL_DELAY: Duration = Duration::from_secs(5);
+const MAX_DELAY: Duration = Duration::from_secs(600);
 /// A run of this length makes the next pause the first again, and the next failure a WARNING.
 const HEALTHY_AFTER: Duration = Duration::from_secs(600);
 
@@ -146,13 +147,15 @@ impl Exporter {
 
     async fn keep_up(&self, spec: &ContainerSpec, devices: &[GpuDevice]) -> Infallible {
         let name = &spec.name;
-        let (mut pause, mut told) = (FIRST_PAUSE, false);
+        let (mut backoff, mut told) = (Backoff::new(INITIAL_DELAY, MAX_DELAY), false);
         loop {
             let mut up_since = None;
             let Err(error) = self.live(spec, devices, &mut up_since).await;
             if up_since.is_some_and(|since: Instant| since.elapsed() >= HEALTHY_AFTER) {
-                (pause, told) = (FIRST_PAUSE, false);
+                backoff.reset();
+                told = false;
             }
+            let delay = backoff.next_delay(0.0);
             let why = error_chain(&error);
             self.reporter.exporter(Some(format!("does not run: {why}")));
             match error {
@@ -163,13 +166,12 @@ impl Exporter {
                 _ => {
                     tracing::warn!(
                         "the DCGM exporter {name} does not run, the node goes on without: {why}; trying again in {} s, then more rarely",
-                        pause.as_secs()
+                        delay.as_secs()
                     );
                     told = true;
                 }
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(MAX_PAUSE);
+            tokio::time::sleep(delay).await;
         }
     }
 
@@ -197,11 +199,10 @@ impl Exporter {
     /// Removes the container, where there is one of ours.
     async fn keep_away(&self, why: &str) -> Infallible {
         self.reporter.exporter(None);
-        let mut pause = FIRST_PAUSE;
+        let mut backoff = Backoff::new(INITIAL_DELAY, MAX_DELAY);
         while let Err(error) = self.take_away(why).await {
             tracing::debug!("the DCGM exporter cannot be removed: {}", error_chain(&error));
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(MAX_PAUSE);
+            tokio::time::sleep(backoff.next_delay(0.0)).await;
         }
         std::future::pending().await
     }

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
-use crate::backoff::{Backoff, with_jitter};
+use crate::backoff::Backoff;
 use crate::config::settings::Settings;
 use crate::config::{Config, LogLevel};
 use crate::container::plan::{self, ContainerSpec};
@@ -260,10 +260,9 @@ impl Node {
             return std::future::pending().await;
         };
         let cap = Duration::from_secs(self.config.edge_max_backoff);
-        let first = FIRST_LOOK.min(cap);
-        let (mut backoff, mut pause) = (Backoff::exponential(cap), first);
+        let mut backoff = Backoff::new(FIRST_LOOK, cap).with_jitter(0.5);
         loop {
-            tokio::time::sleep(with_jitter(pause, fastrand::f64())).await;
+            tokio::time::sleep(backoff.next_delay(fastrand::f64())).await;
             match find_superlink(Ok(cloud.gate()), &self.config, SystemTime::now()).await {
                 Ok(found)
                     if found.superlink.address != self.superlink.address
@@ -277,7 +276,6 @@ impl Node {
                     logging::error_chain(&error)
                 ),
             }
-            pause = backoff.after_failure().unwrap_or(pause).max(first);
         }
     }
 }

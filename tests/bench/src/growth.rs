@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use serde_json::json;
-use supernode_agent::backoff::{Backoff, SPREAD, with_jitter};
+use supernode_agent::backoff::Backoff;
+use supernode_agent::daemon::discovery::{MAX_START_DELAY, exponential_backoff};
 use supernode_tests::crowd::start_together;
 
 use crate::report::Report;
@@ -96,13 +97,13 @@ fn simulate(scene: &Scene, nodes: u32, chance: bool) -> End {
     const CAP: Duration = Duration::from_secs(300);
     let mut rng = Rng::with_seed(7);
     let draw = |rng: &mut Rng| if chance { rng.f64() } else { 0.0 };
-    let mut tries: Vec<Backoff> = (0..nodes).map(|_| Backoff::exponential(CAP)).collect();
+    let mut backoffs: Vec<Backoff> = (0..nodes).map(|_| exponential_backoff(CAP)).collect();
     // In microseconds: whole numbers have an order.
     let micros = |seconds: f64| (seconds * 1e6) as u64;
     let mut coming: BinaryHeap<Reverse<(u64, u32, bool)>> = (0..nodes)
         .map(|node| {
             let boot = scene.window * f64::from(node) / f64::from(nodes);
-            Reverse((micros(boot + SPREAD.as_secs_f64() * draw(&mut rng)), node, true))
+            Reverse((micros(boot + MAX_START_DELAY.as_secs_f64() * draw(&mut rng)), node, true))
         })
         .collect();
     let mut a_second: Vec<u32> = Vec::new();
@@ -125,9 +126,8 @@ fn simulate(scene: &Scene, nodes: u32, chance: bool) -> End {
             last = last.max(free);
         } else {
             let failed = if in_time { free } else { now + LIMIT };
-            let pause = tries[node as usize].after_failure().expect("it has no end");
-            let pause = with_jitter(pause, draw(&mut rng));
-            coming.push(Reverse((micros(failed + pause.as_secs_f64()), node, true)));
+            let delay = backoffs[node as usize].next_delay(draw(&mut rng));
+            coming.push(Reverse((micros(failed + delay.as_secs_f64()), node, true)));
         }
     };
     End { peak: a_second.into_iter().max().unwrap_or(0), last, requests }
