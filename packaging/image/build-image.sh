@@ -6,7 +6,7 @@
 #
 # From the environment:
 #   CONTEXT_PACKAGE    the one-context package of OpenNebula/one-apps (a .deb). Needed in an image for use; without it the
-#                      tests' stand-in goes in, and the image says so.
+#                      tests' simulator goes in, and the image says so.
 #   FLOWER_VERSION     what the framework image has (1.31.0)
 #   NVIDIA=YES         the driver and NVIDIA's container toolkit as well
 #   NVIDIA_PACKAGES    their names, with commas (nvidia-driver,nvidia-persistenced,nvidia-container-toolkit)
@@ -41,9 +41,9 @@ say() { printf '%4d s  %s\n' $SECONDS "$*"; }
 
 context=${CONTEXT_PACKAGE:-}
 if [ -z "$context" ]; then
-    say "CONTEXT_PACKAGE is not set: the tests' stand-in for one-context goes in. THIS IMAGE IS FOR TESTS ALONE"
-    context=$work/one-context-standin.deb
-    "$top/tests/machines/build-standin.sh" "$context"
+    say "CONTEXT_PACKAGE is not set: the tests' simulator of one-context goes in. THIS IMAGE IS FOR TESTS ALONE"
+    context=$work/one-context-simulator.deb
+    "$top/tests/machines/build-one-context-simulator.sh" "$context"
 fi
 
 # The cloud kernel has no graphics, and is half the size.

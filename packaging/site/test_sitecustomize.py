@@ -1,4 +1,4 @@
-"""The site hook in real Python processes, with stand-ins for torch and tensorflow that record what is asked of them."""
+"""The site hook in real Python processes, with simulators for torch and tensorflow that record what is asked of them."""
 
 import os
 import pathlib

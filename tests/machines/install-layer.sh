@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the layer that the machines have above the root file system: the package, as dpkg installs it, the stand-in for
+# Makes the layer that the machines have above the root file system: the package, as dpkg installs it, the simulator for
 # one-context, and the harness. Nothing is changed in ROOT.
 #
 #   install-layer.sh ROOT PACKAGE.deb LAYER

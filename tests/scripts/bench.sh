@@ -9,7 +9,7 @@ package=$(packaging/build-deb.sh)
 # The one in the package: what is built next for all together has the features of everybody's crates.
 target=$(realpath "${CARGO_TARGET_DIR:-target}")
 cp "$target/release/supernode-agent" "$target/bench-agent"
-cargo build --release --locked --quiet -p supernode-bench -p supernode-tests -p nvml-standin
+cargo build --release --locked --quiet -p supernode-bench -p supernode-tests -p nvml-simulator
 # What it starts is in its group, and ends with it, whatever happens.
 set -m
 SUPERNODE_AGENT=$target/bench-agent "$target/release/supernode-bench" --package "$package" "$@" &

@@ -30,12 +30,12 @@ step "what this machine lacks" packaging/install-tools.sh test
 step "build" cargo build --workspace --locked --quiet
 step "the package" build_package
 step "lintian" lintian --fail-on error,warning --tag-display-limit 0 --allow-root "$SUPERNODE_DEB"
-step "tests of the code, on stand-ins, real engines, real files and machines that boot" rust_tests
+step "tests of the code, on simulators, real engines, real files and machines that boot" rust_tests
 # Real frameworks are made in the cache by the first run; where one cannot be had, SKIPPED.
 python_tests() {
     python3 -m unittest discover -q -s "$1" 2>&1 | tee -a "$log"
 }
-step "tests of the site hook, on stand-ins and real frameworks" python_tests packaging/site
+step "tests of the site hook, on simulators and real frameworks" python_tests packaging/site
 step "tests of the dashboard" python_tests packaging/grafana
 step "tests of the README's pictures" python_tests packaging/pictures
 

@@ -1,4 +1,4 @@
-//! A Docker engine for one test: its own dockerd in its own network namespace, with its own folders
+//! A Docker engine for one test: its own dockerd in its own network namespace, with its own directories
 //! and its own socket.
 //!
 //! The namespace is entered with `nsenter`; `ip netns exec` would mount another /sys, where dockerd
@@ -31,7 +31,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Runs dockerd in a mount namespace of its own, in which what is written to /etc goes to the
-/// engine's folder, `$0`: Docker 20.10 keeps a key in /etc/docker, wherever its configuration is.
+/// engine's directory, `$0`: Docker 20.10 keeps a key in /etc/docker, wherever its configuration is.
 const OWN_ETC: &str = r#"mount -t overlay etc -o lowerdir=/etc,upperdir="$0/etc",workdir="$0/etc-work" /etc
 exec dockerd "$@""#;
 
@@ -59,10 +59,10 @@ impl EngineBuilder {
         self
     }
 
-    /// A folder that dockerd's PATH begins with.
+    /// A directory that dockerd's PATH begins with.
     #[must_use]
-    pub fn path_first(mut self, folder: impl Into<PathBuf>) -> Self {
-        self.path_first.push(folder.into());
+    pub fn path_first(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.path_first.push(directory.into());
         self
     }
 
@@ -99,9 +99,9 @@ impl EngineBuilder {
     pub fn try_start(self) -> Result<Engine, String> {
         lacking()?;
         let sandbox = Sandbox::in_memory("docker");
-        for folder in ["bin", "nvidia"] {
-            fs::create_dir_all(sandbox.join(folder))
-                .map_err(|error| format!("{folder}: {error}"))?;
+        for directory in ["bin", "nvidia"] {
+            fs::create_dir_all(sandbox.join(directory))
+                .map_err(|error| format!("{directory}: {error}"))?;
         }
         let mut first = vec![sandbox.join("bin")];
         first.extend(self.path_first);
@@ -193,7 +193,7 @@ impl Engine {
         self.sandbox.join("daemon.json")
     }
 
-    /// The folder that the engine's PATH begins with.
+    /// The directory that the engine's PATH begins with.
     #[must_use]
     pub fn bin_dir(&self) -> PathBuf {
         self.sandbox.join("bin")
@@ -282,7 +282,7 @@ impl Engine {
         let Some((first, more)) = references.split_first() else {
             return;
         };
-        let tar = image::stand_in_image();
+        let tar = image::test_image();
         let tar = tar.to_string_lossy();
         let mut arguments = vec!["import"];
         for instruction in image::INSTRUCTIONS.iter().chain(instructions) {
@@ -310,7 +310,7 @@ impl Engine {
     }
 
     /// Tells nvidia-container-runtime what to do from now on. The machine is the JSON for the NVML
-    /// stand-in, of which it reads the GPUs.
+    /// simulator, of which it reads the GPUs.
     pub fn nvidia_runtime(&self, mode: RuntimeMode, machine: &Value) {
         let nvml = self.sandbox.write("nvidia/nvml.json", machine.to_string());
         let (mode, message) = match mode {
@@ -369,9 +369,9 @@ impl Engine {
     }
 
     fn launch(&mut self) -> Result<(), String> {
-        for folder in ["etc", "etc-work"] {
-            fs::create_dir_all(self.sandbox.join(folder))
-                .map_err(|error| format!("{folder}: {error}"))?;
+        for directory in ["etc", "etc-work"] {
+            fs::create_dir_all(self.sandbox.join(directory))
+                .map_err(|error| format!("{directory}: {error}"))?;
         }
         let log =
             fs::OpenOptions::new().append(true).create(true).open(self.sandbox.join("dockerd.log"));
@@ -394,7 +394,7 @@ impl Engine {
             .args(["--containerd-namespace", &self.namespace])
             .args(["--containerd-plugins-namespace", &format!("{}-plugins", self.namespace)])
             .env("PATH", &self.path)
-            .env("NVIDIA_RUNTIME_STANDIN", self.control_file())
+            .env("NVIDIA_RUNTIME_SIMULATOR", self.control_file())
             .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log)
@@ -428,16 +428,16 @@ impl Engine {
     }
 
     /// Ends what dockerd left behind: containerd, shims, the processes of containers. Each carries
-    /// this engine's folder in its command line, or the id of one of this engine's containers in
+    /// this engine's directory in its command line, or the id of one of this engine's containers in
     /// its cgroup.
     fn end_leftovers(&self) {
         let containers = names(&self.sandbox.join("data/containers"));
-        let folder = self.sandbox.path().to_string_lossy().into_owned();
+        let directory = self.sandbox.path().to_string_lossy().into_owned();
         let ours = |pid: &u32| {
             let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
             let cgroup = String::from_utf8_lossy(&read("cgroup")).into_owned();
             *pid != std::process::id()
-                && (String::from_utf8_lossy(&read("cmdline")).contains(&format!("{folder}/"))
+                && (String::from_utf8_lossy(&read("cmdline")).contains(&format!("{directory}/"))
                     || containers.iter().any(|id| cgroup.contains(id)))
         };
         // Again until there is nobody: a shim that saw its container end may just be starting a
@@ -492,23 +492,23 @@ fn lacking() -> Result<(), String> {
     let path = path(&[]);
     for program in ["dockerd", "docker", "containerd", "runc", "ip", "nsenter", "setpriv", "umount"]
     {
-        if !env::split_paths(&path).any(|folder| folder.join(program).is_file()) {
+        if !env::split_paths(&path).any(|directory| directory.join(program).is_file()) {
             return Err(format!("{program} is not installed"));
         }
     }
     Ok(())
 }
 
-/// This process's PATH with folders before it, and the system's own folders behind it.
+/// This process's PATH with directories before it, and the system's own directories behind it.
 pub(crate) fn path(first: &[PathBuf]) -> OsString {
     let own = env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"].map(PathBuf::from);
-    let folders = first.iter().cloned().chain(env::split_paths(&own)).chain(system);
-    env::join_paths(folders).expect("no colon in a folder's name")
+    let directories = first.iter().cloned().chain(env::split_paths(&own)).chain(system);
+    env::join_paths(directories).expect("no colon in a directory's name")
 }
 
-fn names(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 

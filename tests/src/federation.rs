@@ -25,7 +25,7 @@ use crate::{
 const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A CA and what it says of the SuperLink at the address `$1`, in this folder; `flower-superexec`,
+/// A CA and what it says of the SuperLink at the address `$1`, in this directory; `flower-superexec`,
 /// which the SuperLink starts, comes by way of the loopback.
 const CERTIFICATES: &str = r#"
 key='-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -noenc'
@@ -123,7 +123,7 @@ pub struct Round {
 /// A running SuperLink with TLS. It ends with this value, and everything that it started with it.
 #[derive(Debug)]
 pub struct SuperLink {
-    // Ends before the folder goes.
+    // Ends before the directory goes.
     process: Option<Inside>,
     sandbox: Sandbox,
     namespace: String,
@@ -142,7 +142,7 @@ impl SuperLink {
     pub fn start(flower: &Flower, namespace: &str, address: IpAddr, state: State) -> Self {
         let sandbox = Sandbox::in_memory("superlink");
         let root = sandbox.join("root");
-        fs::create_dir_all(root.join("tls")).expect("a folder of the SuperLink");
+        fs::create_dir_all(root.join("tls")).expect("a directory of the SuperLink");
         let mut unpack = Command::new("tar");
         unpack.arg("--extract").arg("--file").arg(&flower.tar).arg("--directory").arg(&root);
         run(&mut unpack, COMMAND_TIMEOUT).expect_success();

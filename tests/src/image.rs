@@ -1,4 +1,4 @@
-//! The framework images' stand-in: busybox, a user 49999, and a script in the place of
+//! The framework images' simulator: busybox, a user 49999, and a script in the place of
 //! `flower-supernode`.
 //!
 //! The script prints each argument as `arg VALUE`, its environment as `env K=V`, NVIDIA's device
@@ -70,7 +70,7 @@ pub(crate) const INSTRUCTIONS: &[&str] = &[
 ///
 /// # Panics
 /// Where busybox (Debian: busybox-static) or tar is missing.
-pub fn stand_in_image() -> PathBuf {
+pub fn test_image() -> PathBuf {
     static TAR: OnceLock<PathBuf> = OnceLock::new();
     TAR.get_or_init(build).clone()
 }
@@ -88,13 +88,13 @@ fn build() -> PathBuf {
     root.write("usr/bin/flower-supernode", SCRIPT);
     root.write("etc/passwd", "root:x:0:0::/root:/bin/sh\napp:x:49999:49999::/app:/bin/sh\n");
     root.write("etc/group", "root:x:0:\napp:x:49999:\n");
-    for folder in ["app", "tmp", "proc", "sys", "dev"] {
-        std::fs::create_dir_all(root.join(folder)).expect("a folder of the image");
+    for directory in ["app", "tmp", "proc", "sys", "dev"] {
+        std::fs::create_dir_all(root.join(directory)).expect("a directory of the image");
     }
     // Beside what cargo builds, under one name for all: renamed into place, so that nobody reads
     // half a file.
-    let folder = std::env::current_exe().expect("the path of this test").with_file_name("");
-    let tar = folder.join("supernode-tests-image.tar");
+    let directory = std::env::current_exe().expect("the path of this test").with_file_name("");
+    let tar = directory.join("supernode-tests-image.tar");
     let script = "chmod 755 bin/busybox usr/bin/flower-supernode; chmod 1777 tmp; chown -R 49999:49999 app; \
                   tar -cf \"$0.$$\" . && mv \"$0.$$\" \"$0\"";
     let mut command = Command::new("sh");

@@ -1,4 +1,4 @@
-//! The network between the engines of a test: the cloud that their machines are in.
+//! The network between the engines of a test: the network that their machines are in.
 
 use std::{
     ffi::OsStr,
@@ -16,30 +16,30 @@ use crate::{
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A network namespace with a bridge, 10.77.0.1/24, to which engines are connected. What runs in it
-/// (a SuperLink, the stand-in for OneGate) is reached from an engine's namespace and from its
-/// containers. All names are within namespaces, so that clouds of several tests do not meet. It
+/// (a SuperLink, the simulator of OneGate) is reached from an engine's namespace and from its
+/// containers. All names are within namespaces, so that networks of several tests do not meet. It
 /// ends with this value, and the cables with it.
 #[derive(Debug)]
-pub struct Cloud {
+pub struct TestNetwork {
     namespace: String,
     /// The namespaces of the engines; the place of each gives its address and the name of its port.
     engines: Vec<String>,
 }
 
-impl Cloud {
-    /// A cloud without an engine. It needs what an [`Engine`] needs: start that first.
+impl TestNetwork {
+    /// A network without an engine. It needs what an [`Engine`] needs: start that first.
     ///
     /// # Panics
     /// Where it cannot be made.
     #[must_use]
     #[track_caller]
     pub fn new() -> Self {
-        let cloud = Self { namespace: unique_name("cloud"), engines: Vec::new() };
-        add_namespace(&cloud.namespace).unwrap_or_else(|reason| panic!("{reason}"));
-        cloud.ip("link add br0 type bridge");
-        cloud.ip(&format!("address add {}/24 dev br0", cloud.address()));
-        cloud.ip("link set br0 up");
-        cloud
+        let network = Self { namespace: unique_name("network"), engines: Vec::new() };
+        add_namespace(&network.namespace).unwrap_or_else(|reason| panic!("{reason}"));
+        network.ip("link add br0 type bridge");
+        network.ip(&format!("address add {}/24 dev br0", network.address()));
+        network.ip("link set br0 up");
+        network
     }
 
     /// The name of its network namespace.
@@ -54,11 +54,11 @@ impl Cloud {
         address(1)
     }
 
-    /// Connects an engine, which reaches by way of the cloud whatever is not its own; gives the
+    /// Connects an engine, which reaches by way of the network whatever is not its own; gives the
     /// engine's address.
     ///
     /// # Panics
-    /// Where the engine is connected to a cloud already.
+    /// Where the engine is connected to a network already.
     #[track_caller]
     pub fn connect(&mut self, engine: &Engine) -> IpAddr {
         let theirs = engine.network_namespace();
@@ -66,12 +66,12 @@ impl Cloud {
         let port = self.port(engine);
         let address =
             address(u8::try_from(self.engines.len() + 1).expect("fewer engines than addresses"));
-        self.ip(&format!("link add {port} type veth peer name cloud0 netns {theirs}"));
+        self.ip(&format!("link add {port} type veth peer name net0 netns {theirs}"));
         self.ip(&format!("link set {port} master br0"));
         self.link(engine);
         for command in [
-            &format!("address add {address}/24 dev cloud0"),
-            "link set cloud0 up",
+            &format!("address add {address}/24 dev net0"),
+            "link set net0 up",
             &format!("route add default via {}", self.address()),
         ] {
             expect_ip(theirs, command);
@@ -103,13 +103,13 @@ impl Cloud {
     }
 }
 
-impl Default for Cloud {
+impl Default for TestNetwork {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl Drop for Cloud {
+impl Drop for TestNetwork {
     fn drop(&mut self) {
         // The namespace lasts as long as anybody runs in it; the cables do not.
         for place in 0..self.engines.len() {

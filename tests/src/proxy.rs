@@ -1,4 +1,4 @@
-//! A stand-in for an engine that has a bad day: a unix socket before a real engine's, which
+//! A simulator for an engine that has a bad day: a unix socket before a real engine's, which
 //! forwards every call, and does to some of them what it is told.
 
 use std::{

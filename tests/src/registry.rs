@@ -77,7 +77,7 @@ impl Registry {
 
 /// The image that [`crate::image`] describes, as the Image Manifest V2, Schema 2 has it.
 fn content() -> Content {
-    let tar = std::fs::read(image::stand_in_image()).expect("the image's file system");
+    let tar = std::fs::read(image::test_image()).expect("the image's file system");
     let layer = (digest(&tar), tar);
     let config = json!({
         "architecture": "amd64",

@@ -1,4 +1,4 @@
-//! Temporary folders, and where cargo put what the tests start.
+//! Temporary directories, and where cargo put what the tests start.
 
 use std::{
     env, fs,
@@ -17,17 +17,17 @@ use crate::process::{run, running};
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Set, it keeps what tests have made, for a look at it.
 const KEEP: &str = "SUPERNODE_TESTS_KEEP";
-/// Below this much memory that is to be had, folders are on the disk.
+/// Below this much memory that is to be had, directories are on the disk.
 const ENOUGH_MEMORY_KIB: u64 = 6 << 20;
 
-/// A folder that is deleted with this value, unless `SUPERNODE_TESTS_KEEP` is set.
+/// A directory that is deleted with this value, unless `SUPERNODE_TESTS_KEEP` is set.
 #[derive(Debug)]
 pub struct Sandbox {
     path: PathBuf,
 }
 
 impl Sandbox {
-    /// A new folder. Its path is short: a unix socket in it must fit in 107 bytes.
+    /// A new directory. Its path is short: a unix socket in it must fit in 107 bytes.
     #[must_use]
     pub fn new(label: &str) -> Self {
         let base = env::temp_dir();
@@ -57,19 +57,19 @@ impl Sandbox {
         sandbox
     }
 
-    /// The folder.
+    /// The directory.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// A path in the folder.
+    /// A path in the directory.
     #[must_use]
     pub fn join(&self, relative: impl AsRef<Path>) -> PathBuf {
         self.path.join(relative)
     }
 
-    /// Writes a file in the folder, and the folders above it; gives its path.
+    /// Writes a file in the directory, and the directories above it; gives its path.
     pub fn write(&self, relative: impl AsRef<Path>, text: impl AsRef<[u8]>) -> PathBuf {
         let path = self.path.join(relative);
         write(&path, text);
@@ -91,7 +91,7 @@ impl Drop for Sandbox {
 /// The name under which the kernel lists what [`Sandbox::in_memory`] mounts.
 const TMPFS: &str = "supernode-tests";
 
-/// The folders that [`Sandbox::in_memory`] has mounted, in any process.
+/// The directories that [`Sandbox::in_memory`] has mounted, in any process.
 fn mounted() -> Vec<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let ours = mounts
@@ -100,17 +100,17 @@ fn mounted() -> Vec<PathBuf> {
     ours.collect()
 }
 
-fn unmount(folder: &Path) {
-    run(Command::new("umount").arg("--lazy").arg(folder), TIMEOUT);
-    let _ = fs::remove_dir(folder);
+fn unmount(directory: &Path) {
+    run(Command::new("umount").arg("--lazy").arg(directory), TIMEOUT);
+    let _ = fs::remove_dir(directory);
 }
 
 /// What tests have left behind that were killed.
 fn unmount_what_was_left() {
-    for folder in mounted() {
-        let pid = folder.to_str().and_then(|path| path.rsplit('-').nth(1)?.parse().ok());
+    for directory in mounted() {
+        let pid = directory.to_str().and_then(|path| path.rsplit('-').nth(1)?.parse().ok());
         if pid.is_some_and(|pid| !running(pid)) {
-            unmount(&folder);
+            unmount(&directory);
         }
     }
 }
@@ -128,7 +128,7 @@ pub(crate) fn unique_name(label: &str) -> String {
     format!("sn-{label}-{}-{number}", process::id())
 }
 
-/// Writes a file and the folders above it.
+/// Writes a file and the directories above it.
 pub(crate) fn write(path: &Path, text: impl AsRef<[u8]>) {
     let written =
         path.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::write(path, text));
@@ -142,28 +142,28 @@ pub fn agent_binary() -> PathBuf {
     env::var_os("SUPERNODE_AGENT").map_or_else(built, PathBuf::from)
 }
 
-/// The stand-in for `libnvidia-ml.so.1`.
+/// The simulator for `libnvidia-ml.so.1`.
 #[must_use]
 pub fn nvml_library() -> PathBuf {
-    built("libnvml_standin.so", "cargo build -p nvml-standin")()
+    built("libnvml_simulator.so", "cargo build -p nvml-simulator")()
 }
 
-/// The stand-in for nvidia-container-runtime.
+/// The simulator of nvidia-container-runtime.
 #[must_use]
 pub fn runtime_binary() -> PathBuf {
     built("nvidia-container-runtime", "cargo build -p supernode-tests --bins")()
 }
 
-/// A file in cargo's folder for this profile, or in its `deps`, where a library is newest: cargo
+/// A file in cargo's directory for this profile, or in its `deps`, where a library is newest: cargo
 /// rebuilds it there, and copies it up only when it was asked for by name.
 fn built(name: &'static str, command: &'static str) -> impl FnOnce() -> PathBuf {
     move || {
         let test = env::current_exe().expect("the path of this test");
-        let deps = test.parent().expect("the folder of this test");
-        let profile = deps.parent().expect("the folder of this profile");
+        let deps = test.parent().expect("the directory of this test");
+        let profile = deps.parent().expect("the directory of this profile");
         [deps, profile]
             .into_iter()
-            .map(|folder| folder.join(name))
+            .map(|directory| directory.join(name))
             .find(|path| path.is_file())
             .unwrap_or_else(|| panic!("{name} is not built; `{command}` builds it"))
     }

@@ -25,16 +25,16 @@ impl Sysfs {
     #[must_use]
     pub fn new() -> Self {
         let sandbox = Arc::new(Sandbox::new("sys"));
-        for folder in
+        for directory in
             ["bus/pci/devices", "bus/pci/drivers", "module", "class", "devices/pci0000:00"]
         {
-            fs::create_dir_all(sandbox.join(folder)).expect("a folder of the tree");
+            fs::create_dir_all(sandbox.join(directory)).expect("a directory of the tree");
         }
         let sysfs = Self { sandbox, last: PathBuf::new() };
         sysfs.device(BRIDGE, "0x8086", "0x060400", Some("pcieport"))
     }
 
-    /// The folder that stands for `/sys`.
+    /// The directory that stands for `/sys`.
     #[must_use]
     pub fn root(&self) -> &Path {
         self.sandbox.path()
@@ -72,7 +72,7 @@ impl Sysfs {
     #[must_use]
     pub fn driver(self, driver: &str) -> Self {
         fs::create_dir_all(self.sandbox.join("bus/pci/drivers").join(driver))
-            .expect("a folder of the tree");
+            .expect("a directory of the tree");
         let above = self.last.strip_prefix(self.root()).map_or(0, |path| path.components().count());
         link_to(
             &self.last.join("driver"),

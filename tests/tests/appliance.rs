@@ -1,5 +1,5 @@
-//! The marketplace appliance: its appliance.sh is run, in mounts of its own, by a stand-in for the
-//! frame of one-apps and among stand-ins for the programs it calls; its other files are read as
+//! The marketplace appliance: its appliance.sh is run, in mounts of its own, by a simulator for the
+//! frame of one-apps and among simulators for the programs it calls; its other files are read as
 //! those read them who use them.
 #![allow(
     clippy::expect_used,
@@ -19,12 +19,12 @@ use common::TIMEOUT;
 use supernode_tests::{Output, Sandbox, run};
 
 /// What /etc/one-appliance/service does with appliance.sh (`$2`, stage `$3`), as far as it can be
-/// seen from there. What the appliance writes to is copied to the folder `$1` in the end. Nothing
+/// seen from there. What the appliance writes to is copied to the directory `$1` in the end. Nothing
 /// of this machine is written to.
 const FRAME: &str = r#"
 set -e
 umask 0077
-for folder in /opt /etc/apt /var/lib/apt; do mount -t tmpfs tmpfs "$folder"; done
+for directory in /opt /etc/apt /var/lib/apt; do mount -t tmpfs tmpfs "$directory"; done
 mkdir -p /opt/one-appliance /etc/apt/sources.list.d
 [ -e "$1/no-package" ] || echo deb >/opt/one-appliance/supernode-agent.deb
 printf '%s\n' 'Types: deb' 'Components: main' >/etc/apt/sources.list.d/debian.sources
@@ -60,7 +60,7 @@ sleep*) touch "$of/ready" ;;
 esac
 "#;
 
-fn folder() -> PathBuf {
+fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../packaging/marketplace/appliances/flower-supernode")
 }
@@ -78,7 +78,7 @@ impl Appliance {
         appliance
     }
 
-    /// With this file in its folder.
+    /// With this file in its directory.
     fn with(self, file: &str) -> Self {
         self.0.write(file, "");
         self
@@ -91,7 +91,7 @@ impl Appliance {
         command
             .args(["--mount", "bash", "-c", FRAME, "frame"])
             .arg(self.0.path())
-            .arg(folder().join("appliance.sh"));
+            .arg(directory().join("appliance.sh"));
         let output = run(command.arg(stage).envs(environment.iter().copied()), TIMEOUT);
         if output.stderr.contains("unshare failed") || output.stderr.contains("permission denied") {
             println!("SKIPPED: no mount namespace of one's own here: {}", output.stderr.trim());
@@ -150,7 +150,7 @@ fn nvidia_is_installed_where_it_is_asked_for() {
     // As the agent's fix has it.
     let list = appliance.read("apt/sources.list.d/nvidia-container-toolkit.list");
     let catalogue =
-        fs::read_to_string(folder().join("../../../../agent/src/gpu/reason.rs")).unwrap();
+        fs::read_to_string(directory().join("../../../../agent/src/gpu/reason.rs")).unwrap();
     assert!(list.starts_with("deb ") && catalogue.contains(list.trim()), "{list}");
     assert_eq!(appliance.read("apt/keyrings/nvidia-container-toolkit.asc"), "key\n");
 }
@@ -220,13 +220,13 @@ fn the_help_names_the_parameters() {
 fn the_marketplace_can_read_every_file() {
     const READ: &str = r##"
 require "yaml"
-folder = ARGV.fetch(0)
-yaml = Dir["#{folder}/*.yaml"].to_h { |file| [File.basename(file), YAML.load_file(file)] }
+directory = ARGV.fetch(0)
+yaml = Dir["#{directory}/*.yaml"].to_h { |file| [File.basename(file), YAML.load_file(file)] }
 tests = yaml.fetch("tests.yaml")
-abort "tests.yaml is not the list of tests/" unless tests.sort == Dir.children("#{folder}/tests").sort
-tests.each { |test| abort "#{test}: bad Ruby" unless system("ruby", "-c", "#{folder}/tests/#{test}", out: File::NULL) }
+abort "tests.yaml is not the list of tests/" unless tests.sort == Dir.children("#{directory}/tests").sort
+tests.each { |test| abort "#{test}: bad Ruby" unless system("ruby", "-c", "#{directory}/tests/#{test}", out: File::NULL) }
 app = yaml.fetch("metadata.yaml").fetch(:app)
-abort "another name" unless app.fetch(:name) == File.basename(File.realpath(folder))
+abort "another name" unless app.fetch(:name) == File.basename(File.realpath(directory))
 description = yaml.find { |name, _| name =~ /\A\h{8}(-\h{4}){3}-\h{12}\.yaml\z/ }.last
 template = description.fetch("opennebula_template")
 inputs = template.fetch("user_inputs")
@@ -234,11 +234,11 @@ abort "INPUTS_ORDER" unless template["inputs_order"].downcase.split(",") == inpu
 abort "five fields" unless inputs.values.all? { |input| input.split("|", -1).size == 5 }
 abort "context" unless inputs.keys.all? { |name| template["context"][name] == "$#{name.upcase}" }
 abort "test parameters" unless app[:context][:params].keys.all? { |name| inputs.key?("oneapp_#{name}".downcase) }
-abort "logo" unless File.exist?("#{folder}/../../logos/#{description["logo"]}")
+abort "logo" unless File.exist?("#{directory}/../../logos/#{description["logo"]}")
 "##;
     if Command::new("ruby").arg("--version").output().is_err() {
         println!("SKIPPED: there is no ruby, which the marketplace's tests are written in");
         return;
     }
-    run(Command::new("ruby").args(["-e", READ]).arg(folder()), TIMEOUT).expect_success();
+    run(Command::new("ruby").args(["-e", READ]).arg(directory()), TIMEOUT).expect_success();
 }

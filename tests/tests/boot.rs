@@ -9,9 +9,9 @@
 
 mod common;
 
-use common::{GPU_A, nvidias_library, one_gpu, say, sysfs_of_one, wanted};
+use common::{GPU_A, nvidias_library, one_gpu, report, sysfs_of_one, wanted};
 use serde_json::{Value, json};
-use supernode_tests::{Boot, Machine};
+use supernode_tests::{Boot, BootedVm};
 
 const UNIT: &str = "flower-supernode.service";
 const FALLBACK: &str = "No usable GPU, this node runs on the CPU.";
@@ -29,18 +29,18 @@ fn entries<'b>(boot: &'b Boot, text: &str) -> Vec<&'b Value> {
 #[track_caller]
 fn says(boot: &Boot, words: &[&str]) {
     for words in words {
-        assert!(boot.output.contains(words), "{words}: {}", boot.story());
+        assert!(boot.output.contains(words), "{words}: {}", boot.transcript());
     }
 }
 
 #[test]
 fn a_boot_without_a_gpu_has_one_warning_with_cause_and_fix_and_a_node_on_the_cpu() {
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&wanted(&[
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&wanted(&[
         ("REPORT_READY", "YES"),
         ("READY_SCRIPT_PATH", "/opt/flower/scripts/health-check.sh"),
     ]));
-    let boot = machine.boot(&format!(
+    let boot = vm.boot(&format!(
         "systemctl is-active flower-supernode docker
          systemctl status flower-supernode
          {CONTAINER}
@@ -57,14 +57,14 @@ fn a_boot_without_a_gpu_has_one_warning_with_cause_and_fix_and_a_node_on_the_cpu
          systemctl list-units --failed --plain --no-legend"
     ));
     let warnings = boot.warnings_of(UNIT);
-    assert_eq!(warnings.len(), 1, "{}", boot.story());
+    assert_eq!(warnings.len(), 1, "{}", boot.transcript());
     for (field, value) in [
         ("PRIORITY", "4"),
         ("FL_GPU_REASON", "gpu-not-passed-through"),
         ("PCI_ADDRESS", "0000:01:00.0"),
         ("MESSAGE_ID", "1066eaea8fabf0f00ff7b11691329178"),
     ] {
-        assert_eq!(warnings[0][field], value, "{}", boot.story());
+        assert_eq!(warnings[0][field], value, "{}", boot.transcript());
     }
     says(
         &boot,
@@ -77,33 +77,37 @@ fn a_boot_without_a_gpu_has_one_warning_with_cause_and_fix_and_a_node_on_the_cpu
             "Device     cpu: gpu-not-passed-through",
         ],
     );
-    assert!(boot.output.trim_end().ends_with("--no-legend"), "a unit has failed: {}", boot.story());
-    assert!(entries(&boot, "ordering cycle").is_empty(), "{}", boot.story());
+    assert!(
+        boot.output.trim_end().ends_with("--no-legend"),
+        "a unit has failed: {}",
+        boot.transcript()
+    );
+    assert!(entries(&boot, "ordering cycle").is_empty(), "{}", boot.transcript());
 }
 
 #[test]
 fn the_units_as_installed_are_sound_and_bounded_and_have_their_manual() {
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     // `security` counts in tenths; `verify` exits 0 whatever it finds.
-    let boot = machine.boot(
+    let boot = vm.boot(
         "test -z \"$(systemd-analyze verify --man=yes flower-supernode.service flower-supernode-runtime.service default.target 2>&1)\"
          systemd-analyze security --no-pager --threshold=28 flower-supernode.service | tail -n 1
          man --where supernode-agent agent.toml flower-supernode.service
          bash -n /usr/share/bash-completion/completions/supernode-agent",
     );
     says(&boot, &["Overall exposure level for flower-supernode.service: 2."]);
-    assert_eq!(boot.warnings_of(UNIT), Vec::<&Value>::new(), "{}", boot.story());
+    assert_eq!(boot.warnings_of(UNIT), Vec::<&Value>::new(), "{}", boot.transcript());
 }
 
 #[test]
 fn a_boot_with_a_gpu_runs_on_it_and_docker_is_neither_restarted_nor_reloaded() {
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
-    let boot = machine.boot(&format!(
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
+    let boot = vm.boot(&format!(
         "{CONTAINER} systemctl status flower-supernode\n cat /etc/docker/daemon.json"
     ));
-    assert_eq!(boot.warnings_of(UNIT), Vec::<&Value>::new(), "{}", boot.story());
+    assert_eq!(boot.warnings_of(UNIT), Vec::<&Value>::new(), "{}", boot.transcript());
     says(
         &boot,
         &[
@@ -112,47 +116,47 @@ fn a_boot_with_a_gpu_runs_on_it_and_docker_is_neither_restarted_nor_reloaded() {
         ],
     );
     assert_eq!(entries(&boot, "Starting docker.service").len(), 1);
-    assert!(entries(&boot, "Reloading docker.service").is_empty(), "{}", boot.story());
+    assert!(entries(&boot, "Reloading docker.service").is_empty(), "{}", boot.transcript());
     assert!(
         boot.said_by(UNIT).iter().all(|line| !line.contains("daemon.json")),
         "{}",
-        boot.story()
+        boot.transcript()
     );
 }
 
 #[test]
 fn a_daemon_reload_takes_the_gpu_from_a_container_that_has_it_by_the_hook_alone() {
     let lost = "has lost its GPU and is made anew";
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
     // The unit sees it from within its sandbox, by what systemd shows.
-    machine.file("standin/runtime.json", r#"{"mode": "hook", "nvml": "/standin/nvml.json"}"#);
-    let boot = machine.boot(&format!(
+    vm.file("simulator/runtime.json", r#"{"mode": "hook", "nvml": "/simulator/nvml.json"}"#);
+    let boot = vm.boot(&format!(
         "systemctl daemon-reload
          wait_for sh -c 'journalctl --no-pager --unit flower-supernode | grep \"{lost}\"'
          wait_for sh -c 'test \"$(journalctl --no-pager --unit flower-supernode | grep -c \"started the container\")\" = 2'
          {CONTAINER} systemctl status flower-supernode"
     ));
     let warnings = boot.warnings_of(UNIT);
-    assert_eq!(warnings.len(), 1, "{}", boot.story());
-    assert_eq!(warnings[0]["GPU_UUID"], GPU_A, "{}", boot.story());
+    assert_eq!(warnings.len(), 1, "{}", boot.transcript());
+    assert_eq!(warnings[0]["GPU_UUID"], GPU_A, "{}", boot.transcript());
     assert!(
         warnings[0]["MESSAGE"].as_str().is_some_and(|said| said.contains("daemon-reload")),
         "{}",
-        boot.story()
+        boot.transcript()
     );
     says(&boot, &["runs true on nvidia", "Status: \"Running on NVIDIA A100"]);
 }
 
 #[test]
 fn a_required_gpu_that_is_absent_fails_the_unit_and_ready_is_not_reported() {
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&wanted(&[
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&wanted(&[
         ("FL_GPU_REQUIRED", "YES"),
         ("REPORT_READY", "YES"),
         ("READY_SCRIPT_PATH", "/opt/flower/scripts/health-check.sh"),
     ]));
-    let boot = machine.boot(
+    let boot = vm.boot(
         "systemctl show --property ActiveState,NRestarts flower-supernode
          systemctl status flower-supernode || true
          test ! -e /run/onegate-was-told
@@ -166,19 +170,19 @@ fn a_required_gpu_that_is_absent_fails_the_unit_and_ready_is_not_reported() {
         entries(&boot, "this node does not start. gpu-not-passed-through").len(),
         1,
         "{}",
-        boot.story()
+        boot.transcript()
     );
 }
 
 #[test]
 fn an_invalid_context_is_one_entry_for_each_error_and_no_restart() {
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&[
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&[
         ("FL_SUPERLINK_ADDRESS", "nowhere"),
         ("FL_GPU_ENABLED", "maybe"),
         ("FL_LOG_LEVEL", "loud"),
     ]);
-    let boot = machine.boot(
+    let boot = vm.boot(
         "systemctl show --property ActiveState,NRestarts,StatusText flower-supernode
          systemctl is-active docker",
     );
@@ -187,21 +191,21 @@ fn an_invalid_context_is_one_entry_for_each_error_and_no_restart() {
         ["FL_SUPERLINK_ADDRESS='nowhere': ", "FL_GPU_ENABLED='maybe': ", "FL_LOG_LEVEL='loud': "]
     {
         let found = entries(&boot, error);
-        assert!(found.len() == 1 && found[0]["PRIORITY"] == "3", "{error}: {}", boot.story());
+        assert!(found.len() == 1 && found[0]["PRIORITY"] == "3", "{error}: {}", boot.transcript());
     }
 }
 
 #[test]
 fn hostile_values_in_context_and_one_env_are_not_executed_and_arrive_as_they_are() {
-    let Some(machine) = Machine::new() else { return };
+    let Some(vm) = BootedVm::new() else { return };
     let hostile = "a='x\"; touch /pwned; \"' b=\"$(touch /pwned)`touch /pwned`\"";
-    machine.context(&wanted(&[
+    vm.context(&wanted(&[
         ("FL_NODE_CONFIG", hostile),
         ("ETH0_DNS", "x\"; touch /pwned; \""),
         ("MOTD", "x\"\nexport FL_GPU_ENABLED=\"NO\"\nexport TOKENTXT=\"$(touch /pwned)\nx"),
     ]));
-    machine.file("context/token.txt", "token-5e1f");
-    let boot = machine.boot(
+    vm.file("context/token.txt", "token-5e1f");
+    let boot = vm.boot(
         "grep -q '; touch /pwned;' /run/one-context/one_env
          test ! -e /pwned
          docker inspect --format '{{json .Args}}' flower-supernode
@@ -209,67 +213,66 @@ fn hostile_values_in_context_and_one_env_are_not_executed_and_arrive_as_they_are
     );
     let args = boot.output.lines().find(|line| line.starts_with('[')).unwrap_or_default();
     let args: Vec<String> =
-        serde_json::from_str(args).unwrap_or_else(|error| panic!("{error}: {}", boot.story()));
+        serde_json::from_str(args).unwrap_or_else(|error| panic!("{error}: {}", boot.transcript()));
     assert!(args.iter().any(|argument| argument == hostile), "{args:?}");
-    assert_eq!(entries(&boot, FALLBACK).len(), 1, "{}", boot.story());
+    assert_eq!(entries(&boot, FALLBACK).len(), 1, "{}", boot.transcript());
 }
 
 #[test]
 fn a_daemon_json_that_was_broken_before_the_boot_stays_as_it_is_and_is_told() {
-    let Some(machine) = Machine::new() else { return };
+    let Some(vm) = BootedVm::new() else { return };
     let broken = "{\"debug\": true,\n";
-    machine.context(&wanted(&[])).file("etc/docker/daemon.json", broken);
-    machine.settings("[docker]\nready_timeout_seconds = 2\n");
-    let boot = machine.boot(
+    vm.context(&wanted(&[])).file("etc/docker/daemon.json", broken);
+    vm.settings("[docker]\nready_timeout_seconds = 2\n");
+    let boot = vm.boot(
         "wait_for systemctl is-failed docker\n journalctl -u docker\n cat /etc/docker/daemon.json\n ls -A /etc/docker",
     );
-    assert_eq!(std::fs::read_to_string(machine.path("etc/docker/daemon.json")).unwrap(), broken);
-    assert!(!entries(&boot, "docker.sock does not answer").is_empty(), "{}", boot.story());
+    assert_eq!(std::fs::read_to_string(vm.path("etc/docker/daemon.json")).unwrap(), broken);
+    assert!(!entries(&boot, "docker.sock does not answer").is_empty(), "{}", boot.transcript());
     // As many tries as without us: systemd's limit for docker.service.
-    assert!(entries(&boot, "Starting docker.service").len() <= 5, "{}", boot.story());
+    assert!(entries(&boot, "Starting docker.service").len() <= 5, "{}", boot.transcript());
 }
 
 #[test]
 fn after_a_reboot_the_node_is_up_again_with_its_one_warning() {
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&wanted(&[]));
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&wanted(&[]));
     for boot in ["first", "second"] {
         let boot_of =
-            machine.boot(&format!("{CONTAINER} docker ps --all --format '{{{{.Names}}}}' | wc -l"));
+            vm.boot(&format!("{CONTAINER} docker ps --all --format '{{{{.Names}}}}' | wc -l"));
         says(&boot_of, &["runs true on runc"]);
         assert_eq!(
             boot_of.output.trim_end().lines().last(),
             Some("1"),
             "{boot}: {}",
-            boot_of.story()
+            boot_of.transcript()
         );
-        assert_eq!(boot_of.warnings_of(UNIT).len(), 1, "{boot}: {}", boot_of.story());
+        assert_eq!(boot_of.warnings_of(UNIT).len(), 1, "{boot}: {}", boot_of.transcript());
     }
 }
 
 #[test]
 fn a_power_cut_during_the_first_boot_leaves_a_machine_that_boots() {
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
-    let daemon_json = machine.path("etc/docker/daemon.json");
-    machine.cut_power_when(|| daemon_json.exists());
-    let containers = machine.path("../docker/containers");
-    machine.cut_power_when(|| {
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
+    let daemon_json = vm.path("etc/docker/daemon.json");
+    vm.cut_power_when(|| daemon_json.exists());
+    let containers = vm.path("../docker/containers");
+    vm.cut_power_when(|| {
         std::fs::read_dir(&containers).is_ok_and(|mut found| found.next().is_some())
     });
-    let boot =
-        machine.boot(&format!("{CONTAINER} docker ps --all --format '{{{{.Names}}}}' | wc -l"));
+    let boot = vm.boot(&format!("{CONTAINER} docker ps --all --format '{{{{.Names}}}}' | wc -l"));
     says(&boot, &["runs true on nvidia"]);
-    assert_eq!(boot.output.trim_end().lines().last(), Some("1"), "{}", boot.story());
+    assert_eq!(boot.output.trim_end().lines().last(), Some("1"), "{}", boot.transcript());
     let written = std::fs::read(&daemon_json).unwrap();
     serde_json::from_slice::<Value>(&written).expect("daemon.json is whole");
 }
 
 #[test]
 fn a_context_that_changes_on_the_running_vm_replaces_the_container_only_for_a_real_change() {
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&wanted(&[("ETH0_DNS", "1.1.1.1")]));
-    let boot = machine.boot(
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&wanted(&[("ETH0_DNS", "1.1.1.1")]));
+    let boot = vm.boot(
         "id() { docker inspect --format '{{.Id}}' flower-supernode; }
          said() { journalctl --no-pager --unit flower-supernode --grep \"$1\"; }
          change() {
@@ -288,14 +291,14 @@ fn a_context_that_changes_on_the_running_vm_replaces_the_container_only_for_a_re
          wait_for /opt/flower/scripts/health-check.sh
          systemctl is-active flower-supernode",
     );
-    assert_eq!(entries(&boot, "started the container").len(), 2, "{}", boot.story());
+    assert_eq!(entries(&boot, "started the container").len(), 2, "{}", boot.transcript());
 }
 
 #[test]
 fn a_reload_is_done_when_systemctl_says_so() {
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&wanted(&[]));
-    let boot = machine.boot(
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&wanted(&[]));
+    let boot = vm.boot(
         "change() {
              sed -i \"$1\" /run/one-context/context.sh.*
              systemctl reload flower-supernode
@@ -313,17 +316,17 @@ fn a_reload_is_done_when_systemctl_says_so() {
          systemctl show --property NRestarts flower-supernode",
     );
     says(&boot, &["NRestarts=0"]);
-    assert_eq!(entries(&boot, "started the container").len(), 2, "{}", boot.story());
+    assert_eq!(entries(&boot, "started the container").len(), 2, "{}", boot.transcript());
 }
 
 #[test]
 fn an_agent_that_stands_still_is_started_again_by_the_watchdog_and_adopts_its_container() {
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&wanted(&[])).settings("[gpu]\nwait_seconds = 1\n").file(
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&wanted(&[])).settings("[gpu]\nwait_seconds = 1\n").file(
         "etc/systemd/system/flower-supernode.service.d/watchdog.conf",
         "[Service]\nWatchdogSec=10\nRestartSec=1\n",
     );
-    let boot = machine.boot(
+    let boot = vm.boot(
         "facts() { docker inspect --format '{{.Id}} {{.State.Pid}} {{.State.StartedAt}}' flower-supernode; }
          agent() { systemctl show --property MainPID --value flower-supernode; }
          container=$(facts) old=$(agent)
@@ -339,15 +342,15 @@ fn an_agent_that_stands_still_is_started_again_by_the_watchdog_and_adopts_its_co
          systemctl show --property NRestarts flower-supernode",
     );
     says(&boot, &["NRestarts=1"]);
-    assert_eq!(entries(&boot, "Watchdog timeout").len(), 1, "{}", boot.story());
-    assert_eq!(entries(&boot, "started the container").len(), 1, "{}", boot.story());
+    assert_eq!(entries(&boot, "Watchdog timeout").len(), 1, "{}", boot.transcript());
+    assert_eq!(entries(&boot, "started the container").len(), 1, "{}", boot.transcript());
 }
 
 #[test]
 fn an_upgrade_keeps_the_container_running_and_a_purge_leaves_nothing() {
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&wanted(&[])).settings("[gpu]\nwait_seconds = 1\n");
-    let boot = machine.boot(
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&wanted(&[])).settings("[gpu]\nwait_seconds = 1\n");
+    let boot = vm.boot(
         "pid() { docker inspect --format '{{.State.Pid}}' flower-supernode; }
          agent() { systemctl show --property MainPID --value flower-supernode; }
          dpkg-deb --raw-extract /harness/package.deb /tmp/next
@@ -371,18 +374,18 @@ fn an_upgrade_keeps_the_container_running_and_a_purge_leaves_nothing() {
              -not -path '/usr/share/doc/*' -not -path '/var/log/*' -printf 'left %p\\n'",
     );
     let left: Vec<&str> = boot.output.lines().filter(|line| line.starts_with("left ")).collect();
-    assert_eq!(left, Vec::<&str>::new(), "{}", boot.story());
+    assert_eq!(left, Vec::<&str>::new(), "{}", boot.transcript());
 }
 
 #[test]
 fn a_start_script_that_must_come_first_comes_first_with_the_drop_in() {
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&wanted(&[("START_SCRIPT", "cut -d' ' -f1 /proc/uptime >/run/start-script")]));
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&wanted(&[("START_SCRIPT", "cut -d' ' -f1 /proc/uptime >/run/start-script")]));
     let drop_in = include_str!("../../systemd/start-script-first.conf");
-    machine.boot("test -e /run/start-script");
-    machine.file("etc/systemd/system/flower-supernode.service.d/start-script-first.conf", drop_in);
-    machine.boot("systemctl disable flower-supernode\n systemctl enable flower-supernode");
-    let boot = machine.boot(&format!(
+    vm.boot("test -e /run/start-script");
+    vm.file("etc/systemd/system/flower-supernode.service.d/start-script-first.conf", drop_in);
+    vm.boot("systemctl disable flower-supernode\n systemctl enable flower-supernode");
+    let boot = vm.boot(&format!(
         "wait_for systemctl is-active flower-supernode
          systemctl restart flower-supernode
          {CONTAINER}"
@@ -395,7 +398,7 @@ fn a_start_script_that_must_come_first_comes_first_with_the_drop_in() {
     };
     let (script, node) =
         (place("Finished one-context.service"), place("Starting flower-supernode.service"));
-    assert!(script.is_some() && script < node, "{script:?}, {node:?}: {}", boot.story());
+    assert!(script.is_some() && script < node, "{script:?}, {node:?}: {}", boot.transcript());
 }
 
 /// Microseconds since the machine was turned on, at the entry's arrival in the journal.
@@ -449,18 +452,18 @@ fn record(boot: &Boot) {
 #[test]
 fn a_whole_vm_with_a_kernel_a_cd_and_a_network_boots_to_a_node_and_the_agent_takes_a_hundredth_of_it()
  {
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&wanted(&[
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&wanted(&[
         ("ETH0_IP", "10.0.2.15"),
         ("ETH0_GATEWAY", "10.0.2.2"),
         ("FL_LOG_LEVEL", "DEBUG"),
         ("REPORT_READY", "YES"),
         ("READY_SCRIPT_PATH", "/opt/flower/scripts/health-check.sh"),
     ]));
-    let boot = machine.boot_in_qemu(&format!("{CONTAINER} ip route\n cat /run/onegate-was-told"));
+    let boot = vm.boot_in_qemu(&format!("{CONTAINER} ip route\n cat /run/onegate-was-told"));
     says(&boot, &["runs true on runc", "default via 10.0.2.2", "READY=YES"]);
-    assert_eq!(boot.warnings_of(UNIT).len(), 1, "{}", boot.story());
-    assert!(entries(&boot, "ordering cycle").is_empty(), "{}", boot.story());
+    assert_eq!(boot.warnings_of(UNIT).len(), 1, "{}", boot.transcript());
+    assert!(entries(&boot, "ordering cycle").is_empty(), "{}", boot.transcript());
     if std::env::var_os("UPDATE_PICTURES").is_some() {
         record(&boot);
     }
@@ -479,7 +482,7 @@ fn a_whole_vm_with_a_kernel_a_cd_and_a_network_boots_to_a_node_and_the_agent_tak
         .sum();
     let own = (started - first).saturating_sub(docker);
     let share = own as f64 * 100.0 / started as f64;
-    say(&format!(
+    report(&format!(
         "MEASURED: from power-on to the container {:.1} s; from the agent's first line on {:.3} s, of it Docker's calls \
          {:.3} s and the agent's own {:.3} s: {share:.2} % of the boot",
         started as f64 / 1e6,
@@ -487,7 +490,7 @@ fn a_whole_vm_with_a_kernel_a_cd_and_a_network_boots_to_a_node_and_the_agent_tak
         docker as f64 / 1e6,
         own as f64 / 1e6,
     ));
-    assert!(share < 1.0, "{}", boot.story());
+    assert!(share < 1.0, "{}", boot.transcript());
 }
 
 /// What must be said in a step of the machine below, and what must not. A step is named by the
@@ -551,16 +554,16 @@ const WITHOUT: [Step; 10] = [
 
 #[test]
 fn each_capability_of_the_units_is_needed_and_what_breaks_without_it_is_told() {
-    let Some(machine) = Machine::new() else { return };
-    machine.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu()).settings(
-        "[gpu]\nsysfs = \"/standin/sys\"\nnvml_library = \"/standin/libnvidia-ml.so.1\"\nwait_seconds = 1\n\
+    let Some(vm) = BootedVm::new() else { return };
+    vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu()).settings(
+        "[gpu]\nsysfs = \"/simulator/sys\"\nnvml_library = \"/simulator/libnvidia-ml.so.1\"\nwait_seconds = 1\n\
          probe_timeout_seconds = 20\n[container]\ndata_dir = \"/srv/theirs/data\"\n",
     );
     let nvidias = nvidias_library();
     if let Some(library) = &nvidias {
-        machine.copy(&library.canonicalize().unwrap(), "standin/nvidias.so");
+        vm.copy(&library.canonicalize().unwrap(), "simulator/nvidias.so");
     }
-    let boot = machine.boot(
+    let boot = vm.boot(
         r#"without() {
              for unit in flower-supernode flower-supernode-runtime; do
                  mkdir -p /run/systemd/system/$unit.service.d
@@ -569,7 +572,7 @@ fn each_capability_of_the_units_is_needed_and_what_breaks_without_it_is_told() {
              done
              systemctl daemon-reload
          }
-         # Somebody's daemon.json, of which Docker learns no runtime, and a folder of somebody's for the data.
+         # Somebody's daemon.json, of which Docker learns no runtime, and a directory of somebody's for the data.
          begin() {
              without "${1%%-*}"
              systemctl stop flower-supernode
@@ -614,11 +617,11 @@ fn each_capability_of_the_units_is_needed_and_what_breaks_without_it_is_told() {
          early NONE-EARLY
          early CHOWN-EARLY
          early DAC_OVERRIDE-EARLY
-         sed -i 's/"ok"/"no-device"/' /standin/runtime.json
+         sed -i 's/"ok"/"no-device"/' /simulator/runtime.json
          step NONE-LEFT-OUT
          step SYS_PTRACE
-         sed -i 's/no-device/ok/' /standin/runtime.json
-         if [ -e /standin/nvidias.so ]; then
+         sed -i 's/no-device/ok/' /simulator/runtime.json
+         if [ -e /simulator/nvidias.so ]; then
              sed -i 's/libnvidia-ml.so.1/nvidias.so/' /etc/supernode-agent/agent.toml
              step MKNOD
              step NONE-NVIDIAS
@@ -633,7 +636,7 @@ fn each_capability_of_the_units_is_needed_and_what_breaks_without_it_is_told() {
             boot.output.lines().filter_map(|line| line.strip_prefix(&prefix)).collect();
         let has = |words: &str| said.iter().any(|line| line.contains(words));
         for words in wanted {
-            assert!(has(words), "{step} is to say {words:?}: {said:#?}\n{}", boot.story());
+            assert!(has(words), "{step} is to say {words:?}: {said:#?}\n{}", boot.transcript());
         }
         for words in unwanted {
             assert!(!has(words), "{step} is not to say {words:?}: {said:#?}");

@@ -17,17 +17,17 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use common::{
-    GPU_A, TIMEOUT, engine_with, inspect, json_of, nvidias_library, one_gpu, say, sysfs_of_one,
-    tell, two_gpus, up, wanted, warnings,
+    GPU_A, TIMEOUT, engine_with, inspect, json_of, nvidias_library, one_gpu, report, report_cause,
+    sysfs_of_one, two_gpus, up, wanted, warnings,
 };
 use serde_json::{Value, json};
-use supernode_tests::{Agent, Case, Engine, RuntimeMode, Sysfs, nvml_library};
+use supernode_tests::{Agent, Engine, RuntimeMode, Sysfs, TestVm, nvml_library};
 
 /// Codes that come about only while the container runs, and the file of the tests that produce
 /// them.
-const WHILE_RUNNING: &[(&str, &str)] = &[("gpu-failed", "tests/tests/watch.rs")];
+const WHILE_RUNNING: &[(&str, &str)] = &[("gpu-failed", "tests/tests/gpu_monitor.rs")];
 
-type Prepare = dyn Fn(&Engine, &mut Case);
+type Prepare = dyn Fn(&Engine, &mut TestVm);
 
 /// A way in which a node loses its GPU.
 struct Cause {
@@ -45,7 +45,7 @@ impl Cause {
         code: &'static str,
         how: impl Into<String>,
         words: &[&str],
-        prepare: impl Fn(&Engine, &mut Case) + 'static,
+        prepare: impl Fn(&Engine, &mut TestVm) + 'static,
     ) -> Self {
         let words = words.iter().map(|words| (*words).to_owned()).collect();
         Self { code, how: how.into(), words, prepare: Box::new(prepare) }
@@ -59,20 +59,20 @@ impl Cause {
         sysfs: impl Fn() -> Sysfs + 'static,
         more: &'static [(&'static str, &'static str)],
     ) -> Self {
-        Self::new(code, how, words, move |_, case| {
-            case.sysfs(&sysfs()).context(&in_json(more));
+        Self::new(code, how, words, move |_, vm| {
+            vm.sysfs(&sysfs()).context(&in_json(more));
         })
     }
 
-    /// A library that does as the script of the stand-in says.
+    /// A library that does as the script of the simulator says.
     fn of_library(
         code: &'static str,
         how: impl Into<String>,
         words: &[&str],
         script: Value,
     ) -> Self {
-        Self::new(code, how, words, move |_, case| {
-            case.nvml(&script);
+        Self::new(code, how, words, move |_, vm| {
+            vm.nvml(&script);
         })
     }
 
@@ -83,12 +83,12 @@ impl Cause {
         words: &[&str],
         bytes: impl Fn(Vec<u8>) -> Option<Vec<u8>> + 'static,
     ) -> Self {
-        Self::new(code, how, words, move |_, case| {
-            let path = case.path("libnvidia-ml.so.1");
+        Self::new(code, how, words, move |_, vm| {
+            let path = vm.path("libnvidia-ml.so.1");
             if let Some(bytes) = bytes(fs::read(nvml_library()).unwrap()) {
                 fs::write(&path, bytes).unwrap();
             }
-            case.set("gpu.nvml_library", path.to_string_lossy().into_owned());
+            vm.set("gpu.nvml_library", path.to_string_lossy().into_owned());
         })
     }
 }
@@ -177,10 +177,10 @@ fn on_the_bus() -> Vec<Cause> {
                 "headers of the kernel 6.1.0-37-amd64",
                 "Secure Boot is on",
             ],
-            |_, case| {
-                case.sysfs(&Sysfs::new().gpu(GPU).secure_boot(true));
+            |_, vm| {
+                vm.sysfs(&Sysfs::new().gpu(GPU).secure_boot(true));
                 let list = "kernel/drivers/video/fbdev/nvidia/nvidiafb.ko.xz:\n";
-                case.kernel("6.1.0-37-amd64", &[("lib/modules/6.1.0-37-amd64/modules.dep", list)]);
+                vm.kernel("6.1.0-37-amd64", &[("lib/modules/6.1.0-37-amd64/modules.dep", list)]);
             },
         ),
         Cause::new(
@@ -189,20 +189,20 @@ fn on_the_bus() -> Vec<Cause> {
             &[
                 "DKMS has nvidia-current 535.261.03 and has built none for the kernel 6.1.0-38-amd64; the headers",
             ],
-            |_, case| {
-                case.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
+            |_, vm| {
+                vm.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
                 let built = "var/lib/dkms/nvidia-current/535.261.03/6.1.0-37-amd64/x86_64/module/nvidia-current.ko.xz";
-                case.kernel("6.1.0-38-amd64", &[(built, ""), ("etc/debian_version", "12.11\n")]);
+                vm.kernel("6.1.0-38-amd64", &[(built, ""), ("etc/debian_version", "12.11\n")]);
             },
         ),
         Cause::new(
             "driver-not-loaded",
             "a module for the kernel, not loaded",
             &["one is installed for the kernel 6.8.0-60-generic"],
-            |_, case| {
-                case.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
+            |_, vm| {
+                vm.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
                 let list = "kernel/nvidia-570-server/nvidia.ko:\n";
-                case.kernel(
+                vm.kernel(
                     "6.8.0-60-generic",
                     &[("lib/modules/6.8.0-60-generic/modules.dep", list)],
                 );
@@ -253,10 +253,10 @@ fn of_the_choice() -> Vec<Cause> {
             "device-selection-empty",
             "a card in MIG mode without an instance",
             &[GPU_A, "in MIG mode, without an instance"],
-            |_, case| {
+            |_, vm| {
                 let mut machine = one_gpu();
                 machine["gpus"][0]["mig"] = json!([]);
-                case.nvml(&machine);
+                vm.nvml(&machine);
             },
         ),
         Cause::on_bus(
@@ -304,27 +304,27 @@ fn of_the_library() -> Vec<Cause> {
             "driver-too-old",
             "a library without NVML's functions (libm)",
             &["nvmlInit_v2"],
-            |_, case| {
-                case.set("gpu.nvml_library", "libm.so.6");
+            |_, vm| {
+                vm.set("gpu.nvml_library", "libm.so.6");
             },
         ),
         Cause::new(
             "driver-library-mismatch",
             "a library 560.35.03 beside a module 550.54.15",
             &["the library is 560.35.03", "kernel module is 550.54.15"],
-            |_, case| {
-                case.nvml(&json!({"fail": {"nvmlInit_v2": 18}}));
-                let file = case.path("libnvidia-ml.so.560.35.03");
+            |_, vm| {
+                vm.nvml(&json!({"fail": {"nvmlInit_v2": 18}}));
+                let file = vm.path("libnvidia-ml.so.560.35.03");
                 fs::copy(nvml_library(), &file).unwrap();
-                let link = case.path("libnvidia-ml.so.1");
+                let link = vm.path("libnvidia-ml.so.1");
                 symlink("libnvidia-ml.so.560.35.03", &link).unwrap();
-                case.set("gpu.nvml_library", link.to_string_lossy().into_owned());
+                vm.set("gpu.nvml_library", link.to_string_lossy().into_owned());
             },
         ),
         Cause::of_library(
             "driver-timeout",
             "a library that hangs in nvmlInit",
-            &["within 1 s", GPU, "550.54.15", "libnvml_standin.so"],
+            &["within 1 s", GPU, "550.54.15", "libnvml_simulator.so"],
             json!({"hang": ["nvmlInit_v2"]}),
         ),
         Cause::of_library(
@@ -336,7 +336,7 @@ fn of_the_library() -> Vec<Cause> {
         Cause::of_library(
             "driver-crash",
             "a library that dies by SIGSEGV",
-            &["signal 11 (SIGSEGV)", GPU, "550.54.15", "libnvml_standin.so"],
+            &["signal 11 (SIGSEGV)", GPU, "550.54.15", "libnvml_simulator.so"],
             json!({"crash": ["nvmlInit_v2"]}),
         ),
         Cause::of_library(
@@ -406,9 +406,9 @@ fn of_nvmls_codes() -> Vec<Cause> {
 fn before_the_runtime() -> Vec<Cause> {
     let of_reload =
         |how: &'static str, text: &'static str, reload: &'static [&'static str], words: &[&str]| {
-            Cause::new("runtime-not-configured", how, words, move |engine, case| {
+            Cause::new("runtime-not-configured", how, words, move |engine, vm| {
                 fs::write(engine.daemon_json(), text).unwrap();
-                case.set("docker.reload_command", reload);
+                vm.set("docker.reload_command", reload);
             })
         };
     vec![
@@ -420,8 +420,8 @@ fn before_the_runtime() -> Vec<Cause> {
                 "Docker's runtimes are: ",
                 "runc",
             ],
-            |_, case| {
-                case.set("docker.runtime_path", "nvidia-container-runtime-is-not-here");
+            |_, vm| {
+                vm.set("docker.runtime_path", "nvidia-container-runtime-is-not-here");
             },
         ),
         of_reload(
@@ -490,9 +490,9 @@ fn at_the_launch() -> Vec<Cause> {
             "runtime-missing",
             "Docker's entry leads to a program that is gone",
             &["nvidia-container-runtime", "no such program"],
-            |engine, case| {
+            |engine, vm| {
                 fs::remove_file(engine.runtime_path()).unwrap();
-                case.set("docker.runtime_path", "nvidia-container-runtime-is-not-here");
+                vm.set("docker.runtime_path", "nvidia-container-runtime-is-not-here");
             },
         ),
     ]
@@ -513,15 +513,15 @@ fn every_cause() -> Vec<Cause> {
 }
 
 /// A good machine on the engine, made one with this fault.
-fn machine_with(cause: &Cause, engine: &Engine) -> Case {
+fn machine_with(cause: &Cause, engine: &Engine) -> TestVm {
     engine.install_nvidia_runtime();
     engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
     fs::write(engine.daemon_json(), "{}\n").unwrap();
-    let mut case = Case::new();
-    case.engine(engine).nvml(&one_gpu()).sysfs(&sysfs_of_one()).context(&in_json(&[]));
-    case.set("gpu.probe_timeout_seconds", 1);
-    (cause.prepare)(engine, &mut case);
-    case
+    let mut vm = TestVm::new();
+    vm.engine(engine).nvml(&one_gpu()).sysfs(&sysfs_of_one()).context(&in_json(&[]));
+    vm.set("gpu.probe_timeout_seconds", 1);
+    (cause.prepare)(engine, &mut vm);
+    vm
 }
 
 /// The entries of an agent whose log is in JSON.
@@ -563,13 +563,13 @@ fn assert_each_is_announced(engine: &Engine, causes: &[Cause]) {
     let documented = documented();
     engine.import_image(&["flower-supernode-sklearn:1.31.0"]);
     for cause in causes {
-        let case = machine_with(cause, engine);
+        let vm = machine_with(cause, engine);
         let began = Instant::now();
-        let mut agent = case.start();
+        let mut agent = vm.start();
         agent.wait_for_line("No usable GPU, this node runs on the CPU.", TIMEOUT);
         let seconds = began.elapsed().as_secs_f64();
         agent.wait_for_notify("READY=1", TIMEOUT);
-        let context = fs::read_to_string(case.path("context/context.sh.network")).unwrap();
+        let context = fs::read_to_string(vm.path("context/context.sh.network")).unwrap();
         let tells_all = !context.contains("FL_LOG_LEVEL='ERROR'");
         if tells_all {
             agent.wait_for_line("started the container", TIMEOUT);
@@ -598,7 +598,7 @@ fn assert_each_is_announced(engine: &Engine, causes: &[Cause]) {
         assert_on_cpu_for(cause.code, &agent, engine);
         assert_eq!(agent.terminate(), 0);
         engine.docker(&["rm", "-f", "flower-supernode"]);
-        tell(cause.code, seconds, &cause.how);
+        report_cause(cause.code, seconds, &cause.how);
     }
 }
 
@@ -619,7 +619,7 @@ fn assert_on_cpu_for(code: &str, agent: &Agent, engine: &Engine) {
 #[derive(Debug)]
 struct Documented {
     message_id: String,
-    /// The fix for the distribution of a [`Case`], Debian; the only one where there are no others.
+    /// The fix for the distribution of a [`TestVm`], Debian; the only one where there are no others.
     fixes: Vec<String>,
 }
 
@@ -720,7 +720,7 @@ fn every_code_of_the_catalogue_is_produced_and_documented() {
                 "{file} does not produce {code}"
             );
         } else {
-            say(&format!("SKIPPED: {code} is not produced, there is no {file}"));
+            report(&format!("SKIPPED: {code} is not produced, there is no {file}"));
         }
     }
     for code in produced.iter().copied().chain(WHILE_RUNNING.iter().map(|(code, _)| *code)) {
@@ -734,15 +734,15 @@ fn where_a_gpu_is_required_every_code_is_an_error_and_nothing_runs() {
     let documented = documented();
     let mut seen = BTreeSet::new();
     for cause in every_cause().iter().filter(|cause| seen.insert(cause.code)) {
-        let case = machine_with(cause, &engine);
+        let vm = machine_with(cause, &engine);
         // As the fault was prepared, and with the one variable more.
-        let context = fs::read_to_string(case.path("context/context.sh.network")).unwrap();
+        let context = fs::read_to_string(vm.path("context/context.sh.network")).unwrap();
         for stage in ["local", "online", "network"] {
-            let path = case.path("context").join(format!("context.sh.{stage}"));
+            let path = vm.path("context").join(format!("context.sh.{stage}"));
             fs::remove_file(&path).unwrap();
             fs::write(path, format!("{context}FL_GPU_REQUIRED='YES'\n")).unwrap();
         }
-        let mut agent = case.start();
+        let mut agent = vm.start();
         assert_eq!(
             agent.wait_exit(TIMEOUT),
             78,
@@ -778,21 +778,21 @@ fn the_fix_is_that_of_the_machines_own_distribution() {
         ("ID=ubuntu\nID_LIKE=debian\n", "ubuntu-drivers install --gpgpu", "nvidia-driver "),
         ("ID=\"almalinux\"\nID_LIKE=\"rhel fedora\"\n", "NVIDIA's driver", "apt "),
     ] {
-        let mut case = Case::new();
-        case.sysfs(&Sysfs::new().gpu(GPU)).context(&in_json(&[])).os_release(os_release);
-        case.set("docker.ready_timeout_seconds", 0).set("gpu.wait_seconds", 0);
+        let mut vm = TestVm::new();
+        vm.sysfs(&Sysfs::new().gpu(GPU)).context(&in_json(&[])).os_release(os_release);
+        vm.set("docker.ready_timeout_seconds", 0).set("gpu.wait_seconds", 0);
         let assert_own =
             |fix: &str| assert!(fix.contains(words) && !fix.contains(not), "{os_release}: {fix}");
         for command in ["gpu", "plan"] {
             assert_own(
-                json_of(&case.run_command(command, &["--json"]))["gpu"]["verdict"]["fix"]
+                json_of(&vm.run_command(command, &["--json"]))["gpu"]["verdict"]["fix"]
                     .as_str()
                     .unwrap(),
             );
-            let text = case.run_command(command, &[]).stdout;
+            let text = vm.run_command(command, &[]).stdout;
             assert_own(text.lines().find(|line| line.starts_with("  fix ")).unwrap());
         }
-        let mut agent = case.start();
+        let mut agent = vm.start();
         assert_eq!(agent.wait_exit(TIMEOUT), 1);
         agent.wait_for_line("No usable GPU", TIMEOUT);
         let warning =
@@ -804,17 +804,17 @@ fn the_fix_is_that_of_the_machines_own_distribution() {
 
 #[test]
 fn status_gives_the_same_fix_with_the_agents_report_and_without() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&Sysfs::new().gpu(GPU))
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&Sysfs::new().gpu(GPU))
         .context(&wanted(&[]))
         .os_release("ID=ubuntu\nID_LIKE=debian\n");
-    let mut agent = up(&case);
+    let mut agent = up(&vm);
     agent.kill9();
     for _ in ["from the report", "from the container's labels"] {
-        let status = json_of(&case.run_command("status", &["--json"]));
+        let status = json_of(&vm.run_command("status", &["--json"]));
         let fix = status["gpu"]["verdict"]["fix"].as_str().unwrap_or_default();
         assert!(fix.contains("ubuntu-drivers install --gpgpu"), "{status:#}");
-        fs::remove_file(case.path("state/status.json")).unwrap_or_default();
+        fs::remove_file(vm.path("state/status.json")).unwrap_or_default();
     }
     drop(engine);
 }
@@ -824,18 +824,18 @@ fn status_gives_the_same_fix_with_the_agents_report_and_without() {
 
 #[test]
 fn a_gpu_that_is_there_without_a_promise_is_used_and_nothing_is_warned_of() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[("PCI0_ADDRESS", "")]));
-    let agent = up(&case);
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[("PCI0_ADDRESS", "")]));
+    let agent = up(&vm);
     assert_eq!(warnings(&agent), Vec::<String>::new());
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
 }
 
 #[test]
 fn of_two_promised_gpus_the_one_that_is_there_is_used_with_a_warning_for_the_other() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[("PCI1_ADDRESS", "21:00.0")]));
-    let agent = up(&case);
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[("PCI1_ADDRESS", "21:00.0")]));
+    let agent = up(&vm);
     let warnings = warnings(&agent);
     assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
     for words in [
@@ -854,15 +854,15 @@ fn of_two_promised_gpus_the_one_that_is_there_is_used_with_a_warning_for_the_oth
 
 #[test]
 fn of_two_gpus_the_one_without_a_driver_is_left_out_with_a_warning() {
-    let Some((engine, mut case)) = engine_with(&two_gpus()) else { return };
+    let Some((engine, mut vm)) = engine_with(&two_gpus()) else { return };
     let sysfs = Sysfs::new()
         .gpu("0000:21:00.0")
         .driver("nouveau")
         .gpu(GPU)
         .driver("nvidia")
         .module("550.54.15");
-    case.sysfs(&sysfs).nvml(&one_gpu()).context(&wanted(&[("PCI1_ADDRESS", "21:00.0")]));
-    let agent = up(&case);
+    vm.sysfs(&sysfs).nvml(&one_gpu()).context(&wanted(&[("PCI1_ADDRESS", "21:00.0")]));
+    let agent = up(&vm);
     let warnings = warnings(&agent);
     assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
     assert!(
@@ -878,11 +878,11 @@ fn promised_and_present_without_a_driver_is_laid_on_the_driver() {
         (Sysfs::new().gpu(GPU), "driver-not-loaded"),
         (Sysfs::new().gpu(GPU).driver("nouveau"), "wrong-driver"),
     ] {
-        let mut case = Case::new();
+        let mut vm = TestVm::new();
         for promise in ["01:00.0", ""] {
-            case.sysfs(&sysfs).context(&wanted(&[("PCI0_ADDRESS", promise)]));
+            vm.sysfs(&sysfs).context(&wanted(&[("PCI0_ADDRESS", promise)]));
             assert_eq!(
-                json_of(&case.run_command("gpu", &["--json"]))["gpu"]["verdict"]["reason"],
+                json_of(&vm.run_command("gpu", &["--json"]))["gpu"]["verdict"]["reason"],
                 expected
             );
         }
@@ -907,10 +907,10 @@ fn assert_cpu_for(reason: &str, agent: &Agent, engine: &Engine) {
 
 #[test]
 fn the_warning_comes_at_any_log_level_and_in_json_with_its_fields() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&Sysfs::new())
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&Sysfs::new())
         .context(&wanted(&[("FL_LOG_LEVEL", "ERROR"), ("FL_LOG_FORMAT", "json")]));
-    let agent = up(&case);
+    let agent = up(&vm);
     let lines = agent.lines();
     assert_eq!(lines.len(), 1, "{lines:#?}");
     let entry: Value = serde_json::from_str(&lines[0]).unwrap();
@@ -924,22 +924,22 @@ fn the_warning_comes_at_any_log_level_and_in_json_with_its_fields() {
 
 #[test]
 fn a_runtime_that_is_not_installed_is_named() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one())
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&sysfs_of_one())
         .context(&wanted(&[]))
         .set("docker.runtime_path", "nvidia-container-runtime-is-not-here");
-    assert_cpu_for("runtime-missing", &up(&case), &engine);
+    assert_cpu_for("runtime-missing", &up(&vm), &engine);
     assert_eq!(fs::read_to_string(engine.daemon_json()).unwrap().trim(), "{}");
 }
 
 #[test]
 fn an_operators_entry_without_its_program_is_named_whether_docker_had_it_before_or_not() {
-    let Some((mut engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let Some((mut engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     let text = r#"{"runtimes": {"nvidia": {"path": "/nowhere/nvidia-container-runtime"}}}"#;
     fs::write(engine.daemon_json(), text).unwrap();
     for _ in ["registered by the reload", "registered at Docker's start"] {
-        let mut agent = up(&case);
+        let mut agent = up(&vm);
         assert_cpu_for("runtime-missing", &agent, &engine);
         assert!(
             warnings(&agent)[0].contains("/nowhere/nvidia-container-runtime"),
@@ -955,10 +955,10 @@ fn an_operators_entry_without_its_program_is_named_whether_docker_had_it_before_
 
 #[test]
 fn a_launch_that_docker_refuses_ends_on_the_cpu_and_is_adopted_as_such() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     engine.nvidia_runtime(RuntimeMode::Fail, &one_gpu());
-    let mut agent = up(&case);
+    let mut agent = up(&vm);
     assert_cpu_for("runtime-start-failed", &agent, &engine);
     assert!(
         warnings(&agent)[0].contains("nvidia-container-cli"),
@@ -971,7 +971,7 @@ fn a_launch_that_docker_refuses_ends_on_the_cpu_and_is_adopted_as_such() {
     // and lets it be.
     let pid = inspect(&engine, "{{.State.Pid}}");
     agent.kill9();
-    let agent = up(&case);
+    let agent = up(&vm);
     assert_eq!(inspect(&engine, "{{.State.Pid}}"), pid);
     assert_eq!(warnings(&agent).len(), 1);
     assert!(warnings(&agent)[0].contains("runtime-start-failed"));
@@ -979,7 +979,7 @@ fn a_launch_that_docker_refuses_ends_on_the_cpu_and_is_adopted_as_such() {
     // Mended and started anew, the node is on the GPU.
     engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
     engine.docker(&["stop", "flower-supernode"]);
-    let agent = up(&case);
+    let agent = up(&vm);
     assert_eq!(warnings(&agent), Vec::<String>::new());
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
 }
@@ -1010,23 +1010,23 @@ fn nvidias_own_library_without_a_driver_says_that_none_is_loaded_and_without_a_g
     let how = format!("NVIDIA's own libnvidia-ml {version}, without a driver");
     let (path, on_disk) = (at.clone(), version.clone());
     let words = ["NVML error 9: ", "the nvidia module is not loaded", GPU, on_disk.as_str()];
-    let cause = Cause::new("driver-not-loaded", how, &words, move |_, case| {
-        case.sysfs(&Sysfs::new().gpu(GPU).driver("nvidia"));
-        case.set("gpu.nvml_library", path.as_str()).set("gpu.probe_timeout_seconds", 20);
+    let cause = Cause::new("driver-not-loaded", how, &words, move |_, vm| {
+        vm.sysfs(&Sysfs::new().gpu(GPU).driver("nvidia"));
+        vm.set("gpu.nvml_library", path.as_str()).set("gpu.probe_timeout_seconds", 20);
     });
     assert_each_is_announced(&engine, &[cause]);
     // The loader's own record of what it opened, by agent and probe alike.
     let loaded = |sysfs: &Sysfs, expected: &str| {
-        let mut case = Case::new();
-        case.sysfs(sysfs).context(&wanted(&[])).set("gpu.nvml_library", at.as_str());
-        let record = case.path("loader");
-        case.env("LD_DEBUG", "files").env("LD_DEBUG_OUTPUT", record);
-        case.set("docker.ready_timeout_seconds", 0).set("gpu.wait_seconds", 0);
-        let mut agent = case.start();
+        let mut vm = TestVm::new();
+        vm.sysfs(sysfs).context(&wanted(&[])).set("gpu.nvml_library", at.as_str());
+        let record = vm.path("loader");
+        vm.env("LD_DEBUG", "files").env("LD_DEBUG_OUTPUT", record);
+        vm.set("docker.ready_timeout_seconds", 0).set("gpu.wait_seconds", 0);
+        let mut agent = vm.start();
         assert_eq!(agent.wait_exit(TIMEOUT), 1);
         let warning = agent.wait_for_line(" WARNING ", TIMEOUT);
         assert!(warning.contains(expected), "{:#?}", agent.lines());
-        let records = fs::read_dir(case.path("")).unwrap().flatten().map(|entry| entry.path());
+        let records = fs::read_dir(vm.path("")).unwrap().flatten().map(|entry| entry.path());
         let records: Vec<PathBuf> =
             records.filter(|path| path.to_string_lossy().contains("/loader.")).collect();
         assert!(!records.is_empty(), "the loader kept no record");

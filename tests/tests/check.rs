@@ -26,7 +26,7 @@ const HOST_GPU: &str = "0000:e1:00.0";
 const HOST_SOUND: &str = "0000:e1:00.1";
 const PCI_CONF: &str = "var/tmp/one/etc/im/kvm-probes.d/pci.conf";
 
-/// A root folder of a machine.
+/// A root directory of a machine.
 struct Root(Sandbox);
 
 impl Root {
@@ -109,16 +109,16 @@ impl Root {
     }
 
     fn in_group(&self, group: &str, address: &str) {
-        let folder = self.0.join(format!("sys/kernel/iommu_groups/{group}/devices"));
-        fs::create_dir_all(&folder).unwrap();
-        symlink(format!("../../../../devices/{address}"), folder.join(address)).unwrap();
+        let directory = self.0.join(format!("sys/kernel/iommu_groups/{group}/devices"));
+        fs::create_dir_all(&directory).unwrap();
+        symlink(format!("../../../../devices/{address}"), directory.join(address)).unwrap();
     }
 
     /// A Docker engine that answers what `check` asks, with the image of PyTorch.
     fn with_docker(self, runtimes: &Value) -> Self {
         fs::create_dir_all(self.0.join("run")).unwrap();
         fs::create_dir_all(self.0.join("var")).unwrap();
-        // As on every machine: an absolute link, which must lead to the root's own folder.
+        // As on every machine: an absolute link, which must lead to the root's own directory.
         symlink("/run", self.0.join("var/run")).unwrap();
         let listener = UnixListener::bind(self.0.join("run/docker.sock")).unwrap();
         let info = json!({"ServerVersion": "26.1.5", "Runtimes": runtimes, "DockerRootDir": "/var/lib/docker"});
@@ -142,7 +142,7 @@ impl Root {
         self
     }
 
-    /// `check SUBJECT --root ROOT`, with the GPU of the stand-in for NVML.
+    /// `check SUBJECT --root ROOT`, with the GPU of the simulator of NVML.
     #[track_caller]
     fn run(&self, subject: &str, more: &[&str]) -> Output {
         let script = self.0.write("nvml.json", one_gpu().to_string());
@@ -152,7 +152,7 @@ impl Root {
             .arg(self.0.path())
             .args(more)
             .env_clear()
-            .env("NVML_STANDIN", script);
+            .env("NVML_SIMULATOR", script);
         run(&mut command, TIMEOUT)
     }
 
@@ -328,9 +328,9 @@ fn without_docker_a_vm_is_checked_all_the_same_and_what_is_not_known_is_said() {
 
 #[test]
 fn a_real_engine_is_asked_for_its_runtimes_and_its_images() {
-    let Some((_engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    let document = json_of(&case.run_command("check", &["vm", "--json"]));
+    let Some((_engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let document = json_of(&vm.run_command("check", &["vm", "--json"]));
     let checks = document["checks"].as_array().unwrap();
     let of = |id: &str| checks.iter().find(|check| check["id"] == id).unwrap();
     for id in ["docker", "gpu", "gpu-selection", "image", "nvidia-runtime-program"] {
@@ -414,7 +414,7 @@ fn each_fault_of_a_host_has_its_check() {
     );
     assert_eq!(host_after(|root| root.write(PCI_CONF, ":filter: '0:0'\n")), ["ERROR pci-filter"]);
     assert_eq!(host_after(|root| root.remove(PCI_CONF)), ["ERROR pci-filter"]);
-    // Root reads every file: one that cannot be read is a folder here.
+    // Root reads every file: one that cannot be read is a directory here.
     let unread = |root: &Root| {
         root.remove("proc/cmdline");
         fs::create_dir(root.0.join("proc/cmdline")).unwrap();

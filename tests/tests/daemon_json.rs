@@ -17,36 +17,33 @@ use std::time::Duration;
 
 use common::wanted;
 use serde_json::Value;
-use supernode_tests::{Case, Engine, Output};
+use supernode_tests::{Engine, Output, TestVm};
 
 /// A machine that wants the GPU, with a runtime that is installed.
-fn case() -> Case {
-    let mut case = Case::new();
-    let runtime = case.write("bin/nvidia-container-runtime", "#!/bin/sh\n");
+fn vm() -> TestVm {
+    let mut vm = TestVm::new();
+    let runtime = vm.write("bin/nvidia-container-runtime", "#!/bin/sh\n");
     fs::set_permissions(runtime, fs::Permissions::from_mode(0o755)).unwrap();
-    case.context(&wanted(&[]));
-    case
+    vm.context(&wanted(&[]));
+    vm
 }
 
-fn configure(case: &Case) -> Output {
-    case.run_command("configure-runtime", &[])
+fn configure(vm: &TestVm) -> Output {
+    vm.run_command("configure-runtime", &[])
 }
 
 #[test]
 fn a_file_is_made_where_there_is_none_and_the_second_run_changes_nothing() {
-    let mut case = case();
-    case.set(
-        "docker.daemon_json",
-        case.path("etc/docker/daemon.json").to_string_lossy().into_owned(),
-    );
-    let file = case.path("etc/docker/daemon.json");
-    configure(&case).expect_success();
+    let mut vm = vm();
+    vm.set("docker.daemon_json", vm.path("etc/docker/daemon.json").to_string_lossy().into_owned());
+    let file = vm.path("etc/docker/daemon.json");
+    configure(&vm).expect_success();
     let first = fs::read(&file).unwrap();
     let value: Value = serde_json::from_slice(&first).unwrap();
     assert_eq!(value["runtimes"]["nvidia"]["path"], "nvidia-container-runtime");
     let facts = fs::metadata(&file).unwrap();
     assert_eq!(facts.mode() & 0o7777, 0o644);
-    configure(&case).expect_success();
+    configure(&vm).expect_success();
     assert_eq!(fs::read(&file).unwrap(), first);
     assert_eq!(
         fs::metadata(&file).unwrap().ino(),
@@ -62,27 +59,27 @@ fn a_file_is_made_where_there_is_none_and_the_second_run_changes_nothing() {
 
 #[test]
 fn mode_owner_and_symlink_stay() {
-    let case = case();
-    let real = case.write("elsewhere/real.json", "{\"debug\": true}");
+    let vm = vm();
+    let real = vm.write("elsewhere/real.json", "{\"debug\": true}");
     fs::set_permissions(&real, fs::Permissions::from_mode(0o640)).unwrap();
     chown(&real, Some(12), Some(34)).unwrap();
-    let link = case.path("daemon.json");
+    let link = vm.path("daemon.json");
     symlink("elsewhere/real.json", &link).unwrap();
-    configure(&case).expect_success();
+    configure(&vm).expect_success();
     assert_eq!(fs::read_link(&link).unwrap(), Path::new("elsewhere/real.json"));
     let facts = fs::metadata(&real).unwrap();
     assert_eq!((facts.mode() & 0o7777, facts.uid(), facts.gid()), (0o640, 12, 34));
     assert!(fs::read_to_string(&real).unwrap().starts_with("{\"debug\": true, \"runtimes\""));
     // A link that leads nowhere is followed all the same.
     fs::remove_file(&real).unwrap();
-    configure(&case).expect_success();
+    configure(&vm).expect_success();
     assert!(real.is_file() && fs::symlink_metadata(&link).unwrap().is_symlink());
 }
 
 #[test]
 fn what_is_not_one_json_object_is_refused_with_its_place_and_stays() {
-    let case = case();
-    let file = case.path("daemon.json");
+    let vm = vm();
+    let file = vm.path("daemon.json");
     for (bytes, place) in [
         (&b""[..], "line 1, column 1"),
         (b"{\n  \"a\": 1,\n}", "line 3, column 1"),
@@ -95,7 +92,7 @@ fn what_is_not_one_json_object_is_refused_with_its_place_and_stays() {
         (b"{\"a\": \"half", "line 1, column 12"),
     ] {
         fs::write(&file, bytes).unwrap();
-        let output = configure(&case);
+        let output = configure(&vm);
         assert_eq!(output.code, Some(1), "{bytes:?}: {output:?}");
         assert!(
             output.stderr.contains("daemon.json") && output.stderr.contains(place),
@@ -108,35 +105,38 @@ fn what_is_not_one_json_object_is_refused_with_its_place_and_stays() {
 
 #[test]
 fn a_file_that_cannot_be_written_is_an_error_and_stays() {
-    let mut case = case();
+    let mut vm = vm();
     // Nothing can be made in /proc, not even by root.
-    case.set("docker.daemon_json", "/proc/sys/kernel/hostname");
+    vm.set("docker.daemon_json", "/proc/sys/kernel/hostname");
     let before = fs::read("/proc/sys/kernel/hostname").unwrap();
-    assert_eq!(configure(&case).code, Some(1));
+    assert_eq!(configure(&vm).code, Some(1));
     assert_eq!(fs::read("/proc/sys/kernel/hostname").unwrap(), before);
-    case.set("docker.daemon_json", "/proc/no-such-folder/daemon.json");
-    let output = configure(&case);
-    assert!(output.code == Some(1) && output.stderr.contains("/proc/no-such-folder"), "{output:?}");
+    vm.set("docker.daemon_json", "/proc/no-such-directory/daemon.json");
+    let output = configure(&vm);
+    assert!(
+        output.code == Some(1) && output.stderr.contains("/proc/no-such-directory"),
+        "{output:?}"
+    );
 }
 
 #[test]
 fn where_the_gpu_is_not_enabled_nothing_is_done() {
-    let mut case = case();
-    case.context(&[("FL_GPU_ENABLED", "NO")]);
-    configure(&case).expect_success();
-    assert!(!case.path("daemon.json").exists());
+    let mut vm = vm();
+    vm.context(&[("FL_GPU_ENABLED", "NO")]);
+    configure(&vm).expect_success();
+    assert!(!vm.path("daemon.json").exists());
 }
 
 #[test]
 fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() {
-    let case = case();
-    let file = case.path("daemon.json");
+    let vm = vm();
+    let file = vm.path("daemon.json");
     let padding: String = (0..4000).map(|n| format!("  \"key-{n}\": \"{n:0>40}\",\n")).collect();
     let old = format!("{{\n{padding}  \"end\": 1\n}}\n");
     fs::write(&file, &old).unwrap();
-    configure(&case).expect_success();
+    configure(&vm).expect_success();
     let new = fs::read_to_string(&file).unwrap();
-    let settings = case.settings_file();
+    let settings = vm.settings_file();
     let (mut olds, mut news) = (0, 0);
     let mut delay = Duration::ZERO;
     // The moments spread from the start of a run to well after its end, however long this machine
@@ -164,19 +164,19 @@ fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() {
         assert!(delay < Duration::from_secs(20), "no run came to its end: {olds} old, {news} new");
     }
     // What a killed run left behind does not hinder the next, and is gone after it.
-    fs::write(case.path(".daemon.json.supernode-agent"), "{ half").unwrap();
+    fs::write(vm.path(".daemon.json.supernode-agent"), "{ half").unwrap();
     fs::write(&file, &old).unwrap();
-    configure(&case).expect_success();
+    configure(&vm).expect_success();
     assert_eq!(fs::read_to_string(&file).unwrap(), new);
-    assert!(!case.path(".daemon.json.supernode-agent").exists());
+    assert!(!vm.path(".daemon.json.supernode-agent").exists());
 }
 
 #[test]
 fn runs_at_the_same_time_do_not_hinder_each_other() {
-    let case = case();
-    let file = case.path("daemon.json");
+    let vm = vm();
+    let file = vm.path("daemon.json");
     let old = format!("{{\"padding\": \"{}\"}}", "x".repeat(300_000));
-    let settings = case.settings_file();
+    let settings = vm.settings_file();
     for _ in 0..10 {
         fs::write(&file, &old).unwrap();
         let run = || {
@@ -202,8 +202,8 @@ fn runs_at_the_same_time_do_not_hinder_each_other() {
 #[test]
 fn docker_reads_what_was_written() {
     let Some(mut engine) = Engine::start() else { return };
-    let mut case = Case::new();
-    case.engine(&engine).context(&wanted(&[]));
+    let mut vm = TestVm::new();
+    vm.engine(&engine).context(&wanted(&[]));
     for text in [
         "{}",
         "{\n\t\"log-opts\": {\"max-size\": \"10m\"},\n\t\"runtimes\": {\"other\": {\"path\": \"runc\"}}\n}",
@@ -211,7 +211,7 @@ fn docker_reads_what_was_written() {
         "{\r\n  \"labels\": [\"a=\\u00e9\"],\r\n  \"runtimes\": {}\r\n}",
     ] {
         fs::write(engine.daemon_json(), text).unwrap();
-        configure(&case).expect_success();
+        configure(&vm).expect_success();
         engine.restart();
         let info = engine.get("/info").unwrap();
         assert_eq!(info["Runtimes"]["nvidia"]["path"], "nvidia-container-runtime", "{text}");

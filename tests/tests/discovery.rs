@@ -1,5 +1,5 @@
 //! The SuperLink through OneGate: found, waited for, trusted, followed; the share of the data; and
-//! what the cloud is told. Real engines, OneGate's stand-in, and images that do as Flower does when
+//! what the cloud is told. Real engines, OneGate's simulator, and images that do as Flower does when
 //! it connects.
 #![allow(
     clippy::expect_used,
@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use common::{TIMEOUT, base64, inspect, json_of, up, warnings};
 use supernode_tests::onegate::{Reply, Request};
-use supernode_tests::{Agent, Case, Engine, OneGateStandIn, eventually, image};
+use supernode_tests::{Agent, Engine, OneGateSimulator, TestVm, eventually, image};
 
 /// The node's VM, and the SuperLink's.
 const NODE: u32 = 101;
@@ -26,8 +26,8 @@ const SERVICE: u32 = 7;
 const FAST: (&str, &str) = ("FL_EDGE_MAX_BACKOFF", "1");
 
 /// A service of a SuperLink, which has published its endpoint, and one node.
-fn service() -> OneGateStandIn {
-    let onegate = OneGateStandIn::start();
+fn service() -> OneGateSimulator {
+    let onegate = OneGateSimulator::start();
     onegate.change(|state| {
         state
             .join(SERVICE, "superlink", SUPERLINK)
@@ -39,22 +39,22 @@ fn service() -> OneGateStandIn {
 }
 
 /// A machine of the service, without an engine.
-fn machine(onegate: &OneGateStandIn, variables: &[(&str, &str)]) -> Case {
-    let mut case = Case::new();
+fn machine(onegate: &OneGateSimulator, variables: &[(&str, &str)]) -> TestVm {
+    let mut vm = TestVm::new();
     let all: Vec<_> = std::iter::once(FAST).chain(variables.iter().copied()).collect();
-    case.context(&all).onegate(onegate, NODE);
-    case
+    vm.context(&all).onegate(onegate, NODE);
+    vm
 }
 
 fn machine_with_engine(
-    onegate: &OneGateStandIn,
+    onegate: &OneGateSimulator,
     variables: &[(&str, &str)],
-) -> Option<(Engine, Case)> {
+) -> Option<(Engine, TestVm)> {
     let engine = Engine::start()?;
     engine.import_image(&[image::PYTORCH]);
-    let mut case = machine(onegate, variables);
-    case.engine(&engine);
-    Some((engine, case))
+    let mut vm = machine(onegate, variables);
+    vm.engine(&engine);
+    Some((engine, vm))
 }
 
 fn arguments(engine: &Engine) -> String {
@@ -62,16 +62,16 @@ fn arguments(engine: &Engine) -> String {
 }
 
 /// The updates of a VM, in their order.
-fn updates(onegate: &OneGateStandIn) -> Vec<String> {
+fn updates(onegate: &OneGateSimulator) -> Vec<String> {
     onegate.requests().iter().filter_map(Request::update).collect()
 }
 
-fn attribute(onegate: &OneGateStandIn, vm: u32, name: &str) -> Option<String> {
+fn attribute(onegate: &OneGateSimulator, vm: u32, name: &str) -> Option<String> {
     onegate.change(|state| state.vms[&vm].user_template.get(name).cloned())
 }
 
 #[track_caller]
-fn wait_for_attribute(onegate: &OneGateStandIn, name: &str, value: &str) {
+fn wait_for_attribute(onegate: &OneGateSimulator, name: &str, value: &str) {
     let arrived = eventually(TIMEOUT, || attribute(onegate, NODE, name).as_deref() == Some(value));
     assert!(arrived, "{name} is {:?}; {:#?}", attribute(onegate, NODE, name), updates(onegate));
 }
@@ -83,13 +83,13 @@ fn connected(agent: &Agent) {
 #[test]
 fn a_node_of_a_service_needs_no_address() {
     let onegate = service();
-    let Some((engine, mut case)) = machine_with_engine(&onegate, &[]) else { return };
-    let plan = json_of(&case.run_command("plan", &["--json"]));
+    let Some((engine, mut vm)) = machine_with_engine(&onegate, &[]) else { return };
+    let plan = json_of(&vm.run_command("plan", &["--json"]));
     assert_eq!(plan["superlink"]["address"], "10.9.8.7:9092");
     assert_eq!(plan["superlink"]["vm_id"], SUPERLINK);
     assert_eq!(updates(&onegate), Vec::<String>::new(), "plan publishes nothing");
-    case.set("container.stop_timeout_seconds", 5);
-    let agent = up(&case);
+    vm.set("container.stop_timeout_seconds", 5);
+    let agent = up(&vm);
     assert_eq!(warnings(&agent), Vec::<String>::new());
     let arguments = arguments(&engine);
     assert!(arguments.contains("--superlink 10.9.8.7:9092 --insecure"), "{arguments}");
@@ -104,8 +104,8 @@ fn without_an_endpoint_it_is_the_first_nic_and_the_port_of_the_superlinks_releas
         vm.user_template.remove("FL_ENDPOINT");
         vm.attribute("FL_VERSION", "1.41.0");
     });
-    let Some((engine, case)) = machine_with_engine(&onegate, &[]) else { return };
-    let agent = up(&case);
+    let Some((engine, vm)) = machine_with_engine(&onegate, &[]) else { return };
+    let agent = up(&vm);
     assert!(arguments(&engine).contains("--superlink 10.0.0.5:8000"), "{}", arguments(&engine));
     let warnings = warnings(&agent);
     assert!(
@@ -122,8 +122,8 @@ fn without_an_endpoint_it_is_the_first_nic_and_the_port_of_the_superlinks_releas
 fn a_superlink_that_comes_late_is_waited_for_while_the_unit_is_ready() {
     let onegate = service();
     onegate.change(|state| state.vms.get_mut(&SUPERLINK).unwrap().lcm_state = 1);
-    let Some((engine, case)) = machine_with_engine(&onegate, &[]) else { return };
-    let agent = case.start();
+    let Some((engine, vm)) = machine_with_engine(&onegate, &[]) else { return };
+    let agent = vm.start();
     agent.wait_for_notify("READY=1", TIMEOUT);
     agent.wait_for_notify("STATUS=waiting for the SuperLink (attempt 3, next in 1 s)", TIMEOUT);
     assert_eq!(
@@ -131,9 +131,9 @@ fn a_superlink_that_comes_late_is_waited_for_while_the_unit_is_ready() {
         "",
         "no container before there is a SuperLink"
     );
-    let status = case.run_command("status", &[]);
+    let status = vm.run_command("status", &[]);
     assert!(status.stdout.contains("waiting for the SuperLink (attempt "), "{status:?}");
-    assert_eq!(case.run_command("status", &["--ready"]).code, Some(1));
+    assert_eq!(vm.run_command("status", &["--ready"]).code, Some(1));
     onegate.change(|state| state.vms.get_mut(&SUPERLINK).unwrap().lcm_state = 3);
     agent.wait_for_line("started the container", TIMEOUT);
     let waiting =
@@ -144,11 +144,11 @@ fn a_superlink_that_comes_late_is_waited_for_while_the_unit_is_ready() {
 #[test]
 fn only_what_the_operator_must_cure_ends_the_node() {
     let onegate = service();
-    let ends = |case: &Case, said: &str| {
-        let output = case.run_command("run", &[]);
+    let ends = |vm: &TestVm, said: &str| {
+        let output = vm.run_command("run", &[]);
         assert_eq!(output.code, Some(78), "{output:?}");
         assert!(output.stderr.contains(said), "{said}: {output:?}");
-        let plan = json_of(&case.run_command("plan", &["--json"]));
+        let plan = json_of(&vm.run_command("plan", &["--json"]));
         assert!(plan["notes"].to_string().contains("the node would not start"), "{plan:#}");
     };
     onegate.change(|state| state.services.get_mut(&SERVICE).unwrap().roles[0].0 = "server".into());
@@ -158,14 +158,14 @@ fn only_what_the_operator_must_cure_ends_the_node() {
         state.vms.get_mut(&NODE).unwrap().user_template.clear();
     });
     ends(&machine(&onegate, &[]), "in no OneFlow service");
-    let mut case = machine(&onegate, &[]);
-    case.context_file("one_env", "export TOKENTXT=\"\"\n");
-    ends(&case, "has no token (TOKEN=YES");
-    let mut case = Case::new();
-    case.context(&[]);
-    ends(&case, "the context has no ONEGATE_ENDPOINT");
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES")]);
-    ends(&case, "FL_SSL_CA_CERTFILE is not set");
+    let mut vm = machine(&onegate, &[]);
+    vm.context_file("one_env", "export TOKENTXT=\"\"\n");
+    ends(&vm, "has no token (TOKEN=YES");
+    let mut vm = TestVm::new();
+    vm.context(&[]);
+    ends(&vm, "the context has no ONEGATE_ENDPOINT");
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES")]);
+    ends(&vm, "FL_SSL_CA_CERTFILE is not set");
 }
 
 #[test]
@@ -184,10 +184,10 @@ fn whatever_else_onegate_answers_it_is_asked_again() {
             Reply::Close,
         ]
     };
-    let Some((engine, mut case)) = machine_with_engine(&onegate, &[]) else { return };
-    case.set("onegate.timeout_seconds", 2);
+    let Some((engine, mut vm)) = machine_with_engine(&onegate, &[]) else { return };
+    vm.set("onegate.timeout_seconds", 2);
     onegate.script("GET /service", faults());
-    let agent = case.start();
+    let agent = vm.start();
     agent.wait_for_line("started the container", TIMEOUT);
     let told = warnings(&agent);
     for text in [
@@ -214,10 +214,10 @@ fn whatever_else_onegate_answers_it_is_asked_again() {
 #[test]
 fn slow_and_endless_answers_end_with_the_time_that_one_request_has() {
     let onegate = service();
-    let Some((_engine, mut case)) = machine_with_engine(&onegate, &[]) else { return };
-    case.set("onegate.timeout_seconds", 1);
+    let Some((_engine, mut vm)) = machine_with_engine(&onegate, &[]) else { return };
+    vm.set("onegate.timeout_seconds", 1);
     onegate.script("GET /service", [Reply::Hang, Reply::Slow, Reply::Endless]);
-    let agent = case.start();
+    let agent = vm.start();
     agent.wait_for_line("started the container", TIMEOUT);
 }
 
@@ -226,8 +226,8 @@ fn fixed_gives_up_after_thirty_tries_and_systemd_may_try_again() {
     // Thirty tries take five minutes: the count is a unit test's, here the way out is.
     let onegate = service();
     onegate.change(|state| state.oneflow_down = true);
-    let case = machine(&onegate, &[("FL_EDGE_BACKOFF", "fixed")]);
-    let mut agent = case.start();
+    let vm = machine(&onegate, &[("FL_EDGE_BACKOFF", "fixed")]);
+    let mut agent = vm.start();
     agent.wait_for_line("waiting for the SuperLink, asking again in 1", TIMEOUT);
     assert_eq!(agent.wait_exit(TIMEOUT), 1, "there is no Docker either");
 }
@@ -246,8 +246,8 @@ fn a_superlink_with_tls_is_trusted_by_the_ca_that_it_published_and_by_no_leaf() 
             .attribute("FL_TLS", "YES")
             .attribute("FL_CA_CERT", &base64(LEAF));
     });
-    let Some((engine, case)) = machine_with_engine(&onegate, &[]) else { return };
-    let agent = case.start();
+    let Some((engine, vm)) = machine_with_engine(&onegate, &[]) else { return };
+    let agent = vm.start();
     agent.wait_for_line("the SuperLink's VM 100 has published FL_CA_CERT=", TIMEOUT);
     onegate
         .change(|state| state.vms.get_mut(&SUPERLINK).unwrap().user_template.remove("FL_CA_CERT"));
@@ -262,7 +262,7 @@ fn a_superlink_with_tls_is_trusted_by_the_ca_that_it_published_and_by_no_leaf() 
         "{}",
         arguments(&engine)
     );
-    let written = case.path("certs/ca.crt");
+    let written = vm.path("certs/ca.crt");
     assert!(fs::read_to_string(&written).unwrap().starts_with("-----BEGIN CERTIFICATE-----\n"));
     let metadata = fs::metadata(&written).unwrap();
     assert_eq!((metadata.mode() & 0o7777, metadata.uid()), (0o644, 0));
@@ -275,8 +275,8 @@ fn a_peer_cannot_talk_a_node_out_of_its_tls() {
         state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_TLS", "NO");
     });
     let own = [("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", &base64(CA))];
-    let Some((engine, case)) = machine_with_engine(&onegate, &own) else { return };
-    let _agent = up(&case);
+    let Some((engine, vm)) = machine_with_engine(&onegate, &own) else { return };
+    let _agent = up(&vm);
     assert!(
         arguments(&engine).contains("--root-certificates /app/ca.crt"),
         "{}",
@@ -297,21 +297,21 @@ fn the_cloud_hears_ready_once_flower_is_connected_and_no_at_the_stop() {
             .attribute("FL_GPU_NAME", "NVIDIA A100");
     });
     let variables = [("REPORT_READY", "YES"), ("FL_NODE_CONFIG", "test-never-connects=true")];
-    let Some((engine, mut case)) = machine_with_engine(&onegate, &variables) else { return };
-    let agent = up(&case);
+    let Some((engine, mut vm)) = machine_with_engine(&onegate, &variables) else { return };
+    let agent = up(&vm);
     wait_for_attribute(&onegate, "FL_GPU_STATUS", "cpu");
     for (name, value) in
         [("READY", "NO"), ("FL_NODE_READY", "NO"), ("FL_GPU_NAME", ""), ("FL_NODE_ID", "101")]
     {
         assert_eq!(attribute(&onegate, NODE, name).as_deref(), Some(value), "{name}");
     }
-    assert!(case.run_command("status", &[]).stdout.contains("not connected"));
+    assert!(vm.run_command("status", &[]).stdout.contains("not connected"));
     assert!(!onegate.requests().iter().any(Request::opens_gate), "{:#?}", updates(&onegate));
     drop(agent);
     engine.docker(&["rm", "-f", "flower-supernode"]).expect_success();
 
-    case.context(&[FAST, ("REPORT_READY", "YES")]);
-    let mut agent = up(&case);
+    vm.context(&[FAST, ("REPORT_READY", "YES")]);
+    let mut agent = up(&vm);
     connected(&agent);
     wait_for_attribute(&onegate, "READY", "YES");
     let last = updates(&onegate).pop().unwrap();
@@ -324,7 +324,7 @@ fn the_cloud_hears_ready_once_flower_is_connected_and_no_at_the_stop() {
     ] {
         assert!(last.lines().any(|found| found == line), "{line}: {last}");
     }
-    assert_eq!(json_of(&case.run_command("status", &["--json"]))["connected"], true);
+    assert_eq!(json_of(&vm.run_command("status", &["--json"]))["connected"], true);
     agent.wait_for_notify("connected to 10.9.8.7:9092", TIMEOUT);
     assert_eq!(agent.terminate(), 0);
     for (name, value) in [
@@ -348,8 +348,8 @@ fn an_invalid_configuration_is_not_ready_in_the_cloud_either() {
             .attribute("READY", "YES")
             .attribute("FL_NODE_READY", "YES");
     });
-    let case = machine(&onegate, &[("REPORT_READY", "YES"), ("FL_GPU_MEMORY_FRACTION", "7")]);
-    assert_eq!(case.run_command("run", &[]).code, Some(78));
+    let vm = machine(&onegate, &[("REPORT_READY", "YES"), ("FL_GPU_MEMORY_FRACTION", "7")]);
+    assert_eq!(vm.run_command("run", &[]).code, Some(78));
     assert_eq!(attribute(&onegate, NODE, "READY").as_deref(), Some("NO"));
     assert_eq!(attribute(&onegate, NODE, "FL_NODE_READY").as_deref(), Some("NO"));
 }
@@ -357,9 +357,9 @@ fn an_invalid_configuration_is_not_ready_in_the_cloud_either() {
 #[test]
 fn a_cloud_that_does_not_listen_costs_one_warning() {
     let onegate = service();
-    let Some((engine, case)) = machine_with_engine(&onegate, &[]) else { return };
+    let Some((engine, vm)) = machine_with_engine(&onegate, &[]) else { return };
     onegate.script("PUT /vm", std::iter::repeat_n(Reply::Status(500, "rejected".into()), 1000));
-    let agent = up(&case);
+    let agent = up(&vm);
     connected(&agent);
     assert!(eventually(TIMEOUT, || updates(&onegate).len() > 1), "{:#?}", updates(&onegate));
     onegate.end_scripts();
@@ -378,14 +378,14 @@ fn a_cloud_that_does_not_listen_costs_one_warning() {
 
 #[test]
 fn a_node_keeps_its_share_over_restarts_and_reboots_whatever_becomes_of_the_others() {
-    let onegate = OneGateStandIn::start();
+    let onegate = OneGateSimulator::start();
     onegate.change(|state| {
         state.join(SERVICE, "superlink", SUPERLINK).attribute("FL_ENDPOINT", "10.9.8.7:9092");
         state.join(SERVICE, "supernode", 99);
         state.join(SERVICE, "supernode", NODE);
     });
-    let Some((engine, case)) = machine_with_engine(&onegate, &[]) else { return };
-    let mut agent = up(&case);
+    let Some((engine, vm)) = machine_with_engine(&onegate, &[]) else { return };
+    let mut agent = up(&vm);
     assert!(
         arguments(&engine).contains("partition-id=1 num-partitions=2"),
         "{}",
@@ -400,14 +400,14 @@ fn a_node_keeps_its_share_over_restarts_and_reboots_whatever_becomes_of_the_othe
     });
     let container = inspect(&engine, "{{.Id}}");
     agent.kill9();
-    let agent = up(&case);
+    let agent = up(&vm);
     agent.wait_for_line("adopted the running container", TIMEOUT);
     assert_eq!(inspect(&engine, "{{.Id}}"), container, "nothing has changed for it");
     drop(agent);
     // A reboot: /run is empty, the boot is another.
     engine.docker(&["stop", "flower-supernode"]).expect_success();
-    case.write("root/proc/sys/kernel/random/boot_id", "another\n");
-    let _agent = up(&case);
+    vm.write("root/proc/sys/kernel/random/boot_id", "another\n");
+    let _agent = up(&vm);
     assert!(
         arguments(&engine).contains("partition-id=1 num-partitions=2"),
         "{}",
@@ -415,7 +415,7 @@ fn a_node_keeps_its_share_over_restarts_and_reboots_whatever_becomes_of_the_othe
     );
 
     // The one that came for 99 takes what is free, and says so.
-    let mut other = Case::new();
+    let mut other = TestVm::new();
     other.context(&[FAST]).onegate(&onegate, 102);
     let Some(engine) = Engine::start() else { return };
     engine.import_image(&[image::PYTORCH]);
@@ -433,8 +433,8 @@ fn a_node_keeps_its_share_over_restarts_and_reboots_whatever_becomes_of_the_othe
 fn a_node_with_an_address_asks_the_service_for_its_share_alone_and_starts_without() {
     let onegate = service();
     let address = [("FL_SUPERLINK_ADDRESS", "192.0.2.1:9092")];
-    let Some((engine, case)) = machine_with_engine(&onegate, &address) else { return };
-    let agent = up(&case);
+    let Some((engine, vm)) = machine_with_engine(&onegate, &address) else { return };
+    let agent = up(&vm);
     let first = arguments(&engine);
     assert!(
         first.contains("--superlink 192.0.2.1:9092")
@@ -442,9 +442,9 @@ fn a_node_with_an_address_asks_the_service_for_its_share_alone_and_starts_withou
         "{first}"
     );
     drop(agent);
-    let _ = fs::remove_dir_all(case.path("lasting"));
+    let _ = fs::remove_dir_all(vm.path("lasting"));
     onegate.change(|state| state.oneflow_down = true);
-    let agent = up(&case);
+    let agent = up(&vm);
     assert!(!arguments(&engine).contains("partition-id"), "{}", arguments(&engine));
     assert!(
         warnings(&agent).iter().any(|line| line.contains("FL_NODE_CONFIG stays empty")),
@@ -456,12 +456,12 @@ fn a_node_with_an_address_asks_the_service_for_its_share_alone_and_starts_withou
 #[test]
 fn a_superlink_that_moved_is_followed_while_it_is_not_reached() {
     let onegate = service();
-    let Some((engine, case)) =
+    let Some((engine, vm)) =
         machine_with_engine(&onegate, &[("FL_NODE_CONFIG", "test-never-connects=true")])
     else {
         return;
     };
-    let agent = up(&case);
+    let agent = up(&vm);
     let before = inspect(&engine, "{{.Id}}");
     onegate.change(|state| {
         state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_ENDPOINT", "10.9.8.8:9092");

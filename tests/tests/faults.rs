@@ -9,7 +9,7 @@
 )]
 
 mod common;
-mod faulty;
+mod faulty_node;
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -17,9 +17,9 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{TIMEOUT, base64, say, sysfs_of_one, wanted};
-use faulty::{Node, Table, VM};
-use supernode_tests::{Fault, Mounted, Sysfs, agent_binary, eventually, image};
+use common::{TIMEOUT, base64, report, sysfs_of_one, wanted};
+use faulty_node::{FaultyNode, Table, VM};
+use supernode_tests::{Fault, FaultyMount, Sysfs, agent_binary, eventually, image};
 
 const UP_IN_TWO: &str = "up, if need be with the next start";
 
@@ -27,13 +27,13 @@ const UP_IN_TWO: &str = "up, if need be with the next start";
 const QUIET: Duration = Duration::from_secs(2);
 
 /// A call of a boot: its number, its name, and what goes before that boot.
-type Call = (usize, String, fn(&mut Node));
+type Call = (usize, String, fn(&mut FaultyNode));
 
 /// Every call of a boot, up to the two that last. Up to Docker's word that it has the runtime they
 /// are those of a boot on a Docker that has none; the others come on one that has, which need not
 /// be restarted each time.
-fn calls_of_a_boot(node: &mut Node) -> Vec<Call> {
-    let befores: [fn(&mut Node); 2] = [Node::reset, Node::clear];
+fn calls_of_a_boot(node: &mut FaultyNode) -> Vec<Call> {
+    let befores: [fn(&mut FaultyNode); 2] = [FaultyNode::reset, FaultyNode::clear];
     let [(early, _), (_, late)] = befores.map(|before| {
         before(node);
         node.up();
@@ -52,7 +52,7 @@ fn calls_of_a_boot(node: &mut Node) -> Vec<Call> {
 
 #[test]
 fn each_call_refused_and_each_answer_cut() {
-    let Some(mut node) = Node::new() else { return };
+    let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     for (number, call, before) in calls_of_a_boot(&mut node) {
         for (fault, what) in [(Fault::Refuse, "500 to"), (Fault::Cut, "cut:")] {
@@ -71,12 +71,12 @@ fn each_call_refused_and_each_answer_cut() {
 
 #[test]
 fn each_call_hanging_for_a_while_and_sigterm_meanwhile() {
-    let Some(mut node) = Node::new() else { return };
+    let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     for (number, call, before) in calls_of_a_boot(&mut node) {
         // How many calls follow the start depends on the moment at which Flower is heard: a boot
         // may have fewer.
-        let hangs = |node: &mut Node| {
+        let hangs = |node: &mut FaultyNode| {
             for _ in 0..3 {
                 before(node);
                 node.proxy.fault_at(number, Fault::Hang);
@@ -96,7 +96,7 @@ fn each_call_hanging_for_a_while_and_sigterm_meanwhile() {
                     return;
                 }
             }
-            say(&format!(
+            report(&format!(
                 "SKIPPED: three boots have no call {number}, {call} (FAULT hanging, SIGTERM)"
             ));
         };
@@ -130,8 +130,8 @@ fn each_call_hanging_for_a_while_and_sigterm_meanwhile() {
 
 #[test]
 fn a_call_that_is_never_answered() {
-    type Recovery = fn(&mut Node);
-    let at_the_next_start: Recovery = Node::up_in_two;
+    type Recovery = fn(&mut FaultyNode);
+    let at_the_next_start: Recovery = FaultyNode::up_in_two;
     let on_the_cpu: Recovery = |node| {
         node.start();
         node.agent().wait_for_line("it had not started within 120 s", 3 * TIMEOUT);
@@ -149,7 +149,7 @@ fn a_call_that_is_never_answered() {
     ]
     .map(|(call, holds, recovery)| {
         thread::spawn(move || {
-            let Some(mut node) = Node::new() else { return };
+            let Some(mut node) = FaultyNode::new() else { return };
             let mut table = Table::default();
             table.fault(&mut node, &format!("never answered: {call}"), holds, |node| {
                 node.proxy.fault_of(call, Fault::Hang);
@@ -167,7 +167,7 @@ fn a_call_that_is_never_answered() {
 
 #[test]
 fn docker() {
-    let Some(mut node) = Node::new() else { return };
+    let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     table.fault(&mut node, "Docker is absent at the start, and comes", "waited for", |node| {
         node.engine.stop();
@@ -181,10 +181,10 @@ fn docker() {
     table.fault(&mut node, "Docker is absent for longer than is waited for", UP_IN_TWO, |node| {
         node.clear();
         node.engine.stop();
-        node.case.set("docker.ready_timeout_seconds", 1);
+        node.vm.set("docker.ready_timeout_seconds", 1);
         assert!(!node.tries());
         node.engine.restart();
-        node.case.set("docker.ready_timeout_seconds", 10);
+        node.vm.set("docker.ready_timeout_seconds", 10);
         let since = Instant::now();
         node.up();
         since
@@ -255,7 +255,7 @@ fn docker() {
 
 /// Nothing has happened to the container, and what happens to it now is seen.
 #[track_caller]
-fn watched_as_before(node: &mut Node) {
+fn watched_as_before(node: &mut FaultyNode) {
     thread::sleep(Duration::from_secs(3));
     let before = node.run();
     assert!(before.ends_with(" true"), "{before}");
@@ -267,7 +267,7 @@ fn watched_as_before(node: &mut Node) {
 
 #[test]
 fn docker_with_live_restore() {
-    let Some(mut node) = Node::with_live_restore() else { return };
+    let Some(mut node) = FaultyNode::with_live_restore() else { return };
     let mut table = Table::default();
     for (what, kill) in [("restarted", false), ("killed -9", true)] {
         let name = format!("Docker with live-restore is {what}");
@@ -302,9 +302,9 @@ fn docker_with_live_restore() {
 
 #[test]
 fn the_container() {
-    let Some(mut node) = Node::new() else { return };
+    let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
-    let docker = |node: &Node, arguments: &[&str]| {
+    let docker = |node: &FaultyNode, arguments: &[&str]| {
         node.engine.docker(arguments).expect_success();
     };
     let anew = "up again, and the cloud was told";
@@ -416,11 +416,11 @@ fn the_container() {
         "one container",
         |node| {
             node.clear();
-            node.case.set("container.name", "another-name");
+            node.vm.set("container.name", "another-name");
             node.start();
             node.connected();
-            node.case.set("container.name", "flower-supernode");
-            let _ = node.case.settings_file();
+            node.vm.set("container.name", "flower-supernode");
+            let _ = node.vm.settings_file();
             let since = Instant::now();
             node.agent().reload();
             node.runs_anew_after("");
@@ -448,10 +448,10 @@ fn the_container() {
             node.up();
             let before = node.run();
             docker(node, &["pause", "flower-supernode"]);
-            assert_eq!(node.case.run_command("status", &["--ready"]).code, Some(1));
+            assert_eq!(node.vm.run_command("status", &["--ready"]).code, Some(1));
             docker(node, &["unpause", "flower-supernode"]);
             let since = Instant::now();
-            assert_eq!(node.case.run_command("status", &["--ready"]).code, Some(0));
+            assert_eq!(node.vm.run_command("status", &["--ready"]).code, Some(0));
             assert_eq!(node.run(), before);
             since
         },
@@ -482,26 +482,26 @@ fn certificate() -> String {
 
 #[test]
 fn disks() {
-    let Some(mut node) = Node::new() else { return };
+    let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
-    // Each folder with what makes the agent write there.
+    // Each directory with what makes the agent write there.
     let certificate = certificate();
     let tls =
         [("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", &certificate), ("REPORT_READY", "YES")];
     node.onegate.change(|state| {
         state.join(7, "supernode", VM);
     });
-    let folders =
+    let directories =
         [("state", &[][..], 4), ("certs", &tls, 0), ("lasting", &[("FL_LOG_LEVEL", "DEBUG")], 2)];
-    for (folder, variables, most_pages) in folders {
+    for (directory, variables, most_pages) in directories {
         for pages in 0..=most_pages {
-            let name = format!("the disk of {folder} is full but for {pages} pages");
+            let name = format!("the disk of {directory} is full but for {pages} pages");
             table.fault(&mut node, &name, UP_IN_TWO, |node| {
                 node.clear();
-                node.case.context(&wanted(variables));
-                let _ = fs::remove_dir_all(node.case.path(folder));
-                fs::create_dir_all(node.case.path(folder)).unwrap();
-                let disk = Mounted::full_but_for(pages, &node.case.path(folder));
+                node.vm.context(&wanted(variables));
+                let _ = fs::remove_dir_all(node.vm.path(directory));
+                fs::create_dir_all(node.vm.path(directory)).unwrap();
+                let disk = FaultyMount::full_but_for(pages, &node.vm.path(directory));
                 let is_up = node.tries();
                 drop(disk);
                 let since = Instant::now();
@@ -518,30 +518,30 @@ fn disks() {
         }
     }
     node.context("");
-    table.fault(&mut node, "the folder of the data cannot be made", UP_IN_TWO, |node| {
+    table.fault(&mut node, "the directory of the data cannot be made", UP_IN_TWO, |node| {
         node.clear();
-        let folder = node.case.path("read-only");
-        fs::create_dir_all(&folder).unwrap();
-        node.case.set("container.data_dir", folder.join("data").to_string_lossy().into_owned());
-        let disk = Mounted::read_only(&folder);
+        let directory = node.vm.path("read-only");
+        fs::create_dir_all(&directory).unwrap();
+        node.vm.set("container.data_dir", directory.join("data").to_string_lossy().into_owned());
+        let disk = FaultyMount::read_only(&directory);
         assert!(!node.tries());
         drop(disk);
         let since = Instant::now();
         node.up();
         since
     });
-    // A folder of its own for what Docker and the agent read and the agent writes.
-    let etc = node.case.path("etc");
+    // A directory of its own for what Docker and the agent read and the agent writes.
+    let etc = node.vm.path("etc");
     fs::create_dir_all(&etc).unwrap();
     let daemon_json = etc.join("daemon.json");
     fs::copy(node.engine.daemon_json(), &daemon_json).unwrap();
     fs::remove_file(node.engine.daemon_json()).unwrap();
     symlink(&daemon_json, node.engine.daemon_json()).unwrap();
-    node.case.set("docker.daemon_json", daemon_json.to_string_lossy().into_owned());
-    type Mount = fn(&Path) -> Mounted;
-    let full: Mount = |folder| Mounted::full_but_for(0, folder);
+    node.vm.set("docker.daemon_json", daemon_json.to_string_lossy().into_owned());
+    type Mount = fn(&Path) -> FaultyMount;
+    let full: Mount = |directory| FaultyMount::full_but_for(0, directory);
     let mounts: [(&str, Mount); 2] =
-        [("the disk of /etc is full", full), ("/etc is read-only", Mounted::read_only)];
+        [("the disk of /etc is full", full), ("/etc is read-only", FaultyMount::read_only)];
     for (name, mount) in mounts {
         table.fault(&mut node, name, "the CPU, with its WARNING; the GPU after it", |node| {
             node.reset();
@@ -560,23 +560,23 @@ fn disks() {
 }
 
 /// An agent that is started by a script of the machine, which ends with `exec "$agent" "$@"`.
-fn started_by(node: &mut Node, script: &str) {
+fn started_by(node: &mut FaultyNode, script: &str) {
     let agent = agent_binary();
     let text = format!(
         "#!/bin/sh\nset -eu\nagent='{}'\n{script}\nexec \"$agent\" \"$@\"\n",
         agent.display()
     );
-    let path = node.case.write("bin/started-by", text);
+    let path = node.vm.write("bin/started-by", text);
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    node.case.agent(path);
+    node.vm.agent(path);
 }
 
 #[test]
 fn the_machine() {
-    let Some(mut node) = Node::new() else { return };
+    let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     if Path::new("/run/systemd/journal/socket").exists() {
-        say("SKIPPED: this machine has a journal (FAULT no journal)");
+        report("SKIPPED: this machine has a journal (FAULT no journal)");
     } else {
         table.fault(
             &mut node,
@@ -609,10 +609,10 @@ fn the_machine() {
             since
         });
     }
-    node.case.agent(agent_binary());
-    let lose_context = |node: &Node| {
-        fs::remove_dir_all(node.case.path("context")).unwrap();
-        fs::create_dir(node.case.path("context")).unwrap();
+    node.vm.agent(agent_binary());
+    let lose_context = |node: &FaultyNode| {
+        fs::remove_dir_all(node.vm.path("context")).unwrap();
+        fs::create_dir(node.vm.path("context")).unwrap();
     };
     table.fault(&mut node, "the context is gone at the start", UP_IN_TWO, |node| {
         node.clear();
@@ -629,7 +629,7 @@ fn the_machine() {
         "the rest is waited for",
         |node| {
             node.clear();
-            let file = node.case.path("context/context.sh.network");
+            let file = node.vm.path("context/context.sh.network");
             let whole = fs::read(&file).unwrap();
             fs::write(&file, &whole[..whole.len() / 2]).unwrap();
             node.start();
@@ -666,11 +666,11 @@ fn the_machine() {
         },
     );
     match faketime() {
-        None => say("SKIPPED: no libfaketime (Debian: faketime) (FAULT the clock is set back)"),
+        None => report("SKIPPED: no libfaketime (Debian: faketime) (FAULT the clock is set back)"),
         Some(library) => {
-            let clock = node.case.write("clock", "+0\n");
-            node.case.env("LD_PRELOAD", library).env("FAKETIME_TIMESTAMP_FILE", &clock);
-            node.case.env("FAKETIME_NO_CACHE", "1").env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+            let clock = node.vm.write("clock", "+0\n");
+            node.vm.env("LD_PRELOAD", library).env("FAKETIME_TIMESTAMP_FILE", &clock);
+            node.vm.env("FAKETIME_NO_CACHE", "1").env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
             table.fault(
                 &mut node,
                 "the clock is set back a day",
@@ -694,17 +694,19 @@ fn the_machine() {
 }
 
 fn faketime() -> Option<PathBuf> {
-    let folders = fs::read_dir("/usr/lib").ok()?.flatten().map(|entry| entry.path());
-    folders.map(|folder| folder.join("faketime/libfaketime.so.1")).find(|library| library.is_file())
+    let directories = fs::read_dir("/usr/lib").ok()?.flatten().map(|entry| entry.path());
+    directories
+        .map(|directory| directory.join("faketime/libfaketime.so.1"))
+        .find(|library| library.is_file())
 }
 
 #[test]
 fn fifty_kills_of_a_boot() {
-    let Some(mut node) = Node::new() else { return };
+    let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     let given = std::env::var("SUPERNODE_TESTS_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed: u64 = given.unwrap_or_else(|| std::process::id().into());
-    say(&format!(
+    report(&format!(
         "MEASURED with SUPERNODE_TESTS_SEED={seed}: the moments at which the agent is killed"
     ));
     let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -741,7 +743,7 @@ fn fifty_kills_of_a_boot() {
 
 #[test]
 fn sigterm_in_each_phase() {
-    let Some(mut node) = Node::new() else { return };
+    let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     let the_end = "the end, no container";
     table.fault(&mut node, "SIGTERM: waiting for Docker", the_end, |node| {
@@ -754,7 +756,7 @@ fn sigterm_in_each_phase() {
         since
     });
     table.fault(&mut node, "SIGTERM: waiting for the driver", the_end, |node| {
-        node.case.sysfs(&Sysfs::new().gpu("0000:01:00.0")).set("gpu.wait_seconds", 30);
+        node.vm.sysfs(&Sysfs::new().gpu("0000:01:00.0")).set("gpu.wait_seconds", 30);
         node.start();
         node.agent().wait_for_notify("Looking for the GPU", TIMEOUT);
         thread::sleep(Duration::from_millis(500));
@@ -762,7 +764,7 @@ fn sigterm_in_each_phase() {
         node.ends();
         since
     });
-    node.case.sysfs(&sysfs_of_one()).set("gpu.wait_seconds", 1);
+    node.vm.sysfs(&sysfs_of_one()).set("gpu.wait_seconds", 1);
     table.fault(&mut node, "SIGTERM: pulling the image", the_end, |node| {
         node.engine.docker(&["rmi", image::PYTORCH]).expect_success();
         node.proxy.fault_of("POST /images/create", Fault::Hang);
@@ -811,7 +813,7 @@ fn sigterm_in_each_phase() {
         node.up();
         let before = node.run();
         let since = Instant::now();
-        let second = node.case.run_command("run", &[]);
+        let second = node.vm.run_command("run", &[]);
         assert_eq!(second.code, Some(1), "{second:?}");
         assert!(second.stderr.contains("another supernode-agent runs already"), "{second:?}");
         assert_eq!(node.run(), before);
@@ -838,10 +840,10 @@ fn cgroup(limit_mib: u64) -> Option<PathBuf> {
 
 #[test]
 fn little_memory_and_a_chatty_container() {
-    let Some(mut node) = Node::new() else { return };
+    let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     let Some(group) = cgroup(32) else {
-        say("SKIPPED: no cgroup can be made here (FAULT 32 MiB of memory)");
+        report("SKIPPED: no cgroup can be made here (FAULT 32 MiB of memory)");
         return;
     };
     let name = "32 MiB of memory, and 64 MiB of log without a line break";
@@ -857,7 +859,7 @@ fn little_memory_and_a_chatty_container() {
         .iter()
         .find_map(|file| fs::read_to_string(group.join(file)).ok());
     let peak = peak.and_then(|peak| peak.trim().parse::<u64>().ok()).unwrap_or(0) >> 20;
-    say(&format!("MEASURED peak of the agent's cgroup, files among it: {peak} MiB of 32 MiB"));
+    report(&format!("MEASURED peak of the agent's cgroup, files among it: {peak} MiB of 32 MiB"));
     drop(node);
     assert!(eventually(TIMEOUT, || fs::remove_dir(&group).is_ok()));
     table.finish();

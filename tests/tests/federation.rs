@@ -14,9 +14,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use common::{TIMEOUT, base64, say, up};
+use common::{TIMEOUT, base64, report, up};
 use supernode_tests::{
-    Agent, Case, Cloud, Engine, Flower, OneGateStandIn, Round, State, SuperLink, eventually,
+    Agent, Engine, Flower, OneGateSimulator, Round, State, SuperLink, TestNetwork, TestVm,
+    eventually,
 };
 
 /// More than three rounds take on a busy machine.
@@ -41,7 +42,7 @@ fn nodes_of_flower_1_31_that_hang_after_a_quick_restart_of_the_superlink_are_sta
     let back =
         federation.restart_and_train(Duration::ZERO, RUN).unwrap_or_else(|error| panic!("{error}"));
     assert!(back < BACK, "{back:?}");
-    federation.nodes.iter().for_each(Node::assert_hang_was_told);
+    federation.nodes.iter().for_each(FederatedNode::assert_hang_was_told);
 }
 
 #[test]
@@ -52,7 +53,7 @@ fn nodes_of_flower_1_31_hang_after_a_quick_restart_of_the_superlink_when_left_al
     federation.train_three_rounds();
     if federation.restart_and_train(Duration::ZERO, ALONE).is_err() {
         assert!(
-            federation.nodes.iter().any(Node::hangs),
+            federation.nodes.iter().any(FederatedNode::hangs),
             "{}{}",
             federation.nodes[0].log(),
             federation.nodes[1].log()
@@ -87,7 +88,7 @@ fn how_long_nodes_that_are_left_alone_take_after_a_restart_of_the_superlink() {
         ("1.41.0", State::Memory),
         ("1.41.0", State::Database),
     ] {
-        say(&format!("MEASURED Flower {release}, the SuperLink's state in {state:?}:"));
+        report(&format!("MEASURED Flower {release}, the SuperLink's state in {state:?}:"));
         let Some(mut federation) = Federation::start(release, state, NO_HEALTH_CHECK) else {
             return;
         };
@@ -107,19 +108,19 @@ const NODES: [u32; 2] = [101, 102];
 /// A SuperLink and its two nodes.
 struct Federation {
     release: &'static str,
-    nodes: Vec<Node>,
+    nodes: Vec<FederatedNode>,
     superlink: SuperLink,
-    _onegate: OneGateStandIn,
-    _cloud: Cloud,
+    _onegate: OneGateSimulator,
+    _network: TestNetwork,
     /// Two processors are enough for one federation; with two, agents at rest lose their SuperLink
     /// for a while.
     _turn: MutexGuard<'static, ()>,
 }
 
 /// A node: its agent, its machine and its engine end in this order.
-struct Node {
+struct FederatedNode {
     agent: Agent,
-    _case: Case,
+    _case: TestVm,
     engine: Engine,
 }
 
@@ -131,22 +132,22 @@ impl Federation {
         let flower = Flower::release(release)?;
         let begun = Instant::now();
         let engines = [Engine::builder().start()?, Engine::builder().start()?];
-        let mut cloud = Cloud::new();
+        let mut network = TestNetwork::new();
         for engine in &engines {
-            cloud.connect(engine);
+            network.connect(engine);
         }
         let superlink = thread::scope(|scope| {
             for engine in &engines {
                 scope.spawn(|| flower.import(engine));
             }
-            SuperLink::start(&flower, cloud.network_namespace(), cloud.address(), state)
+            SuperLink::start(&flower, network.network_namespace(), network.address(), state)
         });
-        say(&format!(
+        report(&format!(
             "MEASURED Flower {release}: engines, images and SuperLink in {:.1} s",
             begun.elapsed().as_secs_f64()
         ));
 
-        let onegate = OneGateStandIn::start_in(cloud.network_namespace(), cloud.address());
+        let onegate = OneGateSimulator::start_in(network.network_namespace(), network.address());
         onegate.change(|state| {
             // Without FL_ENDPOINT: it is the NIC, and the port of the release.
             let address = superlink.address().ip().to_string();
@@ -160,19 +161,21 @@ impl Federation {
             }
         });
         let begun = Instant::now();
-        let nodes: Vec<Node> = NODES
+        let nodes: Vec<FederatedNode> = NODES
             .into_iter()
             .zip(engines)
-            .map(|(vm_id, engine)| Node::start(release, &onegate, vm_id, engine, health_check))
+            .map(|(vm_id, engine)| {
+                FederatedNode::start(release, &onegate, vm_id, engine, health_check)
+            })
             .collect();
         for node in &nodes {
             assert!(eventually(TIMEOUT, || node.log().contains("SuperNode ID:")), "{}", node.log());
         }
-        say(&format!(
+        report(&format!(
             "MEASURED Flower {release}: both nodes connected in {:.1} s",
             begun.elapsed().as_secs_f64()
         ));
-        Some(Self { release, nodes, superlink, _onegate: onegate, _cloud: cloud, _turn: turn })
+        Some(Self { release, nodes, superlink, _onegate: onegate, _network: network, _turn: turn })
     }
 
     /// Has the agents do nothing for a minute, and counts how often they wake up.
@@ -185,7 +188,7 @@ impl Federation {
         thread::sleep(Duration::from_secs(60));
         let a_minute: Vec<u64> =
             wake_ups().iter().zip(&before).map(|(after, before)| after - before).collect();
-        say(&format!("MEASURED wake-ups a minute of two agents at rest: {a_minute:?}"));
+        report(&format!("MEASURED wake-ups a minute of two agents at rest: {a_minute:?}"));
         assert!(a_minute.iter().all(|wake_ups| *wake_ups < 15), "{a_minute:?}");
     }
 
@@ -194,7 +197,7 @@ impl Federation {
         let rounds = self.superlink.run_app(3, RUN).unwrap_or_else(|error| panic!("{error}"));
         assert_learned(&rounds);
         let (seconds, accuracy) = (begun.elapsed().as_secs_f64(), rounds[2].accuracy);
-        say(&format!(
+        report(&format!(
             "MEASURED Flower {}: three rounds in {seconds:.1} s, accuracy {accuracy}",
             self.release
         ));
@@ -215,31 +218,33 @@ impl Federation {
         let killed = SystemTime::now();
         self.superlink.restart(outage);
         let rounds = self.superlink.run_app(3, within).inspect_err(|_| {
-            say(&format!("{what}: no three rounds within {} s", within.as_secs()));
+            report(&format!("{what}: no three rounds within {} s", within.as_secs()));
         })?;
         assert_learned(&rounds);
         let back = rounds[0].at.duration_since(killed).unwrap();
         let seconds = back.as_secs_f64();
-        say(&format!("{what}: both nodes have trained again {seconds:.1} s after it was killed"));
+        report(&format!(
+            "{what}: both nodes have trained again {seconds:.1} s after it was killed"
+        ));
         Ok(back)
     }
 }
 
-impl Node {
+impl FederatedNode {
     fn start(
         release: &str,
-        onegate: &OneGateStandIn,
+        onegate: &OneGateSimulator,
         vm_id: u32,
         engine: Engine,
         health_check: bool,
     ) -> Self {
-        let mut case = Case::new();
-        case.engine(&engine).in_namespace_of(&engine).set("container.health_check", health_check);
+        let mut vm = TestVm::new();
+        vm.engine(&engine).in_namespace_of(&engine).set("container.health_check", health_check);
         // As in the unit.
-        case.env("WATCHDOG_USEC", "120000000");
-        case.context(&[("FLOWER_VERSION", release), ("ML_FRAMEWORK", "base")])
+        vm.env("WATCHDOG_USEC", "120000000");
+        vm.context(&[("FLOWER_VERSION", release), ("ML_FRAMEWORK", "base")])
             .onegate(onegate, vm_id);
-        Self { agent: up(&case), _case: case, engine }
+        Self { agent: up(&vm), _case: vm, engine }
     }
 
     /// A container that was started again without having ended was said to hang.

@@ -15,9 +15,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::wanted;
-use supernode_tests::{Case, agent_binary, run};
+use supernode_tests::{TestVm, agent_binary, run};
 
-/// Runs the agent (`$2`, settings `$3`) where `/run/systemd/journal` is the folder `$1` and stderr
+/// Runs the agent (`$2`, settings `$3`) where `/run/systemd/journal` is the directory `$1` and stderr
 /// leads to the journal, as JOURNAL_STREAM says. In a mount namespace: the machine's own /run stays
 /// what it is.
 const ON_A_JOURNAL: &str = r#"
@@ -29,18 +29,18 @@ JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec "$2" run --settings "$3"
 
 #[test]
 fn a_fallback_is_one_entry_with_priority_4_a_message_id_and_its_fields() {
-    let mut case = Case::new();
-    case.context(&wanted(&[])).set("docker.ready_timeout_seconds", 0);
-    let folder = case.path("journal");
-    fs::create_dir(&folder).unwrap();
-    let journal = UnixDatagram::bind(folder.join("socket")).unwrap();
+    let mut vm = TestVm::new();
+    vm.context(&wanted(&[])).set("docker.ready_timeout_seconds", 0);
+    let directory = vm.path("journal");
+    fs::create_dir(&directory).unwrap();
+    let journal = UnixDatagram::bind(directory.join("socket")).unwrap();
     journal.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
     let mut command = Command::new("unshare");
     command
         .args(["--mount", "sh", "-ec", ON_A_JOURNAL, "sh"])
-        .arg(&folder)
+        .arg(&directory)
         .arg(agent_binary())
-        .arg(case.settings_file());
+        .arg(vm.settings_file());
     let output = run(&mut command, Duration::from_secs(60));
     if output.stderr.contains("unshare failed") || output.stderr.contains("permission denied") {
         println!("SKIPPED: no mount namespace of one's own here: {}", output.stderr.trim());

@@ -1,4 +1,4 @@
-//! The node on a real Docker engine, on the stand-in GPU: launched, adopted, replaced, started
+//! The node on a real Docker engine, on the simulator GPU: launched, adopted, replaced, started
 //! again, stopped. Why it is on the CPU instead is in causes.rs.
 #![allow(
     clippy::expect_used,
@@ -19,14 +19,14 @@ use common::{
     two_gpus, up, wanted, warnings,
 };
 use serde_json::{Value, json};
-use supernode_tests::{Case, RuntimeMode, Sysfs, eventually, image, run};
+use supernode_tests::{RuntimeMode, Sysfs, TestVm, eventually, image, run};
 
 #[test]
 fn a_good_gpu_is_in_the_container_and_nothing_is_warned_of() {
-    let Some((engine, mut case)) = engine_with(&two_gpus()) else { return };
+    let Some((engine, mut vm)) = engine_with(&two_gpus()) else { return };
     fs::write(engine.daemon_json(), "{\n  \"log-level\": \"info\"\n}\n").unwrap();
-    case.sysfs(&sysfs_of_two()).context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", "GPU-bbbb")]));
-    let mut agent = up(&case);
+    vm.sysfs(&sysfs_of_two()).context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", "GPU-bbbb")]));
+    let mut agent = up(&vm);
     assert_eq!(warnings(&agent), Vec::<String>::new());
     assert_eq!(engine.records().last().unwrap().gpus, [GPU_B]);
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
@@ -45,15 +45,15 @@ fn a_good_gpu_is_in_the_container_and_nothing_is_warned_of() {
 
 #[test]
 fn a_killed_agent_leaves_the_container_and_the_next_adopts_it() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     for context in [wanted(&[]), vec![("FL_SUPERLINK_ADDRESS", "h:1")]] {
-        case.sysfs(&sysfs_of_one()).context(&context);
-        let mut agent = up(&case);
+        vm.sysfs(&sysfs_of_one()).context(&context);
+        let mut agent = up(&vm);
         let facts = "{{.State.Pid}} {{.Id}}";
         let before = inspect(&engine, facts);
         agent.kill9();
         assert_eq!(inspect(&engine, facts), before);
-        let agent = up(&case);
+        let agent = up(&vm);
         agent.wait_for_line("adopted the running container", TIMEOUT);
         assert_eq!(inspect(&engine, facts), before);
     }
@@ -61,27 +61,27 @@ fn a_killed_agent_leaves_the_container_and_the_next_adopts_it() {
 
 #[test]
 fn an_agent_that_is_told_to_leave_leaves_the_container_to_the_next() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    let mut agent = up(&case);
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let mut agent = up(&vm);
     let facts = "{{.State.Pid}} {{.Id}}";
     let before = inspect(&engine, facts);
     assert_eq!(agent.leave(), 75);
     assert_eq!(inspect(&engine, facts), before);
-    let agent = up(&case);
+    let agent = up(&vm);
     agent.wait_for_line("adopted the running container", TIMEOUT);
     assert_eq!(inspect(&engine, facts), before);
 }
 
 #[test]
 fn a_running_container_without_its_gpu_is_made_anew_and_not_adopted() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    up(&case).kill9();
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    up(&vm).kill9();
     let before = inspect(&engine, "{{.Id}}");
     fs::remove_file(format!("/proc/{}/root/dev/nvidia0", inspect(&engine, "{{.State.Pid}}")))
         .unwrap();
-    let agent = up(&case);
+    let agent = up(&vm);
     assert_ne!(inspect(&engine, "{{.Id}}"), before);
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
     assert!(
@@ -93,10 +93,10 @@ fn a_running_container_without_its_gpu_is_made_anew_and_not_adopted() {
 
 #[test]
 fn what_keeps_any_container_from_its_start_is_not_laid_on_the_gpu() {
-    let Some((_engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    case.set("container.log_driver", "no-such-driver");
-    let mut agent = case.start();
+    let Some((_engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    vm.set("container.log_driver", "no-such-driver");
+    let mut agent = vm.start();
     assert_eq!(agent.wait_exit(TIMEOUT), 1);
     assert_eq!(warnings(&agent), Vec::<String>::new());
     agent.wait_for_line("no-such-driver", TIMEOUT);
@@ -104,9 +104,9 @@ fn what_keeps_any_container_from_its_start_is_not_laid_on_the_gpu() {
 
 #[test]
 fn where_the_cpu_launch_is_refused_as_well_the_gpu_is_tried_again() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    let broken = case.path("runc-is-broken");
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let broken = vm.path("runc-is-broken");
     let script = format!(
         "#!/bin/sh\ncase \" $* \" in *\" create \"*) [ -e {} ] && exit 1 ;; esac\nPATH=$(echo \"$PATH\" | cut -d: -f2-) exec runc \"$@\"\n",
         broken.display()
@@ -114,7 +114,7 @@ fn where_the_cpu_launch_is_refused_as_well_the_gpu_is_tried_again() {
     let runc = engine.bin_dir().join("runc");
     fs::write(&runc, script).unwrap();
     fs::set_permissions(&runc, fs::Permissions::from_mode(0o755)).unwrap();
-    let agent = up(&case);
+    let agent = up(&vm);
     fs::write(&broken, "").unwrap();
     engine.docker(&["kill", "flower-supernode"]).expect_success();
     // Twice round: the WARNING is not given for every try.
@@ -135,16 +135,16 @@ fn where_the_cpu_launch_is_refused_as_well_the_gpu_is_tried_again() {
 
 #[test]
 fn a_stopped_container_that_docker_cannot_start_again_is_made_anew_before_the_gpu_is_judged() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    let mut agent = up(&case);
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let mut agent = up(&vm);
     let before = inspect(&engine, "{{.Id}}");
     assert_eq!(agent.terminate(), 0);
     // Its layer is damaged.
     let layer = inspect(&engine, "{{.GraphDriver.Data.UpperDir}}");
     assert!(layer.ends_with("/diff"), "{layer}");
     fs::remove_dir_all(&layer).unwrap();
-    let agent = up(&case);
+    let agent = up(&vm);
     assert_eq!(warnings(&agent), Vec::<String>::new());
     assert_ne!(inspect(&engine, "{{.Id}}"), before);
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
@@ -152,39 +152,39 @@ fn a_stopped_container_that_docker_cannot_start_again_is_made_anew_before_the_gp
 
 #[test]
 fn a_new_image_of_the_same_name_is_taken_at_the_next_start_and_not_by_force() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    let mut agent = up(&case);
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    let mut agent = up(&vm);
     let facts = "{{.Id}} {{.Image}}";
     let before = inspect(&engine, facts);
     engine.import_image_with(&[image::PYTORCH], &["ENV RELEASE=2"]);
     agent.kill9();
-    let mut agent = up(&case);
+    let mut agent = up(&vm);
     assert_eq!(inspect(&engine, facts), before);
     assert_eq!(agent.terminate(), 0);
-    let _agent = up(&case);
+    let _agent = up(&vm);
     assert_ne!(inspect(&engine, facts), before);
     assert!(inspect(&engine, "{{.Config.Env}}").contains("RELEASE=2"));
 }
 
 #[test]
 fn a_running_container_is_adopted_though_its_image_has_lost_its_name() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    up(&case).kill9();
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    up(&vm).kill9();
     let before = inspect(&engine, "{{.Id}}");
     engine.docker(&["rmi", "-f", image::PYTORCH]).expect_success();
-    up(&case);
+    up(&vm);
     assert_eq!(inspect(&engine, "{{.Id}}"), before);
 }
 
 #[test]
 fn a_paused_container_is_adopted_with_a_warning_that_names_the_cure() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    up(&case).kill9();
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    up(&vm).kill9();
     engine.docker(&["pause", "flower-supernode"]).expect_success();
-    let agent = up(&case);
+    let agent = up(&vm);
     assert!(
         warnings(&agent)[0].contains("docker unpause flower-supernode"),
         "{:#?}",
@@ -195,27 +195,27 @@ fn a_paused_container_is_adopted_with_a_warning_that_names_the_cure() {
 
 #[test]
 fn a_foreign_container_of_the_same_name_is_replaced_and_its_data_stay() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     engine
         .docker(&["run", "-d", "--name", "flower-supernode", "-v", "/data", image::PYTORCH])
         .expect_success();
     let volumes = || engine.docker(&["volume", "ls", "-q"]).expect_success().to_owned();
     let before = volumes();
     assert!(!before.is_empty());
-    let _agent = up(&case);
+    let _agent = up(&vm);
     assert!(!inspect(&engine, "{{index .Config.Labels \"supernode-agent.spec-hash\"}}").is_empty());
     assert_eq!(volumes(), before);
 }
 
 #[test]
 fn two_agents_do_not_fight_over_one_container() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    let first = up(&case);
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    let first = up(&vm);
     let before = inspect(&engine, "{{.Id}}");
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
-    let second = case.run_command("run", &[]);
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
+    let second = vm.run_command("run", &[]);
     assert_eq!(second.code, Some(1));
     assert!(second.stderr.contains("another supernode-agent runs already"), "{second:?}");
     assert_eq!(inspect(&engine, "{{.Id}}"), before);
@@ -224,9 +224,9 @@ fn two_agents_do_not_fight_over_one_container() {
 
 #[test]
 fn an_engine_that_hangs_does_not_keep_the_agent_from_its_end() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("container.stop_timeout_seconds", 1);
-    let mut agent = up(&case);
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("container.stop_timeout_seconds", 1);
+    let mut agent = up(&vm);
     let freeze = |signal: &str| {
         run(Command::new("kill").args([signal, &engine.pid().to_string()]), TIMEOUT)
             .expect_success();
@@ -235,7 +235,7 @@ fn an_engine_that_hangs_does_not_keep_the_agent_from_its_end() {
     assert_eq!(agent.terminate(), 1);
     agent.wait_for_line("could not be stopped: Docker gave no answer within 11 s", TIMEOUT);
     freeze("-CONT");
-    let mut agent = up(&case);
+    let mut agent = up(&vm);
     freeze("-STOP");
     agent.interrupt();
     agent.wait_for_line("received SIGINT", TIMEOUT);
@@ -246,9 +246,9 @@ fn an_engine_that_hangs_does_not_keep_the_agent_from_its_end() {
 
 #[test]
 fn a_container_that_went_down_with_its_engine_is_started_again_without_a_longer_pause() {
-    let Some((mut engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    let agent = up(&case);
+    let Some((mut engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    let agent = up(&vm);
     for round in 1..=3 {
         engine.restart();
         assert!(eventually(TIMEOUT, || {
@@ -263,12 +263,12 @@ fn a_container_that_went_down_with_its_engine_is_started_again_without_a_longer_
 
 #[test]
 fn another_specification_replaces_the_container_once() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    up(&case).kill9();
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    up(&vm).kill9();
     let before = inspect(&engine, "{{.Id}}");
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
-    let mut agent = up(&case);
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
+    let mut agent = up(&vm);
     assert_ne!(inspect(&engine, "{{.Id}}"), before);
     assert!(inspect(&engine, "{{.Args}}").contains("h:2"));
     assert_eq!(engine.docker(&["ps", "-aq"]).stdout.lines().count(), 1);
@@ -277,11 +277,11 @@ fn another_specification_replaces_the_container_once() {
 
 #[test]
 fn whatever_the_exit_code_the_container_is_started_again_with_a_growing_pause() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     for code in [0, 3] {
         let node_config = format!("test-exit={code}");
-        case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", &node_config)]);
-        let mut agent = up(&case);
+        vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", &node_config)]);
+        let mut agent = up(&vm);
         for pause in [1, 2, 4] {
             agent.wait_for_line(
                 &format!("ended with exit code {code}; starting it again in {pause} s"),
@@ -295,9 +295,9 @@ fn whatever_the_exit_code_the_container_is_started_again_with_a_growing_pause() 
 
 #[test]
 fn a_container_that_was_removed_by_hand_is_made_again() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    let _agent = up(&case);
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    let _agent = up(&vm);
     engine.docker(&["rm", "-f", "flower-supernode"]).expect_success();
     assert!(eventually(TIMEOUT, || {
         engine
@@ -310,9 +310,9 @@ fn a_container_that_was_removed_by_hand_is_made_again() {
 
 #[test]
 fn sigterm_in_the_middle_of_the_start_ends_the_agent() {
-    let mut case = Case::new();
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    let mut agent = case.start();
+    let mut vm = TestVm::new();
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    let mut agent = vm.start();
     agent.wait_for_notify("EXTEND_TIMEOUT_USEC=", TIMEOUT);
     assert_eq!(agent.terminate(), 0);
     assert!(agent.notifications().iter().any(|told| told.contains("STOPPING=1")));
@@ -320,10 +320,10 @@ fn sigterm_in_the_middle_of_the_start_ends_the_agent() {
 
 #[test]
 fn a_container_that_does_not_listen_to_sigterm_is_killed_after_its_grace() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", "test-ignore-term=true")]);
-    case.set("container.stop_timeout_seconds", 1);
-    let mut agent = up(&case);
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", "test-ignore-term=true")]);
+    vm.set("container.stop_timeout_seconds", 1);
+    let mut agent = up(&vm);
     agent.wait_for_line("started the container", TIMEOUT);
     assert!(eventually(TIMEOUT, || engine
         .docker(&["logs", "flower-supernode"])
@@ -335,10 +335,10 @@ fn a_container_that_does_not_listen_to_sigterm_is_killed_after_its_grace() {
 
 #[test]
 fn an_engine_that_comes_late_is_waited_for_and_one_that_goes_is_found_again() {
-    let Some((mut engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    let Some((mut engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     engine.stop();
-    let agent = case.start();
+    let agent = vm.start();
     agent.wait_for_notify("EXTEND_TIMEOUT_USEC=", TIMEOUT);
     engine.restart();
     agent.wait_for_notify("READY=1", TIMEOUT);
@@ -354,22 +354,22 @@ fn an_engine_that_comes_late_is_waited_for_and_one_that_goes_is_found_again() {
 
 #[test]
 fn an_engine_that_never_comes_is_an_error_that_a_retry_may_cure() {
-    let mut case = Case::new();
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("docker.ready_timeout_seconds", 1);
-    let mut agent = case.start();
+    let mut vm = TestVm::new();
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("docker.ready_timeout_seconds", 1);
+    let mut agent = vm.start();
     assert_eq!(agent.wait_exit(TIMEOUT), 1);
     agent.wait_for_line("docker.sock does not answer", TIMEOUT);
 }
 
 #[test]
 fn the_prebaked_image_stands_in_for_one_that_is_not_to_be_had() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[
         ("FL_SUPERLINK_ADDRESS", "h:1"),
         ("FLOWER_VERSION", "9.9.9"),
         ("ML_FRAMEWORK", "pytorch"),
     ]);
-    let mut agent = up(&case);
+    let mut agent = up(&vm);
     let warning = &warnings(&agent)[0];
     assert!(
         warning.contains("flower-supernode-pytorch:9.9.9") && warning.contains("prebaked"),
@@ -378,8 +378,8 @@ fn the_prebaked_image_stands_in_for_one_that_is_not_to_be_had() {
     assert_eq!(inspect(&engine, "{{.Config.Image}}"), image::PYTORCH);
     assert_eq!(agent.terminate(), 0);
     // None at all: both are named.
-    case.prebaked("9.9.8", "tensorflow");
-    let mut agent = case.start();
+    vm.prebaked("9.9.8", "tensorflow");
+    let mut agent = vm.start();
     assert_eq!(agent.wait_exit(TIMEOUT), 1);
     let line = agent.wait_for_line(" ERROR ", TIMEOUT);
     assert!(
@@ -391,10 +391,10 @@ fn the_prebaked_image_stands_in_for_one_that_is_not_to_be_had() {
 
 #[test]
 fn hostile_values_arrive_byte_for_byte_and_nothing_is_executed() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let hostile = "x='\"; touch /pwned; \"' y=\"$(touch /pwned) `touch /pwned` \\\\ ü\"";
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", hostile)]);
-    let _agent = up(&case);
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", hostile)]);
+    let _agent = up(&vm);
     let args: Vec<String> = serde_json::from_str(&inspect(&engine, "{{json .Args}}")).unwrap();
     assert!(args.iter().any(|argument| argument == hostile), "{args:?}");
     assert!(eventually(TIMEOUT, || {
@@ -407,14 +407,14 @@ fn hostile_values_arrive_byte_for_byte_and_nothing_is_executed() {
 
 #[test]
 fn the_container_is_confined_as_the_contract_says() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let pem = include_str!("../../agent/tests/ca.crt");
-    case.context(&[
+    vm.context(&[
         ("FL_SUPERLINK_ADDRESS", "h:1"),
         ("FL_TLS_ENABLED", "YES"),
         ("FL_SSL_CA_CERTFILE", pem),
     ]);
-    let mut agent = up(&case);
+    let mut agent = up(&vm);
     let host: Value = serde_json::from_str(&inspect(&engine, "{{json .HostConfig}}")).unwrap();
     assert_eq!(host["CapDrop"], json!(["ALL"]));
     assert_eq!(host["SecurityOpt"], json!(["no-new-privileges"]));
@@ -439,18 +439,18 @@ fn the_container_is_confined_as_the_contract_says() {
 
 #[test]
 fn another_ca_is_another_container() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let pem = include_str!("../../agent/tests/ca.crt");
     let two = format!("{pem}{}", include_str!("../../agent/tests/certificates/hospital-ca.crt"));
     let ids: Vec<String> = [pem.to_owned(), pem.replace('\n', "\r\n"), two]
         .iter()
         .map(|pem| {
-            case.context(&[
+            vm.context(&[
                 ("FL_SUPERLINK_ADDRESS", "h:1"),
                 ("FL_TLS_ENABLED", "YES"),
                 ("FL_SSL_CA_CERTFILE", pem),
             ]);
-            up(&case).kill9();
+            up(&vm).kill9();
             inspect(&engine, "{{.Id}}")
         })
         .collect();
@@ -462,13 +462,13 @@ fn another_ca_is_another_container() {
 
 #[test]
 fn a_driver_that_comes_within_the_wait_is_used() {
-    let Some((_engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let Some((_engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let sysfs = Sysfs::new().gpu("0000:01:00.0");
-    let ready = case.path("driver-is-ready");
+    let ready = vm.path("driver-is-ready");
     let mut machine = one_gpu();
     machine["ready_file"] = json!(ready);
-    case.sysfs(&sysfs).nvml(&machine).context(&wanted(&[])).set("gpu.wait_seconds", 60);
-    let agent = case.start();
+    vm.sysfs(&sysfs).nvml(&machine).context(&wanted(&[])).set("gpu.wait_seconds", 60);
+    let agent = vm.start();
     agent.wait_for_notify("Looking for the GPU", TIMEOUT);
     let _bound = sysfs.driver("nvidia").module("550.54.15");
     fs::write(ready, "").unwrap();
@@ -481,7 +481,7 @@ fn a_driver_that_comes_within_the_wait_is_used() {
 fn mig_instances_are_in_the_container_by_the_node_of_their_card() {
     const MIG_A: &str = "MIG-aaaa1111-0000-0000-0000-00000000000a";
     const MIG_B: &str = "MIG-bbbb2222-0000-0000-0000-00000000000b";
-    let Some((engine, mut case)) = engine_with(&two_gpus()) else { return };
+    let Some((engine, mut vm)) = engine_with(&two_gpus()) else { return };
     // The second card has the node /dev/nvidia3, and is divided.
     let mut machine = two_gpus();
     machine["gpus"][1]["minor"] = json!(3);
@@ -490,7 +490,7 @@ fn mig_instances_are_in_the_container_by_the_node_of_their_card() {
         {"uuid": MIG_B, "name": "NVIDIA A100 MIG 2g.10gb", "memory_mib": 9856},
     ]);
     engine.nvidia_runtime(RuntimeMode::Ok, &machine);
-    case.sysfs(&sysfs_of_two()).nvml(&machine);
+    vm.sysfs(&sysfs_of_two()).nvml(&machine);
     let nodes_inside = || {
         let listed = engine.docker(&["exec", "flower-supernode", "ls", "/dev"]).stdout;
         listed
@@ -506,11 +506,11 @@ fn mig_instances_are_in_the_container_by_the_node_of_their_card() {
         (MIG_B, vec![MIG_B], "nvidia3 ", "4928"),
         ("MIG-aaaa", vec![MIG_A], "nvidia3 ", "2432"),
     ] {
-        case.context(&wanted(&[
+        vm.context(&wanted(&[
             ("FL_CUDA_VISIBLE_DEVICES", selection),
             ("FL_GPU_MEMORY_FRACTION", "0.5"),
         ]));
-        let mut agent = up(&case);
+        let mut agent = up(&vm);
         assert_eq!(warnings(&agent), Vec::<String>::new());
         assert_eq!(engine.records().last().unwrap().gpus, expected, "{selection}");
         let env = inspect(&engine, "{{range .Config.Env}}{{println .}}{{end}}");
@@ -533,8 +533,8 @@ fn mig_instances_are_in_the_container_by_the_node_of_their_card() {
     wrong["gpus"][1]["minor"] = json!(0);
     engine.nvidia_runtime(RuntimeMode::Ok, &wrong);
     engine.docker(&["rm", "-f", "flower-supernode"]);
-    case.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", MIG_B)]));
-    let agent = up(&case);
+    vm.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", MIG_B)]));
+    let agent = up(&vm);
     let warnings = warnings(&agent);
     assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
     for words in ["gpu-not-visible", MIG_B, "it has /dev/nvidia0"] {
@@ -548,14 +548,14 @@ fn a_mig_instance_is_planned_with_its_own_memory_and_adopted_while_it_is_there()
     const MIG_A: &str = "MIG-aaaa1111-0000-0000-0000-00000000000a";
     let mut machine = one_gpu();
     machine["gpus"][0]["mig"] = json!([{"uuid": MIG_A, "memory_mib": 4864}]);
-    let Some((engine, mut case)) = engine_with(&machine) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    let plan = json_of(&case.run_command("plan", &["--json"]));
+    let Some((engine, mut vm)) = engine_with(&machine) else { return };
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let plan = json_of(&vm.run_command("plan", &["--json"]));
     let devices = plan["gpu"]["verdict"]["devices"].as_array().unwrap();
     assert_eq!(devices.len(), 1);
     assert_eq!((&devices[0]["uuid"], &devices[0]["memory_mib"]), (&json!(MIG_A), &json!(4864)));
-    up(&case).kill9();
+    up(&vm).kill9();
     let before = inspect(&engine, "{{.Id}}");
-    let agent = up(&case);
+    let agent = up(&vm);
     assert_eq!((inspect(&engine, "{{.Id}}"), warnings(&agent)), (before, Vec::new()));
 }

@@ -17,7 +17,7 @@ use common::{
     GPU_A, TIMEOUT, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings,
 };
 use serde_json::{Value, json};
-use supernode_tests::{Agent, Case, Engine, Sandbox, eventually, run};
+use supernode_tests::{Agent, Engine, Sandbox, TestVm, eventually, run};
 
 /// The default of `dcgm.image`.
 const EXPORTER: &str = "nvcr.io/nvidia/k8s/dcgm-exporter:4.5.3-4.8.2-distroless";
@@ -52,31 +52,31 @@ fn wait_for_page(address: &str, parts: &[&str]) -> String {
     page
 }
 
-fn reload(case: &Case, agent: &Agent) {
-    let _ = case.settings_file();
+fn reload(vm: &TestVm, agent: &Agent) {
+    let _ = vm.settings_file();
     agent.reload();
 }
 
 /// One GPU that is measured, with an event file for each XID, and a log of NVML's calls.
-fn measured_gpu(folder: &Sandbox, xids: &[u64]) -> Value {
+fn measured_gpu(directory: &Sandbox, xids: &[u64]) -> Value {
     let mut machine = one_gpu();
     let gpu = &mut machine["gpus"][0];
     (gpu["utilization"], gpu["power_mw"], gpu["memory_used_mib"]) =
         (json!(25), json!(70_500), json!(1024));
-    let event = |xid: &u64| json!({"type": "xid", "data": xid, "when_file": folder.join(format!("xid-{xid}"))});
+    let event = |xid: &u64| json!({"type": "xid", "data": xid, "when_file": directory.join(format!("xid-{xid}"))});
     machine["events"] = xids.iter().map(event).collect();
-    machine["log"] = json!(folder.join("calls"));
+    machine["log"] = json!(directory.join("calls"));
     machine
 }
 
 #[test]
 fn the_page_tells_of_node_and_gpu_and_follows_what_happens() {
-    let folder = Sandbox::new("metrics");
-    let machine = measured_gpu(&folder, &[31, 79]);
-    let Some((engine, mut case)) = engine_with(&machine) else { return };
+    let directory = Sandbox::new("metrics");
+    let machine = measured_gpu(&directory, &[31, 79]);
+    let Some((engine, mut vm)) = engine_with(&machine) else { return };
     let address = free_address();
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[])).set("metrics.listen", address.clone());
-    let agent = up(&case);
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[])).set("metrics.listen", address.clone());
+    let agent = up(&vm);
     let gpu = format!("{{uuid=\"{GPU_A}\",name=\"NVIDIA A100\"}}");
     let page = wait_for_page(
         &address,
@@ -100,7 +100,7 @@ fn the_page_tells_of_node_and_gpu_and_follows_what_happens() {
     assert!(answer(&address, "GET /").starts_with("HTTP/1.1 404 "));
     assert!(answer(&address, "DELETE /metrics").starts_with("HTTP/1.1 405 "));
     let xid = |number: u64| format!("{{uuid=\"{GPU_A}\",name=\"NVIDIA A100\",xid=\"{number}\"}}");
-    folder.write("xid-31", "");
+    directory.write("xid-31", "");
     wait_for_page(
         &address,
         &[
@@ -110,7 +110,7 @@ fn the_page_tells_of_node_and_gpu_and_follows_what_happens() {
     );
     engine.docker(&["kill", "flower-supernode"]).expect_success();
     wait_for_page(&address, &["\nsupernode_container_restarts_total 1\n", "\nsupernode_up 1\n"]);
-    folder.write("xid-79", "");
+    directory.write("xid-79", "");
     let page = wait_for_page(
         &address,
         &[
@@ -126,22 +126,22 @@ fn the_page_tells_of_node_and_gpu_and_follows_what_happens() {
 
 #[test]
 fn without_a_page_nobody_measures_the_gpu() {
-    let folder = Sandbox::new("metrics");
-    let Some((_engine, mut case)) = engine_with(&measured_gpu(&folder, &[])) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    let _agent = up(&case);
-    let calls = || fs::read_to_string(folder.join("calls")).unwrap_or_default();
+    let directory = Sandbox::new("metrics");
+    let Some((_engine, mut vm)) = engine_with(&measured_gpu(&directory, &[])) else { return };
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let _agent = up(&vm);
+    let calls = || fs::read_to_string(directory.join("calls")).unwrap_or_default();
     assert!(eventually(TIMEOUT, || calls().contains("nvmlEventSetWait_v2")), "{}", calls());
     assert!(!calls().contains("nvmlDeviceGetPowerUsage"), "{}", calls());
 }
 
 #[test]
 fn an_address_that_is_taken_is_a_warning_and_a_reload_brings_another() {
-    let Some((_engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let Some((_engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("metrics.listen", address.clone());
-    let agent = up(&case);
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("metrics.listen", address.clone());
+    let agent = up(&vm);
     let told = warnings(&agent);
     assert!(
         told.len() == 1
@@ -150,14 +150,14 @@ fn an_address_that_is_taken_is_a_warning_and_a_reload_brings_another() {
     );
     // A reload brings another one.
     let free = free_address();
-    case.set("metrics.listen", free.clone());
-    reload(&case, &agent);
+    vm.set("metrics.listen", free.clone());
+    reload(&vm, &agent);
     wait_for_page(
         &free,
         &["\nsupernode_up 1\n", "\nsupernode_device_info{device=\"cpu\",reason=\"\"} 1\n"],
     );
-    case.set("metrics.listen", "localhost:1");
-    let output = case.run_command("plan", &[]);
+    vm.set("metrics.listen", "localhost:1");
+    let output = vm.run_command("plan", &[]);
     assert_eq!(output.code, Some(78));
     assert!(
         output.stderr.contains("metrics.listen = \"localhost:1\": must be an IP address"),
@@ -165,13 +165,13 @@ fn an_address_that_is_taken_is_a_warning_and_a_reload_brings_another() {
     );
 }
 
-/// A node with the exporter, whose stand-in is there.
-fn with_exporter(machine: &Value, more: &[(&str, &str)]) -> Option<(Engine, Case)> {
-    let (engine, mut case) = engine_with(machine)?;
+/// A node with the exporter, whose simulator is there.
+fn with_exporter(machine: &Value, more: &[(&str, &str)]) -> Option<(Engine, TestVm)> {
+    let (engine, mut vm) = engine_with(machine)?;
     engine.import_image_with(&[EXPORTER], &[SERVES]);
     let more = [&[("FL_DCGM_ENABLED", "YES")], more].concat();
-    case.sysfs(&sysfs_of_one()).context(&wanted(&more));
-    Some((engine, case))
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&more));
+    Some((engine, vm))
 }
 
 fn exporter(engine: &Engine, template: &str) -> String {
@@ -200,13 +200,13 @@ const RUNS: &str = "{{.State.Running}}";
 
 #[test]
 fn the_exporter_runs_on_the_nodes_gpu_is_adopted_replaced_stopped_and_removed() {
-    let Some((engine, mut case)) = with_exporter(&one_gpu(), &[]) else { return };
-    let planned = &json_of(&case.run_command("plan", &["--json"]))["dcgm"];
+    let Some((engine, mut vm)) = with_exporter(&one_gpu(), &[]) else { return };
+    let planned = &json_of(&vm.run_command("plan", &["--json"]))["dcgm"];
     assert_eq!(
         (&planned["container"]["image"], &planned["reason"]),
         (&json!(EXPORTER), &Value::Null)
     );
-    let mut agent = up(&case);
+    let mut agent = up(&vm);
     agent.wait_for_line("started the DCGM exporter", TIMEOUT);
     assert_eq!(
         exporter(&engine, "{{.HostConfig.Runtime}} {{.HostConfig.CapDrop}}"),
@@ -214,17 +214,17 @@ fn the_exporter_runs_on_the_nodes_gpu_is_adopted_replaced_stopped_and_removed() 
     );
     assert_eq!(engine.records().last().unwrap().gpus, [GPU_A]);
     assert!(eventually(TIMEOUT, || fetched(&engine, "127.0.0.1:9400").contains("49999")));
-    let status = case.run_command("status", &[]).stdout;
+    let status = vm.run_command("status", &[]).stdout;
     assert!(status.contains(&format!("DCGM       {EXPORTER} at 127.0.0.1:9400\n")), "{status}");
     // An agent that dies leaves both, and the next adopts both.
     let before = [inspect(&engine, "{{.Id}}"), exporter(&engine, "{{.Id}}")];
     agent.kill9();
-    let mut agent = up(&case);
+    let mut agent = up(&vm);
     agent.wait_for_line("adopted the running DCGM exporter", TIMEOUT);
     assert_eq!([inspect(&engine, "{{.Id}}"), exporter(&engine, "{{.Id}}")], before);
     // Another address is another exporter, and the same node.
-    case.set("dcgm.listen", "127.0.0.1:9555");
-    reload(&case, &agent);
+    vm.set("dcgm.listen", "127.0.0.1:9555");
+    reload(&vm, &agent);
     assert!(
         eventually(TIMEOUT, || fetched(&engine, "127.0.0.1:9555").contains("49999")),
         "{:#?}",
@@ -236,32 +236,32 @@ fn the_exporter_runs_on_the_nodes_gpu_is_adopted_replaced_stopped_and_removed() 
     assert_eq!(exporter(&engine, RUNS), "false");
     assert_eq!(warnings(&agent), Vec::<String>::new());
     // It is not wanted any more.
-    case.context(&wanted(&[]));
-    let planned = &json_of(&case.run_command("plan", &["--json"]))["dcgm"];
+    vm.context(&wanted(&[]));
+    let planned = &json_of(&vm.run_command("plan", &["--json"]))["dcgm"];
     assert_eq!(planned, &json!({"container": null, "reason": "FL_DCGM_ENABLED is not YES"}));
-    let agent = up(&case);
+    let agent = up(&vm);
     agent.wait_for_line("removing the DCGM exporter: FL_DCGM_ENABLED is not YES", TIMEOUT);
     wait_for_exporter(&engine, &agent, RUNS, "");
 }
 
 #[test]
 fn a_container_of_somebody_else_stays_where_no_exporter_is_wanted() {
-    let Some((engine, mut case)) = with_exporter(&one_gpu(), &[]) else { return };
+    let Some((engine, mut vm)) = with_exporter(&one_gpu(), &[]) else { return };
     engine.docker(&["run", "-d", "--name", "flower-supernode-dcgm", EXPORTER]).expect_success();
-    case.context(&wanted(&[]));
-    let mut agent = up(&case);
+    vm.context(&wanted(&[]));
+    let mut agent = up(&vm);
     assert_eq!(agent.terminate(), 0);
     assert_eq!(exporter(&engine, RUNS), "true");
 }
 
 #[test]
 fn an_exporter_without_an_image_is_one_warning_and_neither_keeps_nor_ends_the_node() {
-    let Some((engine, mut case)) = with_exporter(&one_gpu(), &[]) else { return };
-    case.set("dcgm.image", "127.0.0.1:9/exporter:1");
-    let agent = up(&case);
+    let Some((engine, mut vm)) = with_exporter(&one_gpu(), &[]) else { return };
+    vm.set("dcgm.image", "127.0.0.1:9/exporter:1");
+    let agent = up(&vm);
     let line = agent.wait_for_line("the DCGM exporter flower-supernode-dcgm does not run", TIMEOUT);
     assert!(line.contains(" WARNING ") && line.contains("the node goes on without"), "{line}");
-    let status = json_of(&case.run_command("status", &["--json"]));
+    let status = json_of(&vm.run_command("status", &["--json"]));
     assert!(status["dcgm"].as_str().unwrap().starts_with("does not run: "), "{status}");
     assert_eq!(inspect(&engine, RUNS), "true");
     // It is tried again.
@@ -272,8 +272,8 @@ fn an_exporter_without_an_image_is_one_warning_and_neither_keeps_nor_ends_the_no
 
 #[test]
 fn an_exporter_that_ends_is_started_again_and_warned_of_once() {
-    let Some((engine, case)) = with_exporter(&one_gpu(), &[]) else { return };
-    let agent = up(&case);
+    let Some((engine, vm)) = with_exporter(&one_gpu(), &[]) else { return };
+    let agent = up(&vm);
     let node = inspect(&engine, "{{.Id}} {{.State.Pid}}");
     for round in 1..=2 {
         let started = || {
@@ -290,8 +290,8 @@ fn an_exporter_that_ends_is_started_again_and_warned_of_once() {
 
 #[test]
 fn the_exporter_comes_back_with_an_engine_that_crashed_and_without_a_warning_of_its_own() {
-    let Some((mut engine, case)) = with_exporter(&one_gpu(), &[]) else { return };
-    let agent = up(&case);
+    let Some((mut engine, vm)) = with_exporter(&one_gpu(), &[]) else { return };
+    let agent = up(&vm);
     let started =
         || agent.lines().iter().filter(|line| line.contains("started the DCGM exporter")).count();
     assert!(eventually(TIMEOUT, || started() == 1), "{:#?}", agent.lines());
@@ -305,23 +305,23 @@ fn the_exporter_comes_back_with_an_engine_that_crashed_and_without_a_warning_of_
 
 #[test]
 fn the_exporter_lets_go_of_a_gpu_that_failed_and_ends_with_it() {
-    let folder = Sandbox::new("metrics");
-    let Some((engine, mut case)) = with_exporter(&measured_gpu(&folder, &[48, 79]), &[]) else {
+    let directory = Sandbox::new("metrics");
+    let Some((engine, mut vm)) = with_exporter(&measured_gpu(&directory, &[48, 79]), &[]) else {
         return;
     };
-    case.set("gpu.on_failure", "restart");
-    let agent = up(&case);
+    vm.set("gpu.on_failure", "restart");
+    let agent = up(&vm);
     agent.wait_for_line("started the DCGM exporter", TIMEOUT);
     let first = exporter(&engine, "{{.Id}}");
-    folder.write("xid-48", "");
+    directory.write("xid-48", "");
     agent.wait_for_line("removing the DCGM exporter: no GPU is in use", TIMEOUT);
     agent.wait_for_line("a probe finds the GPU well", TIMEOUT);
     wait_for_exporter(&engine, &agent, RUNS, "true");
     assert_ne!(exporter(&engine, "{{.Id}}"), first);
-    case.set("gpu.on_failure", "cpu");
-    reload(&case, &agent);
+    vm.set("gpu.on_failure", "cpu");
+    reload(&vm, &agent);
     agent.wait_for_line("adopted the running DCGM exporter", TIMEOUT);
-    folder.write("xid-79", "");
+    directory.write("xid-79", "");
     wait_for_exporter(&engine, &agent, RUNS, "");
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}} {{.State.Running}}"), "runc true");
 }

@@ -16,62 +16,62 @@ use common::{
     GPU_A, TIMEOUT, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings,
 };
 use serde_json::{Value, json};
-use supernode_tests::{Case, Engine, Registry, Sysfs, eventually, run};
+use supernode_tests::{Engine, Registry, Sysfs, TestVm, eventually, run};
 
-fn status(case: &Case) -> Value {
-    json_of(&case.run_command("status", &["--json"]))
+fn status(vm: &TestVm) -> Value {
+    json_of(&vm.run_command("status", &["--json"]))
 }
 
-fn ready(case: &Case) -> Option<i32> {
-    case.run_command("status", &["--ready"]).code
+fn ready(vm: &TestVm) -> Option<i32> {
+    vm.run_command("status", &["--ready"]).code
 }
 
 #[test]
 fn a_node_is_ready_only_while_its_container_runs() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    assert_eq!(ready(&case), Some(1), "before the first start");
-    let mut agent = up(&case);
-    assert_eq!(ready(&case), Some(0));
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    assert_eq!(ready(&vm), Some(1), "before the first start");
+    let mut agent = up(&vm);
+    assert_eq!(ready(&vm), Some(0));
     // The agent is gone, the container is not.
     agent.kill9();
-    assert_eq!(ready(&case), Some(0));
-    assert_eq!(status(&case)["agent"]["running"], false);
+    assert_eq!(ready(&vm), Some(0));
+    assert_eq!(status(&vm)["agent"]["running"], false);
     engine.docker(&["pause", "flower-supernode"]).expect_success();
-    assert_eq!(ready(&case), Some(1), "a paused container trains nothing");
+    assert_eq!(ready(&vm), Some(1), "a paused container trains nothing");
     engine.docker(&["unpause", "flower-supernode"]).expect_success();
-    let mut agent = up(&case);
+    let mut agent = up(&vm);
     assert_eq!(agent.terminate(), 0);
-    let refused = case.run_command("status", &["--ready"]);
+    let refused = vm.run_command("status", &["--ready"]);
     assert_eq!(refused.code, Some(1));
     assert!(
         refused.stderr.contains("flower-supernode does not run: it ended with exit code 0"),
         "{refused:?}"
     );
-    assert_eq!(status(&case)["agent"]["status"], "Stopped");
+    assert_eq!(status(&vm)["agent"]["status"], "Stopped");
     engine.docker(&["rm", "flower-supernode"]).expect_success();
     engine
         .docker(&["run", "-d", "--name", "flower-supernode", supernode_tests::image::PYTORCH])
         .expect_success();
-    assert_eq!(ready(&case), Some(1), "a container of somebody else is not the node");
+    assert_eq!(ready(&vm), Some(1), "a container of somebody else is not the node");
     engine.docker(&["rm", "-f", "flower-supernode"]);
 }
 
 #[test]
 fn without_an_engine_a_node_is_not_ready_and_status_says_what_is_not_known() {
-    let case = Case::new();
-    assert_eq!(ready(&case), Some(1));
-    let status = status(&case);
+    let vm = TestVm::new();
+    assert_eq!(ready(&vm), Some(1));
+    let status = status(&vm);
     assert!(status["notes"][0].as_str().unwrap().contains("does not answer"), "{status}");
     assert_eq!(status["ready"], false);
 }
 
 #[test]
 fn status_says_what_runs_on_which_device_since_when_and_why() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    let mut agent = up(&case);
-    let said = status(&case);
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let mut agent = up(&vm);
+    let said = status(&vm);
     assert_eq!(said["gpu"]["verdict"]["devices"][0]["uuid"], GPU_A);
     assert_eq!(said["superlink"], "10.9.8.7:9092");
     assert_eq!(said["agent"]["running"], true);
@@ -82,9 +82,9 @@ fn status_says_what_runs_on_which_device_since_when_and_why() {
     );
     assert_eq!(agent.terminate(), 0);
 
-    case.sysfs(&Sysfs::new().gpu("0000:01:00.0").driver("nouveau"));
-    let _agent = up(&case);
-    let text = case.run_command("status", &[]).stdout;
+    vm.sysfs(&Sysfs::new().gpu("0000:01:00.0").driver("nouveau"));
+    let _agent = up(&vm);
+    let text = vm.run_command("status", &[]).stdout;
     for words in [
         "Container  flower-supernode runs since 20",
         "Device     cpu: wrong-driver: ",
@@ -99,36 +99,34 @@ fn status_says_what_runs_on_which_device_since_when_and_why() {
 fn a_pull_is_told_in_percent_of_the_whole_image_to_systemd_and_to_status() {
     let Some(engine) = Engine::start() else { return };
     let registry = Registry::start(&engine);
-    let mut case = Case::new();
-    case.engine(&engine)
+    let mut vm = TestVm::new();
+    vm.engine(&engine)
         .context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_SUPERNODE_IMAGE", Registry::IMAGE)]);
-    let agent = case.start();
+    let agent = vm.start();
     let told = agent.wait_for_notify(" % of ", TIMEOUT);
     assert!(told.starts_with(&format!("STATUS=Pulling {}: ", Registry::IMAGE)), "{told}");
     assert!(eventually(TIMEOUT, || {
-        let said = status(&case)["agent"]["status"].to_string();
+        let said = status(&vm)["agent"]["status"].to_string();
         said.contains("Pulling 127.0.0.1:5000/node:1: ") && said.contains(" % of ")
     }));
     assert!(
-        case.run_command("status", &[])
-            .stdout
-            .contains("Agent      Pulling 127.0.0.1:5000/node:1: ")
+        vm.run_command("status", &[]).stdout.contains("Agent      Pulling 127.0.0.1:5000/node:1: ")
     );
     registry.give_the_rest();
     agent.wait_for_notify("READY=1", TIMEOUT);
-    assert_eq!(status(&case)["container"]["image"], Registry::IMAGE);
+    assert_eq!(status(&vm)["container"]["image"], Registry::IMAGE);
 }
 
 #[test]
 fn who_watches_gets_each_change_once_and_ends_with_ctrl_c_or_with_the_reader() {
-    let case = Case::new();
+    let vm = TestVm::new();
     let report = |words: &str| {
         let report = json!({"version": "0.1.0", "pid": 1, "status": words, "since": "", "verdict": null, "superlink": null});
-        std::fs::write(case.path("state/status.json"), report.to_string()).unwrap();
+        std::fs::write(vm.path("state/status.json"), report.to_string()).unwrap();
     };
     let watch = |arguments: &[&str]| {
         let mut watcher =
-            case.command("status").args(arguments).stdout(Stdio::piped()).spawn().unwrap();
+            vm.command("status").args(arguments).stdout(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(watcher.stdout.take().unwrap()).lines().map(Result::unwrap);
         (watcher, lines)
     };
@@ -169,31 +167,31 @@ fn who_watches_gets_each_change_once_and_ends_with_ctrl_c_or_with_the_reader() {
 
 #[test]
 fn a_reload_replaces_the_container_only_for_a_real_change() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("ETH0_DNS", "1.1.1.1")]);
-    let mut agent = up(&case);
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("ETH0_DNS", "1.1.1.1")]);
+    let mut agent = up(&vm);
     let id = || inspect(&engine, "{{.Id}}");
     let first = id();
     // A line that is none of ours.
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("ETH0_DNS", "9.9.9.9")]);
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("ETH0_DNS", "9.9.9.9")]);
     agent.reload();
     agent.wait_for_line("nothing has changed", TIMEOUT);
     // One that is wrong: it is told, and the node goes on.
-    case.context(&[("FL_SUPERLINK_ADDRESS", "nowhere"), ("FL_LOG_LEVEL", "loud")]);
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "nowhere"), ("FL_LOG_LEVEL", "loud")]);
     agent.reload();
     agent.wait_for_line("FL_SUPERLINK_ADDRESS='nowhere': must be", TIMEOUT);
     agent.wait_for_line("FL_LOG_LEVEL='loud': must be", TIMEOUT);
     agent.wait_for_line("the node goes on with the old one", TIMEOUT);
     assert_eq!(id(), first);
     // A real change.
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
     agent.reload();
     assert!(eventually(TIMEOUT, || engine
         .docker(&["inspect", "flower-supernode"])
         .stdout
         .contains("h:2")));
     agent.wait_for_line("the configuration has changed", TIMEOUT);
-    assert!(eventually(TIMEOUT, || status(&case)["superlink"] == "h:2" && ready(&case) == Some(0)));
+    assert!(eventually(TIMEOUT, || status(&vm)["superlink"] == "h:2" && ready(&vm) == Some(0)));
     assert_ne!(id(), first);
     let second = id();
     agent.reload();
@@ -207,12 +205,9 @@ fn a_reload_replaces_the_container_only_for_a_real_change() {
 
 #[test]
 fn the_service_manager_hears_when_a_reload_begins_and_when_it_is_done() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.context(&[
-        ("FL_SUPERLINK_ADDRESS", "h:1"),
-        ("FL_NODE_CONFIG", "test-never-connects=true"),
-    ]);
-    let agent = up(&case);
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", "test-never-connects=true")]);
+    let agent = up(&vm);
     let run = || inspect(&engine, "{{.Id}} {{.State.StartedAt}}");
     let first = run();
     // From RELOADING=1 on, without what is told in between.
@@ -232,14 +227,11 @@ fn the_service_manager_hears_when_a_reload_begins_and_when_it_is_done() {
     let as_before =
         ["READY=1\nSTATUS=Running on the CPU (FL_GPU_ENABLED is not YES); not connected to h:1\n"];
     assert_eq!(reload("READY=1"), as_before, "nothing has changed");
-    case.context(&[("FL_SUPERLINK_ADDRESS", "nowhere")]);
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "nowhere")]);
     assert_eq!(reload("READY=1"), as_before, "what is there now is invalid");
     agent.wait_for_line("FL_SUPERLINK_ADDRESS='nowhere': must be", TIMEOUT);
     assert_eq!(run(), first);
-    case.context(&[
-        ("FL_SUPERLINK_ADDRESS", "h:2"),
-        ("FL_NODE_CONFIG", "test-never-connects=true"),
-    ]);
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:2"), ("FL_NODE_CONFIG", "test-never-connects=true")]);
     let told = reload("READY=1");
     assert!(told.len() > 1 && !told[0].contains("READY=1"), "{told:#?}");
     assert!(told.last().unwrap().contains("not connected to h:2"), "{told:#?}");
@@ -251,10 +243,10 @@ fn the_service_manager_hears_when_a_reload_begins_and_when_it_is_done() {
 
 #[test]
 fn a_reload_that_takes_the_gpu_away_is_a_fallback_with_its_warning() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    let agent = up(&case);
-    case.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", "7")]));
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    let agent = up(&vm);
+    vm.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", "7")]));
     agent.reload();
     agent.wait_for_line("device-selection-empty", TIMEOUT);
     assert!(eventually(TIMEOUT, || {
@@ -269,9 +261,9 @@ fn a_reload_that_takes_the_gpu_away_is_a_fallback_with_its_warning() {
 
 #[test]
 fn the_watchdog_is_fed_where_there_is_one() {
-    let mut case = Case::new();
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).env("WATCHDOG_USEC", "200000");
-    let agent = case.start();
+    let mut vm = TestVm::new();
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).env("WATCHDOG_USEC", "200000");
+    let agent = vm.start();
     assert!(eventually(TIMEOUT, || {
         agent.notifications().iter().filter(|told| told.contains("WATCHDOG=1")).count() >= 3
     }));

@@ -18,25 +18,25 @@ use std::time::Duration;
 
 use common::{GPU_A, GPU_B, json_of, one_gpu, sysfs_of_one, sysfs_of_two, two_gpus, wanted};
 use serde_json::{Value, json};
-use supernode_tests::{Case, Sysfs, eventually};
+use supernode_tests::{Sysfs, TestVm, eventually};
 
 /// A machine with `machine` behind NVML and `sysfs`, whose operator wants the GPU.
-fn case(sysfs: &Sysfs, machine: &Value, more: &[(&str, &str)]) -> Case {
-    let mut case = Case::new();
-    case.sysfs(sysfs).nvml(machine).context(&wanted(more));
-    case
+fn vm(sysfs: &Sysfs, machine: &Value, more: &[(&str, &str)]) -> TestVm {
+    let mut vm = TestVm::new();
+    vm.sysfs(sysfs).nvml(machine).context(&wanted(more));
+    vm
 }
 
 #[track_caller]
-fn verdict(case: &Case) -> Value {
-    let output = case.run_command("gpu", &["--json"]);
+fn verdict(vm: &TestVm) -> Value {
+    let output = vm.run_command("gpu", &["--json"]);
     output.expect_success();
     json_of(&output)["gpu"]["verdict"].clone()
 }
 
 #[track_caller]
-fn reason(case: &Case) -> String {
-    let verdict = verdict(case);
+fn reason(vm: &TestVm) -> String {
+    let verdict = verdict(vm);
     assert_eq!(verdict["device"], "cpu", "{verdict}");
     assert!(
         !verdict["summary"].as_str().unwrap().is_empty()
@@ -47,12 +47,12 @@ fn reason(case: &Case) -> String {
 
 #[test]
 fn a_plan_has_the_form_of_the_contract() {
-    let case = case(
+    let vm = vm(
         &sysfs_of_two(),
         &two_gpus(),
         &[("FL_GPU_MEMORY_FRACTION", "0.5"), ("FL_MAX_RETRIES", "0")],
     );
-    let plan = json_of(&case.run_command("plan", &["--json"]));
+    let plan = json_of(&vm.run_command("plan", &["--json"]));
     assert_eq!(plan["config"]["FL_GPU_ENABLED"], true);
     assert_eq!(
         plan["gpu"]["verdict"]["devices"][1],
@@ -87,9 +87,9 @@ fn a_plan_has_the_form_of_the_contract() {
 
 #[test]
 fn a_cpu_plan_names_runc_and_void_and_the_reason_is_null_where_no_gpu_is_wanted() {
-    let mut case = Case::new();
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    let plan = json_of(&case.run_command("plan", &["--json"]));
+    let mut vm = TestVm::new();
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
+    let plan = json_of(&vm.run_command("plan", &["--json"]));
     assert_eq!(
         plan["gpu"]["verdict"],
         json!({"device": "cpu", "reason": null, "summary": null, "fix": null})
@@ -99,12 +99,12 @@ fn a_cpu_plan_names_runc_and_void_and_the_reason_is_null_where_no_gpu_is_wanted(
     assert_eq!(plan["container"]["env"]["FL_DEVICE"], "cpu");
 }
 
-/// Path, size, mode, owner and time of change of everything below `folder`.
-fn state_of(folder: &Path) -> BTreeMap<PathBuf, (u64, u32, u32, i64, i64)> {
+/// Path, size, mode, owner and time of change of everything below `directory`.
+fn state_of(directory: &Path) -> BTreeMap<PathBuf, (u64, u32, u32, i64, i64)> {
     let mut state = BTreeMap::new();
-    let mut folders = vec![folder.to_path_buf()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).unwrap() {
+    let mut directories = vec![directory.to_path_buf()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory).unwrap() {
             let path = entry.unwrap().path();
             let facts = fs::symlink_metadata(&path).unwrap();
             state.insert(
@@ -112,7 +112,7 @@ fn state_of(folder: &Path) -> BTreeMap<PathBuf, (u64, u32, u32, i64, i64)> {
                 (facts.len(), facts.mode(), facts.uid(), facts.mtime(), facts.mtime_nsec()),
             );
             if facts.is_dir() {
-                folders.push(path);
+                directories.push(path);
             }
         }
     }
@@ -121,31 +121,31 @@ fn state_of(folder: &Path) -> BTreeMap<PathBuf, (u64, u32, u32, i64, i64)> {
 
 #[test]
 fn a_plan_touches_nothing() {
-    let case = case(&sysfs_of_two(), &two_gpus(), &[("FL_GPU_MEMORY_FRACTION", "0.5")]);
+    let vm = vm(&sysfs_of_two(), &two_gpus(), &[("FL_GPU_MEMORY_FRACTION", "0.5")]);
     // The file of settings is the harness's.
-    case.run_command("plan", &[]).expect_success();
-    let mut before = state_of(&case.path(""));
+    vm.run_command("plan", &[]).expect_success();
+    let mut before = state_of(&vm.path(""));
     let mut after = {
-        case.run_command("plan", &[]).expect_success();
-        state_of(&case.path(""))
+        vm.run_command("plan", &[]).expect_success();
+        state_of(&vm.path(""))
     };
     for state in [&mut before, &mut after] {
-        state.remove(&case.path("agent.toml"));
+        state.remove(&vm.path("agent.toml"));
     }
     assert_eq!(before, after);
 }
 
 #[test]
 fn four_wrong_variables_are_named_in_one_run_by_every_command_that_reads_them() {
-    let mut case = Case::new();
-    case.context(&[
+    let mut vm = TestVm::new();
+    vm.context(&[
         ("FL_GPU_MEMORY_FRACTION", "1.5"),
         ("ONEAPP_FL_LOG_LEVEL", "loud"),
         ("FL_SUPERLINK_ADDRESS", "nowhere"),
         ("FL_CUDA_VISIBLE_DEVICES", "first"),
     ]);
     for command in ["run", "plan", "gpu", "configure-runtime"] {
-        let output = case.run_command(command, &[]);
+        let output = vm.run_command(command, &[]);
         assert_eq!(output.code, Some(78), "{command}: {output:?}");
         for start in [
             "FL_GPU_MEMORY_FRACTION='1.5': must be greater than 0 and at most 1",
@@ -162,40 +162,40 @@ fn four_wrong_variables_are_named_in_one_run_by_every_command_that_reads_them() 
         }
     }
     assert_eq!(
-        json_of(&case.run_command("plan", &["--json"]))["errors"].as_array().unwrap().len(),
+        json_of(&vm.run_command("plan", &["--json"]))["errors"].as_array().unwrap().len(),
         4
     );
 }
 
 #[test]
 fn wrong_input_ends_with_the_right_code_and_names_the_place() {
-    let mut case = Case::new();
-    case.context_file("context.sh.network", "FL_GPU_ENABLED=$(id)\n");
-    let output = case.run_command("plan", &[]);
+    let mut vm = TestVm::new();
+    vm.context_file("context.sh.network", "FL_GPU_ENABLED=$(id)\n");
+    let output = vm.run_command("plan", &[]);
     assert_eq!(output.code, Some(78));
     assert!(
         output.stderr.contains("context.sh.network") && output.stderr.contains("line 1, column 16"),
         "{output:?}"
     );
 
-    let mut case = Case::new();
-    case.set("gpu.wait_second", 3);
-    let output = case.run_command("plan", &[]);
+    let mut vm = TestVm::new();
+    vm.set("gpu.wait_second", 3);
+    let output = vm.run_command("plan", &[]);
     assert_eq!(output.code, Some(78));
     assert!(
         output.stderr.contains("agent.toml") && output.stderr.contains("wait_second"),
         "{output:?}"
     );
 
-    let mut case = Case::new();
-    case.set("context.dir", "/nowhere/at/all");
-    assert_eq!(case.run_command("run", &[]).code, Some(1), "a context may still come");
-    assert_eq!(case.run_command("no-such-command", &[]).code, Some(2));
+    let mut vm = TestVm::new();
+    vm.set("context.dir", "/nowhere/at/all");
+    assert_eq!(vm.run_command("run", &[]).code, Some(1), "a context may still come");
+    assert_eq!(vm.run_command("no-such-command", &[]).code, Some(2));
 }
 
 #[test]
 fn a_failure_of_one_gpu_is_told_with_the_call() {
-    let mut case = case(&sysfs_of_one(), &json!({}), &[]);
+    let mut vm = vm(&sysfs_of_one(), &json!({}), &[]);
     for (call, code, expected) in [
         ("nvmlDeviceGetHandleByIndex_v2", 15, "gpu-lost"),
         ("nvmlDeviceGetUUID", 16, "gpu-reset-required"),
@@ -207,8 +207,8 @@ fn a_failure_of_one_gpu_is_told_with_the_call() {
             machine = one_gpu();
             machine["fail"] = json!({call: code});
         }
-        case.nvml(&machine);
-        let verdict = verdict(&case);
+        vm.nvml(&machine);
+        let verdict = verdict(&vm);
         assert_eq!(verdict["reason"], expected, "{verdict}");
         assert!(verdict["summary"].as_str().unwrap().contains(call), "{verdict}");
     }
@@ -217,43 +217,43 @@ fn a_failure_of_one_gpu_is_told_with_the_call() {
     for code in [1, 2, 3, 6, 7, 10, 13, 20, 21, 25, 30] {
         machine["gpus"][0]["fail"] =
             json!({"nvmlDeviceGetMemoryInfo_v2": code, "nvmlDeviceGetName": code});
-        case.nvml(&machine);
-        assert_eq!(verdict(&case)["device"], "cuda", "{code}");
+        vm.nvml(&machine);
+        assert_eq!(verdict(&vm)["device"], "cuda", "{code}");
     }
 }
 
 #[test]
 fn ecc_errors_and_a_failed_row_remap_make_a_gpu_unhealthy() {
-    let mut case = case(&sysfs_of_one(), &json!({}), &[]);
+    let mut vm = vm(&sysfs_of_one(), &json!({}), &[]);
     for (key, value) in [("ecc_uncorrected", json!(3)), ("remap_failed", json!(true))] {
         let mut machine = one_gpu();
         machine["gpus"][0][key] = value;
-        case.nvml(&machine);
-        assert_eq!(reason(&case), "gpu-unhealthy", "{key}");
+        vm.nvml(&machine);
+        assert_eq!(reason(&vm), "gpu-unhealthy", "{key}");
     }
 }
 
 #[test]
 fn a_library_that_hangs_is_killed_and_one_that_crashes_takes_nobody_along() {
-    let mut case = case(&sysfs_of_one(), &json!({"hang": ["nvmlInit_v2"]}), &[]);
-    case.set("gpu.probe_timeout_seconds", 1);
-    assert_eq!(reason(&case), "driver-timeout");
-    case.nvml(&json!({"crash": ["nvmlDeviceGetCount_v2"]}));
-    let verdict = verdict(&case);
+    let mut vm = vm(&sysfs_of_one(), &json!({"hang": ["nvmlInit_v2"]}), &[]);
+    vm.set("gpu.probe_timeout_seconds", 1);
+    assert_eq!(reason(&vm), "driver-timeout");
+    vm.nvml(&json!({"crash": ["nvmlDeviceGetCount_v2"]}));
+    let verdict = verdict(&vm);
     assert_eq!(verdict["reason"], "driver-crash");
     assert!(verdict["summary"].as_str().unwrap().contains("SIGSEGV"), "{verdict}");
     // One that hangs while it is closed has answered before.
     let mut machine = one_gpu();
     machine["hang"] = json!(["nvmlShutdown"]);
-    case.nvml(&machine);
-    assert_eq!(self::verdict(&case)["device"], "cuda");
+    vm.nvml(&machine);
+    assert_eq!(self::verdict(&vm)["device"], "cuda");
 }
 
 #[test]
 fn a_library_that_sends_itself_one_signal_has_crashed() {
     let mut machine = one_gpu();
     machine["raise"] = json!(["nvmlInit_v2"]);
-    assert_eq!(reason(&case(&sysfs_of_one(), &machine, &[])), "driver-crash");
+    assert_eq!(reason(&vm(&sysfs_of_one(), &machine, &[])), "driver-crash");
 }
 
 #[test]
@@ -261,7 +261,7 @@ fn whatever_a_library_does_to_the_standard_output_the_answer_arrives() {
     for trouble in ["babble", "close_stdout"] {
         let mut machine = one_gpu();
         machine[trouble] = json!(["nvmlInit_v2"]);
-        assert_eq!(verdict(&case(&sysfs_of_one(), &machine, &[]))["device"], "cuda", "{trouble}");
+        assert_eq!(verdict(&vm(&sysfs_of_one(), &machine, &[]))["device"], "cuda", "{trouble}");
     }
 }
 
@@ -270,7 +270,7 @@ fn a_gpu_whose_uuid_cannot_be_handed_over_is_no_gpu_verdict() {
     for uuid in ["", "GPU-a,GPU-b", "GPU a"] {
         let mut machine = one_gpu();
         machine["gpus"][0]["uuid"] = json!(uuid);
-        let verdict = verdict(&case(&sysfs_of_one(), &machine, &[]));
+        let verdict = verdict(&vm(&sysfs_of_one(), &machine, &[]));
         assert_eq!(verdict["reason"], "driver-error", "{verdict}");
         assert!(verdict["summary"].as_str().unwrap().contains("nvmlDeviceGetUUID"), "{verdict}");
     }
@@ -280,14 +280,14 @@ fn a_gpu_whose_uuid_cannot_be_handed_over_is_no_gpu_verdict() {
 fn a_failure_is_not_hidden_by_what_happens_when_the_library_is_closed() {
     for trouble in ["hang", "crash"] {
         let machine = json!({"fail": {"nvmlDeviceGetCount_v2": 15}, trouble: ["nvmlShutdown"]});
-        assert_eq!(reason(&case(&sysfs_of_one(), &machine, &[])), "gpu-lost", "{trouble}");
+        assert_eq!(reason(&vm(&sysfs_of_one(), &machine, &[])), "gpu-lost", "{trouble}");
     }
 }
 
 #[test]
 fn a_process_that_the_library_leaves_behind_hides_nothing_and_does_not_outlive_the_probe() {
-    let mut case = case(&sysfs_of_one(), &json!({}), &[]);
-    case.set("gpu.probe_timeout_seconds", 60);
+    let mut vm = vm(&sysfs_of_one(), &json!({}), &[]);
+    vm.set("gpu.probe_timeout_seconds", 60);
     let mut healthy = one_gpu();
     healthy["leave_process"] = json!(["nvmlInit_v2"]);
     for (machine, expected) in [
@@ -297,9 +297,9 @@ fn a_process_that_the_library_leaves_behind_hides_nothing_and_does_not_outlive_t
         ),
         (healthy, Value::Null),
     ] {
-        case.nvml(&machine);
-        assert_eq!(verdict(&case)["reason"], expected);
-        let script = format!("NVML_STANDIN={}", case.path("nvml.json").display());
+        vm.nvml(&machine);
+        assert_eq!(verdict(&vm)["reason"], expected);
+        let script = format!("NVML_SIMULATOR={}", vm.path("nvml.json").display());
         let left = || {
             let environments =
                 fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path().join("environ"));
@@ -316,28 +316,28 @@ fn a_process_that_the_library_leaves_behind_hides_nothing_and_does_not_outlive_t
 
 #[test]
 fn a_count_that_no_machine_has_is_not_believed() {
-    let verdict = verdict(&case(&sysfs_of_one(), &json!({"count": 4_000_000_000_u32}), &[]));
+    let verdict = verdict(&vm(&sysfs_of_one(), &json!({"count": 4_000_000_000_u32}), &[]));
     assert_eq!(verdict["reason"], "driver-error");
     assert!(verdict["summary"].as_str().unwrap().contains("counts 4000000000 GPUs"), "{verdict}");
 }
 
 #[test]
 fn without_a_device_nvml_is_not_called_at_all() {
-    let mut case = case(&Sysfs::new(), &json!({}), &[]);
-    let log = case.path("calls.log");
+    let mut vm = vm(&Sysfs::new(), &json!({}), &[]);
+    let log = vm.path("calls.log");
     let mut machine = one_gpu();
     machine["log"] = json!(log);
-    case.nvml(&machine);
-    assert_eq!(reason(&case), "gpu-not-passed-through");
+    vm.nvml(&machine);
+    assert_eq!(reason(&vm), "gpu-not-passed-through");
     assert!(!log.exists(), "NVML was called");
-    case.sysfs(&sysfs_of_one());
-    assert_eq!(verdict(&case)["device"], "cuda");
+    vm.sysfs(&sysfs_of_one());
+    assert_eq!(verdict(&vm)["device"], "cuda");
     assert!(log.exists(), "this log would not have shown a call");
 }
 
 #[test]
 fn one_of_two_gpus_is_selected_and_goes_by_its_uuid() {
-    let mut case = case(&sysfs_of_two(), &two_gpus(), &[]);
+    let mut vm = vm(&sysfs_of_two(), &two_gpus(), &[]);
     for (selection, expected) in [
         ("1", GPU_B),
         ("GPU-aaaa", GPU_A),
@@ -345,8 +345,8 @@ fn one_of_two_gpus_is_selected_and_goes_by_its_uuid() {
         ("01:00.0", GPU_A),
         ("0000:21:00.0", GPU_B),
     ] {
-        case.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", selection)]));
-        let plan = json_of(&case.run_command("plan", &["--json"]));
+        vm.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", selection)]));
+        let plan = json_of(&vm.run_command("plan", &["--json"]));
         let env = &plan["container"]["env"];
         assert_eq!(env["NVIDIA_VISIBLE_DEVICES"], expected, "{selection}");
         assert_eq!(env.get("CUDA_VISIBLE_DEVICES"), None);
@@ -356,10 +356,10 @@ fn one_of_two_gpus_is_selected_and_goes_by_its_uuid() {
 
 #[test]
 fn hostile_values_execute_nothing_and_secrets_are_not_shown() {
-    let mut case = Case::new();
-    let pwned = case.path("pwned");
+    let mut vm = TestVm::new();
+    let pwned = vm.path("pwned");
     let hostile = format!("x\"; touch {}; \"$(touch {0})`touch {0}`", pwned.display());
-    let names: Vec<String> = json_of(&case.run_command("variables", &["--json"]))
+    let names: Vec<String> = json_of(&vm.run_command("variables", &["--json"]))
         .as_array()
         .unwrap()
         .iter()
@@ -372,13 +372,13 @@ fn hostile_values_execute_nothing_and_secrets_are_not_shown() {
         "PCI0_ADDRESS",
         "FL_UNKNOWN",
     ]) {
-        case.context(&[(name, &hostile), ("PASSWORD", "hunter2")]);
-        case.context_file(
+        vm.context(&[(name, &hostile), ("PASSWORD", "hunter2")]);
+        vm.context_file(
             "one_env",
             format!("export TOKENTXT=\"{hostile}\"\nexport {name}=\"{hostile}\"\n"),
         );
         for command in ["plan", "run"] {
-            let output = case.run_command(command, &[]);
+            let output = vm.run_command(command, &[]);
             assert!(!pwned.exists(), "{name} was executed");
             assert!(!output.stdout.contains("hunter2") && !output.stderr.contains("hunter2"));
         }
@@ -387,9 +387,9 @@ fn hostile_values_execute_nothing_and_secrets_are_not_shown() {
 
 #[test]
 fn without_an_engine_a_plan_says_what_it_could_not_learn() {
-    let mut case = Case::new();
-    case.context(&[("FL_GPU_ENABLED", "NO")]);
-    let notes = json_of(&case.run_command("plan", &["--json"]))["notes"].to_string();
+    let mut vm = TestVm::new();
+    vm.context(&[("FL_GPU_ENABLED", "NO")]);
+    let notes = json_of(&vm.run_command("plan", &["--json"]))["notes"].to_string();
     assert!(
         notes.contains("does not answer") && notes.contains("FL_SUPERLINK_ADDRESS is not set"),
         "{notes}"
@@ -398,13 +398,13 @@ fn without_an_engine_a_plan_says_what_it_could_not_learn() {
 
 #[test]
 fn tls_without_a_ca_is_an_error_and_never_a_downgrade() {
-    let mut case = Case::new();
-    case.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES")]);
-    let output = case.run_command("run", &[]);
+    let mut vm = TestVm::new();
+    vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES")]);
+    let output = vm.run_command("run", &[]);
     assert_eq!(output.code, Some(78));
     assert!(output.stderr.contains("FL_SSL_CA_CERTFILE"), "{output:?}");
-    case.context(&[("FL_TLS_ENABLED", "NO")]);
-    let output = case.run_command("run", &[]);
+    vm.context(&[("FL_TLS_ENABLED", "NO")]);
+    let output = vm.run_command("run", &[]);
     assert_eq!(output.code, Some(78));
     assert!(output.stderr.contains("FL_SUPERLINK_ADDRESS is not set"), "{output:?}");
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::json;
-use supernode_tests::{OneGateStandIn, eventually};
+use supernode_tests::{OneGateSimulator, eventually};
 
 use crate::launch::Ground;
 use crate::report::Report;
@@ -13,13 +13,13 @@ const NODE: u32 = 101;
 
 pub(crate) fn measure(report: &mut Report) {
     report.part("a boot of a node that finds its SuperLink through OneGate, to FL_NODE_READY=YES");
-    let onegate = OneGateStandIn::start();
+    let onegate = OneGateSimulator::start();
     onegate.change(|state| {
         state.join(7, "superlink", 100).attribute("FL_ENDPOINT", "10.9.8.7:9092");
         state.join(7, "supernode", NODE);
     });
     let mut ground = Ground::new(false);
-    ground.case.context(&[]).onegate(&onegate, NODE);
+    ground.vm.context(&[]).onegate(&onegate, NODE);
     let agent = ground.agent();
     let is_ready =
         || onegate.change(|state| state.vms[&NODE].user_template.get("FL_NODE_READY").cloned());

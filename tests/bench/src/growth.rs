@@ -9,24 +9,24 @@ use fastrand::Rng;
 use serde_json::json;
 use supernode_agent::backoff::Backoff;
 use supernode_agent::daemon::discovery::{MAX_START_DELAY, exponential_backoff};
-use supernode_tests::crowd::start_together;
+use supernode_tests::herd::start_together;
 
 use crate::report::Report;
 
 pub(crate) fn measure(report: &mut Report, together: &[u32], simulated: &[u32]) {
-    report.part("agents that start in the same moment, against one OneGate stand-in");
+    report.part("agents that start in the same moment, against one OneGate simulator");
     for agents in together {
-        let crowd = start_together(*agents);
-        let figure = format!("{} requests/s", crowd.peak_requests_per_second);
+        let herd = start_together(*agents);
+        let figure = format!("{} requests/s", herd.peak_requests_per_second);
         let all_found = format!(
             "all found within {:.1} s, {} requests",
-            crowd.took.as_secs_f64(),
-            crowd.requests
+            herd.took.as_secs_f64(),
+            herd.requests
         );
         report.row(&format!("{agents} agents, at the peak"), &figure, &all_found);
         let raw = json!({
-            "seconds": crowd.took.as_secs_f64(), "at_first_attempt": crowd.at_first_attempt, "discovery": crowd.discovery,
-            "requests": crowd.requests, "peak_requests_per_second": crowd.peak_requests_per_second,
+            "seconds": herd.took.as_secs_f64(), "at_first_attempt": herd.at_first_attempt, "discovery": herd.discovery,
+            "requests": herd.requests, "peak_requests_per_second": herd.peak_requests_per_second,
         });
         report.keep(&format!("{agents} agents together"), raw);
     }

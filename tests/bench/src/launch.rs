@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use supernode_tests::{
-    Case, Engine, RuntimeMode, Sysfs, agent_binary, eventually, image, nvml_library,
+    Engine, RuntimeMode, Sysfs, TestVm, agent_binary, eventually, image, nvml_library,
 };
 
 use crate::docker::{Recorder, needed};
@@ -26,7 +26,7 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// A machine with its own engine, on which each contender launches the same container.
 pub(crate) struct Ground {
     pub(crate) engine: Engine,
-    pub(crate) case: Case,
+    pub(crate) vm: TestVm,
     /// What the contenders reach the engine by.
     recorder: Recorder,
 }
@@ -67,25 +67,25 @@ impl Ground {
         let engine = engine.expect("a Docker engine");
         engine.import_image(&[image::PYTORCH]);
         engine.nvidia_runtime(RuntimeMode::Ok, &machine);
-        let mut case = Case::new();
-        case.engine(&engine);
+        let mut vm = TestVm::new();
+        vm.engine(&engine);
         let mut variables = vec![("FL_SUPERLINK_ADDRESS", "10.9.8.7:9092")];
         if with_gpu {
-            case.nvml(&machine)
+            vm.nvml(&machine)
                 .sysfs(&Sysfs::new().gpu("0000:01:00.0").driver("nvidia").module("550.54.15"));
             variables.extend([("FL_GPU_ENABLED", "YES"), ("PCI0_ADDRESS", "01:00.0")]);
             // What the shell asks.
             let (csv, seconds) =
                 (format!("0, {UUID}, NVIDIA A100, 40960"), f64::from(NVML_INIT_MS) / 1e3);
             let program =
-                case.write("bin/nvidia-smi", format!("#!/bin/sh\nsleep {seconds}\necho '{csv}'\n"));
+                vm.write("bin/nvidia-smi", format!("#!/bin/sh\nsleep {seconds}\necho '{csv}'\n"));
             fs::set_permissions(program, std::os::unix::fs::PermissionsExt::from_mode(0o755))
                 .unwrap();
         }
-        case.context(&variables);
-        let recorder = Recorder::start(case.path("recorder.sock"), &engine.socket());
-        case.set("docker.socket", recorder.socket().to_string_lossy().into_owned());
-        Self { engine, case, recorder }
+        vm.context(&variables);
+        let recorder = Recorder::start(vm.path("recorder.sock"), &engine.socket());
+        vm.set("docker.socket", recorder.socket().to_string_lossy().into_owned());
+        Self { engine, vm, recorder }
     }
 
     /// A machine on which nothing was launched yet.
@@ -94,7 +94,7 @@ impl Ground {
         if there {
             self.engine.call("DELETE", &format!("/containers/{NAME}?force=1&v=1"), "").unwrap();
         }
-        let state = self.case.path("state");
+        let state = self.vm.path("state");
         fs::remove_dir_all(&state).unwrap();
         fs::create_dir(&state).unwrap();
     }
@@ -104,24 +104,24 @@ impl Ground {
         let mut command = Command::new(program.as_ref());
         let path = format!(
             "{}:{}:/usr/sbin:/usr/bin:/sbin:/bin",
-            self.case.path("bin").display(),
+            self.vm.path("bin").display(),
             self.engine.bin_dir().display()
         );
-        command.env_clear().env("PATH", path).env("NVML_STANDIN", self.case.path("nvml.json"));
+        command.env_clear().env("PATH", path).env("NVML_SIMULATOR", self.vm.path("nvml.json"));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         command
     }
 
     /// Starts a command that becomes the agent, and waits until it is ready.
     fn start(&self, mut command: Command) -> Started {
-        let socket = self.case.path("bench.sock");
+        let socket = self.vm.path("bench.sock");
         let _ = fs::remove_file(&socket);
         let systemd = UnixDatagram::bind(&socket).unwrap();
         systemd.set_read_timeout(Some(TIMEOUT)).unwrap();
         command
             .arg("run")
             .arg("--settings")
-            .arg(self.case.settings_file())
+            .arg(self.vm.settings_file())
             .env("NOTIFY_SOCKET", &socket);
         let since = Instant::now();
         let child = command.spawn().unwrap();
@@ -143,10 +143,10 @@ impl Ground {
         let mut command = self.command("bash");
         command
             .arg("tests/bench/shell-way.sh")
-            .arg(self.case.path("context/context.sh.online"))
+            .arg(self.vm.path("context/context.sh.online"))
             .arg(self.recorder.socket())
             .arg(self.engine.daemon_json())
-            .arg(self.case.path("data"));
+            .arg(self.vm.path("data"));
         command
     }
 
@@ -196,7 +196,7 @@ impl Ground {
 
     /// The programs that were started, by the kernel's own account, until `launch` is over.
     fn programs(&self, launch: impl FnOnce(Command)) -> usize {
-        let trace = self.case.path("trace");
+        let trace = self.vm.path("trace");
         let mut command = self.command("strace");
         // -D: the tracer is beside the program and not between us and it.
         command.args(["-D", "-f", "-e", "trace=execve", "-o"]).arg(&trace);
@@ -220,7 +220,7 @@ fn traced(mut strace: Command, command: &Command) -> Command {
 pub(crate) fn measure(report: &mut Report, launches: usize) {
     for with_gpu in [false, true] {
         let ground = Ground::new(with_gpu);
-        let words = if with_gpu { "with a GPU (stand-ins)" } else { "without a GPU" };
+        let words = if with_gpu { "with a GPU (simulators)" } else { "without a GPU" };
         report.part(&format!(
             "a launch {words}: start of the program to the container running, median of {launches}"
         ));

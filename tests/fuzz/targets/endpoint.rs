@@ -12,7 +12,7 @@ fuzz_target!(|text: &str| {
     let mut lines = text.splitn(3, '\n');
     let mut next = || lines.next().unwrap_or("7");
     let (endpoint, vm_id, token) = (next(), next(), next());
-    // A folder: no CA is looked for on this machine.
+    // A directory: no CA is looked for on this machine.
     let ca_file = Some(Path::new("/"));
     match OneGate::new(endpoint, vm_id, Secret::new(token), ca_file, Duration::from_secs(1)) {
         Ok(gate) => {

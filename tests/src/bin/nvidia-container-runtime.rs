@@ -1,9 +1,9 @@
-//! A stand-in for nvidia-container-runtime: what dockerd starts for `--runtime=nvidia`, without a
+//! A simulator of nvidia-container-runtime: what dockerd starts for `--runtime=nvidia`, without a
 //! driver and without a GPU.
 //!
 //! On `create` it reads the bundle's config.json, notes the container in `record.jsonl` beside the
 //! control file, gives the container the device nodes that `NVIDIA_VISIBLE_DEVICES` asks for, and
-//! hands over to runc. Every other command goes to runc as it came. `NVIDIA_RUNTIME_STANDIN` in
+//! hands over to runc. Every other command goes to runc as it came. `NVIDIA_RUNTIME_SIMULATOR` in
 //! dockerd's environment names the control file, so each engine has its own.
 
 use std::{
@@ -32,7 +32,7 @@ const NO_DRIVER: &str = "initialization error: nvml error: driver not loaded";
 #[serde(deny_unknown_fields)]
 struct Control {
     mode: Mode,
-    /// The script of the NVML stand-in, which lists the GPUs.
+    /// The script of the NVML simulator, which lists the GPUs.
     nvml: Option<PathBuf>,
     /// What nvidia-container-cli says in mode `fail`; left out: that there is no driver.
     message: Option<String>,
@@ -52,9 +52,9 @@ enum Mode {
     NoDevice,
 }
 
-/// What is read of the NVML stand-in's script; the rest is its own business.
+/// What is read of the NVML simulator's script; the rest is its own business.
 #[derive(Debug, Default, Deserialize)]
-struct Machine {
+struct DriverScript {
     #[serde(default)]
     gpus: Vec<Gpu>,
 }
@@ -173,14 +173,14 @@ fn read_json(path: &Path) -> Result<Value, String> {
 /// Notes the container and edits its config.json; an error is why it must not start.
 fn prepare(bundle: &Path, id: &str) -> Result<(), String> {
     let control_path =
-        env::var_os("NVIDIA_RUNTIME_STANDIN").ok_or("NVIDIA_RUNTIME_STANDIN is not set")?;
+        env::var_os("NVIDIA_RUNTIME_SIMULATOR").ok_or("NVIDIA_RUNTIME_SIMULATOR is not set")?;
     let control_path = Path::new(&control_path);
     let control: Control = serde_json::from_value(read_json(control_path)?)
         .map_err(|error| format!("{}: {error}", control_path.display()))?;
     let machine = match &control.nvml {
         Some(path) => serde_json::from_value(read_json(path)?)
             .map_err(|error| format!("{}: {error}", path.display()))?,
-        None => Machine::default(),
+        None => DriverScript::default(),
     };
 
     let config_path = bundle.join("config.json");
@@ -220,7 +220,7 @@ fn container_env(config: &Value) -> Map<String, Value> {
 /// Which devices the container gets, or the text with which nvidia's hook stops it.
 fn decide(
     control: &Control,
-    machine: &Machine,
+    machine: &DriverScript,
     env: &Map<String, Value>,
 ) -> Result<Vec<Selected>, String> {
     let wanted = match env.get("NVIDIA_VISIBLE_DEVICES").and_then(Value::as_str) {
@@ -240,7 +240,7 @@ fn decide(
 
 /// The GPUs that a value of `NVIDIA_VISIBLE_DEVICES` names: the error is the first name that means
 /// nothing here.
-fn select(machine: &Machine, wanted: &str) -> Result<Vec<Selected>, String> {
+fn select(machine: &DriverScript, wanted: &str) -> Result<Vec<Selected>, String> {
     let gpus = || machine.gpus.iter().enumerate();
     let node = |index: usize, gpu: &Gpu| gpu.minor.unwrap_or(index as u32);
     match wanted {
@@ -321,9 +321,9 @@ fn list<'section>(
 mod tests {
     use super::*;
 
-    fn machine() -> Machine {
+    fn machine() -> DriverScript {
         let mig = vec![Mig { uuid: "MIG-b1".to_owned() }];
-        Machine {
+        DriverScript {
             gpus: vec![
                 Gpu { uuid: "GPU-a".to_owned(), minor: Some(3), mig: Vec::new() },
                 Gpu { uuid: "GPU-b".to_owned(), minor: None, mig },

@@ -1,4 +1,4 @@
-//! A stand-in for OneGate: a real HTTP server that answers as OpenNebula's does, fails as its
+//! A simulator of OneGate: a real HTTP server that answers as OpenNebula's does, fails as its
 //! script says, and remembers what it was asked.
 
 use std::{
@@ -122,7 +122,7 @@ impl Request {
 
 /// A running OneGate; it ends with this value.
 #[derive(Debug)]
-pub struct OneGateStandIn {
+pub struct OneGateSimulator {
     shared: Arc<Mutex<Shared>>,
     namespace: Option<String>,
     address: SocketAddr,
@@ -143,7 +143,7 @@ struct Listening {
     thread: JoinHandle<()>,
 }
 
-impl OneGateStandIn {
+impl OneGateSimulator {
     /// OneGate on this machine, without a VM.
     ///
     /// # Panics
@@ -244,7 +244,7 @@ impl OneGateStandIn {
     }
 }
 
-impl Drop for OneGateStandIn {
+impl Drop for OneGateSimulator {
     fn drop(&mut self) {
         self.stop();
     }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::Request;
 
-/// What OneGate knows; a test changes it by [`super::OneGateStandIn::change`].
+/// What OneGate knows; a test changes it by [`super::OneGateSimulator::change`].
 #[derive(Debug, Clone, Default)]
 pub struct State {
     /// VMs by their id.
@@ -71,8 +71,8 @@ pub struct Service {
 pub struct Shape {
     /// Ids and states are numbers; otherwise strings.
     pub numbers: bool,
-    /// One NIC is an object; otherwise an array of one. In an extended service it is an object in
-    /// any case.
+    /// Renders a single NIC as an object instead of an array with one element. Extended services
+    /// always render an object.
     pub one_nic_is_an_object: bool,
     /// A list without an entry is `{}`; otherwise `[]`.
     pub empty_lists_are_objects: bool,
@@ -187,7 +187,7 @@ impl State {
 
     fn update(&mut self, id: u32, request: &Request) -> Result<String, Refusal> {
         let (Some(text), Some("1")) = (request.update(), request.form("type").as_deref()) else {
-            return Err((400, "The stand-in takes data=...&type=1 alone".to_owned()));
+            return Err((400, "The simulator takes data=...&type=1 alone".to_owned()));
         };
         let attributes = attributes(&text).map_err(|line| {
             (500, format!("[one.vm.update] Error updating [{id}]. syntax error: {line}"))

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use supernode_tests::{Agent, Case, Engine, Output, RuntimeMode, Sandbox, Sysfs, image, run};
+use supernode_tests::{Agent, Engine, Output, RuntimeMode, Sandbox, Sysfs, TestVm, image, run};
 
 /// More than any step takes on a busy machine.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
@@ -61,19 +61,19 @@ pub(crate) fn wanted<'a>(more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)>
 }
 
 /// An engine with the image, and a machine on it with the GPUs of `machine`.
-pub(crate) fn engine_with(machine: &Value) -> Option<(Engine, Case)> {
+pub(crate) fn engine_with(machine: &Value) -> Option<(Engine, TestVm)> {
     let engine = Engine::start()?;
     engine.import_image(&[image::PYTORCH]);
     engine.nvidia_runtime(RuntimeMode::Ok, machine);
-    let mut case = Case::new();
-    case.engine(&engine).nvml(machine);
-    Some((engine, case))
+    let mut vm = TestVm::new();
+    vm.engine(&engine).nvml(machine);
+    Some((engine, vm))
 }
 
 /// A node that is up.
 #[track_caller]
-pub(crate) fn up(case: &Case) -> Agent {
-    let agent = case.start();
+pub(crate) fn up(vm: &TestVm) -> Agent {
+    let agent = vm.start();
     agent.wait_for_notify("READY=1", TIMEOUT);
     agent
 }
@@ -106,13 +106,13 @@ pub(crate) fn inspect(engine: &Engine, template: &str) -> String {
 
 /// A line of the table that `make test` prints: a cause of a node on the CPU, and the time to the
 /// WARNING.
-pub(crate) fn tell(code: &str, seconds: f64, how: &str) {
-    say(&format!("CAUSE {code:<24} {seconds:>5.2} s  {how}"));
+pub(crate) fn report_cause(code: &str, seconds: f64, how: &str) {
+    report(&format!("CAUSE {code:<24} {seconds:>5.2} s  {how}"));
 }
 
 /// A whole line, in one piece. Not by a print macro: the test runner would swallow what a passing
 /// test prints.
-pub(crate) fn say(line: &str) {
+pub(crate) fn report(line: &str) {
     let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
@@ -120,7 +120,7 @@ pub(crate) fn say(line: &str) {
 /// it.
 pub(crate) fn nvidias_library() -> Option<PathBuf> {
     if Path::new("/proc/driver/nvidia").exists() {
-        say("SKIPPED: this machine has a driver, the library would find it");
+        report("SKIPPED: this machine has a driver, the library would find it");
         return None;
     }
     let cache = std::env::var_os("XDG_CACHE_HOME")
@@ -132,7 +132,7 @@ pub(crate) fn nvidias_library() -> Option<PathBuf> {
     match output.stdout.lines().next() {
         Some(path) => Some(PathBuf::from(path)),
         None => {
-            say(&format!(
+            report(&format!(
                 "SKIPPED: NVIDIA's libnvidia-ml1 (Debian non-free) is not to be had: {}",
                 output.stderr.trim()
             ));

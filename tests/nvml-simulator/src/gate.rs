@@ -73,7 +73,7 @@ fn renew(script: &mut Arc<Script>, stamp: &mut Stamp) {
     match read_script() {
         Ok(new) => *script = Arc::new(new),
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "nvml-standin: {error}");
+            let _ = writeln!(std::io::stderr(), "nvml-simulator: {error}");
         }
     }
 }
@@ -85,7 +85,7 @@ pub(crate) fn open(name: &'static str) -> u32 {
         Ok(script) => Arc::new(script),
         Err(error) => {
             // Lost when stderr is closed; the answer stands.
-            let _ = writeln!(std::io::stderr(), "nvml-standin: {name}: {error}");
+            let _ = writeln!(std::io::stderr(), "nvml-simulator: {name}: {error}");
             *state() = State::Broken;
             return UNKNOWN.0;
         }
@@ -121,12 +121,12 @@ pub(crate) fn note(name: &str) {
 }
 
 fn stamp_of_script() -> Stamp {
-    let file = std::fs::metadata(env::var_os("NVML_STANDIN")?).ok()?;
+    let file = std::fs::metadata(env::var_os("NVML_SIMULATOR")?).ok()?;
     Some((file.ino(), file.modified().ok()?))
 }
 
 fn read_script() -> Result<Script, String> {
-    let path = env::var_os("NVML_STANDIN").ok_or("NVML_STANDIN is not set")?;
+    let path = env::var_os("NVML_SIMULATOR").ok_or("NVML_SIMULATOR is not set")?;
     Script::read(Path::new(&path))
 }
 
@@ -173,7 +173,7 @@ fn log(script: &Script, name: &str) {
         .open(path)
         .and_then(|mut file| file.write_all(format!("{name}\n").as_bytes()));
     if let Err(error) = written {
-        let _ = writeln!(std::io::stderr(), "nvml-standin: {}: {error}", path.display());
+        let _ = writeln!(std::io::stderr(), "nvml-simulator: {}: {error}", path.display());
     }
 }
 

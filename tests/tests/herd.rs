@@ -8,15 +8,15 @@
 
 mod common;
 
-use common::say;
-use supernode_tests::crowd::{Crowd, start_together};
+use common::report;
+use supernode_tests::herd::{Herd, start_together};
 
 #[test]
 fn five_hundred_nodes_that_start_together_all_find_their_superlink() {
     const AGENTS: u32 = 500;
-    let Crowd { took, at_first_attempt, discovery, requests, peak_requests_per_second } =
+    let Herd { took, at_first_attempt, discovery, requests, peak_requests_per_second } =
         start_together(AGENTS);
-    say(&format!(
+    report(&format!(
         "MEASURED {AGENTS} agents that started together all found their SuperLink within {:.1} s ({at_first_attempt} at the \
          first attempt): {discovery} requests of discovery, {requests} in all, {peak_requests_per_second} a second at the peak",
         took.as_secs_f64(),

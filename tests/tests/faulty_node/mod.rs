@@ -8,10 +8,11 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use supernode_tests::{
-    Agent, Case, DockerProxy, Engine, OneGateStandIn, RuntimeMode, agent_binary, eventually, image,
+    Agent, DockerProxy, Engine, OneGateSimulator, RuntimeMode, TestVm, agent_binary, eventually,
+    image,
 };
 
-use crate::common::{TIMEOUT, one_gpu, say, sysfs_of_one, wanted};
+use crate::common::{TIMEOUT, one_gpu, report, sysfs_of_one, wanted};
 
 /// An operator's daemon.json.
 const OPERATORS: &str = "{\n  \"log-level\": \"info\",\n  \"max-concurrent-downloads\": 7,\n  \"labels\": [\"rack=12\"]\n}\n";
@@ -29,13 +30,13 @@ static PEAK_KIB: AtomicU64 = AtomicU64::new(0);
 
 /// A machine with a GPU that is wanted, behind an engine that can have a bad day; and all that its
 /// agents say.
-pub(crate) struct Node {
+pub(crate) struct FaultyNode {
     pub(crate) engine: Engine,
     pub(crate) proxy: DockerProxy,
-    pub(crate) case: Case,
-    pub(crate) onegate: OneGateStandIn,
+    pub(crate) vm: TestVm,
+    pub(crate) onegate: OneGateSimulator,
     agent: Option<Agent>,
-    /// What earlier agents said, since the last [`Node::reset`].
+    /// What earlier agents said, since the last [`FaultyNode::reset`].
     told: Vec<String>,
     /// When that was, in seconds since 1970.
     since: f64,
@@ -43,7 +44,7 @@ pub(crate) struct Node {
     daemon_json: String,
 }
 
-impl Node {
+impl FaultyNode {
     pub(crate) fn new() -> Option<Self> {
         Self::with(OPERATORS)
     }
@@ -58,17 +59,17 @@ impl Node {
         engine.import_image(&[image::PYTORCH]);
         engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
         let proxy = DockerProxy::start(&engine.socket());
-        let onegate = OneGateStandIn::start();
+        let onegate = OneGateSimulator::start();
         onegate.change(|state| {
             state.vm(VM);
         });
-        let mut case = Case::new();
-        case.engine(&engine).nvml(&one_gpu()).sysfs(&sysfs_of_one()).onegate(&onegate, VM);
-        case.set("docker.socket", proxy.socket().to_string_lossy().into_owned());
+        let mut vm = TestVm::new();
+        vm.engine(&engine).nvml(&one_gpu()).sysfs(&sysfs_of_one()).onegate(&onegate, VM);
+        vm.set("docker.socket", proxy.socket().to_string_lossy().into_owned());
         let mut node = Self {
             engine,
             proxy,
-            case,
+            vm,
             onegate,
             agent: None,
             told: Vec::new(),
@@ -82,7 +83,7 @@ impl Node {
     /// Its context, with these words for the container.
     pub(crate) fn context(&mut self, words: &str) {
         let config = format!("db-password=\"{PASSWORD}\" {words}");
-        self.case.context(&wanted(&[
+        self.vm.context(&wanted(&[
             ("FL_NODE_CONFIG", config.trim()),
             ("FL_LOG_LEVEL", "DEBUG"),
             ("REPORT_READY", "YES"),
@@ -121,7 +122,7 @@ impl Node {
     /// Starts an agent; one that runs is killed.
     pub(crate) fn start(&mut self) {
         self.end();
-        let agent = self.case.start();
+        let agent = self.vm.start();
         watch_memory(agent.pid());
         self.agent = Some(agent);
     }
@@ -238,7 +239,7 @@ impl Node {
     /// Waits until the agent says of itself that the node runs on its GPU.
     #[track_caller]
     pub(crate) fn says_it_runs(&self) {
-        let status = || self.case.run_command("status", &["--json"]).stdout;
+        let status = || self.vm.run_command("status", &["--json"]).stdout;
         let says = eventually(TIMEOUT / 2, || status().contains("\"status\": \"Running on "));
         assert!(says, "{}: {:#?}", status(), self.said());
     }
@@ -257,7 +258,7 @@ impl Node {
         self.told.iter().cloned().chain(now).collect()
     }
 
-    /// What must hold whatever has happened; [`Node::assert_no_secret`] is the rest of it.
+    /// What must hold whatever has happened; [`FaultyNode::assert_no_secret`] is the rest of it.
     #[track_caller]
     pub(crate) fn assert_trustworthy(&self) {
         let daemon_json = fs::read_to_string(self.engine.daemon_json()).unwrap();
@@ -359,10 +360,10 @@ impl Node {
     fn assert_no_secret(&self) {
         let token = self.onegate.change(|state| state.vms[&VM].token.clone());
         let mut all = self.said();
-        all.push(fs::read_to_string(self.case.path("state/status.json")).unwrap_or_default());
+        all.push(fs::read_to_string(self.vm.path("state/status.json")).unwrap_or_default());
         for command in ["status", "plan"] {
             for arguments in [&[][..], &["--json"]] {
-                let output = self.case.run_command(command, arguments);
+                let output = self.vm.run_command(command, arguments);
                 all.extend([output.stdout, output.stderr]);
             }
         }
@@ -450,17 +451,17 @@ impl Table {
     /// and gives the moment of the fault.
     pub(crate) fn fault(
         &mut self,
-        node: &mut Node,
+        node: &mut FaultyNode,
         name: &str,
         holds: &str,
-        story: impl FnOnce(&mut Node) -> Instant,
+        story: impl FnOnce(&mut FaultyNode) -> Instant,
     ) {
-        match tell(node, story) {
+        match report_cause(node, story) {
             Ok(seconds) => {
-                say(&format!("FAULT {name:<64} held    recovered in {seconds:>5.1} s  {holds}"))
+                report(&format!("FAULT {name:<64} held    recovered in {seconds:>5.1} s  {holds}"))
             }
             Err(why) => {
-                say(&format!("FAULT {name:<64} FAILED  {holds}\n{why}"));
+                report(&format!("FAULT {name:<64} FAILED  {holds}\n{why}"));
                 self.failed.push(name.to_owned());
             }
         }
@@ -472,11 +473,11 @@ impl Table {
         let build = agent_binary();
         let build = build
             .parent()
-            .and_then(|folder| folder.file_name())
+            .and_then(|directory| directory.file_name())
             .unwrap_or_default()
             .to_string_lossy();
         let peak = PEAK_KIB.load(Ordering::Relaxed) as f64 / 1024.0;
-        say(&format!(
+        report(&format!(
             "MEASURED peak memory of the agent over the faults so far: {peak:.1} MiB ({build} build)"
         ));
         assert!(self.failed.is_empty(), "{:#?}", self.failed);
@@ -485,7 +486,10 @@ impl Table {
 
 /// Tells the story, and looks at what must always hold; gives the seconds from the fault to the
 /// recovery.
-fn tell(node: &mut Node, story: impl FnOnce(&mut Node) -> Instant) -> Result<f64, String> {
+fn report_cause(
+    node: &mut FaultyNode,
+    story: impl FnOnce(&mut FaultyNode) -> Instant,
+) -> Result<f64, String> {
     let told = catch_unwind(AssertUnwindSafe(|| {
         let seconds = story(node).elapsed().as_secs_f64();
         node.assert_trustworthy();

@@ -188,7 +188,7 @@ impl Script {
         let per_gpu = self.gpus.iter().flat_map(|gpu| gpu.fail.keys());
         if let Some(name) = lists.chain(tables).chain(per_gpu).find(|name| !functions::known(name))
         {
-            return Err(format!("{name} is not a function of this stand-in"));
+            return Err(format!("{name} is not a function of this simulator"));
         }
         if let Some(gpu) = self.gpus.iter().find(|gpu| gpu.pci().is_none()) {
             return Err(format!("{} is not a PCI address", gpu.pci_address));

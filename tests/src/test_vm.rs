@@ -1,4 +1,4 @@
-//! One machine, in a folder: the context, the settings, the state; and the agent that is started
+//! One machine, in a directory: the context, the settings, the state; and the agent that is started
 //! there.
 
 use std::{
@@ -22,16 +22,16 @@ use serde_json::{Value, json};
 use crate::{
     engine::Engine,
     network::in_namespace,
-    onegate::OneGateStandIn,
+    onegate::OneGateSimulator,
     process::{Lines, Output, run, signal, start_tied, tied, wait},
     sandbox::{Sandbox, agent_binary, nvml_library, write},
     sysfs::Sysfs,
 };
 
-/// The machine. Its settings are the product's defaults, with every path in the machine's folder,
+/// The machine. Its settings are the product's defaults, with every path in the machine's directory,
 /// no Docker engine, an empty sysfs, and waits that are short enough for a test.
 #[derive(Debug)]
-pub struct Case {
+pub struct TestVm {
     sandbox: Sandbox,
     settings: BTreeMap<String, BTreeMap<String, Value>>,
     env: BTreeMap<OsString, OsString>,
@@ -55,16 +55,16 @@ struct OneGate {
     token: String,
 }
 
-impl Case {
+impl TestVm {
     /// A machine without a GPU, without Docker and with an empty context.
     #[must_use]
     pub fn new() -> Self {
         let sandbox = Sandbox::new("case");
-        for folder in ["context", "state", "data", "certs", "prebaked", "sys", "bin", "root"] {
-            fs::create_dir_all(sandbox.join(folder)).expect("a folder of the machine");
+        for directory in ["context", "state", "data", "certs", "prebaked", "sys", "bin", "root"] {
+            fs::create_dir_all(sandbox.join(directory)).expect("a directory of the machine");
         }
         let bin = sandbox.join("bin");
-        let mut case = Self {
+        let mut vm = Self {
             sandbox,
             settings: BTreeMap::new(),
             env: BTreeMap::new(),
@@ -75,7 +75,7 @@ impl Case {
             namespace: None,
             sysfs: None,
         };
-        for (key, folder) in [
+        for (key, directory) in [
             ("context.dir", "context"),
             ("gpu.sysfs", "sys"),
             ("docker.socket", "docker.sock"),
@@ -87,21 +87,21 @@ impl Case {
             ("state.dir", "state"),
             ("state.lasting_dir", "lasting"),
         ] {
-            let path = case.path(folder);
-            case.set(key, path.to_string_lossy().into_owned());
+            let path = vm.path(directory);
+            vm.set(key, path.to_string_lossy().into_owned());
         }
-        case.set("gpu.nvml_library", "libnvidia-ml.so.1-is-not-here")
+        vm.set("gpu.nvml_library", "libnvidia-ml.so.1-is-not-here")
             .set("gpu.probe_timeout_seconds", 5)
             .set("gpu.wait_seconds", 1)
             .set("docker.reload_command", json!(["false"]))
             .set("docker.ready_timeout_seconds", 10)
             .set("container.stop_timeout_seconds", 5);
-        case.os_release("ID=debian\nVERSION_ID=\"12\"\n");
-        case.context(&[]);
-        case
+        vm.os_release("ID=debian\nVERSION_ID=\"12\"\n");
+        vm.context(&[]);
+        vm
     }
 
-    /// A path in the machine's folder: `context/…`, `state/…`, `daemon.json`,
+    /// A path in the machine's directory: `context/…`, `state/…`, `daemon.json`,
     /// `prebaked/PREBAKED_VERSION`.
     #[must_use]
     pub fn path(&self, relative: impl AsRef<Path>) -> PathBuf {
@@ -142,10 +142,10 @@ impl Case {
         self
     }
 
-    /// A folder before the others in the agent's PATH. The folder `bin` of the machine is there
+    /// A directory before the others in the agent's PATH. The directory `bin` of the machine is there
     /// already.
-    pub fn path_first(&mut self, folder: impl Into<PathBuf>) -> &mut Self {
-        self.path_first.insert(0, folder.into());
+    pub fn path_first(&mut self, directory: impl Into<PathBuf>) -> &mut Self {
+        self.path_first.insert(0, directory.into());
         self
     }
 
@@ -159,12 +159,12 @@ impl Case {
     }
 
     /// Makes it a VM of this OneGate, by what OpenNebula adds to the context of such a VM and by
-    /// its token in `one_env`. A variable given to [`Case::context`] has precedence.
+    /// its token in `one_env`. A variable given to [`TestVm::context`] has precedence.
     ///
     /// # Panics
     /// Where OneGate knows no such VM.
     #[track_caller]
-    pub fn onegate(&mut self, onegate: &OneGateStandIn, vm_id: u32) -> &mut Self {
+    pub fn onegate(&mut self, onegate: &OneGateSimulator, vm_id: u32) -> &mut Self {
         let token = onegate.change(|state| state.vms.get(&vm_id).map(|vm| vm.token.clone()));
         let token = token.unwrap_or_else(|| panic!("OneGate knows no VM {vm_id}"));
         self.onegate =
@@ -190,7 +190,7 @@ impl Case {
         self
     }
 
-    /// One file of the context folder as it is, `one_env` or half a `context.sh.online`; readable
+    /// One file of the context directory as it is, `one_env` or half a `context.sh.online`; readable
     /// by root alone, as there.
     pub fn context_file(&mut self, name: &str, text: impl AsRef<[u8]>) -> &mut Self {
         let path = self.path("context").join(name);
@@ -229,14 +229,14 @@ impl Case {
         self
     }
 
-    /// Installs the NVML stand-in with this script; again, with another, changes the machine for
+    /// Installs the NVML simulator with this script; again, with another, changes the machine for
     /// the next probe.
     pub fn nvml(&mut self, script: &Value) -> &mut Self {
         // Renamed into place: a probe that runs beside sees the one or the other.
         let next = self.write("nvml.json.next", script.to_string());
         let path = self.path("nvml.json");
-        fs::rename(next, &path).expect("the script of the NVML stand-in");
-        self.env("NVML_STANDIN", path);
+        fs::rename(next, &path).expect("the script of the NVML simulator");
+        self.env("NVML_SIMULATOR", path);
         self.set("gpu.nvml_library", nvml_library().to_string_lossy().into_owned())
     }
 
@@ -250,7 +250,7 @@ impl Case {
 
     /// Has the agent run in the engine's network namespace: in production the agent and Docker
     /// share the network, and the agent reaches containers by the addresses of their bridge. A
-    /// OneGate on 127.0.0.1 is not reached from there: see [`OneGateStandIn::start_in`].
+    /// OneGate on 127.0.0.1 is not reached from there: see [`OneGateSimulator::start_in`].
     pub fn in_namespace_of(&mut self, engine: &Engine) -> &mut Self {
         self.namespace = Some(engine.network_namespace().to_owned());
         self
@@ -333,13 +333,13 @@ impl Case {
     /// environment.
     fn prepare(&self, mut command: Command, subcommand: &str) -> Command {
         let own = std::env::var_os("PATH").unwrap_or_default();
-        let folders = self.path_first.iter().cloned().chain(std::env::split_paths(&own));
+        let directories = self.path_first.iter().cloned().chain(std::env::split_paths(&own));
         command
             .arg(subcommand)
             .arg("--settings")
             .arg(self.settings_file())
             .env_clear()
-            .env("PATH", std::env::join_paths(folders).expect("no colon in a folder's name"))
+            .env("PATH", std::env::join_paths(directories).expect("no colon in a directory's name"))
             .envs(&self.env)
             .current_dir(self.sandbox.path());
         command
@@ -357,7 +357,7 @@ impl OneGate {
     }
 }
 
-impl Default for Case {
+impl Default for TestVm {
     fn default() -> Self {
         Self::new()
     }
@@ -430,7 +430,7 @@ impl Agent {
     pub fn wait_for_line(&self, text: &str, timeout: Duration) -> String {
         self.lines
             .wait_for(text, timeout)
-            .unwrap_or_else(|| panic!("no line with {text:?}; {}", self.story()))
+            .unwrap_or_else(|| panic!("no line with {text:?}; {}", self.transcript()))
     }
 
     /// The first message to systemd that contains the text (`READY=1`).
@@ -441,7 +441,7 @@ impl Agent {
     pub fn wait_for_notify(&self, text: &str, timeout: Duration) -> String {
         self.notified
             .wait_for(text, timeout)
-            .unwrap_or_else(|| panic!("no message with {text:?}; {}", self.story()))
+            .unwrap_or_else(|| panic!("no message with {text:?}; {}", self.transcript()))
     }
 
     /// Waits for its end; gives the exit code, or minus the signal that ended it.
@@ -451,7 +451,7 @@ impl Agent {
     #[track_caller]
     pub fn wait_exit(&mut self, timeout: Duration) -> i32 {
         let Some(status) = wait(&mut self.child, timeout) else {
-            panic!("still running after {timeout:?}; {}", self.story());
+            panic!("still running after {timeout:?}; {}", self.transcript());
         };
         status.code().unwrap_or_else(|| -status.signal().unwrap_or_default())
     }
@@ -499,7 +499,7 @@ impl Agent {
         signal(self.child.id(), which);
     }
 
-    fn story(&self) -> String {
+    fn transcript(&self) -> String {
         format!("standard error: {:#?}, told systemd: {:#?}", self.lines(), self.notifications())
     }
 }

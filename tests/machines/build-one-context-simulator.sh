@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes a package of the stand-in for one-context, for machines whose image is built from packages.
+# Makes a package of the simulator of one-context, for machines whose image is built from packages.
 #
-#   build-standin.sh PACKAGE.deb
+#   build-one-context-simulator.sh PACKAGE.deb
 set -euo pipefail
 
-output=${1:?usage: build-standin.sh PACKAGE.deb}
+output=${1:?usage: build-one-context-simulator.sh PACKAGE.deb}
 guest=$(cd "$(dirname "${BASH_SOURCE[0]}")/guest" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -13,11 +13,11 @@ install -D -m 0755 -t "$work/usr/sbin" "$guest/usr/sbin/one-contextd"
 install -D -m 0644 -t "$work/usr/lib/systemd/system" "$guest"/etc/systemd/system/one-context*.service
 mkdir "$work/DEBIAN"
 cat >"$work/DEBIAN/control" <<'CONTROL'
-Package: one-context-standin
+Package: one-context-simulator
 Version: 1
 Architecture: all
 Maintainer: supernode-agent developers <supernode-agent@localhost>
-Description: stand-in for one-context, for tests
+Description: simulator of one-context, for tests
 CONTROL
 printf '#!/bin/sh\nsystemctl --quiet enable one-context-local one-context-online one-context\n' >"$work/DEBIAN/postinst"
 chmod 755 "$work/DEBIAN/postinst"

@@ -1,5 +1,5 @@
 //! A machine that is really started: systemd as its first process, Docker, the package as dpkg
-//! installed it, and a stand-in for one-context that has the real one's units, order and files.
+//! installed it, and a simulator of one-context that has the real one's units, order and files.
 
 use std::{
     env, fs,
@@ -25,7 +25,7 @@ const BOOT_LIMIT: Duration = Duration::from_secs(600);
 
 /// A machine that is off. What it writes while it is on stays for its next boot.
 #[derive(Debug)]
-pub struct Machine {
+pub struct BootedVm {
     sandbox: Sandbox,
     lower: String,
 }
@@ -39,7 +39,7 @@ pub struct Boot {
     pub journal: Vec<Value>,
 }
 
-impl Machine {
+impl BootedVm {
     /// A machine of the package that `SUPERNODE_DEB` names (`make deb` builds it). `None`: skip the
     /// test, the reason is printed; with `SUPERNODE_TESTS_REQUIRE_DOCKER=1` that is a failure.
     ///
@@ -62,7 +62,7 @@ impl Machine {
 
     /// The context, as the file on its CD.
     pub fn context(&self, variables: &[(&str, &str)]) -> &Self {
-        self.file("context/context.sh", crate::case::context_text(variables))
+        self.file("context/context.sh", crate::test_vm::context_text(variables))
     }
 
     /// A file of the machine.
@@ -76,35 +76,35 @@ impl Machine {
         self.file("etc/supernode-agent/agent.toml", text)
     }
 
-    /// A copy of a file or a folder of this machine, links in it as they are.
+    /// A copy of a file or a directory of this machine, links in it as they are.
     pub fn copy(&self, from: &Path, to: &str) -> &Self {
         let to = self.path(to);
-        fs::create_dir_all(to.parent().expect("a folder")).expect("a folder of the machine");
+        fs::create_dir_all(to.parent().expect("a directory")).expect("a directory of the machine");
         run(Command::new("cp").arg("--archive").arg(from).arg(&to), BOOT_LIMIT).expect_success();
         self
     }
 
-    /// Gives it a GPU: a made-up sysfs, the NVML stand-in with this script, and
+    /// Gives it a GPU: a made-up sysfs, the NVML simulator with this script, and
     /// nvidia-container-runtime.
     pub fn gpu(&self, sysfs: &Sysfs, nvml: &Value) -> &Self {
-        self.copy(sysfs.root(), "standin/sys")
-            .copy(&nvml_library(), "standin/libnvidia-ml.so.1")
+        self.copy(sysfs.root(), "simulator/sys")
+            .copy(&nvml_library(), "simulator/libnvidia-ml.so.1")
             .copy(&runtime_binary(), "usr/bin/nvidia-container-runtime")
-            .file("standin/nvml.json", nvml.to_string())
+            .file("simulator/nvml.json", nvml.to_string())
             .file(
-                "standin/runtime.json",
-                json!({"mode": "ok", "nvml": "/standin/nvml.json"}).to_string(),
+                "simulator/runtime.json",
+                json!({"mode": "ok", "nvml": "/simulator/nvml.json"}).to_string(),
             )
             .settings(
-                "[gpu]\nsysfs = \"/standin/sys\"\nnvml_library = \"/standin/libnvidia-ml.so.1\"\n",
+                "[gpu]\nsysfs = \"/simulator/sys\"\nnvml_library = \"/simulator/libnvidia-ml.so.1\"\n",
             )
             .file(
-                "etc/systemd/system/flower-supernode.service.d/standin.conf",
-                "[Service]\nEnvironment=NVML_STANDIN=/standin/nvml.json\n",
+                "etc/systemd/system/flower-supernode.service.d/simulator.conf",
+                "[Service]\nEnvironment=NVML_SIMULATOR=/simulator/nvml.json\n",
             )
             .file(
-                "etc/systemd/system/containerd.service.d/standin.conf",
-                "[Service]\nEnvironment=NVIDIA_RUNTIME_STANDIN=/standin/runtime.json\n",
+                "etc/systemd/system/containerd.service.d/simulator.conf",
+                "[Service]\nEnvironment=NVIDIA_RUNTIME_SIMULATOR=/simulator/runtime.json\n",
             )
     }
 
@@ -185,7 +185,7 @@ impl Machine {
 
     fn start_by(&self, starter: &str) -> Command {
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--"]).arg(folder().join(starter));
+        command.args(["--pdeathsig", "KILL", "--"]).arg(directory().join(starter));
         command.arg(&self.lower).arg(self.sandbox.path());
         command
     }
@@ -211,7 +211,7 @@ impl Boot {
 
     /// The whole journal, for a failure.
     #[must_use]
-    pub fn story(&self) -> String {
+    pub fn transcript(&self) -> String {
         format!("{}\n{}", self.output, text_of(&self.journal))
     }
 }
@@ -225,11 +225,11 @@ fn line_of(entry: &Value) -> String {
     format!("{} {}", text("PRIORITY"), text("MESSAGE"))
 }
 
-fn folder() -> PathBuf {
+fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("machines")
 }
 
-/// The read-only folders of every machine, as overlayfs lists them; made where they are missing.
+/// The read-only directories of every machine, as overlayfs lists them; made where they are missing.
 fn layers() -> Result<String, String> {
     if !rustix::process::geteuid().is_root() {
         return Err("only root can start a machine".into());
@@ -237,22 +237,24 @@ fn layers() -> Result<String, String> {
     let package = env::var_os("SUPERNODE_DEB")
         .ok_or("SUPERNODE_DEB does not name a package (make deb builds one)")?;
     let package = fs::canonicalize(package).map_err(|error| format!("SUPERNODE_DEB: {error}"))?;
-    let root =
-        expect(run(&mut Command::new(folder().join("build-root.sh")), Duration::from_secs(900)))?;
+    let root = expect(run(
+        &mut Command::new(directory().join("build-root.sh")),
+        Duration::from_secs(900),
+    ))?;
     let key = expect(run(
         Command::new("sh")
             .args(["-ec", "find \"$1\" -type f -print0 | sort -z | xargs -0 cat -- \"$0\" | sha256sum | cut -c1-16"])
             .arg(&package)
-            .arg(folder()),
+            .arg(directory()),
         Duration::from_secs(60),
     ))?;
     let layer = env::current_exe()
         .map_err(|error| error.to_string())?
         .with_file_name(format!("machine-{key}"));
     if !layer.exists() {
-        let mut install = Command::new(folder().join("install-layer.sh"));
+        let mut install = Command::new(directory().join("install-layer.sh"));
         expect(run(install.arg(&root).arg(&package).arg(&layer), Duration::from_secs(300)))?;
-        let copied = fs::copy(image::stand_in_image(), layer.join("harness/image.tar"));
+        let copied = fs::copy(image::test_image(), layer.join("harness/image.tar"));
         copied.map_err(|error| format!("the image: {error}"))?;
         write(&layer.join("harness/image-changes"), image::INSTRUCTIONS.join("\n") + "\n");
     }

@@ -1,4 +1,4 @@
-//! The stand-in for OneGate: what the real one does, the faults, and what it remembers.
+//! The simulator of OneGate: what the real one does, the faults, and what it remembers.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -14,7 +14,7 @@ use std::{
 
 use serde_json::{Value, json};
 use supernode_tests::{
-    OneGateStandIn,
+    OneGateSimulator,
     onegate::{Reply, Shape},
 };
 
@@ -22,8 +22,8 @@ const SERVICE_JSON: &str = r#"{"SERVICE":{"name":"flower","id":"7","state":2,"ro
 
 /// Service 7: the SuperLink 100 with an endpoint and a NIC, the SuperNode 101. VM 102 is in no
 /// service, 103 in service 8.
-fn onegate() -> OneGateStandIn {
-    let onegate = OneGateStandIn::start();
+fn onegate() -> OneGateSimulator {
+    let onegate = OneGateSimulator::start();
     onegate.change(|state| {
         let superlink = state
             .join(7, "superlink", 100)
@@ -38,7 +38,7 @@ fn onegate() -> OneGateStandIn {
 }
 
 /// Sends bytes, and reads to the end of the connection.
-fn exchange(onegate: &OneGateStandIn, bytes: &str) -> String {
+fn exchange(onegate: &OneGateSimulator, bytes: &str) -> String {
     let mut stream = TcpStream::connect(onegate.address()).unwrap();
     stream.write_all(bytes.as_bytes()).unwrap();
     let mut answer = Vec::new();
@@ -62,18 +62,18 @@ fn parsed(answer: &str) -> (u16, String) {
     (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
 }
 
-fn get(onegate: &OneGateStandIn, target: &str, vm: u32) -> (u16, String) {
+fn get(onegate: &OneGateSimulator, target: &str, vm: u32) -> (u16, String) {
     parsed(&exchange(onegate, &(head("GET", target, vm) + "\r\n")))
 }
 
 #[track_caller]
-fn json_of(onegate: &OneGateStandIn, target: &str, vm: u32) -> Value {
+fn json_of(onegate: &OneGateSimulator, target: &str, vm: u32) -> Value {
     let (status, body) = get(onegate, target, vm);
     assert_eq!(status, 200, "{body}");
     serde_json::from_str(&body).unwrap()
 }
 
-fn put(onegate: &OneGateStandIn, target: &str, vm: u32, body: &str) -> (u16, String) {
+fn put(onegate: &OneGateSimulator, target: &str, vm: u32, body: &str) -> (u16, String) {
     let request =
         format!("{}Content-Length: {}\r\n\r\n{body}", head("PUT", target, vm), body.len());
     parsed(&exchange(onegate, &request))

@@ -14,7 +14,8 @@ use std::{
 
 use serde_json::{Value, json};
 use supernode_tests::{
-    Case, Cloud, Engine, OneGateStandIn, Output, RuntimeMode, eventually, image, in_namespace,
+    Engine, OneGateSimulator, Output, RuntimeMode, TestNetwork, TestVm, eventually, image,
+    in_namespace,
 };
 
 const SECONDS: Duration = Duration::from_secs(10);
@@ -215,15 +216,15 @@ fn an_engine_that_crashed_comes_back_and_leaves_nothing() {
     engine.restart();
     engine.docker(&["run", "--detach", image::PYTORCH]).expect_success();
     engine.kill();
-    let folder = engine.socket().with_file_name("");
+    let directory = engine.socket().with_file_name("");
     let namespace = format!("/run/netns/{}", engine.network_namespace());
     let containers: Vec<_> =
-        std::fs::read_dir(folder.join("data/containers")).unwrap().flatten().collect();
+        std::fs::read_dir(directory.join("data/containers")).unwrap().flatten().collect();
     assert_eq!(containers.len(), 2);
     drop(engine);
 
-    let folder_text = folder.to_string_lossy().into_owned();
-    assert!(!folder.exists());
+    let folder_text = directory.to_string_lossy().into_owned();
+    assert!(!directory.exists());
     assert!(!Path::new(&namespace).exists());
     assert!(!std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(&*folder_text));
     let processes = command_lines();
@@ -252,22 +253,22 @@ fn a_daemon_json_that_docker_refuses_is_told() {
     assert!(reason.contains("no-such-key"), "{reason}");
 }
 
-/// Two engines at a cloud with a OneGate that knows VM 101.
-fn cloud() -> Option<(Cloud, [Engine; 2], OneGateStandIn)> {
+/// Two engines at a network with a OneGate that knows VM 101.
+fn network() -> Option<(TestNetwork, [Engine; 2], OneGateSimulator)> {
     let engines = [Engine::start()?, Engine::start()?];
-    let mut cloud = Cloud::new();
+    let mut network = TestNetwork::new();
     for (engine, address) in engines.iter().zip(["10.77.0.2", "10.77.0.3"]) {
-        assert_eq!(cloud.connect(engine).to_string(), address);
+        assert_eq!(network.connect(engine).to_string(), address);
     }
-    let onegate = OneGateStandIn::start_in(cloud.network_namespace(), cloud.address());
+    let onegate = OneGateSimulator::start_in(network.network_namespace(), network.address());
     onegate.change(|state| {
         state.vm(101);
     });
-    Some((cloud, engines, onegate))
+    Some((network, engines, onegate))
 }
 
 /// Asks for `/vm` without a token, from an engine's namespace: curl's exit code and the status.
-fn curl(engine: &Engine, onegate: &OneGateStandIn) -> (Option<i32>, String) {
+fn curl(engine: &Engine, onegate: &OneGateSimulator) -> (Option<i32>, String) {
     let mut command = in_namespace(engine.network_namespace(), "curl");
     command.args([
         "--silent",
@@ -284,7 +285,7 @@ fn curl(engine: &Engine, onegate: &OneGateStandIn) -> (Option<i32>, String) {
 
 #[test]
 fn the_cloud_is_reached_by_engines_and_their_containers_and_by_nobody_else() {
-    let Some((cloud, engines, onegate)) = cloud() else { return };
+    let Some((network, engines, onegate)) = network() else { return };
     assert_eq!(onegate.endpoint(), format!("http://10.77.0.1:{}", onegate.address().port()));
     // Not busybox's wget: it asks for the number of http's port, and dies where there is no C
     // library to know it.
@@ -304,27 +305,28 @@ fn the_cloud_is_reached_by_engines_and_their_containers_and_by_nobody_else() {
         .expect_err("another network");
 
     // Where OneGate is usually: not an address of the network, but behind the default route.
-    let mut command = in_namespace(cloud.network_namespace(), "ip");
+    let mut command = in_namespace(network.network_namespace(), "ip");
     supernode_tests::run(
         command.args(["address", "add", "169.254.16.9/32", "dev", "br0"]),
         SECONDS,
     )
     .expect_success();
-    let link_local = OneGateStandIn::start_in(cloud.network_namespace(), [169, 254, 16, 9].into());
+    let link_local =
+        OneGateSimulator::start_in(network.network_namespace(), [169, 254, 16, 9].into());
     assert_eq!(curl(&engines[0], &link_local), (Some(0), "401".to_owned()));
 
     // One engine's outage is not the other's, and ends without a trace.
-    cloud.unlink(&engines[0]);
+    network.unlink(&engines[0]);
     assert_eq!(curl(&engines[0], &onegate).0, Some(28));
     assert_eq!(curl(&engines[1], &onegate).0, Some(0));
-    cloud.link(&engines[0]);
+    network.link(&engines[0]);
     assert!(eventually(SECONDS, || curl(&engines[0], &onegate) == (Some(0), "401".to_owned())));
 }
 
 #[test]
-fn clouds_do_not_meet_and_leave_nothing() {
-    let Some((first, [engine, _], onegate)) = cloud() else { return };
-    let Some((second, [other, _], other_onegate)) = cloud() else { return };
+fn networks_are_isolated_and_removed() {
+    let Some((first, [engine, _], onegate)) = network() else { return };
+    let Some((second, [other, _], other_onegate)) = network() else { return };
     assert_eq!(curl(&engine, &onegate).0, Some(0));
     assert_eq!(curl(&other, &other_onegate).0, Some(0));
     assert_eq!((onegate.requests().len(), other_onegate.requests().len()), (1, 1));
@@ -337,16 +339,16 @@ fn clouds_do_not_meet_and_leave_nothing() {
         let mut command = in_namespace(engine.network_namespace(), "ip");
         supernode_tests::run(command.args(["-brief", "link"]), SECONDS).stdout
     };
-    assert!(!links(&engine).contains("cloud0"), "{}", links(&engine));
-    assert!(links(&other).contains("cloud0"), "{}", links(&other));
+    assert!(!links(&engine).contains("net0"), "{}", links(&engine));
+    assert!(links(&other).contains("net0"), "{}", links(&other));
     drop(second);
 }
 
 #[test]
 fn an_agent_in_the_namespace_of_its_engine_is_the_process_that_was_started() {
-    let Some((_cloud, [engine, _], onegate)) = cloud() else { return };
+    let Some((_network, [engine, _], onegate)) = network() else { return };
     engine.import_image(&[image::PYTORCH]);
-    let mut case = Case::new();
+    let mut vm = TestVm::new();
     let script = r#"#!/bin/sh
 trap 'exit 3' TERM
 . ./context/context.sh.network
@@ -356,18 +358,18 @@ echo >&2
 echo "$1 $$ $(readlink /proc/self/ns/net)" >&2
 while [ "$1" = run ]; do sleep 0.05; done
 "#;
-    let agent = case.write("agent.sh", script);
+    let agent = vm.write("agent.sh", script);
     std::fs::set_permissions(&agent, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    case.agent(agent).engine(&engine).in_namespace_of(&engine).onegate(&onegate, 101);
+    vm.agent(agent).engine(&engine).in_namespace_of(&engine).onegate(&onegate, 101);
 
     let mut command = in_namespace(engine.network_namespace(), "readlink");
     let namespace =
         supernode_tests::run(command.arg("/proc/self/ns/net"), SECONDS).expect_success().to_owned();
-    let mut agent = case.start();
+    let mut agent = vm.start();
     agent.wait_for_line(r#""ID":"101""#, SECONDS);
     let line = agent.wait_for_line("run ", SECONDS);
     assert_eq!(line, format!("run {} {namespace}", agent.pid()));
     assert_eq!(agent.terminate(), 3);
-    let output = case.run_command("plan", &[]);
+    let output = vm.run_command("plan", &[]);
     assert!(output.stderr.contains(&namespace), "{output:#?}");
 }

@@ -14,27 +14,29 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{
-    GPU_A, GPU_B, TIMEOUT, engine_with, inspect, json_of, one_gpu, sysfs_of_one, sysfs_of_two,
-    tell, two_gpus, up, wanted, warnings,
+    GPU_A, GPU_B, TIMEOUT, engine_with, inspect, json_of, one_gpu, report_cause, sysfs_of_one,
+    sysfs_of_two, two_gpus, up, wanted, warnings,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use supernode_tests::{Agent, Case, Engine, RuntimeMode, Sandbox, Sysfs, eventually, nvml_library};
+use supernode_tests::{
+    Agent, Engine, RuntimeMode, Sandbox, Sysfs, TestVm, eventually, nvml_library,
+};
 
 /// What the contract gives the agent to say that a GPU is lost, and the container's replacement.
 const LOSS_LIMIT: Duration = Duration::from_secs(30);
 
 /// A node on a GPU, with a watcher that listens.
-struct Node {
+struct MonitoredNode {
     engine: Engine,
-    case: Case,
+    vm: TestVm,
     /// The moments of events, and the log of NVML's calls.
-    folder: Sandbox,
+    directory: Sandbox,
     machine: Value,
     agent: Agent,
 }
 
-impl Node {
+impl MonitoredNode {
     /// The machine with these XIDs, each of which happens when it is fired; `settings` are for
     /// agent.toml.
     fn with(
@@ -43,35 +45,35 @@ impl Node {
         settings: &[(&str, &str)],
         context: &[(&str, &str)],
     ) -> Option<Self> {
-        let folder = Sandbox::new("watch");
+        let directory = Sandbox::new("watch");
         let events: Vec<Value> = xids
             .iter()
-            .map(|xid| json!({"type": "xid", "data": xid, "when_file": folder.join(format!("xid-{xid}"))}))
+            .map(|xid| json!({"type": "xid", "data": xid, "when_file": directory.join(format!("xid-{xid}"))}))
             .collect();
-        Self::with_events(machine, folder, &json!(events), settings, context)
+        Self::with_events(machine, directory, &json!(events), settings, context)
     }
 
     fn with_events(
         mut machine: Value,
-        folder: Sandbox,
+        directory: Sandbox,
         events: &Value,
         settings: &[(&str, &str)],
         context: &[(&str, &str)],
     ) -> Option<Self> {
         machine["events"] = events.clone();
-        machine["log"] = json!(folder.join("calls"));
-        let (engine, mut case) = engine_with(&machine)?;
+        machine["log"] = json!(directory.join("calls"));
+        let (engine, mut vm) = engine_with(&machine)?;
         let sysfs = if machine["gpus"].as_array().unwrap().len() == 2 {
             sysfs_of_two()
         } else {
             sysfs_of_one()
         };
-        case.sysfs(&sysfs).context(&wanted(context));
+        vm.sysfs(&sysfs).context(&wanted(context));
         for (key, value) in settings {
-            case.set(key, *value);
+            vm.set(key, *value);
         }
-        let agent = up(&case);
-        let node = Self { engine, case, folder, machine, agent };
+        let agent = up(&vm);
+        let node = Self { engine, vm, directory, machine, agent };
         node.wait_for_watcher();
         Some(node)
     }
@@ -86,17 +88,17 @@ impl Node {
     }
 
     fn calls(&self) -> String {
-        fs::read_to_string(self.folder.join("calls")).unwrap_or_default()
+        fs::read_to_string(self.directory.join("calls")).unwrap_or_default()
     }
 
     fn fire(&self, xid: u64) {
-        self.folder.write(format!("xid-{xid}"), "");
+        self.directory.write(format!("xid-{xid}"), "");
     }
 
     /// Changes what NVML says from its next call on.
     fn now(&mut self, key: &str, value: Value) {
         self.machine[key] = value;
-        self.case.nvml(&self.machine);
+        self.vm.nvml(&self.machine);
     }
 
     /// Waits until a container runs with this runtime.
@@ -112,7 +114,7 @@ impl Node {
     #[track_caller]
     fn wait_for_status(&self, words: &str) {
         let said = eventually(TIMEOUT, || {
-            let status = json_of(&self.case.run_command("status", &["--json"]));
+            let status = json_of(&self.vm.run_command("status", &["--json"]));
             status["agent"]["status"].as_str().is_some_and(|status| status.contains(words))
         });
         assert!(said, "{words}: {:#?}", self.agent.notifications());
@@ -132,7 +134,7 @@ impl Node {
     #[track_caller]
     fn wait_for_failure(&self, since: Instant, how: &str) {
         self.agent.wait_for_line("gpu-failed", LOSS_LIMIT);
-        tell("gpu-failed", since.elapsed().as_secs_f64(), how);
+        report_cause("gpu-failed", since.elapsed().as_secs_f64(), how);
         assert!(since.elapsed() < LOSS_LIMIT);
     }
 
@@ -151,7 +153,7 @@ impl Node {
         let replaced =
             lines.iter().rposition(|line| line.contains("replacing the container")).unwrap();
         assert!(warned < replaced, "{lines:#?}");
-        let verdict = &json_of(&self.case.run_command("status", &["--json"]))["gpu"]["verdict"];
+        let verdict = &json_of(&self.vm.run_command("status", &["--json"]))["gpu"]["verdict"];
         assert_eq!(verdict["reason"], "gpu-failed", "{verdict}");
         assert_eq!(
             inspect(&self.engine, "{{index .Config.Labels \"supernode-agent.reason\"}}"),
@@ -187,7 +189,7 @@ fn peak_kib(pid: u32) -> u64 {
 
 #[test]
 fn a_fatal_xid_is_warned_of_with_its_meaning_and_the_node_goes_on_on_the_cpu() {
-    let Some(mut node) = Node::with(one_gpu(), &[79], &[], &[]) else { return };
+    let Some(mut node) = MonitoredNode::with(one_gpu(), &[79], &[], &[]) else { return };
     let begun = Instant::now();
     node.fire(79);
     node.wait_for_failure(begun, "while running: XID 79");
@@ -195,7 +197,7 @@ fn a_fatal_xid_is_warned_of_with_its_meaning_and_the_node_goes_on_on_the_cpu() {
     // The agent dies; the next one keeps the node where it is, and says why.
     let before = node.id();
     node.agent.kill9();
-    let agent = up(&node.case);
+    let agent = up(&node.vm);
     assert_eq!(node.id(), before);
     assert!(
         warnings(&agent).iter().any(|line| line.contains("gpu-failed")),
@@ -206,7 +208,7 @@ fn a_fatal_xid_is_warned_of_with_its_meaning_and_the_node_goes_on_on_the_cpu() {
 
 #[test]
 fn a_container_that_dies_of_the_fault_is_not_started_on_that_gpu_again() {
-    let Some(node) = Node::with(one_gpu(), &[79], &[], &[]) else { return };
+    let Some(node) = MonitoredNode::with(one_gpu(), &[79], &[], &[]) else { return };
     // The driver tells of it when the container has gone already.
     node.engine.docker(&["kill", "flower-supernode"]).expect_success();
     node.agent.wait_for_line("ended with exit code 137", TIMEOUT);
@@ -222,7 +224,7 @@ fn a_container_that_dies_of_the_fault_is_not_started_on_that_gpu_again() {
 #[test]
 fn a_gpu_that_failed_is_tried_again_where_that_is_wanted_and_then_left() {
     let settings = &[("gpu.on_failure", "restart")];
-    let Some(mut node) = Node::with(one_gpu(), &[48, 119], settings, &[]) else { return };
+    let Some(mut node) = MonitoredNode::with(one_gpu(), &[48, 119], settings, &[]) else { return };
     let first = node.id();
     node.fire(48);
     node.agent.wait_for_line("a probe finds the GPU well", TIMEOUT);
@@ -263,7 +265,9 @@ fn a_gpu_that_failed_is_tried_again_where_that_is_wanted_and_then_left() {
 
 #[test]
 fn a_failure_that_is_to_be_ignored_is_a_warning_alone() {
-    let Some(node) = Node::with(one_gpu(), &[79, 48], &[("gpu.on_failure", "ignore")], &[]) else {
+    let Some(node) =
+        MonitoredNode::with(one_gpu(), &[79, 48], &[("gpu.on_failure", "ignore")], &[])
+    else {
         return;
     };
     let before = node.id();
@@ -283,13 +287,15 @@ fn a_failure_that_is_to_be_ignored_is_a_warning_alone() {
 
 #[test]
 fn an_applications_xid_is_told_once_and_changes_nothing() {
-    let folder = Sandbox::new("watch");
+    let directory = Sandbox::new("watch");
     let event = |xid: u64, gpu: u32| {
-        let file = folder.join(format!("xid-{xid}"));
+        let file = directory.join(format!("xid-{xid}"));
         json!({"type": "xid", "data": xid, "gpu": gpu, "when_file": file, "per_second": 50})
     };
     let events = json!([event(13, 0), event(31, 1), event(45, 0)]);
-    let Some(node) = Node::with_events(two_gpus(), folder, &events, &[], &[]) else { return };
+    let Some(node) = MonitoredNode::with_events(two_gpus(), directory, &events, &[], &[]) else {
+        return;
+    };
     let before = node.id();
     for (xid, uuid) in [(13, GPU_A), (31, GPU_B), (45, GPU_A)] {
         node.fire(xid);
@@ -307,7 +313,7 @@ fn the_card_of_a_mig_instance_is_watched_for_it() {
     let mut machine = one_gpu();
     machine["gpus"][0]["mig"] = json!([{"uuid": "MIG-aaaa"}, {"uuid": "MIG-bbbb"}]);
     let context = &[("FL_CUDA_VISIBLE_DEVICES", "MIG-bbbb")];
-    let Some(node) = Node::with(machine, &[79], &[], context) else { return };
+    let Some(node) = MonitoredNode::with(machine, &[79], &[], context) else { return };
     node.fire(79);
     let line = node.agent.wait_for_line("gpu-failed", TIMEOUT);
     assert!(line.contains("MIG-bbbb") && line.contains("0000:01:00.0"), "{line}");
@@ -316,7 +322,7 @@ fn the_card_of_a_mig_instance_is_watched_for_it() {
 
 #[test]
 fn a_gpu_that_does_not_answer_any_more_is_lost_within_half_a_minute() {
-    let Some(mut node) = Node::with(one_gpu(), &[], &[], &[]) else { return };
+    let Some(mut node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
     let begun = Instant::now();
     node.now("fail", json!({"nvmlDeviceGetHandleByUUID": 15, "nvmlEventSetWait_v2": 15}));
     node.wait_for_failure(begun, "while running: NVML answers 15");
@@ -325,16 +331,16 @@ fn a_gpu_that_does_not_answer_any_more_is_lost_within_half_a_minute() {
 
 #[test]
 fn a_library_that_has_gone_is_a_gpu_that_is_lost() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    let folder = Sandbox::new("watch");
-    let library = case.path("libnvidia-ml.so.1");
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    let directory = Sandbox::new("watch");
+    let library = vm.path("libnvidia-ml.so.1");
     symlink(nvml_library(), &library).unwrap();
     let mut machine = one_gpu();
-    machine["log"] = json!(folder.join("calls"));
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[])).nvml(&machine);
-    case.set("gpu.nvml_library", library.to_string_lossy().into_owned());
-    let agent = up(&case);
-    let node = Node { engine, case, folder, machine, agent };
+    machine["log"] = json!(directory.join("calls"));
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[])).nvml(&machine);
+    vm.set("gpu.nvml_library", library.to_string_lossy().into_owned());
+    let agent = up(&vm);
+    let node = MonitoredNode { engine, vm, directory, machine, agent };
     node.wait_for_watcher();
     let begun = Instant::now();
     fs::remove_file(&library).unwrap();
@@ -344,7 +350,7 @@ fn a_library_that_has_gone_is_a_gpu_that_is_lost() {
 
 #[test]
 fn a_watcher_that_hangs_is_a_gpu_that_is_lost() {
-    let Some(mut node) = Node::with(one_gpu(), &[], &[], &[]) else { return };
+    let Some(mut node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
     let watcher = node.watcher().unwrap();
     let begun = Instant::now();
     node.now("hang", json!(["nvmlEventSetWait_v2"]));
@@ -355,7 +361,7 @@ fn a_watcher_that_hangs_is_a_gpu_that_is_lost() {
 
 #[test]
 fn a_watcher_that_was_killed_comes_back_and_nothing_changes() {
-    let Some(mut node) = Node::with(one_gpu(), &[79], &[], &[]) else { return };
+    let Some(mut node) = MonitoredNode::with(one_gpu(), &[79], &[], &[]) else { return };
     let (before, first) = (node.id(), node.watcher().unwrap());
     kill9(first);
     node.agent.wait_for_line("the GPU watcher died by signal 9", TIMEOUT);
@@ -371,7 +377,7 @@ fn a_watcher_that_was_killed_comes_back_and_nothing_changes() {
 
 #[test]
 fn a_watcher_that_cannot_come_back_is_a_gpu_that_is_lost() {
-    let Some(mut node) = Node::with(one_gpu(), &[], &[], &[]) else { return };
+    let Some(mut node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
     node.now("fail", json!({"nvmlInit_v2": 9}));
     let begun = Instant::now();
     kill9(node.watcher().unwrap());
@@ -381,14 +387,16 @@ fn a_watcher_that_cannot_come_back_is_a_gpu_that_is_lost() {
 
 #[test]
 fn a_flood_of_events_costs_neither_journal_nor_memory() {
-    let folder = Sandbox::new("watch");
+    let directory = Sandbox::new("watch");
     let event = |xid: u64, per_second: u32| {
-        let file = folder.join(format!("xid-{xid}"));
+        let file = directory.join(format!("xid-{xid}"));
         json!({"type": "xid", "data": xid, "when_file": file, "per_second": per_second})
     };
     let events = json!([event(79, 1), event(13, 10_000)]);
     let debug = &[("FL_LOG_LEVEL", "DEBUG")];
-    let Some(node) = Node::with_events(one_gpu(), folder, &events, &[], debug) else { return };
+    let Some(node) = MonitoredNode::with_events(one_gpu(), directory, &events, &[], debug) else {
+        return;
+    };
     let watcher = node.watcher().unwrap();
     let (agent_before, watcher_before) = (peak_kib(node.agent.pid()), peak_kib(watcher));
     node.fire(13);
@@ -411,7 +419,8 @@ fn a_flood_of_events_costs_neither_journal_nor_memory() {
 
 #[test]
 fn a_required_gpu_that_fails_is_an_error_and_the_container_is_stopped() {
-    let Some(mut node) = Node::with(one_gpu(), &[79], &[], &[("FL_GPU_REQUIRED", "YES")]) else {
+    let Some(mut node) = MonitoredNode::with(one_gpu(), &[79], &[], &[("FL_GPU_REQUIRED", "YES")])
+    else {
         return;
     };
     node.fire(79);
@@ -424,7 +433,7 @@ fn a_required_gpu_that_fails_is_an_error_and_the_container_is_stopped() {
 
 #[test]
 fn a_container_that_lost_its_device_nodes_is_made_anew_once() {
-    let Some(node) = Node::with(one_gpu(), &[], &[], &[]) else { return };
+    let Some(node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
     let before = node.id();
     let pid = inspect(&node.engine, "{{.State.Pid}}");
     fs::remove_file(format!("/proc/{pid}/root/dev/nvidia0")).unwrap();
@@ -445,8 +454,8 @@ fn a_container_that_lost_its_device_nodes_is_made_anew_once() {
 
 #[test]
 fn a_container_whose_gpu_systemd_took_is_made_anew_once() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
-    let folder = Sandbox::new("watch");
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    let directory = Sandbox::new("watch");
     // The engine of a test leaves cgroups to itself: this systemctl tells of a scope all the same.
     // The scope of a container that came later has started later.
     let systemctl = format!(
@@ -457,19 +466,19 @@ case "$*" in
 *) printf '%s\n' LoadState=loaded ActiveEnterTimestampMonotonic=9500 DevicePolicy=strict ;;
 esac
 "#,
-        folder.path().display()
+        directory.path().display()
     );
-    folder.write("reloaded", "1000");
-    let program = case.write("bin/systemctl", systemctl);
+    directory.write("reloaded", "1000");
+    let program = vm.write("bin/systemctl", systemctl);
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     let mut machine = one_gpu();
-    machine["log"] = json!(folder.join("calls"));
-    case.sysfs(&sysfs_of_one()).context(&wanted(&[])).nvml(&machine);
-    let agent = up(&case);
-    let node = Node { engine, case, folder, machine, agent };
+    machine["log"] = json!(directory.join("calls"));
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[])).nvml(&machine);
+    let agent = up(&vm);
+    let node = MonitoredNode { engine, vm, directory, machine, agent };
     let before = node.id();
-    node.folder.write("first", inspect(&node.engine, "{{.Id}}"));
-    node.folder.write("reloaded", "9000");
+    node.directory.write("first", inspect(&node.engine, "{{.Id}}"));
+    node.directory.write("reloaded", "9000");
     let line = node.agent.wait_for_line("has lost its GPU and is made anew", TIMEOUT);
     assert!(line.contains(" WARNING ") && line.contains("daemon-reload"), "{line}");
     assert!(eventually(TIMEOUT, || {
@@ -483,17 +492,17 @@ esac
 
 #[test]
 fn a_driver_that_comes_after_the_wait_is_announced_and_not_taken_by_force() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let sysfs = Sysfs::new().gpu("0000:01:00.0");
-    case.sysfs(&sysfs).context(&wanted(&[]));
-    let agent = up(&case);
+    vm.sysfs(&sysfs).context(&wanted(&[]));
+    let agent = up(&vm);
     let before = inspect(&engine, "{{.Id}} {{.State.Pid}}");
     let _sysfs = sysfs.driver("nvidia").module("550.54.15");
     let line =
         agent.wait_for_line("GPU is usable now; restart flower-supernode to use it", TIMEOUT);
     assert!(line.contains(" INFO "), "{line}");
     assert!(eventually(TIMEOUT, || {
-        let status = json_of(&case.run_command("status", &["--json"]));
+        let status = json_of(&vm.run_command("status", &["--json"]));
         let text = status["agent"]["status"].as_str().unwrap_or_default();
         text.contains("driver-not-loaded") && text.contains("the GPU is usable now")
     }));
@@ -503,10 +512,10 @@ fn a_driver_that_comes_after_the_wait_is_announced_and_not_taken_by_force() {
 
 #[test]
 fn a_driver_that_comes_after_the_wait_is_taken_where_that_is_wanted() {
-    let Some((engine, mut case)) = engine_with(&one_gpu()) else { return };
+    let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let sysfs = Sysfs::new().gpu("0000:01:00.0");
-    case.sysfs(&sysfs).context(&wanted(&[])).set("gpu.on_late", "restart");
-    let agent = up(&case);
+    vm.sysfs(&sysfs).context(&wanted(&[])).set("gpu.on_late", "restart");
+    let agent = up(&vm);
     engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
     let _sysfs = sysfs.driver("nvidia").module("550.54.15");
     let line = agent.wait_for_line("GPU is usable now", TIMEOUT);
@@ -517,7 +526,7 @@ fn a_driver_that_comes_after_the_wait_is_taken_where_that_is_wanted() {
             == "true nvidia"
     }));
     assert!(eventually(TIMEOUT, || {
-        json_of(&case.run_command("status", &["--json"]))["gpu"]["verdict"]["device"] == "cuda"
+        json_of(&vm.run_command("status", &["--json"]))["gpu"]["verdict"]["device"] == "cuda"
     }));
     assert_eq!(warnings(&agent).len(), 2, "{:#?}", agent.lines());
 }

@@ -9,10 +9,10 @@ use std::{
 };
 
 use crate::{
-    case::{Agent, Case},
-    onegate::OneGateStandIn,
+    onegate::OneGateSimulator,
     process::run,
     sandbox::{Sandbox, agent_binary},
+    test_vm::{Agent, TestVm},
 };
 
 /// A cloud has several.
@@ -22,7 +22,7 @@ const TIMEOUT: Duration = Duration::from_secs(240);
 
 /// What became of agents that started together.
 #[derive(Debug, Clone, Copy)]
-pub struct Crowd {
+pub struct Herd {
     /// From the start of the first to the last that has found its SuperLink.
     pub took: Duration,
     /// How many found it at the first attempt.
@@ -41,8 +41,8 @@ pub struct Crowd {
 /// Where one does not.
 #[must_use]
 #[track_caller]
-pub fn start_together(agents: u32) -> Crowd {
-    let onegate = OneGateStandIn::start();
+pub fn start_together(agents: u32) -> Herd {
+    let onegate = OneGateSimulator::start();
     onegate.change(|state| {
         for service in 0..SERVICES {
             state.join(service, "superlink", 1 + service).attribute("FL_ENDPOINT", "10.9.8.7:9092");
@@ -52,7 +52,7 @@ pub fn start_together(agents: u32) -> Crowd {
         }
     });
     // All of them stand behind one gate, and start when it opens.
-    let gate = Sandbox::new("crowd");
+    let gate = Sandbox::new("herd");
     let fifo = gate.join("gate");
     run(Command::new("mkfifo").arg(&fifo), TIMEOUT).expect_success();
     let script = format!(
@@ -63,28 +63,28 @@ pub fn start_together(agents: u32) -> Crowd {
     let behind_gate = gate.write("agent", script);
     fs::set_permissions(&behind_gate, fs::Permissions::from_mode(0o755))
         .expect("the mode of a script");
-    let nodes: Vec<(Case, Agent)> = (0..agents)
+    let nodes: Vec<(TestVm, Agent)> = (0..agents)
         .map(|id| {
-            let mut case = Case::new();
+            let mut vm = TestVm::new();
             // Docker is not there: the SuperLink is looked for meanwhile.
-            case.set("docker.ready_timeout_seconds", TIMEOUT.as_secs());
-            case.context(&[]).onegate(&onegate, 1000 + id).agent(&behind_gate);
-            let agent = case.start();
-            (case, agent)
+            vm.set("docker.ready_timeout_seconds", TIMEOUT.as_secs());
+            vm.context(&[]).onegate(&onegate, 1000 + id).agent(&behind_gate);
+            let agent = vm.start();
+            (vm, agent)
         })
         .collect();
     let began = Instant::now();
     // The first writer lets every reader go that waits, and each that comes after.
     let opened = fs::OpenOptions::new().read(true).write(true).open(&fifo).expect("the gate");
     (&opened).write_all(&vec![b'\n'; agents as usize]).expect("the gate");
-    let found = |(_, agent): &(Case, Agent)| {
+    let found = |(_, agent): &(TestVm, Agent)| {
         agent.wait_for_line("found the SuperLink at 10.9.8.7:9092", TIMEOUT)
     };
     let at_first_attempt =
         nodes.iter().map(found).filter(|line| line.contains("attempt 1)")).count();
     let took = began.elapsed();
     let requests = onegate.requests();
-    Crowd {
+    Herd {
         took,
         at_first_attempt: u32::try_from(at_first_attempt).unwrap_or(agents),
         discovery: requests.iter().filter(|request| request.method == "GET").count(),

@@ -1,4 +1,4 @@
-//! Small and read-only file systems, over a folder of a machine.
+//! Small and read-only file systems, over a directory of a machine.
 
 use std::{
     fs,
@@ -13,26 +13,26 @@ use crate::process::run;
 const PAGE: usize = 4096;
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A file system that is mounted over a folder, for as long as this lives. What lay there comes
+/// A file system that is mounted over a directory, for as long as this lives. What lay there comes
 /// back then, unchanged.
 #[derive(Debug)]
-pub struct Mounted {
-    folder: PathBuf,
+pub struct FaultyMount {
+    directory: PathBuf,
 }
 
-impl Mounted {
-    /// A file system with a copy of what is in the folder, and then room for this many pages of
+impl FaultyMount {
+    /// A file system with a copy of what is in the directory, and then room for this many pages of
     /// 4096 bytes.
     ///
     /// # Panics
     /// Where it cannot be mounted or filled.
     #[must_use]
     #[track_caller]
-    pub fn full_but_for(pages: usize, folder: &Path) -> Self {
+    pub fn full_but_for(pages: usize, directory: &Path) -> Self {
         let script = r#"mkdir -p "$1"; next=$(mktemp -d); mount -t tmpfs -o size=256k tmpfs "$next"
             cp -a "$1/." "$next"; mount --move "$next" "$1"; rmdir "$next""#;
-        let mounted = Self::by(script, folder);
-        let filler = folder.join(".filler");
+        let mounted = Self::by(script, directory);
+        let filler = directory.join(".filler");
         let mut file = fs::File::create(&filler).expect("the filler");
         while file.write_all(&[b'x'; PAGE]).is_ok() {}
         let length = file.metadata().expect("the filler").len();
@@ -40,25 +40,26 @@ impl Mounted {
         mounted
     }
 
-    /// The same folder, read-only.
+    /// The same directory, read-only.
     ///
     /// # Panics
     /// Where it cannot be mounted.
     #[must_use]
     #[track_caller]
-    pub fn read_only(folder: &Path) -> Self {
-        Self::by(r#"mount --bind "$1" "$1"; mount -o remount,bind,ro "$1""#, folder)
+    pub fn read_only(directory: &Path) -> Self {
+        Self::by(r#"mount --bind "$1" "$1"; mount -o remount,bind,ro "$1""#, directory)
     }
 
     #[track_caller]
-    fn by(script: &str, folder: &Path) -> Self {
-        run(Command::new("sh").args(["-ec", script, "sh"]).arg(folder), TIMEOUT).expect_success();
-        Self { folder: folder.to_owned() }
+    fn by(script: &str, directory: &Path) -> Self {
+        run(Command::new("sh").args(["-ec", script, "sh"]).arg(directory), TIMEOUT)
+            .expect_success();
+        Self { directory: directory.to_owned() }
     }
 }
 
-impl Drop for Mounted {
+impl Drop for FaultyMount {
     fn drop(&mut self) {
-        run(Command::new("umount").arg("--lazy").arg(&self.folder), TIMEOUT);
+        run(Command::new("umount").arg("--lazy").arg(&self.directory), TIMEOUT);
     }
 }

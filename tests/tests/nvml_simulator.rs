@@ -1,4 +1,4 @@
-//! The NVML stand-in, loaded as the agent loads NVML: by dlopen, through nvml-wrapper, in a child
+//! The NVML simulator, loaded as the agent loads NVML: by dlopen, through nvml-wrapper, in a child
 //! process.
 //!
 //! The library reads its script from the environment, so each test starts this executable again as
@@ -31,11 +31,11 @@ use supernode_tests::{Output, Sandbox, eventually, nvml_library, run};
 const REMAP_FAILURE: FieldId = FieldId(145);
 const QUESTION: &str = "SUPERNODE_TESTS_NVML_QUESTION";
 
-struct Machine {
+struct SimulatedDriver {
     sandbox: Sandbox,
 }
 
-impl Machine {
+impl SimulatedDriver {
     fn new(script: &Value) -> Self {
         let sandbox = Sandbox::new("nvml");
         sandbox.write("nvml.json", script.to_string());
@@ -48,7 +48,7 @@ impl Machine {
         command
             .args(["--exact", "child", "--ignored", "--nocapture"])
             .env(QUESTION, question)
-            .env("NVML_STANDIN", self.sandbox.join("nvml.json"));
+            .env("NVML_SIMULATOR", self.sandbox.join("nvml.json"));
         let output = run(&mut command, Duration::from_secs(20));
         let said = output.stdout.lines().filter_map(|line| line.strip_prefix("> "));
         (said.map(str::to_owned).collect(), output)
@@ -61,7 +61,7 @@ impl Machine {
     }
 }
 
-fn say(answer: &str) {
+fn report(answer: &str) {
     println!("> {answer}");
 }
 
@@ -75,7 +75,7 @@ fn child() {
     println!();
     let nvml = match Nvml::builder().lib_path(nvml_library().as_os_str()).init() {
         Ok(nvml) => nvml,
-        Err(error) => return say(&format!("init {error:?}")),
+        Err(error) => return report(&format!("init {error:?}")),
     };
     let answer = match question.as_str() {
         "gpus" => gpus(&nvml),
@@ -89,19 +89,19 @@ fn child() {
         _ => Ok(()),
     };
     if let Err(error) = answer {
-        say(&format!("{error:?}"));
+        report(&format!("{error:?}"));
     }
 }
 
 fn gpus(nvml: &Nvml) -> Result<(), NvmlError> {
-    say(&nvml.sys_driver_version()?);
+    report(&nvml.sys_driver_version()?);
     for index in 0..nvml.device_count()? {
         let gpu = nvml.device_by_index(index)?;
         let (uuid, name, pci) = (gpu.uuid()?, gpu.name()?, gpu.pci_info()?);
         let (minor, memory) = (gpu.minor_number()?, gpu.memory_info()?.total >> 20);
         assert_eq!(nvml.device_by_uuid(uuid.as_str())?.index()?, index);
         assert_eq!(nvml.device_by_pci_bus_id(pci.bus_id.as_str())?.index()?, index);
-        say(&format!("{uuid} {name} {} {} {minor} {memory}", pci.bus_id, pci.bus));
+        report(&format!("{uuid} {name} {} {} {minor} {memory}", pci.bus_id, pci.bus));
     }
     Ok(())
 }
@@ -109,20 +109,23 @@ fn gpus(nvml: &Nvml) -> Result<(), NvmlError> {
 fn health(nvml: &Nvml) -> Result<(), NvmlError> {
     for index in 0..nvml.device_count()? {
         let gpu = nvml.device_by_index(index)?;
-        say(&format!("{:?}", gpu.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile)));
+        report(&format!(
+            "{:?}",
+            gpu.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile)
+        ));
         for sample in gpu.field_values_for(&[REMAP_FAILURE])? {
             let value = sample.and_then(|sample| sample.value);
-            say(&format!("{value:?}"));
+            report(&format!("{value:?}"));
         }
-        say(&format!("{:?}", gpu.temperature(TemperatureSensor::Gpu)));
-        say(&format!("{:?}", gpu.power_usage()));
+        report(&format!("{:?}", gpu.temperature(TemperatureSensor::Gpu)));
+        report(&format!("{:?}", gpu.power_usage()));
     }
     Ok(())
 }
 
 fn mig(nvml: &Nvml) -> Result<(), NvmlError> {
     let gpu = nvml.device_by_index(0)?;
-    say(&format!("{}", gpu.mig_mode()?.current));
+    report(&format!("{}", gpu.mig_mode()?.current));
     for index in 0..gpu.mig_device_count()? {
         let mig = match gpu.mig_device_by_index(index) {
             Err(NvmlError::NotFound) => continue,
@@ -130,7 +133,7 @@ fn mig(nvml: &Nvml) -> Result<(), NvmlError> {
         };
         assert!(mig.mig_is_mig_device_handle()?);
         assert_eq!(mig.mig_parent_device()?.uuid()?, gpu.uuid()?);
-        say(&format!("{} {}", mig.uuid()?, mig.memory_info()?.total >> 20));
+        report(&format!("{} {}", mig.uuid()?, mig.memory_info()?.total >> 20));
     }
     Ok(())
 }
@@ -142,7 +145,7 @@ fn xid(nvml: &Nvml) -> Result<(), NvmlError> {
     loop {
         let begun = Instant::now();
         let event = set.wait(400)?;
-        say(&format!(
+        report(&format!(
             "{} {:?} {}",
             event.device.uuid()?,
             event.event_data,
@@ -156,14 +159,14 @@ fn hang(nvml: Nvml) {
     let other = Arc::clone(&nvml);
     let hanging = thread::spawn(move || other.device_by_index(0).map(|_| ()));
     thread::sleep(Duration::from_millis(200));
-    say(&format!("{:?}", nvml.device_count()));
-    say(&format!("{}", hanging.is_finished()));
+    report(&format!("{:?}", nvml.device_count()));
+    report(&format!("{}", hanging.is_finished()));
     std::process::exit(0);
 }
 
 #[test]
 fn gpus_are_those_of_the_script() {
-    let machine = Machine::new(&json!({"driver_version": "535.1", "gpus": [
+    let machine = SimulatedDriver::new(&json!({"driver_version": "535.1", "gpus": [
         {"uuid": "GPU-a", "name": "NVIDIA L4", "memory_mib": 23034, "pci_address": "0000:21:00.0", "minor": 1},
         {"uuid": "GPU-b", "pci_address": "0001:c1:1f.0"},
     ]}));
@@ -177,7 +180,7 @@ fn gpus_are_those_of_the_script() {
 
 #[test]
 fn what_a_card_has_not_is_not_supported() {
-    let machine = Machine::new(&json!({"gpus": [
+    let machine = SimulatedDriver::new(&json!({"gpus": [
         {"uuid": "GPU-a", "ecc_uncorrected": 3, "remap_failed": true, "temperature": 41, "power_mw": 52000},
         {"uuid": "GPU-b"},
     ]}));
@@ -190,15 +193,15 @@ fn what_a_card_has_not_is_not_supported() {
 
 #[test]
 fn a_function_fails_with_the_code_of_the_script() {
-    let machine = Machine::new(&json!({"fail": {"nvmlInit_v2": 9}}));
+    let machine = SimulatedDriver::new(&json!({"fail": {"nvmlInit_v2": 9}}));
     assert_eq!(machine.answers("gpus"), ["init DriverNotLoaded"]);
 
-    let machine = Machine::new(
+    let machine = SimulatedDriver::new(
         &json!({"gpus": [{"uuid": "GPU-a", "fail": {"nvmlDeviceGetMemoryInfo_v2": 15}}]}),
     );
     assert_eq!(machine.answers("gpus")[1..], ["GpuLost"]);
 
-    let machine = Machine::new(&json!({"gpus": [
+    let machine = SimulatedDriver::new(&json!({"gpus": [
         {"uuid": "GPU-a"},
         {"uuid": "GPU-b", "fail": {"nvmlDeviceGetHandleByIndex_v2": 16}},
     ]}));
@@ -210,8 +213,9 @@ fn a_function_fails_with_the_code_of_the_script() {
 #[test]
 fn the_driver_is_not_ready_until_the_file_exists() {
     let sandbox = Sandbox::new("ready");
-    let machine =
-        Machine::new(&json!({"ready_file": sandbox.join("ready"), "driver_version": "550"}));
+    let machine = SimulatedDriver::new(
+        &json!({"ready_file": sandbox.join("ready"), "driver_version": "550"}),
+    );
     assert_eq!(machine.answers("gpus"), ["init UnexpectedVariant(27)"]);
     sandbox.write("ready", "");
     assert_eq!(machine.answers("gpus"), ["550"]);
@@ -219,7 +223,7 @@ fn the_driver_is_not_ready_until_the_file_exists() {
 
 #[test]
 fn a_call_that_hangs_stops_no_other() {
-    let machine = Machine::new(
+    let machine = SimulatedDriver::new(
         &json!({"hang": ["nvmlDeviceGetHandleByIndex_v2"], "gpus": [{"uuid": "GPU-a"}]}),
     );
     assert_eq!(machine.answers("hang"), ["Ok(1)", "false"]);
@@ -227,14 +231,14 @@ fn a_call_that_hangs_stops_no_other() {
 
 #[test]
 fn a_crash_is_a_segmentation_fault() {
-    let machine = Machine::new(&json!({"crash": ["nvmlDeviceGetCount_v2"]}));
+    let machine = SimulatedDriver::new(&json!({"crash": ["nvmlDeviceGetCount_v2"]}));
     let (_, output) = machine.ask("gpus");
     assert_eq!((output.code, output.signal), (None, Some(11)), "{output:#?}");
 }
 
 #[test]
 fn a_delay_is_waited_for() {
-    let machine = Machine::new(&json!({"delay_ms": {"nvmlInit_v2": 700}}));
+    let machine = SimulatedDriver::new(&json!({"delay_ms": {"nvmlInit_v2": 700}}));
     let begun = Instant::now();
     machine.answers("gpus");
     assert!(begun.elapsed() >= Duration::from_millis(700));
@@ -242,7 +246,7 @@ fn a_delay_is_waited_for() {
 
 #[test]
 fn mig_devices_belong_to_their_gpu() {
-    let machine = Machine::new(&json!({"gpus": [{"uuid": "GPU-a", "mig": [
+    let machine = SimulatedDriver::new(&json!({"gpus": [{"uuid": "GPU-a", "mig": [
         {"uuid": "MIG-1"}, {"uuid": "MIG-2", "memory_mib": 9856},
     ]}]}));
     assert_eq!(machine.answers("mig"), ["1", "MIG-1 4864", "MIG-2 9856"]);
@@ -250,11 +254,12 @@ fn mig_devices_belong_to_their_gpu() {
 
 #[test]
 fn each_event_is_told_once_and_in_its_time() {
-    let machine = Machine::new(&json!({"gpus": [{"uuid": "GPU-a"}, {"uuid": "GPU-b"}], "events": [
-        {"after_ms": 200, "type": "xid", "data": 79},
-        {"type": "xid", "data": 48, "gpu": 1},
-        {"type": "double_bit_ecc"},
-    ]}));
+    let machine =
+        SimulatedDriver::new(&json!({"gpus": [{"uuid": "GPU-a"}, {"uuid": "GPU-b"}], "events": [
+            {"after_ms": 200, "type": "xid", "data": 79},
+            {"type": "xid", "data": 48, "gpu": 1},
+            {"type": "double_bit_ecc"},
+        ]}));
     // GPU 1 and other kinds are not watched; after the one event there is nothing more to wait for.
     assert_eq!(machine.answers("xid"), ["GPU-a Some(Value(79)) true", "Timeout"]);
 }
@@ -263,7 +268,7 @@ fn each_event_is_told_once_and_in_its_time() {
 fn an_event_with_a_file_is_told_to_the_sets_that_were_there_when_it_was_written() {
     let sandbox = Sandbox::new("moment");
     let past = sandbox.write("past", "");
-    let machine = Machine::new(&json!({"gpus": [{"uuid": "GPU-a"}], "events": [
+    let machine = SimulatedDriver::new(&json!({"gpus": [{"uuid": "GPU-a"}], "events": [
         {"type": "xid", "data": 79, "when_file": past},
         {"type": "xid", "data": 48, "when_file": sandbox.join("never")},
     ]}));
@@ -283,15 +288,15 @@ fn a_script_that_is_wrong_is_loud() {
         json!({"gpus": [{"uuid": "GPU-a", "pci_address": "01-00"}]}),
         json!({"events": [{"type": "xid"}]}),
     ] {
-        let (answers, output) = Machine::new(&script).ask("gpus");
+        let (answers, output) = SimulatedDriver::new(&script).ask("gpus");
         assert_eq!(answers, ["init Unknown"], "{script}");
         assert!(
-            output.stderr.contains("nvml-standin: nvmlInit_v2: "),
+            output.stderr.contains("nvml-simulator: nvmlInit_v2: "),
             "{script}: {}",
             output.stderr
         );
     }
-    let machine = Machine::new(&json!({}));
+    let machine = SimulatedDriver::new(&json!({}));
     fs::remove_file(machine.sandbox.join("nvml.json")).unwrap();
     assert_eq!(machine.answers("gpus"), ["init Unknown"]);
 }
@@ -300,7 +305,8 @@ fn a_script_that_is_wrong_is_loud() {
 fn calls_are_logged() {
     let sandbox = Sandbox::new("log");
     let log = sandbox.join("calls");
-    let machine = Machine::new(&json!({"log": log, "fail": {"nvmlDeviceGetCount_v2": 999}}));
+    let machine =
+        SimulatedDriver::new(&json!({"log": log, "fail": {"nvmlDeviceGetCount_v2": 999}}));
     machine.answers("gpus");
     let calls = fs::read_to_string(log).unwrap();
     let expected = [
