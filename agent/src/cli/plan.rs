@@ -172,7 +172,7 @@ async fn look_for_superlink(
     notes: &mut Vec<String>,
 ) -> Option<SuperLink> {
     let cloud = OneGateAccess::of(context, settings);
-    let gate = cloud.as_ref().map(OneGateAccess::gate).map_err(String::as_str);
+    let gate = cloud.as_ref().map(OneGateAccess::gate);
     let Discovery { mut superlink, service, warnings } =
         match find_superlink(gate, config, SystemTime::now()).await {
             Ok(found) => found,

@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::config::settings::Settings;
 use crate::gpu::reason::sanitize_line;
 use crate::logging;
+use crate::opennebula::onegate::OneGateUnavailable;
 use crate::opennebula::partition::{self, Partition, PartitionStore};
 use crate::opennebula::publisher::OneGateAccess;
 use crate::opennebula::superlink::{Discovery, SuperLink, SuperLinkError, find_superlink};
@@ -39,7 +40,7 @@ fn fixed_backoff() -> Backoff {
 pub(super) async fn discover_superlink(
     config: &Config,
     settings: &Settings,
-    cloud: &Result<OneGateAccess, String>,
+    cloud: &Result<OneGateAccess, OneGateUnavailable>,
     reporter: &Reporter,
 ) -> Result<SuperLink, SuperLinkError> {
     let (mut backoff, max_attempts) = match config.edge_backoff {
@@ -61,8 +62,8 @@ pub(super) async fn discover_superlink(
         let why = sanitize_line(&logging::error_chain(&error));
         let delay = backoff.next_delay(fastrand::f64());
         if backoff.attempts() >= max_attempts {
-            return Err(SuperLinkError::GaveUp {
-                tries: backoff.attempts(),
+            return Err(SuperLinkError::AttemptsExhausted {
+                attempts: backoff.attempts(),
                 last: Box::new(error),
             });
         }
@@ -84,7 +85,7 @@ async fn with_partition(
     found: Discovery,
     config: &Config,
     settings: &Settings,
-    cloud: &Result<OneGateAccess, String>,
+    cloud: &Result<OneGateAccess, OneGateUnavailable>,
     tries: u32,
 ) -> SuperLink {
     let Discovery { mut superlink, service, warnings } = found;

@@ -21,8 +21,9 @@ use crate::flower::release;
 use crate::gpu::detect_gpus;
 use crate::gpu::verdict::Verdict;
 use crate::logging;
+use crate::opennebula::onegate::{OneGateAvailability, OneGateUnavailable};
 use crate::opennebula::publisher::OneGateAccess;
-use crate::opennebula::superlink::{self, OneGateAvailability, SuperLinkError};
+use crate::opennebula::superlink::{self, SuperLinkError};
 use crate::report::Reporter;
 use crate::report::metrics_server;
 use crate::supervisor::exporter::{self, Exporter};
@@ -152,7 +153,7 @@ struct DesiredState {
     config: Config,
     settings: Settings,
     /// The way to OneGate, or why there is none.
-    cloud: Result<OneGateAccess, String>,
+    cloud: Result<OneGateAccess, OneGateUnavailable>,
 }
 
 impl DesiredState {
@@ -160,7 +161,7 @@ impl DesiredState {
         let (config, remarks) = configure(context, &settings)?;
         log_remarks(&remarks);
         let cloud = OneGateAccess::of(context, &settings);
-        superlink::check(gate_of(&cloud), &config, SystemTime::now())?;
+        superlink::check_config(gate_of(&cloud), &config, SystemTime::now())?;
         Ok(Self { config, settings, cloud })
     }
 
@@ -272,8 +273,8 @@ async fn serve_until_signal(
     }
 }
 
-fn gate_of(cloud: &Result<OneGateAccess, String>) -> OneGateAvailability<'_> {
-    cloud.as_ref().map(OneGateAccess::gate).map_err(String::as_str)
+fn gate_of(cloud: &Result<OneGateAccess, OneGateUnavailable>) -> OneGateAvailability<'_> {
+    cloud.as_ref().map(OneGateAccess::gate)
 }
 
 /// The node's life, with the page of its metrics beside it.

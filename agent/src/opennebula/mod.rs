@@ -1,5 +1,6 @@
-//! OpenNebula: discovery of the SuperLink, the partition, publishing, and generated templates.
+//! OpenNebula: access to OneGate, SuperLink discovery, partitions, publishing and templates.
 
+pub mod onegate;
 pub mod partition;
 pub mod publisher;
 pub mod superlink;

@@ -18,6 +18,7 @@ use crate::backoff::Backoff;
 use crate::config::settings::Settings;
 use crate::gpu::reason::sanitize_line;
 use crate::logging::error_chain;
+use crate::opennebula::onegate::OneGateUnavailable;
 use crate::opennebula::partition;
 use crate::values::parse_yes_no;
 
@@ -33,23 +34,16 @@ struct Access {
 
 impl Access {
     /// Reads it from the context and, for the token, from one_env in `dir`.
-    fn read(context: &Context, dir: &Path) -> Result<Self, String> {
-        let text = |name: &str| {
+    fn read(context: &Context, dir: &Path) -> Result<Self, OneGateUnavailable> {
+        let text = |name: &'static str| {
             let value = context.text(name).ok().flatten().map(str::to_owned);
-            value.ok_or_else(|| {
-                format!("the context has no {name} (TOKEN=YES in the VM's CONTEXT adds it)")
-            })
+            value.ok_or(OneGateUnavailable::MissingVariable(name))
         };
         let (endpoint, vm_id) = (text("ONEGATE_ENDPOINT")?, text("VMID")?);
         let token = match read_token(dir) {
             Ok(Some(token)) => token,
-            Ok(None) => {
-                return Err(format!(
-                    "{}/one_env has no token (TOKEN=YES in the VM's CONTEXT adds it)",
-                    dir.display()
-                ));
-            }
-            Err(error) => return Err(sanitize_line(&error_chain(&error))),
+            Ok(None) => return Err(OneGateUnavailable::MissingToken(dir.join("one_env"))),
+            Err(error) => return Err(OneGateUnavailable::Token(Arc::new(error))),
         };
         let report_ready = context
             .text("REPORT_READY")
@@ -80,7 +74,7 @@ impl OneGateAccess {
     /// # Errors
     /// What is missing, or what is wrong with the endpoint, the VM's number, the token or the CA
     /// file.
-    pub fn of(context: &Context, settings: &Settings) -> Result<Self, String> {
+    pub fn of(context: &Context, settings: &Settings) -> Result<Self, OneGateUnavailable> {
         let access = Access::read(context, &settings.context.dir)?;
         let ca_file =
             Some(settings.onegate.ca_file.as_str()).filter(|file| !file.is_empty()).map(Path::new);
@@ -91,7 +85,7 @@ impl OneGateAccess {
             ca_file,
             settings.onegate.timeout,
         )
-        .map_err(|error| sanitize_line(&error_chain(&error)))?;
+        .map_err(|error| OneGateUnavailable::Client(Arc::new(error)))?;
         Ok(Self { access, gate: Arc::new(gate) })
     }
 

@@ -1,6 +1,9 @@
-//! Which SuperLink the node connects to, and why it is trusted: the address that the operator gave,
-//! else what OneGate says of the service. What another VM publishes is untrusted: it is read like
-//! an operator's input, and never makes a connection less safe than the operator wants it.
+//! Discovery of the SuperLink and the decision how its connection is secured.
+//!
+//! The address is `FL_SUPERLINK_ADDRESS`, else what OneGate reports for the role `superlink` of the
+//! service. Attributes that another VM published are untrusted input: they are validated like an
+//! operator's variables and can never weaken a connection that the operator configured.
+//! [`decide_trust`] is the one place that decides on TLS and the CA.
 
 use std::net::IpAddr;
 use std::time::SystemTime;
@@ -9,225 +12,312 @@ use one_context::onegate::{OneGate, OneGateError, Service, Vm};
 
 use crate::config::Config;
 use crate::flower::release::Release;
+use crate::opennebula::onegate::{OneGateAvailability, OneGateUnavailable};
 use crate::opennebula::partition::Partition;
 use crate::values::ca_bundle::{CaBundle, ValidBundle};
-use crate::values::{HostPort, Version, parse_yes_no, shown};
+use crate::values::{HostPort, ValidationError, Version, parse_yes_no, shown};
 
-/// The role of a service in which the SuperLink is, as OneFlow's templates name it.
-pub const ROLE: &str = "superlink";
+/// Name of the service role that holds the SuperLink, as in OneFlow's templates.
+const ROLE: &str = "superlink";
 
-/// A SuperLink and the way to speak with it.
+/// The SuperLink that the node connects to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SuperLink {
-    /// Where it listens.
+    /// Address of its Fleet API.
     pub address: HostPort,
-    /// The CA that its certificate must come from; without one the connection is in the clear.
+    /// CAs that its certificate is verified against; `None` is a plaintext connection.
     pub ca: Option<CaBundle>,
-    /// Its VM, where it was found through OneGate.
+    /// ID of its VM, if its address came from OneGate.
     pub vm_id: Option<u64>,
-    /// The release of Flower that it publishes.
+    /// Flower release that it published.
     pub version: Option<Version>,
-    /// The share of the data that the service has for this node.
+    /// Partition of this node in the service.
     pub partition: Option<Partition>,
 }
 
 /// Why there is no SuperLink to connect to.
 #[derive(Debug, thiserror::Error)]
 pub enum SuperLinkError {
-    /// Nobody said where it is, and OneGate cannot be asked.
+    /// No static address, and OneGate cannot be queried.
     #[error(
-        "FL_SUPERLINK_ADDRESS is not set, and the SuperLink cannot be looked for through OneGate: {0}; set FL_SUPERLINK_ADDRESS to host:port, or run the VM in a OneFlow service"
+        "FL_SUPERLINK_ADDRESS is not set and OneGate is unavailable; set FL_SUPERLINK_ADDRESS to \
+         host:port, or run the VM in a OneFlow service"
     )]
-    NoOneGate(String),
-    /// OneGate has no answer.
-    #[error("OneGate does not tell the SuperLink")]
+    OneGateUnavailable(#[source] OneGateUnavailable),
+    /// A OneGate request failed.
+    #[error("cannot read the SuperLink from OneGate")]
     OneGate(#[from] OneGateError),
-    /// The VM is in no service.
+    /// The VM does not belong to a service.
     #[error(
-        "FL_SUPERLINK_ADDRESS is not set, and this VM is in no OneFlow service that could have a SuperLink: set FL_SUPERLINK_ADDRESS to host:port, or run the VM in a service with a role {ROLE}"
+        "FL_SUPERLINK_ADDRESS is not set and this VM is not part of a OneFlow service; set \
+         FL_SUPERLINK_ADDRESS to host:port, or run the VM in a service with a role {ROLE}"
     )]
     NoService,
-    /// The service is made of other roles.
+    /// The service has roles, none of them named `superlink`.
     #[error(
-        "FL_SUPERLINK_ADDRESS is not set, and the service {service} has no role {ROLE} (it has {roles}): name the SuperLink's role {ROLE}, or set FL_SUPERLINK_ADDRESS to host:port"
+        "FL_SUPERLINK_ADDRESS is not set and the service {service} has no role {ROLE} (it has \
+         {roles}); name the SuperLink's role {ROLE}, or set FL_SUPERLINK_ADDRESS to host:port"
     )]
     NoRole {
-        /// Its name.
+        /// Name of the service.
         service: String,
-        /// What it has instead.
+        /// Names of its roles.
         roles: String,
     },
-    /// The role is empty.
+    /// The role has no VM yet.
     #[error("the role {ROLE} of the service has no VM yet")]
     NoVm,
-    /// The VM does not run.
+    /// The VM is not running.
     #[error("the SuperLink's VM {0} is not running yet (onevm show {0})")]
     NotRunning(u64),
-    /// Nothing tells its address.
+    /// The VM has neither `FL_ENDPOINT` nor an IP address.
     #[error(
-        "the SuperLink's VM {0} has published no FL_ENDPOINT and has no NIC with an address (onevm show {0})"
+        "the SuperLink's VM {0} has neither FL_ENDPOINT nor a NIC with an address (onevm show {0})"
     )]
     NoAddress(u64),
-    /// What the SuperLink's VM has published is not what it should be.
-    #[error("the SuperLink's VM {vm_id} has published {attribute}={value}: {refusal}")]
-    Published {
-        /// The VM.
+    /// An attribute that the VM published does not validate.
+    #[error("the SuperLink's VM {vm_id} published an invalid {attribute}={value}: {reason}")]
+    InvalidAttribute {
+        /// ID of the VM.
         vm_id: u64,
-        /// The attribute.
+        /// Name of the attribute.
         attribute: &'static str,
-        /// Its value, fit to be shown.
+        /// Its value, escaped, or only its length if it is long.
         value: String,
         /// What is accepted.
-        refusal: String,
+        reason: ValidationError,
     },
-    /// TLS is wanted and there is nothing to check the certificate against.
+    /// TLS is enabled without a CA, and OneGate cannot supply one.
     #[error(
-        "FL_TLS_ENABLED is YES and FL_SSL_CA_CERTFILE is not set: set it to the base64 of the CA's PEM certificate (base64 -w0 ca.crt)"
+        "FL_TLS_ENABLED is YES and FL_SSL_CA_CERTFILE is not set; set it to the base64 of the CA's \
+         PEM certificate (base64 -w0 ca.crt)"
     )]
-    NoCertificate,
-    /// The same, where the SuperLink could have published it.
+    NoCa,
+    /// TLS is enabled without a CA, and the SuperLink published none.
     #[error(
-        "TLS is wanted ({wish}), FL_SSL_CA_CERTFILE is not set, and the SuperLink's VM {vm_id} has published no FL_CA_CERT: the node does not connect without a CA; set FL_SSL_CA_CERTFILE to the base64 of the CA's PEM certificate (base64 -w0 ca.crt)"
+        "TLS is required ({required_by}), but FL_SSL_CA_CERTFILE is not set and the SuperLink's VM \
+         {vm_id} published no FL_CA_CERT; set FL_SSL_CA_CERTFILE to the base64 of the CA's PEM \
+         certificate (base64 -w0 ca.crt)"
     )]
-    NoPublishedCertificate {
-        /// Who wants it.
-        wish: &'static str,
-        /// The VM.
+    NoPublishedCa {
+        /// The variable or attribute that enables TLS, with its value.
+        required_by: &'static str,
+        /// ID of the SuperLink's VM.
         vm_id: u64,
     },
-    /// The CA is of no use now.
+    /// No certificate of `FL_SSL_CA_CERTFILE` is currently valid.
     #[error("FL_SSL_CA_CERTFILE: {0}")]
-    CaBundle(String),
-    /// The tries of FL_EDGE_BACKOFF=fixed are over.
-    #[error("the SuperLink was not found in {tries} tries (FL_EDGE_BACKOFF is fixed)")]
-    GaveUp {
-        /// How many.
-        tries: u32,
-        /// Why the last one failed.
+    InvalidCa(ValidationError),
+    /// All attempts of `FL_EDGE_BACKOFF=fixed` failed.
+    #[error("found no SuperLink in {attempts} attempts (FL_EDGE_BACKOFF is fixed)")]
+    AttemptsExhausted {
+        /// Number of attempts.
+        attempts: u32,
+        /// Error of the last one.
         #[source]
         last: Box<SuperLinkError>,
     },
 }
 
 impl SuperLinkError {
-    /// Whether only a change of this VM's own configuration can cure it; anything else is asked for
-    /// again.
+    /// Reports whether only a changed configuration of this VM can fix the error. Every other error
+    /// is worth a retry.
     pub fn is_final(&self) -> bool {
         match self {
-            Self::NoOneGate(_)
+            Self::OneGateUnavailable(_)
             | Self::NoService
             | Self::NoRole { .. }
-            | Self::NoCertificate
-            | Self::CaBundle(_) => true,
+            | Self::NoCa
+            | Self::InvalidCa(_) => true,
             Self::OneGate(error) => error.is_final(),
             _ => false,
         }
     }
 }
 
-/// What one look brings.
+/// Result of one discovery attempt.
 #[derive(Debug)]
 pub struct Discovery {
-    /// The SuperLink; its partition is not looked for here.
+    /// The SuperLink, without the partition.
     pub superlink: SuperLink,
-    /// The service, where OneGate was asked for it.
+    /// The service, if OneGate was queried for it.
     pub service: Option<Service>,
-    /// What the operator should know: each is a WARNING.
+    /// Configuration problems to log as WARNINGs.
     pub warnings: Vec<String>,
 }
 
-/// The way to OneGate, or why there is none.
-pub type OneGateAvailability<'a> = Result<&'a OneGate, &'a str>;
+/// How the connection to the SuperLink is secured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trust {
+    /// CAs that the SuperLink's certificate is verified against; `None` is a plaintext connection.
+    pub ca: Option<CaBundle>,
+    /// Configuration problems to log as WARNINGs.
+    pub warnings: Vec<String>,
+}
 
-/// Looks once: the operator's address, else the role `superlink` of the service and what its VM has
-/// published. OneGate is asked only for what the operator does not say.
+/// Decides on TLS and the CA for the connection to the SuperLink. Pure.
+///
+/// `published` is the SuperLink's VM as OneGate reports it, or `None` if OneGate was not queried.
+/// The first match wins:
+///
+/// | decision | sources, in this order |
+/// | --- | --- |
+/// | TLS | `FL_TLS_ENABLED`; `FL_TLS` of the SuperLink; NO |
+/// | CA | `FL_SSL_CA_CERTFILE`; `FL_CA_CERT` of the SuperLink |
 ///
 /// # Errors
-/// Why there is none; [`SuperLinkError::is_final`] tells whether to look again. Where TLS is wanted
-/// there is none without a CA that is valid at `now`: the connection is never downgraded in
-/// silence.
+/// If TLS is enabled and no CA is valid at `now`: a connection is never silently downgraded to
+/// plaintext. With `published` = `None`, [`SuperLinkError::NoCa`] means that only OneGate can still
+/// supply the CA.
+pub fn decide_trust(
+    config: &Config,
+    published: Option<&Vm>,
+    now: SystemTime,
+) -> Result<Trust, SuperLinkError> {
+    let advertised = published.map(published_tls).transpose()?.flatten();
+    let tls = config.tls.or(advertised).unwrap_or(false);
+    match (tls, &config.ca_certificate, published) {
+        (false, ..) => {
+            Ok(Trust { ca: None, warnings: plaintext_warning(config, published, advertised) })
+        }
+        (true, Some(ca), _) => {
+            let ValidBundle { certificate, warnings } =
+                ca.valid_at(now).map_err(SuperLinkError::InvalidCa)?;
+            let warnings =
+                warnings.into_iter().map(|line| format!("FL_SSL_CA_CERTFILE: {line}")).collect();
+            Ok(Trust { ca: Some(certificate), warnings })
+        }
+        (true, None, Some(vm)) => {
+            let required_by = if config.tls == Some(true) {
+                "FL_TLS_ENABLED is YES"
+            } else {
+                "the SuperLink's FL_TLS is YES"
+            };
+            published_ca(vm, required_by, now)
+        }
+        (true, None, None) => Err(SuperLinkError::NoCa),
+    }
+}
+
+/// Returns the warning about a plaintext connection to a SuperLink in a service. An operator who
+/// sets `FL_TLS_ENABLED=NO` and a CA has decided, and is not warned about the CA.
+fn plaintext_warning(
+    config: &Config,
+    published: Option<&Vm>,
+    advertised: Option<bool>,
+) -> Vec<String> {
+    let warning = if advertised == Some(true) {
+        "the SuperLink requires TLS, but FL_TLS_ENABLED is NO: the connection will fail"
+    } else if published.is_some() && config.ca_certificate.is_some() && config.tls.is_none() {
+        "FL_SSL_CA_CERTFILE is set, but the SuperLink does not advertise TLS: the connection is in \
+         plaintext; set FL_TLS_ENABLED=YES to require TLS"
+    } else {
+        return Vec::new();
+    };
+    vec![warning.to_owned()]
+}
+
+fn published_tls(vm: &Vm) -> Result<Option<bool>, SuperLinkError> {
+    let Some(text) = attribute(vm, "FL_TLS") else {
+        return Ok(None);
+    };
+    parse_yes_no(text).map(Some).map_err(|reason| invalid(vm, "FL_TLS", quoted(text), reason))
+}
+
+fn published_ca(
+    vm: &Vm,
+    required_by: &'static str,
+    now: SystemTime,
+) -> Result<Trust, SuperLinkError> {
+    let text = attribute(vm, "FL_CA_CERT")
+        .ok_or(SuperLinkError::NoPublishedCa { required_by, vm_id: vm.id })?;
+    let invalid_ca = |reason| {
+        invalid(vm, "FL_CA_CERT", format!("({} characters)", text.chars().count()), reason)
+    };
+    let bundle = CaBundle::parse(text).map_err(invalid_ca)?;
+    let valid = bundle.valid_at(now).map_err(invalid_ca)?;
+    let ignored = bundle.ignored().map(str::to_owned);
+    let warnings = ignored
+        .into_iter()
+        .chain(valid.warnings)
+        .map(|line| format!("FL_CA_CERT of the SuperLink's VM {}: {line}", vm.id))
+        .collect();
+    Ok(Trust { ca: Some(valid.certificate), warnings })
+}
+
+/// Runs one discovery attempt: the static address, else the first running VM of the role
+/// `superlink`. OneGate is queried only for what the variables leave open.
+///
+/// # Errors
+/// Why there is no SuperLink; [`SuperLinkError::is_final`] tells whether a retry is pointless.
 pub async fn find_superlink(
-    gate: OneGateAvailability<'_>,
+    onegate: OneGateAvailability<'_>,
     config: &Config,
     now: SystemTime,
 ) -> Result<Discovery, SuperLinkError> {
     let Some(address) = &config.superlink_address else {
-        let gate = gate.map_err(|why| SuperLinkError::NoOneGate(why.into()))?;
-        return ask(gate, config, now).await;
+        let onegate = onegate.map_err(|error| SuperLinkError::OneGateUnavailable(error.clone()))?;
+        return discover(onegate, config, now).await;
     };
-    let found = |superlink, warnings| Ok(Discovery { superlink, service: None, warnings });
-    let superlink = SuperLink {
+    let superlink = |ca| SuperLink {
         address: address.clone(),
-        ca: None,
+        ca,
         vm_id: None,
         version: None,
         partition: None,
     };
-    match (config.tls.unwrap_or(false), &config.ca_certificate) {
-        (false, _) => found(superlink, Vec::new()),
-        (true, Some(own)) => {
-            let (ca, warnings) = own_ca(own, now)?;
-            found(SuperLink { ca: Some(ca), ..superlink }, warnings)
-        }
-        (true, None) => {
-            let gate = gate.map_err(|_| SuperLinkError::NoCertificate)?;
-            match ask(gate, config, now).await {
-                Ok(found) => Ok(Discovery {
-                    superlink: SuperLink { ca: found.superlink.ca, ..superlink },
-                    ..found
-                }),
-                Err(error) if error.is_final() => Err(SuperLinkError::NoCertificate),
-                Err(error) => Err(error),
+    match (decide_trust(config, None, now), onegate) {
+        (Err(SuperLinkError::NoCa), Ok(onegate)) => match discover(onegate, config, now).await {
+            Ok(discovery) => {
+                Ok(Discovery { superlink: superlink(discovery.superlink.ca), ..discovery })
             }
+            Err(error) if error.is_final() => Err(SuperLinkError::NoCa),
+            Err(error) => Err(error),
+        },
+        (trust, _) => {
+            let Trust { ca, warnings } = trust?;
+            Ok(Discovery { superlink: superlink(ca), service: None, warnings })
         }
     }
 }
 
-/// What of this can be judged without asking anybody.
+/// Reports the configuration errors that [`find_superlink`] would end with, without querying
+/// OneGate.
 ///
 /// # Errors
 /// A final one.
-pub fn check(
-    gate: OneGateAvailability<'_>,
+pub fn check_config(
+    onegate: OneGateAvailability<'_>,
     config: &Config,
     now: SystemTime,
 ) -> Result<(), SuperLinkError> {
-    match (&config.superlink_address, &config.ca_certificate, gate) {
-        (None, _, Err(why)) => return Err(SuperLinkError::NoOneGate(why.into())),
-        (Some(_), None, Err(_)) if config.tls == Some(true) => {
-            return Err(SuperLinkError::NoCertificate);
-        }
-        (_, Some(own), _) if config.tls == Some(true) => drop(own_ca(own, now)?),
-        _ => {}
+    if let (None, Err(error)) = (&config.superlink_address, onegate) {
+        return Err(SuperLinkError::OneGateUnavailable(error.clone()));
     }
-    Ok(())
+    match decide_trust(config, None, now) {
+        // OneGate may supply the CA.
+        Err(SuperLinkError::NoCa) if onegate.is_ok() => Ok(()),
+        trust => trust.map(drop),
+    }
 }
 
-fn own_ca(ca: &CaBundle, now: SystemTime) -> Result<(CaBundle, Vec<String>), SuperLinkError> {
-    let ValidBundle { certificate, warnings } =
-        ca.valid_at(now).map_err(SuperLinkError::CaBundle)?;
-    Ok((
-        certificate,
-        warnings.into_iter().map(|line| format!("FL_SSL_CA_CERTFILE: {line}")).collect(),
-    ))
-}
-
-async fn ask(
-    gate: &OneGate,
+/// Finds the SuperLink in the service through OneGate.
+async fn discover(
+    onegate: &OneGate,
     config: &Config,
     now: SystemTime,
 ) -> Result<Discovery, SuperLinkError> {
-    let service = gate.service().await.map_err(|error| match error {
+    let service = onegate.service().await.map_err(|error| match error {
         OneGateError::NotInService => SuperLinkError::NoService,
         error => error.into(),
     })?;
-    let vm = superlink_vm(gate, &service).await?;
+    let vm = superlink_vm(onegate, &service).await?;
     let (superlink, warnings) = resolve_published(config, &vm, now)?;
     Ok(Discovery { superlink, service: Some(service), warnings })
 }
 
-/// The first VM of the role that runs.
-async fn superlink_vm(gate: &OneGate, service: &Service) -> Result<Vm, SuperLinkError> {
+/// Returns the first VM of the role `superlink` that is running.
+async fn superlink_vm(onegate: &OneGate, service: &Service) -> Result<Vm, SuperLinkError> {
     let Some(role) = service.roles.iter().find(|role| role.name.eq_ignore_ascii_case(ROLE)) else {
         if service.roles.is_empty() {
             return Err(SuperLinkError::NoVm);
@@ -239,108 +329,77 @@ async fn superlink_vm(gate: &OneGate, service: &Service) -> Result<Vm, SuperLink
             roles: roles.join(", "),
         });
     };
-    let mut failed = SuperLinkError::NoVm;
+    let mut error = SuperLinkError::NoVm;
     for node in &role.nodes {
-        let vm = gate.vm_of_service(node.vm_id).await?;
+        let vm = onegate.vm_of_service(node.vm_id).await?;
         if vm.is_running != Some(false) {
             return Ok(vm);
         }
-        failed = SuperLinkError::NotRunning(vm.id);
+        error = SuperLinkError::NotRunning(vm.id);
     }
-    Err(failed)
+    Err(error)
 }
 
-/// What is made of the SuperLink's VM, and what the operator should know of it: each is a WARNING.
-/// Pure.
+/// Derives the SuperLink and the warnings from its VM as OneGate reports it. Pure.
 ///
 /// # Errors
-/// Why the node does not connect to what the VM has published; as in [`find_superlink`].
+/// If the VM has no address, an attribute does not validate, or [`decide_trust`] fails.
 pub fn resolve_published(
     config: &Config,
     vm: &Vm,
     now: SystemTime,
 ) -> Result<(SuperLink, Vec<String>), SuperLinkError> {
-    let published = |name: &'static str| {
-        vm.attributes.get(name).map(|text| text.trim()).filter(|text| !text.is_empty())
-    };
-    let refused = |attribute, value: String, refusal| SuperLinkError::Published {
-        vm_id: vm.id,
-        attribute,
-        value,
-        refusal,
-    };
     let mut warnings = Vec::new();
-    let version = match published("FL_VERSION").map(|text| (text, Version::parse(text))) {
-        Some((_, Ok(version))) => Some(version),
-        Some((text, Err(refusal))) => {
-            warnings.push(format!(
-                "the SuperLink's VM {} has published FL_VERSION='{}', which is not looked at: {refusal}",
-                vm.id,
-                shown(text)
-            ));
-            None
-        }
-        None => None,
+    let version = attribute(vm, "FL_VERSION").and_then(|text| {
+        Version::parse(text)
+            .map_err(|reason| {
+                warnings.push(format!(
+                    "ignoring FL_VERSION={} of the SuperLink's VM {}: {reason}",
+                    quoted(text),
+                    vm.id
+                ));
+            })
+            .ok()
+    });
+    let address = published_address(vm, version.as_ref().unwrap_or(&config.version))?;
+    let trust = decide_trust(config, Some(vm), now)?;
+    warnings.extend(trust.warnings);
+    let superlink =
+        SuperLink { address, ca: trust.ca, vm_id: Some(vm.id), version, partition: None };
+    Ok((superlink, warnings))
+}
+
+/// Returns `FL_ENDPOINT` of the VM, else its first address with the Fleet API's port in `version`.
+fn published_address(vm: &Vm, version: &Version) -> Result<HostPort, SuperLinkError> {
+    if let Some(text) = attribute(vm, "FL_ENDPOINT") {
+        return HostPort::parse(text)
+            .map_err(|reason| invalid(vm, "FL_ENDPOINT", quoted(text), reason));
+    }
+    let address = vm.addresses.first().ok_or(SuperLinkError::NoAddress(vm.id))?;
+    let port = Release::of(version).fleet_port();
+    let text = match address {
+        IpAddr::V4(address) => format!("{address}:{port}"),
+        IpAddr::V6(address) => format!("[{address}]:{port}"),
     };
-    let address = match published("FL_ENDPOINT") {
-        Some(text) => HostPort::parse(text)
-            .map_err(|refusal| refused("FL_ENDPOINT", format!("'{}'", shown(text)), refusal))?,
-        None => {
-            let address = vm.addresses.first().ok_or(SuperLinkError::NoAddress(vm.id))?;
-            let port = Release::of(version.as_ref().unwrap_or(&config.version)).fleet_port();
-            let text = match address {
-                IpAddr::V4(address) => format!("{address}:{port}"),
-                IpAddr::V6(address) => format!("[{address}]:{port}"),
-            };
-            HostPort::parse(&text).map_err(|refusal| refused("NIC", text.clone(), refusal))?
-        }
-    };
-    let advertised = match published("FL_TLS") {
-        Some(text) => Some(
-            parse_yes_no(text)
-                .map_err(|refusal| refused("FL_TLS", format!("'{}'", shown(text)), refusal))?,
-        ),
-        None => None,
-    };
-    let wants_tls = config.tls.or(advertised).unwrap_or(false);
-    let ca = match (wants_tls, &config.ca_certificate) {
-        (false, own) => {
-            if advertised == Some(true) {
-                warnings.push("the SuperLink speaks TLS, and FL_TLS_ENABLED is NO: the node will not reach it".into());
-            } else if own.is_some() && config.tls.is_none() {
-                warnings.push(
-                    "FL_SSL_CA_CERTFILE is set, and the SuperLink does not offer TLS: the connection is in the clear; set FL_TLS_ENABLED=YES to insist on TLS"
-                        .into(),
-                );
-            }
-            None
-        }
-        (true, Some(own)) => {
-            let (ca, more) = own_ca(own, now)?;
-            warnings.extend(more);
-            Some(ca)
-        }
-        (true, None) => {
-            let wish = if config.tls == Some(true) {
-                "FL_TLS_ENABLED is YES"
-            } else {
-                "the SuperLink's FL_TLS is YES"
-            };
-            let text = published("FL_CA_CERT")
-                .ok_or(SuperLinkError::NoPublishedCertificate { wish, vm_id: vm.id })?;
-            let of_peer = |refusal| {
-                refused("FL_CA_CERT", format!("({} characters)", text.chars().count()), refusal)
-            };
-            let ca = CaBundle::parse(text).map_err(of_peer)?;
-            let valid = ca.valid_at(now).map_err(of_peer)?;
-            let remarks = ca.ignored().map(str::to_owned).into_iter().chain(valid.warnings);
-            warnings.extend(
-                remarks.map(|line| format!("FL_CA_CERT of the SuperLink's VM {}: {line}", vm.id)),
-            );
-            Some(valid.certificate)
-        }
-    };
-    Ok((SuperLink { address, ca, vm_id: Some(vm.id), version, partition: None }, warnings))
+    HostPort::parse(&text).map_err(|reason| invalid(vm, "NIC", text.clone(), reason))
+}
+
+/// Returns an attribute of the VM, trimmed; `None` if it is absent or empty.
+fn attribute<'a>(vm: &'a Vm, name: &str) -> Option<&'a str> {
+    vm.attributes.get(name).map(|text| text.trim()).filter(|text| !text.is_empty())
+}
+
+fn quoted(text: &str) -> String {
+    format!("'{}'", shown(text))
+}
+
+fn invalid(
+    vm: &Vm,
+    attribute: &'static str,
+    value: String,
+    reason: ValidationError,
+) -> SuperLinkError {
+    SuperLinkError::InvalidAttribute { vm_id: vm.id, attribute, value, reason }
 }
 
 #[cfg(test)]
@@ -354,6 +413,7 @@ mod tests {
 
     use super::*;
     use crate::config::Prebaked;
+    use crate::logging::error_chain;
 
     const CA: &str = include_str!("../../tests/certificates/hospital-ca.crt");
     const LEAF: &str = include_str!("../../tests/certificates/leaf.crt");
@@ -379,11 +439,15 @@ mod tests {
         }
     }
 
+    fn no_token() -> OneGateUnavailable {
+        OneGateUnavailable::MissingToken("/var/run/one_env".into())
+    }
+
     fn now() -> SystemTime {
         UNIX_EPOCH + Duration::from_secs(1_800_000_000)
     }
 
-    fn trusted(
+    fn resolve(
         pairs: &[(&str, &str)],
         attributes: &[(&str, &str)],
     ) -> Result<(SuperLink, Vec<String>), SuperLinkError> {
@@ -391,11 +455,11 @@ mod tests {
     }
 
     fn address(pairs: &[(&str, &str)], attributes: &[(&str, &str)]) -> String {
-        trusted(pairs, attributes).unwrap().0.address.to_string()
+        resolve(pairs, attributes).unwrap().0.address.to_string()
     }
 
     #[test]
-    fn the_published_endpoint_comes_before_the_first_nic_and_flowers_port() {
+    fn endpoint_wins_over_first_nic_and_default_port() {
         assert_eq!(
             address(&[], &[("FL_ENDPOINT", " superlink.example:9999 ")]),
             "superlink.example:9999"
@@ -417,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_peer_publishes_is_checked_and_may_heal() {
+    fn invalid_attributes_of_the_vm_are_not_final() {
         for (name, value) in [
             ("FL_ENDPOINT", "http://h:1"),
             ("FL_ENDPOINT", "h:1 --insecure"),
@@ -425,23 +489,23 @@ mod tests {
             ("FL_ENDPOINT", "10.0.0.5"),
             ("FL_TLS", "perhaps"),
         ] {
-            let error = trusted(&[], &[(name, value)]).unwrap_err();
+            let error = resolve(&[], &[(name, value)]).unwrap_err();
             assert!(!error.is_final());
             let text = error.to_string();
             assert!(
-                text.starts_with(&format!("the SuperLink's VM 100 has published {name}='")),
+                text.starts_with(&format!("the SuperLink's VM 100 published an invalid {name}='")),
                 "{text}"
             );
             assert!(!text.contains('\n'), "{text}");
         }
-        let (superlink, warnings) = trusted(&[], &[("FL_VERSION", "new")]).unwrap();
+        let (superlink, warnings) = resolve(&[], &[("FL_VERSION", "new")]).unwrap();
         assert_eq!((superlink.version, warnings.len()), (None, 1));
     }
 
     #[test]
-    fn the_operators_word_on_tls_wins_and_nothing_is_downgraded() {
+    fn fl_tls_enabled_wins_and_tls_is_never_downgraded() {
         let tls = |pairs: &[(&str, &str)], attributes: &[(&str, &str)]| {
-            trusted(pairs, attributes)
+            resolve(pairs, attributes)
                 .map(|(superlink, warnings)| (superlink.ca.is_some(), warnings.len()))
         };
         assert_eq!(tls(&[], &[]).unwrap(), (false, 0));
@@ -457,56 +521,57 @@ mod tests {
         assert_eq!(
             tls(&[("FL_SSL_CA_CERTFILE", CA)], &[("FL_TLS", "NO")]).unwrap(),
             (false, 1),
-            "not in silence"
+            "warns"
         );
         for attributes in [&[("FL_TLS", "YES")][..], &[("FL_TLS", "YES"), ("FL_CA_CERT", LEAF)]] {
             assert!(!tls(&[], attributes).unwrap_err().is_final());
         }
         assert!(matches!(
             tls(&[("FL_TLS_ENABLED", "YES")], &[]),
-            Err(SuperLinkError::NoPublishedCertificate { .. })
+            Err(SuperLinkError::NoPublishedCa { .. })
         ));
     }
 
     #[test]
-    fn the_operators_ca_comes_before_the_published_one() {
+    fn own_ca_wins_over_published_ca() {
         let own = [("FL_SSL_CA_CERTFILE", CA)];
         let (superlink, _) =
-            trusted(&own, &[("FL_TLS", "YES"), ("FL_CA_CERT", "no certificate at all")]).unwrap();
+            resolve(&own, &[("FL_TLS", "YES"), ("FL_CA_CERT", "no certificate at all")]).unwrap();
         assert!(superlink.ca.unwrap().pem().contains("BEGIN CERTIFICATE"));
     }
 
     #[test]
-    fn what_needs_nobody_to_be_asked_is_told_at_once() {
+    fn check_config_finds_errors_without_onegate() {
         let far = now() + Duration::from_secs(200 * 366 * 24 * 3600);
-        let final_error =
-            |pairs: &[(&str, &str)], now| check(Err("no token"), &config(pairs), now).unwrap_err();
-        assert!(final_error(&[], now()).to_string().contains("no token"));
+        let no_token = no_token();
+        let check = |pairs: &[(&str, &str)], now| check_config(Err(&no_token), &config(pairs), now);
+        let final_error = |pairs: &[(&str, &str)], now| check(pairs, now).unwrap_err();
+        assert!(error_chain(&final_error(&[], now())).contains("has no token"));
         assert!(matches!(
             final_error(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES")], now()),
-            SuperLinkError::NoCertificate
+            SuperLinkError::NoCa
         ));
         let expired = [
             ("FL_SUPERLINK_ADDRESS", "h:1"),
             ("FL_TLS_ENABLED", "YES"),
             ("FL_SSL_CA_CERTFILE", CA),
         ];
-        assert!(check(Err("no token"), &config(&expired), now()).is_ok());
+        assert!(check(&expired, now()).is_ok());
         let error = final_error(&expired, far);
         assert!(error.is_final() && error.to_string().contains("expired"), "{error}");
-        // Without TLS nobody needs a CA.
-        assert!(check(Err("no token"), &config(&[expired[0]]), now()).is_ok());
-        assert!(check(Err("no token"), &config(&[expired[0], expired[2]]), far).is_ok());
+        // Without TLS no CA is needed.
+        assert!(check(&[expired[0]], now()).is_ok());
+        assert!(check(&[expired[0], expired[2]], far).is_ok());
     }
 
     #[test]
-    fn what_onegate_refuses_for_good_is_final() {
+    fn final_onegate_errors_are_final() {
         assert!(SuperLinkError::OneGate(OneGateError::BadVmId).is_final());
         assert!(SuperLinkError::OneGate(OneGateError::NotInService).is_final());
     }
 
-    /// A OneGate that gives these answers, one to each request.
-    fn onegate(answers: Vec<String>) -> OneGate {
+    /// Starts a OneGate that sends these responses, one per request.
+    fn onegate_with(answers: Vec<String>) -> OneGate {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         std::thread::spawn(move || {
@@ -536,62 +601,62 @@ mod tests {
             .to_string()
     }
 
-    /// A VM in the state ACTIVE, RUNNING, or in POWEROFF.
-    fn peer(id: u64, runs: bool, attributes: serde_json::Value) -> String {
-        let (state, lcm_state) = if runs { (3, 3) } else { (8, 0) };
+    /// A VM in the state ACTIVE/RUNNING or POWEROFF.
+    fn peer(id: u64, is_running: bool, attributes: serde_json::Value) -> String {
+        let (state, lcm_state) = if is_running { (3, 3) } else { (8, 0) };
         json!({"VM": {"ID": id, "STATE": state, "LCM_STATE": lcm_state, "USER_TEMPLATE": attributes}}).to_string()
     }
 
     #[tokio::test]
-    async fn the_operators_address_stays_where_onegate_is_asked_for_the_ca_alone() {
+    async fn static_address_takes_only_the_ca_from_onegate() {
         let published = json!({"FL_ENDPOINT": "other:2", "FL_VERSION": "1.31.0", "FL_CA_CERT": CA});
-        let gate = onegate(vec![service("superlink", &[100]), peer(100, true, published)]);
+        let onegate = onegate_with(vec![service("superlink", &[100]), peer(100, true, published)]);
         let config = config(&[("FL_SUPERLINK_ADDRESS", "own:1"), ("FL_TLS_ENABLED", "YES")]);
-        let found = find_superlink(Ok(&gate), &config, now()).await.unwrap();
+        let discovery = find_superlink(Ok(&onegate), &config, now()).await.unwrap();
         let ca = Some(CaBundle::parse(CA).unwrap());
         let address = HostPort::parse("own:1").unwrap();
         assert_eq!(
-            found.superlink,
+            discovery.superlink,
             SuperLink { address, ca, vm_id: None, version: None, partition: None }
         );
         assert_eq!(
-            found.service.map(|service| service.id),
+            discovery.service.map(|service| service.id),
             Some(7),
-            "its partition may be looked for"
+            "the partition needs the service"
         );
     }
 
     #[tokio::test]
-    async fn the_operators_address_and_ca_need_no_onegate() {
+    async fn static_address_and_ca_need_no_onegate() {
         let own = [("FL_SUPERLINK_ADDRESS", "own:1"), ("FL_SSL_CA_CERTFILE", CA)];
         let find = async |tls| {
-            find_superlink(Err("no token"), &config(&[own[0], own[1], tls]), now()).await
+            find_superlink(Err(&no_token()), &config(&[own[0], own[1], tls]), now()).await
         };
-        let found = find(("FL_TLS_ENABLED", "YES")).await.unwrap();
-        assert_eq!(found.superlink.ca, Some(CaBundle::parse(CA).unwrap()));
+        let discovery = find(("FL_TLS_ENABLED", "YES")).await.unwrap();
+        assert_eq!(discovery.superlink.ca, Some(CaBundle::parse(CA).unwrap()));
         assert_eq!(find(("FL_TLS_ENABLED", "NO")).await.unwrap().superlink.ca, None);
         let without = config(&[own[0], ("FL_TLS_ENABLED", "YES")]);
-        let error = find_superlink(Err("no token"), &without, now()).await.unwrap_err();
-        assert!(matches!(error, SuperLinkError::NoCertificate), "{error}");
+        let error = find_superlink(Err(&no_token()), &without, now()).await.unwrap_err();
+        assert!(matches!(error, SuperLinkError::NoCa), "{error}");
     }
 
     #[tokio::test]
-    async fn where_no_service_could_tell_the_ca_the_operator_has_to_and_else_it_is_asked_for_again()
-    {
+    async fn missing_ca_is_final_only_without_a_superlink_role() {
         let config = config(&[("FL_SUPERLINK_ADDRESS", "own:1"), ("FL_TLS_ENABLED", "YES")]);
-        let gate = onegate(vec![service("trainer", &[100])]);
-        let error = find_superlink(Ok(&gate), &config, now()).await.unwrap_err();
-        assert!(matches!(error, SuperLinkError::NoCertificate), "{error}");
-        let gate = onegate(vec![service("superlink", &[])]);
-        let error = find_superlink(Ok(&gate), &config, now()).await.unwrap_err();
+        let onegate = onegate_with(vec![service("trainer", &[100])]);
+        let error = find_superlink(Ok(&onegate), &config, now()).await.unwrap_err();
+        assert!(matches!(error, SuperLinkError::NoCa), "{error}");
+        let onegate = onegate_with(vec![service("superlink", &[])]);
+        let error = find_superlink(Ok(&onegate), &config, now()).await.unwrap_err();
         assert!(matches!(error, SuperLinkError::NoVm), "{error}");
     }
 
     #[tokio::test]
-    async fn the_superlink_is_the_first_vm_of_its_role_that_runs() {
-        let find = async |answers| find_superlink(Ok(&onegate(answers)), &config(&[]), now()).await;
+    async fn superlink_is_first_running_vm_of_its_role() {
+        let find =
+            async |answers| find_superlink(Ok(&onegate_with(answers)), &config(&[]), now()).await;
         let endpoint = || json!({"FL_ENDPOINT": "h:1"});
-        let found = find(vec![
+        let discovery = find(vec![
             service("SuperLink", &[100, 102]),
             peer(100, false, endpoint()),
             peer(102, true, endpoint()),
@@ -599,7 +664,7 @@ mod tests {
         .await
         .unwrap();
         assert_eq!(
-            (found.superlink.vm_id, found.superlink.address.to_string()),
+            (discovery.superlink.vm_id, discovery.superlink.address.to_string()),
             (Some(102), "h:1".into())
         );
         let error = find(vec![service("superlink", &[100]), peer(100, false, endpoint())])
@@ -615,25 +680,25 @@ mod tests {
         let error =
             find(vec![json!({"SERVICE": {"id": 7, "name": "flower", "roles": []}}).to_string()])
                 .await;
-        assert!(matches!(error, Err(SuperLinkError::NoVm)), "its roles are still to come");
+        assert!(matches!(error, Err(SuperLinkError::NoVm)), "the roles may still be created");
     }
 
     #[test]
-    fn what_the_two_sides_say_of_tls_is_warned_of_where_it_does_not_fit() {
+    fn warns_when_tls_settings_contradict() {
         let warnings = |pairs: &[(&str, &str)], attributes: &[(&str, &str)]| {
-            trusted(pairs, attributes).unwrap().1
+            resolve(pairs, attributes).unwrap().1
         };
         let no = [("FL_TLS_ENABLED", "NO")];
         assert_eq!(
             warnings(&no, &[("FL_TLS", "YES")]),
-            ["the SuperLink speaks TLS, and FL_TLS_ENABLED is NO: the node will not reach it"]
+            ["the SuperLink requires TLS, but FL_TLS_ENABLED is NO: the connection will fail"]
         );
-        // Whoever says NO means it.
+        // An explicit NO is not questioned.
         let no_with_ca = [("FL_TLS_ENABLED", "NO"), ("FL_SSL_CA_CERTFILE", CA)];
         assert_eq!(warnings(&no_with_ca, &[]), Vec::<String>::new());
         assert_eq!(warnings(&[("FL_SSL_CA_CERTFILE", CA)], &[]).len(), 1);
         let text =
-            |pairs: &[(&str, &str)]| trusted(pairs, &[("FL_TLS", "YES")]).unwrap_err().to_string();
+            |pairs: &[(&str, &str)]| resolve(pairs, &[("FL_TLS", "YES")]).unwrap_err().to_string();
         assert!(text(&[]).contains("(the SuperLink's FL_TLS is YES)"));
         assert!(text(&[("FL_TLS_ENABLED", "YES")]).contains("(FL_TLS_ENABLED is YES)"));
     }
