@@ -49,7 +49,7 @@ fn with_part(text: &str, opening: &str, closing: &str, part: &str) -> String {
 }
 
 #[test]
-fn the_tables_of_the_readme_and_its_pages_are_those_of_the_code() {
+fn documentation_tables_match_the_code() {
     let mut reasons = String::from("| code | what it means | fix |\n| --- | --- | --- |\n");
     for entry in CATALOGUE {
         let fixes: Vec<String> =
@@ -77,7 +77,7 @@ fn xids() -> String {
 }
 
 #[test]
-fn the_journal_catalog_explains_every_reason() {
+fn journal_catalog_explains_every_reason() {
     let mut catalog = String::from(
         "# What `journalctl -x` adds to a WARNING of supernode-agent. Made from the catalogue, agent/src/gpu/reason.rs, by\n\
          # UPDATE_DOCUMENTS=1 cargo test -p supernode-agent --test documents\n",
@@ -101,7 +101,7 @@ fn the_journal_catalog_explains_every_reason() {
 }
 
 #[test]
-fn the_manual_has_every_variable_and_every_reason() {
+fn manual_lists_every_variable_and_reason() {
     let variables: String = VARIABLES
         .iter()
         .map(|variable| {
@@ -142,7 +142,7 @@ fn the_manual_has_every_variable_and_every_reason() {
 }
 
 #[test]
-fn the_manual_of_the_settings_is_the_example_file() {
+fn settings_manual_matches_example_file() {
     let mut settings = String::new();
     for line in
         read("packaging/examples/agent.toml").lines().skip_while(|line| !line.starts_with('['))
@@ -169,7 +169,7 @@ fn the_manual_of_the_settings_is_the_example_file() {
 }
 
 #[test]
-fn the_vm_templates_have_every_variable_and_pass_the_check() {
+fn vm_templates_have_every_variable_and_pass_check() {
     for (node, file) in [
         (Node::Gpu, "packaging/opennebula/supernode-gpu-6.10.tmpl"),
         (Node::Gpu, "packaging/opennebula/supernode-gpu-7.tmpl"),
@@ -184,7 +184,7 @@ fn the_vm_templates_have_every_variable_and_pass_the_check() {
 }
 
 #[test]
-fn the_services_have_every_variable_and_pass_the_check() {
+fn services_have_every_variable_and_pass_check() {
     for (release, file) in [
         (Release::V6, "packaging/opennebula/service-6.10.json"),
         (Release::V7, "packaging/opennebula/service-7.json"),
@@ -196,7 +196,7 @@ fn the_services_have_every_variable_and_pass_the_check() {
 }
 
 #[test]
-fn the_appliance_has_every_variable() {
+fn appliance_has_every_variable() {
     const TABLE: &str = "from the table of variables";
     for (file, end, part) in [
         ("appliance.sh", "# end", appliance_params()),
@@ -216,7 +216,7 @@ fn is_without_finding(file: &str, text: &str) {
 }
 
 #[test]
-fn the_shell_completions_are_those_of_the_command_line() {
+fn shell_completions_match_the_command_line() {
     for (shell, file) in [
         (Shell::Bash, "packaging/completions/supernode-agent.bash"),
         (Shell::Fish, "packaging/completions/supernode-agent.fish"),

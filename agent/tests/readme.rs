@@ -169,7 +169,7 @@ fn is_of_the_tree(word: &str) -> bool {
 }
 
 #[test]
-fn every_command_is_run_or_checked() {
+fn every_documented_command_is_run_or_checked() {
     let commands = commands();
     assert!(commands.len() > 30, "the commands are not found: {commands:?}");
     let wrong: Vec<String> = commands
@@ -186,7 +186,7 @@ fn every_command_is_run_or_checked() {
 }
 
 #[test]
-fn a_wrong_command_is_found() {
+fn detects_an_invalid_command() {
     for command in [
         "supernode-agent status --wach",
         "supernode-agent stat",
@@ -202,7 +202,7 @@ fn a_wrong_command_is_found() {
 }
 
 #[test]
-fn every_flag_in_a_text_is_one_of_ours() {
+fn every_documented_flag_exists() {
     fn has_flag(command: &clap::Command, flag: &str) -> bool {
         command.get_arguments().any(|argument| argument.get_long() == Some(flag))
             || command.get_subcommands().any(|sub| has_flag(sub, flag))
@@ -216,7 +216,7 @@ fn every_flag_in_a_text_is_one_of_ours() {
 }
 
 #[test]
-fn every_path_is_in_the_tree() {
+fn every_documented_path_exists() {
     for Line { place, text, .. } in lines().iter().filter(|line| !line.is_code) {
         for path in spans(text).filter(|span| is_of_the_tree(span) && !span.contains(' ')) {
             assert!(in_tree(path).exists(), "{place}: {path}");
@@ -225,7 +225,7 @@ fn every_path_is_in_the_tree() {
 }
 
 #[test]
-fn every_link_leads_somewhere_in_the_tree_and_in_the_package() {
+fn every_link_resolves_in_tree_and_package() {
     let assets = read("agent/Cargo.toml");
     for page in pages() {
         let folder = Path::new(&page).parent().unwrap();
@@ -264,7 +264,7 @@ fn anchor_of(heading: &str) -> String {
 }
 
 #[test]
-fn the_service_that_the_page_makes_passes_the_check() {
+fn documented_service_passes_the_check() {
     let to_stdout = SED.split(" >").next().unwrap();
     let made =
         Command::new("sh").args(["-c", to_stdout]).current_dir(in_tree("")).output().unwrap();
@@ -276,7 +276,7 @@ fn the_service_that_the_page_makes_passes_the_check() {
 }
 
 #[test]
-fn the_template_has_the_names_that_the_commands_use() {
+fn template_names_match_the_commands() {
     let template = read("packaging/opennebula/supernode-gpu-7.tmpl");
     for attribute in [r#"NAME="supernode-gpu""#, r#"IMAGE="supernode""#] {
         assert!(template.contains(attribute), "{attribute}");

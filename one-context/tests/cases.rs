@@ -26,7 +26,7 @@ fn cases() -> Vec<(String, Vec<u8>, Map<String, Value>)> {
 }
 
 #[test]
-fn every_value_of_every_case_comes_out_as_it_went_in() {
+fn every_value_of_every_case_round_trips() {
     for (case, text, expected) in cases() {
         let context = Context::parse(&text).unwrap();
         for (name, value) in &expected {
@@ -41,7 +41,7 @@ fn every_value_of_every_case_comes_out_as_it_went_in() {
 }
 
 #[test]
-fn a_case_cut_off_at_any_byte_never_gives_another_value() {
+fn truncated_case_never_yields_a_different_value() {
     for (case, text, _) in cases() {
         let whole = parse(&text).unwrap();
         for end in 0..text.len() {
@@ -65,7 +65,7 @@ fn a_case_cut_off_at_any_byte_never_gives_another_value() {
 }
 
 #[test]
-fn the_gpu_of_the_q35_case_is_promised() {
+fn q35_case_assigns_the_gpu() {
     let (_, text, _) = cases().into_iter().find(|(case, ..)| case == "gpu-q35").unwrap();
     let promised = Context::parse(&text).unwrap().passthrough_addresses();
     assert_eq!(promised, [("PCI0_ADDRESS".to_owned(), "01:00.0".to_owned())]);

@@ -356,7 +356,7 @@ fn round(line: &str) -> Option<Round> {
 }
 
 #[test]
-fn a_round_is_read_from_its_line() {
+fn parses_a_round_from_its_log_line() {
     let told =
         round("x FEDERATION round=2 partitions=0,1 accuracy=0.9705 at=1795709197.500").unwrap();
     assert_eq!((told.number, told.partitions.as_slice(), told.accuracy), (2, &[0, 1][..], 0.9705));

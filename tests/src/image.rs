@@ -106,7 +106,7 @@ fn build() -> PathBuf {
 /// The script runs under the shell that will run it; this is not the place to learn about a typing
 /// error.
 #[test]
-fn the_script_is_valid() {
+fn entrypoint_script_is_valid_shell() {
     let sandbox = Sandbox::new("script");
     let path = sandbox.write("flower-supernode", SCRIPT);
     run(Command::new("busybox").args(["sh", "-n"]).arg(path), Duration::from_secs(5))

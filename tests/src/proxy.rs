@@ -276,7 +276,7 @@ fn name_of(head: &str) -> String {
 }
 
 #[test]
-fn a_call_has_a_name_without_version_id_and_query() {
+fn call_name_omits_version_id_and_query() {
     assert_eq!(name_of("GET /version HTTP/1.1\r\n"), "GET /version");
     assert_eq!(
         name_of("POST /v1.41/containers/create?name=x HTTP/1.1\r\n"),

@@ -136,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn links_lead_where_the_kernel_lets_them_lead() {
+    fn symlinks_match_the_kernel_layout() {
         let sysfs = Sysfs::new().gpu("0000:01:00.0").driver("nvidia").module("550.54.15");
         let device = sysfs.root().join("bus/pci/devices/0000:01:00.0");
         let target = fs::read_link(device.join("driver")).unwrap();

@@ -110,7 +110,7 @@ impl Appliance {
 }
 
 #[test]
-fn the_build_installs_docker_the_package_and_a_flower_image_and_starts_no_node() {
+fn build_installs_docker_package_and_image_without_starting() {
     let appliance = Appliance::new();
     let Some(output) = appliance.run("install", &[("FLOWER_VERSION", "1.30.0")]) else { return };
     output.expect_success();
@@ -131,7 +131,7 @@ fn the_build_installs_docker_the_package_and_a_flower_image_and_starts_no_node()
 }
 
 #[test]
-fn nvidia_is_installed_where_it_is_asked_for() {
+fn nvidia_is_installed_on_request() {
     let appliance = Appliance::new();
     let Some(output) = appliance.run("install", &[("NVIDIA", "YES")]) else { return };
     output.expect_success();
@@ -156,7 +156,7 @@ fn nvidia_is_installed_where_it_is_asked_for() {
 }
 
 #[test]
-fn a_build_without_the_package_says_so_before_it_does_anything() {
+fn build_without_the_package_fails_first() {
     let appliance = Appliance::new().with("no-package");
     let Some(output) = appliance.run("install", &[]) else { return };
     assert_eq!(output.code, Some(1));
@@ -170,7 +170,7 @@ fn a_build_without_the_package_says_so_before_it_does_anything() {
 }
 
 #[test]
-fn a_boot_lets_the_agent_work_waits_for_the_node_and_writes_the_report() {
+fn bootstrap_waits_for_the_node_and_writes_the_report() {
     let appliance = Appliance::new();
     let Some(output) = appliance.run("configure", &[]) else { return };
     output.expect_success();
@@ -191,7 +191,7 @@ fn a_boot_lets_the_agent_work_waits_for_the_node_and_writes_the_report() {
 }
 
 #[test]
-fn a_node_that_does_not_start_is_a_failed_bootstrap_with_its_reason_and_a_report() {
+fn bootstrap_fails_with_reason_when_node_does_not_start() {
     for (file, environment) in [("failed", vec![]), ("slow", vec![("READY_SECONDS", "0")])] {
         let appliance = Appliance::new().with(file);
         let Some(output) = appliance.run("configure", &[]) else { return };
@@ -207,7 +207,7 @@ fn a_node_that_does_not_start_is_a_failed_bootstrap_with_its_reason_and_a_report
 }
 
 #[test]
-fn the_help_names_the_parameters() {
+fn help_lists_the_parameters() {
     let Some(output) = Appliance::new().run("help", &[]) else { return };
     let help = output.expect_success();
     assert!(
@@ -217,7 +217,7 @@ fn the_help_names_the_parameters() {
 }
 
 #[test]
-fn the_marketplace_can_read_every_file() {
+fn marketplace_files_are_well_formed() {
     const READ: &str = r##"
 require "yaml"
 directory = ARGV.fetch(0)

@@ -34,7 +34,7 @@ fn says(boot: &Boot, words: &[&str]) {
 }
 
 #[test]
-fn a_boot_without_a_gpu_has_one_warning_with_cause_and_fix_and_a_node_on_the_cpu() {
+fn boot_without_gpu_logs_one_warning_and_runs_on_cpu() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[
         ("REPORT_READY", "YES"),
@@ -86,7 +86,7 @@ fn a_boot_without_a_gpu_has_one_warning_with_cause_and_fix_and_a_node_on_the_cpu
 }
 
 #[test]
-fn the_units_as_installed_are_sound_and_bounded_and_have_their_manual() {
+fn installed_units_are_valid_sandboxed_and_documented() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     // `security` counts in tenths; `verify` exits 0 whatever it finds.
@@ -101,7 +101,7 @@ fn the_units_as_installed_are_sound_and_bounded_and_have_their_manual() {
 }
 
 #[test]
-fn a_boot_with_a_gpu_runs_on_it_and_docker_is_neither_restarted_nor_reloaded() {
+fn boot_with_gpu_does_not_restart_or_reload_docker() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
     let boot = vm.boot(&format!(
@@ -125,7 +125,7 @@ fn a_boot_with_a_gpu_runs_on_it_and_docker_is_neither_restarted_nor_reloaded() {
 }
 
 #[test]
-fn a_daemon_reload_takes_the_gpu_from_a_container_that_has_it_by_the_hook_alone() {
+fn daemon_reload_removes_gpu_injected_only_by_hook() {
     let lost = "has lost its GPU and is made anew";
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
@@ -149,7 +149,7 @@ fn a_daemon_reload_takes_the_gpu_from_a_container_that_has_it_by_the_hook_alone(
 }
 
 #[test]
-fn a_required_gpu_that_is_absent_fails_the_unit_and_ready_is_not_reported() {
+fn missing_required_gpu_fails_the_unit_without_ready() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[
         ("FL_GPU_REQUIRED", "YES"),
@@ -175,7 +175,7 @@ fn a_required_gpu_that_is_absent_fails_the_unit_and_ready_is_not_reported() {
 }
 
 #[test]
-fn an_invalid_context_is_one_entry_for_each_error_and_no_restart() {
+fn invalid_context_logs_each_error_once_without_restart() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&[
         ("FL_SUPERLINK_ADDRESS", "nowhere"),
@@ -196,7 +196,7 @@ fn an_invalid_context_is_one_entry_for_each_error_and_no_restart() {
 }
 
 #[test]
-fn hostile_values_in_context_and_one_env_are_not_executed_and_arrive_as_they_are() {
+fn hostile_context_values_are_passed_verbatim_not_executed() {
     let Some(vm) = BootedVm::new() else { return };
     let hostile = "a='x\"; touch /pwned; \"' b=\"$(touch /pwned)`touch /pwned`\"";
     vm.context(&wanted(&[
@@ -219,7 +219,7 @@ fn hostile_values_in_context_and_one_env_are_not_executed_and_arrive_as_they_are
 }
 
 #[test]
-fn a_daemon_json_that_was_broken_before_the_boot_stays_as_it_is_and_is_told() {
+fn broken_daemon_json_is_logged_and_left_unchanged() {
     let Some(vm) = BootedVm::new() else { return };
     let broken = "{\"debug\": true,\n";
     vm.context(&wanted(&[])).file("etc/docker/daemon.json", broken);
@@ -234,7 +234,7 @@ fn a_daemon_json_that_was_broken_before_the_boot_stays_as_it_is_and_is_told() {
 }
 
 #[test]
-fn after_a_reboot_the_node_is_up_again_with_its_one_warning() {
+fn node_starts_after_reboot_with_one_warning() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[]));
     for boot in ["first", "second"] {
@@ -252,7 +252,7 @@ fn after_a_reboot_the_node_is_up_again_with_its_one_warning() {
 }
 
 #[test]
-fn a_power_cut_during_the_first_boot_leaves_a_machine_that_boots() {
+fn vm_boots_after_power_loss_during_first_boot() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
     let daemon_json = vm.path("etc/docker/daemon.json");
@@ -269,7 +269,7 @@ fn a_power_cut_during_the_first_boot_leaves_a_machine_that_boots() {
 }
 
 #[test]
-fn a_context_that_changes_on_the_running_vm_replaces_the_container_only_for_a_real_change() {
+fn context_update_replaces_container_only_on_change() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[("ETH0_DNS", "1.1.1.1")]));
     let boot = vm.boot(
@@ -295,7 +295,7 @@ fn a_context_that_changes_on_the_running_vm_replaces_the_container_only_for_a_re
 }
 
 #[test]
-fn a_reload_is_done_when_systemctl_says_so() {
+fn systemctl_reload_returns_after_the_reload() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[]));
     let boot = vm.boot(
@@ -320,7 +320,7 @@ fn a_reload_is_done_when_systemctl_says_so() {
 }
 
 #[test]
-fn an_agent_that_stands_still_is_started_again_by_the_watchdog_and_adopts_its_container() {
+fn watchdog_restarts_frozen_agent_which_adopts_container() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[])).settings("[gpu]\nwait_seconds = 1\n").file(
         "etc/systemd/system/flower-supernode.service.d/watchdog.conf",
@@ -347,7 +347,7 @@ fn an_agent_that_stands_still_is_started_again_by_the_watchdog_and_adopts_its_co
 }
 
 #[test]
-fn an_upgrade_keeps_the_container_running_and_a_purge_leaves_nothing() {
+fn upgrade_keeps_container_and_purge_removes_everything() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[])).settings("[gpu]\nwait_seconds = 1\n");
     let boot = vm.boot(
@@ -378,7 +378,7 @@ fn an_upgrade_keeps_the_container_running_and_a_purge_leaves_nothing() {
 }
 
 #[test]
-fn a_start_script_that_must_come_first_comes_first_with_the_drop_in() {
+fn drop_in_orders_start_script_before_the_node() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[("START_SCRIPT", "cut -d' ' -f1 /proc/uptime >/run/start-script")]));
     let drop_in = include_str!("../../systemd/start-script-first.conf");
@@ -440,7 +440,7 @@ fn record(boot: &Boot) {
         "one-context.service",
     ];
     let data = json!({
-        "taken": "UPDATE_PICTURES=1 cargo test -p supernode-tests --test boot a_whole_vm, with SUPERNODE_DEB of make deb: a VM \
+        "taken": "UPDATE_PICTURES=1 cargo test -p supernode-tests --test boot emulated_vm, with SUPERNODE_DEB of make deb: a VM \
                   with two processors that QEMU emulates, without a GPU; seconds from power-on, by the journal",
         "units": units.map(unit),
         "moments": [moment("WARNING", FALLBACK), moment("container", "started the container")],
@@ -450,8 +450,7 @@ fn record(boot: &Boot) {
 }
 
 #[test]
-fn a_whole_vm_with_a_kernel_a_cd_and_a_network_boots_to_a_node_and_the_agent_takes_a_hundredth_of_it()
- {
+fn emulated_vm_boots_and_agent_takes_one_percent_of_it() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[
         ("ETH0_IP", "10.0.2.15"),
@@ -553,7 +552,7 @@ const WITHOUT: [Step; 10] = [
 ];
 
 #[test]
-fn each_capability_of_the_units_is_needed_and_what_breaks_without_it_is_told() {
+fn every_unit_capability_is_needed_and_its_loss_is_logged() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu()).settings(
         "[gpu]\nsysfs = \"/simulator/sys\"\nnvml_library = \"/simulator/libnvidia-ml.so.1\"\nwait_seconds = 1\n\

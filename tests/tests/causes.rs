@@ -660,7 +660,7 @@ fn documented() -> BTreeMap<String, Documented> {
 }
 
 #[test]
-fn what_sysfs_shows_is_announced() {
+fn sysfs_causes_are_announced() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     assert_each_is_announced(&engine, &on_the_bus());
     // A machine without a GPU has no business in daemon.json.
@@ -668,32 +668,32 @@ fn what_sysfs_shows_is_announced() {
 }
 
 #[test]
-fn what_the_operator_chose_without_effect_is_announced() {
+fn operator_choices_are_announced() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     assert_each_is_announced(&engine, &of_the_choice());
 }
 
 #[test]
-fn whatever_the_drivers_library_does_is_announced() {
+fn driver_library_causes_are_announced() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     assert_each_is_announced(&engine, &of_the_library());
 }
 
 #[test]
-fn each_code_of_nvml_is_announced() {
+fn every_nvml_error_code_is_announced() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     assert_each_is_announced(&engine, &of_nvmls_codes());
 }
 
 #[test]
-fn what_docker_lacks_and_what_it_refuses_is_announced() {
+fn docker_causes_are_announced() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     assert_each_is_announced(&engine, &before_the_runtime());
     assert_each_is_announced(&engine, &at_the_launch());
 }
 
 #[test]
-fn every_code_of_the_catalogue_is_produced_and_documented() {
+fn every_reason_code_is_produced_and_documented() {
     let produced: BTreeSet<&str> = every_cause().iter().map(|cause| cause.code).collect();
     let documented = documented();
     let (readme, manual) = (in_tree("README.md"), in_tree("packaging/man/supernode-agent.8"));
@@ -729,7 +729,7 @@ fn every_code_of_the_catalogue_is_produced_and_documented() {
 }
 
 #[test]
-fn where_a_gpu_is_required_every_code_is_an_error_and_nothing_runs() {
+fn required_gpu_turns_every_cause_into_an_error() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     let documented = documented();
     let mut seen = BTreeSet::new();
@@ -768,7 +768,7 @@ fn where_a_gpu_is_required_every_code_is_an_error_and_nothing_runs() {
 }
 
 #[test]
-fn the_fix_is_that_of_the_machines_own_distribution() {
+fn fix_matches_the_distribution() {
     for (os_release, words, not) in [
         (
             "ID=debian\nVERSION_ID=\"13\"\n",
@@ -803,7 +803,7 @@ fn the_fix_is_that_of_the_machines_own_distribution() {
 }
 
 #[test]
-fn status_gives_the_same_fix_with_the_agents_report_and_without() {
+fn status_shows_same_fix_with_and_without_agent_report() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&Sysfs::new().gpu(GPU))
         .context(&wanted(&[]))
@@ -823,7 +823,7 @@ fn status_gives_the_same_fix_with_the_agents_report_and_without() {
 // its code.
 
 #[test]
-fn a_gpu_that_is_there_without_a_promise_is_used_and_nothing_is_warned_of() {
+fn unassigned_present_gpu_is_used_without_warning() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[("PCI0_ADDRESS", "")]));
     let agent = up(&vm);
@@ -832,7 +832,7 @@ fn a_gpu_that_is_there_without_a_promise_is_used_and_nothing_is_warned_of() {
 }
 
 #[test]
-fn of_two_promised_gpus_the_one_that_is_there_is_used_with_a_warning_for_the_other() {
+fn present_assigned_gpu_is_used_and_missing_one_warned() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[("PCI1_ADDRESS", "21:00.0")]));
     let agent = up(&vm);
@@ -853,7 +853,7 @@ fn of_two_promised_gpus_the_one_that_is_there_is_used_with_a_warning_for_the_oth
 }
 
 #[test]
-fn of_two_gpus_the_one_without_a_driver_is_left_out_with_a_warning() {
+fn gpu_without_driver_is_skipped_with_warning() {
     let Some((engine, mut vm)) = engine_with(&two_gpus()) else { return };
     let sysfs = Sysfs::new()
         .gpu("0000:21:00.0")
@@ -873,7 +873,7 @@ fn of_two_gpus_the_one_without_a_driver_is_left_out_with_a_warning() {
 }
 
 #[test]
-fn promised_and_present_without_a_driver_is_laid_on_the_driver() {
+fn assigned_gpu_without_driver_blames_the_driver() {
     for (sysfs, expected) in [
         (Sysfs::new().gpu(GPU), "driver-not-loaded"),
         (Sysfs::new().gpu(GPU).driver("nouveau"), "wrong-driver"),
@@ -906,7 +906,7 @@ fn assert_cpu_for(reason: &str, agent: &Agent, engine: &Engine) {
 }
 
 #[test]
-fn the_warning_comes_at_any_log_level_and_in_json_with_its_fields() {
+fn fallback_warning_ignores_log_level_and_has_json_fields() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&Sysfs::new())
         .context(&wanted(&[("FL_LOG_LEVEL", "ERROR"), ("FL_LOG_FORMAT", "json")]));
@@ -923,7 +923,7 @@ fn the_warning_comes_at_any_log_level_and_in_json_with_its_fields() {
 }
 
 #[test]
-fn a_runtime_that_is_not_installed_is_named() {
+fn missing_runtime_is_named() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one())
         .context(&wanted(&[]))
@@ -933,7 +933,7 @@ fn a_runtime_that_is_not_installed_is_named() {
 }
 
 #[test]
-fn an_operators_entry_without_its_program_is_named_whether_docker_had_it_before_or_not() {
+fn runtime_entry_with_missing_program_is_named() {
     let Some((mut engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     let text = r#"{"runtimes": {"nvidia": {"path": "/nowhere/nvidia-container-runtime"}}}"#;
@@ -954,7 +954,7 @@ fn an_operators_entry_without_its_program_is_named_whether_docker_had_it_before_
 }
 
 #[test]
-fn a_launch_that_docker_refuses_ends_on_the_cpu_and_is_adopted_as_such() {
+fn refused_gpu_launch_runs_on_cpu_and_is_adopted() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     engine.nvidia_runtime(RuntimeMode::Fail, &one_gpu());
@@ -985,8 +985,7 @@ fn a_launch_that_docker_refuses_ends_on_the_cpu_and_is_adopted_as_such() {
 }
 
 #[test]
-fn nvidias_own_library_without_a_driver_says_that_none_is_loaded_and_without_a_gpu_is_never_loaded()
-{
+fn nvidia_library_reports_no_driver_and_needs_a_gpu_to_load() {
     let Some(library) = nvidias_library() else { return };
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     let at = library.to_string_lossy().into_owned();

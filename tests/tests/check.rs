@@ -200,7 +200,7 @@ fn host_after(change: impl FnOnce(&Root)) -> Vec<String> {
 }
 
 #[test]
-fn a_good_vm_passes_every_check() {
+fn healthy_vm_passes_every_check() {
     let root = Root::vm().with_docker(&runtimes());
     let checks = root.checks("vm");
     let ids: Vec<_> = checks.iter().map(|check| check["id"].as_str().unwrap()).collect();
@@ -247,7 +247,7 @@ fn a_good_vm_passes_every_check() {
 }
 
 #[test]
-fn each_fault_of_a_vm_has_its_check() {
+fn every_vm_fault_is_found_by_its_check() {
     for (change, expected) in [
         (&["firmware"][..], &["WARNING firmware"][..]),
         (&["machine"], &["WARNING machine-type"]),
@@ -291,7 +291,7 @@ fn each_fault_of_a_vm_has_its_check() {
 }
 
 #[test]
-fn a_gpu_that_is_absent_or_has_another_driver_is_an_error_before_nvml_is_asked() {
+fn absent_gpu_or_wrong_driver_fails_before_nvml() {
     let absent = Root::vm_with(&Sysfs::new()).with_docker(&runtimes());
     assert_eq!(absent.bad("vm")[..2], ["ERROR gpu-assigned", "ERROR gpu-present"]);
     let nouveau = Root::vm_with(&Sysfs::new().gpu(GPU).driver("nouveau")).with_docker(&runtimes());
@@ -306,7 +306,7 @@ fn a_gpu_that_is_absent_or_has_another_driver_is_an_error_before_nvml_is_asked()
 }
 
 #[test]
-fn without_docker_a_vm_is_checked_all_the_same_and_what_is_not_known_is_said() {
+fn vm_check_without_docker_reports_unknowns() {
     let root = Root::vm();
     let checks = root.checks("vm");
     let levels = |id: &str| checks.iter().find(|check| check["id"] == id).unwrap().clone();
@@ -327,7 +327,7 @@ fn without_docker_a_vm_is_checked_all_the_same_and_what_is_not_known_is_said() {
 }
 
 #[test]
-fn a_real_engine_is_asked_for_its_runtimes_and_its_images() {
+fn vm_check_queries_runtimes_and_images_of_engine() {
     let Some((_engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     let document = json_of(&vm.run_command("check", &["vm", "--json"]));
@@ -341,7 +341,7 @@ fn a_real_engine_is_asked_for_its_runtimes_and_its_images() {
 }
 
 #[test]
-fn an_empty_root_has_nothing_of_this_machine() {
+fn root_option_isolates_the_check_from_this_system() {
     let root = Root(Sandbox::new("root"));
     fs::create_dir_all(root.0.join("etc")).unwrap();
     symlink("/etc/os-release", root.0.join("etc/os-release")).unwrap();
@@ -366,7 +366,7 @@ fn an_empty_root_has_nothing_of_this_machine() {
 }
 
 #[test]
-fn a_good_host_passes_every_check() {
+fn healthy_host_passes_every_check() {
     let checks = Root::host().checks("host");
     let ids: Vec<_> = checks.iter().map(|check| check["id"].as_str().unwrap()).collect();
     assert_eq!(
@@ -388,7 +388,7 @@ fn a_good_host_passes_every_check() {
 }
 
 #[test]
-fn each_fault_of_a_host_has_its_check() {
+fn every_host_fault_is_found_by_its_check() {
     let amd = |root: &Root| {
         root.write("proc/cpuinfo", "vendor_id : AuthenticAMD\n");
         root.write("proc/cmdline", "quiet\n");
@@ -456,7 +456,7 @@ CONTEXT=[ NETWORK="YES", TOKEN="YES", REPORT_READY="YES",
 "#;
 
 #[test]
-fn a_good_template_passes_and_a_wrong_one_is_told_line_by_line() {
+fn template_check_reports_faults_by_line() {
     let good = template(TEMPLATE, &["--json"]);
     assert_eq!((good.code, &json_of(&good)["warnings"]), (Some(0), &json!(0)), "{}", good.stdout);
     let wrong = TEMPLATE
@@ -484,7 +484,7 @@ fn a_good_template_passes_and_a_wrong_one_is_told_line_by_line() {
 }
 
 #[test]
-fn a_wrong_call_is_told_from_a_finding() {
+fn usage_error_differs_from_finding() {
     let command = |arguments: &[&str]| {
         run(Command::new(agent_binary()).args(arguments).env_clear(), TIMEOUT).code
     };
@@ -495,7 +495,7 @@ fn a_wrong_call_is_told_from_a_finding() {
 }
 
 #[test]
-fn the_scripts_of_the_package_call_the_checks() {
+fn packaged_scripts_call_the_checks() {
     let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/scripts");
     for (script, subject) in [("validate-gpu.sh", "vm"), ("validate-host-gpu.sh", "host")] {
         let text = fs::read_to_string(scripts.join(script)).unwrap();

@@ -33,7 +33,7 @@ fn configure(vm: &TestVm) -> Output {
 }
 
 #[test]
-fn a_file_is_made_where_there_is_none_and_the_second_run_changes_nothing() {
+fn creates_missing_file_and_second_run_is_a_no_op() {
     let mut vm = vm();
     vm.set("docker.daemon_json", vm.path("etc/docker/daemon.json").to_string_lossy().into_owned());
     let file = vm.path("etc/docker/daemon.json");
@@ -58,7 +58,7 @@ fn a_file_is_made_where_there_is_none_and_the_second_run_changes_nothing() {
 }
 
 #[test]
-fn mode_owner_and_symlink_stay() {
+fn preserves_mode_owner_and_symlink() {
     let vm = vm();
     let real = vm.write("elsewhere/real.json", "{\"debug\": true}");
     fs::set_permissions(&real, fs::Permissions::from_mode(0o640)).unwrap();
@@ -77,7 +77,7 @@ fn mode_owner_and_symlink_stay() {
 }
 
 #[test]
-fn what_is_not_one_json_object_is_refused_with_its_place_and_stays() {
+fn rejects_non_object_json_with_position_and_keeps_it() {
     let vm = vm();
     let file = vm.path("daemon.json");
     for (bytes, place) in [
@@ -104,7 +104,7 @@ fn what_is_not_one_json_object_is_refused_with_its_place_and_stays() {
 }
 
 #[test]
-fn a_file_that_cannot_be_written_is_an_error_and_stays() {
+fn unwritable_file_is_an_error_and_unchanged() {
     let mut vm = vm();
     // Nothing can be made in /proc, not even by root.
     vm.set("docker.daemon_json", "/proc/sys/kernel/hostname");
@@ -120,7 +120,7 @@ fn a_file_that_cannot_be_written_is_an_error_and_stays() {
 }
 
 #[test]
-fn where_the_gpu_is_not_enabled_nothing_is_done() {
+fn does_nothing_when_gpu_is_disabled() {
     let mut vm = vm();
     vm.context(&[("FL_GPU_ENABLED", "NO")]);
     configure(&vm).expect_success();
@@ -128,7 +128,7 @@ fn where_the_gpu_is_not_enabled_nothing_is_done() {
 }
 
 #[test]
-fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() {
+fn kill_at_any_time_leaves_the_old_or_the_new_file() {
     let vm = vm();
     let file = vm.path("daemon.json");
     let padding: String = (0..4000).map(|n| format!("  \"key-{n}\": \"{n:0>40}\",\n")).collect();
@@ -172,7 +172,7 @@ fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() {
 }
 
 #[test]
-fn runs_at_the_same_time_do_not_hinder_each_other() {
+fn concurrent_runs_do_not_interfere() {
     let vm = vm();
     let file = vm.path("daemon.json");
     let old = format!("{{\"padding\": \"{}\"}}", "x".repeat(300_000));
@@ -200,7 +200,7 @@ fn runs_at_the_same_time_do_not_hinder_each_other() {
 }
 
 #[test]
-fn docker_reads_what_was_written() {
+fn docker_accepts_the_written_file() {
     let Some(mut engine) = Engine::start() else { return };
     let mut vm = TestVm::new();
     vm.engine(&engine).context(&wanted(&[]));

@@ -81,7 +81,7 @@ fn connected(agent: &Agent) {
 }
 
 #[test]
-fn a_node_of_a_service_needs_no_address() {
+fn service_node_discovers_superlink_address() {
     let onegate = service();
     let Some((engine, mut vm)) = machine_with_engine(&onegate, &[]) else { return };
     let plan = json_of(&vm.run_command("plan", &["--json"]));
@@ -97,7 +97,7 @@ fn a_node_of_a_service_needs_no_address() {
 }
 
 #[test]
-fn without_an_endpoint_it_is_the_first_nic_and_the_port_of_the_superlinks_release() {
+fn falls_back_to_first_nic_and_release_port() {
     let onegate = service();
     onegate.change(|state| {
         let vm = state.vms.get_mut(&SUPERLINK).unwrap();
@@ -119,7 +119,7 @@ fn without_an_endpoint_it_is_the_first_nic_and_the_port_of_the_superlinks_releas
 }
 
 #[test]
-fn a_superlink_that_comes_late_is_waited_for_while_the_unit_is_ready() {
+fn unit_is_ready_while_waiting_for_superlink() {
     let onegate = service();
     onegate.change(|state| state.vms.get_mut(&SUPERLINK).unwrap().lcm_state = 1);
     let Some((engine, vm)) = machine_with_engine(&onegate, &[]) else { return };
@@ -142,7 +142,7 @@ fn a_superlink_that_comes_late_is_waited_for_while_the_unit_is_ready() {
 }
 
 #[test]
-fn only_what_the_operator_must_cure_ends_the_node() {
+fn only_operator_errors_stop_the_node() {
     let onegate = service();
     let ends = |vm: &TestVm, said: &str| {
         let output = vm.run_command("run", &[]);
@@ -169,7 +169,7 @@ fn only_what_the_operator_must_cure_ends_the_node() {
 }
 
 #[test]
-fn whatever_else_onegate_answers_it_is_asked_again() {
+fn other_onegate_answers_are_retried() {
     let onegate = service();
     let faults = || {
         vec![
@@ -212,7 +212,7 @@ fn whatever_else_onegate_answers_it_is_asked_again() {
 }
 
 #[test]
-fn slow_and_endless_answers_end_with_the_time_that_one_request_has() {
+fn slow_and_endless_answers_time_out() {
     let onegate = service();
     let Some((_engine, mut vm)) = machine_with_engine(&onegate, &[]) else { return };
     vm.set("onegate.timeout_seconds", 1);
@@ -222,7 +222,7 @@ fn slow_and_endless_answers_end_with_the_time_that_one_request_has() {
 }
 
 #[test]
-fn fixed_gives_up_after_thirty_tries_and_systemd_may_try_again() {
+fn fixed_backoff_gives_up_after_thirty_attempts() {
     // Thirty tries take five minutes: the count is a unit test's, here the way out is.
     let onegate = service();
     onegate.change(|state| state.oneflow_down = true);
@@ -236,7 +236,7 @@ const CA: &str = include_str!("../../agent/tests/ca.crt");
 const LEAF: &str = include_str!("../../agent/tests/certificates/leaf.crt");
 
 #[test]
-fn a_superlink_with_tls_is_trusted_by_the_ca_that_it_published_and_by_no_leaf() {
+fn tls_uses_the_published_ca_and_rejects_leaf() {
     let onegate = service();
     onegate.change(|state| {
         state
@@ -269,7 +269,7 @@ fn a_superlink_with_tls_is_trusted_by_the_ca_that_it_published_and_by_no_leaf() 
 }
 
 #[test]
-fn a_peer_cannot_talk_a_node_out_of_its_tls() {
+fn peer_cannot_downgrade_configured_tls() {
     let onegate = service();
     onegate.change(|state| {
         state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_TLS", "NO");
@@ -285,7 +285,7 @@ fn a_peer_cannot_talk_a_node_out_of_its_tls() {
 }
 
 #[test]
-fn the_cloud_hears_ready_once_flower_is_connected_and_no_at_the_stop() {
+fn ready_is_published_on_connection_and_reset_on_stop() {
     let onegate = service();
     onegate.change(|state| {
         // Left by an earlier boot.
@@ -338,7 +338,7 @@ fn the_cloud_hears_ready_once_flower_is_connected_and_no_at_the_stop() {
 }
 
 #[test]
-fn an_invalid_configuration_is_not_ready_in_the_cloud_either() {
+fn invalid_configuration_is_published_as_not_ready() {
     let onegate = service();
     onegate.change(|state| {
         state
@@ -355,7 +355,7 @@ fn an_invalid_configuration_is_not_ready_in_the_cloud_either() {
 }
 
 #[test]
-fn a_cloud_that_does_not_listen_costs_one_warning() {
+fn unavailable_onegate_logs_one_warning() {
     let onegate = service();
     let Some((engine, vm)) = machine_with_engine(&onegate, &[]) else { return };
     onegate.script("PUT /vm", std::iter::repeat_n(Reply::Status(500, "rejected".into()), 1000));
@@ -377,7 +377,7 @@ fn a_cloud_that_does_not_listen_costs_one_warning() {
 }
 
 #[test]
-fn a_node_keeps_its_share_over_restarts_and_reboots_whatever_becomes_of_the_others() {
+fn partition_survives_restarts_and_peer_changes() {
     let onegate = OneGateSimulator::start();
     onegate.change(|state| {
         state.join(SERVICE, "superlink", SUPERLINK).attribute("FL_ENDPOINT", "10.9.8.7:9092");
@@ -430,7 +430,7 @@ fn a_node_keeps_its_share_over_restarts_and_reboots_whatever_becomes_of_the_othe
 }
 
 #[test]
-fn a_node_with_an_address_asks_the_service_for_its_share_alone_and_starts_without() {
+fn static_address_uses_onegate_only_for_partition() {
     let onegate = service();
     let address = [("FL_SUPERLINK_ADDRESS", "192.0.2.1:9092")];
     let Some((engine, vm)) = machine_with_engine(&onegate, &address) else { return };
@@ -454,7 +454,7 @@ fn a_node_with_an_address_asks_the_service_for_its_share_alone_and_starts_withou
 }
 
 #[test]
-fn a_superlink_that_moved_is_followed_while_it_is_not_reached() {
+fn follows_moved_superlink_while_disconnected() {
     let onegate = service();
     let Some((engine, vm)) =
         machine_with_engine(&onegate, &[("FL_NODE_CONFIG", "test-never-connects=true")])

@@ -51,7 +51,7 @@ fn calls_of_a_boot(node: &mut FaultyNode) -> Vec<Call> {
 }
 
 #[test]
-fn each_call_refused_and_each_answer_cut() {
+fn every_docker_call_refused_or_truncated() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     for (number, call, before) in calls_of_a_boot(&mut node) {
@@ -70,7 +70,7 @@ fn each_call_refused_and_each_answer_cut() {
 }
 
 #[test]
-fn each_call_hanging_for_a_while_and_sigterm_meanwhile() {
+fn every_docker_call_delayed_with_sigterm() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     for (number, call, before) in calls_of_a_boot(&mut node) {
@@ -129,7 +129,7 @@ fn each_call_hanging_for_a_while_and_sigterm_meanwhile() {
 }
 
 #[test]
-fn a_call_that_is_never_answered() {
+fn docker_call_never_answered() {
     type Recovery = fn(&mut FaultyNode);
     let at_the_next_start: Recovery = FaultyNode::up_in_two;
     let on_the_cpu: Recovery = |node| {
@@ -166,7 +166,7 @@ fn a_call_that_is_never_answered() {
 }
 
 #[test]
-fn docker() {
+fn docker_daemon_faults() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     table.fault(&mut node, "Docker is absent at the start, and comes", "waited for", |node| {
@@ -266,7 +266,7 @@ fn watched_as_before(node: &mut FaultyNode) {
 }
 
 #[test]
-fn docker_with_live_restore() {
+fn docker_daemon_faults_with_live_restore() {
     let Some(mut node) = FaultyNode::with_live_restore() else { return };
     let mut table = Table::default();
     for (what, kill) in [("restarted", false), ("killed -9", true)] {
@@ -301,7 +301,7 @@ fn docker_with_live_restore() {
 }
 
 #[test]
-fn the_container() {
+fn container_faults() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     let docker = |node: &FaultyNode, arguments: &[&str]| {
@@ -481,7 +481,7 @@ fn certificate() -> String {
 }
 
 #[test]
-fn disks() {
+fn disk_faults() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     // Each directory with what makes the agent write there.
@@ -572,7 +572,7 @@ fn started_by(node: &mut FaultyNode, script: &str) {
 }
 
 #[test]
-fn the_machine() {
+fn system_faults() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     if Path::new("/run/systemd/journal/socket").exists() {
@@ -701,7 +701,7 @@ fn faketime() -> Option<PathBuf> {
 }
 
 #[test]
-fn fifty_kills_of_a_boot() {
+fn fifty_kills_during_boot() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     let given = std::env::var("SUPERNODE_TESTS_SEED").ok().and_then(|seed| seed.parse().ok());
@@ -742,7 +742,7 @@ fn fifty_kills_of_a_boot() {
 }
 
 #[test]
-fn sigterm_in_each_phase() {
+fn sigterm_in_every_phase() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     let the_end = "the end, no container";
@@ -839,7 +839,7 @@ fn cgroup(limit_mib: u64) -> Option<PathBuf> {
 }
 
 #[test]
-fn little_memory_and_a_chatty_container() {
+fn low_memory_with_verbose_container() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     let Some(group) = cgroup(32) else {

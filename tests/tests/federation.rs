@@ -34,7 +34,7 @@ const BACK: Duration = Duration::from_secs(60);
 /// Flower 1.31 says goodbye and stays, and Docker sees nothing wrong with it; seldom both nodes go
 /// on.
 #[test]
-fn nodes_of_flower_1_31_that_hang_after_a_quick_restart_of_the_superlink_are_started_again() {
+fn flower_1_31_nodes_hung_by_superlink_restart_are_restarted() {
     let Some(mut federation) = Federation::start("1.31.0", State::Memory, HEALTH_CHECK) else {
         return;
     };
@@ -46,7 +46,7 @@ fn nodes_of_flower_1_31_that_hang_after_a_quick_restart_of_the_superlink_are_sta
 }
 
 #[test]
-fn nodes_of_flower_1_31_hang_after_a_quick_restart_of_the_superlink_when_left_alone() {
+fn unmonitored_flower_1_31_nodes_hang_on_superlink_restart() {
     let Some(mut federation) = Federation::start("1.31.0", State::Memory, NO_HEALTH_CHECK) else {
         return;
     };
@@ -62,7 +62,7 @@ fn nodes_of_flower_1_31_hang_after_a_quick_restart_of_the_superlink_when_left_al
 }
 
 #[test]
-fn nodes_of_flower_1_41_rest_and_train_and_after_a_quick_restart_of_the_superlink_train_again() {
+fn flower_1_41_nodes_train_again_after_superlink_restart() {
     let Some(mut federation) = Federation::start("1.41.0", State::Memory, HEALTH_CHECK) else {
         return;
     };
@@ -81,7 +81,7 @@ fn nodes_of_flower_1_41_rest_and_train_and_after_a_quick_restart_of_the_superlin
 /// | 1.41.0 | database | 42; they wait | 9 |
 #[test]
 #[ignore = "ten minutes of figures: what each release does by itself, for either memory of the SuperLink"]
-fn how_long_nodes_that_are_left_alone_take_after_a_restart_of_the_superlink() {
+fn unmonitored_recovery_time_after_superlink_restart() {
     for (release, state) in [
         ("1.31.0", State::Memory),
         ("1.31.0", State::Database),

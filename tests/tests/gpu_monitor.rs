@@ -188,7 +188,7 @@ fn peak_kib(pid: u32) -> u64 {
 }
 
 #[test]
-fn a_fatal_xid_is_warned_of_with_its_meaning_and_the_node_goes_on_on_the_cpu() {
+fn fatal_xid_warns_with_meaning_and_falls_back_to_cpu() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[79], &[], &[]) else { return };
     let begun = Instant::now();
     node.fire(79);
@@ -207,7 +207,7 @@ fn a_fatal_xid_is_warned_of_with_its_meaning_and_the_node_goes_on_on_the_cpu() {
 }
 
 #[test]
-fn a_container_that_dies_of_the_fault_is_not_started_on_that_gpu_again() {
+fn container_killed_by_gpu_fault_restarts_without_that_gpu() {
     let Some(node) = MonitoredNode::with(one_gpu(), &[79], &[], &[]) else { return };
     // The driver tells of it when the container has gone already.
     node.engine.docker(&["kill", "flower-supernode"]).expect_success();
@@ -222,7 +222,7 @@ fn a_container_that_dies_of_the_fault_is_not_started_on_that_gpu_again() {
 }
 
 #[test]
-fn a_gpu_that_failed_is_tried_again_where_that_is_wanted_and_then_left() {
+fn failed_gpu_is_retried_when_configured_then_given_up() {
     let settings = &[("gpu.on_failure", "restart")];
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[48, 119], settings, &[]) else { return };
     let first = node.id();
@@ -264,7 +264,7 @@ fn a_gpu_that_failed_is_tried_again_where_that_is_wanted_and_then_left() {
 }
 
 #[test]
-fn a_failure_that_is_to_be_ignored_is_a_warning_alone() {
+fn ignored_gpu_failure_only_warns() {
     let Some(node) =
         MonitoredNode::with(one_gpu(), &[79, 48], &[("gpu.on_failure", "ignore")], &[])
     else {
@@ -286,7 +286,7 @@ fn a_failure_that_is_to_be_ignored_is_a_warning_alone() {
 }
 
 #[test]
-fn an_applications_xid_is_told_once_and_changes_nothing() {
+fn application_xid_is_logged_once_without_action() {
     let directory = Sandbox::new("watch");
     let event = |xid: u64, gpu: u32| {
         let file = directory.join(format!("xid-{xid}"));
@@ -309,7 +309,7 @@ fn an_applications_xid_is_told_once_and_changes_nothing() {
 }
 
 #[test]
-fn the_card_of_a_mig_instance_is_watched_for_it() {
+fn parent_gpu_of_mig_instance_is_monitored() {
     let mut machine = one_gpu();
     machine["gpus"][0]["mig"] = json!([{"uuid": "MIG-aaaa"}, {"uuid": "MIG-bbbb"}]);
     let context = &[("FL_CUDA_VISIBLE_DEVICES", "MIG-bbbb")];
@@ -321,7 +321,7 @@ fn the_card_of_a_mig_instance_is_watched_for_it() {
 }
 
 #[test]
-fn a_gpu_that_does_not_answer_any_more_is_lost_within_half_a_minute() {
+fn unresponsive_gpu_is_lost_within_30_seconds() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
     let begun = Instant::now();
     node.now("fail", json!({"nvmlDeviceGetHandleByUUID": 15, "nvmlEventSetWait_v2": 15}));
@@ -330,7 +330,7 @@ fn a_gpu_that_does_not_answer_any_more_is_lost_within_half_a_minute() {
 }
 
 #[test]
-fn a_library_that_has_gone_is_a_gpu_that_is_lost() {
+fn missing_nvml_library_means_lost_gpu() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let directory = Sandbox::new("watch");
     let library = vm.path("libnvidia-ml.so.1");
@@ -349,7 +349,7 @@ fn a_library_that_has_gone_is_a_gpu_that_is_lost() {
 }
 
 #[test]
-fn a_watcher_that_hangs_is_a_gpu_that_is_lost() {
+fn hung_monitor_means_lost_gpu() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
     let watcher = node.watcher().unwrap();
     let begun = Instant::now();
@@ -360,7 +360,7 @@ fn a_watcher_that_hangs_is_a_gpu_that_is_lost() {
 }
 
 #[test]
-fn a_watcher_that_was_killed_comes_back_and_nothing_changes() {
+fn killed_monitor_is_respawned_without_effect() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[79], &[], &[]) else { return };
     let (before, first) = (node.id(), node.watcher().unwrap());
     kill9(first);
@@ -376,7 +376,7 @@ fn a_watcher_that_was_killed_comes_back_and_nothing_changes() {
 }
 
 #[test]
-fn a_watcher_that_cannot_come_back_is_a_gpu_that_is_lost() {
+fn monitor_that_cannot_restart_means_lost_gpu() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
     node.now("fail", json!({"nvmlInit_v2": 9}));
     let begun = Instant::now();
@@ -386,7 +386,7 @@ fn a_watcher_that_cannot_come_back_is_a_gpu_that_is_lost() {
 }
 
 #[test]
-fn a_flood_of_events_costs_neither_journal_nor_memory() {
+fn event_flood_is_bounded_in_journal_and_memory() {
     let directory = Sandbox::new("watch");
     let event = |xid: u64, per_second: u32| {
         let file = directory.join(format!("xid-{xid}"));
@@ -418,7 +418,7 @@ fn a_flood_of_events_costs_neither_journal_nor_memory() {
 }
 
 #[test]
-fn a_required_gpu_that_fails_is_an_error_and_the_container_is_stopped() {
+fn failed_required_gpu_stops_container_with_error() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[79], &[], &[("FL_GPU_REQUIRED", "YES")])
     else {
         return;
@@ -432,7 +432,7 @@ fn a_required_gpu_that_fails_is_an_error_and_the_container_is_stopped() {
 }
 
 #[test]
-fn a_container_that_lost_its_device_nodes_is_made_anew_once() {
+fn container_without_device_nodes_is_recreated_once() {
     let Some(node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
     let before = node.id();
     let pid = inspect(&node.engine, "{{.State.Pid}}");
@@ -453,7 +453,7 @@ fn a_container_that_lost_its_device_nodes_is_made_anew_once() {
 }
 
 #[test]
-fn a_container_whose_gpu_systemd_took_is_made_anew_once() {
+fn container_losing_gpu_to_daemon_reload_is_recreated_once() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let directory = Sandbox::new("watch");
     // The engine of a test leaves cgroups to itself: this systemctl tells of a scope all the same.
@@ -491,7 +491,7 @@ esac
 }
 
 #[test]
-fn a_driver_that_comes_after_the_wait_is_announced_and_not_taken_by_force() {
+fn late_driver_is_announced_without_restart() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let sysfs = Sysfs::new().gpu("0000:01:00.0");
     vm.sysfs(&sysfs).context(&wanted(&[]));
@@ -511,7 +511,7 @@ fn a_driver_that_comes_after_the_wait_is_announced_and_not_taken_by_force() {
 }
 
 #[test]
-fn a_driver_that_comes_after_the_wait_is_taken_where_that_is_wanted() {
+fn late_driver_is_used_when_configured() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let sysfs = Sysfs::new().gpu("0000:01:00.0");
     vm.sysfs(&sysfs).context(&wanted(&[])).set("gpu.on_late", "restart");

@@ -12,7 +12,7 @@ use common::report;
 use supernode_tests::herd::{Herd, start_together};
 
 #[test]
-fn five_hundred_nodes_that_start_together_all_find_their_superlink() {
+fn five_hundred_simultaneous_nodes_discover_superlink() {
     const AGENTS: u32 = 500;
     let Herd { took, at_first_attempt, discovery, requests, peak_requests_per_second } =
         start_together(AGENTS);

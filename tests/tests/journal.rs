@@ -28,7 +28,7 @@ JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec "$2" run --settings "$3"
 "#;
 
 #[test]
-fn a_fallback_is_one_entry_with_priority_4_a_message_id_and_its_fields() {
+fn fallback_is_one_journal_entry_with_message_id_and_fields() {
     let mut vm = TestVm::new();
     vm.context(&wanted(&[])).set("docker.ready_timeout_seconds", 0);
     let directory = vm.path("journal");

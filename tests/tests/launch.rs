@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use supernode_tests::{RuntimeMode, Sysfs, TestVm, eventually, image, run};
 
 #[test]
-fn a_good_gpu_is_in_the_container_and_nothing_is_warned_of() {
+fn healthy_gpu_is_in_container_without_warning() {
     let Some((engine, mut vm)) = engine_with(&two_gpus()) else { return };
     fs::write(engine.daemon_json(), "{\n  \"log-level\": \"info\"\n}\n").unwrap();
     vm.sysfs(&sysfs_of_two()).context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", "GPU-bbbb")]));
@@ -44,7 +44,7 @@ fn a_good_gpu_is_in_the_container_and_nothing_is_warned_of() {
 }
 
 #[test]
-fn a_killed_agent_leaves_the_container_and_the_next_adopts_it() {
+fn container_survives_killed_agent_and_is_adopted() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     for context in [wanted(&[]), vec![("FL_SUPERLINK_ADDRESS", "h:1")]] {
         vm.sysfs(&sysfs_of_one()).context(&context);
@@ -60,7 +60,7 @@ fn a_killed_agent_leaves_the_container_and_the_next_adopts_it() {
 }
 
 #[test]
-fn an_agent_that_is_told_to_leave_leaves_the_container_to_the_next() {
+fn handover_signal_leaves_container_for_next_agent() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     let mut agent = up(&vm);
@@ -74,7 +74,7 @@ fn an_agent_that_is_told_to_leave_leaves_the_container_to_the_next() {
 }
 
 #[test]
-fn a_running_container_without_its_gpu_is_made_anew_and_not_adopted() {
+fn running_container_without_its_gpu_is_recreated() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     up(&vm).kill9();
@@ -92,7 +92,7 @@ fn a_running_container_without_its_gpu_is_made_anew_and_not_adopted() {
 }
 
 #[test]
-fn what_keeps_any_container_from_its_start_is_not_laid_on_the_gpu() {
+fn unrelated_start_failure_is_not_blamed_on_gpu() {
     let Some((_engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     vm.set("container.log_driver", "no-such-driver");
@@ -103,7 +103,7 @@ fn what_keeps_any_container_from_its_start_is_not_laid_on_the_gpu() {
 }
 
 #[test]
-fn where_the_cpu_launch_is_refused_as_well_the_gpu_is_tried_again() {
+fn gpu_is_retried_when_cpu_launch_is_refused_too() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     let broken = vm.path("runc-is-broken");
@@ -134,7 +134,7 @@ fn where_the_cpu_launch_is_refused_as_well_the_gpu_is_tried_again() {
 }
 
 #[test]
-fn a_stopped_container_that_docker_cannot_start_again_is_made_anew_before_the_gpu_is_judged() {
+fn unstartable_container_is_recreated_before_gpu_verdict() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     let mut agent = up(&vm);
@@ -151,7 +151,7 @@ fn a_stopped_container_that_docker_cannot_start_again_is_made_anew_before_the_gp
 }
 
 #[test]
-fn a_new_image_of_the_same_name_is_taken_at_the_next_start_and_not_by_force() {
+fn retagged_image_is_used_only_at_next_start() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     let mut agent = up(&vm);
@@ -168,7 +168,7 @@ fn a_new_image_of_the_same_name_is_taken_at_the_next_start_and_not_by_force() {
 }
 
 #[test]
-fn a_running_container_is_adopted_though_its_image_has_lost_its_name() {
+fn running_container_with_untagged_image_is_adopted() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     up(&vm).kill9();
@@ -179,7 +179,7 @@ fn a_running_container_is_adopted_though_its_image_has_lost_its_name() {
 }
 
 #[test]
-fn a_paused_container_is_adopted_with_a_warning_that_names_the_cure() {
+fn paused_container_is_adopted_with_warning_and_fix() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     up(&vm).kill9();
@@ -194,7 +194,7 @@ fn a_paused_container_is_adopted_with_a_warning_that_names_the_cure() {
 }
 
 #[test]
-fn a_foreign_container_of_the_same_name_is_replaced_and_its_data_stay() {
+fn foreign_container_is_replaced_and_its_volumes_kept() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     engine
@@ -209,7 +209,7 @@ fn a_foreign_container_of_the_same_name_is_replaced_and_its_data_stay() {
 }
 
 #[test]
-fn two_agents_do_not_fight_over_one_container() {
+fn second_agent_does_not_take_over_container() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     let first = up(&vm);
@@ -223,7 +223,7 @@ fn two_agents_do_not_fight_over_one_container() {
 }
 
 #[test]
-fn an_engine_that_hangs_does_not_keep_the_agent_from_its_end() {
+fn hung_engine_does_not_block_shutdown() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("container.stop_timeout_seconds", 1);
     let mut agent = up(&vm);
@@ -245,7 +245,7 @@ fn an_engine_that_hangs_does_not_keep_the_agent_from_its_end() {
 }
 
 #[test]
-fn a_container_that_went_down_with_its_engine_is_started_again_without_a_longer_pause() {
+fn engine_restart_does_not_increase_restart_delay() {
     let Some((mut engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     let agent = up(&vm);
@@ -262,7 +262,7 @@ fn a_container_that_went_down_with_its_engine_is_started_again_without_a_longer_
 }
 
 #[test]
-fn another_specification_replaces_the_container_once() {
+fn changed_spec_replaces_container_once() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     up(&vm).kill9();
@@ -276,7 +276,7 @@ fn another_specification_replaces_the_container_once() {
 }
 
 #[test]
-fn whatever_the_exit_code_the_container_is_started_again_with_a_growing_pause() {
+fn any_exit_code_restarts_with_increasing_delay() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     for code in [0, 3] {
         let node_config = format!("test-exit={code}");
@@ -294,7 +294,7 @@ fn whatever_the_exit_code_the_container_is_started_again_with_a_growing_pause() 
 }
 
 #[test]
-fn a_container_that_was_removed_by_hand_is_made_again() {
+fn manually_removed_container_is_recreated() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     let _agent = up(&vm);
@@ -309,7 +309,7 @@ fn a_container_that_was_removed_by_hand_is_made_again() {
 }
 
 #[test]
-fn sigterm_in_the_middle_of_the_start_ends_the_agent() {
+fn sigterm_during_startup_stops_agent() {
     let mut vm = TestVm::new();
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     let mut agent = vm.start();
@@ -319,7 +319,7 @@ fn sigterm_in_the_middle_of_the_start_ends_the_agent() {
 }
 
 #[test]
-fn a_container_that_does_not_listen_to_sigterm_is_killed_after_its_grace() {
+fn container_ignoring_sigterm_is_killed_after_timeout() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", "test-ignore-term=true")]);
     vm.set("container.stop_timeout_seconds", 1);
@@ -334,7 +334,7 @@ fn a_container_that_does_not_listen_to_sigterm_is_killed_after_its_grace() {
 }
 
 #[test]
-fn an_engine_that_comes_late_is_waited_for_and_one_that_goes_is_found_again() {
+fn waits_for_late_engine_and_reconnects() {
     let Some((mut engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     engine.stop();
@@ -353,7 +353,7 @@ fn an_engine_that_comes_late_is_waited_for_and_one_that_goes_is_found_again() {
 }
 
 #[test]
-fn an_engine_that_never_comes_is_an_error_that_a_retry_may_cure() {
+fn missing_engine_is_a_retryable_error() {
     let mut vm = TestVm::new();
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("docker.ready_timeout_seconds", 1);
     let mut agent = vm.start();
@@ -362,7 +362,7 @@ fn an_engine_that_never_comes_is_an_error_that_a_retry_may_cure() {
 }
 
 #[test]
-fn the_prebaked_image_stands_in_for_one_that_is_not_to_be_had() {
+fn prebaked_image_replaces_unavailable_one() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[
         ("FL_SUPERLINK_ADDRESS", "h:1"),
@@ -390,7 +390,7 @@ fn the_prebaked_image_stands_in_for_one_that_is_not_to_be_had() {
 }
 
 #[test]
-fn hostile_values_arrive_byte_for_byte_and_nothing_is_executed() {
+fn hostile_values_are_passed_verbatim_not_executed() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let hostile = "x='\"; touch /pwned; \"' y=\"$(touch /pwned) `touch /pwned` \\\\ ü\"";
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", hostile)]);
@@ -406,7 +406,7 @@ fn hostile_values_arrive_byte_for_byte_and_nothing_is_executed() {
 }
 
 #[test]
-fn the_container_is_confined_as_the_contract_says() {
+fn container_has_contract_restrictions() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let pem = include_str!("../../agent/tests/ca.crt");
     vm.context(&[
@@ -438,7 +438,7 @@ fn the_container_is_confined_as_the_contract_says() {
 }
 
 #[test]
-fn another_ca_is_another_container() {
+fn changed_ca_replaces_container() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let pem = include_str!("../../agent/tests/ca.crt");
     let two = format!("{pem}{}", include_str!("../../agent/tests/certificates/hospital-ca.crt"));
@@ -461,7 +461,7 @@ fn another_ca_is_another_container() {
 }
 
 #[test]
-fn a_driver_that_comes_within_the_wait_is_used() {
+fn driver_appearing_within_wait_is_used() {
     let Some((_engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let sysfs = Sysfs::new().gpu("0000:01:00.0");
     let ready = vm.path("driver-is-ready");
@@ -478,7 +478,7 @@ fn a_driver_that_comes_within_the_wait_is_used() {
 }
 
 #[test]
-fn mig_instances_are_in_the_container_by_the_node_of_their_card() {
+fn mig_instance_gets_device_nodes_of_parent_gpu() {
     const MIG_A: &str = "MIG-aaaa1111-0000-0000-0000-00000000000a";
     const MIG_B: &str = "MIG-bbbb2222-0000-0000-0000-00000000000b";
     let Some((engine, mut vm)) = engine_with(&two_gpus()) else { return };
@@ -544,7 +544,7 @@ fn mig_instances_are_in_the_container_by_the_node_of_their_card() {
 }
 
 #[test]
-fn a_mig_instance_is_planned_with_its_own_memory_and_adopted_while_it_is_there() {
+fn mig_container_uses_instance_memory_and_is_adopted() {
     const MIG_A: &str = "MIG-aaaa1111-0000-0000-0000-00000000000a";
     let mut machine = one_gpu();
     machine["gpus"][0]["mig"] = json!([{"uuid": MIG_A, "memory_mib": 4864}]);

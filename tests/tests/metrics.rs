@@ -70,7 +70,7 @@ fn measured_gpu(directory: &Sandbox, xids: &[u64]) -> Value {
 }
 
 #[test]
-fn the_page_tells_of_node_and_gpu_and_follows_what_happens() {
+fn metrics_follow_node_and_gpu_state() {
     let directory = Sandbox::new("metrics");
     let machine = measured_gpu(&directory, &[31, 79]);
     let Some((engine, mut vm)) = engine_with(&machine) else { return };
@@ -125,7 +125,7 @@ fn the_page_tells_of_node_and_gpu_and_follows_what_happens() {
 }
 
 #[test]
-fn without_a_page_nobody_measures_the_gpu() {
+fn gpu_is_not_sampled_without_metrics_endpoint() {
     let directory = Sandbox::new("metrics");
     let Some((_engine, mut vm)) = engine_with(&measured_gpu(&directory, &[])) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
@@ -136,7 +136,7 @@ fn without_a_page_nobody_measures_the_gpu() {
 }
 
 #[test]
-fn an_address_that_is_taken_is_a_warning_and_a_reload_brings_another() {
+fn occupied_address_warns_and_reload_changes_it() {
     let Some((_engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
@@ -199,7 +199,7 @@ fn fetched(engine: &Engine, address: &str) -> String {
 const RUNS: &str = "{{.State.Running}}";
 
 #[test]
-fn the_exporter_runs_on_the_nodes_gpu_is_adopted_replaced_stopped_and_removed() {
+fn exporter_is_adopted_replaced_stopped_and_removed() {
     let Some((engine, mut vm)) = with_exporter(&one_gpu(), &[]) else { return };
     let planned = &json_of(&vm.run_command("plan", &["--json"]))["dcgm"];
     assert_eq!(
@@ -245,7 +245,7 @@ fn the_exporter_runs_on_the_nodes_gpu_is_adopted_replaced_stopped_and_removed() 
 }
 
 #[test]
-fn a_container_of_somebody_else_stays_where_no_exporter_is_wanted() {
+fn foreign_container_is_kept_when_exporter_is_disabled() {
     let Some((engine, mut vm)) = with_exporter(&one_gpu(), &[]) else { return };
     engine.docker(&["run", "-d", "--name", "flower-supernode-dcgm", EXPORTER]).expect_success();
     vm.context(&wanted(&[]));
@@ -255,7 +255,7 @@ fn a_container_of_somebody_else_stays_where_no_exporter_is_wanted() {
 }
 
 #[test]
-fn an_exporter_without_an_image_is_one_warning_and_neither_keeps_nor_ends_the_node() {
+fn missing_exporter_image_warns_once_and_node_runs() {
     let Some((engine, mut vm)) = with_exporter(&one_gpu(), &[]) else { return };
     vm.set("dcgm.image", "127.0.0.1:9/exporter:1");
     let agent = up(&vm);
@@ -271,7 +271,7 @@ fn an_exporter_without_an_image_is_one_warning_and_neither_keeps_nor_ends_the_no
 }
 
 #[test]
-fn an_exporter_that_ends_is_started_again_and_warned_of_once() {
+fn exited_exporter_is_restarted_with_one_warning() {
     let Some((engine, vm)) = with_exporter(&one_gpu(), &[]) else { return };
     let agent = up(&vm);
     let node = inspect(&engine, "{{.Id}} {{.State.Pid}}");
@@ -289,7 +289,7 @@ fn an_exporter_that_ends_is_started_again_and_warned_of_once() {
 }
 
 #[test]
-fn the_exporter_comes_back_with_an_engine_that_crashed_and_without_a_warning_of_its_own() {
+fn exporter_restarts_silently_after_engine_crash() {
     let Some((mut engine, vm)) = with_exporter(&one_gpu(), &[]) else { return };
     let agent = up(&vm);
     let started =
@@ -304,7 +304,7 @@ fn the_exporter_comes_back_with_an_engine_that_crashed_and_without_a_warning_of_
 }
 
 #[test]
-fn the_exporter_lets_go_of_a_gpu_that_failed_and_ends_with_it() {
+fn exporter_releases_failed_gpu_and_stops() {
     let directory = Sandbox::new("metrics");
     let Some((engine, mut vm)) = with_exporter(&measured_gpu(&directory, &[48, 79]), &[]) else {
         return;

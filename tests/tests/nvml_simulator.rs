@@ -165,7 +165,7 @@ fn hang(nvml: Nvml) {
 }
 
 #[test]
-fn gpus_are_those_of_the_script() {
+fn reports_the_scripted_gpus() {
     let machine = SimulatedDriver::new(&json!({"driver_version": "535.1", "gpus": [
         {"uuid": "GPU-a", "name": "NVIDIA L4", "memory_mib": 23034, "pci_address": "0000:21:00.0", "minor": 1},
         {"uuid": "GPU-b", "pci_address": "0001:c1:1f.0"},
@@ -179,7 +179,7 @@ fn gpus_are_those_of_the_script() {
 }
 
 #[test]
-fn what_a_card_has_not_is_not_supported() {
+fn missing_feature_returns_not_supported() {
     let machine = SimulatedDriver::new(&json!({"gpus": [
         {"uuid": "GPU-a", "ecc_uncorrected": 3, "remap_failed": true, "temperature": 41, "power_mw": 52000},
         {"uuid": "GPU-b"},
@@ -192,7 +192,7 @@ fn what_a_card_has_not_is_not_supported() {
 }
 
 #[test]
-fn a_function_fails_with_the_code_of_the_script() {
+fn function_fails_with_scripted_code() {
     let machine = SimulatedDriver::new(&json!({"fail": {"nvmlInit_v2": 9}}));
     assert_eq!(machine.answers("gpus"), ["init DriverNotLoaded"]);
 
@@ -211,7 +211,7 @@ fn a_function_fails_with_the_code_of_the_script() {
 }
 
 #[test]
-fn the_driver_is_not_ready_until_the_file_exists() {
+fn driver_is_not_ready_until_the_file_exists() {
     let sandbox = Sandbox::new("ready");
     let machine = SimulatedDriver::new(
         &json!({"ready_file": sandbox.join("ready"), "driver_version": "550"}),
@@ -222,7 +222,7 @@ fn the_driver_is_not_ready_until_the_file_exists() {
 }
 
 #[test]
-fn a_call_that_hangs_stops_no_other() {
+fn hung_call_does_not_block_others() {
     let machine = SimulatedDriver::new(
         &json!({"hang": ["nvmlDeviceGetHandleByIndex_v2"], "gpus": [{"uuid": "GPU-a"}]}),
     );
@@ -230,14 +230,14 @@ fn a_call_that_hangs_stops_no_other() {
 }
 
 #[test]
-fn a_crash_is_a_segmentation_fault() {
+fn crash_is_a_segmentation_fault() {
     let machine = SimulatedDriver::new(&json!({"crash": ["nvmlDeviceGetCount_v2"]}));
     let (_, output) = machine.ask("gpus");
     assert_eq!((output.code, output.signal), (None, Some(11)), "{output:#?}");
 }
 
 #[test]
-fn a_delay_is_waited_for() {
+fn call_takes_the_scripted_delay() {
     let machine = SimulatedDriver::new(&json!({"delay_ms": {"nvmlInit_v2": 700}}));
     let begun = Instant::now();
     machine.answers("gpus");
@@ -245,7 +245,7 @@ fn a_delay_is_waited_for() {
 }
 
 #[test]
-fn mig_devices_belong_to_their_gpu() {
+fn mig_devices_belong_to_their_parent_gpu() {
     let machine = SimulatedDriver::new(&json!({"gpus": [{"uuid": "GPU-a", "mig": [
         {"uuid": "MIG-1"}, {"uuid": "MIG-2", "memory_mib": 9856},
     ]}]}));
@@ -253,7 +253,7 @@ fn mig_devices_belong_to_their_gpu() {
 }
 
 #[test]
-fn each_event_is_told_once_and_in_its_time() {
+fn each_event_is_delivered_once_at_its_time() {
     let machine =
         SimulatedDriver::new(&json!({"gpus": [{"uuid": "GPU-a"}, {"uuid": "GPU-b"}], "events": [
             {"after_ms": 200, "type": "xid", "data": 79},
@@ -265,7 +265,7 @@ fn each_event_is_told_once_and_in_its_time() {
 }
 
 #[test]
-fn an_event_with_a_file_is_told_to_the_sets_that_were_there_when_it_was_written() {
+fn file_event_reaches_sets_registered_before_the_file() {
     let sandbox = Sandbox::new("moment");
     let past = sandbox.write("past", "");
     let machine = SimulatedDriver::new(&json!({"gpus": [{"uuid": "GPU-a"}], "events": [
@@ -280,7 +280,7 @@ fn an_event_with_a_file_is_told_to_the_sets_that_were_there_when_it_was_written(
 }
 
 #[test]
-fn a_script_that_is_wrong_is_loud() {
+fn invalid_script_is_reported_on_stderr() {
     for script in [
         json!({"driver": "550"}),
         json!({"gpus": [{"uuid": "GPU-a", "memory": 1}]}),

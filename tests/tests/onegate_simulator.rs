@@ -84,7 +84,7 @@ fn text(status: u16, body: &str) -> (u16, String) {
 }
 
 #[test]
-fn a_vm_reads_itself_its_service_and_its_peers() {
+fn vm_reads_itself_its_service_and_its_peers() {
     let onegate = onegate();
     assert_eq!(get(&onegate, "/service", 101), text(200, SERVICE_JSON));
     let superlink = json!({"VM": {
@@ -105,7 +105,7 @@ fn a_vm_reads_itself_its_service_and_its_peers() {
 }
 
 #[test]
-fn the_forms_of_the_json_are_the_tests_choice() {
+fn json_format_is_selectable() {
     let onegate = onegate();
     onegate.change(|state| {
         state.shape = Shape {
@@ -133,7 +133,7 @@ fn the_forms_of_the_json_are_the_tests_choice() {
 }
 
 #[test]
-fn a_refusal_is_plain_text_with_the_real_words() {
+fn refusal_is_plain_text_with_original_message() {
     let onegate = onegate();
     assert_eq!(get(&onegate, "/service", 102), text(400, "Empty or invalid SERVICE_ID"));
     assert_eq!(get(&onegate, "/vms/103", 101), text(400, "Service 7 does not contain VM 103"));
@@ -160,7 +160,7 @@ fn a_refusal_is_plain_text_with_the_real_words() {
 }
 
 #[test]
-fn an_update_is_merged_and_what_oned_cannot_parse_is_rejected() {
+fn update_is_merged_and_unparsable_value_rejected() {
     let onegate = onegate();
     let attribute = |vm, name: &str| {
         onegate.change(|state| state.vms[&vm].user_template.get(name).map(ToOwned::to_owned))
@@ -187,7 +187,7 @@ fn an_update_is_merged_and_what_oned_cannot_parse_is_rejected() {
 }
 
 #[test]
-fn an_update_in_chunks_or_without_a_length_is_refused() {
+fn chunked_update_is_rejected() {
     let onegate = onegate();
     let chunked = head("PUT", "/vm", 101)
         + "Transfer-Encoding: chunked\r\n\r\n11\r\ndata=K%3D1&type=1\r\n0\r\n\r\n";
@@ -199,7 +199,7 @@ fn an_update_in_chunks_or_without_a_length_is_refused() {
 }
 
 #[test]
-fn the_gate_opens_on_the_text_wherever_it_stands_and_stays_open() {
+fn ready_gate_opens_on_its_text_and_stays_open() {
     let onegate = onegate();
     let ready = |vm| onegate.change(|state| state.vms[&vm].ready);
     put(&onegate, "/vm", 101, "data=READY%3DNO%0AFL_X%3D1&type=1");
@@ -216,7 +216,7 @@ fn the_gate_opens_on_the_text_wherever_it_stands_and_stays_open() {
 }
 
 #[test]
-fn requests_are_remembered_with_all_that_was_sent() {
+fn requests_are_recorded_completely() {
     let onegate = onegate();
     get(&onegate, "/service?extended=true", 101);
     put(&onegate, "/vm", 101, "data=A%3D1%0AB%3Dx+y&type=1");
@@ -234,7 +234,7 @@ fn requests_are_remembered_with_all_that_was_sent() {
 }
 
 #[test]
-fn a_script_is_played_once_for_its_route() {
+fn scripted_answer_is_used_once_per_route() {
     let onegate = onegate();
     let bad = || Reply::Status(500, "oned is busy".to_owned());
     onegate.script("GET /service", [bad(), Reply::Regular, bad()]);
@@ -250,7 +250,7 @@ fn a_script_is_played_once_for_its_route() {
 }
 
 #[test]
-fn answers_that_are_none() {
+fn simulates_missing_and_invalid_answers() {
     let onegate = onegate();
     let whole = get(&onegate, "/vm", 101).1;
     let ask = || exchange(&onegate, &(head("GET", "/vm", 101) + "\r\n"));
@@ -274,7 +274,7 @@ fn answers_that_are_none() {
 }
 
 #[test]
-fn answers_that_do_not_end() {
+fn simulates_endless_answers() {
     let mut onegate = onegate();
     onegate.script("*", [Reply::Endless, Reply::Slow, Reply::Hang]);
     let open = || {
@@ -306,7 +306,7 @@ fn answers_that_do_not_end() {
 }
 
 #[test]
-fn a_onegate_that_is_away_refuses_and_comes_back_at_its_address() {
+fn stopped_onegate_refuses_and_restarts_at_same_address() {
     let mut onegate = onegate();
     let address = onegate.address();
     onegate.stop();
@@ -320,7 +320,7 @@ fn a_onegate_that_is_away_refuses_and_comes_back_at_its_address() {
 }
 
 #[test]
-fn five_hundred_at_once_are_served() {
+fn serves_five_hundred_concurrent_requests() {
     let onegate = onegate();
     let begun = Instant::now();
     let mut streams: Vec<TcpStream> =

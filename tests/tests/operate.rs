@@ -27,7 +27,7 @@ fn ready(vm: &TestVm) -> Option<i32> {
 }
 
 #[test]
-fn a_node_is_ready_only_while_its_container_runs() {
+fn node_is_ready_only_while_container_runs() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     assert_eq!(ready(&vm), Some(1), "before the first start");
@@ -58,7 +58,7 @@ fn a_node_is_ready_only_while_its_container_runs() {
 }
 
 #[test]
-fn without_an_engine_a_node_is_not_ready_and_status_says_what_is_not_known() {
+fn status_without_engine_reports_unknowns() {
     let vm = TestVm::new();
     assert_eq!(ready(&vm), Some(1));
     let status = status(&vm);
@@ -67,7 +67,7 @@ fn without_an_engine_a_node_is_not_ready_and_status_says_what_is_not_known() {
 }
 
 #[test]
-fn status_says_what_runs_on_which_device_since_when_and_why() {
+fn status_shows_container_device_since_and_reason() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     let mut agent = up(&vm);
@@ -96,7 +96,7 @@ fn status_says_what_runs_on_which_device_since_when_and_why() {
 }
 
 #[test]
-fn a_pull_is_told_in_percent_of_the_whole_image_to_systemd_and_to_status() {
+fn pull_progress_is_reported_in_percent() {
     let Some(engine) = Engine::start() else { return };
     let registry = Registry::start(&engine);
     let mut vm = TestVm::new();
@@ -118,7 +118,7 @@ fn a_pull_is_told_in_percent_of_the_whole_image_to_systemd_and_to_status() {
 }
 
 #[test]
-fn who_watches_gets_each_change_once_and_ends_with_ctrl_c_or_with_the_reader() {
+fn status_watch_prints_changes_once_until_interrupted() {
     let vm = TestVm::new();
     let report = |words: &str| {
         let report = json!({"version": "0.1.0", "pid": 1, "status": words, "since": "", "verdict": null, "superlink": null});
@@ -166,7 +166,7 @@ fn who_watches_gets_each_change_once_and_ends_with_ctrl_c_or_with_the_reader() {
 }
 
 #[test]
-fn a_reload_replaces_the_container_only_for_a_real_change() {
+fn reload_replaces_container_only_on_change() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("ETH0_DNS", "1.1.1.1")]);
     let mut agent = up(&vm);
@@ -204,7 +204,7 @@ fn a_reload_replaces_the_container_only_for_a_real_change() {
 }
 
 #[test]
-fn the_service_manager_hears_when_a_reload_begins_and_when_it_is_done() {
+fn reload_start_and_end_are_notified_to_systemd() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", "test-never-connects=true")]);
     let agent = up(&vm);
@@ -242,7 +242,7 @@ fn the_service_manager_hears_when_a_reload_begins_and_when_it_is_done() {
 }
 
 #[test]
-fn a_reload_that_takes_the_gpu_away_is_a_fallback_with_its_warning() {
+fn reload_disabling_gpu_access_warns_of_fallback() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     let agent = up(&vm);
@@ -260,7 +260,7 @@ fn a_reload_that_takes_the_gpu_away_is_a_fallback_with_its_warning() {
 }
 
 #[test]
-fn the_watchdog_is_fed_where_there_is_one() {
+fn watchdog_is_notified_when_enabled() {
     let mut vm = TestVm::new();
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).env("WATCHDOG_USEC", "200000");
     let agent = vm.start();

@@ -46,7 +46,7 @@ fn reason(vm: &TestVm) -> String {
 }
 
 #[test]
-fn a_plan_has_the_form_of_the_contract() {
+fn plan_matches_the_contract_format() {
     let vm = vm(
         &sysfs_of_two(),
         &two_gpus(),
@@ -86,7 +86,7 @@ fn a_plan_has_the_form_of_the_contract() {
 }
 
 #[test]
-fn a_cpu_plan_names_runc_and_void_and_the_reason_is_null_where_no_gpu_is_wanted() {
+fn cpu_plan_uses_runc_and_void() {
     let mut vm = TestVm::new();
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     let plan = json_of(&vm.run_command("plan", &["--json"]));
@@ -120,7 +120,7 @@ fn state_of(directory: &Path) -> BTreeMap<PathBuf, (u64, u32, u32, i64, i64)> {
 }
 
 #[test]
-fn a_plan_touches_nothing() {
+fn plan_changes_nothing() {
     let vm = vm(&sysfs_of_two(), &two_gpus(), &[("FL_GPU_MEMORY_FRACTION", "0.5")]);
     // The file of settings is the harness's.
     vm.run_command("plan", &[]).expect_success();
@@ -136,7 +136,7 @@ fn a_plan_touches_nothing() {
 }
 
 #[test]
-fn four_wrong_variables_are_named_in_one_run_by_every_command_that_reads_them() {
+fn every_command_reports_all_invalid_variables_at_once() {
     let mut vm = TestVm::new();
     vm.context(&[
         ("FL_GPU_MEMORY_FRACTION", "1.5"),
@@ -168,7 +168,7 @@ fn four_wrong_variables_are_named_in_one_run_by_every_command_that_reads_them() 
 }
 
 #[test]
-fn wrong_input_ends_with_the_right_code_and_names_the_place() {
+fn invalid_input_exits_with_code_and_position() {
     let mut vm = TestVm::new();
     vm.context_file("context.sh.network", "FL_GPU_ENABLED=$(id)\n");
     let output = vm.run_command("plan", &[]);
@@ -194,7 +194,7 @@ fn wrong_input_ends_with_the_right_code_and_names_the_place() {
 }
 
 #[test]
-fn a_failure_of_one_gpu_is_told_with_the_call() {
+fn gpu_failure_names_the_nvml_call() {
     let mut vm = vm(&sysfs_of_one(), &json!({}), &[]);
     for (call, code, expected) in [
         ("nvmlDeviceGetHandleByIndex_v2", 15, "gpu-lost"),
@@ -223,7 +223,7 @@ fn a_failure_of_one_gpu_is_told_with_the_call() {
 }
 
 #[test]
-fn ecc_errors_and_a_failed_row_remap_make_a_gpu_unhealthy() {
+fn ecc_errors_and_failed_row_remap_are_unhealthy() {
     let mut vm = vm(&sysfs_of_one(), &json!({}), &[]);
     for (key, value) in [("ecc_uncorrected", json!(3)), ("remap_failed", json!(true))] {
         let mut machine = one_gpu();
@@ -234,7 +234,7 @@ fn ecc_errors_and_a_failed_row_remap_make_a_gpu_unhealthy() {
 }
 
 #[test]
-fn a_library_that_hangs_is_killed_and_one_that_crashes_takes_nobody_along() {
+fn hung_library_is_killed_and_crash_is_contained() {
     let mut vm = vm(&sysfs_of_one(), &json!({"hang": ["nvmlInit_v2"]}), &[]);
     vm.set("gpu.probe_timeout_seconds", 1);
     assert_eq!(reason(&vm), "driver-timeout");
@@ -250,14 +250,14 @@ fn a_library_that_hangs_is_killed_and_one_that_crashes_takes_nobody_along() {
 }
 
 #[test]
-fn a_library_that_sends_itself_one_signal_has_crashed() {
+fn library_raising_a_signal_is_a_crash() {
     let mut machine = one_gpu();
     machine["raise"] = json!(["nvmlInit_v2"]);
     assert_eq!(reason(&vm(&sysfs_of_one(), &machine, &[])), "driver-crash");
 }
 
 #[test]
-fn whatever_a_library_does_to_the_standard_output_the_answer_arrives() {
+fn probe_answer_survives_library_output_on_stdout() {
     for trouble in ["babble", "close_stdout"] {
         let mut machine = one_gpu();
         machine[trouble] = json!(["nvmlInit_v2"]);
@@ -266,7 +266,7 @@ fn whatever_a_library_does_to_the_standard_output_the_answer_arrives() {
 }
 
 #[test]
-fn a_gpu_whose_uuid_cannot_be_handed_over_is_no_gpu_verdict() {
+fn gpu_with_invalid_uuid_is_not_used() {
     for uuid in ["", "GPU-a,GPU-b", "GPU a"] {
         let mut machine = one_gpu();
         machine["gpus"][0]["uuid"] = json!(uuid);
@@ -277,7 +277,7 @@ fn a_gpu_whose_uuid_cannot_be_handed_over_is_no_gpu_verdict() {
 }
 
 #[test]
-fn a_failure_is_not_hidden_by_what_happens_when_the_library_is_closed() {
+fn failure_is_not_masked_by_library_shutdown() {
     for trouble in ["hang", "crash"] {
         let machine = json!({"fail": {"nvmlDeviceGetCount_v2": 15}, trouble: ["nvmlShutdown"]});
         assert_eq!(reason(&vm(&sysfs_of_one(), &machine, &[])), "gpu-lost", "{trouble}");
@@ -285,7 +285,7 @@ fn a_failure_is_not_hidden_by_what_happens_when_the_library_is_closed() {
 }
 
 #[test]
-fn a_process_that_the_library_leaves_behind_hides_nothing_and_does_not_outlive_the_probe() {
+fn leftover_library_process_is_killed_with_the_probe() {
     let mut vm = vm(&sysfs_of_one(), &json!({}), &[]);
     vm.set("gpu.probe_timeout_seconds", 60);
     let mut healthy = one_gpu();
@@ -315,14 +315,14 @@ fn a_process_that_the_library_leaves_behind_hides_nothing_and_does_not_outlive_t
 }
 
 #[test]
-fn a_count_that_no_machine_has_is_not_believed() {
+fn implausible_gpu_count_is_rejected() {
     let verdict = verdict(&vm(&sysfs_of_one(), &json!({"count": 4_000_000_000_u32}), &[]));
     assert_eq!(verdict["reason"], "driver-error");
     assert!(verdict["summary"].as_str().unwrap().contains("counts 4000000000 GPUs"), "{verdict}");
 }
 
 #[test]
-fn without_a_device_nvml_is_not_called_at_all() {
+fn nvml_is_not_called_without_a_device() {
     let mut vm = vm(&Sysfs::new(), &json!({}), &[]);
     let log = vm.path("calls.log");
     let mut machine = one_gpu();
@@ -336,7 +336,7 @@ fn without_a_device_nvml_is_not_called_at_all() {
 }
 
 #[test]
-fn one_of_two_gpus_is_selected_and_goes_by_its_uuid() {
+fn selected_gpu_is_passed_by_uuid() {
     let mut vm = vm(&sysfs_of_two(), &two_gpus(), &[]);
     for (selection, expected) in [
         ("1", GPU_B),
@@ -355,7 +355,7 @@ fn one_of_two_gpus_is_selected_and_goes_by_its_uuid() {
 }
 
 #[test]
-fn hostile_values_execute_nothing_and_secrets_are_not_shown() {
+fn hostile_values_are_inert_and_secrets_hidden() {
     let mut vm = TestVm::new();
     let pwned = vm.path("pwned");
     let hostile = format!("x\"; touch {}; \"$(touch {0})`touch {0}`", pwned.display());
@@ -386,7 +386,7 @@ fn hostile_values_execute_nothing_and_secrets_are_not_shown() {
 }
 
 #[test]
-fn without_an_engine_a_plan_says_what_it_could_not_learn() {
+fn plan_without_engine_lists_unknowns() {
     let mut vm = TestVm::new();
     vm.context(&[("FL_GPU_ENABLED", "NO")]);
     let notes = json_of(&vm.run_command("plan", &["--json"]))["notes"].to_string();
@@ -397,7 +397,7 @@ fn without_an_engine_a_plan_says_what_it_could_not_learn() {
 }
 
 #[test]
-fn tls_without_a_ca_is_an_error_and_never_a_downgrade() {
+fn tls_without_ca_is_an_error_not_a_downgrade() {
     let mut vm = TestVm::new();
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES")]);
     let output = vm.run_command("run", &[]);

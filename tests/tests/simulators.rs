@@ -44,7 +44,7 @@ fn run(engine: &Engine, visible: &str) -> Output {
 }
 
 #[test]
-fn a_container_gets_the_gpus_it_asks_for() {
+fn container_gets_the_gpus_it_requests() {
     let Some(engine) = engine(RuntimeMode::Ok) else {
         return;
     };
@@ -72,7 +72,7 @@ fn a_container_gets_the_gpus_it_asks_for() {
 }
 
 #[test]
-fn the_device_cgroup_lets_the_container_use_its_gpu() {
+fn device_cgroup_permits_the_requested_gpu() {
     let Some(engine) = engine(RuntimeMode::Ok) else {
         return;
     };
@@ -105,7 +105,7 @@ fn the_device_cgroup_lets_the_container_use_its_gpu() {
 }
 
 #[test]
-fn docker_says_why_nvidias_runtime_refused() {
+fn docker_reports_why_nvidia_runtime_refused() {
     let Some(engine) = engine(RuntimeMode::Fail) else {
         return;
     };
@@ -130,7 +130,7 @@ fn docker_says_why_nvidias_runtime_refused() {
 }
 
 #[test]
-fn a_container_can_start_without_the_gpu_it_asked_for() {
+fn no_device_mode_starts_container_without_gpu() {
     let Some(engine) = engine(RuntimeMode::NoDevice) else {
         return;
     };
@@ -139,7 +139,7 @@ fn a_container_can_start_without_the_gpu_it_asked_for() {
 }
 
 #[test]
-fn a_runtime_is_known_after_the_reload() {
+fn runtime_is_registered_after_reload() {
     let Some(mut engine) = Engine::start() else {
         return;
     };
@@ -164,7 +164,7 @@ fn a_runtime_is_known_after_the_reload() {
 }
 
 #[test]
-fn the_image_says_what_it_was_given_and_ends_as_it_is_told() {
+fn test_image_prints_inputs_and_exits_as_requested() {
     let Some(engine) = Engine::start() else {
         return;
     };
@@ -205,7 +205,7 @@ fn the_image_says_what_it_was_given_and_ends_as_it_is_told() {
 }
 
 #[test]
-fn an_engine_that_crashed_comes_back_and_leaves_nothing() {
+fn crashed_engine_restarts_and_cleans_up() {
     let Some(mut engine) = Engine::start() else {
         return;
     };
@@ -244,7 +244,7 @@ fn command_lines() -> String {
 }
 
 #[test]
-fn a_daemon_json_that_docker_refuses_is_told() {
+fn rejected_daemon_json_is_reported() {
     if Engine::start().is_none() {
         return;
     }
@@ -284,7 +284,7 @@ fn curl(engine: &Engine, onegate: &OneGateSimulator) -> (Option<i32>, String) {
 }
 
 #[test]
-fn the_cloud_is_reached_by_engines_and_their_containers_and_by_nobody_else() {
+fn test_network_is_reachable_only_from_its_engines() {
     let Some((network, engines, onegate)) = network() else { return };
     assert_eq!(onegate.endpoint(), format!("http://10.77.0.1:{}", onegate.address().port()));
     // Not busybox's wget: it asks for the number of http's port, and dies where there is no C
@@ -345,7 +345,7 @@ fn networks_are_isolated_and_removed() {
 }
 
 #[test]
-fn an_agent_in_the_namespace_of_its_engine_is_the_process_that_was_started() {
+fn agent_in_engine_namespace_keeps_its_pid() {
     let Some((_network, [engine, _], onegate)) = network() else { return };
     engine.import_image(&[image::PYTORCH]);
     let mut vm = TestVm::new();

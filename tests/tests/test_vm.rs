@@ -27,7 +27,7 @@ fn vm(script: &str) -> TestVm {
 }
 
 #[test]
-fn a_command_gets_the_settings_and_an_environment_of_its_own() {
+fn command_gets_settings_and_a_clean_environment() {
     let mut vm = vm("echo \"$@\"; cat \"$3\"; env | sort >&2; exit 78");
     vm.env("FROM_TEST", "yes")
         .set("gpu.wait_seconds", 3)
@@ -49,7 +49,7 @@ fn a_command_gets_the_settings_and_an_environment_of_its_own() {
 }
 
 #[test]
-fn a_context_is_readable_by_its_owner_alone() {
+fn context_is_readable_only_by_its_owner() {
     let mut vm = vm("cat context/context.sh.*");
     vm.context(&[("VMID", "7"), ("FL_GPU_ENABLED", "it's")])
         .context_file("one_env", "export TOKENTXT=\"t\"\n");
@@ -60,7 +60,7 @@ fn a_context_is_readable_by_its_owner_alone() {
 }
 
 #[test]
-fn a_vm_of_onegate_has_opennebulas_context_whichever_is_said_first() {
+fn onegate_vm_gets_opennebula_context_in_any_call_order() {
     let mut vm = vm("cat context/context.sh.network context/one_env");
     let onegate = OneGateSimulator::start();
     onegate.change(|state| {
@@ -83,7 +83,7 @@ fn a_vm_of_onegate_has_opennebulas_context_whichever_is_said_first() {
 }
 
 #[test]
-fn an_agent_is_listened_to_and_stopped() {
+fn agent_output_is_captured_and_agent_stops() {
     let script = "trap 'echo ended >&2; exit 3' TERM; echo begun >&2; echo \"$NOTIFY_SOCKET\"; while :; do sleep 0.05; done";
     let vm = vm(script);
     let mut agent = vm.start();
@@ -102,7 +102,7 @@ fn an_agent_is_listened_to_and_stopped() {
 }
 
 #[test]
-fn an_agent_and_its_children_end_with_the_test() {
+fn agent_and_its_children_end_with_the_test() {
     let vm = vm("sleep 3600 & echo \"child $!\" >&2; wait");
     let agent = vm.start();
     let line = agent.wait_for_line("child", SECONDS);
@@ -114,7 +114,7 @@ fn an_agent_and_its_children_end_with_the_test() {
 }
 
 #[test]
-fn hardware_is_where_the_settings_say() {
+fn simulated_hardware_is_at_the_configured_paths() {
     let mut vm = vm(
         "cat \"$(sed -n 's/^sysfs = \"\\(.*\\)\"/\\1/p' agent.toml)\"/bus/pci/devices/0000:01:00.0/vendor; cat $NVML_SIMULATOR",
     );

@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn a_selection_is_all_or_a_list_of_indices_and_uuids() {
+    fn selects_all_or_a_list_of_indices_and_uuids() {
         assert_eq!(uuids("all"), Ok(vec!["GPU-a".to_owned(), "GPU-b".to_owned()]));
         assert_eq!(uuids("1"), Ok(vec!["GPU-b".to_owned()]));
         assert_eq!(uuids("MIG-b1,GPU-a"), Ok(vec!["MIG-b1".to_owned(), "GPU-a".to_owned()]));
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_is_found_behind_the_options() {
+    fn finds_the_command_after_the_options() {
         let args = [
             "--root",
             "create",

@@ -482,13 +482,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_form_is_decoded() {
+    fn decodes_form_encoding() {
         assert_eq!(decoded("K%3DV+1%0aK2=%22%22"), "K=V 1\nK2=\"\"");
         assert_eq!(decoded("100%"), "100%");
     }
 
     #[test]
-    fn the_busiest_second_may_begin_anywhere() {
+    fn peak_second_may_start_at_any_instant() {
         let begin = Instant::now();
         let at = |milliseconds: &[u64]| -> Vec<Instant> {
             milliseconds.iter().map(|after| begin + Duration::from_millis(*after)).collect()

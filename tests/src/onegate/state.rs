@@ -284,7 +284,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn oned_takes_bare_values_alone() {
+    fn oned_accepts_only_bare_values() {
         let one = |name: &str, value: &str| Ok(vec![(name.to_owned(), value.to_owned())]);
         assert_eq!(attributes("fl_node_id=7"), one("FL_NODE_ID", "7"));
         assert_eq!(attributes("K=\"\"\n"), one("K", ""));
