@@ -6,8 +6,9 @@
 //! SuperNode ID: 1` with colours, and waits for SIGTERM, on which it exits 0. Words in
 //! `--node-config` change that: `test-exit=3` ends it with 3 after half a second,
 //! `test-ignore-term=true` makes it deaf to SIGTERM, `test-never-connects=true` keeps that last
-//! line back, and `test-floods=64` writes so many MiB without a line break before it. On SIGUSR1 it
-//! takes memory, up to half a GiB.
+//! line back, `test-floods=64` writes so many MiB without a line break before it, and
+//! `test-flaps=0.5` loses the connection and regains it, each after this many seconds, for as long
+//! as the container runs. On SIGUSR1 it takes memory, up to half a GiB.
 
 use std::{
     os::unix::fs::symlink,
@@ -27,6 +28,7 @@ const SCRIPT: &str = r#"#!/bin/sh
 set -u
 exit_code=
 connects=yes
+flaps=
 trap 'exit 0' TERM INT
 trap 'x=x; while [ ${#x} -lt 300000000 ]; do x=$x$x; done' USR1
 for argument in "$@"; do
@@ -36,6 +38,7 @@ for argument in "$@"; do
             test-exit=*) exit_code=${word#test-exit=} ;;
             test-ignore-term=true) trap '' TERM ;;
             test-never-connects=true) connects= ;;
+            test-flaps=*) flaps=${word#test-flaps=} ;;
             test-floods=*) busybox head -c "${word#test-floods=}m" /dev/zero | busybox tr '\0' x ;;
         esac
     done
@@ -49,6 +52,14 @@ if [ -n "$exit_code" ]; then
     sleep 0.5
     exit "$exit_code"
 fi
+while [ -n "$flaps" ]; do
+    sleep "$flaps" &
+    wait $!
+    echo 'WARNING :   Connection attempt failed, retrying in 0.50 seconds' >&2
+    sleep "$flaps" &
+    wait $!
+    echo 'INFO :      SuperNode ID: 1' >&2
+done
 while :; do
     sleep 3600 &
     wait $!

@@ -12,7 +12,7 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{TIMEOUT, base64, inspect, json_of, up, warnings};
 use supernode_tests::onegate::{Reply, Request};
@@ -472,4 +472,22 @@ fn follows_moved_superlink_while_disconnected() {
             engine.docker(&["inspect", "--format", "{{.Id}} {{.Args}}", "flower-supernode"]).stdout;
         !found.contains(&before) && found.contains("10.9.8.8:9092")
     }));
+}
+
+#[test]
+fn flapping_connection_does_not_hide_moved_superlink() {
+    let onegate = service();
+    let Some((_engine, vm)) =
+        machine_with_engine(&onegate, &[("FL_NODE_CONFIG", "test-flaps=0.5")])
+    else {
+        return;
+    };
+    let agent = up(&vm);
+    agent.wait_for_line("not connected to the SuperLink", TIMEOUT);
+    let begun = Instant::now();
+    onegate.change(|state| {
+        state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_ENDPOINT", "10.9.8.8:9092");
+    });
+    agent.wait_for_line("the service has its SuperLink at 10.9.8.8:9092 now", TIMEOUT);
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
 }

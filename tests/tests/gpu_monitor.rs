@@ -11,6 +11,7 @@ mod common;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{
@@ -177,7 +178,15 @@ fn watcher_of(agent: u32) -> Option<u32> {
 }
 
 fn kill9(pid: u32) {
-    kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), Signal::KILL).unwrap();
+    signal(pid, Signal::KILL);
+}
+
+fn stop(pid: u32) {
+    signal(pid, Signal::STOP);
+}
+
+fn signal(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), signal).unwrap();
 }
 
 /// The most memory that a process ever had, in KiB.
@@ -450,6 +459,96 @@ fn container_without_device_nodes_is_recreated_once() {
     assert_ne!(node.id(), before);
     assert_eq!(inspect(&node.engine, "{{.HostConfig.Runtime}}"), "nvidia");
     assert_eq!(warnings(&node.agent).len(), 1, "{:#?}", node.agent.lines());
+}
+
+/// A node whose connection to the SuperLink is lost and regained once a second.
+fn flapping_node() -> Option<MonitoredNode> {
+    let node = MonitoredNode::with(one_gpu(), &[], &[], FLAPPING)?;
+    node.agent.wait_for_line("not connected to the SuperLink", TIMEOUT);
+    Some(node)
+}
+
+/// Node configuration with which the framework image's stand-in loses the connection and regains
+/// it, both once a second.
+const FLAPPING: &[(&str, &str)] = &[("FL_NODE_CONFIG", "test-flaps=0.5")];
+
+/// Checks that the connection flapped until the last moment: an event every half second.
+#[track_caller]
+fn assert_flapped(agent: &Agent, since: Instant) {
+    let events = agent.lines().iter().filter(|line| line.contains("connected to the")).count();
+    let expected = since.elapsed().as_secs_f64();
+    assert!(events as f64 > expected, "{events} events in {expected} s: {:#?}", agent.lines());
+}
+
+#[test]
+fn flapping_connection_does_not_hide_lost_device() {
+    let Some(node) = flapping_node() else { return };
+    let pid = inspect(&node.engine, "{{.State.Pid}}");
+    let begun = Instant::now();
+    fs::remove_file(format!("/proc/{pid}/root/dev/nvidia0")).unwrap();
+    node.agent.wait_for_line("has lost its GPU", TIMEOUT);
+    assert_flapped(&node.agent, begun);
+    report_cause(
+        "gpu-not-visible",
+        begun.elapsed().as_secs_f64(),
+        "flapping: the device node is removed",
+    );
+    assert!(begun.elapsed() < LOSS_LIMIT);
+}
+
+#[test]
+fn flapping_connection_does_not_hide_frozen_monitor() {
+    let Some(node) = flapping_node() else { return };
+    let begun = Instant::now();
+    stop(node.watcher().unwrap());
+    node.agent.wait_for_line("gpu-failed", TIMEOUT);
+    assert_flapped(&node.agent, begun);
+    report_cause(
+        "gpu-failed",
+        begun.elapsed().as_secs_f64(),
+        "flapping: the GPU monitor is frozen",
+    );
+    assert!(begun.elapsed() < LOSS_LIMIT);
+}
+
+#[test]
+fn flapping_connection_does_not_skip_monitor_backoff() {
+    let Some(node) = flapping_node() else { return };
+    let begun = Instant::now();
+    let mut killed = Vec::new();
+    while begun.elapsed() < Duration::from_secs(12) {
+        match node.watcher().filter(|pid| !killed.contains(pid)) {
+            Some(pid) => {
+                kill9(pid);
+                killed.push(pid);
+            }
+            None => thread::sleep(Duration::from_millis(20)),
+        }
+    }
+    assert_flapped(&node.agent, begun);
+    // At 0, 1, 3 and 7 s, and each time the probe comes on top.
+    assert!((3..=4).contains(&killed.len()), "{}: {:#?}", killed.len(), node.agent.lines());
+    let probed = node.agent.lines().iter().filter(|line| line.contains("SIGKILL")).count();
+    assert!(probed >= 3, "{:#?}", node.agent.lines());
+}
+
+#[test]
+fn flapping_connection_does_not_hide_late_driver() {
+    let Some((_engine, mut vm)) = engine_with(&one_gpu()) else { return };
+    let sysfs = Sysfs::new().gpu("0000:01:00.0");
+    vm.sysfs(&sysfs).context(&wanted(FLAPPING));
+    let agent = up(&vm);
+    agent.wait_for_line("not connected to the SuperLink", TIMEOUT);
+    let begun = Instant::now();
+    let _sysfs = sysfs.driver("nvidia").module("550.54.15");
+    agent.wait_for_line("GPU is usable now; restart flower-supernode to use it", TIMEOUT);
+    assert_flapped(&agent, begun);
+    report_cause(
+        "driver-not-loaded",
+        begun.elapsed().as_secs_f64(),
+        "flapping: the driver comes late",
+    );
+    assert!(begun.elapsed() < LOSS_LIMIT);
 }
 
 #[test]

@@ -9,6 +9,8 @@ use std::net::SocketAddr;
 use std::pin::pin;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http2;
@@ -167,14 +169,16 @@ pub struct LivenessFailure {
 /// been hanging when the agent found it. An address that cannot be reached from here says nothing.
 /// An image that serves no health looks the same as one that hangs, so it is taken for dead once:
 /// after that, a check has to go well first.
-#[derive(Debug, Default)]
-pub struct Liveness {
+#[derive(Default)]
+pub(crate) struct Liveness {
     /// The run of the container: its id, and when it was started.
     run: (String, String),
     was_healthy: bool,
     failures: u32,
-    /// When it was asked last: the pause is kept, however often the watch is taken up again.
+    /// When the last check ended: the interval is kept across calls.
     asked: Option<Instant>,
+    /// The check that is under way, which the next call goes on with.
+    check: Option<LocalBoxFuture<'static, Result<(), HealthError>>>,
     /// Whether a container was taken for dead that had never been well, and none has been well
     /// since.
     suspect: bool,
@@ -182,8 +186,9 @@ pub struct Liveness {
 
 impl Liveness {
     /// Asks for the health of `container`, which is connected to its SuperLink or not, until it is
-    /// dead. Never, where it has no address. A call that is given up loses nothing.
-    pub async fn wait_until_unresponsive(
+    /// dead. Never, where it has no address. Cancel safe: the check that is under way goes on with
+    /// the next call.
+    pub(crate) async fn wait_until_unresponsive(
         &mut self,
         container: &Container,
         connected: bool,
@@ -192,22 +197,27 @@ impl Liveness {
             return std::future::pending().await;
         };
         let address = SocketAddr::new(ip_address, HEALTH_PORT);
-        self.until_dead_by(async || check(address, CHECK_LIMIT).await, container, connected).await
+        self.until_dead_by(move || check(address, CHECK_LIMIT), container, connected).await
     }
 
-    async fn until_dead_by(
+    async fn until_dead_by<C>(
         &mut self,
-        check: impl AsyncFn() -> Result<(), HealthError>,
+        check: impl Fn() -> C,
         container: &Container,
         connected: bool,
-    ) -> LivenessFailure {
+    ) -> LivenessFailure
+    where
+        C: Future<Output = Result<(), HealthError>> + 'static,
+    {
         if (&self.run.0, &self.run.1) != (&container.id, &container.started_at) {
             self.run = (container.id.clone(), container.started_at.clone());
-            (self.was_healthy, self.failures, self.asked) = (false, 0, None);
+            (self.was_healthy, self.failures, self.asked, self.check) = (false, 0, None, None);
         }
         let has_started = Instant::now() + START_PERIOD.saturating_sub(container.running_for());
         loop {
-            if let Some(asked) = self.asked {
+            if self.check.is_none()
+                && let Some(asked) = self.asked
+            {
                 let is_starting = !self.was_healthy && Instant::now() < has_started;
                 let pause = match (self.failures, connected) {
                     (1.., _) => PAUSE_AFTER_FAILURE,
@@ -218,8 +228,8 @@ impl Liveness {
                 };
                 tokio::time::sleep_until(asked + pause).await;
             }
-            let answer = check().await;
-            self.asked = Some(Instant::now());
+            let answer = self.check.get_or_insert_with(|| check().boxed_local()).await;
+            (self.asked, self.check) = (Some(Instant::now()), None);
             let Err(error) = answer else {
                 (self.was_healthy, self.failures, self.suspect) = (true, 0, false);
                 continue;
@@ -365,10 +375,10 @@ mod tests {
         answers: &[fn() -> Result<(), HealthError>],
     ) -> Option<u64> {
         let asked = Cell::new(0);
-        let check = async || {
+        let check = || {
             let answer = answers.get(asked.get()).or(answers.last()).unwrap();
             asked.set(asked.get() + 1);
-            answer()
+            std::future::ready(answer())
         };
         let since = Instant::now();
         let dead = pin!(liveness.until_dead_by(check, container, false));
@@ -427,9 +437,17 @@ mod tests {
     async fn a_watch_that_is_taken_up_again_and_again_asks_no_more_often() {
         let (liveness, container, asked) =
             (&mut Liveness::default(), started(JUST_NOW), Cell::new(0));
-        let check = async || {
+        // A check that fails takes all of its time, longer than any call here.
+        let check = || {
             asked.set(asked.get() + 1);
-            if asked.get() == 1 { Ok(()) } else { timed_out() }
+            let (first, limit) = (asked.get() == 1, CHECK_LIMIT);
+            async move {
+                if first {
+                    return Ok(());
+                }
+                tokio::time::sleep(limit).await;
+                timed_out()
+            }
         };
         let since = Instant::now();
         while tokio::time::timeout(
@@ -439,16 +457,16 @@ mod tests {
         .await
         .is_err()
         {}
-        assert_eq!((asked.get(), since.elapsed().as_secs()), (4, 25));
+        assert_eq!((asked.get(), since.elapsed().as_secs()), (4, 15 + 10 + 5 + 10 + 5 + 10));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_node_that_is_connected_is_asked_rarely_until_it_is_not_any_more() {
         let (liveness, container, asked) =
             (&mut Liveness::default(), started(JUST_NOW), Cell::new(0));
-        let check = async || {
+        let check = || {
             asked.set(asked.get() + 1);
-            if asked.get() <= 3 { Ok(()) } else { refused() }
+            std::future::ready(if asked.get() <= 3 { Ok(()) } else { refused() })
         };
         let since = Instant::now();
         let connected = liveness.until_dead_by(check, &container, true);

@@ -15,16 +15,19 @@ use std::process::Stdio;
 use std::rc::Rc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use crate::config::Config;
 use crate::config::settings::Settings;
+use crate::gpu::detect_gpus;
 use crate::gpu::monitor_child::MonitorMessage;
 use crate::gpu::reason::{Finding, Reason};
-use crate::gpu::verdict::{GpuDevice, describe_fault, signal_name};
+use crate::gpu::verdict::{GpuDevice, Verdict, describe_fault, signal_name};
 use crate::gpu::xid::{Class, Xid};
 use crate::report::Reporter;
 
@@ -59,26 +62,50 @@ enum About {
     Death,
 }
 
-/// The watch over the GPUs of a node. One child at a time; it ends with this value.
-#[derive(Debug)]
-pub struct GpuMonitor {
-    /// Who hears of figures and XIDs.
+/// Monitors the GPUs of a node through one child process, which is killed when this value is
+/// dropped.
+pub(crate) struct GpuMonitor {
+    config: Rc<Config>,
+    settings: Rc<Settings>,
+    /// Receives readings and counts of XIDs.
     reporter: Rc<Reporter>,
-    watcher: Option<MonitorProcess>,
+    phase: Phase,
+    /// The UUIDs of the GPUs that the phase is about.
+    uuids: Vec<String>,
     pause: Duration,
+    /// Exits in a row without a run of [`HEALTHY_AFTER`].
     deaths: u32,
-    /// XIDs that change nothing.
+    /// Events without consequences that were logged.
     told: Told,
-    /// Failures: told again only in a container that is made anew.
+    /// Failures that were reported for this container.
     failures: Told,
 }
 
+/// What the monitor does now. It is kept while the caller handles other events.
+enum Phase {
+    /// No child runs; the next call starts one.
+    Idle,
+    Running(Box<MonitorProcess>),
+    /// The child exited, `how` is the end of a sentence; the probe follows at `until`.
+    BackingOff {
+        how: String,
+        until: Instant,
+    },
+    Probing {
+        how: String,
+        verdict: LocalBoxFuture<'static, Verdict>,
+    },
+}
+
 impl GpuMonitor {
-    /// One that has not begun.
-    pub fn new(reporter: Rc<Reporter>) -> Self {
+    /// Returns a monitor that has not started its child.
+    pub(crate) fn new(config: &Config, settings: &Settings, reporter: Rc<Reporter>) -> Self {
         Self {
+            config: Rc::new(config.clone()),
+            settings: Rc::new(settings.clone()),
             reporter,
-            watcher: None,
+            phase: Phase::Idle,
+            uuids: Vec::new(),
             pause: FIRST_PAUSE,
             deaths: 0,
             told: Told::new(),
@@ -86,81 +113,89 @@ impl GpuMonitor {
         }
     }
 
-    /// Ends the child, until it is needed again. In another container, or at another try, what has
-    /// failed may fail again.
-    pub fn reset(&mut self) {
+    /// Kills the child, until it is needed again, and forgets the reported failures: in another
+    /// container, or after a retry, a failure counts again.
+    pub(crate) fn reset(&mut self) {
         self.failures.clear();
-        self.watcher = None;
+        self.phase = Phase::Idle;
     }
 
-    /// Watches `devices`, at least one, until one of them fails in a way that was not told yet.
-    /// What changes nothing is logged, once.
-    pub async fn until_failed(
-        &mut self,
-        config: &Config,
-        settings: &Settings,
-        devices: &[GpuDevice],
-    ) -> Finding {
+    /// Waits until one of `devices`, at least one, fails in a way that was not reported yet. An
+    /// event without consequences is logged, once.
+    ///
+    /// Cancel safe: the child, the backoff and the probe go on with the next call.
+    pub(crate) async fn next_failure(&mut self, devices: &[GpuDevice]) -> Finding {
+        if !devices.iter().map(|device| &device.uuid).eq(&self.uuids) {
+            self.uuids = devices.iter().map(|device| device.uuid.clone()).collect();
+            self.phase = Phase::Idle;
+        }
         loop {
-            let death = match self.heard(settings, devices).await {
-                MonitorEvent::Message(notice) => {
-                    if let Some(finding) = self.judge(notice, devices) {
-                        return finding;
+            let failure = match &mut self.phase {
+                Phase::Idle => {
+                    match MonitorProcess::start(&self.settings, &self.uuids) {
+                        Ok(process) => self.phase = Phase::Running(Box::new(process)),
+                        Err(error) => self.back_off(format!("could not be started: {error}")),
                     }
-                    continue;
+                    None
                 }
-                MonitorEvent::Silence(length) => {
-                    let seconds = length.as_secs();
-                    let what = format!(
-                        "NVIDIA's driver does not answer: the watcher gave no sign of life for {seconds} s and was killed"
-                    );
-                    match self.failed(devices, None, About::Silence, what) {
-                        Some(finding) => return finding,
-                        None => "hung and was killed".to_owned(),
-                    }
+                Phase::Running(process) => {
+                    let event = process.next_event().await;
+                    self.on_event(event, devices)
                 }
-                MonitorEvent::End(how) => how,
+                Phase::BackingOff { how, until } => {
+                    tokio::time::sleep_until(*until).await;
+                    let how = std::mem::take(how);
+                    self.phase = Phase::Probing { how, verdict: self.probe() };
+                    None
+                }
+                Phase::Probing { how, verdict } => {
+                    let verdict = verdict.await;
+                    let how = std::mem::take(how);
+                    self.phase = Phase::Idle;
+                    self.judge_probe(&how, &verdict, devices)
+                }
             };
-            if let Some(finding) = self.look_after_death(&death, config, settings, devices).await {
+            if let Some(finding) = failure {
                 return finding;
             }
         }
     }
 
-    async fn heard(&mut self, settings: &Settings, devices: &[GpuDevice]) -> MonitorEvent {
-        let uuids = || devices.iter().map(|device| device.uuid.clone());
-        if self.watcher.as_ref().is_some_and(|watcher| !watcher.uuids.iter().cloned().eq(uuids())) {
-            self.watcher = None;
+    fn on_event(&mut self, event: MonitorEvent, devices: &[GpuDevice]) -> Option<Finding> {
+        if let MonitorEvent::Message(message) = event {
+            return self.judge(message, devices);
         }
-        let watcher = match &mut self.watcher {
-            Some(watcher) => watcher,
-            none => match MonitorProcess::start(settings, uuids().collect()) {
-                Ok(watcher) => none.insert(watcher),
-                Err(error) => return MonitorEvent::End(format!("could not be started: {error}")),
-            },
-        };
-        let heard = watcher.hear().await;
-        if !matches!(heard, MonitorEvent::Message(_)) {
-            if watcher.since.elapsed() >= HEALTHY_AFTER {
-                (self.pause, self.deaths) = (FIRST_PAUSE, 0);
+        if let Phase::Running(process) = &self.phase
+            && process.since.elapsed() >= HEALTHY_AFTER
+        {
+            (self.pause, self.deaths) = (FIRST_PAUSE, 0);
+        }
+        self.phase = Phase::Idle;
+        let how = match event {
+            MonitorEvent::Message(_) => return None,
+            MonitorEvent::Silence(length) => {
+                let seconds = length.as_secs();
+                let what = format!(
+                    "NVIDIA's driver does not answer: the watcher gave no sign of life for {seconds} s and was killed"
+                );
+                let failure = self.failed(devices, None, About::Silence, what);
+                if failure.is_some() {
+                    return failure;
+                }
+                "hung and was killed".to_owned()
             }
-            self.watcher = None;
-        }
-        heard
+            MonitorEvent::Exited(how) => how,
+        };
+        self.back_off(how);
+        None
     }
 
-    /// Waits a little, and asks a probe: what is not well is a failure.
-    async fn look_after_death(
-        &mut self,
-        death: &str,
-        config: &Config,
-        settings: &Settings,
-        devices: &[GpuDevice],
-    ) -> Option<Finding> {
+    /// Delays the probe that follows an exit of the child.
+    fn back_off(&mut self, how: String) {
         self.deaths += 1;
         let seconds = self.pause.as_secs();
         let text =
-            format!("the GPU watcher {death}; starting it again in {seconds} s if the GPU is well");
+            format!("the GPU watcher {how}; starting it again in {seconds} s if the GPU is well");
         match self.deaths {
             ..DEATHS_TOLD => tracing::info!("{text}"),
             DEATHS_TOLD => tracing::warn!(
@@ -169,9 +204,23 @@ impl GpuMonitor {
             ),
             _ => tracing::debug!("{text}"),
         }
-        tokio::time::sleep(self.pause).await;
+        self.phase = Phase::BackingOff { how, until: Instant::now() + self.pause };
         self.pause = (self.pause * 2).min(MAX_PAUSE);
-        let verdict = crate::gpu::detect_gpus(config, settings, Duration::ZERO).await.verdict;
+    }
+
+    fn probe(&self) -> LocalBoxFuture<'static, Verdict> {
+        let (config, settings) = (Rc::clone(&self.config), Rc::clone(&self.settings));
+        let probe = async move { detect_gpus(&config, &settings, Duration::ZERO).await.verdict };
+        probe.boxed_local()
+    }
+
+    /// Returns the failure of a GPU that the probe after an exit of the child does not find.
+    fn judge_probe(
+        &mut self,
+        how: &str,
+        verdict: &Verdict,
+        devices: &[GpuDevice],
+    ) -> Option<Finding> {
         let lost = devices
             .iter()
             .find(|device| !verdict.devices().iter().any(|found| found.uuid == device.uuid))?;
@@ -179,12 +228,8 @@ impl GpuMonitor {
             Some(finding) => format!("{}: {}", finding.reason, finding.summary),
             None => "the driver does not list it as usable any more".into(),
         };
-        self.failed(
-            devices,
-            Some(&lost.uuid),
-            About::Death,
-            format!("the GPU watcher {death}, and a probe says: {why}"),
-        )
+        let what = format!("the GPU watcher {how}, and a probe says: {why}");
+        self.failed(devices, Some(&lost.uuid), About::Death, what)
     }
 
     /// What follows from what the child said.
@@ -286,87 +331,96 @@ impl GpuMonitor {
 
 enum MonitorEvent {
     Message(MonitorMessage),
-    /// Nothing for so long: it is killed.
+    /// The child was silent for this long.
     Silence(Duration),
-    /// It has ended: how, as the end of a sentence.
-    End(String),
+    /// The child exited: how, as the end of a sentence.
+    Exited(String),
 }
 
-/// The child.
-#[derive(Debug)]
+/// The child process. Dropping it kills the child.
 struct MonitorProcess {
-    uuids: Vec<String>,
     child: Child,
     group: Option<Pid>,
     out: BufReader<ChildStdout>,
-    /// The line of which a part was read.
+    /// The part of a line that was read.
     line: Vec<u8>,
     since: Instant,
-    /// How long it may say nothing.
-    limit: Duration,
+    /// How long the child may be silent: [`MAX_SILENCES`] times in a row.
+    timeout: Duration,
+    silent_until: Instant,
+    silences: u32,
     last_words: Option<String>,
+    /// How long the child has to exit after it closed its output.
+    exits_until: Option<Instant>,
 }
 
 impl MonitorProcess {
-    fn start(settings: &Settings, uuids: Vec<String>) -> io::Result<Self> {
-        // Nobody looks at figures where there is no page.
+    fn start(settings: &Settings, uuids: &[String]) -> io::Result<Self> {
+        // Readings are needed only for the metrics endpoint.
         let readings = settings.metrics.address().map(|_| "--readings");
         let mut child = Command::new("/proc/self/exe")
             .arg(SUBCOMMAND)
             .args(readings)
             .arg("--")
             .arg(&settings.gpu.nvml_library)
-            .args(&uuids)
+            .args(uuids)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
-            // A group of its own: what the library starts is killed with the child.
+            // Its own process group: what the library starts is killed with the child.
             .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
         let out =
             child.stdout.take().ok_or_else(|| io::Error::other("it has no standard output"))?;
+        let since = Instant::now();
+        // The child starts with the same calls as the probe.
+        let timeout = (settings.gpu.probe_timeout / MAX_SILENCES).max(SILENCE);
         Ok(Self {
-            uuids,
             group: child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw),
             child,
             out: BufReader::new(out),
             line: Vec::new(),
-            since: Instant::now(),
-            // It begins with what the probe does.
-            limit: (settings.gpu.probe_timeout / MAX_SILENCES).max(SILENCE),
+            since,
+            timeout,
+            silent_until: since + timeout,
+            silences: 0,
             last_words: None,
+            exits_until: None,
         })
     }
 
-    async fn hear(&mut self) -> MonitorEvent {
-        let mut silences = 0;
+    /// Waits for the next event. Cancel safe.
+    async fn next_event(&mut self) -> MonitorEvent {
         loop {
-            let line = match tokio::time::timeout(self.limit, self.next_line()).await {
+            let line = match timeout_at(self.silent_until, self.next_line()).await {
                 Ok(Ok(Some(line))) => line,
-                Ok(Ok(None)) => return MonitorEvent::End(self.end().await),
-                Ok(Err(error)) => return MonitorEvent::End(format!("could not be read: {error}")),
+                Ok(Ok(None)) => return MonitorEvent::Exited(self.exit().await),
+                Ok(Err(error)) => {
+                    return MonitorEvent::Exited(format!("could not be read: {error}"));
+                }
                 Err(_) => {
-                    silences += 1;
-                    if silences == MAX_SILENCES {
-                        return MonitorEvent::Silence(self.limit * MAX_SILENCES);
+                    self.silences += 1;
+                    if self.silences == MAX_SILENCES {
+                        return MonitorEvent::Silence(self.timeout * MAX_SILENCES);
                     }
+                    self.silent_until = Instant::now() + self.timeout;
                     continue;
                 }
             };
-            self.limit = SILENCE;
+            self.timeout = SILENCE;
+            (self.silences, self.silent_until) = (0, Instant::now() + SILENCE);
             match serde_json::from_slice(&line) {
                 Ok(MonitorMessage::Failed { fault }) => {
                     self.last_words = Some(describe_fault(&fault))
                 }
                 Ok(notice) => return MonitorEvent::Message(notice),
-                Err(_) => return MonitorEvent::End("said what is not understood".into()),
+                Err(_) => return MonitorEvent::Exited("said what is not understood".into()),
             }
         }
     }
 
-    /// The next line; `None` at the end. One that is cut short by the caller's time limit is
-    /// continued by the next call.
+    /// Returns the next line; `None` at the end of the output. Cancel safe.
     async fn next_line(&mut self) -> io::Result<Option<Vec<u8>>> {
         loop {
             let chunk = self.out.fill_buf().await?;
@@ -386,10 +440,11 @@ impl MonitorProcess {
         }
     }
 
-    /// How it has ended.
-    async fn end(&mut self) -> String {
+    /// Waits until the child, which has closed its output, exits; returns how. Cancel safe.
+    async fn exit(&mut self) -> String {
         const TIMEOUT: Duration = Duration::from_secs(1);
-        let status = tokio::time::timeout(TIMEOUT, self.child.wait()).await;
+        let until = *self.exits_until.get_or_insert_with(|| Instant::now() + TIMEOUT);
+        let status = timeout_at(until, self.child.wait()).await;
         let how = match status {
             Ok(Ok(status)) => match status.signal() {
                 Some(signal) => format!("died by signal {signal}{}", signal_name(signal)),
@@ -415,10 +470,15 @@ impl Drop for MonitorProcess {
 
 #[cfg(test)]
 mod tests {
+    use one_context::Context;
+
     use super::*;
+    use crate::config::Prebaked;
 
     fn watch() -> GpuMonitor {
-        GpuMonitor::new(Rc::new(Reporter::new(None)))
+        let context = Context::parse(b"FL_GPU_ENABLED='YES'\n").unwrap();
+        let (config, _) = Config::from_context(&context, &Prebaked::default()).unwrap();
+        GpuMonitor::new(&config, &Settings::default(), Rc::new(Reporter::new(None)))
     }
 
     fn devices() -> Vec<GpuDevice> {

@@ -7,29 +7,31 @@ pub mod exporter;
 pub mod gpu_monitor;
 pub mod gpu_presence;
 pub mod state_machine;
+mod watchers;
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
+use futures_util::FutureExt as _;
+use futures_util::future::{LocalBoxFuture, OptionFuture};
 use tokio::time::Instant;
 
-use crate::backoff::Backoff;
 use crate::config::settings::Settings;
 use crate::config::{Config, LogLevel};
 use crate::container::plan::{self, ContainerSpec};
 use crate::container::site_hook;
 use crate::docker::client::{Client, Container, EngineError};
 use crate::docker::nvidia_runtime::GpuInjection;
-use crate::flower::connection::{Connection, ConnectionMonitor, until_reached};
-use crate::flower::liveness::{Liveness, LivenessFailure};
+use crate::flower::connection::Connection;
+use crate::flower::liveness::Liveness;
 use crate::flower::release::Release;
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::gpu::{self, detect_gpus};
 use crate::logging;
 use crate::opennebula::publisher::OneGateAccess;
-use crate::opennebula::superlink::{self, SuperLink, find_superlink};
+use crate::opennebula::superlink::SuperLink;
 use crate::report::Reporter;
 use crate::supervisor::gpu_monitor::GpuMonitor;
 use crate::supervisor::gpu_presence::devices_missing_in;
@@ -41,6 +43,7 @@ use state_machine::{
     Command, ContainerEvent, Event, Existing, ExitReason, Grace, Notification, Policy,
     RestartReason, StateMachine, Transition,
 };
+use watchers::{ContainerWatchers, SuperLinkWatcher, WatchEvent, WatchedContainer};
 
 /// The node: everything its container is made from.
 #[derive(Debug)]
@@ -109,8 +112,11 @@ struct Supervisor<'a> {
     container: Option<Container>,
     /// The run of it that is listened to.
     run: Option<ContainerRun>,
-    watch: GpuMonitor,
+    gpu_monitor: GpuMonitor,
     liveness: Liveness,
+    superlink_watcher: SuperLinkWatcher,
+    /// Completes when a GPU becomes available; `None` unless the state machine waits for one.
+    gpu_available: Option<LocalBoxFuture<'static, ()>>,
     /// What is true beside the verdict, for the status.
     status_note: Option<String>,
     /// Why the last launch failed.
@@ -119,59 +125,39 @@ struct Supervisor<'a> {
     starting: Option<TimeoutExtension>,
 }
 
-/// One run of a container, and what is heard of it.
+/// One run of the container: from one start to the next.
 struct ContainerRun {
     id: String,
     started_at: String,
+    /// When the supervisor first saw it.
     since: Instant,
-    listener: ConnectionMonitor,
-    /// What Flower says of its connection.
+    /// The connection to the SuperLink according to Flower's log.
     connection: Connection,
-    /// Whether the container has a connection to the SuperLink's port: what there is to go by where
-    /// Flower's log says nothing.
-    reached: bool,
-    /// Whether somebody has paused it.
+    /// Whether the container has a TCP connection to the SuperLink's port: used where Flower's log
+    /// does not report the connection.
+    tcp_connected: bool,
     paused: bool,
+    /// Kept while the supervisor executes [`Command::Monitor`], one time after another; dropped, and
+    /// thereby ended, by any other command.
+    watchers: Option<ContainerWatchers>,
 }
 
 impl ContainerRun {
-    fn new(engine: &Client, container: &Container) -> Self {
+    fn new(container: &Container) -> Self {
         Self {
             id: container.id.clone(),
             started_at: container.started_at.clone(),
             since: Instant::now(),
-            listener: ConnectionMonitor::new(engine.log(container)),
             connection: Connection::default(),
-            reached: false,
+            tcp_connected: false,
             paused: container.paused,
+            watchers: None,
         }
     }
 
     fn is_of(&self, container: &Container) -> bool {
         self.id == container.id && self.started_at == container.started_at
     }
-}
-
-/// What is heard of a running container.
-enum WatchEvent {
-    /// It has ended, with this exit code, or the engine went away.
-    Ended(Option<i64>),
-    /// Its GPU failed.
-    Failed(Finding),
-    /// It has no GPU any more, and the machine has.
-    Lost(Finding),
-    /// It runs on the CPU, and the GPU is usable now.
-    Usable,
-    /// Flower has said something of its connection.
-    Connection(Connection),
-    /// Whether there is a connection to the SuperLink's port has changed.
-    Reached(bool),
-    /// Somebody has paused it, or lets it go on.
-    Paused(bool),
-    /// Flower does not answer any more.
-    Hangs(LivenessFailure),
-    /// The service has another SuperLink.
-    Moved(Box<superlink::Discovery>),
 }
 
 impl Node {
@@ -196,13 +182,15 @@ impl Node {
         let (machine, act) = StateMachine::new(policy, verdict);
         let reporter = Rc::clone(&self.reporter);
         let mut supervisor = Supervisor {
+            gpu_monitor: GpuMonitor::new(&self.config, &self.settings, reporter),
+            superlink_watcher: self.watch_superlink(),
+            gpu_available: None,
             node: self,
             watchdog,
             machine,
             engine,
             container: None,
             run: None,
-            watch: GpuMonitor::new(reporter),
             liveness: Liveness::default(),
             status_note: None,
             error: None,
@@ -251,32 +239,8 @@ impl Node {
         site_hook::write(state).map_err(failed(state))
     }
 
-    /// Looks, while a discovered SuperLink is not reached, whether the service has it elsewhere by
-    /// now, or trusts another CA.
-    async fn until_moved(&self) -> superlink::Discovery {
-        /// Flower itself tries again for that long first.
-        const FIRST_LOOK: Duration = Duration::from_secs(60);
-        let Some(cloud) = &self.cloud else {
-            return std::future::pending().await;
-        };
-        let cap = Duration::from_secs(self.config.edge_max_backoff);
-        let mut backoff = Backoff::new(FIRST_LOOK, cap).with_jitter(0.5);
-        loop {
-            tokio::time::sleep(backoff.next_delay(fastrand::f64())).await;
-            match find_superlink(Ok(cloud.gate()), &self.config, SystemTime::now()).await {
-                Ok(found)
-                    if found.superlink.address != self.superlink.address
-                        || found.superlink.ca != self.superlink.ca =>
-                {
-                    return found;
-                }
-                Ok(_) => {}
-                Err(error) => tracing::debug!(
-                    "looking for the SuperLink again: {}",
-                    logging::error_chain(&error)
-                ),
-            }
-        }
+    fn watch_superlink(&self) -> SuperLinkWatcher {
+        SuperLinkWatcher::new(&self.config, self.cloud.as_ref(), &self.superlink)
     }
 }
 
@@ -314,6 +278,11 @@ impl Supervisor<'_> {
     }
 
     async fn execute(&mut self, act: Command) -> Event {
+        if act != Command::Monitor
+            && let Some(run) = &mut self.run
+        {
+            run.watchers = None;
+        }
         let done = match act {
             Command::Inspect => self.look().await,
             Command::RemoveExisting => self.clear().await,
@@ -454,23 +423,23 @@ impl Supervisor<'_> {
         Ok(Event::Done)
     }
 
-    /// Watches the container until the machine has to decide something.
+    /// Monitors the container until an event that the state machine has to decide about.
     async fn watch(&mut self) -> Event {
         let Some(container) = self.container.clone() else {
             return Event::Failed;
         };
         if self.machine.verdict().devices().is_empty() {
-            self.watch.reset();
+            self.gpu_monitor.reset();
         }
         let mut run = match self.run.take() {
             Some(run) if run.is_of(&container) => run,
-            _ => ContainerRun::new(&self.engine, &container),
+            _ => ContainerRun::new(&container),
         };
         self.starting = None;
         let change = loop {
             self.report_running(&container, &run);
-            let news = self.next_event(&container, &mut run).await;
-            if let Some(change) = self.handle_event(news, &container, &mut run).await {
+            let event = self.next_event(&container, &mut run).await;
+            if let Some(change) = self.handle_event(event, &container, &mut run).await {
                 break change;
             }
         };
@@ -479,28 +448,40 @@ impl Supervisor<'_> {
         Event::Changed { change, up_for }
     }
 
+    /// Waits for the next event of any watcher. No other watcher loses its progress, see
+    /// [`watchers`].
     async fn next_event(&mut self, container: &Container, run: &mut ContainerRun) -> WatchEvent {
         let node = &self.node;
         let devices = self.machine.verdict().devices();
-        let by_hook = node.access == GpuInjection::Runtime;
-        let port = node.superlink.address.port();
-        let (log_reports_connection, reached, paused) =
-            (node.log_reports_connection(), run.reached, run.paused);
         let connected = is_connected(node, run);
-        let searches = node.superlink.vm_id.is_some() && !connected;
-        let asks = node.settings.container.health_check && node.release().serves_health();
+        self.superlink_watcher.set_connected(connected);
+        let checks_health = node.settings.container.health_check && node.release().serves_health();
+        let watchers = run.watchers.get_or_insert_with(|| {
+            let tcp = (!node.log_reports_connection())
+                .then(|| (node.superlink.address.port(), run.tcp_connected));
+            let by_hook = node.access == GpuInjection::Runtime;
+            let paused = run.paused;
+            let watched = WatchedContainer { container, paused, tcp, devices, by_hook };
+            ContainerWatchers::new(&self.engine, &watched)
+        });
+        if self.machine.awaits_gpu() && self.gpu_available.is_none() {
+            let (config, settings) = (node.config.clone(), node.settings.clone());
+            let available = async move { gpu::wait_until_available(&config, &settings).await };
+            self.gpu_available = Some(available.boxed_local());
+        }
         tokio::select! {
-            connection = run.listener.next_change() => WatchEvent::Connection(connection),
-            () = self.engine.wait_for_pause(&container.id, !paused) => WatchEvent::Paused(!paused),
-            () = until_reached(container, port, !reached), if !log_reports_connection => WatchEvent::Reached(!reached),
-            dead = self.liveness.wait_until_unresponsive(container, connected), if asks => WatchEvent::Hangs(dead),
-            found = node.until_moved(), if searches => WatchEvent::Moved(Box::new(found)),
-            end = self.engine.wait(&container.id) => WatchEvent::Ended(end),
-            finding = self.watch.until_failed(&node.config, &node.settings, devices), if !devices.is_empty() => {
-                WatchEvent::Failed(finding)
+            event = watchers.next() => event,
+            failure = self.liveness.wait_until_unresponsive(container, connected), if checks_health => {
+                WatchEvent::Unresponsive(failure)
             }
-            finding = gpu_presence::until_lost(container, devices, by_hook), if !devices.is_empty() => WatchEvent::Lost(finding),
-            () = gpu::wait_until_available(&node.config, &node.settings), if self.machine.awaits_gpu() => WatchEvent::Usable,
+            found = self.superlink_watcher.changed() => WatchEvent::SuperLinkChanged(Box::new(found)),
+            finding = self.gpu_monitor.next_failure(devices), if !devices.is_empty() => {
+                WatchEvent::GpuFailed(finding)
+            }
+            Some(()) = OptionFuture::from(self.gpu_available.as_mut()) => {
+                self.gpu_available = None;
+                WatchEvent::GpuAvailable
+            }
         }
     }
 
@@ -513,10 +494,10 @@ impl Supervisor<'_> {
     ) -> Option<ContainerEvent> {
         let (name, address) = (&self.node.settings.container.name, &self.node.superlink.address);
         Some(match news {
-            WatchEvent::Ended(code) => ContainerEvent::Exited(code),
-            WatchEvent::Failed(finding) => ContainerEvent::GpuFailed(finding),
-            WatchEvent::Usable => ContainerEvent::GpuAvailable,
-            WatchEvent::Lost(finding) => {
+            WatchEvent::Exited(code) => ContainerEvent::Exited(code),
+            WatchEvent::GpuFailed(finding) => ContainerEvent::GpuFailed(finding),
+            WatchEvent::GpuAvailable => ContainerEvent::GpuAvailable,
+            WatchEvent::GpuLost(finding) => {
                 self.status_note = None;
                 tracing::warn!(
                     gpu_uuid = finding.gpu_uuid,
@@ -527,21 +508,22 @@ impl Supervisor<'_> {
                 self.node.reporter.doing("The container has lost its GPU, making it anew");
                 ContainerEvent::GpuLost
             }
-            WatchEvent::Hangs(_) if self.is_paused(container).await => {
+            WatchEvent::Unresponsive(_) if self.is_paused(container).await => {
                 tracing::debug!("the container is paused: it is not asked for its health");
                 return None;
             }
-            WatchEvent::Hangs(dead) => {
+            WatchEvent::Unresponsive(dead) => {
                 tracing::warn!("Flower in the container {name} hangs and is started again: {dead}");
                 self.node.reporter.doing("Flower hangs, starting the container again");
                 ContainerEvent::Unresponsive
             }
-            WatchEvent::Moved(found) => {
+            WatchEvent::SuperLinkChanged(found) => {
                 for warning in &found.warnings {
                     tracing::warn!("{warning}");
                 }
                 let partition = self.node.superlink.partition;
                 self.node.superlink = SuperLink { partition, ..found.superlink };
+                self.superlink_watcher = self.node.watch_superlink();
                 tracing::info!(
                     "the service has its SuperLink at {} now",
                     self.node.superlink.address
@@ -572,10 +554,10 @@ impl Supervisor<'_> {
                 run.paused = paused;
                 return None;
             }
-            WatchEvent::Reached(reached) => {
+            WatchEvent::TcpConnected(reached) => {
                 let no = if reached { "" } else { "no " };
                 tracing::info!("the container has {no}connection to the SuperLink {address}");
-                run.reached = reached;
+                run.tcp_connected = reached;
                 return None;
             }
         })
@@ -599,16 +581,13 @@ impl Supervisor<'_> {
             return Event::Running(false);
         };
         let runs = matches!(self.engine.inspect_container(&container.id).await, Ok(Some(found)) if found.running);
-        if runs && let Some(run) = &mut self.run {
-            run.listener = ConnectionMonitor::new(self.engine.log(container));
-        }
         Event::Running(runs)
     }
 
     async fn rest(&mut self, pause: Duration) -> Event {
         let devices = self.machine.verdict().devices();
         tokio::select! {
-            finding = self.watch.until_failed(&self.node.config, &self.node.settings, devices), if !devices.is_empty() => {
+            finding = self.gpu_monitor.next_failure(devices), if !devices.is_empty() => {
                 Event::Changed { change: ContainerEvent::GpuFailed(finding), up_for: Duration::ZERO }
             }
             () = tokio::time::sleep(pause) => Event::Done,
@@ -622,7 +601,7 @@ impl Supervisor<'_> {
             Grace::Configured => whole,
             Grace::Short => SHORT.min(whole),
         };
-        self.watch.reset();
+        self.gpu_monitor.reset();
         if let Some(container) = &self.container
             && let Err(error) = self.engine.stop(&container.id, grace).await
         {
@@ -632,7 +611,7 @@ impl Supervisor<'_> {
     }
 
     async fn stop_and_remove_container(&mut self) -> Event {
-        self.watch.reset();
+        self.gpu_monitor.reset();
         if let Some(container) = &self.container
             && let Err(error) = self.stop_and_remove(container).await
         {
@@ -686,7 +665,7 @@ impl Supervisor<'_> {
             }
             Notification::MovingToCpu => {
                 self.status_note = None;
-                self.watch.reset();
+                self.gpu_monitor.reset();
                 reporter.doing("The GPU failed, moving to the CPU");
             }
             Notification::LaunchFailed => {
@@ -774,7 +753,7 @@ fn is_connected(node: &Node, run: &ContainerRun) -> bool {
     let reached = if node.log_reports_connection() {
         run.connection.node_id().is_some()
     } else {
-        run.reached
+        run.tcp_connected
     };
     reached && !run.paused
 }

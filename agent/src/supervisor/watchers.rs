@@ -1,0 +1,358 @@
+//! What the supervisor waits for while the container runs.
+//!
+//! | watcher | reports | kept until |
+//! | --- | --- | --- |
+//! | container exit (`docker wait`) | the exit code | the container leaves the state `Running` |
+//! | Flower's log | connected, connection lost | the container leaves the state `Running` |
+//! | TCP connections, where the log does not report them | the same | the container leaves the state `Running` |
+//! | pause and unpause | the change | the container leaves the state `Running` |
+//! | [`gpu_presence`](super::gpu_presence) | a GPU is no longer in the container | the container leaves the state `Running` |
+//! | [`GpuMonitor`](super::gpu_monitor::GpuMonitor) | a GPU failed | the container no longer uses the GPU |
+//! | [`Liveness`](crate::flower::liveness::Liveness) | Flower is unresponsive | the agent exits |
+//! | [`SuperLinkWatcher`] | the service has another SuperLink | the agent exits |
+//! | [`gpu::wait_until_available`](crate::gpu::wait_until_available) | a GPU became available | the agent exits |
+//!
+//! Each watcher keeps its deadlines, its backoff and the call that is under way across events: an
+//! event of one watcher never restarts another. Otherwise a connection that flaps every second
+//! would hide a lost GPU, because no other watcher would ever reach its next deadline.
+//!
+//! No watcher spawns a task. A watcher ends by being dropped, and the calls it has under way end
+//! with it: [`ContainerWatchers`] when the supervisor executes any command but `Monitor`, the others
+//! with the supervisor.
+
+use std::time::{Duration, SystemTime};
+
+use futures_util::future::LocalBoxFuture;
+use futures_util::stream::{self, LocalBoxStream, SelectAll};
+use futures_util::{FutureExt as _, Stream, StreamExt as _};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::backoff::Backoff;
+use crate::config::Config;
+use crate::docker::client::{Client, Container};
+use crate::flower::connection::{Connection, ConnectionMonitor, until_reached};
+use crate::flower::liveness::LivenessFailure;
+use crate::gpu::reason::Finding;
+use crate::gpu::verdict::GpuDevice;
+use crate::logging::error_chain;
+use crate::opennebula::publisher::OneGateAccess;
+use crate::opennebula::superlink::{Discovery, SuperLink, find_superlink};
+use crate::supervisor::gpu_presence;
+
+/// What a watcher reports.
+pub(super) enum WatchEvent {
+    /// The container exited with this code; `None` if the container is gone or the engine does not
+    /// answer.
+    Exited(Option<i64>),
+    /// A GPU in use failed.
+    GpuFailed(Finding),
+    /// The container no longer has a GPU that the VM still has.
+    GpuLost(Finding),
+    /// The node runs on the CPU, and a GPU became available.
+    GpuAvailable,
+    /// Flower logged a change of its connection to the SuperLink.
+    Connection(Connection),
+    /// The container opened its first TCP connection to the SuperLink's port, or closed its last.
+    TcpConnected(bool),
+    /// The container was paused or unpaused.
+    Paused(bool),
+    /// Flower does not answer its health checks.
+    Unresponsive(LivenessFailure),
+    /// The service has another SuperLink, or its SuperLink another CA.
+    SuperLinkChanged(Box<Discovery>),
+}
+
+/// What the watchers of a container need to know about it.
+pub(super) struct WatchedContainer<'a> {
+    pub(super) container: &'a Container,
+    /// Whether the container is paused now.
+    pub(super) paused: bool,
+    /// The SuperLink's port and whether the container has a connection to it now; `None` where
+    /// Flower's log reports the connection.
+    pub(super) tcp: Option<(u16, bool)>,
+    /// The GPUs that the container uses.
+    pub(super) devices: &'a [GpuDevice],
+    /// Whether the NVIDIA runtime hook injected the GPUs.
+    pub(super) by_hook: bool,
+}
+
+/// The watchers of one run of the container. Dropping them ends them.
+pub(super) struct ContainerWatchers(SelectAll<LocalBoxStream<'static, WatchEvent>>);
+
+impl ContainerWatchers {
+    pub(super) fn new(engine: &Client, watched: &WatchedContainer<'_>) -> Self {
+        let WatchedContainer { container, paused, tcp, devices, by_hook } = *watched;
+        let exit = {
+            let (engine, id) = (engine.clone(), container.id.clone());
+            stream::once(async move { WatchEvent::Exited(engine.wait(&id).await) })
+        };
+        let connection = {
+            let log = ConnectionMonitor::new(engine.log(container));
+            stream::unfold(log, async |mut log| {
+                Some((WatchEvent::Connection(log.next_change().await), log))
+            })
+        };
+        let pause = {
+            let (engine, id) = (engine.clone(), container.id.clone());
+            changes(paused, async move |wanted| engine.wait_for_pause(&id, wanted).await)
+                .map(WatchEvent::Paused)
+        };
+        let mut watchers = SelectAll::from_iter([
+            exit.boxed_local(),
+            connection.boxed_local(),
+            pause.boxed_local(),
+        ]);
+        if let Some((port, connected)) = tcp {
+            let container = container.clone();
+            let tcp = changes(connected, async move |wanted| {
+                until_reached(&container, port, wanted).await;
+            });
+            watchers.push(tcp.map(WatchEvent::TcpConnected).boxed_local());
+        }
+        if !devices.is_empty() {
+            let (container, devices) = (container.clone(), devices.to_vec());
+            let presence = async move {
+                WatchEvent::GpuLost(gpu_presence::until_lost(&container, &devices, by_hook).await)
+            };
+            watchers.push(stream::once(presence).boxed_local());
+        }
+        Self(watchers)
+    }
+
+    /// Returns the next event. Cancel safe: no watcher loses its progress.
+    pub(super) async fn next(&mut self) -> WatchEvent {
+        match self.0.next().await {
+            Some(event) => event,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// The changes of a flag that is `current` now; `wait_for` returns once the flag has the given
+/// value.
+fn changes(current: bool, wait_for: impl AsyncFn(bool) + 'static) -> impl Stream<Item = bool> {
+    stream::unfold((current, wait_for), async |(current, wait_for)| {
+        wait_for(!current).await;
+        Some((!current, (!current, wait_for)))
+    })
+}
+
+/// Asks OneGate whether the service has another SuperLink, while the node is not connected to the
+/// one it knows.
+///
+/// The schedule starts when the connection is lost and stands while the connection flaps. A
+/// connection that holds for [`STABLE_AFTER`] resets it.
+pub(super) struct SuperLinkWatcher {
+    connected: watch::Sender<bool>,
+    changed: LocalBoxFuture<'static, Discovery>,
+}
+
+/// Delay before the first request: Flower itself reconnects for this long first.
+const INITIAL_DELAY: Duration = Duration::from_secs(60);
+/// A connection that holds for this long is stable.
+const STABLE_AFTER: Duration = Duration::from_secs(60);
+
+impl SuperLinkWatcher {
+    /// Watches for a SuperLink other than `known`. Reports nothing where `known` was not discovered
+    /// through OneGate.
+    pub(super) fn new(config: &Config, onegate: Option<&OneGateAccess>, known: &SuperLink) -> Self {
+        let Some(onegate) = onegate.filter(|_| known.vm_id.is_some()).cloned() else {
+            let changed = std::future::pending().boxed_local();
+            return Self { connected: watch::Sender::new(false), changed };
+        };
+        let max_delay = Duration::from_secs(config.edge_max_backoff);
+        let (config, known) = (config.clone(), known.clone());
+        Self::with(max_delay, async move || {
+            match find_superlink(Ok(onegate.gate()), &config, SystemTime::now()).await {
+                Ok(found) => {
+                    let SuperLink { address, ca, .. } = &found.superlink;
+                    (*address != known.address || *ca != known.ca).then_some(found)
+                }
+                Err(error) => {
+                    tracing::debug!(
+                        "cannot check whether the service has another SuperLink: {}",
+                        error_chain(&error)
+                    );
+                    None
+                }
+            }
+        })
+    }
+
+    fn with(
+        max_delay: Duration,
+        find_changed: impl AsyncFn() -> Option<Discovery> + 'static,
+    ) -> Self {
+        let (connected, receiver) = watch::channel(false);
+        let changed = until_changed(max_delay, find_changed, receiver).fuse().boxed_local();
+        Self { connected, changed }
+    }
+
+    /// Records whether the node is connected to its SuperLink.
+    pub(super) fn set_connected(&self, connected: bool) {
+        self.connected.send_if_modified(|current| {
+            let changes = *current != connected;
+            *current = connected;
+            changes
+        });
+    }
+
+    /// Waits for another SuperLink. Reports it once: the caller then watches from the new one.
+    /// Cancel safe.
+    pub(super) async fn changed(&mut self) -> Discovery {
+        (&mut self.changed).await
+    }
+}
+
+async fn until_changed(
+    max_delay: Duration,
+    find_changed: impl AsyncFn() -> Option<Discovery>,
+    mut connected: watch::Receiver<bool>,
+) -> Discovery {
+    let mut backoff = Backoff::new(INITIAL_DELAY, max_delay).with_jitter(0.5);
+    loop {
+        let due = Instant::now() + backoff.next_delay(fastrand::f64());
+        if !is_disconnected_from(due, &mut connected).await {
+            backoff.reset();
+        } else if let Some(discovery) = find_changed().await
+            && is_disconnected_from(Instant::now(), &mut connected).await
+        {
+            return discovery;
+        }
+    }
+}
+
+/// Waits for a moment, at `due` or later, at which the node is not connected. Returns `false` once a
+/// stable connection was lost: the schedule then starts again.
+async fn is_disconnected_from(due: Instant, connected: &mut watch::Receiver<bool>) -> bool {
+    loop {
+        let is_connected = *connected.borrow_and_update();
+        if is_connected {
+            let lost = connected.wait_for(|connected| !connected);
+            if timeout(STABLE_AFTER, lost).await.is_err() {
+                // The sender is dropped together with this future.
+                let _ = connected.wait_for(|connected| !connected).await;
+                return false;
+            }
+        } else {
+            tokio::select! {
+                () = sleep_until(due) => return true,
+                _ = connected.wait_for(|connected| *connected) => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::rc::Rc;
+
+    use super::*;
+    use crate::values::HostPort;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn discovery() -> Discovery {
+        let superlink = SuperLink {
+            address: HostPort::parse("10.9.8.8:9092").unwrap(),
+            ca: None,
+            vm_id: Some(1),
+            version: None,
+            partition: None,
+        };
+        Discovery { superlink, service: None, warnings: Vec::new() }
+    }
+
+    /// Polls the watcher for `length` and interrupts it once a second by a change of the connection,
+    /// which `connected_at` gives by the second. Returns the second of its report.
+    async fn run(
+        watcher: &mut SuperLinkWatcher,
+        seconds: u64,
+        connected_at: impl Fn(u64) -> bool,
+    ) -> Option<u64> {
+        for second in 0..seconds {
+            watcher.set_connected(connected_at(second));
+            if timeout(SECOND, watcher.changed()).await.is_ok() {
+                return Some(second);
+            }
+        }
+        None
+    }
+
+    /// A watcher whose service has moved, and how often it asks OneGate.
+    fn moved() -> (SuperLinkWatcher, Rc<Cell<u32>>) {
+        let requests = Rc::new(Cell::new(0));
+        let count = Rc::clone(&requests);
+        let watcher = SuperLinkWatcher::with(Duration::from_secs(300), async move || {
+            count.set(count.get() + 1);
+            tokio::time::sleep(2 * SECOND).await;
+            Some(discovery())
+        });
+        (watcher, requests)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn flapping_does_not_delay_superlink_change() {
+        let (mut watcher, requests) = moved();
+        let reported = run(&mut watcher, 600, |second| second % 2 == 0).await.unwrap();
+        assert!((60..=93).contains(&reported), "{reported}");
+        assert_eq!(requests.get(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn connected_node_does_not_ask_for_its_superlink() {
+        let (mut watcher, requests) = moved();
+        assert_eq!(run(&mut watcher, 3600, |_| true).await, None);
+        assert_eq!(requests.get(), 0);
+        // Flower reconnects first, for a minute.
+        let reported = run(&mut watcher, 600, |_| false).await.unwrap();
+        assert!((60..=91).contains(&reported), "{reported}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn stable_connection_resets_the_schedule() {
+        let (mut watcher, requests) = moved();
+        let rarely_lost = |second: u64| second % 100 >= 30;
+        assert_eq!(run(&mut watcher, 3600, rarely_lost).await, None);
+        assert_eq!(requests.get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn superlink_change_is_dropped_after_reconnect() {
+        let (mut watcher, requests) = moved();
+        // The node reconnects while OneGate is asked.
+        let reconnected = Rc::clone(&requests);
+        assert_eq!(run(&mut watcher, 3600, move |_| reconnected.get() > 0).await, None);
+        assert_eq!(requests.get(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn events_of_one_watcher_do_not_restart_another() {
+        let starts = Rc::new(Cell::new(0));
+        let count = Rc::clone(&starts);
+        let slow = stream::once(async move {
+            count.set(count.get() + 1);
+            tokio::time::sleep(10 * SECOND).await;
+            WatchEvent::Exited(Some(3))
+        });
+        let flapping = changes(false, async |_| tokio::time::sleep(SECOND).await);
+        let mut watchers = ContainerWatchers(SelectAll::from_iter([
+            slow.boxed_local(),
+            flapping.map(WatchEvent::Paused).boxed_local(),
+        ]));
+        let since = Instant::now();
+        let mut flaps = Vec::new();
+        loop {
+            match watchers.next().await {
+                WatchEvent::Paused(paused) => flaps.push(paused),
+                WatchEvent::Exited(code) => break assert_eq!(code, Some(3)),
+                _ => unreachable!(),
+            }
+        }
+        assert_eq!((starts.get(), since.elapsed()), (1, 10 * SECOND));
+        assert!((9..=10).contains(&flaps.len()), "{flaps:?}");
+        assert!(flaps.iter().enumerate().all(|(number, flap)| *flap == (number % 2 == 0)));
+    }
+}
