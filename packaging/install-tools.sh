@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# Installs what the demo, the tests or CI need and this machine lacks, by package name, after saying so.
+# Installs the missing packages for a task (demo, tests, lint, …) and prints what it installs.
 #
 #   install-tools.sh demo|test|lint|deb|image|test-image|test-images|fuzz|mutants|bench
 set -euo pipefail
 
-# What is looked for, and the package that brings it (Debian and Ubuntu).
+# Program to package name (Debian and Ubuntu).
 declare -A packages=(
     [dockerd]=docker.io [docker]=docker.io [ip]=iproute2 [nsenter]=util-linux [iptables]=iptables
-    [mmdebstrap]=mmdebstrap [python3]=python3 [busybox]=busybox-static [shellcheck]=shellcheck [cc]=gcc
-    [setpriv]=util-linux [apparmor_parser]=apparmor [dpkg-deb]=dpkg [lintian]=lintian [systemd-nspawn]=systemd-container
-    [qemu-system-x86_64]=qemu-system-x86 [xorriso]=xorriso [ruby]=ruby [mke2fs]=e2fsprogs [sfdisk]=fdisk
-    [mkfs.vfat]=dosfstools [mmd]=mtools [qemu-img]=qemu-utils [openssl]=openssl [c++]=g++ [faketime]=faketime
+    [mmdebstrap]=mmdebstrap [python3]=python3 [busybox]=busybox-static [shellcheck]=shellcheck
+    [cc]=gcc [setpriv]=util-linux [apparmor_parser]=apparmor [dpkg-deb]=dpkg [lintian]=lintian
+    [systemd-nspawn]=systemd-container [qemu-system-x86_64]=qemu-system-x86 [xorriso]=xorriso
+    [ruby]=ruby [mke2fs]=e2fsprogs [sfdisk]=fdisk [mkfs.vfat]=dosfstools [mmd]=mtools
+    [qemu-img]=qemu-utils [openssl]=openssl [c++]=g++ [faketime]=faketime
     [strace]=strace [curl]=curl [jq]=jq
 )
 case "${1:-}" in
 demo) wanted=(cc dockerd docker ip nsenter iptables mmdebstrap) ;;
-test) wanted=(cc dpkg-deb dockerd docker ip nsenter setpriv iptables busybox python3 mmdebstrap systemd-nspawn lintian
-    qemu-system-x86_64 xorriso mke2fs openssl ruby faketime) ;;
+test) wanted=(cc dpkg-deb dockerd docker ip nsenter setpriv iptables busybox python3 mmdebstrap
+    systemd-nspawn lintian qemu-system-x86_64 xorriso mke2fs openssl ruby faketime) ;;
 lint) wanted=(cc shellcheck) ;;
 deb) wanted=(cc dpkg-deb) ;;
 image) wanted=(cc dpkg-deb mmdebstrap ip nsenter mke2fs sfdisk mkfs.vfat mmd qemu-img) ;;
@@ -26,12 +27,13 @@ fuzz) wanted=(cc c++) ;;
 mutants) wanted=(cc) ;;
 bench) wanted=(cc dpkg-deb dockerd docker ip nsenter setpriv iptables busybox strace curl jq) ;;
 *)
-    echo "usage: install-tools.sh demo|test|lint|deb|image|test-image|test-images|fuzz|mutants|bench" >&2
+    sed -n 's/^#   /usage: /p' "$0" >&2
     exit 2
     ;;
 esac
-# Where the kernel has AppArmor on, Docker starts no container without the parser, which docker.io only recommends.
-if [[ $1 != @(lint|fuzz|mutants) ]] && [ "$(cat /sys/module/apparmor/parameters/enabled 2>/dev/null)" = Y ]; then
+# With AppArmor enabled in the kernel Docker needs the parser, which docker.io only recommends.
+if [[ $1 != @(lint|fuzz|mutants) ]] &&
+    [ "$(cat /sys/module/apparmor/parameters/enabled 2>/dev/null)" = Y ]; then
     wanted+=(apparmor_parser)
 fi
 
@@ -39,9 +41,9 @@ missing=()
 for tool in "${wanted[@]}"; do
     PATH=$PATH:/usr/sbin:/sbin command -v "$tool" >/dev/null || missing+=("${packages[$tool]}")
 done
-# Firmware is no program.
+# Firmware has no program to look for.
 [ "$1" != test-image ] || [ -e /usr/share/OVMF/OVMF_CODE_4M.fd ] || missing+=(ovmf)
-# Nor is what Debian takes out of Python.
+# Debian splits ensurepip out of Python.
 [ "$1" != test ] || python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 [ ${#missing[@]} -gt 0 ] || exit 0
 mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)

@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# `make image`: a bootable UEFI disk for OpenNebula with Docker, the package, the contextualization and a framework image
-# inside. No loop device and no virtual machine is needed: file systems are made from folders.
+# Builds a bootable UEFI disk for OpenNebula (`make image`) with Docker, the package, one-context
+# and a framework image. Needs neither a loop device nor a virtual machine: the file systems are
+# created from directories.
 #
 #   build-image.sh PACKAGE.deb IMAGE.qcow2
 #
 # From the environment:
-#   CONTEXT_PACKAGE    the one-context package of OpenNebula/one-apps (a .deb). Needed in an image for use; without it the
-#                      tests' simulator goes in, and the image says so.
-#   FLOWER_VERSION     what the framework image has (1.31.0)
-#   NVIDIA=YES         the driver and NVIDIA's container toolkit as well
-#   NVIDIA_PACKAGES    their names, with commas (nvidia-driver,nvidia-persistenced,nvidia-container-toolkit)
-#   NVIDIA_SOURCES     a file for /etc/apt/sources.list.d with NVIDIA's archive: Debian's, components contrib, non-free and non-free-firmware, has
-#                      the driver and not the toolkit
-#   ROOT_SIZE          of the root file system (3G; 16G with NVIDIA=YES); it grows with the disk
+#   CONTEXT_PACKAGE    one-context package of OpenNebula/one-apps (a .deb). Required for production;
+#                      without it the image gets the simulator that the tests use, and a notice.
+#   FLOWER_VERSION     Flower release in the framework image (1.31.0)
+#   NVIDIA=YES         also installs the driver and the NVIDIA Container Toolkit
+#   NVIDIA_PACKAGES    their package names, separated by commas
+#                      (nvidia-driver,nvidia-persistenced,nvidia-container-toolkit)
+#   NVIDIA_SOURCES     file for /etc/apt/sources.list.d with NVIDIA's archive. Debian's archive has
+#                      the driver (contrib, non-free, non-free-firmware), but not the toolkit.
+#   ROOT_SIZE          size of the root file system (3G; 16G with NVIDIA=YES), which grows with the
+#                      disk
 set -euo pipefail
 
 package=$(realpath "${1:?usage: build-image.sh PACKAGE.deb IMAGE.qcow2}")
@@ -37,44 +40,49 @@ clean_up() {
 }
 trap clean_up EXIT
 root=$work/root
-say() { printf '%4d s  %s\n' $SECONDS "$*"; }
+report() { printf '%4d s  %s\n' $SECONDS "$*"; }
 
 context=${CONTEXT_PACKAGE:-}
 if [ -z "$context" ]; then
-    say "CONTEXT_PACKAGE is not set: the tests' simulator of one-context goes in. THIS IMAGE IS FOR TESTS ALONE"
+    report "CONTEXT_PACKAGE is not set: using the tests' one-context simulator. FOR TESTS ONLY"
     context=$work/one-context-simulator.deb
     "$top/tests/machines/build-one-context-simulator.sh" "$context"
 fi
 
-# The cloud kernel has no graphics, and is half the size.
+# linux-image-cloud is half the size. It has no graphics drivers.
 kernel=linux-image-cloud-amd64 components=main size=${ROOT_SIZE:-3G} nvidia=''
 if [ "${NVIDIA:-NO}" = YES ]; then
-    kernel=linux-image-amd64,linux-headers-amd64 components=main,contrib,non-free,non-free-firmware size=${ROOT_SIZE:-16G}
+    kernel=linux-image-amd64,linux-headers-amd64 size=${ROOT_SIZE:-16G}
+    components=main,contrib,non-free,non-free-firmware
     nvidia=${NVIDIA_PACKAGES:-nvidia-driver,nvidia-persistenced,nvidia-container-toolkit}
 fi
-say "the root file system: $release, $kernel, Docker, ${nvidia:-no NVIDIA packages}"
-packages=systemd-sysv,systemd,dbus,udev,kmod,iproute2,ifupdown,openssh-server,docker.io,docker-cli,containerd,runc,iptables
-packages+=,ca-certificates,curl,cloud-guest-utils,parted,sudo,man-db,bash-completion,apparmor,initramfs-tools,e2fsprogs
+report "root file system: $release, $kernel, Docker, ${nvidia:-no NVIDIA packages}"
+packages=systemd-sysv,systemd,dbus,udev,kmod,iproute2,ifupdown,openssh-server,docker.io,docker-cli
+packages+=,containerd,runc,iptables,ca-certificates,curl,cloud-guest-utils,parted,sudo,man-db
+packages+=,bash-completion,apparmor,initramfs-tools,e2fsprogs
 packages+=,grub-efi-amd64-signed,grub2-common,shim-signed,$kernel${nvidia:+,$nvidia}
 mirror=$(awk '/^URIs:/ { print $2; exit } /^deb / { print $2; exit }' \
     /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2>/dev/null || true)
 install -d "$work/packages"
 install -m 0644 "$package" "$context" "$work/packages"
 # shellcheck disable=SC2016
-mmdebstrap --quiet --mode=root --variant=minbase --skip=check/qemu --components="$components" --include="$packages" \
+mmdebstrap --quiet --mode=root --variant=minbase --skip=check/qemu \
+    --components="$components" --include="$packages" \
     --aptopt='Apt::Install-Recommends "false"' --dpkgopt='path-exclude=/usr/share/locale/*' \
     --customize-hook="sync-in '$work/packages' /tmp" \
-    --customize-hook='chroot "$1" sh -c "apt-get install --quiet --quiet --yes /tmp/*.deb >/dev/null; rm /tmp/*.deb"' \
+    --customize-hook='chroot "$1" sh -c \
+        "apt-get install --quiet --quiet --yes /tmp/*.deb >/dev/null; rm /tmp/*.deb"' \
     "$release" "$root" ${mirror:+"$mirror"} ${NVIDIA_SOURCES:+"$NVIDIA_SOURCES"} >&2
-# What holds for the build alone.
+# Settings of the build.
 rm -f "$root/etc/apt/apt.conf.d/99mmdebstrap" "$root/etc/dpkg/dpkg.cfg.d/99mmdebstrap"
 
-say "the framework image: flwr/supernode:$version"
+report "framework image: flwr/supernode:$version"
 tar=$("$top/packaging/images/base-tar.sh" "$version")
 mkdir -p "$root/opt/flower"
 echo "$version" >"$root/opt/flower/PREBAKED_VERSION"
 echo base >"$root/opt/flower/PREBAKED_FRAMEWORK"
-# The image's own Docker puts it into the image's own store, in a network namespace without anything.
+# The image's own Docker imports it into the image's store, in a network namespace without
+# interfaces.
 namespace=supernode-image-$$
 ip netns add "$namespace"
 install -d "$root/build"
@@ -85,13 +93,15 @@ nsenter --net="/run/netns/$namespace" unshare --mount sh -ec '
     mount --bind "$0" "$0"
     mount --rbind /proc "$0/proc"; mount --rbind /sys "$0/sys"; mount --rbind /dev "$0/dev"
     mount -t tmpfs tmpfs "$0/run"
-    # Not by chroot: Docker unpacks images where / is a mount point.
+    # Not chroot: Docker can unpack images only if / is a mount point.
     cd "$0"
     mkdir build/outside
     pivot_root . build/outside
     umount -l build/outside
-    exec dockerd --host unix:///build/docker.sock --pidfile /run/docker.pid --exec-root /run/docker-exec \
-        --bridge none --iptables=false --ip6tables=false --config-file /build/none.json' "$root" >"$work/dockerd.log" 2>&1 &
+    exec dockerd --host unix:///build/docker.sock \
+        --pidfile /run/docker.pid --exec-root /run/docker-exec \
+        --bridge none --iptables=false --ip6tables=false --config-file /build/none.json
+' "$root" >"$work/dockerd.log" 2>&1 &
 dockerd_pid=$!
 in_image() { chroot "$root" docker --host unix:///build/docker.sock "$@"; }
 echo '{}' >"$root/build/none.json"
@@ -104,14 +114,16 @@ for _ in $(seq 300); do
     sleep 0.1
 done
 changes=()
-while IFS= read -r change; do changes+=(--change "$change"); done < <("$top/packaging/images/build-base.sh" --changes)
+while IFS= read -r change; do
+    changes+=(--change "$change")
+done < <("$top/packaging/images/build-base.sh" --changes)
 in_image import "${changes[@]}" /build/image.tar "flwr/supernode:$version" >/dev/null
 kill "$dockerd_pid"
 wait "$dockerd_pid" || true
 dockerd_pid=''
 rm -rf "$root/build" "$root"/var/lib/docker/{tmp,runtimes,network}
 
-say "the disk"
+report "disk"
 root_uuid=$(cat /proc/sys/kernel/random/uuid)
 esp_id=$(od -An -N4 -tx4 /dev/urandom | tr -d ' ' | tr a-f A-F)
 cat >"$root/etc/fstab" <<FSTAB
@@ -119,7 +131,7 @@ UUID=$root_uuid / ext4 errors=remount-ro 0 1
 UUID=${esp_id:0:4}-${esp_id:4} /boot/efi vfat umask=0077,nofail 0 2
 FSTAB
 mkdir -p "$root/boot/efi" "$root/boot/grub"
-# For update-grub, which writes grub.cfg anew at the first kernel upgrade.
+# For update-grub, which rewrites grub.cfg at the first kernel upgrade.
 echo 'GRUB_CMDLINE_LINUX="console=tty0 console=ttyS0"' >>"$root/etc/default/grub"
 cat >"$root/boot/grub/grub.cfg" <<GRUB
 set timeout=0
@@ -129,7 +141,7 @@ menuentry 'Debian' {
     initrd /initrd.img
 }
 GRUB
-# Each machine makes host keys of its own, at its first boot.
+# Each VM generates its own host keys at its first boot.
 install -d "$root/etc/systemd/system/ssh.service.d"
 cat >"$root/etc/systemd/system/ssh.service.d/host-keys.conf" <<'DROPIN'
 [Service]
@@ -139,7 +151,8 @@ ExecStartPre=/usr/sbin/sshd -t
 DROPIN
 echo supernode >"$root/etc/hostname"
 : >"$root/etc/machine-id"
-rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin "$root"/etc/ssh/ssh_host_* "$root"/var/log/*.log "$root/etc/resolv.conf"
+rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin "$root"/etc/ssh/ssh_host_* \
+    "$root"/var/log/*.log "$root/etc/resolv.conf"
 truncate -s "$size" "$work/root.ext4"
 mke2fs -q -t ext4 -L root -U "$root_uuid" -d "$root" "$work/root.ext4"
 
@@ -153,7 +166,8 @@ GRUB
 mmd -i "$work/esp" ::/EFI ::/EFI/BOOT ::/EFI/debian
 mcopy -i "$work/esp" "$root/usr/lib/shim/shimx64.efi.signed" ::/EFI/BOOT/BOOTX64.EFI
 mcopy -i "$work/esp" "$root/usr/lib/shim/mmx64.efi.signed" ::/EFI/BOOT/mmx64.efi
-mcopy -i "$work/esp" "$root/usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed" ::/EFI/BOOT/grubx64.efi
+mcopy -i "$work/esp" "$root/usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed" \
+    ::/EFI/BOOT/grubx64.efi
 mcopy -i "$work/esp" "$work/grub.cfg" ::/EFI/debian/grub.cfg
 
 mib=$((1024 * 1024))
@@ -166,9 +180,10 @@ start=1MiB, size=${esp_mib}MiB, type=uefi
 start=$((1 + esp_mib))MiB, size=${root_mib}MiB, type=linux
 TABLE
 dd if="$work/esp" of="$work/disk" bs=1M seek=1 conv=notrunc,sparse status=none
-dd if="$work/root.ext4" of="$work/disk" bs=1M seek=$((1 + esp_mib)) conv=notrunc,sparse status=none
+dd if="$work/root.ext4" of="$work/disk" bs=1M seek=$((1 + esp_mib)) conv=notrunc,sparse \
+    status=none
 [ "$(sfdisk --dump "$work/disk" | grep -c 'type=')" = 2 ]
 mkdir -p "$(dirname "$output")"
 qemu-img convert -c -f raw -O qcow2 -o compression_type=zstd "$work/disk" "$output.part"
 mv "$output.part" "$output"
-say "$output, $(($(stat -c %s "$output") / mib)) MiB"
+report "$output, $(($(stat -c %s "$output") / mib)) MiB"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints the path of the tar that build-base.sh makes for VERSION; builds it first (about two minutes) where the cache, which
-# is keyed on what goes in, has none.
+# Prints the path of the tar that build-base.sh builds for VERSION. Builds it (about two minutes)
+# unless the cache has one for the same inputs.
 #
 #   base-tar.sh VERSION
 set -euo pipefail

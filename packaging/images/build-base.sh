@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Builds the root file system of a SuperNode image with Flower inside, and nothing else: what the image `base` of
-# ML_FRAMEWORK holds. For machines that reach the packages of their distribution and of Python, but no image registry.
+# Builds the root file system of the image for ML_FRAMEWORK=base: Flower without a framework. For
+# machines that reach the package archives of their distribution and of Python, but no image
+# registry.
 #
 #   build-base.sh VERSION FILE.tar
 #
-# The release of Debian or Ubuntu is that of this machine (Python 3.11 or later: Debian 12, Ubuntu 24.04). The tar goes
-# into an engine by `docker import` with the instructions that `build-base.sh --changes` prints.
+# The release of Debian or Ubuntu is that of this machine (Python 3.11 or later: Debian 12, Ubuntu
+# 24.04). Load the tar with `docker import` and the instructions that `build-base.sh --changes`
+# prints.
 set -euo pipefail
 
 if [ "${1:-}" = --changes ]; then
@@ -41,8 +43,8 @@ mmdebstrap --quiet --mode=root --variant=minbase --include=python3,python3-venv,
     --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
     --dpkgopt='path-exclude=/usr/share/locale/*' "$release" "$root"
 
-# pip in the root file system works as pip on this machine does: the same names, certificates and configuration (the
-# machine's, the user's, the environment's, a later one wins), for as long as it runs.
+# During the build, pip in the root file system uses this machine's resolver, certificates and pip
+# configuration: machine, user, environment, the last one wins.
 mkdir -p "$root/build/machine/pip" "$root/build/user/pip"
 cp --dereference /etc/resolv.conf "$root/etc/resolv.conf"
 ca=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
@@ -54,25 +56,29 @@ take_configuration() {
     ca=${named:-$ca}
 }
 take_configuration /etc/pip.conf "$root/build/machine/pip/pip.conf"
-take_configuration "${XDG_CONFIG_HOME:-${HOME:-/root}/.config}/pip/pip.conf" "$root/build/user/pip/pip.conf"
+take_configuration "${XDG_CONFIG_HOME:-${HOME:-/root}/.config}/pip/pip.conf" \
+    "$root/build/user/pip/pip.conf"
 take_configuration "${PIP_CONFIG_FILE:-}" "$root/build/pip.conf"
 cp "${PIP_CERT:-$ca}" "$root/build/ca.crt"
-pip_environment=(PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 PIP_CERT=/build/ca.crt PIP_CONFIG_FILE=/build/pip.conf
+pip_environment=(PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8
+    PIP_CERT=/build/ca.crt PIP_CONFIG_FILE=/build/pip.conf
     XDG_CONFIG_DIRS=/build/machine XDG_CONFIG_HOME=/build/user)
-for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_TRUSTED_HOST PIP_PROXY PIP_DEFAULT_TIMEOUT PIP_RETRIES \
-    http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
+for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_TRUSTED_HOST PIP_PROXY PIP_DEFAULT_TIMEOUT \
+    PIP_RETRIES http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
     [ -z "${!name:-}" ] || pip_environment+=("$name=${!name}")
 done
 inside() { chroot "$root" env -i "${pip_environment[@]}" "$@"; }
 inside python3 -m venv /opt/flower
-# Compiled on the way: without its .pyc files Flower takes 5 s to start instead of 2.
-inside /opt/flower/bin/pip install --quiet --no-cache-dir --disable-pip-version-check --compile "flwr==$version"
+# Compiled: without .pyc files Flower starts in 5 s instead of 2.
+inside /opt/flower/bin/pip install --quiet --no-cache-dir --disable-pip-version-check --compile \
+    "flwr==$version"
 inside /opt/flower/bin/flower-supernode --help >/dev/null
 
 printf 'app:x:49999:\n' >>"$root/etc/group"
 printf 'app:x:49999:49999::/app:/usr/sbin/nologin\n' >>"$root/etc/passwd"
 install -d -o 49999 -g 49999 "$root/app"
-rm -rf "$root/build" "$root/etc/resolv.conf" "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/* "$root"/var/log/*
+rm -rf "$root/build" "$root/etc/resolv.conf" "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/* \
+    "$root"/var/log/*
 
 mkdir -p "$(dirname "$output")"
 tar --numeric-owner --one-file-system --exclude=./dev/* -C "$root" -cf "$part" .

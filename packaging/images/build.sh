@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Builds a framework image under the name by which the agent looks for it: flower-supernode-FRAMEWORK:VERSION, and for base
-# flwr/supernode:VERSION. What goes in is in `versions`.
+# Builds a framework image with the name that the agent uses: flower-supernode-FRAMEWORK:VERSION, or
+# flwr/supernode:VERSION for base. The file `versions` pins the contents.
 #
 #   build.sh base|sklearn|pytorch|tensorflow [cpu|cuda] [docker build's options]
 #
-# pytorch and tensorflow are built with CUDA unless cpu is asked for; the name is the same. From the environment:
+# pytorch and tensorflow include CUDA unless cpu is given; the name is the same. From the
+# environment:
 #   IMAGE                 another name
-#   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_TRUSTED_HOST, http_proxy and its kin
-#                         for pip. `pytorch cpu` needs an index that has PyTorch's +cpu builds, as PyTorch's own has
+#   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_TRUSTED_HOST, http_proxy, https_proxy, no_proxy
+#                         for pip; `pytorch cpu` needs an index with PyTorch's +cpu builds
 set -euo pipefail
 
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -41,7 +42,7 @@ arguments=(--build-arg "BASE=$BASE" --build-arg "FLOWER=$FLOWER" --build-arg "FR
     --build-arg "REQUIREMENTS=$requirements")
 for variable in PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_TRUSTED_HOST \
     http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
-    # The value is docker's to read: a password in it is in no command line.
+    # Without the value, which may contain a password: docker reads it from the environment.
     [ -z "${!variable:-}" ] || arguments+=(--build-arg "$variable")
 done
 exec docker build "${arguments[@]}" --tag "${IMAGE:-$name:$FLOWER}" "$@" - <"$here/Dockerfile"

@@ -1,4 +1,4 @@
 #!/bin/sh
-# Exit 0 only while the SuperNode's container runs; one line says why not. Templates name it as READY_SCRIPT_PATH, by
-# /opt/flower/scripts/health-check.sh, which links here.
+# Exits with 0 while the SuperNode's container runs, else prints one line with the reason. The VM
+# templates set READY_SCRIPT_PATH to /opt/flower/scripts/health-check.sh, a link to this file.
 exec /usr/bin/supernode-agent status --ready

@@ -1,4 +1,4 @@
 #!/bin/sh
-# This VM, checked for the use of its GPU: exit 1 where an ERROR is found; --json for a program.
-# /opt/flower/scripts/validate-gpu.sh links here.
+# Checks whether this VM can use its GPU. Exits with 1 on an ERROR; --json prints JSON.
+# /opt/flower/scripts/validate-gpu.sh is a link to this file.
 exec /usr/bin/supernode-agent check vm "$@"

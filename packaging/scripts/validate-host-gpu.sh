@@ -1,5 +1,5 @@
 #!/bin/sh
-# This KVM host, checked for passing its GPUs through: exit 1 where an ERROR is found; --json for a program.
-# /opt/flower/scripts/validate-host-gpu.sh links here.
-# Copied to a host together with /usr/bin/supernode-agent it needs nothing else of the package.
+# Checks whether this KVM host can pass its GPUs through. Exits with 1 on an ERROR; --json prints
+# JSON. /opt/flower/scripts/validate-host-gpu.sh is a link to this file. A host needs only this file
+# and /usr/bin/supernode-agent.
 exec /usr/bin/supernode-agent check host "$@"

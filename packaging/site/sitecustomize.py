@@ -1,28 +1,29 @@
-"""Makes PyTorch and TensorFlow keep to FL_GPU_MEMORY_FRACTION, in a ClientApp that knows nothing of it.
+"""Applies FL_GPU_MEMORY_FRACTION to PyTorch and TensorFlow in an unmodified ClientApp.
 
-supernode-agent mounts this folder into the container and puts it on PYTHONPATH. Python imports `sitecustomize` at every
-start; nothing is done then but to wait for the first import of a framework, and at the import nothing but to wait until the
-framework itself turns to the GPUs: what forks before that can use CUDA in its children. The limit is soft: CUDA's context
-(some hundred MiB) is not counted.
+supernode-agent mounts this directory into the container and adds it to PYTHONPATH. Python imports
+`sitecustomize` at every start. The hook then waits for the first import of a framework, and after
+that until the framework itself initialises the GPUs, because a process that forks after CUDA is
+initialised cannot use it in its children. The limit is soft: CUDA's context (some hundred MiB) is
+not included.
 """
 
 import os
 import sys
 from importlib.machinery import PathFinder
 
-_FOLDER = os.path.dirname(os.path.abspath(__file__))
+_DIRECTORY = os.path.dirname(os.path.abspath(__file__))
 
 
-def _say(text):
+def _log(text):
     print(f"supernode-agent: {text}", file=sys.stderr, flush=True)
 
 
 def _attempt(name, step, *arguments):
-    """The ClientApp must run all the same, and somebody must hear of it."""
+    """Logs an error of a step instead of raising it: the ClientApp must run."""
     try:
         step(*arguments)
     except Exception as error:
-        _say(f"FL_GPU_MEMORY_FRACTION could not be applied to {name}: {error!r}")
+        _log(f"cannot apply FL_GPU_MEMORY_FRACTION to {name}: {error!r}")
 
 
 def _limit_torch(torch, fraction):
@@ -30,16 +31,20 @@ def _limit_torch(torch, fraction):
         count = torch.cuda.device_count()
         for index in range(count):
             torch.cuda.set_per_process_memory_fraction(fraction, index)
-        _say(f"PyTorch {torch.__version__} takes at most {fraction:g} of the memory of each GPU ({count} of them)")
+        _log(
+            f"PyTorch {torch.__version__}: limited to {fraction:g} of the memory of each GPU"
+            f" ({count} GPUs)"
+        )
 
-    # Runs when CUDA is initialised, or now if it is. What it raises would keep CUDA from coming up.
+    # Runs when CUDA is initialised, or now if it is. An exception would prevent the initialisation.
     torch.cuda._lazy_call(lambda: _attempt("torch", limit))
     if not torch.backends.cuda.is_built():
-        _say(f"PyTorch {torch.__version__} is a build without CUDA: it will not use the GPU")
+        _log(f"PyTorch {torch.__version__}: built without CUDA; it cannot use the GPU")
 
 
 def _limit_tensorflow(tensorflow, _fraction):
-    limits = [int(part) for part in os.environ.get("FL_GPU_MEMORY_LIMITS_MIB", "").split(",") if part]
+    text = os.environ.get("FL_GPU_MEMORY_LIMITS_MIB", "")
+    limits = [int(part) for part in text.split(",") if part]
     config = tensorflow.config
     limited = []
 
@@ -47,27 +52,28 @@ def _limit_tensorflow(tensorflow, _fraction):
         gpus = config.list_physical_devices("GPU")
         for gpu, mib in zip(gpus, limits):
             if mib > 0:
-                config.set_logical_device_configuration(gpu, [config.LogicalDeviceConfiguration(memory_limit=mib)])
+                logical = config.LogicalDeviceConfiguration(memory_limit=mib)
+                config.set_logical_device_configuration(gpu, [logical])
                 limited.append(gpu)
-                _say(f"TensorFlow {tensorflow.__version__} takes at most {mib} MiB of {gpu.name}")
+                _log(f"TensorFlow {tensorflow.__version__}: limited to {mib} MiB of {gpu.name}")
         if not gpus:
-            _say(f"TensorFlow {tensorflow.__version__} sees no GPU")
+            _log(f"TensorFlow {tensorflow.__version__}: no GPU found")
 
-    # A GPU with a limit refuses `set_memory_growth`, which many ClientApps call. It grows all the same: the agent sets
-    # TF_FORCE_GPU_ALLOW_GROWTH.
+    # A GPU with a limit rejects `set_memory_growth`, which many ClientApps call. Memory grows on
+    # demand anyway: the agent sets TF_FORCE_GPU_ALLOW_GROWTH.
     set_memory_growth = config.experimental.set_memory_growth
 
-    def set_memory_growth_where_free(device, enable):
-        config.list_physical_devices("GPU")  # Sets the limits, if nothing has yet.
+    def set_memory_growth_if_unlimited(device, enable):
+        config.list_physical_devices("GPU")  # Applies the limits if they are not yet.
         if device not in limited:
             set_memory_growth(device, enable)
 
-    config.experimental.set_memory_growth = set_memory_growth_where_free
+    config.experimental.set_memory_growth = set_memory_growth_if_unlimited
 
-    # TensorFlow lists its devices before it uses one, and that initialises CUDA.
+    # TensorFlow lists its devices before it uses one; listing initialises CUDA.
     context = getattr(sys.modules.get("tensorflow.python.eager.context"), "Context", None)
     list_devices = getattr(context, "_initialize_physical_devices", None)
-    if list_devices is None:  # A release that is made otherwise inside: better too early than never.
+    if list_devices is None:  # Another internal structure: apply the limits now rather than never.
         limit()
         return
 
@@ -79,8 +85,8 @@ def _limit_tensorflow(tensorflow, _fraction):
     context._initialize_physical_devices = list_devices_and_limit
 
 
-class _Watcher:
-    """A finder that finds nothing by itself: it lets the others find a framework and adds a step after its import."""
+class _ImportHook:
+    """A finder that delegates to the other finders and adds a step after a framework's import."""
 
     steps = {"torch": _limit_torch, "tensorflow": _limit_tensorflow}
 
@@ -112,27 +118,27 @@ class _Watcher:
         loader.exec_module = execute_and_limit
 
 
-def _start():
+def _install():
     text = os.environ.get("FL_GPU_MEMORY_FRACTION", "")
     try:
         fraction = float(text)
     except ValueError:
         return
     if 0 < fraction <= 1:
-        sys.meta_path.insert(0, _Watcher(fraction))
+        sys.meta_path.insert(0, _ImportHook(fraction))
 
 
-def _run_the_next_sitecustomize():
-    """The image's own sitecustomize, which ours hides, runs as if ours were not there."""
-    others = [entry for entry in sys.path if os.path.abspath(entry or os.curdir) != _FOLDER]
+def _run_next_sitecustomize():
+    """Runs the sitecustomize of the image, which this one hides."""
+    others = [entry for entry in sys.path if os.path.abspath(entry or os.curdir) != _DIRECTORY]
     spec = PathFinder.find_spec("sitecustomize", others)
     if spec is None or spec.loader is None:
         return
-    import importlib.util  # A millisecond, for the few images that have one.
+    import importlib.util  # Takes a millisecond, and few images need it.
 
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
 
-_start()
-_run_the_next_sitecustomize()
+_install()
+_run_next_sitecustomize()

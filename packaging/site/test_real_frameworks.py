@@ -1,4 +1,4 @@
-"""The site hook with real frameworks that have no GPU: the last calls, into CUDA, are observed instead."""
+"""Runs the site hook with real frameworks without a GPU and records the calls into CUDA."""
 
 import os
 import pathlib
@@ -11,7 +11,11 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 def run(framework, *arguments, **env):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "FL_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "FL_"))
+    }
     command = [HERE / "with-framework.sh", framework, *arguments]
     return subprocess.run(command, env={**kept, **env}, capture_output=True, text=True, timeout=900)
 
@@ -31,43 +35,49 @@ class RealFramework(unittest.TestCase):
         raise unittest.SkipTest(reason)
 
     def python(self, program, **env):
-        done = run(self.framework, "-c", textwrap.dedent(program), FL_GPU_MEMORY_FRACTION="0.25", **env)
+        program = textwrap.dedent(program)
+        done = run(self.framework, "-c", program, FL_GPU_MEMORY_FRACTION="0.25", **env)
         self.assertEqual(done.returncode, 0, done.stderr)
-        said = [line for line in done.stderr.splitlines() if line.startswith("supernode-agent: ")]
-        return done.stdout.splitlines(), said
+        logged = [line for line in done.stderr.splitlines() if line.startswith("supernode-agent: ")]
+        return done.stdout.splitlines(), logged
 
 
 class Torch(RealFramework):
     framework = "torch"
 
-    def test_cuda_begins_with_the_limit_of_each_gpu(self):
-        printed, said = self.python(
+    def test_torch_limits_each_gpu_when_cuda_initialises(self):
+        printed, logged = self.python(
             """
             import torch
             print(torch.cuda.is_initialized(), float(torch.ones(2).sum()))
             torch._C._cuda_getDeviceCount = torch.cuda.device_count = lambda: 2
-            torch._C._cuda_init = lambda: print("CUDA begins")
-            torch._C._cuda_setMemoryFraction = lambda fraction, index: print(f"GPU {index}: {fraction}")
+            torch._C._cuda_init = lambda: print("CUDA initialises")
+            def set_memory_fraction(fraction, index):
+                print(f"GPU {index}: {fraction}")
+            torch._C._cuda_setMemoryFraction = set_memory_fraction
             torch.cuda._cudart = object()
             torch.cuda.init()
             print(torch.cuda.is_initialized())
             """
         )
-        self.assertEqual(printed, ["False 2.0", "CUDA begins", "GPU 0: 0.25", "GPU 1: 0.25", "True"])
-        self.assertIn("is a build without CUDA", said[0])
-        self.assertIn("takes at most 0.25 of the memory of each GPU (2 of them)", said[1])
+        self.assertEqual(
+            printed, ["False 2.0", "CUDA initialises", "GPU 0: 0.25", "GPU 1: 0.25", "True"]
+        )
+        self.assertIn("built without CUDA", logged[0])
+        self.assertIn("limited to 0.25 of the memory of each GPU (2 GPUs)", logged[1])
 
 
 class TensorFlow(RealFramework):
     framework = "tensorflow"
 
-    def test_the_options_for_cuda_have_the_limit_of_each_gpu_and_growth_is_no_error(self):
-        printed, said = self.python(
+    def test_tensorflow_limits_each_gpu_and_accepts_growth(self):
+        printed, logged = self.python(
             """
             import tensorflow
             from tensorflow.python.eager import context
             print("listed at import:", context.context()._physical_devices)
-            context.pywrap_tfe.TF_ListPhysicalDevices = lambda: [b"/physical_device:GPU:0", b"/physical_device:GPU:1"]
+            names = [b"/physical_device:GPU:0", b"/physical_device:GPU:1"]
+            context.pywrap_tfe.TF_ListPhysicalDevices = lambda: names
             for gpu in tensorflow.config.list_physical_devices("GPU"):
                 tensorflow.config.experimental.set_memory_growth(gpu, True)
             options = context.context().config.gpu_options
@@ -76,17 +86,19 @@ class TensorFlow(RealFramework):
             FL_GPU_MEMORY_LIMITS_MIB="20480,11517",
         )
         self.assertEqual(printed, ["listed at import: None", "[[20480.0], [11517.0]]"])
-        self.assertEqual([line.partition(" takes at most ")[2] for line in said],
-                         ["20480 MiB of /physical_device:GPU:0", "11517 MiB of /physical_device:GPU:1"])
+        self.assertEqual(
+            [line.partition(": limited to ")[2] for line in logged],
+            ["20480 MiB of /physical_device:GPU:0", "11517 MiB of /physical_device:GPU:1"],
+        )
 
-    def test_without_a_gpu_it_computes_and_says_so_once(self):
-        printed, said = self.python(
-            "import tensorflow; print(float(tensorflow.reduce_sum(tensorflow.constant([1.0, 2.0]))))",
+    def test_tensorflow_without_gpu_runs_and_logs_once(self):
+        printed, logged = self.python(
+            "import tensorflow as tf; print(float(tf.reduce_sum(tf.constant([1.0, 2.0]))))",
             FL_GPU_MEMORY_LIMITS_MIB="20480",
         )
         self.assertEqual(printed, ["3.0"])
-        self.assertEqual(len(said), 1)
-        self.assertIn("sees no GPU", said[0])
+        self.assertEqual(len(logged), 1)
+        self.assertIn("no GPU found", logged[0])
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# The Flower SuperNode for the appliance frame of OpenNebula/one-apps (/etc/one-appliance/service sources this file).
+# Flower SuperNode for the appliance framework of OpenNebula/one-apps, sourced by
+# /etc/one-appliance/service.
 #
-# Once, when the image is built, it installs Docker, supernode-agent, a Flower image and, where asked, NVIDIA's driver and
-# container toolkit. At boot there is nothing left to do: flower-supernode.service reads the context and runs the node, and
-# this only waits for it and writes the report.
+# The image build installs Docker, supernode-agent, a Flower image and optionally the NVIDIA driver
+# and the NVIDIA Container Toolkit. At boot flower-supernode.service reads the context and runs the
+# node; this script only waits for it and writes the report.
 #
 # From the environment of the build:
-#   SUPERNODE_AGENT_DEB   the package (/opt/one-appliance/supernode-agent.deb)
-#   FLOWER_VERSION        what the Flower image has (1.31.0)
-#   NVIDIA=YES            driver and container toolkit as well (Debian)
-# shellcheck disable=SC2034  # The frame reads what is set here.
+#   SUPERNODE_AGENT_DEB   package (/opt/one-appliance/supernode-agent.deb)
+#   FLOWER_VERSION        Flower release of the image (1.31.0)
+#   NVIDIA=YES            also installs the NVIDIA driver and the NVIDIA Container Toolkit (Debian)
+# shellcheck disable=SC2034  # The framework reads the variables.
 
-# At each boot, and when the context changes, the frame goes through configure and bootstrap again.
+# The framework runs configure and bootstrap again at each boot and when the context changes.
 ONE_SERVICE_RECONFIGURABLE=true
 
 # from the table of variables, agent/src/config/variables.rs
@@ -43,9 +44,10 @@ ONE_SERVICE_PARAMS=(
 UNIT=flower-supernode.service
 
 service_install() {
-    local package=${SUPERNODE_AGENT_DEB:-/opt/one-appliance/supernode-agent.deb} version=${FLOWER_VERSION:-1.31.0}
+    local package=${SUPERNODE_AGENT_DEB:-/opt/one-appliance/supernode-agent.deb}
+    local version=${FLOWER_VERSION:-1.31.0}
     if [ ! -s "$package" ]; then
-        msg error "there is no package at $package: build it (make deb) and name it by SUPERNODE_AGENT_DEB"
+        msg error "no package at $package: run make deb and set SUPERNODE_AGENT_DEB to its result"
         return 1
     fi
     export DEBIAN_FRONTEND=noninteractive
@@ -56,9 +58,9 @@ service_install() {
         install_nvidia
     fi
     msg info "supernode-agent"
-    # The machine that builds is no node.
+    # Do not start the node in the build VM.
     systemctl mask --runtime "$UNIT"
-    # apt takes a file for one only by a path with a slash. Its user, _apt, may not read the folder, which is no harm.
+    # apt treats an argument with a slash as a file. That its user _apt cannot read it is harmless.
     apt-get install -q -y --no-install-recommends "$(realpath "$package")"
     rm -f "$package"
     msg info "Flower $version"
@@ -71,25 +73,30 @@ service_install() {
     rm -rf /var/lib/apt/lists/*
 }
 
-# As the agent's own fixes for driver-not-loaded and runtime-missing tell it.
+# The same commands as the agent's fixes for driver-not-loaded and runtime-missing.
 install_nvidia() {
-    local archive=https://nvidia.github.io/libnvidia-container key=/etc/apt/keyrings/nvidia-container-toolkit.asc
+    local archive=https://nvidia.github.io/libnvidia-container
+    local key=/etc/apt/keyrings/nvidia-container-toolkit.asc
     local list=/etc/apt/sources.list.d/nvidia-container-toolkit.list
-    msg info "NVIDIA's driver and container toolkit"
-    find /etc/apt -name '*.sources' -exec sed -i 's/^Components:.*/Components: main contrib non-free non-free-firmware/' {} +
-    find /etc/apt -name '*.list' -exec sed -i '/^deb /s/ main.*/ main contrib non-free non-free-firmware/' {} +
+    msg info "NVIDIA driver and NVIDIA Container Toolkit"
+    local components='main contrib non-free non-free-firmware'
+    find /etc/apt -name '*.sources' -exec sed -i "s/^Components:.*/Components: $components/" {} +
+    find /etc/apt -name '*.list' -exec sed -i "/^deb /s/ main.*/ $components/" {} +
     install -d -m 0755 /etc/apt/keyrings
     curl -fsSL "$archive/gpgkey" -o "$key"
-    # shellcheck disable=SC2016  # apt puts the architecture there.
+    # shellcheck disable=SC2016  # apt expands ARCH.
     echo "deb [signed-by=$key] $archive/stable/deb/\$(ARCH) /" >"$list"
     chmod 0644 "$key" "$list"
     apt-get update -q
-    apt-get install -q -y --no-install-recommends linux-headers-amd64 nvidia-driver nvidia-persistenced nvidia-container-toolkit
+    apt-get install -q -y --no-install-recommends \
+        linux-headers-amd64 nvidia-driver nvidia-persistenced nvidia-container-toolkit
 }
 
 service_configure() {
-    # At boot the node runs by now, and reads the same again; after onevm updateconf it reads what is new.
-    systemctl reload-or-restart "$UNIT" || msg warning "$UNIT did not start; journalctl -u $UNIT tells why"
+    # At boot the node already runs and reads the same context again; after onevm updateconf it
+    # reads the new one.
+    systemctl reload-or-restart "$UNIT" ||
+        msg warning "$UNIT did not start: see journalctl -u $UNIT"
     write_report
 }
 
@@ -109,14 +116,14 @@ service_bootstrap() {
 service_help() {
     default_service_help
     echo
-    echo 'supernode-agent variables explains the parameters, supernode-agent status shows the node.'
+    echo 'Parameters: supernode-agent variables. State of the node: supernode-agent status.'
 }
 
 service_cleanup() {
     :
 }
 
-# No secret is in what the agent shows of itself.
+# The output of the agent contains no secrets.
 write_report() {
     {
         echo '[Flower SuperNode]'

@@ -1,11 +1,11 @@
 require_relative '../../../lib/community/app_handler'
 
-# What every SuperNode appliance is certified for. The SuperLink of metadata.yaml does not answer: the node runs all the same
-# and tries again for ever.
+# Certification tests of every SuperNode appliance. The SuperLink of metadata.yaml does not answer;
+# the node runs and retries forever.
 describe 'Appliance Certification' do
     include_context('vm_handler')
 
-    # Asks until the answer is a wanted one, or the time is over.
+    # Repeats the command until its output matches or the time is over; returns the last output.
     def answer_of(command, wanted, seconds)
         limit = Time.now + seconds
         loop do
@@ -17,7 +17,8 @@ describe 'Appliance Certification' do
     end
 
     it 'flower-supernode service is active' do
-        expect(answer_of('systemctl is-active flower-supernode.service', /\Aactive\z/, 600)).to eq('active')
+        answer = answer_of('systemctl is-active flower-supernode.service', /\Aactive\z/, 600)
+        expect(answer).to eq('active')
     end
 
     it 'docker service is running' do
@@ -25,10 +26,12 @@ describe 'Appliance Certification' do
     end
 
     it 'flower-supernode container is running' do
-        expect(answer_of("docker inspect -f '{{.State.Running}}' flower-supernode", /\Atrue\z/, 120)).to eq('true')
+        running = "docker inspect -f '{{.State.Running}}' flower-supernode"
+        answer = answer_of(running, /\Atrue\z/, 120)
+        expect(answer).to eq('true')
     end
 
-    # The unit is the package's.
+    # Installed by the package.
     it 'flower-supernode systemd unit file exists' do
         @info[:vm].ssh('systemctl cat flower-supernode.service').expect_success
     end
@@ -38,6 +41,7 @@ describe 'Appliance Certification' do
     end
 
     it 'check oneapps motd' do
-        expect(answer_of('cat /etc/motd', /All set and ready to serve/, 600)).to include('All set and ready to serve')
+        answer = answer_of('cat /etc/motd', /All set and ready to serve/, 600)
+        expect(answer).to include('All set and ready to serve')
     end
 end

@@ -1,7 +1,7 @@
 require 'json'
 require_relative '../../../lib/community/app_handler'
 
-# What supernode-agent promises beyond that.
+# Behaviour of supernode-agent beyond the certification tests.
 describe 'supernode-agent' do
     include_context('vm_handler')
 
@@ -17,13 +17,13 @@ describe 'supernode-agent' do
         ssh(command).stdout.to_s.strip
     end
 
-    # The first test to run waits for the others as well.
+    # Waits once, before the first test.
     before(:all) do
         limit = Time.now + 600
         sleep 5 until @info[:vm].ssh('supernode-agent status --ready').success? || Time.now > limit
     end
 
-    it 'says that the node is ready' do
+    it 'reports that the node is ready' do
         ssh('supernode-agent status --ready').expect_success
         ssh('/opt/flower/scripts/health-check.sh').expect_success
     end
@@ -33,13 +33,15 @@ describe 'supernode-agent' do
         expect(arguments.join(' ')).to include(APP_CONTEXT_PARAMS[:FL_SUPERLINK_ADDRESS])
     end
 
-    it 'warns of no GPU where none was asked for' do
-        expect(output_of('journalctl -b -u flower-supernode -p warning -o cat')).not_to include('No usable GPU')
+    it 'logs no GPU warning if the GPU is not enabled' do
+        warnings = output_of('journalctl -b -u flower-supernode -p warning -o cat')
+        expect(warnings).not_to include('No usable GPU')
     end
 
-    it 'finds configuration, Docker and image as they should be' do
+    it 'finds no fault in configuration, Docker and image' do
         checks = JSON.parse(output_of('supernode-agent check vm --json'))['checks']
-        ours = checks.select { |check| %w[settings configuration docker image].include?(check['id']) }
+        ids = %w[settings configuration docker image]
+        ours = checks.select { |check| ids.include?(check['id']) }
         expect(ours.reject { |check| check['level'] == 'OK' }).to eq([])
     end
 
@@ -53,19 +55,21 @@ describe 'supernode-agent' do
         expect(output_of("journalctl -b -o cat | grep -c 'ordering cycle'")).to eq('0')
     end
 
-    it 'leaves the container alone when the agent is killed' do
+    it 'does not touch the container when the agent is killed' do
         container = output_of("docker inspect -f '{{.Id}} {{.State.StartedAt}}' flower-supernode")
         agent = main_pid
         ssh('systemctl kill --kill-whom=main --signal=KILL flower-supernode.service').expect_success
         limit = Time.now + 120
         sleep 5 until [agent, '0'].none?(main_pid) || Time.now > limit
         expect(main_pid).not_to eq(agent)
-        expect(output_of("docker inspect -f '{{.Id}} {{.State.StartedAt}}' flower-supernode")).to eq(container)
+        same = output_of("docker inspect -f '{{.Id}} {{.State.StartedAt}}' flower-supernode")
+        expect(same).to eq(container)
     end
 
     it 'stops the container with the unit, and starts it again' do
         ssh('systemctl stop flower-supernode.service').expect_success
-        expect(output_of("docker inspect -f '{{.State.Running}}' flower-supernode")).not_to eq('true')
+        running = output_of("docker inspect -f '{{.State.Running}}' flower-supernode")
+        expect(running).not_to eq('true')
         ssh('systemctl start flower-supernode.service').expect_success
         ssh('supernode-agent status --ready').expect_success
     end

@@ -9,7 +9,7 @@ packer {
 
 source "null" "null" { communicator = "none" }
 
-# On the machine that builds: the context of the build VM, and the package.
+# Runs on the build machine: creates the context of the build VM and downloads the package.
 build {
   sources = ["source.null.null"]
 
@@ -55,7 +55,7 @@ source "qemu" "flower-supernode" {
     ["-serial", "stdio"],
     ["-cpu", "host"],
     ["-cdrom", "${var.input_dir}/${var.appliance_name}-context.iso"],
-    # The address is the one of gen_context.
+    # The MAC address in gen_context.
     ["-netdev", "user,id=net0,hostfwd=tcp::{{ .SSHHostPort }}-:22"],
     ["-device", "virtio-net-pci,netdev=net0,mac=00:11:22:33:44:55"],
   ]
@@ -73,7 +73,7 @@ build {
   provisioner "shell" {
     inline_shebang = "/bin/bash -e"
     inline = [
-      # What gen_context opened for this build.
+      # Undo the SSH access that gen_context enabled for the build.
       "rm /etc/ssh/sshd_config.d/00-build.conf",
       "printf '%s\\n' 'PasswordAuthentication no' 'PermitRootLogin prohibit-password' >/etc/ssh/sshd_config.d/10-appliance.conf",
       "install -d -m 0750 /etc/one-appliance /etc/one-appliance/{service.d,lib}",

@@ -1,4 +1,4 @@
-# What build.sh of one-apps gives.
+# Set by build.sh of one-apps.
 variable "appliance_name" { type = string }
 variable "distro" {
   type    = string
@@ -10,15 +10,15 @@ variable "output_dir" { type = string }
 variable "headless" { type = bool }
 variable "arch" { type = string }
 
-# What the builder gives, as PKR_VAR_supernode_agent_url and so on.
+# Set by the operator, as PKR_VAR_supernode_agent_url and so on.
 variable "supernode_agent_url" {
   type        = string
-  description = "the package of supernode-agent, https:// or file://"
+  description = "URL of the supernode-agent package, https:// or file://"
 }
 
 variable "supernode_agent_sha256" {
   type        = string
-  description = "its sha256"
+  description = "SHA-256 of the package"
 }
 
 variable "flower_version" {
@@ -29,5 +29,5 @@ variable "flower_version" {
 variable "nvidia" {
   type        = string
   default     = "NO"
-  description = "YES: NVIDIA's driver and container toolkit as well"
+  description = "YES: also installs the NVIDIA driver and the NVIDIA Container Toolkit"
 }
