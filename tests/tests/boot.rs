@@ -69,10 +69,10 @@ fn boot_without_gpu_logs_one_warning_and_runs_on_cpu() {
     says(
         &boot,
         &[
-            "Status: \"Running on the CPU: gpu-not-passed-through: OpenNebula passed 0000:01:00.0",
+            "Status: \"Running on the CPU: gpu-not-passed-through: OpenNebula assigned 0000:01:00.0",
             "runs true on runc",
             "Subject: No usable GPU: gpu-not-passed-through",
-            "Found on this machine: OpenNebula passed 0000:01:00.0",
+            "Found on this machine: OpenNebula assigned 0000:01:00.0",
             "READY=YES",
             "Device     cpu: gpu-not-passed-through",
         ],

@@ -102,46 +102,46 @@ const GPU: &str = "0000:01:00.0";
 
 /// What sysfs shows: found before NVML is asked.
 fn on_the_bus() -> Vec<Cause> {
-    let passed = "OpenNebula passed 0000:01:00.0 to this VM";
+    let assigned = "OpenNebula assigned 0000:01:00.0 to this VM";
     let nic = || Sysfs::new().device(GPU, "0x8086", "0x020000", Some("igb"));
-    let screen = || Sysfs::new().device("0000:00:02.0", "0x1234", "0x030000", Some("bochs-drm"));
+    let display = || Sysfs::new().device("0000:00:02.0", "0x1234", "0x030000", Some("bochs-drm"));
     vec![
         Cause::on_bus(
             "gpu-not-present",
             "nothing assigned, no GPU on the bus",
             &[
-                "passed no GPU",
+                "assigned no GPU",
                 "2 PCI devices",
                 "0000:00:02.0 (1234:20f1, class 0300, driver bochs-drm)",
             ],
-            screen,
+            display,
             &[("PCI0_ADDRESS", "")],
         ),
         Cause::on_bus(
             "gpu-not-present",
             "a PCI NIC assigned as a NIC (PCI0_MAC), and no GPU",
-            &["passed no GPU"],
+            &["assigned no GPU"],
             nic,
             &[("PCI0_MAC", "02:00:00:00:00:01")],
         ),
         Cause::on_bus(
             "gpu-not-passed-through",
             "assigned, and nothing at that address",
-            &[passed, "no device at that address"],
+            &[assigned, "no device at that address"],
             Sysfs::new,
             &[],
         ),
         Cause::on_bus(
             "gpu-not-passed-through",
             "assigned, and a NIC at that address",
-            &[passed, "not an NVIDIA GPU (8086:20f1, class 0200, driver igb)"],
+            &[assigned, "not an NVIDIA GPU (8086:20f1, class 0200, driver igb)"],
             nic,
             &[],
         ),
         Cause::on_bus(
             "gpu-not-passed-through",
             "two assigned, and nothing at either address",
-            &[passed, "0000:21:00.0"],
+            &[assigned, "0000:21:00.0"],
             Sysfs::new,
             &[("PCI1_ADDRESS", "21:00.0")],
         ),
@@ -149,7 +149,7 @@ fn on_the_bus() -> Vec<Cause> {
             "driver-not-loaded",
             "a GPU without a driver",
             &[
-                "no driver is bound to the GPU 0000:01:00.0 (10de:20f1, class 0302)",
+                "no driver is bound to GPU 0000:01:00.0 (10de:20f1, class 0302)",
                 "module is not loaded",
             ],
             || Sysfs::new().gpu(GPU),
@@ -157,14 +157,14 @@ fn on_the_bus() -> Vec<Cause> {
         ),
         Cause::on_bus(
             "driver-not-loaded",
-            "a GPU that the loaded module has not taken",
-            &[GPU, "module 550.54.15 is loaded and has not taken it"],
+            "a GPU that the loaded module did not bind",
+            &[GPU, "module 550.54.15 is loaded but did not bind it"],
             || Sysfs::new().gpu(GPU).module("550.54.15"),
             &[],
         ),
         Cause::on_bus(
             "driver-not-loaded",
-            "a module that is still coming when the wait ends",
+            "a module that is still loading when the wait ends",
             &[GPU, "still coming"],
             || Sysfs::new().gpu(GPU).module_in_state("550.54.15", "coming"),
             &[],
@@ -173,8 +173,8 @@ fn on_the_bus() -> Vec<Cause> {
             "driver-not-loaded",
             "no module for the kernel, no headers, Secure Boot on",
             &[
-                "none is installed for the kernel 6.1.0-37-amd64",
-                "headers of the kernel 6.1.0-37-amd64",
+                "no module is installed for kernel 6.1.0-37-amd64",
+                "headers of kernel 6.1.0-37-amd64",
                 "Secure Boot is on",
             ],
             |_, vm| {
@@ -185,9 +185,10 @@ fn on_the_bus() -> Vec<Cause> {
         ),
         Cause::new(
             "driver-not-loaded",
-            "DKMS has built the module for the kernel of before",
+            "DKMS built the module for the previous kernel",
             &[
-                "DKMS has nvidia-current 535.261.03 and has built none for the kernel 6.1.0-38-amd64; the headers",
+                "DKMS has the source nvidia-current 535.261.03 \
+                 but no module built for kernel 6.1.0-38-amd64; the headers",
             ],
             |_, vm| {
                 vm.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
@@ -197,8 +198,8 @@ fn on_the_bus() -> Vec<Cause> {
         ),
         Cause::new(
             "driver-not-loaded",
-            "a module for the kernel, not loaded",
-            &["one is installed for the kernel 6.8.0-60-generic"],
+            "a module that is installed but not loaded",
+            &["a module is installed for kernel 6.8.0-60-generic"],
             |_, vm| {
                 vm.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
                 let list = "kernel/nvidia-570-server/nvidia.ko:\n";
@@ -251,8 +252,8 @@ fn of_the_choice() -> Vec<Cause> {
         ),
         Cause::new(
             "device-selection-empty",
-            "a card in MIG mode without an instance",
-            &[GPU_A, "in MIG mode, without an instance"],
+            "a GPU in MIG mode without instances",
+            &[GPU_A, "MIG mode, no instances"],
             |_, vm| {
                 let mut machine = one_gpu();
                 machine["gpus"][0]["mig"] = json!([]);
@@ -279,25 +280,25 @@ fn of_the_library() -> Vec<Cause> {
     };
     vec![
         Cause::of_file(missing, "no library", &["it is not installed", GPU, "550.54.15"], |_| None),
-        Cause::of_file(missing, "10 bytes of a library", &["it is cut off: 10 of"], |whole| {
+        Cause::of_file(missing, "10 bytes of a library", &["it is truncated: 10 of"], |whole| {
             Some(whole[..10].to_vec())
         }),
         Cause::of_file(
             missing,
-            "12 KiB of a library: who maps it dies by SIGBUS",
-            &["it is cut off: 12288 of"],
+            "12 KiB of a library: mapping it raises SIGBUS",
+            &["it is truncated: 12288 of"],
             |whole| Some(whole[..3 * 4096].to_vec()),
         ),
-        Cause::of_file(missing, "an empty file", &["it is cut off: 0 of"], |_| Some(Vec::new())),
+        Cause::of_file(missing, "an empty file", &["it is truncated: 0 of"], |_| Some(Vec::new())),
         Cause::of_file(missing, "a text", &["no ELF header"], |_| Some(vec![b'#'; 200])),
         // EI_CLASS, and e_machine: ARM.
-        Cause::of_file(missing, "a 32-bit library", &["another machine (32 bits"], |whole| {
+        Cause::of_file(missing, "a 32-bit library", &["another architecture (32 bits"], |whole| {
             Some(with_byte(whole, 4, 1))
         }),
         Cause::of_file(
             missing,
             "a library for ARM",
-            &["another machine (64 bits, ELF machine 40)"],
+            &["another architecture (64 bits, ELF machine 40)"],
             |whole| Some(with_byte(whole, 18, 40)),
         ),
         Cause::new(
@@ -311,7 +312,7 @@ fn of_the_library() -> Vec<Cause> {
         Cause::new(
             "driver-library-mismatch",
             "a library 560.35.03 beside a module 550.54.15",
-            &["the library is 560.35.03", "kernel module is 550.54.15"],
+            &["the library has version 560.35.03", "kernel module 550.54.15"],
             |_, vm| {
                 vm.nvml(&json!({"fail": {"nvmlInit_v2": 18}}));
                 let file = vm.path("libnvidia-ml.so.560.35.03");
@@ -348,7 +349,7 @@ fn of_the_library() -> Vec<Cause> {
         Cause::of_library(
             "gpu-count-zero",
             "a driver that counts no GPU",
-            &["driver 550.54.15 is loaded and sees no GPU", GPU],
+            &["driver 550.54.15 is loaded but reports no GPU", GPU],
             json!({"gpus": []}),
         ),
         Cause::of_library(
@@ -359,8 +360,8 @@ fn of_the_library() -> Vec<Cause> {
         ),
         Cause::of_library(
             "gpu-unhealthy",
-            "a row that could not be remapped",
-            &[GPU_A, GPU, "could not be remapped"],
+            "a failed row remapping",
+            &[GPU_A, GPU, "row remapping failed"],
             sick("remap_failed", json!(true)),
         ),
         Cause::of_library(

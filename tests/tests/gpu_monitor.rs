@@ -202,7 +202,7 @@ fn fatal_xid_warns_with_meaning_and_falls_back_to_cpu() {
     let begun = Instant::now();
     node.fire(79);
     node.wait_for_failure(begun, "while running: XID 79");
-    node.assert_fell_back(&["XID 79: the GPU has fallen off the bus", "NVIDIA A100"]);
+    node.assert_fell_back(&["XID 79: GPU has fallen off the bus", "NVIDIA A100"]);
     // The agent dies; the next one keeps the node where it is, and says why.
     let before = node.id();
     node.agent.kill9();

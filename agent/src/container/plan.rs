@@ -434,7 +434,7 @@ mod tests {
 
     #[test]
     fn retries_of_0_are_left_out_for_flower_reads_0_as_once() {
-        let cpu = Verdict::not_wanted();
+        let cpu = Verdict::gpu_not_enabled();
         let args = |context: &str| spec(context, &cpu, &GpuInjection::Runtime).args;
         assert_eq!(
             args("FL_MAX_RETRIES='0'\nFL_MAX_WAIT_TIME='0'\n"),
@@ -499,21 +499,25 @@ mod tests {
         assert_eq!(free.env["TF_FORCE_GPU_ALLOW_GROWTH"], "true");
         assert_eq!(free.env["XLA_PYTHON_CLIENT_PREALLOCATE"], "false");
         assert!(!free.env.contains_key("PYTHONPATH") && free.mounts.len() == 1);
-        let on_cpu =
-            spec("FL_GPU_MEMORY_FRACTION='0.5'\n", &Verdict::not_wanted(), &GpuInjection::Runtime);
+        let on_cpu = spec(
+            "FL_GPU_MEMORY_FRACTION='0.5'\n",
+            &Verdict::gpu_not_enabled(),
+            &GpuInjection::Runtime,
+        );
         assert!(!on_cpu.env.contains_key("PYTHONPATH") && on_cpu.mounts.len() == 1);
     }
 
     #[test]
     fn the_hash_is_of_everything_but_the_labels_and_the_same_in_every_release() {
-        let cpu = spec("", &Verdict::not_wanted(), &GpuInjection::Runtime);
+        let cpu = spec("", &Verdict::gpu_not_enabled(), &GpuInjection::Runtime);
         let finding = Finding::new(Reason::GpuLost, "x");
         let fallback = spec("", &Verdict::cpu(finding), &GpuInjection::Runtime);
         assert_eq!(cpu.hash(), fallback.hash());
         assert_eq!(fallback.labels[REASON_LABEL], "gpu-lost");
         assert_ne!(
             cpu.hash(),
-            spec("FL_LOG_LEVEL='DEBUG'\n", &Verdict::not_wanted(), &GpuInjection::Runtime).hash()
+            spec("FL_LOG_LEVEL='DEBUG'\n", &Verdict::gpu_not_enabled(), &GpuInjection::Runtime)
+                .hash()
         );
         // Another hash for the same wish makes every node replace its container at the next
         // upgrade: think twice.
@@ -531,7 +535,7 @@ mod tests {
             let image = wanted_image(&config);
             plan_container(
                 &config,
-                &Verdict::not_wanted(),
+                &Verdict::gpu_not_enabled(),
                 &GpuInjection::Runtime,
                 None,
                 &image,
@@ -561,7 +565,7 @@ mod tests {
     #[test]
     fn people_see_the_specification_without_the_secrets_of_the_node_configuration() {
         let context = "FL_SUPERLINK_ADDRESS='h:1'\nFL_NODE_CONFIG='site=1 token=\"hunter2\"'\n";
-        let spec = spec(context, &Verdict::not_wanted(), &GpuInjection::Runtime);
+        let spec = spec(context, &Verdict::gpu_not_enabled(), &GpuInjection::Runtime);
         let node_config = NodeConfig::parse("site=1 token=\"hunter2\"").unwrap();
         let mut expected = spec.clone();
         let secret =
@@ -579,7 +583,7 @@ mod tests {
             let machine = Machine { memory_mib, ..Machine::default() };
             let mut settings = Settings::default();
             settings.container.shm_size_mib = shm_size_mib;
-            let (verdict, image) = (Verdict::not_wanted(), wanted_image(&config));
+            let (verdict, image) = (Verdict::gpu_not_enabled(), wanted_image(&config));
             plan_container(
                 &config,
                 &verdict,

@@ -1,6 +1,6 @@
-//! The watcher, from inside: the child process that listens to the driver's events for the GPUs in
-//! use, looks after their health, and prints a line of JSON for what it finds. A heartbeat tells
-//! that no call hangs. See [`crate::supervisor::gpu_monitor`] for the outside.
+//! Child side of the GPU monitor: waits for NVML events of the GPUs in use, checks their health
+//! periodically, and prints each result as one line of JSON. A periodic heartbeat shows that no NVML
+//! call hangs. The parent side is [`crate::supervisor::gpu_monitor`].
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -16,92 +16,92 @@ use nvml_wrapper::struct_wrappers::event::EventData;
 use nvml_wrapper::{EventSet, Nvml};
 use serde::{Deserialize, Serialize};
 
-use crate::gpu::nvml_library::LibraryFile;
-use crate::gpu::probe_child::{self, Fault};
+use super::nvml_error::Fault;
+use super::nvml_library::LibraryFile;
+use super::probe_child;
 
-/// How often health is looked after; with every look comes a heartbeat.
-pub(super) const ROUND: Duration = Duration::from_secs(5);
-/// A call that fails may succeed the next time: so many looks in a row make a fault of it.
-const ROUNDS_TO_A_FAULT: u32 = 2;
-/// The file of a library that is replaced is away for a moment.
-const ROUNDS_TO_A_LOSS: u32 = 3;
-/// What repeats itself is counted, and told this often.
-const COUNT_PERIOD: Duration = Duration::from_secs(60);
-/// More kinds of events than all GPUs of a machine have: beyond them nothing is remembered.
-const MAX_KINDS: usize = 1024;
+/// Interval of the health check and the heartbeat.
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
+/// Failed checks in a row before a fault is reported: a failed call may be transient.
+const FAILURE_THRESHOLD: u32 = 2;
+/// Checks in a row without the library file before its loss is reported: an upgrade replaces it.
+const LIBRARY_LOSS_THRESHOLD: u32 = 3;
+/// Interval in which repeated events are reported as a count.
+const REPEAT_INTERVAL: Duration = Duration::from_secs(60);
+/// Bound for the events that are counted, more than all GPUs of a machine can have.
+const MAX_EVENT_KINDS: usize = 1024;
 
-/// What the child says, a line each.
+/// A message of the child: one line of JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MonitorMessage {
-    /// It has begun.
-    Watching {
-        /// Devices that give no events: only their health is looked after.
+    /// Monitoring has started.
+    Started {
+        /// UUIDs of devices without NVML events, whose health alone is checked.
         unsupported: Vec<String>,
     },
-    /// It goes on.
+    /// The child is responsive.
     Heartbeat,
-    /// How a device is doing.
+    /// Metrics of a device.
     Reading {
-        /// The device.
+        /// UUID of the device.
         uuid: String,
-        /// The figures.
+        /// The metrics.
         reading: Reading,
     },
-    /// The driver told of an event.
+    /// An NVML event.
     Event {
-        /// The device.
+        /// UUID of the device.
         uuid: String,
         /// The XID; `None` for a double-bit ECC error without one.
         xid: Option<u64>,
-        /// How often, since it was told last.
-        times: u64,
+        /// Number of occurrences since the last report.
+        count: u64,
     },
-    /// A call fails in a way that makes the device unusable.
+    /// A failed call that makes the device unusable.
     Fault {
-        /// The device.
+        /// UUID of the device.
         uuid: String,
-        /// The call.
+        /// The failed call.
         fault: Fault,
     },
-    /// NVML reports hardware faults.
+    /// Hardware faults of a device.
     Unhealthy {
-        /// The device.
+        /// UUID of the device.
         uuid: String,
         /// The faults.
         health_issues: Vec<String>,
     },
-    /// The file of the library is not there any more.
-    LibraryGone {
-        /// Where it was.
+    /// The library file was removed.
+    LibraryRemoved {
+        /// Its former path.
         path: String,
     },
-    /// NVML could not be opened.
+    /// NVML cannot be loaded or initialised; the child exits.
     Failed {
-        /// How.
+        /// The failed call.
         fault: Fault,
     },
 }
 
-/// What NVML measures of a device. Not every one gives every figure: a MIG instance has memory and
-/// nothing else.
+/// Metrics of a device. Not every device has all of them: a MIG instance has memory only.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reading {
-    /// The share of the last sample period in which it worked, 0 to 100.
+    /// GPU utilization in the last sample period, in percent.
     pub utilization_percent: Option<u32>,
-    /// Memory in use.
+    /// Used memory.
     pub memory_used_bytes: Option<u64>,
-    /// All memory.
+    /// Total memory.
     pub memory_total_bytes: Option<u64>,
-    /// Temperature of the chip.
+    /// GPU temperature.
     pub temperature_celsius: Option<u32>,
     /// Power draw.
     pub power_milliwatts: Option<u32>,
 }
 
 impl Reading {
-    /// Asks NVML. What it does not give is left out: whether the device is well is told by others.
-    fn of(nvml: &Nvml, uuid: &str) -> Self {
+    /// Reads the metrics. Failures are ignored here; the health check reports faults.
+    fn read(nvml: &Nvml, uuid: &str) -> Self {
         let Ok(device) = nvml.device_by_uuid(uuid) else {
             return Self::default();
         };
@@ -116,24 +116,24 @@ impl Reading {
     }
 }
 
-/// Watches the devices and tells of them on the standard output, with `readings` also their
-/// figures: all that the child process does, until it is killed.
+/// Runs the child process until it is killed: monitors the devices and prints messages to the
+/// standard output, with `readings` also their metrics.
 ///
 /// # Errors
-/// When nobody reads any more.
+/// Returns the error of setting up the process or writing a message, such as a closed pipe.
 pub fn run_monitor(library: &str, uuids: &[String], readings: bool) -> io::Result<()> {
     let mut out = probe_child::init_child()?;
-    let file = LibraryFile::look(library).path;
+    let file = LibraryFile::inspect(library).path;
     match probe_child::open(library) {
         Ok(nvml) => {
-            MonitorLoop::new(&nvml, uuids, readings).go_on(library, file.as_deref(), &mut out)
+            MonitorLoop::new(&nvml, uuids, readings).run(library, file.as_deref(), &mut out)
         }
-        Err(fault) => say(&mut out, &MonitorMessage::Failed { fault }),
+        Err(fault) => send(&mut out, &MonitorMessage::Failed { fault }),
     }
 }
 
-fn say(out: &mut File, notice: &MonitorMessage) -> io::Result<()> {
-    let mut line = serde_json::to_vec(notice)?;
+fn send(out: &mut File, message: &MonitorMessage) -> io::Result<()> {
+    let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
     out.write_all(&line)
 }
@@ -141,215 +141,214 @@ fn say(out: &mut File, notice: &MonitorMessage) -> io::Result<()> {
 /// A device in use.
 struct MonitoredGpu {
     uuid: String,
-    /// The UUID of its card, by which events name it.
-    card: Option<String>,
-    failed_looks: u32,
-    told: bool,
+    /// UUID of the GPU, which events carry even for a MIG instance.
+    gpu_uuid: Option<String>,
+    failed_checks: u32,
+    is_reported: bool,
 }
 
 struct MonitorLoop<'n> {
     nvml: &'n Nvml,
-    patients: Vec<MonitoredGpu>,
-    /// Whether their figures are told.
+    gpus: Vec<MonitoredGpu>,
+    /// Whether metrics are sent.
     readings: bool,
-    /// A wait that fails is no fault of one device: so many rounds in a row.
+    /// Intervals in a row in which waiting for events failed. That is no fault of one device.
     failed_waits: u32,
     wait_fault: Option<Fault>,
-    /// So many rounds the library's file has not been there.
-    absent: u32,
+    /// Checks in a row without the library file.
+    library_absent: u32,
 }
 
 impl<'n> MonitorLoop<'n> {
     fn new(nvml: &'n Nvml, uuids: &[String], readings: bool) -> Self {
-        let patients = uuids.iter().map(|uuid| MonitoredGpu {
+        let gpus = uuids.iter().map(|uuid| MonitoredGpu {
             uuid: uuid.clone(),
-            card: probe_child::card_of(nvml, uuid)
-                .and_then(|card| probe_child::uuid_of(&card))
+            gpu_uuid: probe_child::physical_gpu(nvml, uuid)
+                .and_then(|gpu| probe_child::uuid_of(&gpu))
                 .ok(),
-            failed_looks: 0,
-            told: false,
+            failed_checks: 0,
+            is_reported: false,
         });
         Self {
             nvml,
-            patients: patients.collect(),
+            gpus: gpus.collect(),
             readings,
             failed_waits: 0,
             wait_fault: None,
-            absent: 0,
+            library_absent: 0,
         }
     }
 
-    fn go_on(mut self, library: &str, file: Option<&str>, out: &mut File) -> io::Result<()> {
-        let (set, unsupported) = self.listen();
-        say(out, &MonitorMessage::Watching { unsupported })?;
-        let mut tally = EventCounter::default();
-        let mut next_round = Instant::now();
+    fn run(mut self, library: &str, file: Option<&str>, out: &mut File) -> io::Result<()> {
+        let (set, unsupported) = self.subscribe();
+        send(out, &MonitorMessage::Started { unsupported })?;
+        let mut counter = EventCounter::default();
+        let mut next_check = Instant::now();
         loop {
-            let left = next_round.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                for notice in self.look_after_all() {
-                    say(out, &notice)?;
-                }
-                if let Some(path) = file.filter(|_| self.library_is_lost(library)) {
-                    say(out, &MonitorMessage::LibraryGone { path: path.into() })?;
-                }
-                for ((patient, xid), times) in tally.due(Instant::now()) {
-                    say(
-                        out,
-                        &MonitorMessage::Event {
-                            uuid: self.patients[patient].uuid.clone(),
-                            xid,
-                            times,
-                        },
-                    )?;
-                }
-                for MonitoredGpu { uuid, .. } in self.patients.iter().filter(|_| self.readings) {
-                    say(
-                        out,
-                        &MonitorMessage::Reading {
-                            uuid: uuid.clone(),
-                            reading: Reading::of(self.nvml, uuid),
-                        },
-                    )?;
-                }
-                say(out, &MonitorMessage::Heartbeat)?;
-                next_round = Instant::now() + ROUND;
+            let remaining = time_until(next_check);
+            if remaining.is_zero() {
+                self.send_check_results(library, file, &mut counter, out)?;
+                next_check = Instant::now() + CHECK_INTERVAL;
                 continue;
             }
             let Some(set) = &set else {
-                thread::sleep(left);
+                thread::sleep(remaining);
                 continue;
             };
-            match set.wait(u32::try_from(left.as_millis()).unwrap_or(u32::MAX).max(1)) {
+            match set.wait(u32::try_from(remaining.as_millis()).unwrap_or(u32::MAX).max(1)) {
                 Ok(event) => {
                     let Some(xid) = xid_of(&event) else { continue };
-                    let patient = self.patient_of(&event);
-                    if let Some(times) = tally.count((patient, xid), Instant::now()) {
-                        say(
-                            out,
-                            &MonitorMessage::Event {
-                                uuid: self.patients[patient].uuid.clone(),
-                                xid,
-                                times,
-                            },
-                        )?;
+                    let kind = (self.gpu_of(&event), xid);
+                    if let Some(count) = counter.count(kind, Instant::now()) {
+                        send(out, &self.event_message(kind, count))?;
                     }
                 }
-                // It may come before its time, and must not come without end.
+                // The library may return early; this keeps it from spinning.
                 Err(NvmlError::Timeout) => {
-                    thread::sleep(until(next_round).min(Duration::from_millis(100)))
+                    thread::sleep(time_until(next_check).min(Duration::from_millis(100)))
                 }
                 Err(error) => {
                     self.wait_fault = Some(Fault::new("nvmlEventSetWait_v2", error));
-                    thread::sleep(until(next_round));
+                    thread::sleep(time_until(next_check));
                 }
             }
         }
     }
 
-    /// Listens to every card that can be listened to; names the devices that cannot.
-    fn listen(&self) -> (Option<EventSet<'n>>, Vec<String>) {
-        let mut cards: Vec<&str> = Vec::new();
+    fn send_check_results(
+        &mut self,
+        library: &str,
+        file: Option<&str>,
+        counter: &mut EventCounter,
+        out: &mut File,
+    ) -> io::Result<()> {
+        for message in self.check_all() {
+            send(out, &message)?;
+        }
+        if let Some(path) = file.filter(|_| self.is_library_removed(library)) {
+            send(out, &MonitorMessage::LibraryRemoved { path: path.into() })?;
+        }
+        for (kind, count) in counter.due(Instant::now()) {
+            send(out, &self.event_message(kind, count))?;
+        }
+        for MonitoredGpu { uuid, .. } in self.gpus.iter().filter(|_| self.readings) {
+            let reading = Reading::read(self.nvml, uuid);
+            send(out, &MonitorMessage::Reading { uuid: uuid.clone(), reading })?;
+        }
+        send(out, &MonitorMessage::Heartbeat)
+    }
+
+    fn event_message(&self, (gpu, xid): EventKind, count: u64) -> MonitorMessage {
+        MonitorMessage::Event { uuid: self.gpus[gpu].uuid.clone(), xid, count }
+    }
+
+    /// Subscribes to the events of every GPU that supports them. Also returns the devices whose GPU
+    /// does not.
+    fn subscribe(&self) -> (Option<EventSet<'n>>, Vec<String>) {
+        let mut gpu_uuids: Vec<&str> = Vec::new();
         let mut unsupported = Vec::new();
-        for patient in &self.patients {
-            match patient.card.as_deref() {
-                Some(card) if cards.contains(&card) => {}
-                // A set is lost with the first card that refuses: so each is tried with one of its
-                // own.
-                Some(card) if self.listen_to(&[card]).is_some() => cards.push(card),
-                _ => unsupported.push(patient.uuid.clone()),
+        for gpu in &self.gpus {
+            match gpu.gpu_uuid.as_deref() {
+                Some(uuid) if gpu_uuids.contains(&uuid) => {}
+                // A failed registration consumes the event set, so each GPU is tried with its own.
+                Some(uuid) if self.create_event_set(&[uuid]).is_some() => gpu_uuids.push(uuid),
+                _ => unsupported.push(gpu.uuid.clone()),
             }
         }
-        let set = self.listen_to(&cards).filter(|_| !cards.is_empty());
+        let set = self.create_event_set(&gpu_uuids).filter(|_| !gpu_uuids.is_empty());
         if set.is_none() {
-            unsupported = self.patients.iter().map(|patient| patient.uuid.clone()).collect();
+            unsupported = self.gpus.iter().map(|gpu| gpu.uuid.clone()).collect();
         }
         (set, unsupported)
     }
 
-    fn listen_to(&self, cards: &[&str]) -> Option<EventSet<'n>> {
+    fn create_event_set(&self, gpu_uuids: &[&str]) -> Option<EventSet<'n>> {
         let wanted = EventTypes::CRITICAL_XID_ERROR | EventTypes::DOUBLE_BIT_ECC_ERROR;
         let mut set = self.nvml.create_event_set().ok()?;
-        for card in cards {
-            let device = self.nvml.device_by_uuid(*card).ok()?;
-            let kinds = device.supported_event_types().ok()? & wanted;
-            if !kinds.contains(EventTypes::CRITICAL_XID_ERROR) {
+        for uuid in gpu_uuids {
+            let device = self.nvml.device_by_uuid(*uuid).ok()?;
+            let types = device.supported_event_types().ok()? & wanted;
+            if !types.contains(EventTypes::CRITICAL_XID_ERROR) {
                 return None;
             }
-            set = device.register_events(kinds, set).ok()?;
+            set = device.register_events(types, set).ok()?;
         }
         Some(set)
     }
 
-    /// Whom an event is about. A card that is lost may not tell its UUID any more: then it is the
-    /// one that is ill.
-    fn patient_of(&self, event: &EventData<'_>) -> usize {
-        if self.patients.len() == 1 {
+    /// Returns the device that an event belongs to. A lost GPU may not report its UUID; then the
+    /// event belongs to the first device that fails its health check.
+    fn gpu_of(&self, event: &EventData<'_>) -> usize {
+        if self.gpus.len() == 1 {
             return 0;
         }
-        let named = event.device.uuid().ok().and_then(|card| {
-            self.patients.iter().position(|patient| patient.card.as_deref() == Some(&card))
+        let by_uuid = event.device.uuid().ok().and_then(|uuid| {
+            self.gpus.iter().position(|gpu| gpu.gpu_uuid.as_deref() == Some(&uuid))
         });
-        let ill = || {
-            self.patients
+        let failing = || {
+            self.gpus
                 .iter()
-                .position(|patient| probe_child::examine(self.nvml, &patient.uuid).is_err())
+                .position(|gpu| probe_child::check_health(self.nvml, &gpu.uuid).is_err())
         };
-        named.or_else(ill).unwrap_or(0)
+        by_uuid.or_else(failing).unwrap_or(0)
     }
 
-    fn look_after_all(&mut self) -> Vec<MonitorMessage> {
-        let mut notices = Vec::new();
-        for patient in &mut self.patients {
-            let uuid = patient.uuid.clone();
-            let notice = match probe_child::examine(self.nvml, &uuid) {
+    /// Checks the health of every device. A problem is reported once, until the device has been
+    /// healthy again.
+    fn check_all(&mut self) -> Vec<MonitorMessage> {
+        let mut messages = Vec::new();
+        for gpu in &mut self.gpus {
+            let uuid = gpu.uuid.clone();
+            let message = match probe_child::check_health(self.nvml, &uuid) {
                 Ok(health_issues) if health_issues.is_empty() => {
-                    (patient.failed_looks, patient.told) = (0, false);
+                    (gpu.failed_checks, gpu.is_reported) = (0, false);
                     continue;
                 }
                 Ok(health_issues) => MonitorMessage::Unhealthy { uuid, health_issues },
                 Err(fault) => {
-                    patient.failed_looks += 1;
-                    if patient.failed_looks < ROUNDS_TO_A_FAULT {
+                    gpu.failed_checks += 1;
+                    if gpu.failed_checks < FAILURE_THRESHOLD {
                         continue;
                     }
                     MonitorMessage::Fault { uuid, fault }
                 }
             };
-            if !patient.told {
-                patient.told = true;
-                notices.push(notice);
+            if !gpu.is_reported {
+                gpu.is_reported = true;
+                messages.push(message);
             }
         }
         match self.wait_fault.take() {
-            Some(fault) if fault.is_of_the_gpu() => {
+            Some(fault) if fault.is_gpu_fault() => {
                 self.failed_waits += 1;
-                if self.failed_waits == ROUNDS_TO_A_FAULT
-                    && let Some(first) = self.patients.iter_mut().find(|patient| !patient.told)
+                if self.failed_waits == FAILURE_THRESHOLD
+                    && let Some(gpu) = self.gpus.iter_mut().find(|gpu| !gpu.is_reported)
                 {
-                    first.told = true;
-                    notices.push(MonitorMessage::Fault { uuid: first.uuid.clone(), fault });
+                    gpu.is_reported = true;
+                    messages.push(MonitorMessage::Fault { uuid: gpu.uuid.clone(), fault });
                 }
             }
             _ => self.failed_waits = 0,
         }
-        notices
+        messages
     }
 
-    /// Whether the library's file has been away for long enough, which is said once.
-    fn library_is_lost(&mut self, library: &str) -> bool {
-        self.absent = if LibraryFile::look(library).path.is_none() { self.absent + 1 } else { 0 };
-        self.absent == ROUNDS_TO_A_LOSS
+    /// Returns `true` once, when the library file has been absent for long enough.
+    fn is_library_removed(&mut self, library: &str) -> bool {
+        let is_absent = LibraryFile::inspect(library).path.is_none();
+        self.library_absent = if is_absent { self.library_absent + 1 } else { 0 };
+        self.library_absent == LIBRARY_LOSS_THRESHOLD
     }
 }
 
-fn until(moment: Instant) -> Duration {
-    moment.saturating_duration_since(Instant::now())
+fn time_until(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
 }
 
-/// The XID, or `None` in it for a double-bit ECC error; nothing for what was not asked for.
+/// Returns the XID of an event, `Some(None)` for a double-bit ECC error without one, and `None` for
+/// other events.
 fn xid_of(event: &EventData<'_>) -> Option<Option<u64>> {
-    /// What the wrapper has for `XidError::Unknown`.
+    /// The XID behind nvml-wrapper's `XidError::Unknown`.
     const UNKNOWN: u64 = 999;
     match event.event_data {
         Some(XidError::Value(xid)) => Some(Some(xid)),
@@ -358,45 +357,46 @@ fn xid_of(event: &EventData<'_>) -> Option<Option<u64>> {
     }
 }
 
-/// A device, by its place, and an XID of it.
-type Kind = (usize, Option<u64>);
+/// The index of a device and an XID.
+type EventKind = (usize, Option<u64>);
 
-/// Folds what repeats itself: the first is told at once, then at most a count a minute.
+/// Rate limit for repeated events: the first is reported at once, the others as a count per
+/// interval.
 #[derive(Default)]
-struct EventCounter(BTreeMap<Kind, Repeats>);
+struct EventCounter(BTreeMap<EventKind, Repeats>);
 
 struct Repeats {
-    untold: u64,
-    told_at: Instant,
+    unreported: u64,
+    reported_at: Instant,
 }
 
 impl EventCounter {
-    /// Counts one, and answers how many are to be told now.
-    fn count(&mut self, kind: Kind, now: Instant) -> Option<u64> {
+    /// Counts an event and returns the count to report now, if any.
+    fn count(&mut self, kind: EventKind, now: Instant) -> Option<u64> {
         if let Some(repeats) = self.0.get_mut(&kind) {
-            repeats.untold += 1;
+            repeats.unreported += 1;
             return repeats.due(now);
         }
-        if self.0.len() == MAX_KINDS {
+        if self.0.len() == MAX_EVENT_KINDS {
             return None;
         }
-        self.0.insert(kind, Repeats { untold: 0, told_at: now });
+        self.0.insert(kind, Repeats { unreported: 0, reported_at: now });
         Some(1)
     }
 
-    /// What is to be told although it has stopped.
-    fn due(&mut self, now: Instant) -> Vec<(Kind, u64)> {
+    /// Returns the counts of events that have stopped and are not reported yet.
+    fn due(&mut self, now: Instant) -> Vec<(EventKind, u64)> {
         self.0.iter_mut().filter_map(|(kind, repeats)| Some((*kind, repeats.due(now)?))).collect()
     }
 }
 
 impl Repeats {
     fn due(&mut self, now: Instant) -> Option<u64> {
-        if self.untold == 0 || now.duration_since(self.told_at) < COUNT_PERIOD {
+        if self.unreported == 0 || now.duration_since(self.reported_at) < REPEAT_INTERVAL {
             return None;
         }
-        self.told_at = now;
-        Some(std::mem::take(&mut self.untold))
+        self.reported_at = now;
+        Some(std::mem::take(&mut self.unreported))
     }
 }
 
@@ -405,30 +405,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_is_told_at_once_and_then_a_count_a_minute() {
-        let begin = Instant::now();
-        let mut tally = EventCounter::default();
+    fn repeated_events_are_reported_as_count_per_interval() {
+        let start = Instant::now();
+        let mut counter = EventCounter::default();
         let kind = (0, Some(13));
-        assert_eq!(tally.count(kind, begin), Some(1));
+        assert_eq!(counter.count(kind, start), Some(1));
         for millisecond in 1..50_000 {
-            assert_eq!(tally.count(kind, begin + Duration::from_millis(millisecond)), None);
+            assert_eq!(counter.count(kind, start + Duration::from_millis(millisecond)), None);
         }
-        assert_eq!(tally.due(begin + Duration::from_secs(59)), []);
-        assert_eq!(tally.due(begin + COUNT_PERIOD), [(kind, 49_999)]);
-        assert_eq!(tally.due(begin + COUNT_PERIOD * 3), [], "there was nothing more");
-        assert_eq!(tally.count(kind, begin + COUNT_PERIOD * 3), Some(1));
+        assert_eq!(counter.due(start + Duration::from_secs(59)), []);
+        assert_eq!(counter.due(start + REPEAT_INTERVAL), [(kind, 49_999)]);
+        assert_eq!(counter.due(start + REPEAT_INTERVAL * 3), [], "no further events");
+        assert_eq!(counter.count(kind, start + REPEAT_INTERVAL * 3), Some(1));
     }
 
     #[test]
-    fn every_device_and_every_xid_is_counted_by_itself_up_to_a_bound() {
+    fn each_device_and_xid_is_counted_up_to_a_bound() {
         let now = Instant::now();
-        let mut tally = EventCounter::default();
+        let mut counter = EventCounter::default();
         for kind in [(0, Some(13)), (1, Some(13)), (0, Some(31)), (0, None)] {
-            assert_eq!(tally.count(kind, now), Some(1));
+            assert_eq!(counter.count(kind, now), Some(1));
         }
         for xid in 1000..100_000 {
-            tally.count((0, Some(xid)), now);
+            counter.count((0, Some(xid)), now);
         }
-        assert_eq!(tally.0.len(), MAX_KINDS);
+        assert_eq!(counter.0.len(), MAX_EVENT_KINDS);
     }
 }

@@ -1,17 +1,17 @@
-//! What sysfs says about NVIDIA display devices and their driver, and nothing that needs the driver
-//! itself. Facts of the layout: Linux, Documentation/ABI/testing/sysfs-bus-pci.
+//! PCI devices and NVIDIA's kernel module, from sysfs; needs no driver. Layout: Linux,
+//! Documentation/ABI/testing/sysfs-bus-pci.
 
 use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Serialize, Serializer};
 
 use super::kernel::KernelFacts;
 
-/// The PCI vendor number of NVIDIA (pci.ids).
+/// PCI vendor ID of NVIDIA (pci.ids).
 const NVIDIA: u32 = 0x10de;
-/// The PCI class of display controllers (pci.ids): VGA 0300, 3D 0302, other 0380.
+/// PCI base class of display controllers (pci.ids): VGA 0300, 3D 0302, other 0380.
 const DISPLAY: u32 = 0x03;
 
 /// A PCI address: domain, bus, device, function.
@@ -73,21 +73,21 @@ impl Serialize for PciAddress {
     }
 }
 
-/// A device on the PCI bus of this VM.
+/// A PCI device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PciDevice {
-    /// Where it is.
+    /// PCI address.
     pub address: PciAddress,
-    /// Vendor number, `10de` is NVIDIA.
+    /// Vendor ID; NVIDIA is `10de`.
     #[serde(serialize_with = "as_hex4")]
     pub vendor: u32,
-    /// Device number, where sysfs gives one.
+    /// Device ID, if readable.
     #[serde(serialize_with = "as_optional_hex4")]
     pub device: Option<u32>,
-    /// Class, subclass and programming interface, one byte each.
+    /// Class code: base class, subclass and programming interface, one byte each.
     #[serde(serialize_with = "as_hex6")]
     pub class: u32,
-    /// The kernel driver that is bound to it.
+    /// Kernel driver bound to the device.
     pub driver: Option<String>,
 }
 
@@ -107,61 +107,66 @@ fn as_hex6<S: Serializer>(number: &u32, serializer: S) -> Result<S::Ok, S::Error
 }
 
 impl PciDevice {
-    /// Whether it is a GPU of NVIDIA: vendor 10de, class 03xx.
+    /// Returns whether this is an NVIDIA GPU: vendor 10de, class 03xx.
     pub fn is_nvidia_display(&self) -> bool {
         self.vendor == NVIDIA && self.class >> 16 == DISPLAY
     }
 
-    /// Whether one may have taken it for a GPU of NVIDIA: another vendor's, or another function of
-    /// an NVIDIA card.
-    pub fn is_similar_to_gpu(&self) -> bool {
+    /// Returns whether this is bound to NVIDIA's driver.
+    pub(crate) fn is_bound_to_nvidia(&self) -> bool {
+        self.driver.as_deref() == Some("nvidia")
+    }
+
+    /// Returns whether this could be mistaken for an NVIDIA GPU: a GPU of another vendor, or another
+    /// function of an NVIDIA GPU.
+    pub(crate) fn is_similar_to_gpu(&self) -> bool {
         self.vendor == NVIDIA || self.class >> 16 == DISPLAY
     }
 
-    /// [`PciDevice::ids`] and the driver.
-    pub fn described(&self) -> String {
+    /// Returns [`PciDevice::ids`] and the driver.
+    pub fn summary(&self) -> String {
         let driver =
             self.driver.as_deref().map_or("no driver".into(), |driver| format!("driver {driver}"));
         format!("{}, {driver}", self.ids())
     }
 
-    /// `vendor:device, class cccc`, as lspci -nn gives them.
+    /// Returns `vendor:device, class cccc`, as in the output of `lspci -nn`.
     pub fn ids(&self) -> String {
         let device = self.device.map_or("????".into(), |device| format!("{device:04x}"));
         format!("{:04x}:{device}, class {:04x}", self.vendor, self.class >> 8)
     }
 }
 
-/// What sysfs said.
+/// Facts from sysfs.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct PciFacts {
-    /// Every PCI device, by address.
+    /// All PCI devices, sorted by address.
     pub devices: Vec<PciDevice>,
-    /// The version of the loaded `nvidia` module, where one is loaded.
+    /// Version of the `nvidia` module; `None` if it is not loaded.
     pub module_version: Option<String>,
-    /// The module's state while it is not yet `live` (`coming`, `going`).
+    /// State of the module unless it is `live`: `coming` or `going`.
     pub module_pending: Option<String>,
-    /// What the kernel has for the driver; looked for where a GPU is there without it.
+    /// Facts about the kernel; only read if a GPU is present without the driver.
     pub kernel: KernelFacts,
-    /// What could not be read, with the reason: a verdict on such facts says so.
+    /// Files that could not be read, with the error. A verdict on such facts names them.
     pub unreadable: Vec<String>,
 }
 
 impl PciFacts {
-    /// The GPUs of NVIDIA among the devices.
+    /// Returns the NVIDIA GPUs.
     pub fn gpus(&self) -> impl Iterator<Item = &PciDevice> {
         self.devices.iter().filter(|device| device.is_nvidia_display())
     }
 
-    /// The device at `address`.
+    /// Returns the device at `address`.
     pub fn at(&self, address: PciAddress) -> Option<&PciDevice> {
         self.devices.iter().find(|device| device.address == address)
     }
 }
 
-/// Reads the facts below `sysfs` (normally `/sys`), and by `kernel` those of the kernel where they
-/// matter. What cannot be read is listed in the answer; nothing is guessed.
-pub fn read_facts(sysfs: &Path, kernel: impl FnOnce() -> KernelFacts) -> PciFacts {
+/// Reads the facts below `sysfs` (normally `/sys`). Calls `read_kernel` only if a GPU is present
+/// without the driver. Files that cannot be read are listed in the result; nothing is guessed.
+pub fn read_facts(sysfs: &Path, read_kernel: impl FnOnce() -> KernelFacts) -> PciFacts {
     let mut facts = PciFacts::default();
     let bus = sysfs.join("bus/pci/devices");
     match std::fs::read_dir(&bus) {
@@ -172,13 +177,12 @@ pub fn read_facts(sysfs: &Path, kernel: impl FnOnce() -> KernelFacts) -> PciFact
                 };
                 match read_device(address, &entry.path()) {
                     Ok(device) => facts.devices.push(device),
-                    Err(failure) => facts.unreadable.push(failure),
+                    Err(error) => facts.unreadable.push(error),
                 }
             }
             facts.devices.sort_by_key(|device| device.address);
         }
-        // A machine without a PCI bus has no such folder; one that has it and does not show it is
-        // another thing.
+        // A machine without a PCI bus has no such directory; any other error is a failed read.
         Err(error) if error.kind() == io::ErrorKind::NotFound && sysfs.is_dir() => {}
         Err(error) => facts.unreadable.push(format!("{}: {error}", bus.display())),
     }
@@ -189,37 +193,33 @@ pub fn read_facts(sysfs: &Path, kernel: impl FnOnce() -> KernelFacts) -> PciFact
     if facts.gpus().any(|gpu| gpu.driver.is_none())
         || (facts.module_version.is_none() && facts.gpus().next().is_some())
     {
-        facts.kernel = kernel();
+        facts.kernel = read_kernel();
     }
     facts
 }
 
-fn read_device(address: PciAddress, folder: &Path) -> Result<PciDevice, String> {
-    let number = |name: &str| {
-        let path = folder.join(name);
+fn read_device(address: PciAddress, dir: &Path) -> Result<PciDevice, String> {
+    let read_id = |name: &str| {
+        let path = dir.join(name);
         let text = std::fs::read_to_string(&path)
             .map_err(|error| format!("{}: {error}", path.display()))?;
         let digits = text.trim().trim_start_matches("0x");
         u32::from_str_radix(digits, 16)
             .map_err(|_| format!("{}: not a hexadecimal number", path.display()))
     };
-    let driver_link = folder.join("driver");
+    let driver_link = dir.join("driver");
     let driver = match std::fs::read_link(&driver_link) {
-        Ok(target) => last_part(target),
+        Ok(target) => target.file_name().map(|name| name.to_string_lossy().into_owned()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(format!("{}: {error}", driver_link.display())),
     };
     Ok(PciDevice {
         address,
-        vendor: number("vendor")?,
-        device: number("device").ok(),
-        class: number("class")?,
+        vendor: read_id("vendor")?,
+        device: read_id("device").ok(),
+        class: read_id("class")?,
         driver,
     })
-}
-
-fn last_part(target: PathBuf) -> Option<String> {
-    target.file_name().map(|name| name.to_string_lossy().into_owned())
 }
 
 fn read_optional(path: &Path, unreadable: &mut Vec<String>) -> Option<String> {
@@ -235,6 +235,8 @@ fn read_optional(path: &Path, unreadable: &mut Vec<String>) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     #[test]
@@ -266,42 +268,42 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_is_no_sysfs_is_said_to_be_unreadable() {
+    fn file_in_place_of_sysfs_is_unreadable() {
         let facts = read_facts(Path::new("/proc/self/status"), KernelFacts::default);
         assert!(facts.devices.is_empty() && !facts.unreadable.is_empty(), "{facts:?}");
     }
 
-    /// A sysfs of these files, and of the links to drivers; taken away at the end.
+    /// A temporary sysfs with these files and driver links.
     struct Sysfs(PathBuf);
 
     impl Sysfs {
-        fn of(name: &str, files: &[(&str, &str)], drivers: &[(&str, &str)]) -> Self {
+        fn create(name: &str, files: &[(&str, &str)], drivers: &[(&str, &str)]) -> Self {
             let sysfs =
                 Self(std::env::temp_dir().join(format!("sn-pci-{name}-{}", std::process::id())));
-            let place = |path: &str| {
+            let create_parent = |path: &str| {
                 let path = sysfs.0.join(path);
                 std::fs::create_dir_all(path.parent().unwrap()).unwrap();
                 path
             };
             for (path, text) in files {
-                std::fs::write(place(path), text).unwrap();
+                std::fs::write(create_parent(path), text).unwrap();
             }
             for (device, driver) in drivers {
-                let link = place(&format!("bus/pci/devices/{device}/driver"));
+                let link = create_parent(&format!("bus/pci/devices/{device}/driver"));
                 std::os::unix::fs::symlink(format!("../../../bus/pci/drivers/{driver}"), link)
                     .unwrap();
             }
             sysfs
         }
 
-        /// The facts, and whether the kernel was asked.
+        /// Returns the facts and whether the kernel facts were read.
         fn read(&self) -> (PciFacts, bool) {
-            let mut asked = false;
+            let mut kernel_was_read = false;
             let facts = read_facts(&self.0, || {
-                asked = true;
+                kernel_was_read = true;
                 KernelFacts::default()
             });
-            (facts, asked)
+            (facts, kernel_was_read)
         }
     }
 
@@ -318,7 +320,7 @@ mod tests {
     ];
 
     #[test]
-    fn a_device_is_read_with_its_numbers_and_its_driver() {
+    fn device_has_ids_and_driver() {
         let nic = [
             ("bus/pci/devices/0000:00:03.0/vendor", "0x1af4"),
             ("bus/pci/devices/0000:00:03.0/class", "0x020000"),
@@ -326,11 +328,12 @@ mod tests {
             ("module/nvidia/version", "550.54.15\n"),
             ("module/nvidia/initstate", "live\n"),
         ];
-        let sysfs = Sysfs::of("device", &[&GPU[..], &nic].concat(), &[("0000:01:00.0", "nvidia")]);
-        let (facts, asked) = sysfs.read();
+        let sysfs =
+            Sysfs::create("device", &[&GPU[..], &nic].concat(), &[("0000:01:00.0", "nvidia")]);
+        let (facts, kernel_was_read) = sysfs.read();
         let [nic, gpu] = &facts.devices[..] else { panic!("{facts:?}") };
-        assert_eq!(gpu.described(), "10de:20b5, class 0302, driver nvidia");
-        assert_eq!(nic.described(), "1af4:????, class 0200, no driver");
+        assert_eq!(gpu.summary(), "10de:20b5, class 0302, driver nvidia");
+        assert_eq!(nic.summary(), "1af4:????, class 0200, no driver");
         assert_eq!(
             serde_json::to_value(&facts.devices).unwrap(),
             serde_json::json!([
@@ -346,53 +349,54 @@ mod tests {
             (Some("550.54.15"), None)
         );
         assert!(
-            !asked && facts.unreadable.is_empty(),
-            "a GPU on its driver is no reason to ask the kernel"
+            !kernel_was_read && facts.unreadable.is_empty(),
+            "kernel facts are not needed with the driver bound"
         );
     }
 
     #[test]
-    fn the_kernel_is_asked_where_a_gpu_is_without_a_driver_or_the_module_is_not_loaded() {
+    fn kernel_facts_are_read_for_gpu_without_driver() {
         let version = ("module/nvidia/version", "550.54.15");
-        let with = |name, files: &[_], drivers: &[_]| Sysfs::of(name, files, drivers).read().1;
-        let driven = [("0000:01:00.0", "nvidia")];
+        let reads_kernel =
+            |name, files: &[_], drivers: &[_]| Sysfs::create(name, files, drivers).read().1;
+        let bound = [("0000:01:00.0", "nvidia")];
         let loaded = [&GPU[..], &[version]].concat();
-        assert!(!with("driven", &loaded, &driven));
-        assert!(with("no-driver", &loaded, &[]));
-        assert!(with("no-module", &GPU, &driven));
+        assert!(!reads_kernel("bound", &loaded, &bound));
+        assert!(reads_kernel("no-driver", &loaded, &[]));
+        assert!(reads_kernel("no-module", &GPU, &bound));
         let nic = [
             ("bus/pci/devices/0000:00:03.0/vendor", "0x1af4"),
             ("bus/pci/devices/0000:00:03.0/class", "0x020000"),
         ];
-        assert!(!with("no-gpu", &nic, &[]));
+        assert!(!reads_kernel("no-gpu", &nic, &[]));
     }
 
     #[test]
-    fn a_module_that_is_still_coming_is_told() {
+    fn pending_module_state_is_reported() {
         let module = [("module/nvidia/version", " \n"), ("module/nvidia/initstate", "coming\n")];
-        let (facts, _) = Sysfs::of("coming", &[&GPU[..], &module].concat(), &[]).read();
+        let (facts, _) = Sysfs::create("coming", &[&GPU[..], &module].concat(), &[]).read();
         assert_eq!((facts.module_version, facts.module_pending.as_deref()), (None, Some("coming")));
     }
 
     #[test]
-    fn what_cannot_be_read_is_listed_and_a_machine_without_a_bus_has_no_devices() {
+    fn unreadable_files_are_listed() {
         let files = [&GPU[..2], &[("bus/pci/devices/0000:01:00.0/class", "VGA")]].concat();
-        let (facts, _) = Sysfs::of("class", &files, &[]).read();
+        let (facts, _) = Sysfs::create("class", &files, &[]).read();
         assert!(facts.devices.is_empty() && facts.unreadable.len() == 1, "{facts:?}");
         assert!(
             facts.unreadable[0].ends_with("/0000:01:00.0/class: not a hexadecimal number"),
             "{facts:?}"
         );
-        // A driver that is no link, and a version that is a folder.
+        // A driver that is not a link, and a version that is a directory.
         let files = [("bus/pci/devices/0000:01:00.0/driver", ""), ("module/nvidia/version/x", "")];
-        let (facts, _) = Sysfs::of("driver", &[&GPU[..], &files].concat(), &[]).read();
-        let of = |at: usize| facts.unreadable[at].rsplit_once(": ").unwrap().0;
+        let (facts, _) = Sysfs::create("driver", &[&GPU[..], &files].concat(), &[]).read();
+        let path = |index: usize| facts.unreadable[index].rsplit_once(": ").unwrap().0;
         assert!(facts.devices.is_empty() && facts.unreadable.len() == 2, "{facts:?}");
         assert!(
-            of(0).ends_with("0000:01:00.0/driver") && of(1).ends_with("module/nvidia/version"),
+            path(0).ends_with("0000:01:00.0/driver") && path(1).ends_with("module/nvidia/version"),
             "{facts:?}"
         );
-        let (facts, _) = Sysfs::of("no-bus", &[("kernel/x", "")], &[]).read();
+        let (facts, _) = Sysfs::create("no-bus", &[("kernel/x", "")], &[]).read();
         assert_eq!(facts, PciFacts::default());
         let facts = read_facts(Path::new("/no/such/sysfs"), KernelFacts::default);
         assert_eq!(facts.unreadable.len(), 1, "{facts:?}");
@@ -415,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gpu_is_nvidias_and_a_display_and_what_is_one_of_them_resembles_one() {
+    fn gpu_needs_nvidia_vendor_and_display_class() {
         let device = |vendor, class| PciDevice {
             address: PciAddress::parse("01:00.0").unwrap(),
             vendor,

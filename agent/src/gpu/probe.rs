@@ -1,5 +1,6 @@
-//! The probe, from outside: a child process of the same binary that asks NVML, with a time limit.
-//! Whatever the library does (hang, crash, babble), the agent gets an outcome.
+//! Parent side of the probe: runs one NVML query in a child process of the same binary, with a
+//! timeout. Whatever the library does (hang, crash, write without end), the agent gets an outcome.
+//! The child side is [`crate::gpu::probe_child`].
 
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;
@@ -11,65 +12,64 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
+use super::nvml_error::{Fault, FaultKind};
+use super::nvml_library::LibraryFile;
+use super::probe_child::ProbeAnswer;
 use super::reason::sanitize_line;
-use crate::gpu::nvml_library::LibraryFile;
-use crate::gpu::probe_child::{Fault, FaultKind, ProbeAnswer};
 
-/// The hidden subcommand that the child runs.
+/// Hidden subcommand that the child runs.
 pub const SUBCOMMAND: &str = "nvml-probe";
 
-/// More than a machine full of MIG instances can fill.
+/// Larger than the answer of a machine full of MIG instances.
 const MAX_ANSWER_BYTES: u64 = 1 << 20;
-/// How long the pipes of a child that has ended are still read.
-const LAST_WORDS: Duration = Duration::from_millis(200);
+/// How long the pipes of an exited child are still read.
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// What came of asking.
+/// Result of a probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ProbeOutcome {
-    /// An answer.
+    /// The child answered.
     Answered(ProbeAnswer),
-    /// None in this time; the child was killed.
+    /// The child did not answer in time and was killed.
     TimedOut {
-        /// The time.
+        /// The timeout.
         limit: Duration,
-        /// What the library's file tells.
+        /// Facts about the library file.
         library: LibraryFile,
     },
-    /// The child died by a signal.
+    /// The child was killed by a signal.
     Crashed {
-        /// Its number.
+        /// Signal number.
         signal: i32,
-        /// The end of what it wrote to its standard error.
-        said: String,
-        /// What the library's file tells.
+        /// End of its standard error.
+        stderr: String,
+        /// Facts about the library file.
         library: LibraryFile,
     },
-    /// The child could not be run, or said something else.
+    /// The child could not be run or gave no valid answer.
     Failed(String),
 }
 
 impl ProbeOutcome {
-    /// The outcome in a few words.
+    /// Returns a short description.
     pub fn summary(&self) -> String {
         match self {
             Self::Answered(ProbeAnswer::Driver(report)) => {
-                let driver = report.driver_version.as_deref().unwrap_or("of an unknown version");
-                format!("driver {driver}, {} GPU(s)", report.gpus.len())
+                format!("{}, {} GPU(s)", report.driver(), report.gpus.len())
             }
             Self::Answered(ProbeAnswer::Failed { fault, .. }) => {
                 format!("{} failed: {}", fault.call, fault.text)
             }
-            Self::TimedOut { limit, .. } => format!("no answer within {} s", limit.as_secs_f64()),
-            Self::Crashed { signal, .. } => format!("died by signal {signal}"),
-            Self::Failed(why) => why.clone(),
+            Self::TimedOut { limit, .. } => format!("no response within {} s", limit.as_secs_f64()),
+            Self::Crashed { signal, .. } => format!("killed by signal {signal}"),
+            Self::Failed(error) => error.clone(),
         }
     }
 }
 
-/// Asks `library` through a child process and waits at most `limit` for the answer.
+/// Probes NVML through `library` in a child process, within `limit`.
 pub async fn probe(library: &str, limit: Duration) -> ProbeOutcome {
-    // By this path the child is the very binary that runs, even after an upgrade has replaced the
-    // file.
+    // This path is the running binary even after an upgrade has replaced the file.
     let spawned = Command::new("/proc/self/exe")
         .arg(SUBCOMMAND)
         .arg("--")
@@ -77,41 +77,41 @@ pub async fn probe(library: &str, limit: Duration) -> ProbeOutcome {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        // A group of its own: what the library starts is killed with the child.
+        // Its own process group, so that processes started by the library are killed with it.
         .process_group(0)
         .kill_on_drop(true)
         .spawn();
     let mut child = match spawned {
         Ok(child) => child,
         Err(error) => {
-            return ProbeOutcome::Failed(format!("the probe could not be started: {error}"));
+            return ProbeOutcome::Failed(format!("cannot start the probe: {error}"));
         }
     };
     let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
-    let outcome = tokio::time::timeout(limit, answer_of(&mut child))
+    let outcome = tokio::time::timeout(limit, read_answer(&mut child))
         .await
         .unwrap_or(ProbeOutcome::TimedOut { limit, library: LibraryFile::default() });
-    // A process that hangs inside the driver may not even die of SIGKILL: it is not waited for.
+    // A process that hangs inside the driver may survive SIGKILL, so it is not waited for.
     if let Some(group) = group {
         let _ = kill_process_group(group, Signal::KILL);
     }
-    explained(outcome, library)
+    with_library_file(outcome, library)
 }
 
-/// With the library's file, about which a child that has hung or died says nothing. Mapping one
-/// that is cut off ends by SIGBUS once its missing end is touched: that is the file's fault.
-fn explained(outcome: ProbeOutcome, library: &str) -> ProbeOutcome {
+/// Adds the facts about the library file, which a killed child could not report. Reading the missing
+/// end of a mapped truncated file raises SIGBUS: then the file is at fault.
+fn with_library_file(outcome: ProbeOutcome, library: &str) -> ProbeOutcome {
     const SIGBUS: i32 = 7;
     match outcome {
         ProbeOutcome::TimedOut { limit, .. } => {
-            ProbeOutcome::TimedOut { limit, library: LibraryFile::look(library) }
+            ProbeOutcome::TimedOut { limit, library: LibraryFile::inspect(library) }
         }
-        ProbeOutcome::Crashed { signal, said, .. } => {
-            let library = LibraryFile::look(library);
+        ProbeOutcome::Crashed { signal, stderr, .. } => {
+            let library = LibraryFile::inspect(library);
             if signal != SIGBUS || library.damage.is_none() {
-                return ProbeOutcome::Crashed { signal, said, library };
+                return ProbeOutcome::Crashed { signal, stderr, library };
             }
-            let text = "the loader died by SIGBUS".into();
+            let text = "the loader was killed by SIGBUS".into();
             let fault = Fault { call: "dlopen".into(), kind: FaultKind::Library, text };
             ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library })
         }
@@ -119,61 +119,67 @@ fn explained(outcome: ProbeOutcome, library: &str) -> ProbeOutcome {
     }
 }
 
-async fn answer_of(child: &mut Child) -> ProbeOutcome {
-    let (Some(out), Some(mut err)) = (child.stdout.take(), child.stderr.take()) else {
+async fn read_answer(child: &mut Child) -> ProbeOutcome {
+    let (Some(stdout), Some(mut stderr)) = (child.stdout.take(), child.stderr.take()) else {
         return ProbeOutcome::Failed("the probe has no standard output".into());
     };
-    let mut out = BufReader::new(out.take(MAX_ANSWER_BYTES));
-    let (mut line, mut said) = (Vec::new(), Tail::default());
+    let mut stdout = BufReader::new(stdout.take(MAX_ANSWER_BYTES));
+    let (mut line, mut stderr_tail) = (Vec::new(), Tail::default());
     let mut chunk = [0; 1024];
-    let (mut out_is_open, mut err_is_open) = (true, true);
-    // Its end is no reason to stop reading at once: what it said last may still be in the pipe,
-    // whose other end a process that the library started may hold open for ever.
-    let mut ended: Option<io::Result<ExitStatus>> = None;
+    let (mut stdout_is_open, mut stderr_is_open) = (true, true);
+    // After the exit the pipes are drained, but not until they close: a process that the library
+    // started may hold them open.
+    let mut exit: Option<io::Result<ExitStatus>> = None;
     let mut deadline = Instant::now();
-    while ended.is_none() || out_is_open || err_is_open {
+    while exit.is_none() || stdout_is_open || stderr_is_open {
         tokio::select! {
-            read = out.read_until(b'\n', &mut line), if out_is_open => {
-                // One line is the answer: what a library prints beside it is passed over, and one
-                // that crashes in its own clean-up afterwards has answered all the same.
+            read = stdout.read_until(b'\n', &mut line), if stdout_is_open => {
+                // The answer is one line. Other output of the library is ignored, and so is a crash
+                // after the answer.
                 if let Ok(answer) = serde_json::from_slice(&line) {
                     return ProbeOutcome::Answered(answer);
                 }
-                out_is_open = matches!(read, Ok(1..));
-                if out.get_ref().limit() == 0 {
-                    return ProbeOutcome::Failed("the probe talks without end and gives no answer".into());
+                stdout_is_open = matches!(read, Ok(1..));
+                if stdout.get_ref().limit() == 0 {
+                    return ProbeOutcome::Failed(format!(
+                        "the probe wrote {MAX_ANSWER_BYTES} bytes without an answer"
+                    ));
                 }
                 line.clear();
             }
-            read = err.read(&mut chunk), if err_is_open => match read {
-                Ok(length @ 1..) => said.push(&chunk[..length]),
-                _ => err_is_open = false,
+            read = stderr.read(&mut chunk), if stderr_is_open => match read {
+                Ok(length @ 1..) => stderr_tail.push(&chunk[..length]),
+                _ => stderr_is_open = false,
             },
-            status = child.wait(), if ended.is_none() => {
-                ended = Some(status);
-                deadline = Instant::now() + LAST_WORDS;
+            status = child.wait(), if exit.is_none() => {
+                exit = Some(status);
+                deadline = Instant::now() + DRAIN_TIMEOUT;
             }
-            () = tokio::time::sleep_until(deadline), if ended.is_some() => break,
+            () = tokio::time::sleep_until(deadline), if exit.is_some() => break,
         }
     }
-    match ended {
+    match exit {
         Some(Ok(status)) => match status.signal() {
-            Some(signal) => {
-                ProbeOutcome::Crashed { signal, said: said.text(), library: LibraryFile::default() }
-            }
-            None => ProbeOutcome::Failed(format!(
-                "the probe ended without an answer ({status}){}",
-                said.quoted()
-            )),
+            Some(signal) => ProbeOutcome::Crashed {
+                signal,
+                stderr: stderr_tail.text(),
+                library: LibraryFile::default(),
+            },
+            None => match stderr_tail.text().as_str() {
+                "" => {
+                    ProbeOutcome::Failed(format!("the probe exited without an answer ({status})"))
+                }
+                text => ProbeOutcome::Failed(format!(
+                    "the probe exited without an answer ({status}): {text}"
+                )),
+            },
         },
-        Some(Err(error)) => {
-            ProbeOutcome::Failed(format!("the probe could not be waited for: {error}"))
-        }
-        None => ProbeOutcome::Failed("the probe's end was not seen".into()),
+        Some(Err(error)) => ProbeOutcome::Failed(format!("cannot wait for the probe: {error}")),
+        None => ProbeOutcome::Failed("the probe did not exit".into()),
     }
 }
 
-/// The end of what the child wrote to its standard error.
+/// The last bytes of a stream.
 #[derive(Default)]
 struct Tail(Vec<u8>);
 
@@ -186,10 +192,5 @@ impl Tail {
 
     fn text(&self) -> String {
         sanitize_line(&String::from_utf8_lossy(&self.0))
-    }
-
-    fn quoted(&self) -> String {
-        let text = self.text();
-        if text.is_empty() { text } else { format!(", its last words: {text}") }
     }
 }

@@ -1,6 +1,6 @@
-//! The probe, from inside: the child process that loads libnvidia-ml, asks it, and prints what it
-//! said as JSON. It runs alone so that a library that hangs or crashes takes nobody along; see
-//! [`crate::gpu::probe`] for the outside.
+//! Child side of the probe: loads libnvidia-ml, queries it and prints the result as one line of
+//! JSON. A library that hangs or crashes does so in this process only. The parent side is
+//! [`crate::gpu::probe`].
 
 use std::fs::File;
 use std::io::Write as _;
@@ -17,60 +17,60 @@ use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_sig
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::gpu::nvml_library::LibraryFile;
-use crate::gpu::pci::PciAddress;
+use super::nvml_error::Fault;
+use super::nvml_library::LibraryFile;
+use super::pci::PciAddress;
 
-/// More GPUs, or more MIG instances of one, than any machine has: a library that counts more is not
-/// believed.
+/// More GPUs, and more MIG instances per GPU, than any machine has: larger counts are invalid.
 const MAX_GPUS: u32 = 1024;
 const MAX_INSTANCES: u32 = 64;
 
-/// What the child answers.
+/// The child's answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ProbeAnswer {
-    /// NVML answered.
+    /// NVML works.
     Driver(DriverReport),
-    /// NVML could not be asked.
+    /// NVML cannot be loaded or initialised.
     Failed {
-        /// What failed.
+        /// The failed call.
         fault: Fault,
-        /// What the library's file tells.
+        /// Facts about the library file.
         library: LibraryFile,
     },
 }
 
-/// The driver and its GPUs.
+/// The driver and the GPUs it lists.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DriverReport {
-    /// The kernel driver's version.
+    /// Driver version.
     pub driver_version: Option<String>,
-    /// The GPUs, by NVML's index.
+    /// The GPUs, in the order of their NVML indices.
     pub gpus: Vec<ProbedGpu>,
 }
 
-/// One GPU as NVML describes it.
+/// One GPU as reported by NVML.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProbedGpu {
-    /// NVML's index.
+    /// NVML index.
     pub index: u32,
     /// `GPU-…`.
-    #[serde(deserialize_with = "read_uuid_if_any")]
+    #[serde(deserialize_with = "read_optional_uuid")]
     pub uuid: Option<String>,
-    /// The product's name.
+    /// Product name.
     pub name: Option<String>,
-    /// Where it is, in NVML's spelling.
+    /// PCI address.
     pub pci_address: Option<String>,
-    /// All of its memory, in MiB.
+    /// Total memory in MiB.
     pub memory_mib: Option<u64>,
-    /// `n` of `/dev/nvidia<n>`.
+    /// The `n` of its device node `/dev/nvidia<n>`.
     pub minor: Option<u32>,
-    /// Set when the card is in MIG mode: its instances.
+    /// The MIG instances; `None` unless the GPU is in MIG mode.
     pub mig: Option<Vec<ProbedMig>>,
-    /// A call that failed in a way that makes the GPU unusable.
+    /// Failed call that makes the GPU unusable.
     pub fault: Option<Fault>,
-    /// Hardware faults that NVML reports with success.
-    pub ailments: Vec<String>,
+    /// Hardware faults reported by successful calls.
+    pub health_issues: Vec<String>,
 }
 
 /// A MIG instance.
@@ -79,108 +79,59 @@ pub struct ProbedMig {
     /// `MIG-…`.
     #[serde(deserialize_with = "read_uuid")]
     pub uuid: String,
-    /// The instance's name.
+    /// Name of the profile.
     pub name: Option<String>,
-    /// The instance's memory, in MiB.
+    /// Memory in MiB.
     pub memory_mib: Option<u64>,
 }
 
-/// A call that failed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Fault {
-    /// NVML's function, or `dlopen`.
-    pub call: String,
-    /// How it failed.
-    pub kind: FaultKind,
-    /// The text of the library or of the loader.
-    pub text: String,
-}
-
-/// How a call failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FaultKind {
-    /// The library cannot be loaded.
-    Library,
-    /// The library has no such function.
-    Symbol,
-    /// NVML's return code (nvml.h, `nvmlReturn_t`).
-    Code(u32),
-    /// The call succeeded, and what it answered makes no sense.
-    InvalidResponse,
-}
-
-impl Fault {
-    pub(super) fn new(call: &str, error: NvmlError) -> Self {
-        let text = error.to_string();
-        let kind = match error {
-            NvmlError::LibloadingError(_) => FaultKind::Library,
-            NvmlError::FailedToLoadSymbol(_) => FaultKind::Symbol,
-            NvmlError::Utf8Error(_) | NvmlError::NulError(_) | NvmlError::IncorrectBits(_) => {
-                FaultKind::InvalidResponse
-            }
-            error => FaultKind::Code(error.into()),
-        };
-        Self { call: call.into(), kind, text }
-    }
-
-    /// Whether a failure like this of a getter that is only good to have means that the GPU itself
-    /// does not answer as it should. Not every card, driver or container gives every value, so any
-    /// other failure means "not known".
-    pub(super) fn is_of_the_gpu(&self) -> bool {
-        const INSUFFICIENT_POWER: u32 = 8;
-        const DRIVER_NOT_LOADED: u32 = 9;
-        const IRQ_ISSUE: u32 = 11;
-        const CORRUPTED_INFOROM: u32 = 14;
-        const GPU_IS_LOST: u32 = 15;
-        const RESET_REQUIRED: u32 = 16;
-        const OPERATING_SYSTEM: u32 = 17;
-        const NOT_READY: u32 = 27;
-        const UNKNOWN: u32 = 999;
-        matches!(
-            self.kind,
-            FaultKind::Code(
-                INSUFFICIENT_POWER
-                    | DRIVER_NOT_LOADED
-                    | IRQ_ISSUE
-                    | CORRUPTED_INFOROM
-                    | GPU_IS_LOST
-                    | RESET_REQUIRED
-                    | OPERATING_SYSTEM
-                    | NOT_READY
-                    | UNKNOWN
-            )
-        )
+impl DriverReport {
+    /// Returns `driver <version>`.
+    pub(super) fn driver(&self) -> String {
+        match &self.driver_version {
+            Some(version) => format!("driver {version}"),
+            None => "the driver (unknown version)".into(),
+        }
     }
 }
 
-/// Asks NVML and prints the answer on the standard output: all that the child process does.
+impl ProbedGpu {
+    /// Returns index, name, UUID and PCI address, as far as they are known.
+    pub(super) fn title(&self) -> String {
+        let mut title = format!("GPU {}", self.index);
+        for part in [&self.name, &self.uuid, &self.pci_address].into_iter().flatten() {
+            title = format!("{title}, {part}");
+        }
+        title
+    }
+}
+
+/// Runs the child process: queries NVML and prints the answer to the standard output.
 ///
 /// # Errors
-/// When the answer cannot be written.
+/// Returns the error of setting up the process or writing the answer.
 pub fn run_probe(library: &str) -> std::io::Result<()> {
     let mut out = init_child()?;
-    let mut answer = serde_json::to_vec(&ask(library))?;
+    let mut answer = serde_json::to_vec(&query(library))?;
     answer.push(b'\n');
     out.write_all(&answer)
 }
 
-/// Makes this process a child that may load the library, and gives it a way to its parent that is
-/// its own.
+/// Prepares this process for loading the library, and returns a private copy of the standard output,
+/// because the library may write to it or close it.
 pub(super) fn init_child() -> std::io::Result<File> {
-    // A child that hangs ends with the agent, however that ends.
+    // A hanging child is killed when the agent exits, even when the agent crashes.
     set_parent_process_death_signal(Some(Signal::KILL))?;
-    die_by_the_first_signal()?;
-    // The library may write to the standard output, or close it.
+    remove_rust_signal_handlers()?;
     let out = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
     rustix::stdio::dup2_stdout(std::io::stderr())?;
     Ok(out)
 }
 
-/// Rust lets the first SIGSEGV and SIGBUS pass that is sent and not caused, and takes its handler
-/// away: a library that means to die by `raise` would live on. One of each is sent before it is
-/// there.
-fn die_by_the_first_signal() -> std::io::Result<()> {
+/// Removes Rust's handlers of SIGSEGV and SIGBUS. They ignore the first signal that is sent rather
+/// than caused by a fault, and then uninstall themselves, so a library that calls `raise` would
+/// survive it. Sending one signal of each kind has that effect before the library is loaded.
+fn remove_rust_signal_handlers() -> std::io::Result<()> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
     let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
@@ -192,72 +143,67 @@ fn die_by_the_first_signal() -> std::io::Result<()> {
     Ok(())
 }
 
-fn ask(library: &str) -> ProbeAnswer {
-    match report(library) {
+fn query(library: &str) -> ProbeAnswer {
+    match read_report(library) {
         Ok(report) => ProbeAnswer::Driver(report),
-        Err(fault) => ProbeAnswer::Failed { fault, library: LibraryFile::look(library) },
+        Err(fault) => ProbeAnswer::Failed { fault, library: LibraryFile::inspect(library) },
     }
 }
 
-/// Loads the library and opens NVML.
+/// Loads the library and initialises NVML.
 pub(super) fn open(library: &str) -> Result<ManuallyDrop<Nvml>, Fault> {
     let nvml = Nvml::builder().lib_path(library.as_ref()).init().map_err(|error| {
         let call =
             if matches!(error, NvmlError::LibloadingError(_)) { "dlopen" } else { "nvmlInit_v2" };
         Fault::new(call, error)
     })?;
-    // nvmlShutdown could hang, crash or be missing, and the answer would be lost: the end of the
-    // process does its work.
+    // Dropping it would call nvmlShutdown, which could hang, crash or be missing, and the answer
+    // would be lost. The exit of the process releases everything.
     Ok(ManuallyDrop::new(nvml))
 }
 
-fn report(library: &str) -> Result<DriverReport, Fault> {
+fn read_report(library: &str) -> Result<DriverReport, Fault> {
     let nvml = open(library)?;
-    let count = nvml.device_count().map_err(|error| Fault::new("nvmlDeviceGetCount_v2", error))?;
+    const CALL: &str = "nvmlDeviceGetCount_v2";
+    let count = nvml.device_count().map_err(|error| Fault::new(CALL, error))?;
     if count > MAX_GPUS {
-        let text = format!("it counts {count} GPUs");
-        return Err(Fault {
-            call: "nvmlDeviceGetCount_v2".into(),
-            kind: FaultKind::InvalidResponse,
-            text,
-        });
+        return Err(Fault::invalid_response(CALL, format!("{count} GPUs")));
     }
     Ok(DriverReport {
         driver_version: nvml.sys_driver_version().ok(),
-        gpus: (0..count).map(|index| describe(&nvml, index)).collect(),
+        gpus: (0..count).map(|index| read_gpu(&nvml, index)).collect(),
     })
 }
 
-fn describe(nvml: &Nvml, index: u32) -> ProbedGpu {
+fn read_gpu(nvml: &Nvml, index: u32) -> ProbedGpu {
     let mut gpu = ProbedGpu { index, ..ProbedGpu::default() };
-    if let Err(fault) = fill_in(nvml, &mut gpu) {
+    if let Err(fault) = read_gpu_fields(nvml, &mut gpu) {
         gpu.fault = Some(fault);
     }
     gpu
 }
 
-fn fill_in(nvml: &Nvml, gpu: &mut ProbedGpu) -> Result<(), Fault> {
+fn read_gpu_fields(nvml: &Nvml, gpu: &mut ProbedGpu) -> Result<(), Fault> {
     let device = nvml
         .device_by_index(gpu.index)
         .map_err(|error| Fault::new("nvmlDeviceGetHandleByIndex_v2", error))?;
-    // Without these two the GPU can neither be handed over nor be told from another: they are
-    // needed.
+    // Required: without address and UUID the GPU cannot be identified or injected.
     let pci = pci_of(&device)?;
     gpu.pci_address =
         Some(PciAddress::parse(&pci.bus_id).map_or(pci.bus_id, |address| address.to_string()));
     gpu.uuid = Some(uuid_of(&device)?);
-    // These are good to have.
+    // Optional.
     gpu.name = optional("nvmlDeviceGetName", device.name())?;
     gpu.minor = optional("nvmlDeviceGetMinorNumber", device.minor_number())?;
     gpu.memory_mib = optional("nvmlDeviceGetMemoryInfo_v2", device.memory_info())?
         .map(|memory| memory.total >> 20);
     gpu.mig = mig_instances(&device)?;
-    gpu.ailments = ailments(&device)?;
+    gpu.health_issues = read_health_issues(&device)?;
     Ok(())
 }
 
-/// The card that a device named by its UUID is, or is an instance of.
-pub(super) fn card_of<'n>(nvml: &'n Nvml, uuid: &str) -> Result<Device<'n>, Fault> {
+/// Returns the GPU with this UUID, or the GPU of the MIG instance with this UUID.
+pub(super) fn physical_gpu<'n>(nvml: &'n Nvml, uuid: &str) -> Result<Device<'n>, Fault> {
     let device = nvml
         .device_by_uuid(uuid)
         .map_err(|error| Fault::new("nvmlDeviceGetHandleByUUID", error))?;
@@ -269,16 +215,13 @@ pub(super) fn card_of<'n>(nvml: &'n Nvml, uuid: &str) -> Result<Device<'n>, Faul
         .map_err(|error| Fault::new("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", error))
 }
 
-/// Looks again at a device that was usable: what the probe asks of every GPU.
-///
-/// # Errors
-/// A call that failed in a way that makes the GPU unusable. With success come the hardware faults,
-/// normally none.
-pub(super) fn examine(nvml: &Nvml, uuid: &str) -> Result<Vec<String>, Fault> {
-    let card = card_of(nvml, uuid)?;
-    pci_of(&card)?;
-    uuid_of(&card)?;
-    ailments(&card)
+/// Checks a device in use with the calls that the probe makes for every GPU. Returns its hardware
+/// faults, or the failed call that makes it unusable.
+pub(super) fn check_health(nvml: &Nvml, uuid: &str) -> Result<Vec<String>, Fault> {
+    let gpu = physical_gpu(nvml, uuid)?;
+    pci_of(&gpu)?;
+    uuid_of(&gpu)?;
+    read_health_issues(&gpu)
 }
 
 fn pci_of(device: &Device<'_>) -> Result<PciInfo, Fault> {
@@ -288,33 +231,27 @@ fn pci_of(device: &Device<'_>) -> Result<PciInfo, Fault> {
 pub(super) fn uuid_of(device: &Device<'_>) -> Result<String, Fault> {
     const CALL: &str = "nvmlDeviceGetUUID";
     let uuid = device.uuid().map_err(|error| Fault::new(CALL, error))?;
-    checked_uuid(uuid).map_err(|text| Fault {
-        call: CALL.into(),
-        kind: FaultKind::InvalidResponse,
-        text,
-    })
+    validate_uuid(uuid).map_err(|text| Fault::invalid_response(CALL, text))
 }
 
-/// By its UUID a GPU is handed over, in a list with commas: an empty one would ask the runtime for
-/// no GPU at all.
-fn checked_uuid(uuid: String) -> Result<String, String> {
+/// The runtime gets the UUIDs as a comma-separated list; an empty one would request no GPU.
+fn validate_uuid(uuid: String) -> Result<String, String> {
     if uuid.is_empty() || !uuid.bytes().all(|byte| byte.is_ascii_graphic() && byte != b',') {
         return Err(format!("the UUID is {uuid:?}"));
     }
     Ok(uuid)
 }
 
-/// NVIDIA's code runs in the child and could write the answer in its place: it is checked where it
-/// is read as well.
+/// The parent validates UUIDs too: NVIDIA's code runs in the child and could write the answer.
 fn read_uuid<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    checked_uuid(String::deserialize(deserializer)?).map_err(D::Error::custom)
+    validate_uuid(String::deserialize(deserializer)?).map_err(D::Error::custom)
 }
 
-fn read_uuid_if_any<'de, D: Deserializer<'de>>(
+fn read_optional_uuid<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<String>, D::Error> {
     Option::<String>::deserialize(deserializer)?
-        .map(checked_uuid)
+        .map(validate_uuid)
         .transpose()
         .map_err(D::Error::custom)
 }
@@ -324,7 +261,7 @@ fn optional<T>(call: &str, answer: Result<T, NvmlError>) -> Result<Option<T>, Fa
         Ok(value) => Ok(Some(value)),
         Err(error) => {
             let fault = Fault::new(call, error);
-            if fault.is_of_the_gpu() { Err(fault) } else { Ok(None) }
+            if fault.is_gpu_fault() { Err(fault) } else { Ok(None) }
         }
     }
 }
@@ -338,7 +275,7 @@ fn mig_instances(device: &Device<'_>) -> Result<Option<Vec<ProbedMig>>, Fault> {
     let slots = optional("nvmlDeviceGetMaxMigDeviceCount", device.mig_device_count())?.unwrap_or(0);
     let mut instances = Vec::new();
     for slot in 0..slots.min(MAX_INSTANCES) {
-        // A slot without an instance answers NOT_FOUND.
+        // An empty slot returns NVML_ERROR_NOT_FOUND.
         let Some(instance) =
             optional("nvmlDeviceGetMigDeviceHandleByIndex", device.mig_device_by_index(slot))?
         else {
@@ -354,23 +291,24 @@ fn mig_instances(device: &Device<'_>) -> Result<Option<Vec<ProbedMig>>, Fault> {
     Ok(Some(instances))
 }
 
-fn ailments(device: &Device<'_>) -> Result<Vec<String>, Fault> {
-    let mut ailments = Vec::new();
+fn read_health_issues(device: &Device<'_>) -> Result<Vec<String>, Fault> {
+    let mut health_issues = Vec::new();
     let ecc = device.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile);
     match optional("nvmlDeviceGetTotalEccErrors", ecc)? {
         None | Some(0) => {}
         Some(count) => {
-            ailments.push(format!("{count} uncorrectable ECC errors since the driver was loaded"))
+            health_issues
+                .push(format!("{count} uncorrectable ECC errors since the driver was loaded"));
         }
     }
-    if row_remap_failed(device)? {
-        ailments.push("a faulty memory row could not be remapped".into());
+    if has_row_remap_failure(device)? {
+        health_issues.push("row remapping failed".into());
     }
-    Ok(ailments)
+    Ok(health_issues)
 }
 
-fn row_remap_failed(device: &Device<'_>) -> Result<bool, Fault> {
-    /// NVML_FI_DEV_REMAPPED_FAILURE of nvml.h.
+fn has_row_remap_failure(device: &Device<'_>) -> Result<bool, Fault> {
+    /// `NVML_FI_DEV_REMAPPED_FAILURE` in nvml.h.
     const REMAPPED_FAILURE: FieldId = FieldId(145);
     const CALL: &str = "nvmlDeviceGetFieldValues";
     let Some(samples) = optional(CALL, device.field_values_for(&[REMAPPED_FAILURE]))? else {
@@ -392,25 +330,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_whose_uuid_cannot_be_named_to_docker_is_no_answer() {
+    fn answer_with_invalid_uuid_is_rejected() {
         let answer = |gpu: serde_json::Value| {
             let report = serde_json::json!({"driver_version": null, "gpus": [gpu]});
             serde_json::from_value::<DriverReport>(report).map(|mut report| report.gpus.remove(0))
         };
-        let mut plain =
+        let mut valid =
             serde_json::to_value(ProbedGpu { uuid: Some("GPU-1".into()), ..ProbedGpu::default() })
                 .unwrap();
-        plain["mig"] = serde_json::json!([{"uuid": "MIG-1", "name": null, "memory_mib": null}]);
-        assert_eq!(answer(plain.clone()).unwrap().uuid.unwrap(), "GPU-1");
-        for garbled in ["", "GPU-1,all", "GPU-1\u{1b}", "GPU 1", "GPU-ü"] {
+        valid["mig"] = serde_json::json!([{"uuid": "MIG-1", "name": null, "memory_mib": null}]);
+        assert_eq!(answer(valid.clone()).unwrap().uuid.unwrap(), "GPU-1");
+        for invalid in ["", "GPU-1,all", "GPU-1\u{1b}", "GPU 1", "GPU-ü"] {
             for path in ["/uuid", "/mig/0/uuid"] {
-                let mut gpu = plain.clone();
-                *gpu.pointer_mut(path).unwrap() = garbled.into();
+                let mut gpu = valid.clone();
+                *gpu.pointer_mut(path).unwrap() = invalid.into();
                 let error = answer(gpu).unwrap_err().to_string();
-                assert!(error.contains("the UUID is"), "{garbled:?} at {path}: {error}");
+                assert!(error.contains("the UUID is"), "{invalid:?} at {path}: {error}");
             }
         }
-        plain["uuid"] = serde_json::Value::Null;
-        assert_eq!(answer(plain).unwrap().uuid, None, "one that is not known");
+        valid["uuid"] = serde_json::Value::Null;
+        assert_eq!(answer(valid).unwrap().uuid, None, "unknown");
     }
 }

@@ -1,5 +1,11 @@
-//! XIDs: the numbers under which NVIDIA's kernel driver reports what went wrong, and what each asks
-//! for. One table.
+//! XIDs, the error numbers of NVIDIA's kernel driver, and what each means for the node.
+//!
+//! [`XIDS`] is the only place where an XID is classified. To add one:
+//! 1. Look it up in NVIDIA's Xid Catalog
+//!    (docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html).
+//! 2. Add a row to [`XIDS`] with NVIDIA's description and, where that says little, an explanation.
+//! 3. Derive the [`Class`] from NVIDIA's immediate action: RESET_GPU, RESTART_BM, RESTART_APP, …
+//! 4. Renew the documents: `UPDATE_DOCUMENTS=1 cargo test -p supernode-agent --test documents`.
 
 use std::fmt;
 
@@ -8,20 +14,20 @@ use std::fmt;
 pub enum Class {
     /// The GPU works again after a reset.
     ResetGpu,
-    /// The GPU works again after the machine was restarted.
+    /// The GPU works again after a restart of the machine.
     RestartMachine,
-    /// The process that uses the GPU cannot go on; the next one may.
+    /// The process that uses the GPU cannot continue; a new one may work.
     FatalForWorkload,
-    /// A process used the GPU wrongly, or met with a fault that was contained: its own affair.
+    /// A fault of an application, or one contained to it.
     Application,
-    /// Nothing to be done.
+    /// No action required.
     Ignore,
-    /// Tells of something else that went wrong, or of a change.
+    /// Accompanies another fault, or reports a change.
     Information,
 }
 
 impl Class {
-    /// All of them.
+    /// All classes.
     pub const ALL: [Self; 6] = [
         Self::ResetGpu,
         Self::RestartMachine,
@@ -31,99 +37,106 @@ impl Class {
         Self::Information,
     ];
 
-    /// Whether the node leaves the GPU for it.
+    /// Returns whether the node stops using the GPU.
     pub fn is_fatal(self) -> bool {
         matches!(self, Self::ResetGpu | Self::RestartMachine | Self::FatalForWorkload)
     }
 
-    /// What NVIDIA advises, as the end of a sentence.
+    /// Returns the action that NVIDIA recommends, as the end of a sentence.
     pub fn advice(self) -> &'static str {
         match self {
-            Self::ResetGpu => "the GPU must be reset",
-            Self::RestartMachine => "the machine must be restarted",
-            Self::FatalForWorkload => "what runs on the GPU cannot go on",
-            Self::Application => "an application's own fault",
-            Self::Ignore => "nothing is to be done",
-            Self::Information => "for information",
+            Self::ResetGpu => "reset the GPU",
+            Self::RestartMachine => "restart the machine",
+            Self::FatalForWorkload => "the workload cannot continue",
+            Self::Application => "application error",
+            Self::Ignore => "no action required",
+            Self::Information => "informational",
         }
     }
 }
 
-/// What the table says about an XID.
+/// A row of the table.
 #[derive(Debug)]
 pub struct Entry {
     /// The XID.
     pub number: u64,
-    /// What it means, in a few words.
-    pub meaning: &'static str,
-    /// What it asks for.
+    /// NVIDIA's description, then an explanation where that says little.
+    pub description: &'static str,
+    /// What the XID means for the node.
     pub class: Class,
 }
 
-/// The XIDs that are known here, in ascending order. Meanings and actions after NVIDIA's "XID
-/// Errors" document (docs.nvidia.com/deploy/xid-errors, the table of XIDs and the table of
-/// recommended actions).
+/// The known XIDs, in ascending order. Descriptions after NVIDIA's Xid Catalog, classes after
+/// NVIDIA's "XID Errors" document (docs.nvidia.com/deploy/xid-errors, table of recommended actions).
 pub const XIDS: &[Entry] = &[
-    entry(8, "the GPU stopped working on a channel", Class::Application),
-    entry(11, "an invalid or corrupted stream of commands", Class::Application),
+    entry(8, "GPU stopped processing", Class::Application),
+    entry(11, "Invalid or corrupted push buffer stream", Class::Application),
     entry(
         13,
-        "an exception of the graphics engine, such as an illegal instruction or access",
+        "Graphics Engine Exception, such as an out-of-bounds access or an illegal instruction",
         Class::Application,
     ),
-    entry(31, "an access to GPU memory that is not mapped", Class::Application),
-    entry(32, "an invalid or corrupted push buffer", Class::Application),
-    entry(39, "an exception of copy engine 0", Class::Application),
-    entry(40, "an exception of copy engine 1", Class::Application),
-    entry(41, "an exception of copy engine 2", Class::Application),
-    entry(43, "a channel was stopped after its process had failed", Class::Ignore),
+    entry(31, "GPU memory page fault, an access to an unmapped address", Class::Application),
+    entry(32, "Invalid or corrupted push buffer stream (PBDMA error)", Class::Application),
+    entry(39, "Copy Engine Exception (CE0)", Class::Application),
+    entry(40, "Copy Engine Exception (CE1)", Class::Application),
+    entry(41, "Copy Engine Exception (CE2)", Class::Application),
+    entry(
+        43,
+        "GPU stopped processing: a channel was reset after a software-induced fault",
+        Class::Ignore,
+    ),
     entry(
         45,
-        "channels were cleaned up after an earlier error or the end of a process",
+        "Preemptive cleanup, due to previous errors or the exit of a process",
         Class::Information,
     ),
-    entry(46, "the GPU stopped working", Class::ResetGpu),
-    entry(48, "a double-bit ECC error, which cannot be corrected", Class::FatalForWorkload),
-    entry(62, "the GPU's internal microcontroller has halted", Class::ResetGpu),
-    entry(63, "a faulty page or row of memory was recorded for its replacement", Class::Ignore),
+    entry(46, "GPU stopped processing (GPU timeout)", Class::ResetGpu),
+    entry(48, "Double Bit ECC Error, which is uncorrectable", Class::FatalForWorkload),
+    entry(62, "Internal micro-controller halt", Class::ResetGpu),
+    entry(63, "GPU memory remapping event: a faulty row or page is recorded", Class::Ignore),
     entry(
         64,
-        "a faulty page or row of memory could not be recorded for its replacement",
+        "GPU memory remapping failure: a faulty row or page could not be recorded",
         Class::ResetGpu,
     ),
-    entry(68, "an exception of the video decoder", Class::Application),
-    entry(69, "a wrong use of the graphics engine", Class::Application),
-    entry(74, "an NVLink error", Class::FatalForWorkload),
-    entry(79, "the GPU has fallen off the bus", Class::RestartMachine),
-    entry(92, "many single-bit ECC errors, all corrected", Class::Ignore),
-    entry(94, "an ECC error that was contained to one application", Class::Application),
-    entry(95, "an ECC error that was not contained", Class::ResetGpu),
-    entry(109, "the switch to another context did not end in time", Class::ResetGpu),
-    entry(110, "a security fault", Class::ResetGpu),
-    entry(119, "the GPU's system processor (GSP) did not answer in time", Class::ResetGpu),
-    entry(120, "an error of the GPU's system processor (GSP)", Class::ResetGpu),
-    entry(136, "the training of an NVLink failed", Class::ResetGpu),
-    entry(140, "an ECC error that was not recovered", Class::ResetGpu),
-    entry(143, "the GPU could not be initialised", Class::ResetGpu),
-    entry(144, "an NVLink error (SAW)", Class::FatalForWorkload),
-    entry(145, "an NVLink error (RLW)", Class::FatalForWorkload),
-    entry(146, "an NVLink error (TLW)", Class::FatalForWorkload),
-    entry(147, "an NVLink error (TREX)", Class::FatalForWorkload),
-    entry(148, "an NVLink error (NVLPW_CTRL)", Class::FatalForWorkload),
-    entry(149, "an NVLink error (NETIR)", Class::FatalForWorkload),
-    entry(150, "an NVLink error (MSE)", Class::FatalForWorkload),
-    entry(154, "the action that the GPU needs for its recovery has changed", Class::Information),
-    entry(155, "an NVLink error that the driver defines", Class::ResetGpu),
-    entry(156, "a resource of the GPU was retired", Class::ResetGpu),
-    entry(158, "the GPU did not answer in time, beyond recovery", Class::ResetGpu),
-    entry(160, "a channel of the GPU could not be retired", Class::RestartMachine),
+    entry(68, "NVDEC0 Exception (video decoder)", Class::Application),
+    entry(69, "Graphics Engine class error", Class::Application),
+    entry(74, "NVLINK Error", Class::FatalForWorkload),
+    entry(79, "GPU has fallen off the bus", Class::RestartMachine),
+    entry(92, "High single-bit ECC error rate; the errors are corrected", Class::Ignore),
+    entry(94, "Contained memory error: one application is affected", Class::Application),
+    entry(95, "Uncontained memory error: all applications are affected", Class::ResetGpu),
+    entry(109, "Context Switch Timeout Error", Class::ResetGpu),
+    entry(110, "Security Fault Error", Class::ResetGpu),
+    entry(119, "GSP RPC Timeout: the GPU System Processor did not respond", Class::ResetGpu),
+    entry(120, "GSP Error in the GPU System Processor", Class::ResetGpu),
+    entry(136, "Link Training Failed (NVLink)", Class::ResetGpu),
+    entry(140, "ECC Unrecovered Error", Class::ResetGpu),
+    entry(143, "GPU Initialization Error", Class::ResetGpu),
+    entry(144, "NVLINK: SAW Error", Class::FatalForWorkload),
+    entry(145, "NVLINK: RLW Error", Class::FatalForWorkload),
+    entry(146, "NVLINK: TLW Error", Class::FatalForWorkload),
+    entry(147, "NVLINK: TREX Error", Class::FatalForWorkload),
+    entry(148, "NVLINK: NVLPW_CTRL Error", Class::FatalForWorkload),
+    entry(149, "NVLINK: NETIR Error", Class::FatalForWorkload),
+    entry(150, "NVLINK: MSE Error", Class::FatalForWorkload),
+    entry(
+        154,
+        "GPU Recovery Action Changed, the action that another XID requires",
+        Class::Information,
+    ),
+    entry(155, "NVLINK: SW Defined Error", Class::ResetGpu),
+    entry(156, "Resource Retirement Event", Class::ResetGpu),
+    entry(158, "GPU Fatal Timeout", Class::ResetGpu),
+    entry(160, "Channel Retirement Event", Class::RestartMachine),
 ];
 
-const fn entry(number: u64, meaning: &'static str, class: Class) -> Entry {
-    Entry { number, meaning, class }
+const fn entry(number: u64, description: &'static str, class: Class) -> Entry {
+    Entry { number, description, class }
 }
 
-/// An XID, known or not.
+/// An XID, known or unknown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Xid(pub u64);
 
@@ -132,7 +145,7 @@ impl Xid {
         XIDS.iter().find(|entry| entry.number == self.0)
     }
 
-    /// What it asks for. One that is not known is fatal, as NVIDIA's device plugin takes it
+    /// Returns the class. An unknown XID is fatal, as in NVIDIA's device plugin
     /// (NVIDIA/k8s-device-plugin, internal/rm/health.go).
     pub fn class(self) -> Class {
         self.entry().map_or(Class::FatalForWorkload, |entry| entry.class)
@@ -140,17 +153,14 @@ impl Xid {
 }
 
 impl fmt::Display for Xid {
-    /// Number, meaning, advice.
+    /// Number, description, advice.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(number) = self;
         match self.entry() {
-            Some(Entry { meaning, class, .. }) => {
-                write!(f, "XID {number}: {meaning} ({})", class.advice())
+            Some(Entry { description, class, .. }) => {
+                write!(f, "XID {number}: {description} ({})", class.advice())
             }
-            None => write!(
-                f,
-                "XID {number}: not in the table of this release, so it is taken for fatal"
-            ),
+            None => write!(f, "XID {number}: unknown to this release and treated as fatal"),
         }
     }
 }
@@ -160,17 +170,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_ascends_and_every_entry_has_a_meaning() {
+    fn table_is_sorted_and_complete() {
         assert!(XIDS.is_sorted_by(|one, next| one.number < next.number));
-        assert!(XIDS.iter().all(|entry| !entry.meaning.is_empty()));
+        assert!(XIDS.iter().all(|entry| !entry.description.is_empty()));
     }
 
     #[test]
-    fn an_xid_is_told_with_its_meaning_and_what_it_asks_for() {
-        assert_eq!(
-            Xid(79).to_string(),
-            "XID 79: the GPU has fallen off the bus (the machine must be restarted)"
-        );
+    fn known_xid_has_description_and_class() {
+        assert_eq!(Xid(79).to_string(), "XID 79: GPU has fallen off the bus (restart the machine)");
         for (fatal, numbers) in [
             (
                 true,
@@ -188,23 +195,22 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_xid_is_fatal_and_says_that_it_is_unknown() {
+    fn unknown_xid_is_fatal() {
         assert!(Xid(4711).class().is_fatal());
-        assert!(Xid(4711).to_string().starts_with("XID 4711: not in the table"));
+        assert_eq!(Xid(4711).to_string(), "XID 4711: unknown to this release and treated as fatal");
     }
 
     #[test]
-    fn every_class_has_its_own_advice() {
-        let told: Vec<&str> = Class::ALL.map(Class::advice).to_vec();
+    fn each_class_has_its_own_advice() {
         assert_eq!(
-            told,
+            Class::ALL.map(Class::advice),
             [
-                "the GPU must be reset",
-                "the machine must be restarted",
-                "what runs on the GPU cannot go on",
-                "an application's own fault",
-                "nothing is to be done",
-                "for information",
+                "reset the GPU",
+                "restart the machine",
+                "the workload cannot continue",
+                "application error",
+                "no action required",
+                "informational",
             ]
         );
     }

@@ -25,9 +25,10 @@ use tokio::time::{Instant, timeout_at};
 use crate::config::Config;
 use crate::config::settings::Settings;
 use crate::gpu::detect_gpus;
+use crate::gpu::diagnose::signal_name;
 use crate::gpu::monitor_child::MonitorMessage;
 use crate::gpu::reason::{Finding, Reason};
-use crate::gpu::verdict::{GpuDevice, Verdict, describe_fault, signal_name};
+use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::gpu::xid::{Class, Xid};
 use crate::report::Reporter;
 
@@ -235,7 +236,7 @@ impl GpuMonitor {
     /// What follows from what the child said.
     fn judge(&mut self, notice: MonitorMessage, devices: &[GpuDevice]) -> Option<Finding> {
         match notice {
-            MonitorMessage::Watching { unsupported } => {
+            MonitorMessage::Started { unsupported } => {
                 if !unsupported.is_empty() && self.deaths == 0 {
                     tracing::info!(
                         "no events are to be had of {}: its health alone is looked after",
@@ -250,16 +251,16 @@ impl GpuMonitor {
                 self.reporter.metrics(|values| values.read(&uuid, reading));
                 None
             }
-            MonitorMessage::Event { uuid, xid, times } => {
-                self.judge_event(uuid, xid, times, devices)
+            MonitorMessage::Event { uuid, xid, count } => {
+                self.judge_event(uuid, xid, count, devices)
             }
             MonitorMessage::Fault { uuid, fault } => {
-                self.failed(devices, Some(&uuid), About::Health, describe_fault(&fault))
+                self.failed(devices, Some(&uuid), About::Health, fault.describe())
             }
             MonitorMessage::Unhealthy { uuid, health_issues } => {
                 self.failed(devices, Some(&uuid), About::Health, health_issues.join("; "))
             }
-            MonitorMessage::LibraryGone { path } => {
+            MonitorMessage::LibraryRemoved { path } => {
                 let what = format!(
                     "libnvidia-ml has gone from {path}: the driver was removed under the node"
                 );
@@ -411,9 +412,7 @@ impl MonitorProcess {
             self.timeout = SILENCE;
             (self.silences, self.silent_until) = (0, Instant::now() + SILENCE);
             match serde_json::from_slice(&line) {
-                Ok(MonitorMessage::Failed { fault }) => {
-                    self.last_words = Some(describe_fault(&fault))
-                }
+                Ok(MonitorMessage::Failed { fault }) => self.last_words = Some(fault.describe()),
                 Ok(notice) => return MonitorEvent::Message(notice),
                 Err(_) => return MonitorEvent::Exited("said what is not understood".into()),
             }
@@ -496,7 +495,7 @@ mod tests {
     }
 
     fn event(uuid: &str, xid: Option<u64>) -> MonitorMessage {
-        MonitorMessage::Event { uuid: uuid.into(), xid, times: 1 }
+        MonitorMessage::Event { uuid: uuid.into(), xid, count: 1 }
     }
 
     #[test]
@@ -528,8 +527,9 @@ mod tests {
     #[test]
     fn what_concerns_the_driver_names_every_device() {
         let mut watch = watch();
-        let finding =
-            watch.judge(MonitorMessage::LibraryGone { path: "/lib/x".into() }, &devices()).unwrap();
+        let finding = watch
+            .judge(MonitorMessage::LibraryRemoved { path: "/lib/x".into() }, &devices())
+            .unwrap();
         assert!(
             finding.summary.contains("GPU-a") && finding.summary.contains("GPU-b"),
             "{finding:?}"

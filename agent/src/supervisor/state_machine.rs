@@ -872,8 +872,10 @@ mod tests {
     fn a_node() -> impl Strategy<Value = Simulation> {
         let on_failure = select(vec![OnFailure::Cpu, OnFailure::Restart, OnFailure::Ignore]);
         let on_late = select(vec![OnLate::Announce, OnLate::Restart]);
-        let cpu =
-            select(vec![Verdict::not_wanted(), Verdict::cpu(finding(Reason::DriverNotLoaded))]);
+        let cpu = select(vec![
+            Verdict::gpu_not_enabled(),
+            Verdict::cpu(finding(Reason::DriverNotLoaded)),
+        ]);
         let verdict = prop_oneof![3 => Just(on_gpu()), 1 => cpu];
         (any::<bool>(), on_failure, on_late, verdict).prop_map(
             |(required, on_failure, on_late, verdict)| {
@@ -919,7 +921,7 @@ mod tests {
 
     #[test]
     fn a_container_that_ends_again_and_again_is_started_after_ever_longer_pauses() {
-        let mut story = up(RULES, Verdict::not_wanted());
+        let mut story = up(RULES, Verdict::gpu_not_enabled());
         let mut pauses = Vec::new();
         for _ in 0..8 {
             story.hear(changed(ContainerEvent::Exited(Some(1))));
@@ -956,7 +958,7 @@ mod tests {
 
     #[test]
     fn an_engine_that_went_is_looked_for_and_what_went_down_with_it_is_not_to_blame() {
-        let mut story = up(RULES, Verdict::not_wanted());
+        let mut story = up(RULES, Verdict::gpu_not_enabled());
         for _ in 0..3 {
             story.hear(changed(ContainerEvent::Exited(None)));
             for _ in 0..3 {
@@ -1026,10 +1028,10 @@ mod tests {
 
     #[test]
     fn a_first_launch_that_fails_is_the_end_and_a_later_one_is_not() {
-        let mut story = Simulation::new(RULES, Verdict::not_wanted());
+        let mut story = Simulation::new(RULES, Verdict::gpu_not_enabled());
         story.hear(Event::Failed);
         assert_eq!(story.command, Command::Exit(ExitReason::LaunchFailed));
-        let mut story = up(RULES, Verdict::not_wanted());
+        let mut story = up(RULES, Verdict::gpu_not_enabled());
         story.hear(changed(ContainerEvent::SuperLinkChanged));
         story.hear(Event::Failed);
         assert_eq!(story.command, Command::PingEngine);
@@ -1059,12 +1061,12 @@ mod tests {
         let mut story = up(Policy { on_late: OnLate::Restart, ..RULES }, verdict());
         story.hear(changed(ContainerEvent::GpuAvailable));
         assert_eq!(story.command, Command::Exit(ExitReason::RestartRequested));
-        assert!(!up(RULES, Verdict::not_wanted()).machine.awaits_gpu());
+        assert!(!up(RULES, Verdict::gpu_not_enabled()).machine.awaits_gpu());
     }
 
     #[test]
     fn another_container_is_taken_away_before_ours_is_made() {
-        let mut story = Simulation::new(RULES, Verdict::not_wanted());
+        let mut story = Simulation::new(RULES, Verdict::gpu_not_enabled());
         for (event, command) in [
             (Event::Inspected(Existing::Outdated), Command::RemoveExisting),
             (Event::Done, Command::CreateAndStart),
@@ -1074,7 +1076,7 @@ mod tests {
             assert_eq!(story.command, command);
         }
         // On the CPU there is nothing that it could stand in for.
-        let mut story = Simulation::new(RULES, Verdict::not_wanted());
+        let mut story = Simulation::new(RULES, Verdict::gpu_not_enabled());
         story.hear(Event::Inspected(Existing::CpuFallback(finding(Reason::RuntimeStartFailed))));
         assert_eq!(story.command, Command::RemoveExisting);
     }
@@ -1126,7 +1128,7 @@ mod tests {
 
     #[test]
     fn why_and_after_what_pause_a_container_is_started_again_is_told() {
-        let mut story = up(RULES, Verdict::not_wanted());
+        let mut story = up(RULES, Verdict::gpu_not_enabled());
         let again = |told: Vec<Notification>| match told[..] {
             [Notification::RestartScheduled(cause, delay)] => (cause, delay.as_secs()),
             _ => panic!("{told:?}"),
@@ -1151,7 +1153,7 @@ mod tests {
 
     #[test]
     fn the_engine_is_told_once_when_it_goes_and_once_when_it_is_back() {
-        let mut story = up(RULES, Verdict::not_wanted());
+        let mut story = up(RULES, Verdict::gpu_not_enabled());
         story.hear(changed(ContainerEvent::Exited(Some(1))));
         let told = story.hear(Event::Engine { answers: false });
         assert!(matches!(told[..], [Notification::EngineUnavailable]), "{told:?}");
@@ -1175,7 +1177,7 @@ mod tests {
 
     #[test]
     fn a_launch_that_failed_before_the_engine_went_keeps_its_pause() {
-        let mut story = up(RULES, Verdict::not_wanted());
+        let mut story = up(RULES, Verdict::gpu_not_enabled());
         story.hear(changed(ContainerEvent::Exited(Some(1))));
         story.hear(Event::Engine { answers: true });
         story.hear(Event::Done);
@@ -1335,7 +1337,7 @@ mod tests {
     #[test]
     fn on_the_cpu_no_gpu_can_fail_and_the_node_is_looked_at_anew_after_a_pause() {
         let failed = || changed(ContainerEvent::GpuFailed(finding(Reason::GpuFailed)));
-        let mut story = up(RULES, Verdict::not_wanted());
+        let mut story = up(RULES, Verdict::gpu_not_enabled());
         for event in [failed(), failed()] {
             let told = story.hear(event);
             assert!(
@@ -1356,7 +1358,7 @@ mod tests {
         );
         assert_eq!(
             (story.command, story.machine.verdict()),
-            (Command::BackOff(INITIAL_DELAY * 2), &Verdict::not_wanted())
+            (Command::BackOff(INITIAL_DELAY * 2), &Verdict::gpu_not_enabled())
         );
     }
 }

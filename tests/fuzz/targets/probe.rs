@@ -1,5 +1,5 @@
-//! What the child processes answer, in which NVIDIA's code runs: the verdict on it is a GPU that
-//! can be named to Docker, or a reason that people can read.
+//! Output of the child processes, in which NVIDIA's code runs: any output leads to a GPU that can be
+//! named to Docker, or to a readable reason.
 #![no_main]
 
 use std::cell::LazyCell;
@@ -14,7 +14,7 @@ use supernode_agent::gpu::monitor_child::MonitorMessage;
 use supernode_agent::gpu::probe_child::ProbeAnswer;
 use supernode_agent::gpu::pci::{PciAddress, PciDevice, PciFacts};
 use supernode_agent::gpu::probe::ProbeOutcome;
-use supernode_agent::gpu::verdict::after_the_probe;
+use supernode_agent::gpu::decide::decide_gpu_or_cpu;
 use supernode_fuzz::assert_shown;
 
 thread_local! {
@@ -38,21 +38,21 @@ thread_local! {
     });
 }
 
-/// What can be read is written as it was read.
-fn read<T: Serialize + DeserializeOwned + PartialEq + Debug>(line: &[u8]) -> Option<T> {
-    let read: T = serde_json::from_slice(line).ok()?;
-    let written = serde_json::to_vec(&read).expect("JSON");
-    assert_eq!(serde_json::from_slice::<T>(&written).ok().as_ref(), Some(&read));
-    Some(read)
+/// Parses a line and checks that it round-trips.
+fn parse<T: Serialize + DeserializeOwned + PartialEq + Debug>(line: &[u8]) -> Option<T> {
+    let value: T = serde_json::from_slice(line).ok()?;
+    let written = serde_json::to_vec(&value).expect("JSON");
+    assert_eq!(serde_json::from_slice::<T>(&written).ok().as_ref(), Some(&value));
+    Some(value)
 }
 
 fuzz_target!(|line: &[u8]| {
-    let _: Option<MonitorMessage> = read(line);
-    let Some(answer) = read::<ProbeAnswer>(line) else { return };
+    let _: Option<MonitorMessage> = parse(line);
+    let Some(answer) = parse::<ProbeAnswer>(line) else { return };
     let outcome = ProbeOutcome::Answered(answer);
     CONFIGS.with(|configs| {
         for config in configs.iter() {
-            let verdict = FACTS.with(|facts| after_the_probe(config, facts, &outcome));
+            let verdict = FACTS.with(|facts| decide_gpu_or_cpu(config, facts, &outcome));
             for device in verdict.devices() {
                 assert!(
                     !device.uuid.is_empty() && !device.uuid.contains([',', '\0']),

@@ -164,7 +164,7 @@ async fn ask_nvml(
         // The loader would look on this machine.
         let candidates = match name.starts_with('/') {
             true => vec![root.at(name)],
-            false => nvml_library::FOLDERS
+            false => nvml_library::LIBRARY_DIRS
                 .iter()
                 .map(|folder| root.at(Path::new(folder).join(name)))
                 .collect(),

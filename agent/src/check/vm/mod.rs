@@ -10,9 +10,10 @@ use super::{Check, Level};
 use crate::config::settings::Injection;
 use crate::config::{Config, Framework, Prebaked};
 use crate::docker::daemon_json::RUNTIME_NAME;
+use crate::gpu::decide::decide_gpu_or_cpu;
 use crate::gpu::pci::PciAddress;
 use crate::gpu::reason::{Finding, Reason};
-use crate::gpu::verdict::{self, Verdict};
+use crate::gpu::verdict::Verdict;
 use crate::system::os_release::Distribution;
 use crate::values::DeviceSelection;
 
@@ -291,7 +292,7 @@ impl Vm<'_> {
                 "mend configuration first",
             )];
         };
-        match verdict::after_the_probe(&config, &self.facts.pci, outcome) {
+        match decide_gpu_or_cpu(&config, &self.facts.pci, outcome) {
             Verdict::Gpu { devices, missing } => {
                 let mut checks = vec![Check::ok(ID, outcome.summary())];
                 checks.extend(devices.iter().map(|device| {
@@ -324,12 +325,11 @@ impl Vm<'_> {
         const ID: &str = "gpu-selection";
         let config = self.config().filter(|config| config.gpu_enabled)?;
         let outcome = self.facts.nvml.as_ref().ok()?;
-        let all = verdict::after_the_probe(&self.asking_for_all()?, &self.facts.pci, outcome);
+        let all = decide_gpu_or_cpu(&self.asking_for_all()?, &self.facts.pci, outcome);
         if all.devices().is_empty() {
             return None;
         }
-        let verdict = verdict::before_the_probe(config, &self.facts.pci)
-            .unwrap_or_else(|| verdict::after_the_probe(config, &self.facts.pci, outcome));
+        let verdict = decide_gpu_or_cpu(config, &self.facts.pci, outcome);
         Some(match (verdict.finding(), verdict.devices().len()) {
             (Some(finding), _) => self.of_finding(ID, finding),
             (None, count) => Check::ok(
@@ -711,10 +711,11 @@ mod tests {
     use super::*;
     use crate::config::Diagnostics;
     use crate::docker::client::EngineInfo;
+    use crate::gpu::nvml_error::{Fault, FaultKind};
     use crate::gpu::nvml_library::LibraryFile;
     use crate::gpu::pci::{PciDevice, PciFacts};
     use crate::gpu::probe::ProbeOutcome;
-    use crate::gpu::probe_child::{DriverReport, Fault, FaultKind, ProbeAnswer, ProbedGpu};
+    use crate::gpu::probe_child::{DriverReport, ProbeAnswer, ProbedGpu};
 
     fn config(context: &str) -> Result<(Config, Diagnostics), Unconfigured> {
         let context = Context::parse(context.as_bytes()).unwrap();

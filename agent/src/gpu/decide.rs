@@ -1,0 +1,282 @@
+//! Decides, before the launch, whether the node runs on the GPU or falls back to the CPU.
+//!
+//! [`decide_gpu_or_cpu`] is the only place that makes this decision; `run`, `plan`, `gpu` and
+//! `check vm` call it. It is a pure function of the configuration, sysfs and the probe. The reasons
+//! come from [`super::diagnose`], the device selection from [`super::select`].
+//!
+//! A GPU verdict can still become a CPU verdict later:
+//! - GPU access cannot be configured in Docker (`runtime-missing`, `runtime-not-configured`): the
+//!   startup in [`crate::daemon`], with [`crate::docker::nvidia_runtime`];
+//! - the container does not start with the GPU (`runtime-start-failed`, `gpu-not-visible`): the
+//!   event `GpuStartFailed` of [`crate::supervisor::state_machine`];
+//! - the GPU fails while the container runs (`gpu-failed`): the event `GpuFailed` of the same state
+//!   machine, raised by [`crate::supervisor::gpu_monitor`] and [`crate::supervisor::gpu_presence`].
+//!
+//! The state machine also returns to the GPU. Every fallback is logged by one WARNING, when the
+//! state machine launches the CPU container.
+
+use super::diagnose::{diagnose_pci, diagnose_probe, list_present_gpus};
+use super::pci::PciFacts;
+use super::probe::ProbeOutcome;
+use super::reason::{Finding, Reason};
+use super::select::{Selection, select_devices};
+use super::verdict::Verdict;
+use crate::config::{Config, Framework};
+use crate::values::DeviceSelection;
+
+/// Decides whether the node runs on the GPU or the CPU.
+pub fn decide_gpu_or_cpu(config: &Config, facts: &PciFacts, probe: &ProbeOutcome) -> Verdict {
+    if let Some(verdict) = decide_without_probe(config, facts) {
+        return verdict;
+    }
+    let selection =
+        diagnose_probe(probe, facts).and_then(|report| select_devices(config, facts, report));
+    match selection {
+        Ok(Selection { devices, missing }) => Verdict::Gpu { devices, missing },
+        Err(finding) => cpu(finding, facts),
+    }
+}
+
+/// Decides as far as that is possible from the configuration and sysfs; `None` if the driver must
+/// be probed. This is the first part of [`decide_gpu_or_cpu`], on its own because NVML must not be
+/// called where it is not needed: called as root it creates device nodes.
+pub fn decide_without_probe(config: &Config, facts: &PciFacts) -> Option<Verdict> {
+    if !config.gpu_enabled {
+        return Some(Verdict::gpu_not_enabled());
+    }
+    let finding = if config.framework == Framework::Sklearn {
+        Some(Finding::new(
+            Reason::FrameworkWithoutGpu,
+            "scikit-learn (ML_FRAMEWORK=sklearn) has no GPU support",
+        ))
+    } else if config.devices == DeviceSelection::None {
+        Some(Finding::new(
+            Reason::DeviceSelectionEmpty,
+            format!("FL_CUDA_VISIBLE_DEVICES='none' selects no GPU; {}", list_present_gpus(facts)),
+        ))
+    } else {
+        diagnose_pci(config, facts)
+    };
+    finding.map(|finding| cpu(finding, facts))
+}
+
+/// Returns the CPU verdict. A verdict that rests on a failed read names the read.
+fn cpu(mut finding: Finding, facts: &PciFacts) -> Verdict {
+    if !facts.unreadable.is_empty() {
+        finding.summary =
+            format!("{} (could not be read: {})", finding.summary, facts.unreadable.join("; "));
+    }
+    Verdict::cpu(finding)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::gpu::nvml_error::{Fault, FaultKind};
+    use crate::gpu::nvml_library::LibraryFile;
+    use crate::gpu::probe_child::ProbedGpu;
+    use crate::gpu::reason::CATALOGUE;
+    use crate::gpu::test_fixtures::{
+        A, config, device, expect_finding, facts, failed, gpu_at, probed, report, two_gpus,
+    };
+
+    #[test]
+    fn every_reason_before_the_launch_is_reached() {
+        let on_nvidia = facts(&[gpu_at(A, Some("nvidia"))]);
+        let faulty = |change: fn(&mut ProbedGpu)| {
+            let mut gpu = probed(0, "GPU-1", A);
+            change(&mut gpu);
+            report(vec![gpu])
+        };
+        let code = |code| failed(FaultKind::Code(code), "text");
+        let none = facts(&[]);
+        let not_probed = ProbeOutcome::Failed("must not be probed".into());
+        let assigned = [("PCI0_ADDRESS", "01:00.0")];
+        let cases: Vec<(&str, Config, PciFacts, ProbeOutcome)> = vec![
+            ("gpu-not-present", config(&[]), none.clone(), not_probed.clone()),
+            ("gpu-not-passed-through", config(&assigned), none.clone(), not_probed.clone()),
+            (
+                "gpu-not-passed-through",
+                config(&assigned),
+                facts(&[device(A, 0x8086, 0x02_00_00, Some("igb"))]),
+                not_probed.clone(),
+            ),
+            ("driver-not-loaded", config(&[]), facts(&[gpu_at(A, None)]), not_probed.clone()),
+            ("driver-not-loaded", config(&[]), on_nvidia.clone(), code(9)),
+            ("wrong-driver", config(&[]), facts(&[gpu_at(A, Some("nouveau"))]), not_probed.clone()),
+            (
+                "driver-library-missing",
+                config(&[]),
+                on_nvidia.clone(),
+                failed(FaultKind::Library, "No such file"),
+            ),
+            ("driver-library-missing", config(&[]), on_nvidia.clone(), code(12)),
+            ("driver-library-mismatch", config(&[]), on_nvidia.clone(), code(18)),
+            (
+                "driver-too-old",
+                config(&[]),
+                on_nvidia.clone(),
+                failed(FaultKind::Symbol, "undefined symbol"),
+            ),
+            ("driver-too-old", config(&[]), on_nvidia.clone(), code(13)),
+            ("driver-not-ready", config(&[]), on_nvidia.clone(), code(27)),
+            (
+                "driver-timeout",
+                config(&[]),
+                on_nvidia.clone(),
+                ProbeOutcome::TimedOut {
+                    limit: Duration::from_secs(20),
+                    library: LibraryFile::default(),
+                },
+            ),
+            (
+                "driver-crash",
+                config(&[]),
+                on_nvidia.clone(),
+                ProbeOutcome::Crashed {
+                    signal: 11,
+                    stderr: String::new(),
+                    library: LibraryFile::default(),
+                },
+            ),
+            ("driver-error", config(&[]), on_nvidia.clone(), code(999)),
+            ("driver-error", config(&[]), on_nvidia.clone(), code(20)),
+            ("permission-denied", config(&[]), on_nvidia.clone(), code(4)),
+            ("permission-denied", config(&[]), on_nvidia.clone(), code(17)),
+            ("gpu-count-zero", config(&[]), on_nvidia.clone(), report(vec![])),
+            ("gpu-count-zero", config(&[]), on_nvidia.clone(), code(28)),
+            ("gpu-lost", config(&[]), on_nvidia.clone(), code(15)),
+            ("gpu-reset-required", config(&[]), on_nvidia.clone(), code(16)),
+            ("gpu-unhealthy", config(&[]), on_nvidia.clone(), code(14)),
+            (
+                "gpu-unhealthy",
+                config(&[]),
+                on_nvidia.clone(),
+                faulty(|gpu| gpu.health_issues.push("2 uncorrectable ECC errors".into())),
+            ),
+            (
+                "gpu-lost",
+                config(&[]),
+                on_nvidia.clone(),
+                faulty(|gpu| {
+                    gpu.fault = Some(Fault {
+                        call: "c".into(),
+                        kind: FaultKind::Code(15),
+                        text: "t".into(),
+                    });
+                }),
+            ),
+            (
+                "device-selection-empty",
+                config(&[("FL_CUDA_VISIBLE_DEVICES", "7")]),
+                on_nvidia.clone(),
+                report(vec![probed(0, "GPU-1", A)]),
+            ),
+            (
+                "device-selection-empty",
+                config(&[("FL_CUDA_VISIBLE_DEVICES", "none")]),
+                on_nvidia.clone(),
+                not_probed.clone(),
+            ),
+            (
+                "framework-without-gpu",
+                config(&[("ML_FRAMEWORK", "sklearn")]),
+                on_nvidia.clone(),
+                not_probed,
+            ),
+        ];
+        let mut reached = HashSet::new();
+        for (expected, config, facts, outcome) in cases {
+            let finding = expect_finding(decide_gpu_or_cpu(&config, &facts, &outcome));
+            assert_eq!(finding.reason.code(), expected, "{}", finding.summary);
+            assert!(!finding.summary.is_empty() && !finding.summary.contains("must not be probed"));
+            reached.insert(finding.reason);
+        }
+        let later = [
+            Reason::RuntimeMissing,
+            Reason::RuntimeNotConfigured,
+            Reason::RuntimeStartFailed,
+            Reason::GpuNotVisible,
+            Reason::GpuFailed,
+        ];
+        for entry in CATALOGUE {
+            assert!(
+                reached.contains(&entry.reason) != later.contains(&entry.reason),
+                "{}",
+                entry.code
+            );
+        }
+    }
+
+    #[test]
+    fn gpu_not_enabled_is_no_finding() {
+        let config = config(&[]);
+        let disabled = Config { gpu_enabled: false, ..config };
+        assert_eq!(
+            decide_without_probe(&disabled, &two_gpus().0),
+            Some(Verdict::Cpu { finding: None })
+        );
+    }
+
+    #[test]
+    fn verdict_on_failed_read_names_the_read() {
+        let facts = PciFacts {
+            unreadable: vec!["/sys/bus/pci/devices: Permission denied".into()],
+            ..facts(&[])
+        };
+        let finding = expect_finding(decide_without_probe(&config(&[]), &facts).unwrap());
+        assert!(
+            finding.summary.contains("could not be read: /sys/bus/pci/devices: Permission denied")
+        );
+    }
+
+    #[test]
+    fn selection_none_lists_the_present_gpus() {
+        let none = config(&[("FL_CUDA_VISIBLE_DEVICES", "none")]);
+        let summary = |facts| expect_finding(decide_without_probe(&none, &facts).unwrap()).summary;
+        assert_eq!(
+            summary(two_gpus().0),
+            "FL_CUDA_VISIBLE_DEVICES='none' selects no GPU; this VM has \
+             0000:01:00.0 (10de:20b5, class 0302, driver nvidia), \
+             0000:21:00.0 (10de:20b5, class 0302, driver nvidia)"
+        );
+        assert_eq!(
+            summary(facts(&[])),
+            "FL_CUDA_VISIBLE_DEVICES='none' selects no GPU; this VM has no NVIDIA GPU"
+        );
+    }
+
+    #[test]
+    fn finding_names_its_device() {
+        let assigned = config(&[("PCI0_ADDRESS", "01:00.0"), ("PCI1_ADDRESS", "21:00.0")]);
+        let device_of = |config: &Config, facts: &PciFacts, outcome: &ProbeOutcome| {
+            let finding = expect_finding(decide_gpu_or_cpu(config, facts, outcome));
+            (finding.pci_address, finding.gpu_uuid)
+        };
+        let a = Some(A.to_owned());
+        let timeout = ProbeOutcome::TimedOut {
+            limit: Duration::from_secs(20),
+            library: LibraryFile::default(),
+        };
+        assert_eq!(
+            device_of(&assigned, &facts(&[]), &timeout),
+            (a.clone(), None),
+            "the first assigned device"
+        );
+        assert_eq!(
+            device_of(&config(&[]), &two_gpus().0, &timeout),
+            (a.clone(), None),
+            "the first present GPU"
+        );
+        let mut faulty = probed(0, "GPU-1", A);
+        faulty.health_issues.push("a fault".into());
+        let on_nvidia = facts(&[gpu_at(A, Some("nvidia"))]);
+        assert_eq!(
+            device_of(&config(&[]), &on_nvidia, &report(vec![faulty])),
+            (a, Some("GPU-1".into()))
+        );
+    }
+}
