@@ -186,10 +186,8 @@ fn on_the_bus() -> Vec<Cause> {
         Cause::new(
             "driver-not-loaded",
             "DKMS built the module for the previous kernel",
-            &[
-                "DKMS has the source nvidia-current 535.261.03 \
-                 but no module built for kernel 6.1.0-38-amd64; the headers",
-            ],
+            &["DKMS has the source nvidia-current 535.261.03 \
+                 but no module built for kernel 6.1.0-38-amd64; the headers"],
             |_, vm| {
                 vm.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
                 let built = "var/lib/dkms/nvidia-current/535.261.03/6.1.0-37-amd64/x86_64/module/nvidia-current.ko.xz";
@@ -841,7 +839,7 @@ fn present_assigned_gpu_is_used_and_missing_one_warned() {
     assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
     for words in [
         "not every GPU is used",
-        "OpenNebula passed 0000:21:00.0 to this VM",
+        "OpenNebula assigned 0000:21:00.0 to this VM",
         "no device at that address",
     ] {
         assert!(warnings[0].contains(words), "{warnings:?}");

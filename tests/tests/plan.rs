@@ -318,7 +318,10 @@ fn leftover_library_process_is_killed_with_the_probe() {
 fn implausible_gpu_count_is_rejected() {
     let verdict = verdict(&vm(&sysfs_of_one(), &json!({"count": 4_000_000_000_u32}), &[]));
     assert_eq!(verdict["reason"], "driver-error");
-    assert!(verdict["summary"].as_str().unwrap().contains("invalid response: 4000000000 GPUs"), "{verdict}");
+    assert!(
+        verdict["summary"].as_str().unwrap().contains("invalid response: 4000000000 GPUs"),
+        "{verdict}"
+    );
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! Diagnoses why a GPU is unusable: from sysfs (not passed through, not bound to the driver), from a
-//! failed probe, or from what the driver reports about one GPU. Pure functions.
+//! Diagnoses why a GPU is unusable: from sysfs (not passed through, not bound to the driver), from
+//! a failed probe, or from what the driver reports about one GPU. Pure functions.
 
 use super::nvml_error::FaultKind;
 use super::nvml_library::LibraryFile;

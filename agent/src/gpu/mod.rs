@@ -109,7 +109,8 @@ async fn detect_once(config: &Config, settings: &Settings) -> Detection {
     Detection { facts, outcome: Some(outcome), verdict }
 }
 
-/// Returns whether waiting may change the verdict: the device is present, the driver may be loading.
+/// Returns whether waiting may change the verdict: the device is present and the driver may be
+/// loading.
 fn is_driver_loading(verdict: &Verdict) -> bool {
     verdict.finding().is_some_and(|finding| {
         matches!(finding.reason, Reason::DriverNotLoaded | Reason::DriverNotReady)

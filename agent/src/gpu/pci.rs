@@ -117,8 +117,8 @@ impl PciDevice {
         self.driver.as_deref() == Some("nvidia")
     }
 
-    /// Returns whether this could be mistaken for an NVIDIA GPU: a GPU of another vendor, or another
-    /// function of an NVIDIA GPU.
+    /// Returns whether this could be mistaken for an NVIDIA GPU: a GPU of another vendor, or
+    /// another function of an NVIDIA GPU.
     pub(crate) fn is_similar_to_gpu(&self) -> bool {
         self.vendor == NVIDIA || self.class >> 16 == DISPLAY
     }
@@ -337,8 +337,20 @@ mod tests {
         assert_eq!(
             serde_json::to_value(&facts.devices).unwrap(),
             serde_json::json!([
-                {"address": "0000:00:03.0", "vendor": "1af4", "device": null, "class": "020000", "driver": null},
-                {"address": "0000:01:00.0", "vendor": "10de", "device": "20b5", "class": "030200", "driver": "nvidia"},
+                {
+                    "address": "0000:00:03.0",
+                    "vendor": "1af4",
+                    "device": null,
+                    "class": "020000",
+                    "driver": null,
+                },
+                {
+                    "address": "0000:01:00.0",
+                    "vendor": "10de",
+                    "device": "20b5",
+                    "class": "030200",
+                    "driver": "nvidia",
+                },
             ])
         );
         assert_eq!(facts.gpus().collect::<Vec<_>>(), [gpu]);

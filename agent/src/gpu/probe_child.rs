@@ -117,8 +117,8 @@ pub fn run_probe(library: &str) -> std::io::Result<()> {
     out.write_all(&answer)
 }
 
-/// Prepares this process for loading the library, and returns a private copy of the standard output,
-/// because the library may write to it or close it.
+/// Prepares this process for loading the library, and returns a private copy of the standard
+/// output, because the library may write to it or close it.
 pub(super) fn init_child() -> std::io::Result<File> {
     // A hanging child is killed when the agent exits, even when the agent crashes.
     set_parent_process_death_signal(Some(Signal::KILL))?;
