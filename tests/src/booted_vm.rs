@@ -1,5 +1,5 @@
-//! A machine that is really started: systemd as its first process, Docker, the package as dpkg
-//! installed it, and a simulator of one-context that has the real one's units, order and files.
+//! A VM that is really booted: systemd as PID 1, Docker, the package as dpkg installed it, and a
+//! simulator of one-context with the units, ordering and files of the original.
 
 use std::{
     env, fs,
@@ -19,32 +19,31 @@ use crate::{
     sysfs::Sysfs,
 };
 
-/// More than a machine needs from its start to its end, on a busy machine and an emulated
-/// processor.
+/// Upper bound for one boot and shutdown on a loaded machine with an emulated processor.
 const BOOT_LIMIT: Duration = Duration::from_secs(600);
 
-/// A machine that is off. What it writes while it is on stays for its next boot.
+/// A powered-off VM. Files that it writes while running persist to its next boot.
 #[derive(Debug)]
 pub struct BootedVm {
     sandbox: Sandbox,
     lower: String,
 }
 
-/// What came of one boot.
+/// The result of one boot.
 #[derive(Debug)]
 pub struct Boot {
-    /// What the script said, with a line for each command.
+    /// Output of the script, with a trace line for each command.
     pub output: String,
-    /// The entries of the journal, oldest first.
+    /// Journal entries, oldest first.
     pub journal: Vec<Value>,
 }
 
 impl BootedVm {
-    /// A machine of the package that `SUPERNODE_DEB` names (`make deb` builds it). `None`: skip the
-    /// test, the reason is printed; with `SUPERNODE_TESTS_REQUIRE_DOCKER=1` that is a failure.
+    /// Creates a VM with the package that `SUPERNODE_DEB` names (`make deb` builds it). Returns
+    /// `None` and prints the reason if the test must be skipped.
     ///
     /// # Panics
-    /// Where a machine is required and cannot be had.
+    /// If no VM can be created and `SUPERNODE_TESTS_REQUIRE_DOCKER=1` is set.
     #[must_use]
     #[track_caller]
     pub fn new() -> Option<Self> {
@@ -54,38 +53,39 @@ impl BootedVm {
                 Some(Self { sandbox: Sandbox::in_memory("machine"), lower: lower.clone() })
             }
             Err(reason) => {
-                skip_or_fail("machine", reason);
+                skip_or_fail("VM", reason);
                 None
             }
         }
     }
 
-    /// The context, as the file on its CD.
+    /// Writes the context, as the file on the context CD.
     pub fn context(&self, variables: &[(&str, &str)]) -> &Self {
         self.file("context/context.sh", crate::test_vm::context_text(variables))
     }
 
-    /// A file of the machine.
+    /// Writes a file of the VM.
     pub fn file(&self, path: &str, content: impl AsRef<[u8]>) -> &Self {
         write(&self.path(path), content);
         self
     }
 
-    /// Settings of the agent.
+    /// Writes the agent's settings.
     pub fn settings(&self, text: &str) -> &Self {
         self.file("etc/supernode-agent/agent.toml", text)
     }
 
-    /// A copy of a file or a directory of this machine, links in it as they are.
+    /// Copies a file or directory of this machine into the VM; symlinks are preserved.
     pub fn copy(&self, from: &Path, to: &str) -> &Self {
         let to = self.path(to);
-        fs::create_dir_all(to.parent().expect("a directory")).expect("a directory of the machine");
+        fs::create_dir_all(to.parent().expect("a directory"))
+            .expect("cannot create a directory of the VM");
         run(Command::new("cp").arg("--archive").arg(from).arg(&to), BOOT_LIMIT).expect_success();
         self
     }
 
-    /// Gives it a GPU: a made-up sysfs, the NVML simulator with this script, and
-    /// nvidia-container-runtime.
+    /// Adds a GPU: a simulated sysfs, the NVML simulator with this script, and the
+    /// nvidia-container-runtime simulator.
     pub fn gpu(&self, sysfs: &Sysfs, nvml: &Value) -> &Self {
         self.copy(sysfs.root(), "simulator/sys")
             .copy(&nvml_library(), "simulator/libnvidia-ml.so.1")
@@ -108,27 +108,27 @@ impl BootedVm {
             )
     }
 
-    /// Where a file that the machine has written, or is given, lies on this one.
+    /// Path on this machine of a file of the VM.
     #[must_use]
     pub fn path(&self, path: &str) -> PathBuf {
         self.sandbox.join("upper").join(path.trim_start_matches('/'))
     }
 
-    /// Boots it, runs `script` (bash; a command that fails ends it; `wait_for COMMAND` waits) once
-    /// everything is up, and powers it off.
+    /// Boots the VM under nspawn, runs `script` once the boot is complete, and powers the VM off.
+    /// The script is bash with `set -e`; `wait_for COMMAND` polls.
     ///
     /// # Panics
-    /// Where the machine does not come up, or the script fails; with what it said.
+    /// If the VM does not boot or the script fails. The message contains the output.
     #[track_caller]
     pub fn boot(&self, script: &str) -> Boot {
         self.boot_by("nspawn.sh", script)
     }
 
-    /// The same with a kernel, a disk, the context on a CD and a network, on an emulated processor.
-    /// The disk is new for each boot.
+    /// Boots the VM under QEMU with an emulated processor: with a kernel, a disk, the context on a
+    /// CD and a network. The disk is new at each boot.
     ///
     /// # Panics
-    /// Where the machine does not come up, or the script fails; with what it said.
+    /// If the VM does not boot or the script fails. The message contains the output.
     #[track_caller]
     pub fn boot_in_qemu(&self, script: &str) -> Boot {
         self.boot_by("qemu.sh", script)
@@ -147,7 +147,7 @@ impl BootedVm {
         let (output, code) = (read("harness/output"), read("harness/code"));
         let journal: Vec<Value> = read("harness/journal")
             .lines()
-            .map(|line| serde_json::from_str(line).expect("an entry in JSON"))
+            .map(|line| serde_json::from_str(line).expect("a JSON journal entry"))
             .collect();
         assert!(
             code.trim() == "0",
@@ -157,10 +157,10 @@ impl BootedVm {
         Boot { output, journal }
     }
 
-    /// Turns it on, and cuts its power as soon as `condition` holds.
+    /// Boots the VM and cuts its power as soon as `condition` holds.
     ///
     /// # Panics
-    /// Where the condition does not come to hold.
+    /// If the condition does not hold within the time limit.
     #[track_caller]
     pub fn cut_power_when(&self, condition: impl FnMut() -> bool) {
         self.file("harness/script", "sleep infinity");
@@ -170,17 +170,17 @@ impl BootedVm {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .expect("a machine");
+            .expect("cannot start the VM");
         let held = eventually(BOOT_LIMIT, condition);
         let id = on.id();
         let children =
             fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
-        let first_process: u32 =
-            children.trim().parse().expect("one process, with which all others end");
-        // Whoever waits for it has it only once all the others are gone, with their locks.
+        let first_process: u32 = children.trim().parse().expect("PID 1 of the VM");
+        // The kernel reports the end of PID 1 only after all other processes of the VM have ended
+        // and released their locks.
         signal(first_process, Signal::KILL);
         let _ = on.wait();
-        assert!(held, "the condition did not come to hold");
+        assert!(held, "the condition never held");
     }
 
     fn start_by(&self, starter: &str) -> Command {
@@ -192,15 +192,14 @@ impl BootedVm {
 }
 
 impl Boot {
-    /// The entries of a unit and of its processes, as texts with their priority: `4 No usable
-    /// GPU…`.
+    /// Journal entries of a unit's processes, each as priority and message: `4 No usable GPU…`.
     #[must_use]
-    pub fn said_by(&self, unit: &str) -> Vec<String> {
+    pub fn messages_of(&self, unit: &str) -> Vec<String> {
         let of_unit = |entry: &&Value| entry["_SYSTEMD_UNIT"] == unit;
         self.journal.iter().filter(of_unit).map(line_of).collect()
     }
 
-    /// What `journalctl -u UNIT -p warning` shows: systemd's own words about the unit among it.
+    /// What `journalctl -u UNIT -p warning` shows, including systemd's own messages about the unit.
     #[must_use]
     pub fn warnings_of(&self, unit: &str) -> Vec<&Value> {
         let of_unit = |entry: &Value| entry["_SYSTEMD_UNIT"] == unit || entry["UNIT"] == unit;
@@ -209,7 +208,7 @@ impl Boot {
         self.journal.iter().filter(|entry| of_unit(entry) && is_warning(entry)).collect()
     }
 
-    /// The whole journal, for a failure.
+    /// Script output and journal, for the message of a failed assertion.
     #[must_use]
     pub fn transcript(&self) -> String {
         format!("{}\n{}", self.output, text_of(&self.journal))
@@ -229,13 +228,13 @@ fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("machines")
 }
 
-/// The read-only directories of every machine, as overlayfs lists them; made where they are missing.
+/// Returns the read-only layers that all VMs share, as overlayfs lists them. Builds missing layers.
 fn layers() -> Result<String, String> {
     if !rustix::process::geteuid().is_root() {
-        return Err("only root can start a machine".into());
+        return Err("booting a VM needs root".into());
     }
     let package = env::var_os("SUPERNODE_DEB")
-        .ok_or("SUPERNODE_DEB does not name a package (make deb builds one)")?;
+        .ok_or("SUPERNODE_DEB is not set (make deb builds the package)")?;
     let package = fs::canonicalize(package).map_err(|error| format!("SUPERNODE_DEB: {error}"))?;
     let root = expect(run(
         &mut Command::new(directory().join("build-root.sh")),

@@ -1,8 +1,8 @@
-//! A Docker engine for one test: its own dockerd in its own network namespace, with its own directories
-//! and its own socket.
+//! A Docker engine for one test: its own dockerd in its own network namespace, with its own
+//! directories and socket.
 //!
-//! The namespace is entered with `nsenter`; `ip netns exec` would mount another /sys, where dockerd
-//! finds no cgroups.
+//! The namespace is entered with `nsenter`. `ip netns exec` would mount another /sys in which
+//! dockerd finds no cgroups.
 
 use std::{
     env,
@@ -30,12 +30,12 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Runs dockerd in a mount namespace of its own, in which what is written to /etc goes to the
-/// engine's directory, `$0`: Docker 20.10 keeps a key in /etc/docker, wherever its configuration is.
+/// Runs dockerd in its own mount namespace, where writes to /etc go to the engine's directory,
+/// `$0`. Docker 20.10 keeps a key in /etc/docker regardless of its configuration.
 const OWN_ETC: &str = r#"mount -t overlay etc -o lowerdir=/etc,upperdir="$0/etc",workdir="$0/etc-work" /etc
 exec dockerd "$@""#;
 
-/// How an engine is to be; [`Engine::builder`] begins one.
+/// Options of an engine; created by [`Engine::builder`].
 #[derive(Debug)]
 pub struct EngineBuilder {
     daemon_json: String,
@@ -45,41 +45,40 @@ pub struct EngineBuilder {
 }
 
 impl EngineBuilder {
-    /// The text of daemon.json at the start; `{}` otherwise.
+    /// Sets the initial text of daemon.json; the default is `{}`.
     #[must_use]
     pub fn daemon_json(mut self, text: impl Into<String>) -> Self {
         self.daemon_json = text.into();
         self
     }
 
-    /// A variable of dockerd's environment.
+    /// Sets an environment variable of dockerd.
     #[must_use]
     pub fn env(mut self, name: &str, value: impl Into<OsString>) -> Self {
         self.env.push((name.to_owned(), value.into()));
         self
     }
 
-    /// A directory that dockerd's PATH begins with.
+    /// Prepends a directory to dockerd's PATH.
     #[must_use]
     pub fn path_first(mut self, directory: impl Into<PathBuf>) -> Self {
         self.path_first.push(directory.into());
         self
     }
 
-    /// Installs nvidia-container-runtime, in mode [`RuntimeMode::Ok`] and without a GPU. Docker
-    /// knows it only when daemon.json says so.
+    /// Installs nvidia-container-runtime in mode [`RuntimeMode::Ok`] and without a GPU. Docker uses
+    /// it only if daemon.json registers it.
     #[must_use]
     pub fn with_nvidia_runtime(mut self) -> Self {
         self.runtime = true;
         self
     }
 
-    /// Starts the engine. Where there can be none on this machine, or it does not come up, the test
-    /// is told to return: `SKIPPED` and the reason are printed. With
-    /// `SUPERNODE_TESTS_REQUIRE_DOCKER=1` that is a failure.
+    /// Starts the engine. Prints `SKIPPED` with the reason and returns `None` if this machine
+    /// cannot run an engine.
     ///
     /// # Panics
-    /// Where the engine is required and cannot be had.
+    /// If the engine cannot start and `SUPERNODE_TESTS_REQUIRE_DOCKER=1` is set.
     #[must_use]
     #[track_caller]
     pub fn start(self) -> Option<Engine> {
@@ -92,12 +91,12 @@ impl EngineBuilder {
         }
     }
 
-    /// Starts the engine, for a test that expects it to fail.
+    /// Starts the engine; for tests that expect a failure.
     ///
     /// # Errors
-    /// Why there is none: what this machine lacks, or the end of dockerd's log.
+    /// A missing requirement of this machine, or the end of dockerd's log.
     pub fn try_start(self) -> Result<Engine, String> {
-        lacking()?;
+        check_requirements()?;
         let sandbox = Sandbox::in_memory("docker");
         for directory in ["bin", "nvidia"] {
             fs::create_dir_all(sandbox.join(directory))
@@ -123,35 +122,35 @@ impl EngineBuilder {
     }
 }
 
-/// What nvidia-container-runtime does with a container that asks for a GPU.
+/// What nvidia-container-runtime does with a container that requests a GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RuntimeMode {
-    /// Gives it the GPUs.
+    /// Injects the GPUs.
     Ok,
-    /// Stops it, as nvidia's does when there is no driver.
+    /// Refuses the container, as the original does without a driver.
     Fail,
-    /// Stops it with these words of nvidia-container-cli.
+    /// Refuses the container with this nvidia-container-cli message.
     FailWith(String),
-    /// Starts it without a GPU.
+    /// Starts the container without a GPU.
     NoDevice,
 }
 
 /// One container that nvidia-container-runtime was asked to create.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Record {
-    /// Milliseconds since 1970.
+    /// Milliseconds since the Unix epoch.
     pub time_ms: u64,
-    /// Docker's id of the container.
+    /// Container ID.
     pub id: String,
-    /// The environment of its process.
+    /// Environment of the container's process.
     pub env: Map<String, Value>,
-    /// UUIDs of the devices that it got.
+    /// UUIDs of the injected devices.
     pub gpus: Vec<String>,
-    /// Why it was stopped, if it was.
+    /// Reason for the refusal, if the container was refused.
     pub refused: Option<String>,
 }
 
-/// A running Docker engine. It ends with this value, and its containers with it.
+/// A running Docker engine. Dropping it stops the engine and its containers.
 #[derive(Debug)]
 pub struct Engine {
     sandbox: Sandbox,
@@ -162,7 +161,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// An engine with choices of its own.
+    /// Returns a builder for an engine with other options.
     #[must_use]
     pub fn builder() -> EngineBuilder {
         EngineBuilder {
@@ -173,34 +172,33 @@ impl Engine {
         }
     }
 
-    /// An engine with an empty daemon.json and nvidia-container-runtime in its PATH; `None`: skip
-    /// the test, the reason is printed.
+    /// Starts an engine with an empty daemon.json and nvidia-container-runtime in its PATH. Returns
+    /// `None` and prints the reason if the test must be skipped.
     #[must_use]
     #[track_caller]
     pub fn start() -> Option<Self> {
         Self::builder().with_nvidia_runtime().start()
     }
 
-    /// The API's unix socket.
+    /// Path of the API's Unix socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.sandbox.join("docker.sock")
     }
 
-    /// The engine's daemon.json.
+    /// Path of daemon.json.
     #[must_use]
     pub fn daemon_json(&self) -> PathBuf {
         self.sandbox.join("daemon.json")
     }
 
-    /// The directory that the engine's PATH begins with.
+    /// First directory of the engine's PATH.
     #[must_use]
     pub fn bin_dir(&self) -> PathBuf {
         self.sandbox.join("bin")
     }
 
-    /// The name of the engine's network namespace, for `nsenter --net=/run/netns/NAME` and veth
-    /// pairs.
+    /// Name of the engine's network namespace, for `nsenter --net=/run/netns/NAME` and veth pairs.
     #[must_use]
     pub fn network_namespace(&self) -> &str {
         &self.namespace
@@ -213,28 +211,28 @@ impl Engine {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// dockerd's process number.
+    /// PID of dockerd.
     ///
     /// # Panics
-    /// Where it does not run.
+    /// If dockerd is not running.
     #[must_use]
     #[track_caller]
     pub fn pid(&self) -> u32 {
-        self.dockerd.as_ref().expect("dockerd does not run").id()
+        self.dockerd.as_ref().expect("dockerd is not running").id()
     }
 
-    /// What `docker.reload_command` is to be: the SIGHUP that `systemctl reload docker` sends.
-    /// Holds across restarts.
+    /// Value for `docker.reload_command`: sends the SIGHUP that `systemctl reload docker` sends.
+    /// Remains valid across restarts.
     #[must_use]
     pub fn reload_command(&self) -> Vec<String> {
         let script = format!("kill -HUP \"$(cat '{}')\"", self.pid_file().display());
         ["sh", "-c", &script].map(str::to_owned).to_vec()
     }
 
-    /// Runs the docker command line on this engine.
+    /// Runs the docker CLI against this engine.
     ///
     /// # Panics
-    /// Where it is not over in a minute.
+    /// If the command takes more than a minute.
     #[track_caller]
     pub fn docker(&self, arguments: &[&str]) -> Output {
         let mut command = Command::new("docker");
@@ -247,16 +245,16 @@ impl Engine {
         run(&mut command, COMMAND_TIMEOUT)
     }
 
-    /// Asks the API (`/info`, `/containers/NAME/json`), with nothing but a socket between.
+    /// Sends a GET request (`/info`, `/containers/NAME/json`) directly to the API socket.
     ///
     /// # Errors
-    /// That there is no engine, or its answer where that is not a success.
+    /// If the engine is unreachable or the answer is not a success.
     pub fn get(&self, path: &str) -> Result<Value, String> {
         let body = get(&self.socket(), path)?;
         serde_json::from_str(&body).map_err(|error| format!("{path}: {error}: {body}"))
     }
 
-    /// The same for a call that changes something: with this body, and any success will do.
+    /// Sends a request with a body directly to the API socket; any 2xx status is a success.
     ///
     /// # Errors
     /// As [`Engine::get`].
@@ -264,19 +262,19 @@ impl Engine {
         exchange(&self.socket(), method, path, body, |status| status.starts_with('2'))
     }
 
-    /// Loads images that `docker save` wrote.
+    /// Loads images written by `docker save`.
     #[track_caller]
     pub fn load_image(&self, tar: &Path) {
         self.docker(&["load", "--input", &tar.to_string_lossy()]).expect_success();
     }
 
-    /// Makes the image of [`crate::image`] under each of these references.
+    /// Imports the image of [`crate::image`] under each of these references.
     #[track_caller]
     pub fn import_image(&self, references: &[&str]) {
         self.import_image_with(references, &[]);
     }
 
-    /// The same, with instructions of a Dockerfile on top (`ENV CUDA_VERSION=12.1`).
+    /// Imports the image with additional Dockerfile instructions (`ENV CUDA_VERSION=12.1`).
     #[track_caller]
     pub fn import_image_with(&self, references: &[&str], instructions: &[&str]) {
         let Some((first, more)) = references.split_first() else {
@@ -295,22 +293,22 @@ impl Engine {
         }
     }
 
-    /// Puts nvidia-container-runtime into [`Engine::bin_dir`]: what installing
-    /// nvidia-container-toolkit does.
+    /// Installs nvidia-container-runtime into [`Engine::bin_dir`], as the package
+    /// nvidia-container-toolkit would.
     pub fn install_nvidia_runtime(&self) {
         let link = self.runtime_path();
         let _ = fs::remove_file(&link);
         symlink(runtime_binary(), &link).expect("a link to the runtime");
     }
 
-    /// Where [`Engine::install_nvidia_runtime`] puts it.
+    /// Path at which [`Engine::install_nvidia_runtime`] installs the runtime.
     #[must_use]
     pub fn runtime_path(&self) -> PathBuf {
         self.bin_dir().join("nvidia-container-runtime")
     }
 
-    /// Tells nvidia-container-runtime what to do from now on. The machine is the JSON for the NVML
-    /// simulator, of which it reads the GPUs.
+    /// Sets the behaviour of nvidia-container-runtime from now on. `machine` is a script of the
+    /// NVML simulator, from which the runtime takes the GPUs.
     pub fn nvidia_runtime(&self, mode: RuntimeMode, machine: &Value) {
         let nvml = self.sandbox.write("nvidia/nvml.json", machine.to_string());
         let (mode, message) = match mode {
@@ -323,40 +321,40 @@ impl Engine {
         write(&self.control_file(), control.to_string());
     }
 
-    /// The containers that nvidia-container-runtime was asked to create, in their order.
+    /// Containers that nvidia-container-runtime was asked to create, in order.
     #[must_use]
     pub fn records(&self) -> Vec<Record> {
         let text = fs::read_to_string(self.sandbox.join("nvidia/record.jsonl")).unwrap_or_default();
         text.lines().map(|line| serde_json::from_str(line).expect("a line of the record")).collect()
     }
 
-    /// Kills dockerd, as a crash would; its containerd dies with it, by the kernel's hand. Shims
-    /// and containers stay, and the socket's file, with nobody behind it.
+    /// Kills dockerd, as a crash would. The kernel then kills its containerd; shims, containers and
+    /// the socket file remain.
     pub fn kill(&mut self) {
         self.end(Signal::KILL);
         let pid_file = self.sandbox.join("exec/containerd/containerd.pid");
         let pid = fs::read_to_string(&pid_file).ok().and_then(|text| text.trim().parse().ok());
         if pid.is_some_and(|pid| eventually(STOP_TIMEOUT, || !running(pid))) {
-            // In a test's machine nobody may wait for orphans; dockerd would take the zombie for a
-            // containerd to talk to.
+            // Without an init that reaps orphans, dockerd would take the zombie for a running
+            // containerd.
             let _ = fs::remove_file(pid_file);
         }
     }
 
-    /// Stops dockerd as systemd does, which stops the containers.
+    /// Stops dockerd with SIGTERM, as systemd does; this stops the containers.
     pub fn stop(&mut self) {
         self.end(Signal::TERM);
     }
 
-    /// Starts dockerd again, after stopping it where it still runs.
+    /// Restarts dockerd.
     ///
     /// # Panics
-    /// Where it does not come up; with its log.
+    /// If dockerd does not start. The message contains its log.
     #[track_caller]
     pub fn restart(&mut self) {
         self.stop();
         if let Err(reason) = self.launch() {
-            panic!("dockerd did not start again: {reason}");
+            panic!("dockerd did not restart: {reason}");
         }
     }
 
@@ -427,9 +425,8 @@ impl Engine {
         }
     }
 
-    /// Ends what dockerd left behind: containerd, shims, the processes of containers. Each carries
-    /// this engine's directory in its command line, or the id of one of this engine's containers in
-    /// its cgroup.
+    /// Kills what dockerd left behind: containerd, shims and container processes. Each has this
+    /// engine's directory in its command line or the ID of one of its containers in its cgroup.
     fn end_leftovers(&self) {
         let containers = names(&self.sandbox.join("data/containers"));
         let directory = self.sandbox.path().to_string_lossy().into_owned();
@@ -440,8 +437,7 @@ impl Engine {
                 && (String::from_utf8_lossy(&read("cmdline")).contains(&format!("{directory}/"))
                     || containers.iter().any(|id| cgroup.contains(id)))
         };
-        // Again until there is nobody: a shim that saw its container end may just be starting a
-        // runc.
+        // Repeats until none is left: a shim whose container ended may be about to start runc.
         eventually(STOP_TIMEOUT, || {
             let all = names(Path::new("/proc"));
             let left: Vec<u32> =
@@ -452,7 +448,7 @@ impl Engine {
             left.iter().all(|pid| !running(*pid))
         });
         let root = Path::new("/sys/fs/cgroup");
-        // A hierarchy for each controller, or one for all.
+        // cgroup v1 has one hierarchy per controller, cgroup v2 a single one.
         let hierarchies = names(root).into_iter().chain([".".to_owned()]);
         for hierarchy in hierarchies {
             for id in &containers {
@@ -474,8 +470,8 @@ impl Engine {
 }
 
 impl Drop for Engine {
-    /// Everything that dockerd made is known, and goes with it; so nobody waits for an orderly end,
-    /// which takes a second.
+    /// Kills everything instead of stopping it in order, which would take another second: all that
+    /// dockerd created is removed anyway.
     fn drop(&mut self) {
         self.kill();
         self.end_leftovers();
@@ -484,10 +480,10 @@ impl Drop for Engine {
     }
 }
 
-/// Says what this machine lacks for an engine.
-fn lacking() -> Result<(), String> {
+/// Checks that this machine can run an engine.
+fn check_requirements() -> Result<(), String> {
     if !rustix::process::geteuid().is_root() {
-        return Err("a Docker engine of one's own needs root".to_owned());
+        return Err("starting a Docker engine needs root".to_owned());
     }
     let path = path(&[]);
     for program in ["dockerd", "docker", "containerd", "runc", "ip", "nsenter", "setpriv", "umount"]
@@ -499,7 +495,7 @@ fn lacking() -> Result<(), String> {
     Ok(())
 }
 
-/// This process's PATH with directories before it, and the system's own directories behind it.
+/// Returns this process's PATH with `first` before it and the system directories after it.
 pub(crate) fn path(first: &[PathBuf]) -> OsString {
     let own = env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"].map(PathBuf::from);
@@ -516,7 +512,8 @@ fn get(socket: &Path, path: &str) -> Result<String, String> {
     exchange(socket, "GET", path, "", |status| status == "200")
 }
 
-/// HTTP/1.0: the answer ends with the connection, and is in one piece.
+/// Uses HTTP/1.0: the server closes the connection after the answer and does not use chunked
+/// encoding.
 fn exchange(
     socket: &Path,
     method: &str,

@@ -1,4 +1,4 @@
-//! Small and read-only file systems, over a directory of a machine.
+//! Full and read-only file systems mounted over a directory of a test VM.
 
 use std::{
     fs,
@@ -13,22 +13,22 @@ use crate::process::run;
 const PAGE: usize = 4096;
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A file system that is mounted over a directory, for as long as this lives. What lay there comes
-/// back then, unchanged.
+/// A file system mounted over a directory until this value is dropped. The original content then
+/// reappears unchanged.
 #[derive(Debug)]
 pub struct FaultyMount {
     directory: PathBuf,
 }
 
 impl FaultyMount {
-    /// A file system with a copy of what is in the directory, and then room for this many pages of
-    /// 4096 bytes.
+    /// Mounts a full file system: a copy of the directory's content, and free space for this many
+    /// pages of 4096 bytes.
     ///
     /// # Panics
-    /// Where it cannot be mounted or filled.
+    /// If it cannot be mounted or filled.
     #[must_use]
     #[track_caller]
-    pub fn full_but_for(pages: usize, directory: &Path) -> Self {
+    pub fn with_free_pages(pages: usize, directory: &Path) -> Self {
         let script = r#"mkdir -p "$1"; next=$(mktemp -d); mount -t tmpfs -o size=256k tmpfs "$next"
             cp -a "$1/." "$next"; mount --move "$next" "$1"; rmdir "$next""#;
         let mounted = Self::by(script, directory);
@@ -40,10 +40,10 @@ impl FaultyMount {
         mounted
     }
 
-    /// The same directory, read-only.
+    /// Remounts the directory read-only.
     ///
     /// # Panics
-    /// Where it cannot be mounted.
+    /// If it cannot be mounted.
     #[must_use]
     #[track_caller]
     pub fn read_only(directory: &Path) -> Self {

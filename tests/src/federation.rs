@@ -1,8 +1,8 @@
-//! A real federation: Flower's SuperLink, of the release and from the very root file system that
-//! the nodes' image has, and the app in `tests/federation` that the nodes train.
+//! A real federation: Flower's SuperLink, run from the same root file system as the nodes' image,
+//! and the app in `tests/federation` that the nodes train.
 //!
-//! The SuperLink is a process in the network namespace that it is told, not a container: it ends in
-//! a moment, with all that it started, and no engine is needed for it.
+//! The SuperLink is a process in a given network namespace, not a container: it stops at once with
+//! all its children and needs no engine.
 
 use std::{
     fs,
@@ -21,12 +21,12 @@ use crate::{
     sandbox::Sandbox,
 };
 
-/// Long enough for the packages of a release to be fetched, where the cache has none.
+/// Allows for downloading the packages of a release that is not in the cache.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A CA and what it says of the SuperLink at the address `$1`, in this directory; `flower-superexec`,
-/// which the SuperLink starts, comes by way of the loopback.
+/// Creates a CA in this directory and a certificate for the SuperLink at address `$1`. The
+/// certificate also names the loopback address, which `flower-superexec` connects to.
 const CERTIFICATES: &str = r#"
 key='-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -noenc'
 openssl req -x509 $key -days 3 -subj '/CN=CA of a test' -keyout ca.key -out ca.crt
@@ -35,14 +35,14 @@ echo "subjectAltName=IP:$1,IP:127.0.0.1" >names
 openssl x509 -req -in superlink.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 3 -extfile names -out superlink.crt
 "#;
 
-/// Becomes a command in the root file system `$0`, with what a program needs to find there. Nothing
-/// of this machine's environment goes in.
+/// Runs a command in the root file system `$0`, with the mounts that a program needs and without
+/// this machine's environment.
 const INSIDE: &str = r#"mount -t proc proc "$0/proc"
 mount --rbind /dev "$0/dev"
 exec chroot "$0" /usr/bin/env -i PATH=/opt/flower/bin:/usr/bin:/bin HOME=/root FLWR_HOME=/root/.flwr \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 "$@""#;
 
-/// A release of Flower on this machine: the root file system of its image.
+/// A Flower release on this machine: the root file system of its image.
 #[derive(Debug)]
 pub struct Flower {
     version: String,
@@ -50,8 +50,8 @@ pub struct Flower {
 }
 
 impl Flower {
-    /// The release; its root file system is built where the cache has none, which takes two
-    /// minutes. `None`: skip the test, the reason is printed.
+    /// Returns the release. Builds its root file system if it is not cached, which takes two
+    /// minutes. Returns `None` and prints the reason if the test must be skipped.
     #[must_use]
     #[track_caller]
     pub fn release(version: &str) -> Option<Self> {
@@ -66,13 +66,13 @@ impl Flower {
         Some(Self { version: version.to_owned(), tar: built.stdout.trim().into() })
     }
 
-    /// Its number.
+    /// Version number.
     #[must_use]
     pub fn version(&self) -> &str {
         &self.version
     }
 
-    /// Puts the image into an engine, under the name that a node of the framework `base` asks for.
+    /// Imports the image into an engine under the name that a node with the framework `base` uses.
     #[track_caller]
     pub fn import(&self, engine: &Engine) {
         let changes =
@@ -87,8 +87,8 @@ impl Flower {
         engine.docker(&arguments).expect_success();
     }
 
-    /// Whether all of the SuperLink is behind one port, by HTTP; before it was a port for each of
-    /// its APIs, by gRPC.
+    /// Whether all APIs of the SuperLink share one HTTP port. Earlier releases have a gRPC port for
+    /// each API.
     fn has_one_port(&self) -> bool {
         self.version
             .split('.')
@@ -98,32 +98,32 @@ impl Flower {
     }
 }
 
-/// What a SuperLink keeps its nodes and runs in.
+/// Where a SuperLink stores its nodes and runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// Flower's default: a SuperLink that is started again knows nobody.
+    /// Flower's default: a restarted SuperLink knows no nodes.
     Memory,
-    /// A file (`--database`), which outlasts it.
+    /// A file (`--database`) that survives a restart.
     Database,
 }
 
-/// A round of the app, as its server told it.
+/// One round, as logged by the app's server.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Round {
-    /// 1 is the first.
+    /// Starts at 1.
     pub number: u32,
-    /// The shares of the data that were trained on, one a node.
+    /// Partitions that were trained on, one per node.
     pub partitions: Vec<u32>,
-    /// The share of right answers on data that no node has.
+    /// Accuracy on test data that no node has.
     pub accuracy: f64,
-    /// When it was over.
+    /// End of the round.
     pub at: SystemTime,
 }
 
-/// A running SuperLink with TLS. It ends with this value, and everything that it started with it.
+/// A running SuperLink with TLS. Dropping it kills the SuperLink and all its children.
 #[derive(Debug)]
 pub struct SuperLink {
-    // Ends before the directory goes.
+    // Declared before the directory, so that the process ends before the directory is removed.
     process: Option<Inside>,
     sandbox: Sandbox,
     namespace: String,
@@ -133,10 +133,10 @@ pub struct SuperLink {
 }
 
 impl SuperLink {
-    /// Starts one in a network namespace that has the address.
+    /// Starts a SuperLink in a network namespace that has the address.
     ///
     /// # Panics
-    /// Where it does not come up; with its log.
+    /// If it does not start. The message contains its log.
     #[must_use]
     #[track_caller]
     pub fn start(flower: &Flower, namespace: &str, address: IpAddr, state: State) -> Self {
@@ -189,42 +189,42 @@ impl SuperLink {
         superlink
     }
 
-    /// What nodes connect to.
+    /// Address that nodes connect to.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The certificate of its CA, in PEM.
+    /// Certificate of its CA, in PEM.
     ///
     /// # Panics
-    /// Never, as long as nobody takes the file away.
+    /// If the file has been removed.
     #[must_use]
     pub fn ca(&self) -> String {
         fs::read_to_string(self.sandbox.join("root/tls/ca.crt")).expect("the CA")
     }
 
-    /// The number of the process `flower-superlink`.
+    /// PID of `flower-superlink`.
     ///
     /// # Panics
-    /// Where it does not run.
+    /// If it is not running.
     #[must_use]
     #[track_caller]
     pub fn pid(&self) -> u32 {
-        self.process.as_ref().and_then(Inside::pid).expect("the SuperLink does not run")
+        self.process.as_ref().and_then(Inside::pid).expect("the SuperLink is not running")
     }
 
-    /// What it wrote so far, in all its lives.
+    /// Log of all its starts.
     #[must_use]
     pub fn log(&self) -> String {
         let bytes = fs::read(self.log_file()).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Kills it, and starts it again after the outage; comes back when it listens.
+    /// Kills the SuperLink, waits for the outage and starts it again. Returns when it listens.
     ///
     /// # Panics
-    /// Where it does not come up; with its log.
+    /// If it does not start. The message contains its log.
     #[track_caller]
     pub fn restart(&mut self, outage: Duration) {
         self.process = None;
@@ -232,29 +232,30 @@ impl SuperLink {
         self.launch();
     }
 
-    /// Has the two nodes train: `flwr run`, to its end. Gives the rounds.
+    /// Runs `flwr run` on the two nodes to its end and returns the rounds.
     ///
     /// # Errors
-    /// What it said, where it failed or was not over in time; it is killed then, and the SuperLink
-    /// goes on with the run.
+    /// The output, if the command failed or timed out. On timeout the command is killed and the SuperLink continues the run.
     ///
     /// # Panics
-    /// Where it cannot be started.
+    /// If the command cannot be started.
     pub fn run_app(&self, rounds: u32, within: Duration) -> Result<Vec<Round>, String> {
         let rounds_wanted = format!("rounds={rounds}");
         let command =
             ["flwr", "run", "/app/federation", "--stream", "--run-config", &rounds_wanted];
         let file = self.sandbox.join("run.log");
         let mut process =
-            self.inside(&command, fs::File::create(&file).expect("a file of the SuperLink's"));
+            self.inside(&command, fs::File::create(&file).expect("cannot create the output file"));
         let status = wait(&mut process.outside, within);
         drop(process);
-        let said = fs::read_to_string(file).unwrap_or_default();
-        let told: Vec<Round> = said.lines().filter_map(round).collect();
+        let output = fs::read_to_string(file).unwrap_or_default();
+        let rounds_run: Vec<Round> = output.lines().filter_map(round).collect();
         match status {
-            Some(status) if status.success() && told.len() == rounds as usize => Ok(told),
-            Some(status) => Err(format!("{status}: {said}")),
-            None => Err(format!("not over after {within:?}: {said}")),
+            Some(status) if status.success() && rounds_run.len() == rounds as usize => {
+                Ok(rounds_run)
+            }
+            Some(status) => Err(format!("{status}: {output}")),
+            None => Err(format!("timed out after {within:?}: {output}")),
         }
     }
 
@@ -277,12 +278,12 @@ impl SuperLink {
         assert!(listens, "the SuperLink does not listen: {}", &self.log()[before..]);
     }
 
-    /// Starts a command of the release, in its root file system and in the network namespace.
+    /// Starts a command of the release in its root file system and in the network namespace.
     #[track_caller]
     fn inside(&self, words: &[&str], output: fs::File) -> Inside {
-        let errors = output.try_clone().expect("a file twice");
+        let errors = output.try_clone().expect("cannot clone the file handle");
         let mut command = Command::new("setpriv");
-        // unshare(1) does not listen to SIGTERM.
+        // unshare(1) ignores SIGTERM.
         command
             .args([
                 "--pdeathsig",
@@ -301,7 +302,7 @@ impl SuperLink {
     }
 }
 
-/// A command in process and mount namespaces of its own: with it everything ends that it started.
+/// A command in its own process and mount namespaces. Dropping it kills all its children too.
 #[derive(Debug)]
 struct Inside {
     /// unshare(1), which waits for the command.
@@ -309,7 +310,7 @@ struct Inside {
 }
 
 impl Inside {
-    /// The number of the command's process, on this machine.
+    /// PID of the command in the host's PID namespace.
     fn pid(&self) -> Option<u32> {
         let outside = self.outside.id();
         let children =
@@ -319,8 +320,8 @@ impl Inside {
 }
 
 impl Drop for Inside {
-    /// The kernel lets the first process of a namespace go when all others are gone: then nobody
-    /// listens any more.
+    /// The kernel reports the end of a namespace's first process only after all others have ended:
+    /// then the port is free.
     fn drop(&mut self) {
         if let Ok(Some(_)) = self.outside.try_wait() {
             return;
@@ -333,12 +334,12 @@ impl Drop for Inside {
     }
 }
 
-/// A file in `packaging`.
+/// Path of a file in `packaging`.
 fn packaging(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging").join(file)
 }
 
-/// What a line of the app's server tells: `FEDERATION round=1 partitions=0,1 accuracy=0.9700
+/// Parses a log line of the app's server: `FEDERATION round=1 partitions=0,1 accuracy=0.9700
 /// at=1795709193.500`.
 fn round(line: &str) -> Option<Round> {
     let (_, words) = line.split_once("FEDERATION ")?;
@@ -357,11 +358,14 @@ fn round(line: &str) -> Option<Round> {
 
 #[test]
 fn parses_a_round_from_its_log_line() {
-    let told =
+    let rounds_run =
         round("x FEDERATION round=2 partitions=0,1 accuracy=0.9705 at=1795709197.500").unwrap();
-    assert_eq!((told.number, told.partitions.as_slice(), told.accuracy), (2, &[0, 1][..], 0.9705));
     assert_eq!(
-        told.at.duration_since(SystemTime::UNIX_EPOCH).unwrap(),
+        (rounds_run.number, rounds_run.partitions.as_slice(), rounds_run.accuracy),
+        (2, &[0, 1][..], 0.9705)
+    );
+    assert_eq!(
+        rounds_run.at.duration_since(SystemTime::UNIX_EPOCH).unwrap(),
         Duration::from_millis(1_795_709_197_500)
     );
     assert_eq!(round("FEDERATION round=2"), None);

@@ -1,4 +1,4 @@
-//! Nodes of several services that all boot at once, against one OneGate.
+//! Nodes of several services that boot at the same time against one OneGate.
 
 use std::{
     fs,
@@ -15,30 +15,30 @@ use crate::{
     test_vm::{Agent, TestVm},
 };
 
-/// A cloud has several.
+/// Number of services that share the OneGate.
 const SERVICES: u32 = 20;
-/// More than all of them need on a busy machine, with a debug build.
+/// Upper bound for all agents on a loaded machine with a debug build.
 const TIMEOUT: Duration = Duration::from_secs(240);
 
-/// What became of agents that started together.
+/// Measurements of agents that started together.
 #[derive(Debug, Clone, Copy)]
 pub struct Herd {
-    /// From the start of the first to the last that has found its SuperLink.
+    /// From the first start until the last agent has found its SuperLink.
     pub took: Duration,
-    /// How many found it at the first attempt.
+    /// Number of agents that found it at the first attempt.
     pub at_first_attempt: u32,
-    /// Requests of discovery.
+    /// Discovery requests.
     pub discovery: usize,
-    /// All requests, publications among them.
+    /// All requests, including publications.
     pub requests: usize,
-    /// The most requests within one second.
+    /// Highest number of requests within one second.
     pub peak_requests_per_second: usize,
 }
 
-/// Starts as many agents in the same moment, and waits until all have found their SuperLink.
+/// Starts this many agents at the same time and waits until all have found their SuperLink.
 ///
 /// # Panics
-/// Where one does not.
+/// If one does not find it.
 #[must_use]
 #[track_caller]
 pub fn start_together(agents: u32) -> Herd {
@@ -51,7 +51,7 @@ pub fn start_together(agents: u32) -> Herd {
             state.join(id % SERVICES, "supernode", 1000 + id);
         }
     });
-    // All of them stand behind one gate, and start when it opens.
+    // All agents block on one FIFO and start when it is opened.
     let gate = Sandbox::new("herd");
     let fifo = gate.join("gate");
     run(Command::new("mkfifo").arg(&fifo), TIMEOUT).expect_success();
@@ -66,7 +66,7 @@ pub fn start_together(agents: u32) -> Herd {
     let nodes: Vec<(TestVm, Agent)> = (0..agents)
         .map(|id| {
             let mut vm = TestVm::new();
-            // Docker is not there: the SuperLink is looked for meanwhile.
+            // There is no Docker; discovery runs meanwhile.
             vm.set("docker.ready_timeout_seconds", TIMEOUT.as_secs());
             vm.context(&[]).onegate(&onegate, 1000 + id).agent(&behind_gate);
             let agent = vm.start();
@@ -74,7 +74,7 @@ pub fn start_together(agents: u32) -> Herd {
         })
         .collect();
     let began = Instant::now();
-    // The first writer lets every reader go that waits, and each that comes after.
+    // Opening the FIFO for writing releases all waiting readers and all later ones.
     let opened = fs::OpenOptions::new().read(true).write(true).open(&fifo).expect("the gate");
     (&opened).write_all(&vec![b'\n'; agents as usize]).expect("the gate");
     let found = |(_, agent): &(TestVm, Agent)| {

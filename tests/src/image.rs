@@ -1,14 +1,14 @@
-//! The framework images' simulator: busybox, a user 49999, and a script in the place of
+//! Test image in place of the framework images: busybox, a user 49999, and a script in place of
 //! `flower-supernode`.
 //!
-//! The script prints each argument as `arg VALUE`, its environment as `env K=V`, NVIDIA's device
-//! nodes as `device PATH`, then on standard error, as Flower does when it is connected, `INFO :
-//! SuperNode ID: 1` with colours, and waits for SIGTERM, on which it exits 0. Words in
-//! `--node-config` change that: `test-exit=3` ends it with 3 after half a second,
-//! `test-ignore-term=true` makes it deaf to SIGTERM, `test-never-connects=true` keeps that last
-//! line back, `test-floods=64` writes so many MiB without a line break before it, and
-//! `test-flaps=0.5` loses the connection and regains it, each after this many seconds, for as long
-//! as the container runs. On SIGUSR1 it takes memory, up to half a GiB.
+//! The script prints each argument as `arg VALUE`, its environment as `env K=V` and NVIDIA's device
+//! nodes as `device PATH`. It then prints `INFO : SuperNode ID: 1` with colours on standard error,
+//! as Flower does once connected, and waits for SIGTERM, on which it exits with 0. Values in
+//! `--node-config` change this: `test-exit=3` exits with 3 after half a second,
+//! `test-ignore-term=true` ignores SIGTERM, `test-never-connects=true` omits the connection line,
+//! `test-floods=64` writes that many MiB without a line break before it, and `test-flaps=0.5` loses
+//! and restores the connection, each after this many seconds, until the container stops. On SIGUSR1
+//! it allocates up to half a GiB of memory.
 
 use std::{
     os::unix::fs::symlink,
@@ -20,7 +20,7 @@ use std::{
 
 use crate::{process::run, sandbox::Sandbox};
 
-/// The reference that the agent asks for by default.
+/// The reference that the agent uses by default.
 pub const PYTORCH: &str = "flower-supernode-pytorch:1.31.0";
 
 const SCRIPT: &str = r#"#!/bin/sh
@@ -69,7 +69,8 @@ done
 const APPLETS: &[&str] =
     &["cat", "env", "id", "ls", "nc", "sed", "sh", "sleep", "sort", "touch", "true"];
 
-/// Instructions that make an image out of the file system, as `docker import --change` takes them.
+/// Dockerfile instructions that turn the file system into an image, in the form of `docker import
+/// --change`.
 pub(crate) const INSTRUCTIONS: &[&str] = &[
     r#"ENTRYPOINT ["/usr/bin/flower-supernode"]"#,
     "ENV PATH=/usr/bin:/bin",
@@ -77,10 +78,10 @@ pub(crate) const INSTRUCTIONS: &[&str] = &[
     "USER 49999:49999",
 ];
 
-/// The file system of the image as a tar, for `docker import`; made once in each test process.
+/// Returns the image's file system as a tar for `docker import`; built once per test process.
 ///
 /// # Panics
-/// Where busybox (Debian: busybox-static) or tar is missing.
+/// If busybox (Debian: busybox-static) or tar is missing.
 pub fn test_image() -> PathBuf {
     static TAR: OnceLock<PathBuf> = OnceLock::new();
     TAR.get_or_init(build).clone()
@@ -100,10 +101,11 @@ fn build() -> PathBuf {
     root.write("etc/passwd", "root:x:0:0::/root:/bin/sh\napp:x:49999:49999::/app:/bin/sh\n");
     root.write("etc/group", "root:x:0:\napp:x:49999:\n");
     for directory in ["app", "tmp", "proc", "sys", "dev"] {
-        std::fs::create_dir_all(root.join(directory)).expect("a directory of the image");
+        std::fs::create_dir_all(root.join(directory))
+            .expect("cannot create a directory of the image");
     }
-    // Beside what cargo builds, under one name for all: renamed into place, so that nobody reads
-    // half a file.
+    // Shared by all test processes in cargo's output directory. Renamed into place, so that no
+    // reader sees a partial file.
     let directory = std::env::current_exe().expect("the path of this test").with_file_name("");
     let tar = directory.join("supernode-tests-image.tar");
     let script = "chmod 755 bin/busybox usr/bin/flower-supernode; chmod 1777 tmp; chown -R 49999:49999 app; \
@@ -114,8 +116,7 @@ fn build() -> PathBuf {
     tar
 }
 
-/// The script runs under the shell that will run it; this is not the place to learn about a typing
-/// error.
+/// Syntax check with the shell that runs the script in the container.
 #[test]
 fn entrypoint_script_is_valid_shell() {
     let sandbox = Sandbox::new("script");

@@ -1,26 +1,25 @@
-//! The harness: a machine for `supernode-agent` to run on, made of files, simulators and a Docker
-//! engine of its own.
+//! Test harness: VMs for `supernode-agent` to run on, made of files, simulators and a Docker engine
+//! per test.
 //!
-//! | part | stands for |
+//! | part | purpose |
 //! | --- | --- |
-//! | [`TestVm`] | one machine: context, settings, state, and the agent that runs there |
-//! | [`Sysfs`] | what the kernel shows: PCI devices, their drivers, the module |
-//! | `nvml-simulator` | `libnvidia-ml.so.1`, answering from the JSON given to [`TestVm::nvml`] |
-//! | [`Engine`] | a Docker engine in a network namespace of its own |
-//! | `nvidia-container-runtime` | nvidia's runtime, obeying [`Engine::nvidia_runtime`] |
-//! | [`DockerProxy`] | the same engine on a bad day: it refuses a call, hangs in it, cuts its answer |
-//! | [`FaultyMount`] | a disk that is full, or read-only |
-//! | [`TestNetwork`] | the network that engines are connected to |
-//! | [`herd`] | many machines that boot in the same moment |
-//! | [`OneGateSimulator`] | OneGate, with the VMs and services that a test gives it, and faults |
-//! | [`Registry`] | a registry of images that is slow |
-//! | [`SuperLink`] | nothing: it is Flower's own, and so is what the nodes train with it |
-//! | [`BootedVm`] | a whole VM: systemd, Docker, the package, and what contextualizes it |
+//! | [`TestVm`] | one VM: context, settings, state, and the agent that runs there |
+//! | [`Sysfs`] | the kernel's view: PCI devices, their drivers, the nvidia module |
+//! | `nvml-simulator` | `libnvidia-ml.so.1`, scripted by the JSON given to [`TestVm::nvml`] |
+//! | [`Engine`] | a real Docker engine in its own network namespace |
+//! | `nvidia-container-runtime` | NVIDIA's runtime, controlled by [`Engine::nvidia_runtime`] |
+//! | [`DockerProxy`] | proxy in front of an engine that refuses, delays or truncates calls |
+//! | [`FaultyMount`] | a full or read-only file system |
+//! | [`TestNetwork`] | the network that connects engines |
+//! | [`herd`] | many agents that start at the same time |
+//! | [`OneGateSimulator`] | OneGate with the VMs and services of the test, and faults |
+//! | [`Registry`] | a slow image registry |
+//! | [`SuperLink`] | Flower's own SuperLink; nothing about it is simulated |
+//! | [`BootedVm`] | a whole VM: systemd, Docker, the package and contextualization |
 //! | [`image`] | the framework images, made of busybox and one script |
 //!
-//! All of it lies in temporary directories and ends with the value that made it.
-//! `SUPERNODE_TESTS_KEEP=1` keeps the directories. A failure of the harness is a panic with the whole
-//! story: a test has nothing better to do with it.
+//! Everything is in temporary directories and removed on drop; `SUPERNODE_TESTS_KEEP=1` keeps the
+//! directories. The harness panics on its own failures, with the collected output in the message.
 #![allow(
     clippy::expect_used,
     clippy::panic,

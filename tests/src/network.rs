@@ -1,4 +1,4 @@
-//! The network between the engines of a test: the network that their machines are in.
+//! The network that connects the engines of a test.
 
 use std::{
     ffi::OsStr,
@@ -16,21 +16,23 @@ use crate::{
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A network namespace with a bridge, 10.77.0.1/24, to which engines are connected. What runs in it
-/// (a SuperLink, the simulator of OneGate) is reached from an engine's namespace and from its
-/// containers. All names are within namespaces, so that networks of several tests do not meet. It
-/// ends with this value, and the cables with it.
+/// (a SuperLink, the OneGate simulator) is reachable from an engine's namespace and from its
+/// containers. All interface names are inside namespaces, so that the networks of concurrent tests
+/// do not conflict. Dropping it removes the namespace and the links.
 #[derive(Debug)]
 pub struct TestNetwork {
     namespace: String,
-    /// The namespaces of the engines; the place of each gives its address and the name of its port.
+    /// Network namespaces of the engines. The index determines an engine's address and the name of
+    /// its port.
     engines: Vec<String>,
 }
 
 impl TestNetwork {
-    /// A network without an engine. It needs what an [`Engine`] needs: start that first.
+    /// Creates a network without an engine. It has the requirements of an [`Engine`], so start that
+    /// first.
     ///
     /// # Panics
-    /// Where it cannot be made.
+    /// If it cannot be created.
     #[must_use]
     #[track_caller]
     pub fn new() -> Self {
@@ -42,23 +44,23 @@ impl TestNetwork {
         network
     }
 
-    /// The name of its network namespace.
+    /// Name of the network namespace.
     #[must_use]
     pub fn network_namespace(&self) -> &str {
         &self.namespace
     }
 
-    /// The address of what runs in it.
+    /// Address of what runs in the namespace.
     #[must_use]
     pub fn address(&self) -> IpAddr {
         address(1)
     }
 
-    /// Connects an engine, which reaches by way of the network whatever is not its own; gives the
-    /// engine's address.
+    /// Connects an engine, with this network as its default route, and returns the engine's
+    /// address.
     ///
     /// # Panics
-    /// Where the engine is connected to a network already.
+    /// If the engine is connected already.
     #[track_caller]
     pub fn connect(&mut self, engine: &Engine) -> IpAddr {
         let theirs = engine.network_namespace();
@@ -68,7 +70,7 @@ impl TestNetwork {
             address(u8::try_from(self.engines.len() + 1).expect("fewer engines than addresses"));
         self.ip(&format!("link add {port} type veth peer name net0 netns {theirs}"));
         self.ip(&format!("link set {port} master br0"));
-        self.link(engine);
+        self.link_up(engine);
         for command in [
             &format!("address add {address}/24 dev net0"),
             "link set net0 up",
@@ -79,15 +81,15 @@ impl TestNetwork {
         address
     }
 
-    /// Pulls an engine's cable: nothing arrives, and nobody is told.
+    /// Takes an engine's link down: packets are dropped without an error.
     #[track_caller]
-    pub fn unlink(&self, engine: &Engine) {
+    pub fn link_down(&self, engine: &Engine) {
         self.ip(&format!("link set {} down", self.port(engine)));
     }
 
-    /// Puts the cable back.
+    /// Brings the link up again.
     #[track_caller]
-    pub fn link(&self, engine: &Engine) {
+    pub fn link_up(&self, engine: &Engine) {
         self.ip(&format!("link set {} up", self.port(engine)));
     }
 
@@ -111,7 +113,7 @@ impl Default for TestNetwork {
 
 impl Drop for TestNetwork {
     fn drop(&mut self) {
-        // The namespace lasts as long as anybody runs in it; the cables do not.
+        // The namespace persists while a process runs in it; the links are removed now.
         for place in 0..self.engines.len() {
             let _ = ip(&["-n", &self.namespace, "link", "del", &format!("engine{place}")]);
         }
@@ -119,19 +121,18 @@ impl Drop for TestNetwork {
     }
 }
 
-/// Makes a network namespace, in which there is the loopback.
+/// Creates a network namespace with a loopback interface.
 pub(crate) fn add_namespace(name: &str) -> Result<(), String> {
     ip(&["netns", "add", name])?;
     ip(&["-n", name, "link", "set", "lo", "up"])
 }
 
-/// Takes a namespace's name away; it is gone when nobody runs in it.
+/// Removes the name of a namespace. The kernel removes the namespace when no process uses it.
 pub(crate) fn remove_namespace(name: &str) {
     let _ = ip(&["netns", "del", name]);
 }
 
-/// The beginning of a command that runs in a network namespace (a name in /run/netns), in which it
-/// becomes the program that follows.
+/// Returns a command that runs `program` in a network namespace (a name in /run/netns).
 #[must_use]
 pub fn in_namespace(namespace: &str, program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("nsenter");

@@ -1,4 +1,4 @@
-//! Processes with a deadline, and waiting for what takes a moment.
+//! Running processes with a deadline, and polling.
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
@@ -11,22 +11,22 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
-/// What a command said and how it ended.
+/// Output and exit status of a command.
 #[derive(Debug, Clone)]
 pub struct Output {
-    /// Everything on standard output.
+    /// Standard output.
     pub stdout: String,
-    /// Everything on standard error.
+    /// Standard error.
     pub stderr: String,
-    /// The exit code; `None` where a signal ended it.
+    /// Exit code; `None` if a signal ended the process.
     pub code: Option<i32>,
-    /// The signal that ended it.
+    /// The signal that ended the process.
     pub signal: Option<i32>,
 }
 
 impl Output {
-    /// Panics with what the command said, unless it succeeded; gives standard output without blanks
-    /// around it.
+    /// Returns standard output without surrounding whitespace. Panics with the output if the
+    /// command failed.
     #[track_caller]
     pub fn expect_success(&self) -> &str {
         assert!(self.code == Some(0), "the command failed: {self:#?}");
@@ -37,22 +37,22 @@ impl Output {
 /// Runs a command to its end.
 ///
 /// # Panics
-/// Where it cannot be started, or is not over in time; it is killed then.
+/// If it cannot be started or times out; on timeout it is killed.
 #[track_caller]
 pub fn run(command: &mut Command, timeout: Duration) -> Output {
-    let told = format!("{command:?}");
+    let shown = format!("{command:?}");
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .unwrap_or_else(|error| panic!("{told}: {error}"));
+        .unwrap_or_else(|error| panic!("{shown}: {error}"));
     let stdout = drain(child.stdout.take());
     let stderr = drain(child.stderr.take());
     let Some(status) = wait(&mut child, timeout) else {
         let _ = child.kill();
         let _ = child.wait();
-        panic!("{told}: not over after {timeout:?}");
+        panic!("{shown}: timed out after {timeout:?}");
     };
     let text = |thread: thread::JoinHandle<Vec<u8>>| {
         String::from_utf8_lossy(&thread.join().unwrap_or_default()).into_owned()
@@ -65,18 +65,17 @@ pub fn run(command: &mut Command, timeout: Duration) -> Output {
     }
 }
 
-/// The beginning of a command that does not outlive the test's process, however that ends. More
-/// arguments may follow, and [`start_tied`] starts it. Of `command` the program and its arguments
-/// are taken.
+/// Wraps a command so that the kernel stops it when the test process ends. Takes only the program
+/// and arguments of `command`; more arguments may be appended. Start it with [`start_tied`].
 pub(crate) fn tied(command: &Command) -> Command {
     let mut tied = Command::new("setpriv");
     tied.args(["--pdeathsig", "TERM", "--"]).arg(command.get_program()).args(command.get_args());
     tied
 }
 
-/// Starts a command from a thread that lasts as long as the process: the kernel counts the end of
-/// the *thread* that started a child as the parent's death, and the thread of a test is over before
-/// the process is.
+/// Starts a command from a thread that lasts as long as the process. The parent-death signal is
+/// sent at the end of the *thread* that started the child, and a test's thread ends before the
+/// process does.
 pub(crate) fn start_tied(mut command: Command) -> std::io::Result<Child> {
     let (started, receive) = mpsc::channel();
     thread::spawn(move || {
@@ -92,24 +91,24 @@ fn drain(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>
     thread::spawn(move || {
         let mut bytes = Vec::new();
         if let Some(mut pipe) = pipe {
-            // What came before an error is what there is.
+            // Output read before an error is still returned.
             let _ = pipe.read_to_end(&mut bytes);
         }
         bytes
     })
 }
 
-/// Waits for the end of a child; `None` where it is still running at the deadline.
+/// Waits for a child to end; returns `None` if it still runs at the deadline.
 pub(crate) fn wait(child: &mut Child, timeout: Duration) -> Option<ExitStatus> {
     let mut status = None;
     eventually(timeout, || {
-        status = child.try_wait().expect("a child of ours");
+        status = child.try_wait().expect("cannot wait for the child");
         status.is_some()
     });
     status
 }
 
-/// Asks again and again until the answer is yes or the time is over; gives the last answer.
+/// Polls until `question` returns true or the time is over; returns the last answer.
 pub fn eventually(timeout: Duration, mut question: impl FnMut() -> bool) -> bool {
     const STEP: Duration = Duration::from_millis(10);
     let begun = Instant::now();
@@ -124,21 +123,21 @@ pub fn eventually(timeout: Duration, mut question: impl FnMut() -> bool) -> bool
     }
 }
 
-/// Sends a signal; a process that is gone already is no error.
+/// Sends a signal. A process that has already ended is not an error.
 pub(crate) fn signal(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
         let _ = kill_process(pid, signal);
     }
 }
 
-/// Whether a process of this number runs; a zombie does not.
+/// Whether a process with this PID is running; a zombie is not.
 pub(crate) fn running(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The state stands behind the name, which is in parentheses and may contain anything.
+    // The state follows the name, which is in parentheses and may contain any character.
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
-/// Lines that arrive while a test runs: what a process writes, or what it tells systemd.
+/// Lines that arrive while a test runs: output of a process, or notifications to systemd.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Lines {
     shared: Arc<(Mutex<Vec<String>>, Condvar)>,
@@ -168,7 +167,7 @@ impl Lines {
         });
     }
 
-    /// The first line that contains the text, arrived already or within the time.
+    /// Returns the first line that contains the text, waiting for it up to `timeout`.
     pub(crate) fn wait_for(&self, text: &str, timeout: Duration) -> Option<String> {
         let find = |lines: &[String]| lines.iter().find(|line| line.contains(text)).cloned();
         let lines = self.lock();
@@ -179,14 +178,14 @@ impl Lines {
     }
 }
 
-/// Says that this test is skipped, and why; where everything must be to be had, it fails.
+/// Prints that this test is skipped and why, or panics if skipping is not allowed.
 #[track_caller]
 pub(crate) fn skip_or_fail(what: &str, reason: &str) {
     if std::env::var_os("SUPERNODE_TESTS_REQUIRE_DOCKER").is_some_and(|value| value == "1") {
         panic!("no {what}, and SUPERNODE_TESTS_REQUIRE_DOCKER=1: {reason}");
     }
     let thread = thread::current();
-    // Not by a print macro: the test runner would swallow what a passing test prints.
+    // Not with a print macro: the test runner captures the output of passing tests.
     let _ =
         writeln!(std::io::stderr(), "SKIPPED: {reason} ({})", thread.name().unwrap_or("a test"));
 }

@@ -1,5 +1,5 @@
-//! A simulator for an engine that has a bad day: a unix socket before a real engine's, which
-//! forwards every call, and does to some of them what it is told.
+//! Fault injection for the Docker API: a proxy with a Unix socket in front of a real engine's
+//! socket that forwards every call and applies faults to some.
 
 use std::{
     fs, io,
@@ -15,22 +15,22 @@ use std::{
 use crate::sandbox::Sandbox;
 
 /// More than the head of any request.
-const LARGEST_HEAD_BYTES: usize = 64 * 1024;
+const MAX_HEAD_BYTES: usize = 64 * 1024;
 
-/// What becomes of a call.
+/// Fault applied to a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// It is answered with 500, and the engine never hears of it.
+    /// Answers with 500; the engine does not receive the call.
     Refuse,
-    /// It is not answered, and the engine does not hear of it until [`DockerProxy::mend`].
+    /// Neither forwards nor answers the call until [`DockerProxy::clear_faults`].
     Hang,
-    /// The engine hears of it after this time.
+    /// Forwards the call after this time.
     Delay(Duration),
-    /// The engine has done it, and the answer ends after its first bytes.
-    Cut,
+    /// Forwards the call and cuts the connection after the first bytes of the answer.
+    Truncate,
 }
 
-/// The proxy. It ends with the test's process; calls that it has in hand end with this value.
+/// The proxy. Its listener ends with the test's process; dropping it ends the open calls.
 #[derive(Debug)]
 pub struct DockerProxy {
     sandbox: Sandbox,
@@ -48,9 +48,9 @@ struct Shared {
 struct State {
     calls: Vec<String>,
     faulty: Option<(Faulty, Fault)>,
-    /// How many calls hang.
+    /// Number of calls that hang.
     hanging: usize,
-    /// Every connection, to the agent and to the engine.
+    /// Every open connection, to the agent and to the engine.
     open: Vec<Weak<UnixStream>>,
 }
 
@@ -68,10 +68,10 @@ impl Shared {
 }
 
 impl DockerProxy {
-    /// A proxy before the engine that listens on `upstream`, or will.
+    /// Creates a proxy for the engine that listens on `upstream`, now or later.
     ///
     /// # Panics
-    /// Where its socket cannot be made.
+    /// If the socket cannot be created.
     #[must_use]
     pub fn start(upstream: &Path) -> Self {
         let proxy = Self {
@@ -91,7 +91,7 @@ impl DockerProxy {
                 let (shared, upstream) = (Arc::clone(&shared), upstream.clone());
                 thread::spawn(move || {
                     let client = Arc::new(client);
-                    // A connection that breaks is what this is about.
+                    // Broken connections are expected here.
                     let _ = shared.serve(&client, &upstream);
                     let _ = client.shutdown(Shutdown::Both);
                 });
@@ -99,52 +99,51 @@ impl DockerProxy {
         });
     }
 
-    /// Makes its socket anew, in which nobody finds the old one.
+    /// Replaces the socket file with a new socket.
     ///
     /// # Panics
-    /// Where it cannot be made.
-    pub fn make_socket_anew(&self) {
+    /// If it cannot be created.
+    pub fn recreate_socket(&self) {
         fs::remove_file(self.socket()).expect("the proxy's socket");
         self.cut();
         self.listen();
     }
 
-    /// Its socket.
+    /// Path of the socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.sandbox.join("docker.sock")
     }
 
-    /// The calls since the last change of the faults, in the order in which they came:
-    /// `POST /containers/create`.
+    /// Calls since the last change of the faults, in order: `POST /containers/create`.
     #[must_use]
     pub fn calls(&self) -> Vec<String> {
         self.shared.lock().calls.clone()
     }
 
-    /// How many calls hang at the moment.
+    /// Number of calls that hang now.
     #[must_use]
     pub fn hanging(&self) -> usize {
         self.shared.lock().hanging
     }
 
-    /// Does this to the call of that number, counted from now, from 0.
+    /// Applies a fault to the call with this index, counted from 0 from now on.
     pub fn fault_at(&self, number: usize, fault: Fault) {
         self.set(Some((Faulty::Nth(number), fault)));
     }
 
-    /// Does this to every call of this name, `POST /containers/create`.
+    /// Applies a fault to every call of this name, `POST /containers/create`.
     pub fn fault_of(&self, kind: &str, fault: Fault) {
         self.set(Some((Faulty::Kind(kind.to_owned()), fault)));
     }
 
-    /// Does this to every call.
+    /// Applies a fault to every call.
     pub fn fault_always(&self, fault: Fault) {
         self.set(Some((Faulty::Every, fault)));
     }
 
-    /// From now on every call is forwarded, those that hang among them.
-    pub fn mend(&self) {
+    /// Removes all faults and forwards every call, including those that hang.
+    pub fn clear_faults(&self) {
         self.set(None);
     }
 
@@ -155,7 +154,7 @@ impl DockerProxy {
         self.shared.changed.notify_all();
     }
 
-    /// Cuts every connection that is open.
+    /// Cuts all open connections.
     pub fn cut(&self) {
         for stream in self.shared.lock().open.drain(..).filter_map(|stream| stream.upgrade()) {
             let _ = stream.shutdown(Shutdown::Both);
@@ -166,7 +165,7 @@ impl DockerProxy {
 impl Drop for DockerProxy {
     fn drop(&mut self) {
         let _ = fs::remove_file(self.socket());
-        self.mend();
+        self.clear_faults();
         self.cut();
     }
 }
@@ -179,15 +178,16 @@ impl Shared {
             Some(Fault::Refuse) => return refuse(client),
             Some(Fault::Hang) if !self.hang(client)? => return Ok(()),
             Some(Fault::Delay(time)) => thread::sleep(time),
-            Some(Fault::Hang | Fault::Cut) | None => {}
+            Some(Fault::Hang | Fault::Truncate) | None => {}
         }
         let engine = Arc::new(UnixStream::connect(upstream)?);
         self.lock().open.push(Arc::downgrade(&engine));
-        // One call a connection: the engine closes it, so that the next one comes here as well.
+        // Makes the engine close the connection after one call, so that the next call passes the
+        // proxy too.
         let head = head.replacen("\r\n", "\r\nConnection: close\r\n", 1);
         (&*engine).write_all(head.as_bytes())?;
         (&*engine).write_all(&body)?;
-        if fault == Some(Fault::Cut) {
+        if fault == Some(Fault::Truncate) {
             let mut first = [0; 64];
             let length = (&*engine).read(&mut first)?;
             return (&**client).write_all(&first[..length]);
@@ -200,7 +200,7 @@ impl Shared {
         io::copy(&mut &*engine, &mut &**client).map(|_| ())
     }
 
-    /// Notes the call; gives what is to become of it.
+    /// Records the call and returns its fault.
     fn begin(&self, call: String, client: &Arc<UnixStream>) -> Option<Fault> {
         let mut state = self.lock();
         let number = state.calls.len();
@@ -217,13 +217,13 @@ impl Shared {
         fault
     }
 
-    /// Waits until the fault is mended; whether the call is wanted still.
+    /// Waits until the faults are cleared. Returns whether the client still waits.
     fn hang(&self, client: &UnixStream) -> io::Result<bool> {
         let mut state = self.lock();
         state.hanging += 1;
         let waited = self.changed.wait_while(state, |state| state.faulty.is_some());
         waited.unwrap_or_else(PoisonError::into_inner).hanging -= 1;
-        // Who has given up has closed its end.
+        // A client that has given up has closed its end.
         client.set_nonblocking(true)?;
         let given_up = matches!((&*client).read(&mut [0]), Ok(0));
         client.set_nonblocking(false)?;
@@ -241,11 +241,11 @@ fn refuse(mut client: &UnixStream) -> io::Result<()> {
     )
 }
 
-/// The head of a request, and what came of its body with it.
+/// Reads the head of a request and the part of the body that arrived with it.
 fn read_head(mut client: &UnixStream) -> io::Result<(String, Vec<u8>)> {
     let mut bytes = Vec::new();
     let mut buffer = [0; 4096];
-    while bytes.len() < LARGEST_HEAD_BYTES {
+    while bytes.len() < MAX_HEAD_BYTES {
         let length = client.read(&mut buffer)?;
         if length == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -259,8 +259,8 @@ fn read_head(mut client: &UnixStream) -> io::Result<(String, Vec<u8>)> {
     Err(io::ErrorKind::InvalidData.into())
 }
 
-/// `POST /containers/create`, out of `POST /v1.41/containers/create?name=x HTTP/1.1`; ids and names
-/// as `*`.
+/// Name of a call: `POST /containers/create` for `POST /v1.41/containers/create?name=x HTTP/1.1`;
+/// IDs and names become `*`.
 fn name_of(head: &str) -> String {
     let mut words = head.split(' ');
     let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());

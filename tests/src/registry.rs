@@ -1,4 +1,4 @@
-//! A registry of one image, which gives half of its layer and the rest when the test says so.
+//! A registry with one image that serves half of its layer, and the rest when the test asks for it.
 
 use std::{
     fs::File,
@@ -18,7 +18,7 @@ use crate::{engine::Engine, image, process::run, sandbox::Sandbox};
 
 const MANIFEST_TYPE: &str = "application/vnd.docker.distribution.manifest.v2+json";
 
-/// A registry in an engine's network.
+/// A registry in an engine's network namespace.
 #[derive(Debug)]
 pub struct Registry {
     gate: Arc<Gate>,
@@ -30,7 +30,7 @@ struct Gate {
     opened: Condvar,
 }
 
-/// What is handed out, by the end of its path.
+/// Content by the end of its path.
 struct Content {
     manifest: Vec<u8>,
     config: (String, Vec<u8>),
@@ -38,13 +38,14 @@ struct Content {
 }
 
 impl Registry {
-    /// The image's name there.
+    /// Name of the image in the registry.
     pub const IMAGE: &str = "127.0.0.1:5000/node:1";
 
-    /// Starts it beside an engine, which trusts its own loopback without TLS.
+    /// Starts a registry in an engine's network namespace; engines accept their loopback without
+    /// TLS.
     ///
     /// # Panics
-    /// Where it cannot listen there.
+    /// If it cannot listen.
     #[must_use]
     pub fn start(engine: &Engine) -> Self {
         let content = content();
@@ -68,14 +69,14 @@ impl Registry {
         Self { gate }
     }
 
-    /// Gives the rest of the layer.
-    pub fn give_the_rest(&self) {
+    /// Serves the rest of the layer.
+    pub fn release_layer(&self) {
         *self.gate.is_open.lock().expect("the gate") = true;
         self.gate.opened.notify_all();
     }
 }
 
-/// The image that [`crate::image`] describes, as the Image Manifest V2, Schema 2 has it.
+/// The image of [`crate::image`] as Image Manifest V2, Schema 2.
 fn content() -> Content {
     let tar = std::fs::read(image::test_image()).expect("the image's file system");
     let layer = (digest(&tar), tar);
@@ -106,7 +107,7 @@ fn digest(bytes: &[u8]) -> String {
     format!("sha256:{}", sum.split(' ').next().expect("a sum"))
 }
 
-/// Answers one request, and closes. A caller that has gone is no failure.
+/// Answers one request and closes the connection. A closed client connection is not an error.
 fn answer(mut caller: &TcpStream, content: &Content, gate: &Gate) {
     let mut head =
         BufReader::new(caller).lines().map_while(Result::ok).take_while(|line| !line.is_empty());

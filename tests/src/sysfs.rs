@@ -1,5 +1,5 @@
-//! A made-up `/sys`, linked as the kernel links it: devices behind a PCI bridge, drivers, the
-//! nvidia module.
+//! A simulated `/sys` with the kernel's symlinks: devices behind a PCI bridge, drivers, the nvidia
+//! module.
 
 use std::{
     fs,
@@ -12,8 +12,8 @@ use crate::sandbox::{Sandbox, write};
 
 const BRIDGE: &str = "0000:00:1c.0";
 
-/// The tree. Each call changes the files at once, so a device can come, go or lose its driver while
-/// an agent runs. It is gone with the last copy of this value.
+/// The tree. Each call changes the files at once, so that a device can appear, disappear or lose
+/// its driver while an agent runs. Removed when the last clone is dropped.
 #[derive(Debug, Clone)]
 pub struct Sysfs {
     sandbox: Arc<Sandbox>,
@@ -21,32 +21,33 @@ pub struct Sysfs {
 }
 
 impl Sysfs {
-    /// A machine without a PCI device, but for the bridge, and without the nvidia module.
+    /// Creates a tree with a PCI bridge but no other device and no nvidia module.
     #[must_use]
     pub fn new() -> Self {
         let sandbox = Arc::new(Sandbox::new("sys"));
         for directory in
             ["bus/pci/devices", "bus/pci/drivers", "module", "class", "devices/pci0000:00"]
         {
-            fs::create_dir_all(sandbox.join(directory)).expect("a directory of the tree");
+            fs::create_dir_all(sandbox.join(directory))
+                .expect("cannot create a directory of the tree");
         }
         let sysfs = Self { sandbox, last: PathBuf::new() };
         sysfs.device(BRIDGE, "0x8086", "0x060400", Some("pcieport"))
     }
 
-    /// The directory that stands for `/sys`.
+    /// The directory to use as `/sys`.
     #[must_use]
     pub fn root(&self) -> &Path {
         self.sandbox.path()
     }
 
-    /// An NVIDIA 3D controller (an A100) without a driver; [`Sysfs::driver`] binds one.
+    /// Adds an NVIDIA 3D controller (an A100) without a driver; [`Sysfs::driver`] binds one.
     #[must_use]
     pub fn gpu(self, address: &str) -> Self {
         self.device(address, "0x10de", "0x030200", None)
     }
 
-    /// Any device: vendor and class as sysfs writes them (`0x10de`, `0x030000`).
+    /// Adds a device with vendor and class as sysfs writes them (`0x10de`, `0x030000`).
     #[must_use]
     pub fn device(
         mut self,
@@ -68,11 +69,11 @@ impl Sysfs {
         }
     }
 
-    /// Binds the device named last to a driver.
+    /// Binds the last added device to a driver.
     #[must_use]
     pub fn driver(self, driver: &str) -> Self {
         fs::create_dir_all(self.sandbox.join("bus/pci/drivers").join(driver))
-            .expect("a directory of the tree");
+            .expect("cannot create a directory of the tree");
         let above = self.last.strip_prefix(self.root()).map_or(0, |path| path.components().count());
         link_to(
             &self.last.join("driver"),
@@ -81,13 +82,13 @@ impl Sysfs {
         self
     }
 
-    /// The nvidia kernel module, of this version, loaded.
+    /// Loads this version of the nvidia kernel module.
     #[must_use]
     pub fn module(self, version: &str) -> Self {
         self.module_in_state(version, "live")
     }
 
-    /// The nvidia kernel module in a state of the kernel's: `live`, `coming`, `going`.
+    /// Sets the state of the nvidia kernel module: `live`, `coming`, `going`.
     #[must_use]
     pub fn module_in_state(self, version: &str, state: &str) -> Self {
         write(&self.sandbox.join("module/nvidia/version"), format!("{version}\n"));
@@ -95,7 +96,7 @@ impl Sysfs {
         self
     }
 
-    /// A machine that was started by UEFI, with Secure Boot on or off.
+    /// Marks the VM as booted by UEFI, with Secure Boot on or off.
     #[must_use]
     pub fn secure_boot(self, on: bool) -> Self {
         let variable = "firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c";
@@ -104,7 +105,7 @@ impl Sysfs {
         self
     }
 
-    /// Takes a device away.
+    /// Removes a device.
     pub fn remove(&self, address: &str) {
         let _ = fs::remove_file(self.sandbox.join("bus/pci/devices").join(address));
         let _ = fs::remove_dir_all(self.sandbox.join(location(address)));
@@ -117,7 +118,7 @@ impl Default for Sysfs {
     }
 }
 
-/// Where the kernel keeps a device: bus 0 on the root, every other behind a bridge.
+/// Location of a device: bus 0 at the root, every other bus behind a bridge.
 fn location(address: &str) -> String {
     if address.starts_with("0000:00:") {
         format!("devices/pci0000:00/{address}")
@@ -141,7 +142,7 @@ mod tests {
         let device = sysfs.root().join("bus/pci/devices/0000:01:00.0");
         let target = fs::read_link(device.join("driver")).unwrap();
         assert_eq!(target, Path::new("../../../../bus/pci/drivers/nvidia"));
-        assert!(device.join("driver").is_dir(), "the link leads nowhere");
+        assert!(device.join("driver").is_dir(), "the link is dangling");
         assert_eq!(fs::read_to_string(device.join("vendor")).unwrap(), "0x10de\n");
 
         sysfs.remove("0000:01:00.0");

@@ -1,5 +1,4 @@
-//! One machine, in a directory: the context, the settings, the state; and the agent that is started
-//! there.
+//! One VM in a directory: context, settings, state, and the agent that runs with them.
 
 use std::{
     collections::BTreeMap,
@@ -28,8 +27,8 @@ use crate::{
     sysfs::Sysfs,
 };
 
-/// The machine. Its settings are the product's defaults, with every path in the machine's directory,
-/// no Docker engine, an empty sysfs, and waits that are short enough for a test.
+/// The VM. Its settings are the product's defaults, except that every path is in the VM's
+/// directory, there is no Docker engine, sysfs is empty, and timeouts are short.
 #[derive(Debug)]
 pub struct TestVm {
     sandbox: Sandbox,
@@ -37,17 +36,17 @@ pub struct TestVm {
     env: BTreeMap<OsString, OsString>,
     path_first: Vec<PathBuf>,
     agent: Option<PathBuf>,
-    /// What the test gave the context.
+    /// Context variables set by the test.
     variables: BTreeMap<String, String>,
-    /// What OpenNebula adds.
+    /// Context variables added by OpenNebula.
     onegate: Option<OneGate>,
-    /// The network namespace that the agent runs in; otherwise this process's.
+    /// Network namespace of the agent; `None`: that of the test process.
     namespace: Option<String>,
-    /// Kept as long as the machine.
+    /// Kept alive for the agent.
     sysfs: Option<Sysfs>,
 }
 
-/// What a VM with `TOKEN=YES` gets.
+/// OneGate access of a VM with `TOKEN=YES`.
 #[derive(Debug)]
 struct OneGate {
     endpoint: String,
@@ -56,12 +55,13 @@ struct OneGate {
 }
 
 impl TestVm {
-    /// A machine without a GPU, without Docker and with an empty context.
+    /// Creates a VM without a GPU, without Docker and with an empty context.
     #[must_use]
     pub fn new() -> Self {
         let sandbox = Sandbox::new("case");
         for directory in ["context", "state", "data", "certs", "prebaked", "sys", "bin", "root"] {
-            fs::create_dir_all(sandbox.join(directory)).expect("a directory of the machine");
+            fs::create_dir_all(sandbox.join(directory))
+                .expect("cannot create a directory of the VM");
         }
         let bin = sandbox.join("bin");
         let mut vm = Self {
@@ -101,26 +101,27 @@ impl TestVm {
         vm
     }
 
-    /// A path in the machine's directory: `context/…`, `state/…`, `daemon.json`,
+    /// Path in the VM's directory: `context/…`, `state/…`, `daemon.json`,
     /// `prebaked/PREBAKED_VERSION`.
     #[must_use]
     pub fn path(&self, relative: impl AsRef<Path>) -> PathBuf {
         self.sandbox.join(relative)
     }
 
-    /// Writes a file of the machine.
+    /// Writes a file of the VM.
     pub fn write(&self, relative: impl AsRef<Path>, text: impl AsRef<[u8]>) -> PathBuf {
         self.sandbox.write(relative, text)
     }
 
-    /// Sets one setting, `gpu.wait_seconds`; known or not, for the agent is to judge.
+    /// Sets one setting, such as `gpu.wait_seconds`. Unknown settings are allowed: the agent
+    /// validates them.
     pub fn set(&mut self, key: &str, value: impl Into<Value>) -> &mut Self {
         let (section, name) = key.split_once('.').unwrap_or_else(|| panic!("{key} has no section"));
         self.settings.entry(section.to_owned()).or_default().insert(name.to_owned(), value.into());
         self
     }
 
-    /// Takes a setting out of the file, so that the product's default holds.
+    /// Removes a setting, so that the product's default applies.
     pub fn unset(&mut self, key: &str) -> &mut Self {
         if let Some((section, name)) = key.split_once('.')
             && let Some(section) = self.settings.get_mut(section)
@@ -130,26 +131,25 @@ impl TestVm {
         self
     }
 
-    /// A variable of the agent's environment; the agent gets these, PATH and nothing else.
+    /// Sets an environment variable of the agent, which gets only these and PATH.
     pub fn env(&mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> &mut Self {
         self.env.insert(name.as_ref().to_owned(), value.as_ref().to_owned());
         self
     }
 
-    /// Another agent than [`agent_binary`]: that of a package, or a script that plays one.
+    /// Runs another agent than [`agent_binary`]: that of a package, or a script.
     pub fn agent(&mut self, program: impl Into<PathBuf>) -> &mut Self {
         self.agent = Some(program.into());
         self
     }
 
-    /// A directory before the others in the agent's PATH. The directory `bin` of the machine is there
-    /// already.
+    /// Prepends a directory to the agent's PATH, which already contains the VM's `bin`.
     pub fn path_first(&mut self, directory: impl Into<PathBuf>) -> &mut Self {
         self.path_first.insert(0, directory.into());
         self
     }
 
-    /// The variables of the context, in OpenNebula's form, in the files of all stages.
+    /// Sets the context variables and writes the files of all stages in OpenNebula's format.
     pub fn context(&mut self, variables: &[(&str, &str)]) -> &mut Self {
         self.variables = variables
             .iter()
@@ -158,11 +158,11 @@ impl TestVm {
         self.write_context()
     }
 
-    /// Makes it a VM of this OneGate, by what OpenNebula adds to the context of such a VM and by
-    /// its token in `one_env`. A variable given to [`TestVm::context`] has precedence.
+    /// Makes this a VM of the given OneGate: adds the context variables of OpenNebula and writes
+    /// the token to `one_env`. Variables set by [`TestVm::context`] take precedence.
     ///
     /// # Panics
-    /// Where OneGate knows no such VM.
+    /// If OneGate knows no such VM.
     #[track_caller]
     pub fn onegate(&mut self, onegate: &OneGateSimulator, vm_id: u32) -> &mut Self {
         let token = onegate.change(|state| state.vms.get(&vm_id).map(|vm| vm.token.clone()));
@@ -190,8 +190,8 @@ impl TestVm {
         self
     }
 
-    /// One file of the context directory as it is, `one_env` or half a `context.sh.online`; readable
-    /// by root alone, as there.
+    /// Writes one file of the context directory verbatim: `one_env`, or a truncated
+    /// `context.sh.online`. Only root can read it, as in a real VM.
     pub fn context_file(&mut self, name: &str, text: impl AsRef<[u8]>) -> &mut Self {
         let path = self.path("context").join(name);
         write(&path, text);
@@ -200,27 +200,26 @@ impl TestVm {
         self
     }
 
-    /// What the image build left: version and framework.
+    /// Writes the prebaked version and framework, as the image build does.
     pub fn prebaked(&mut self, version: &str, framework: &str) -> &mut Self {
         self.write("prebaked/PREBAKED_VERSION", format!("{version}\n"));
         self.write("prebaked/PREBAKED_FRAMEWORK", format!("{framework}\n"));
         self
     }
 
-    /// Gives the machine these PCI devices.
+    /// Sets the PCI devices.
     pub fn sysfs(&mut self, sysfs: &Sysfs) -> &mut Self {
         self.sysfs = Some(sysfs.clone());
         self.set("gpu.sysfs", sysfs.root().to_string_lossy().into_owned())
     }
 
-    /// What the machine's os-release(5) says; that of a new one is Debian's.
+    /// Sets os-release(5); the default is Debian.
     pub fn os_release(&mut self, text: &str) -> &mut Self {
         self.write("root/etc/os-release", text);
         self
     }
 
-    /// The kernel that runs, and what else the machine has of it: a file each, by its path from the
-    /// root.
+    /// Sets the kernel release and adds kernel files by their path from the root.
     pub fn kernel(&mut self, release: &str, files: &[(&str, &str)]) -> &mut Self {
         self.write("root/proc/sys/kernel/osrelease", format!("{release}\n"));
         for (file, text) in files {
@@ -229,10 +228,10 @@ impl TestVm {
         self
     }
 
-    /// Installs the NVML simulator with this script; again, with another, changes the machine for
-    /// the next probe.
+    /// Installs the NVML simulator with this script. A further call changes the GPUs for the next
+    /// probe.
     pub fn nvml(&mut self, script: &Value) -> &mut Self {
-        // Renamed into place: a probe that runs beside sees the one or the other.
+        // Renamed into place: a concurrent probe reads either the old or the new script.
         let next = self.write("nvml.json.next", script.to_string());
         let path = self.path("nvml.json");
         fs::rename(next, &path).expect("the script of the NVML simulator");
@@ -240,7 +239,7 @@ impl TestVm {
         self.set("gpu.nvml_library", nvml_library().to_string_lossy().into_owned())
     }
 
-    /// Gives the machine this Docker engine, and the programs in its PATH.
+    /// Connects the VM to this Docker engine and adds the engine's programs to PATH.
     pub fn engine(&mut self, engine: &Engine) -> &mut Self {
         self.path_first(engine.bin_dir());
         self.set("docker.socket", engine.socket().to_string_lossy().into_owned())
@@ -248,22 +247,22 @@ impl TestVm {
             .set("docker.reload_command", engine.reload_command())
     }
 
-    /// Has the agent run in the engine's network namespace: in production the agent and Docker
-    /// share the network, and the agent reaches containers by the addresses of their bridge. A
-    /// OneGate on 127.0.0.1 is not reached from there: see [`OneGateSimulator::start_in`].
+    /// Runs the agent in the engine's network namespace. In production the agent and Docker share a
+    /// network, and the agent reaches containers by their bridge addresses. A OneGate on 127.0.0.1
+    /// is unreachable from there; see [`OneGateSimulator::start_in`].
     pub fn in_namespace_of(&mut self, engine: &Engine) -> &mut Self {
         self.namespace = Some(engine.network_namespace().to_owned());
         self
     }
 
-    /// The file of settings, written as it stands now.
+    /// Writes the current settings to a file and returns its path.
     #[must_use]
     pub fn settings_file(&self) -> PathBuf {
         let mut text = String::new();
         for (section, keys) in &self.settings {
             text += &format!("[{section}]\n");
             for (name, value) in keys {
-                // Strings, numbers, booleans and arrays of them are written alike in JSON and in
+                // Strings, numbers, booleans and arrays of them have the same syntax in JSON and
                 // TOML.
                 text += &format!("{name} = {value}\n");
             }
@@ -271,13 +270,14 @@ impl TestVm {
         self.write("agent.toml", text)
     }
 
-    /// Runs `supernode-agent SUBCOMMAND --settings FILE ARGUMENTS` to its end, at most a minute.
+    /// Runs `supernode-agent SUBCOMMAND --settings FILE ARGUMENTS` to its end, for at most a
+    /// minute.
     #[track_caller]
     pub fn run_command(&self, subcommand: &str, arguments: &[&str]) -> Output {
         self.run_command_within(subcommand, arguments, Duration::from_secs(60))
     }
 
-    /// The same, with a time of its own.
+    /// Runs a command with another timeout.
     #[track_caller]
     pub fn run_command_within(
         &self,
@@ -289,16 +289,16 @@ impl TestVm {
         run(command.args(arguments), timeout)
     }
 
-    /// A command of the agent, which ends with the test.
+    /// Returns a command of the agent that ends with the test.
     #[must_use]
     pub fn command(&self, subcommand: &str) -> Command {
         self.prepare(tied(&self.agent_command()), subcommand)
     }
 
-    /// Starts `supernode-agent run`, with a systemd that listens.
+    /// Starts `supernode-agent run` with a notification socket.
     ///
     /// # Panics
-    /// Where it cannot be started.
+    /// If it cannot be started.
     #[must_use]
     #[track_caller]
     pub fn start(&self) -> Agent {
@@ -307,11 +307,11 @@ impl TestVm {
         let notified = Lines::default();
         listen(&socket, notified.clone());
         let mut command = self.command("run");
-        // A group of its own: the agent's children end with it, whatever state it is in.
+        // Its own process group, so that the agent's children are killed with it in any state.
         command.env("NOTIFY_SOCKET", &socket).process_group(0);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let told = format!("{command:?}");
-        let mut child = start_tied(command).unwrap_or_else(|error| panic!("{told}: {error}"));
+        let shown = format!("{command:?}");
+        let mut child = start_tied(command).unwrap_or_else(|error| panic!("{shown}: {error}"));
         let lines = Lines::default();
         let stdout = Lines::default();
         lines.follow(child.stderr.take().expect("a pipe"));
@@ -319,18 +319,17 @@ impl TestVm {
         Agent { child, lines, stdout, notified, socket }
     }
 
-    /// A command that becomes the agent.
+    /// Returns a command for the agent's program.
     fn agent_command(&self) -> Command {
         let program = self.agent.clone().unwrap_or_else(agent_binary);
-        assert!(program.is_file(), "{}: there is no such agent", program.display());
+        assert!(program.is_file(), "no agent at {}", program.display());
         match &self.namespace {
             Some(namespace) => in_namespace(namespace, program),
             None => Command::new(program),
         }
     }
 
-    /// Adds the subcommand and the settings to a command that names the agent, and the agent's
-    /// environment.
+    /// Adds the subcommand, the settings and the agent's environment to a command.
     fn prepare(&self, mut command: Command, subcommand: &str) -> Command {
         let own = std::env::var_os("PATH").unwrap_or_default();
         let directories = self.path_first.iter().cloned().chain(std::env::split_paths(&own));
@@ -347,8 +346,8 @@ impl TestVm {
 }
 
 impl OneGate {
-    /// `one_env` as the context scripts write it: the three lines of OneGate, then every variable,
-    /// without any escaping.
+    /// `one_env` as the context scripts write it: the three lines of OneGate, then every variable
+    /// without escaping.
     fn one_env(&self, variables: &[(&str, &str)]) -> String {
         let Self { endpoint, vm_id, token } = self;
         let first = [("TOKENTXT", token.as_str()), ("VMID", vm_id), ("ONEGATE_ENDPOINT", endpoint)];
@@ -363,7 +362,7 @@ impl Default for TestVm {
     }
 }
 
-/// A context file as OpenNebula writes it: a comment, then keys in the order of their bytes, `'` as
+/// Renders a context file as OpenNebula does: a comment, then the keys in byte order, `'` as
 /// `'\''`.
 pub(crate) fn context_text(variables: &[(&str, &str)]) -> String {
     let sorted: BTreeMap<_, _> = variables.iter().copied().collect();
@@ -374,20 +373,20 @@ pub(crate) fn context_text(variables: &[(&str, &str)]) -> String {
     text
 }
 
-/// Collects what the agent tells systemd, one message an entry.
+/// Collects the agent's notifications to systemd, one entry per message.
 fn listen(path: &Path, messages: Lines) {
     let socket =
         UnixDatagram::bind(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     thread::spawn(move || {
         let mut buffer = [0; 4096];
-        // An empty message is our own: the agent is gone.
+        // An empty message is sent by the harness when the agent has ended.
         while let Ok(length @ 1..) = socket.recv(&mut buffer) {
             messages.push(String::from_utf8_lossy(&buffer[..length]).into_owned());
         }
     });
 }
 
-/// A running `supernode-agent run`; killed with this value, together with its children.
+/// A running `supernode-agent run`. Dropping it kills the agent and its children.
 #[derive(Debug)]
 pub struct Agent {
     child: Child,
@@ -398,34 +397,34 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// The process number.
+    /// PID of the agent.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// The lines on standard error so far.
+    /// Lines on standard error so far.
     #[must_use]
     pub fn lines(&self) -> Vec<String> {
         self.lines.all()
     }
 
-    /// The lines on standard output so far.
+    /// Lines on standard output so far.
     #[must_use]
     pub fn stdout_lines(&self) -> Vec<String> {
         self.stdout.all()
     }
 
-    /// What it told systemd so far; a message may have several lines.
+    /// Notifications to systemd so far; a message may have several lines.
     #[must_use]
     pub fn notifications(&self) -> Vec<String> {
         self.notified.all()
     }
 
-    /// The first line on standard error that contains the text.
+    /// Waits for a line on standard error that contains the text and returns the first one.
     ///
     /// # Panics
-    /// Where there is none in time; with all lines.
+    /// On timeout. The message contains all lines.
     #[track_caller]
     pub fn wait_for_line(&self, text: &str, timeout: Duration) -> String {
         self.lines
@@ -433,10 +432,10 @@ impl Agent {
             .unwrap_or_else(|| panic!("no line with {text:?}; {}", self.transcript()))
     }
 
-    /// The first message to systemd that contains the text (`READY=1`).
+    /// Waits for a notification to systemd that contains the text (`READY=1`).
     ///
     /// # Panics
-    /// Where there is none in time; with all lines and messages.
+    /// On timeout. The message contains all lines and notifications.
     #[track_caller]
     pub fn wait_for_notify(&self, text: &str, timeout: Duration) -> String {
         self.notified
@@ -444,10 +443,10 @@ impl Agent {
             .unwrap_or_else(|| panic!("no message with {text:?}; {}", self.transcript()))
     }
 
-    /// Waits for its end; gives the exit code, or minus the signal that ended it.
+    /// Waits for the end; returns the exit code, or the negative number of the signal.
     ///
     /// # Panics
-    /// Where it still runs at the deadline; with all lines.
+    /// On timeout. The message contains all lines.
     #[track_caller]
     pub fn wait_exit(&mut self, timeout: Duration) -> i32 {
         let Some(status) = wait(&mut self.child, timeout) else {
@@ -456,41 +455,41 @@ impl Agent {
         status.code().unwrap_or_else(|| -status.signal().unwrap_or_default())
     }
 
-    /// The exit code, or minus the signal that ended it; `None` while it runs.
+    /// Returns the exit code or the negative number of the signal; `None` while the agent runs.
     ///
     /// # Panics
-    /// Where it is not a child of ours.
+    /// If the agent is not a child of this process.
     pub fn ended(&mut self) -> Option<i32> {
-        let status = self.child.try_wait().expect("a child of ours")?;
+        let status = self.child.try_wait().expect("cannot wait for the agent")?;
         Some(status.code().unwrap_or_else(|| -status.signal().unwrap_or_default()))
     }
 
-    /// `systemctl stop`: SIGTERM, and the exit code.
+    /// Sends SIGTERM, as `systemctl stop` does, and returns the exit code.
     #[track_caller]
     pub fn terminate(&mut self) -> i32 {
         self.signal(Signal::TERM);
         self.wait_exit(Duration::from_secs(30))
     }
 
-    /// What an upgrade of the package asks for: SIGUSR1, and the exit code.
+    /// Sends SIGUSR1, as a package upgrade does, and returns the exit code.
     #[track_caller]
-    pub fn leave(&mut self) -> i32 {
+    pub fn hand_over(&mut self) -> i32 {
         self.signal(Signal::USR1);
         self.wait_exit(Duration::from_secs(30))
     }
 
-    /// Ctrl-C on a terminal: SIGINT.
+    /// Sends SIGINT, as Ctrl-C on a terminal does.
     pub fn interrupt(&self) {
         self.signal(Signal::INT);
     }
 
-    /// `systemctl reload`: SIGHUP.
+    /// Sends SIGHUP, as `systemctl reload` does.
     pub fn reload(&self) {
         self.signal(Signal::HUP);
     }
 
-    /// SIGKILL to the agent alone, and its end.
-    pub fn kill9(&mut self) {
+    /// Sends SIGKILL to the agent only and waits for its end.
+    pub fn kill(&mut self) {
         self.signal(Signal::KILL);
         let _ = self.child.wait();
     }
@@ -500,7 +499,7 @@ impl Agent {
     }
 
     fn transcript(&self) -> String {
-        format!("standard error: {:#?}, told systemd: {:#?}", self.lines(), self.notifications())
+        format!("standard error: {:#?}, notifications: {:#?}", self.lines(), self.notifications())
     }
 }
 

@@ -118,7 +118,7 @@ fn boot_with_gpu_does_not_restart_or_reload_docker() {
     assert_eq!(entries(&boot, "Starting docker.service").len(), 1);
     assert!(entries(&boot, "Reloading docker.service").is_empty(), "{}", boot.transcript());
     assert!(
-        boot.said_by(UNIT).iter().all(|line| !line.contains("daemon.json")),
+        boot.messages_of(UNIT).iter().all(|line| !line.contains("daemon.json")),
         "{}",
         boot.transcript()
     );

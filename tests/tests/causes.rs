@@ -808,7 +808,7 @@ fn status_shows_same_fix_with_and_without_agent_report() {
         .context(&wanted(&[]))
         .os_release("ID=ubuntu\nID_LIKE=debian\n");
     let mut agent = up(&vm);
-    agent.kill9();
+    agent.kill();
     for _ in ["from the report", "from the container's labels"] {
         let status = json_of(&vm.run_command("status", &["--json"]));
         let fix = status["gpu"]["verdict"]["fix"].as_str().unwrap_or_default();
@@ -969,7 +969,7 @@ fn refused_gpu_launch_runs_on_cpu_and_is_adopted() {
     // The agent dies; the next one finds the node that stands in for the GPU node, says so again,
     // and lets it be.
     let pid = inspect(&engine, "{{.State.Pid}}");
-    agent.kill9();
+    agent.kill();
     let agent = up(&vm);
     assert_eq!(inspect(&engine, "{{.State.Pid}}"), pid);
     assert_eq!(warnings(&agent).len(), 1);

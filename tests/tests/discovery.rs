@@ -306,7 +306,7 @@ fn ready_is_published_on_connection_and_reset_on_stop() {
         assert_eq!(attribute(&onegate, NODE, name).as_deref(), Some(value), "{name}");
     }
     assert!(vm.run_command("status", &[]).stdout.contains("not connected"));
-    assert!(!onegate.requests().iter().any(Request::opens_gate), "{:#?}", updates(&onegate));
+    assert!(!onegate.requests().iter().any(Request::sets_ready_gate), "{:#?}", updates(&onegate));
     drop(agent);
     engine.docker(&["rm", "-f", "flower-supernode"]).expect_success();
 
@@ -362,7 +362,7 @@ fn unavailable_onegate_logs_one_warning() {
     let agent = up(&vm);
     connected(&agent);
     assert!(eventually(TIMEOUT, || updates(&onegate).len() > 1), "{:#?}", updates(&onegate));
-    onegate.end_scripts();
+    onegate.clear_scripts();
     // The next try by itself is up to half a minute away; what is new is tried at once.
     engine.docker(&["restart", "--time", "0", "flower-supernode"]).expect_success();
     agent.wait_for_line("OneGate takes what the node publishes again", TIMEOUT);
@@ -399,7 +399,7 @@ fn partition_survives_restarts_and_peer_changes() {
         state.join(SERVICE, "supernode", 102);
     });
     let container = inspect(&engine, "{{.Id}}");
-    agent.kill9();
+    agent.kill();
     let agent = up(&vm);
     agent.wait_for_line("adopted the running container", TIMEOUT);
     assert_eq!(inspect(&engine, "{{.Id}}"), container, "nothing has changed for it");

@@ -55,7 +55,7 @@ fn every_docker_call_refused_or_truncated() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     for (number, call, before) in calls_of_a_boot(&mut node) {
-        for (fault, what) in [(Fault::Refuse, "500 to"), (Fault::Cut, "cut:")] {
+        for (fault, what) in [(Fault::Refuse, "500 to"), (Fault::Truncate, "cut:")] {
             table.fault(&mut node, &format!("{what} call {number}, {call}"), UP_IN_TWO, |node| {
                 before(node);
                 node.proxy.fault_at(number, fault);
@@ -107,7 +107,7 @@ fn every_docker_call_delayed_with_sigterm() {
             |node| {
                 hangs(node);
                 let since = Instant::now();
-                node.proxy.mend();
+                node.proxy.clear_faults();
                 node.agent().wait_for_notify("READY=1", TIMEOUT);
                 node.connected();
                 since
@@ -135,7 +135,7 @@ fn docker_call_never_answered() {
     let on_the_cpu: Recovery = |node| {
         node.start();
         node.agent().wait_for_line("it had not started within 120 s", 3 * TIMEOUT);
-        node.proxy.mend();
+        node.proxy.clear_faults();
         node.agent().wait_for_notify("READY=1", TIMEOUT);
     };
     let gives_up = "given up after 60 s, up at the next start";
@@ -222,7 +222,7 @@ fn docker_daemon_faults() {
         node.reset();
         node.up();
         let since = Instant::now();
-        node.proxy.make_socket_anew();
+        node.proxy.recreate_socket();
         watched_as_before(node);
         since
     });
@@ -245,7 +245,7 @@ fn docker_daemon_faults() {
             node.up();
             thread::sleep(Duration::from_secs(2));
             let since = Instant::now();
-            node.proxy.mend();
+            node.proxy.clear_faults();
             node.connected();
             since
         },
@@ -501,7 +501,7 @@ fn disk_faults() {
                 node.vm.context(&wanted(variables));
                 let _ = fs::remove_dir_all(node.vm.path(directory));
                 fs::create_dir_all(node.vm.path(directory)).unwrap();
-                let disk = FaultyMount::full_but_for(pages, &node.vm.path(directory));
+                let disk = FaultyMount::with_free_pages(pages, &node.vm.path(directory));
                 let is_up = node.tries();
                 drop(disk);
                 let since = Instant::now();
@@ -539,7 +539,7 @@ fn disk_faults() {
     symlink(&daemon_json, node.engine.daemon_json()).unwrap();
     node.vm.set("docker.daemon_json", daemon_json.to_string_lossy().into_owned());
     type Mount = fn(&Path) -> FaultyMount;
-    let full: Mount = |directory| FaultyMount::full_but_for(0, directory);
+    let full: Mount = |directory| FaultyMount::with_free_pages(0, directory);
     let mounts: [(&str, Mount); 2] =
         [("the disk of /etc is full", full), ("/etc is read-only", FaultyMount::read_only)];
     for (name, mount) in mounts {
@@ -772,7 +772,7 @@ fn sigterm_in_every_phase() {
         node.agent().wait_for_notify("STATUS=Pulling", TIMEOUT);
         let since = Instant::now();
         node.ends();
-        node.proxy.mend();
+        node.proxy.clear_faults();
         node.engine.import_image(&[image::PYTORCH]);
         since
     });

@@ -177,7 +177,7 @@ fn watcher_of(agent: u32) -> Option<u32> {
     })
 }
 
-fn kill9(pid: u32) {
+fn kill(pid: u32) {
     signal(pid, Signal::KILL);
 }
 
@@ -205,7 +205,7 @@ fn fatal_xid_warns_with_meaning_and_falls_back_to_cpu() {
     node.assert_fell_back(&["XID 79: GPU has fallen off the bus", "NVIDIA A100"]);
     // The agent dies; the next one keeps the node where it is, and says why.
     let before = node.id();
-    node.agent.kill9();
+    node.agent.kill();
     let agent = up(&node.vm);
     assert_eq!(node.id(), before);
     assert!(
@@ -372,14 +372,14 @@ fn hung_monitor_means_lost_gpu() {
 fn killed_monitor_is_respawned_without_effect() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[79], &[], &[]) else { return };
     let (before, first) = (node.id(), node.watcher().unwrap());
-    kill9(first);
+    kill(first);
     node.agent.wait_for_line("the GPU watcher died by signal 9", TIMEOUT);
     assert!(eventually(TIMEOUT, || node.watcher().is_some_and(|watcher| watcher != first)));
     assert_eq!(node.id(), before);
     assert_eq!(warnings(&node.agent), Vec::<String>::new());
     // It ends with the agent, however that ends.
     let second = node.watcher().unwrap();
-    node.agent.kill9();
+    node.agent.kill();
     assert!(eventually(TIMEOUT, || !Path::new(&format!("/proc/{second}")).exists()));
     assert_eq!(node.id(), before);
 }
@@ -389,7 +389,7 @@ fn monitor_that_cannot_restart_means_lost_gpu() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
     node.now("fail", json!({"nvmlInit_v2": 9}));
     let begun = Instant::now();
-    kill9(node.watcher().unwrap());
+    kill(node.watcher().unwrap());
     node.wait_for_failure(begun, "while running: the watcher dies, and the driver is gone");
     node.assert_fell_back(&["died by signal 9 (SIGKILL)", "driver-not-loaded"]);
 }
@@ -519,7 +519,7 @@ fn flapping_connection_does_not_skip_monitor_backoff() {
     while begun.elapsed() < Duration::from_secs(12) {
         match node.watcher().filter(|pid| !killed.contains(pid)) {
             Some(pid) => {
-                kill9(pid);
+                kill(pid);
                 killed.push(pid);
             }
             None => thread::sleep(Duration::from_millis(20)),

@@ -51,7 +51,7 @@ fn container_survives_killed_agent_and_is_adopted() {
         let mut agent = up(&vm);
         let facts = "{{.State.Pid}} {{.Id}}";
         let before = inspect(&engine, facts);
-        agent.kill9();
+        agent.kill();
         assert_eq!(inspect(&engine, facts), before);
         let agent = up(&vm);
         agent.wait_for_line("adopted the running container", TIMEOUT);
@@ -66,7 +66,7 @@ fn handover_signal_leaves_container_for_next_agent() {
     let mut agent = up(&vm);
     let facts = "{{.State.Pid}} {{.Id}}";
     let before = inspect(&engine, facts);
-    assert_eq!(agent.leave(), 75);
+    assert_eq!(agent.hand_over(), 75);
     assert_eq!(inspect(&engine, facts), before);
     let agent = up(&vm);
     agent.wait_for_line("adopted the running container", TIMEOUT);
@@ -77,7 +77,7 @@ fn handover_signal_leaves_container_for_next_agent() {
 fn running_container_without_its_gpu_is_recreated() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    up(&vm).kill9();
+    up(&vm).kill();
     let before = inspect(&engine, "{{.Id}}");
     fs::remove_file(format!("/proc/{}/root/dev/nvidia0", inspect(&engine, "{{.State.Pid}}")))
         .unwrap();
@@ -158,7 +158,7 @@ fn retagged_image_is_used_only_at_next_start() {
     let facts = "{{.Id}} {{.Image}}";
     let before = inspect(&engine, facts);
     engine.import_image_with(&[image::PYTORCH], &["ENV RELEASE=2"]);
-    agent.kill9();
+    agent.kill();
     let mut agent = up(&vm);
     assert_eq!(inspect(&engine, facts), before);
     assert_eq!(agent.terminate(), 0);
@@ -171,7 +171,7 @@ fn retagged_image_is_used_only_at_next_start() {
 fn running_container_with_untagged_image_is_adopted() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    up(&vm).kill9();
+    up(&vm).kill();
     let before = inspect(&engine, "{{.Id}}");
     engine.docker(&["rmi", "-f", image::PYTORCH]).expect_success();
     up(&vm);
@@ -182,7 +182,7 @@ fn running_container_with_untagged_image_is_adopted() {
 fn paused_container_is_adopted_with_warning_and_fix() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    up(&vm).kill9();
+    up(&vm).kill();
     engine.docker(&["pause", "flower-supernode"]).expect_success();
     let agent = up(&vm);
     assert!(
@@ -265,7 +265,7 @@ fn engine_restart_does_not_increase_restart_delay() {
 fn changed_spec_replaces_container_once() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    up(&vm).kill9();
+    up(&vm).kill();
     let before = inspect(&engine, "{{.Id}}");
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
     let mut agent = up(&vm);
@@ -450,7 +450,7 @@ fn changed_ca_replaces_container() {
                 ("FL_TLS_ENABLED", "YES"),
                 ("FL_SSL_CA_CERTFILE", pem),
             ]);
-            up(&vm).kill9();
+            up(&vm).kill();
             inspect(&engine, "{{.Id}}")
         })
         .collect();
@@ -554,7 +554,7 @@ fn mig_container_uses_instance_memory_and_is_adopted() {
     let devices = plan["gpu"]["verdict"]["devices"].as_array().unwrap();
     assert_eq!(devices.len(), 1);
     assert_eq!((&devices[0]["uuid"], &devices[0]["memory_mib"]), (&json!(MIG_A), &json!(4864)));
-    up(&vm).kill9();
+    up(&vm).kill();
     let before = inspect(&engine, "{{.Id}}");
     let agent = up(&vm);
     assert_eq!((inspect(&engine, "{{.Id}}"), warnings(&agent)), (before, Vec::new()));

@@ -218,7 +218,7 @@ fn exporter_is_adopted_replaced_stopped_and_removed() {
     assert!(status.contains(&format!("DCGM       {EXPORTER} at 127.0.0.1:9400\n")), "{status}");
     // An agent that dies leaves both, and the next adopts both.
     let before = [inspect(&engine, "{{.Id}}"), exporter(&engine, "{{.Id}}")];
-    agent.kill9();
+    agent.kill();
     let mut agent = up(&vm);
     agent.wait_for_line("adopted the running DCGM exporter", TIMEOUT);
     assert_eq!([inspect(&engine, "{{.Id}}"), exporter(&engine, "{{.Id}}")], before);

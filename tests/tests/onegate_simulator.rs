@@ -211,7 +211,7 @@ fn ready_gate_opens_on_its_text_and_stays_open() {
     put(&onegate, "/vm", 101, "data=READY%3DNO&type=1");
     assert!(ready(101));
     let opening: Vec<bool> =
-        onegate.requests().iter().map(supernode_tests::onegate::Request::opens_gate).collect();
+        onegate.requests().iter().map(supernode_tests::onegate::Request::sets_ready_gate).collect();
     assert_eq!(opening, [false, true, true, false]);
 }
 
@@ -245,7 +245,7 @@ fn scripted_answer_is_used_once_per_route() {
     assert_eq!(statuses, [200, 500, 200]);
     onegate.script("*", vec![bad(); 100]);
     assert_eq!(get(&onegate, "/vm", 101).0, 500);
-    onegate.end_scripts();
+    onegate.clear_scripts();
     assert_eq!(get(&onegate, "/vm", 101).0, 200);
 }
 

@@ -34,7 +34,7 @@ fn node_is_ready_only_while_container_runs() {
     let mut agent = up(&vm);
     assert_eq!(ready(&vm), Some(0));
     // The agent is gone, the container is not.
-    agent.kill9();
+    agent.kill();
     assert_eq!(ready(&vm), Some(0));
     assert_eq!(status(&vm)["agent"]["running"], false);
     engine.docker(&["pause", "flower-supernode"]).expect_success();
@@ -112,7 +112,7 @@ fn pull_progress_is_reported_in_percent() {
     assert!(
         vm.run_command("status", &[]).stdout.contains("Agent      Pulling 127.0.0.1:5000/node:1: ")
     );
-    registry.give_the_rest();
+    registry.release_layer();
     agent.wait_for_notify("READY=1", TIMEOUT);
     assert_eq!(status(&vm)["container"]["image"], Registry::IMAGE);
 }

@@ -316,10 +316,10 @@ fn test_network_is_reachable_only_from_its_engines() {
     assert_eq!(curl(&engines[0], &link_local), (Some(0), "401".to_owned()));
 
     // One engine's outage is not the other's, and ends without a trace.
-    network.unlink(&engines[0]);
+    network.link_down(&engines[0]);
     assert_eq!(curl(&engines[0], &onegate).0, Some(28));
     assert_eq!(curl(&engines[1], &onegate).0, Some(0));
-    network.link(&engines[0]);
+    network.link_up(&engines[0]);
     assert!(eventually(SECONDS, || curl(&engines[0], &onegate) == (Some(0), "401".to_owned())));
 }
 

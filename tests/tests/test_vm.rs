@@ -97,7 +97,7 @@ fn agent_output_is_captured_and_agent_stops() {
 
     let mut agent = vm.start();
     agent.wait_for_line("begun", SECONDS);
-    agent.kill9();
+    agent.kill();
     assert_eq!(agent.wait_exit(SECONDS), -9);
 }
 

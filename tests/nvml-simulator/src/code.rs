@@ -1,4 +1,4 @@
-//! NVML's return codes, and the text that `nvmlErrorString` gives for each.
+//! NVML's return codes and the texts of `nvmlErrorString`.
 
 use std::ffi::CStr;
 
@@ -6,7 +6,7 @@ use std::ffi::CStr;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Code(pub(crate) u32);
 
-/// What the body of every function answers.
+/// Result of a function's body.
 pub(crate) type Answer<T = ()> = Result<T, Code>;
 
 pub(crate) const SUCCESS: u32 = 0;
@@ -20,7 +20,7 @@ pub(crate) const ARGUMENT_VERSION_MISMATCH: Code = Code(25);
 pub(crate) const NOT_READY: Code = Code(27);
 pub(crate) const UNKNOWN: Code = Code(999);
 
-/// The codes in ascending order, with a text in the manner of the driver's own.
+/// Codes in ascending order, with texts similar to the driver's.
 const TEXTS: &[(u32, &CStr)] = &[
     (0, c"Success"),
     (1, c"Uninitialized"),
@@ -55,7 +55,7 @@ const TEXTS: &[(u32, &CStr)] = &[
     (999, c"Unknown Error"),
 ];
 
-/// The text of a return code, as `nvmlErrorString` gives it.
+/// Text of a return code, as `nvmlErrorString` returns it.
 pub(crate) fn text(code: u32) -> &'static CStr {
     TEXTS.iter().find(|(known, _)| *known == code).map_or(c"Unknown Error", |(_, text)| text)
 }

@@ -1,19 +1,20 @@
-//! Handles: which GPU or MIG device a caller means.
+//! Handles of GPUs and MIG devices.
 
 use std::ffi::c_void;
 
 use crate::{
     code::{Answer, Code, INVALID_ARGUMENT, NOT_FOUND, NOT_SUPPORTED},
-    gate::Call,
+    dispatch::Call,
     script::{Gpu, Mig},
 };
 
-/// `nvmlDevice_t`: never a real address; GPU and MIG index, each plus one, packed into the number.
+/// `nvmlDevice_t`: never a real address, but GPU and MIG index, each plus one, packed into a
+/// number.
 pub(crate) type Handle = *mut c_void;
 
 const MIG_BITS: u32 = 8;
 
-/// What a handle stands for.
+/// The device of a handle.
 pub(crate) struct Device<'call> {
     pub(crate) index: usize,
     pub(crate) gpu: &'call Gpu,
@@ -22,7 +23,7 @@ pub(crate) struct Device<'call> {
 }
 
 impl Device<'_> {
-    /// The GPU, for what is asked of whole cards only.
+    /// The GPU, for queries that MIG devices do not support.
     pub(crate) fn whole(&self) -> Answer<&Gpu> {
         match self.mig {
             Some(_) => Err(NOT_SUPPORTED),
@@ -49,7 +50,7 @@ impl Device<'_> {
 }
 
 impl Call {
-    /// What a handle stands for, unless the script lets this function fail for that GPU.
+    /// Resolves a handle, unless the script makes this function fail for that GPU.
     pub(crate) fn device(&self, handle: Handle) -> Answer<Device<'_>> {
         let number = handle.addr();
         let index = (number >> MIG_BITS).checked_sub(1).ok_or(INVALID_ARGUMENT)?;
@@ -67,15 +68,15 @@ impl Call {
         }
     }
 
-    /// The handle of a GPU, or of one of its MIG devices, unless the script lets this function fail
-    /// for that GPU.
+    /// Returns the handle of a GPU or of one of its MIG devices, unless the script makes this
+    /// function fail for that GPU.
     pub(crate) fn handle(&self, gpu: usize, mig: Option<usize>) -> Answer<Handle> {
         let number = ((gpu + 1) << MIG_BITS) + mig.map_or(0, |index| index + 1);
         let handle = std::ptr::without_provenance_mut(number);
         self.device(handle).map(|_| handle)
     }
 
-    /// The handle of the device with this UUID.
+    /// Returns the handle of the device with this UUID.
     pub(crate) fn handle_of_uuid(&self, uuid: &str) -> Answer<Handle> {
         for (index, gpu) in self.script.gpus.iter().enumerate() {
             if gpu.uuid == uuid {

@@ -1,4 +1,4 @@
-//! Event sets: who watches what, and the wait.
+//! Event sets: registrations and waiting.
 
 use std::{
     collections::BTreeMap,
@@ -13,7 +13,7 @@ use std::{
 
 use crate::{
     code::{Answer, INVALID_ARGUMENT, TIMEOUT},
-    gate::Call,
+    dispatch::Call,
     script::Event,
 };
 
@@ -26,8 +26,8 @@ struct Set {
     created_at: SystemTime,
     /// GPU index and mask of each registration.
     watched: Vec<(usize, u64)>,
-    /// How often each of the script's events, by its index, was told already.
-    told: BTreeMap<usize, u64>,
+    /// Number of deliveries of each scripted event, by its index.
+    delivered: BTreeMap<usize, u64>,
 }
 
 static SETS: Mutex<BTreeMap<usize, Arc<Mutex<Set>>>> = Mutex::new(BTreeMap::new());
@@ -47,7 +47,7 @@ pub(crate) fn create() -> SetHandle {
         created: Instant::now(),
         created_at: SystemTime::now(),
         watched: Vec::new(),
-        told: BTreeMap::new(),
+        delivered: BTreeMap::new(),
     };
     lock(&SETS).insert(number, Arc::new(Mutex::new(set)));
     std::ptr::without_provenance_mut(number)
@@ -62,7 +62,7 @@ pub(crate) fn watch(handle: SetHandle, gpu: usize, mask: u64) -> Answer {
     Ok(())
 }
 
-/// The next event of the set, waiting for it as long as the caller allows.
+/// Returns the next event of the set, waiting up to the caller's timeout.
 pub(crate) fn wait(call: &Call, handle: SetHandle, timeout: Duration) -> Answer<&Event> {
     const STEP: Duration = Duration::from_millis(5);
     let set = set(handle)?;
@@ -84,18 +84,18 @@ fn next<'call>(call: &'call Call, set: &mut Set) -> Option<&'call Event> {
         let due = set.times(event);
         let watched =
             set.watched.iter().any(|(gpu, mask)| *gpu == event.gpu && mask & event.kind.bit() != 0);
-        watched && due > set.told.get(number).copied().unwrap_or(0)
+        watched && due > set.delivered.get(number).copied().unwrap_or(0)
     };
     let (number, event) =
         call.script.events.iter().enumerate().find(|(number, event)| happened(number, event))?;
-    *set.told.entry(number).or_default() += 1;
+    *set.delivered.entry(number).or_default() += 1;
     Some(event)
 }
 
 impl Set {
-    /// How often the event has happened since the set is there.
+    /// Number of occurrences of the event since the set was created.
     fn times(&self, event: &Event) -> u64 {
-        /// The clock of files is that much behind.
+        /// File timestamps lag by up to this much.
         const TICK: Duration = Duration::from_millis(20);
         let since = match &event.when_file {
             None => Some(self.created.elapsed()),

@@ -1,4 +1,4 @@
-//! The functions themselves, by the names, arguments and structs of nvml.h.
+//! The exported functions, with the names, arguments and structs of nvml.h.
 #![allow(non_snake_case, reason = "the names are NVIDIA's")]
 
 use std::{
@@ -12,8 +12,8 @@ use crate::{
         NOT_SUPPORTED,
     },
     device::Handle,
+    dispatch::{self, dispatch},
     event::{self, SetHandle},
-    gate::{self, gate},
     script::{EventKind, pci},
 };
 
@@ -48,19 +48,18 @@ struct MemoryV2 {
 }
 
 impl MemoryV2 {
-    /// NVML's way to mark a struct: the size, and the version in the highest byte.
+    /// NVML's struct version: the size, and the version in the highest byte.
     const VERSION: c_uint = size_of::<Self>() as c_uint | 2 << 24;
 }
 
-/// `nvmlUtilization_t`, per cent.
+/// `nvmlUtilization_t`, in percent.
 #[repr(C)]
 struct Utilization {
     gpu: c_uint,
     memory: c_uint,
 }
 
-/// `nvmlFieldValue_t`. The value is a union of numbers, of which the low half serves an unsigned
-/// int.
+/// `nvmlFieldValue_t`. The value is a union of numbers; the low half holds an unsigned int.
 #[repr(C)]
 struct FieldValue {
     field_id: c_uint,
@@ -84,42 +83,42 @@ struct EventData {
 
 /// Whether a script may name this function.
 pub(crate) fn known(name: &str) -> bool {
-    ["nvmlInit_v2", "nvmlInitWithFlags"].contains(&name) || GATED.contains(&name)
+    ["nvmlInit_v2", "nvmlInitWithFlags"].contains(&name) || EXPORTED.contains(&name)
 }
 
-/// Opens NVML.
+/// Initialises NVML.
 #[unsafe(no_mangle)]
 extern "C" fn nvmlInit_v2() -> c_uint {
-    gate::open("nvmlInit_v2")
+    dispatch::open("nvmlInit_v2")
 }
 
-/// Opens NVML; the flags make no difference here.
+/// Initialises NVML; the flags are ignored.
 #[unsafe(no_mangle)]
 extern "C" fn nvmlInitWithFlags(_flags: c_uint) -> c_uint {
-    gate::open("nvmlInitWithFlags")
+    dispatch::open("nvmlInitWithFlags")
 }
 
-/// The text of a code; works whether NVML is open or not.
+/// Returns the text of a code, whether or not NVML is initialised.
 #[unsafe(no_mangle)]
 extern "C" fn nvmlErrorString(result: c_uint) -> *const c_char {
-    gate::note("nvmlErrorString");
+    dispatch::note("nvmlErrorString");
     code::text(result).as_ptr()
 }
 
-/// Writes one result where the caller wants it.
+/// Writes a result to the caller's memory.
 ///
 /// # Safety
-/// `out` is null or valid for a write of `T`: NVML's callers promise it.
+/// `out` is null or valid for a write of `T`, as NVML requires of its callers.
 unsafe fn put<T>(out: *mut T, value: T) -> Answer {
     if out.is_null() {
         return Err(INVALID_ARGUMENT);
     }
-    // SAFETY: not null, and otherwise as the caller promised.
+    // SAFETY: not null, and valid as guaranteed by the caller.
     unsafe { out.write(value) };
     Ok(())
 }
 
-/// Writes a text with its NUL, if it fits.
+/// Writes a NUL-terminated text if it fits.
 ///
 /// # Safety
 /// `out` is null or valid for writes of `length` bytes.
@@ -130,7 +129,7 @@ unsafe fn put_text(out: *mut c_char, length: c_uint, text: &str) -> Answer {
     if text.len() >= length as usize {
         return Err(INSUFFICIENT_SIZE);
     }
-    // SAFETY: text and NUL together are at most `length` bytes, which the caller promised.
+    // SAFETY: text and NUL together are at most `length` bytes, which the caller guarantees.
     unsafe {
         out.cast::<u8>().copy_from_nonoverlapping(text.as_ptr(), text.len());
         out.add(text.len()).write(0);
@@ -141,12 +140,12 @@ unsafe fn put_text(out: *mut c_char, length: c_uint, text: &str) -> Answer {
 /// Reads a text of the caller.
 ///
 /// # Safety
-/// `text` is null or points to a text that ends with NUL.
+/// `text` is null or points to a NUL-terminated text.
 unsafe fn taken<'text>(text: *const c_char) -> Answer<&'text str> {
     if text.is_null() {
         return Err(INVALID_ARGUMENT);
     }
-    // SAFETY: not null, and otherwise as the caller promised.
+    // SAFETY: not null, and valid as guaranteed by the caller.
     unsafe { CStr::from_ptr(text) }.to_str().map_err(|_| INVALID_ARGUMENT)
 }
 
@@ -158,54 +157,54 @@ fn fixed<const N: usize>(text: &str) -> [c_char; N] {
     field
 }
 
-/// Functions behind the gate. The body sees the call (its script and its handles) and answers a
-/// code or nothing.
-macro_rules! gated {
+/// Defines functions that pass [`dispatch`]. The body gets the call (script and handles) and
+/// returns a code or nothing.
+macro_rules! exported {
     ($($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),*) |$call:ident| $body:block)*) => {
-        const GATED: &[&str] = &[$(stringify!($name)),*];
+        const EXPORTED: &[&str] = &[$(stringify!($name)),*];
         $(
             $(#[$doc])*
             ///
             /// # Safety
-            /// Pointers are null or valid, as nvml.h asks of a caller.
+            /// Pointers are null or valid, as nvml.h requires.
             #[unsafe(no_mangle)]
             #[allow(unused_unsafe, reason = "some bodies write nothing")]
             unsafe extern "C" fn $name($($argument: $type),*) -> c_uint {
-                // SAFETY: the body hands on only pointers for which the caller answers.
-                gate(stringify!($name), |$call| unsafe { $body })
+                // SAFETY: the body uses only pointers that the caller guarantees.
+                dispatch(stringify!($name), |$call| unsafe { $body })
             }
         )*
     };
 }
 
-gated! {
-    /// Closes NVML.
+exported! {
+    /// Shuts NVML down.
     fn nvmlShutdown() |_call| {
-        gate::close();
+        dispatch::close();
         Ok(())
     }
 
-    /// The version of the kernel module.
+    /// Version of the kernel module.
     fn nvmlSystemGetDriverVersion(version: *mut c_char, length: c_uint) |call| {
         put_text(version, length, &call.script.driver_version)
     }
 
-    /// The version of this library.
+    /// Version of this library.
     fn nvmlSystemGetNVMLVersion(version: *mut c_char, length: c_uint) |call| {
         put_text(version, length, &call.script.nvml_version)
     }
 
-    /// The newest CUDA that the driver can run.
+    /// Highest CUDA version that the driver supports.
     fn nvmlSystemGetCudaDriverVersion(version: *mut c_int) |call| {
         put(version, call.script.cuda_version)
     }
 
-    /// The newest CUDA that the driver can run.
+    /// Highest CUDA version that the driver supports.
     fn nvmlSystemGetCudaDriverVersion_v2(version: *mut c_int) |call| {
         put(version, call.script.cuda_version)
     }
 
-    /// How many GPUs there are.
+    /// Number of GPUs.
     fn nvmlDeviceGetCount_v2(count: *mut c_uint) |call| {
         put(count, call.script.count.unwrap_or(call.script.gpus.len() as c_uint))
     }
@@ -237,7 +236,7 @@ gated! {
         put_text(name, length, call.device(device)?.name())
     }
 
-    /// The PCI address in its parts, and as NVML writes it, with eight digits of domain.
+    /// The PCI address in parts and as text, with NVML's eight digits of domain.
     fn nvmlDeviceGetPciInfo_v3(device: Handle, info: *mut PciInfo) |call| {
         let [domain, bus, slot, function] = call.device(device)?.gpu.pci().ok_or(NOT_FOUND)?;
         put(info, PciInfo {
@@ -257,7 +256,7 @@ gated! {
         put(memory, Memory { total, free: total - used, used })
     }
 
-    /// Memory in bytes, the form with a version.
+    /// Memory in bytes, in the versioned struct.
     fn nvmlDeviceGetMemoryInfo_v2(device: Handle, memory: *mut MemoryV2) |call| {
         let (total, used) = call.device(device)?.memory();
         if memory.is_null() {
@@ -269,26 +268,27 @@ gated! {
         put(memory, MemoryV2 { version: MemoryV2::VERSION, total, reserved: 0, free: total - used, used })
     }
 
-    /// The number of the device node, `/dev/nvidia<minor>`.
+    /// Number of the device node, `/dev/nvidia<minor>`.
     fn nvmlDeviceGetMinorNumber(device: Handle, minor: *mut c_uint) |call| {
         let device = call.device(device)?;
         put(minor, device.whole()?.minor.unwrap_or(device.index as c_uint))
     }
 
-    /// The index; of a MIG device, that within its GPU.
+    /// Index; for a MIG device, the index within its GPU.
     fn nvmlDeviceGetIndex(device: Handle, index: *mut c_uint) |call| {
         let device = call.device(device)?;
         put(index, device.mig.map_or(device.index, |(index, _)| index) as c_uint)
     }
 
-    /// ECC is on where the card has it.
+    /// ECC mode: enabled if the GPU has ECC.
     fn nvmlDeviceGetEccMode(device: Handle, current: *mut c_uint, pending: *mut c_uint) |call| {
         call.device(device)?.whole()?.ecc_uncorrected.ok_or(NOT_SUPPORTED)?;
         put(current, 1)?;
         put(pending, 1)
     }
 
-    /// ECC errors; only uncorrectable ones ever happen, the same number since boot and for ever.
+    /// ECC errors. Only uncorrectable ones are simulated; the volatile and aggregate counts are
+    /// equal.
     fn nvmlDeviceGetTotalEccErrors(
         device: Handle, error_type: c_uint, _counter: c_uint, count: *mut c_ulonglong
     ) |call| {
@@ -297,7 +297,7 @@ gated! {
         put(count, if error_type == UNCORRECTED { errors } else { 0 })
     }
 
-    /// Rows of memory that were replaced by spare ones.
+    /// Remapped rows of memory.
     fn nvmlDeviceGetRemappedRows(
         device: Handle, corrected: *mut c_uint, uncorrected: *mut c_uint, pending: *mut c_uint, failed: *mut c_uint
     ) |call| {
@@ -310,8 +310,7 @@ gated! {
         put(failed, c_uint::from(remap_failed))
     }
 
-    /// Numbers by their field: the row remapper's, 142 to 145 in nvml.h; any other is not
-    /// supported.
+    /// Field values: the row remapper's, 142 to 145 in nvml.h; others are not supported.
     fn nvmlDeviceGetFieldValues(device: Handle, count: c_int, values: *mut FieldValue) |call| {
         const UNSIGNED_INT: c_uint = 1;
         let device = call.device(device)?;
@@ -334,7 +333,7 @@ gated! {
         Ok(())
     }
 
-    /// Whether pages of memory wait for a reset to be retired.
+    /// Whether memory pages are pending retirement, which needs a reset.
     fn nvmlDeviceGetRetiredPagesPendingStatus(device: Handle, pending: *mut c_uint) |call| {
         let device = call.device(device)?;
         let gpu = device.whole()?;
@@ -342,7 +341,7 @@ gated! {
         put(pending, c_uint::from(gpu.remap_pending))
     }
 
-    /// Whether the GPU is divided.
+    /// MIG mode.
     fn nvmlDeviceGetMigMode(device: Handle, current: *mut c_uint, pending: *mut c_uint) |call| {
         let device = call.device(device)?;
         let gpu = device.whole()?;
@@ -354,13 +353,13 @@ gated! {
         put(pending, mode)
     }
 
-    /// How many MIG devices there can be; zero where MIG is off or unknown.
+    /// Maximum number of MIG devices; zero if MIG is disabled or unsupported.
     fn nvmlDeviceGetMaxMigDeviceCount(device: Handle, count: *mut c_uint) |call| {
         let device = call.device(device)?;
         put(count, device.whole()?.mig.as_ref().map_or(0, |list| list.len().max(7)) as c_uint)
     }
 
-    /// A MIG device by its index; there may be gaps, which are not found.
+    /// A MIG device by its index; indices may have gaps, which return NOT_FOUND.
     fn nvmlDeviceGetMigDeviceHandleByIndex(device: Handle, index: c_uint, mig: *mut Handle) |call| {
         let device = call.device(device)?;
         let list = device.whole()?.mig.as_deref().ok_or(NOT_FOUND)?;
@@ -371,38 +370,38 @@ gated! {
         put(mig, call.handle(device.index, Some(index))?)
     }
 
-    /// The GPU of a MIG device.
+    /// Parent GPU of a MIG device.
     fn nvmlDeviceGetDeviceHandleFromMigDeviceHandle(mig: Handle, device: *mut Handle) |call| {
         put(device, call.handle(call.device(mig)?.index, None)?)
     }
 
-    /// Whether a handle is that of a MIG device.
+    /// Whether a handle is a MIG device.
     fn nvmlDeviceIsMigDeviceHandle(device: Handle, is_mig: *mut c_uint) |call| {
         put(is_mig, c_uint::from(call.device(device)?.mig.is_some()))
     }
 
-    /// How busy the GPU is.
+    /// GPU utilisation.
     fn nvmlDeviceGetUtilizationRates(device: Handle, utilization: *mut Utilization) |call| {
         let gpu = call.device(device)?.whole()?.utilization.ok_or(NOT_SUPPORTED)?;
         put(utilization, Utilization { gpu, memory: gpu / 2 })
     }
 
-    /// Degrees Celsius.
+    /// Temperature in degrees Celsius.
     fn nvmlDeviceGetTemperature(device: Handle, _sensor: c_uint, temperature: *mut c_uint) |call| {
         put(temperature, call.device(device)?.whole()?.temperature.ok_or(NOT_SUPPORTED)?)
     }
 
-    /// Milliwatts.
+    /// Power in milliwatts.
     fn nvmlDeviceGetPowerUsage(device: Handle, power: *mut c_uint) |call| {
         put(power, call.device(device)?.whole()?.power_mw.ok_or(NOT_SUPPORTED)?)
     }
 
-    /// A new event set that watches nothing yet.
+    /// Creates an empty event set.
     fn nvmlEventSetCreate(set: *mut SetHandle) |_call| {
         put(set, event::create())
     }
 
-    /// Watches one GPU for the events in the mask.
+    /// Registers a GPU for the events in the mask.
     fn nvmlDeviceRegisterEvents(device: Handle, mask: c_ulonglong, set: SetHandle) |call| {
         if mask & !EventKind::ALL != 0 {
             return Err(NOT_SUPPORTED);
@@ -411,7 +410,7 @@ gated! {
         event::watch(set, device.index, mask)
     }
 
-    /// The events that can be watched.
+    /// Supported event types.
     fn nvmlDeviceGetSupportedEventTypes(device: Handle, mask: *mut c_ulonglong) |call| {
         call.device(device)?;
         put(mask, EventKind::ALL)
@@ -429,7 +428,7 @@ gated! {
         })
     }
 
-    /// Ends an event set.
+    /// Frees an event set.
     fn nvmlEventSetFree(set: SetHandle) |_call| {
         event::free(set)
     }

@@ -1,10 +1,9 @@
-//! The JSON that a test writes: the driver and the GPUs of the machine, and what goes wrong with
-//! them.
+//! The script that a test writes: the driver, the GPUs and their faults, as JSON.
 //!
-//! A file that is renamed into the place of one that was read is taken up by the next call: cards
-//! fall ill while a process runs. Every key may be left out. What a card has not
-//! (`ecc_uncorrected`, `temperature`, …) is answered NOT_SUPPORTED, as a real card does. A key, or
-//! the name of a function, that is not known is an error: a typing error in a test is loud.
+//! The next call loads a file that was renamed over the current one, so that GPUs can fail while a
+//! process runs. Every key is optional. A missing feature (`ecc_uncorrected`, `temperature`, …)
+//! returns NOT_SUPPORTED, as on a real GPU. Unknown keys and function names are errors, so that a
+//! typing error in a test is noticed.
 
 use std::{
     collections::BTreeMap,
@@ -22,32 +21,32 @@ use crate::functions;
 pub(crate) struct Script {
     pub(crate) driver_version: String,
     pub(crate) nvml_version: String,
-    /// As NVML encodes it: 12040 is 12.4.
+    /// In NVML's encoding: 12040 is 12.4.
     pub(crate) cuda_version: i32,
     pub(crate) gpus: Vec<Gpu>,
-    /// Function → the code that it answers.
+    /// Function → code that it returns.
     pub(crate) fail: BTreeMap<String, u32>,
-    /// Function → how long it takes.
+    /// Function → duration of a call.
     pub(crate) delay_ms: BTreeMap<String, u64>,
     /// Functions that never return.
     pub(crate) hang: Vec<String>,
-    /// Functions that die by SIGSEGV.
+    /// Functions that terminate the process by SIGSEGV.
     pub(crate) crash: Vec<String>,
-    /// Functions that send themselves one SIGSEGV, and go on where that is let pass.
+    /// Functions that raise SIGSEGV once and continue if it is handled.
     pub(crate) raise: Vec<String>,
-    /// Functions that write two MiB to the standard output.
-    pub(crate) babble: Vec<String>,
-    /// Functions that close the standard output.
+    /// Functions that write two MiB to standard output.
+    pub(crate) flood_stdout: Vec<String>,
+    /// Functions that close standard output.
     pub(crate) close_stdout: Vec<String>,
-    /// Functions that start a process, which lives on with the standard output and error of its
-    /// parent.
+    /// Functions that start a child process, which keeps the standard output and error of its
+    /// parent open.
     pub(crate) leave_process: Vec<String>,
-    /// What `nvmlDeviceGetCount` answers instead of how many there are.
+    /// Result of `nvmlDeviceGetCount` in place of the number of GPUs.
     pub(crate) count: Option<u32>,
-    /// `nvmlInit` answers NOT_READY until this file exists.
+    /// `nvmlInit` returns NOT_READY until this file exists.
     pub(crate) ready_file: Option<PathBuf>,
     pub(crate) events: Vec<Event>,
-    /// Each call appends its name here, a line each.
+    /// File to which each call appends its name, one per line.
     pub(crate) log: Option<PathBuf>,
 }
 
@@ -63,7 +62,7 @@ impl Default for Script {
             hang: Vec::new(),
             crash: Vec::new(),
             raise: Vec::new(),
-            babble: Vec::new(),
+            flood_stdout: Vec::new(),
             close_stdout: Vec::new(),
             leave_process: Vec::new(),
             count: None,
@@ -85,29 +84,29 @@ pub(crate) struct Gpu {
     pub(crate) memory_mib: u64,
     #[serde(default)]
     pub(crate) memory_used_mib: u64,
-    /// As sysfs writes it, `0000:01:00.0`.
+    /// As in sysfs, `0000:01:00.0`.
     #[serde(default = "default_pci_address")]
     pub(crate) pci_address: String,
-    /// Number of the device node; the index where it is left out.
+    /// Number of the device node; the default is the index.
     pub(crate) minor: Option<u32>,
-    /// Uncorrectable ECC errors; left out: the card has no ECC.
+    /// Uncorrectable ECC errors; absent: the GPU has no ECC.
     pub(crate) ecc_uncorrected: Option<u64>,
-    /// Whether a row remap failed; left out: the card cannot remap rows.
+    /// Whether a row remap failed; absent: the GPU cannot remap rows.
     pub(crate) remap_failed: Option<bool>,
-    /// Whether a row remap, or the retirement of a page, waits for a reset.
+    /// Whether a row remap or page retirement is pending, which needs a reset.
     #[serde(default)]
     pub(crate) remap_pending: bool,
-    /// Per cent.
+    /// In percent.
     pub(crate) utilization: Option<u32>,
-    /// Degrees Celsius.
+    /// In degrees Celsius.
     pub(crate) temperature: Option<u32>,
     pub(crate) power_mw: Option<u32>,
-    /// Whether the card knows MIG at all; a card with `mig` does.
+    /// Whether the GPU supports MIG; a GPU with `mig` does.
     #[serde(default)]
     pub(crate) mig_capable: bool,
-    /// MIG is on, with these devices; an empty list is MIG on and not divided yet.
+    /// MIG is enabled with these devices; an empty list: enabled but not partitioned.
     pub(crate) mig: Option<Vec<Mig>>,
-    /// Function → the code that it answers for this GPU alone.
+    /// Function → code that it returns for this GPU only.
     #[serde(default)]
     pub(crate) fail: BTreeMap<String, u32>,
 }
@@ -123,17 +122,17 @@ pub(crate) struct Mig {
     pub(crate) name: String,
 }
 
-/// Something that happens to a GPU, told once to each event set that watches it.
+/// An event of a GPU, delivered once to each event set that is registered for it.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Event {
     /// Counted from the creation of the event set.
     #[serde(default)]
     pub(crate) after_ms: u64,
-    /// It happens when this file is written: for a test that wants to choose the moment. As with a
-    /// real card, a set that is made later does not hear of it.
+    /// The event occurs when this file is written, at a time that the test chooses. As on a real
+    /// GPU, sets created later do not get it.
     pub(crate) when_file: Option<PathBuf>,
-    /// It happens so many times a second from then on, without end.
+    /// From then on the event occurs this many times per second, without end.
     #[serde(default)]
     pub(crate) per_second: u32,
     #[serde(rename = "type")]
@@ -146,7 +145,7 @@ pub(crate) struct Event {
     pub(crate) gpu: usize,
 }
 
-/// Kinds of events, with NVML's bit for each.
+/// Event types, with NVML's bit for each.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum EventKind {
@@ -160,17 +159,17 @@ pub(crate) enum EventKind {
 }
 
 impl EventKind {
-    /// Everything that a card of ours can report.
+    /// All events that a simulated GPU supports.
     pub(crate) const ALL: u64 = 0x19f;
 
-    /// The bit in NVML's mask.
+    /// Bit in NVML's mask.
     pub(crate) fn bit(self) -> u64 {
         self as u64
     }
 }
 
 impl Script {
-    /// Reads and checks the file; the error is one line for stderr.
+    /// Reads and checks the file. The error is one line for stderr.
     pub(crate) fn read(path: &Path) -> Result<Self, String> {
         let text =
             fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
@@ -181,20 +180,20 @@ impl Script {
     }
 
     fn check(&self) -> Result<(), String> {
-        let lists = [&self.hang, &self.crash, &self.raise, &self.babble, &self.close_stdout]
+        let lists = [&self.hang, &self.crash, &self.raise, &self.flood_stdout, &self.close_stdout]
             .into_iter()
             .flatten();
         let tables = self.fail.keys().chain(self.delay_ms.keys());
         let per_gpu = self.gpus.iter().flat_map(|gpu| gpu.fail.keys());
         if let Some(name) = lists.chain(tables).chain(per_gpu).find(|name| !functions::known(name))
         {
-            return Err(format!("{name} is not a function of this simulator"));
+            return Err(format!("{name} is not a simulated function"));
         }
         if let Some(gpu) = self.gpus.iter().find(|gpu| gpu.pci().is_none()) {
             return Err(format!("{} is not a PCI address", gpu.pci_address));
         }
         if let Some(event) = self.events.iter().find(|event| event.gpu >= self.gpus.len()) {
-            return Err(format!("an event names GPU {}, of {}", event.gpu, self.gpus.len()));
+            return Err(format!("an event refers to GPU {} of {}", event.gpu, self.gpus.len()));
         }
         Ok(())
     }
@@ -207,7 +206,7 @@ impl Gpu {
     }
 }
 
-/// Reads `0000:01:00.0`, `00000000:01:00.0` or `01:00.0`.
+/// Parses `0000:01:00.0`, `00000000:01:00.0` or `01:00.0`.
 pub(crate) fn pci(address: &str) -> Option<[u32; 4]> {
     let hex = |digits: &str| u32::from_str_radix(digits, 16).ok();
     let (rest, function) = address.rsplit_once('.')?;

@@ -1,10 +1,10 @@
-//! A simulator of nvidia-container-runtime: what dockerd starts for `--runtime=nvidia`, without a
-//! driver and without a GPU.
+//! Simulator of nvidia-container-runtime: the program that dockerd starts for `--runtime=nvidia`,
+//! without a driver and without a GPU.
 //!
-//! On `create` it reads the bundle's config.json, notes the container in `record.jsonl` beside the
-//! control file, gives the container the device nodes that `NVIDIA_VISIBLE_DEVICES` asks for, and
-//! hands over to runc. Every other command goes to runc as it came. `NVIDIA_RUNTIME_SIMULATOR` in
-//! dockerd's environment names the control file, so each engine has its own.
+//! On `create` it reads the bundle's config.json, records the container in `record.jsonl` next to
+//! the control file, adds the device nodes that `NVIDIA_VISIBLE_DEVICES` requests, and executes
+//! runc. Every other command is passed to runc unchanged. `NVIDIA_RUNTIME_SIMULATOR` in dockerd's
+//! environment names the control file, so that each engine has its own.
 
 use std::{
     env,
@@ -20,10 +20,10 @@ use std::{
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-/// The major number of nvidia's devices, and the minor of the control device.
+/// Major number of NVIDIA's devices, and minor number of the control device.
 const NVIDIA: u32 = 195;
 const NVIDIA_CTL: u32 = 255;
-/// The major number of /dev/nvidia-uvm; the kernel gives it out, this is a usual one.
+/// Major number of /dev/nvidia-uvm. The kernel assigns it dynamically; this is a typical value.
 const NVIDIA_UVM: u32 = 510;
 const NO_DRIVER: &str = "initialization error: nvml error: driver not loaded";
 
@@ -32,27 +32,27 @@ const NO_DRIVER: &str = "initialization error: nvml error: driver not loaded";
 #[serde(deny_unknown_fields)]
 struct Control {
     mode: Mode,
-    /// The script of the NVML simulator, which lists the GPUs.
+    /// Script of the NVML simulator, which lists the GPUs.
     nvml: Option<PathBuf>,
-    /// What nvidia-container-cli says in mode `fail`; left out: that there is no driver.
+    /// Message of nvidia-container-cli in mode `fail`; the default reports a missing driver.
     message: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Mode {
-    /// As the real one on a machine that works.
+    /// Like the original on a working VM.
     Ok,
-    /// As the real one with its hook, of whose device rules systemd does not know: there are the
-    /// nodes, and no leave.
+    /// Like the original with its hook: the device nodes exist, but systemd does not know the
+    /// device cgroup rules.
     Hook,
-    /// As the real one when nvidia-container-cli fails.
+    /// Like the original when nvidia-container-cli fails.
     Fail,
-    /// Starts the container and gives it nothing.
+    /// Starts the container without devices.
     NoDevice,
 }
 
-/// What is read of the NVML simulator's script; the rest is its own business.
+/// The part of the NVML simulator's script that the runtime needs.
 #[derive(Debug, Default, Deserialize)]
 struct DriverScript {
     #[serde(default)]
@@ -72,8 +72,7 @@ struct Mig {
     uuid: String,
 }
 
-/// A device that was selected: the UUID as the container's owner knows it, and the minor number of
-/// its node.
+/// A selected device: its UUID in the container and the minor number of its node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Selected {
     uuid: String,
@@ -94,10 +93,10 @@ fn main() -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// What matters of runc's command line.
+/// The relevant parts of runc's command line.
 #[derive(Debug, Default)]
 struct Request {
-    /// `--log`: where containerd looks for the reason of a failure.
+    /// `--log`: where containerd reads the reason of a failure.
     log: Option<PathBuf>,
     /// The bundle, if the command is `create` or `run`.
     create: Option<PathBuf>,
@@ -105,7 +104,7 @@ struct Request {
 }
 
 impl Request {
-    /// Options of runc that are followed by a value.
+    /// Options of runc that take a value.
     const VALUED: &[&str] = &[
         "--root",
         "--log",
@@ -145,13 +144,13 @@ impl Request {
     }
 }
 
-/// Says no as runc does: a line of JSON in the log, which containerd passes up to Docker, and the
-/// text on stderr.
+/// Fails as runc does: writes a JSON line to the log, which containerd passes to Docker, and the
+/// text to stderr.
 fn refuse(log: Option<&Path>, message: &str) {
     let _ = writeln!(std::io::stderr(), "{message}");
     if let Some(path) = log {
         let line = json!({"level": "error", "msg": message, "time": "1970-01-01T00:00:00Z"});
-        // What cannot be written here is still on stderr.
+        // If the log cannot be written, the message is still on stderr.
         let _ = append(path, &line);
     }
 }
@@ -170,7 +169,7 @@ fn read_json(path: &Path) -> Result<Value, String> {
     serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// Notes the container and edits its config.json; an error is why it must not start.
+/// Records the container and edits its config.json. An error is the reason to refuse the container.
 fn prepare(bundle: &Path, id: &str) -> Result<(), String> {
     let control_path =
         env::var_os("NVIDIA_RUNTIME_SIMULATOR").ok_or("NVIDIA_RUNTIME_SIMULATOR is not set")?;
@@ -207,7 +206,7 @@ fn prepare(bundle: &Path, id: &str) -> Result<(), String> {
         .map_err(|error| format!("{}: {error}", config_path.display()))
 }
 
-/// `process.env` as a table; of a variable that is set twice the last value holds.
+/// `process.env` as a map. If a variable is set twice, the last value applies.
 fn container_env(config: &Value) -> Map<String, Value> {
     let list = config.pointer("/process/env").and_then(Value::as_array);
     list.into_iter()
@@ -217,7 +216,7 @@ fn container_env(config: &Value) -> Map<String, Value> {
         .collect()
 }
 
-/// Which devices the container gets, or the text with which nvidia's hook stops it.
+/// Selects the container's devices, or returns the message with which NVIDIA's hook fails.
 fn decide(
     control: &Control,
     machine: &DriverScript,
@@ -226,7 +225,7 @@ fn decide(
     let wanted = match env.get("NVIDIA_VISIBLE_DEVICES").and_then(Value::as_str) {
         Some("" | "void") => return Ok(Vec::new()),
         Some(wanted) => wanted,
-        // An image of the days before that variable means all.
+        // Legacy images without that variable get all GPUs.
         None if env.contains_key("CUDA_VERSION") => "all",
         None => return Ok(Vec::new()),
     };
@@ -238,8 +237,7 @@ fn decide(
     }
 }
 
-/// The GPUs that a value of `NVIDIA_VISIBLE_DEVICES` names: the error is the first name that means
-/// nothing here.
+/// Resolves a value of `NVIDIA_VISIBLE_DEVICES`. The error is the first unknown name.
 fn select(machine: &DriverScript, wanted: &str) -> Result<Vec<Selected>, String> {
     let gpus = || machine.gpus.iter().enumerate();
     let node = |index: usize, gpu: &Gpu| gpu.minor.unwrap_or(index as u32);
@@ -267,7 +265,7 @@ fn select(machine: &DriverScript, wanted: &str) -> Result<Vec<Selected>, String>
     }
 }
 
-/// How runc reports that nvidia's prestart hook failed.
+/// Formats the failure of NVIDIA's prestart hook as runc reports it.
 fn hook_failed(message: &str) -> String {
     format!(
         "runc create failed: unable to start container process: error during container init: error running hook #0: \
@@ -276,8 +274,8 @@ fn hook_failed(message: &str) -> String {
     )
 }
 
-/// The device nodes, and, with `leave`, that of the device cgroup to use them.
-fn add_devices(config: &mut Value, selected: &[Selected], leave: bool) -> Option<()> {
+/// Adds the device nodes and, with `allow`, the device cgroup rules to use them.
+fn add_devices(config: &mut Value, selected: &[Selected], allow: bool) -> Option<()> {
     let mut nodes = vec![
         ("/dev/nvidiactl".to_owned(), NVIDIA, NVIDIA_CTL),
         ("/dev/nvidia-uvm".to_owned(), NVIDIA_UVM, 0),
@@ -294,7 +292,7 @@ fn add_devices(config: &mut Value, selected: &[Selected], leave: bool) -> Option
             "path": path, "type": "c", "major": major, "minor": minor, "fileMode": 0o666, "uid": 0, "gid": 0,
         });
         list(linux, "devices")?.push(device);
-        if !leave {
+        if !allow {
             continue;
         }
         let resources = linux.entry("resources").or_insert_with(|| json!({})).as_object_mut()?;
@@ -305,7 +303,7 @@ fn add_devices(config: &mut Value, selected: &[Selected], leave: bool) -> Option
     Some(())
 }
 
-/// A member that is an array; `null` or absent is an empty one.
+/// Returns an array member; `null` or a missing member is an empty array.
 fn list<'section>(
     section: &'section mut Map<String, Value>,
     name: &str,

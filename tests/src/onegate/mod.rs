@@ -1,5 +1,5 @@
-//! A simulator of OneGate: a real HTTP server that answers as OpenNebula's does, fails as its
-//! script says, and remembers what it was asked.
+//! Simulator of OneGate: a real HTTP server that answers as OpenNebula's does, fails as scripted,
+//! and records its requests.
 
 use std::{
     collections::VecDeque,
@@ -27,50 +27,50 @@ mod state;
 
 pub use state::{Service, Shape, State, Vm};
 
-/// As many agents as may knock in the same moment.
+/// Number of agents that may connect at the same time.
 const BACKLOG: i32 = 4096;
 
-/// A request is sent in one go, and its answer read; who takes longer is gone.
+/// Clients send a request and read its answer at once; slower ones are disconnected.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How often a connection that is kept from its end looks whether OneGate is still there.
+/// Interval at which a connection that is held open checks whether OneGate was stopped.
 const STEP: Duration = Duration::from_millis(100);
 
-/// What a script has OneGate do with a request.
+/// Scripted answer to a request.
 #[derive(Debug, Clone)]
 pub enum Reply {
-    /// What it does without a script.
+    /// The regular answer.
     Regular,
-    /// This status with this text, under OneGate's JSON content type.
+    /// This status and text, with OneGate's JSON content type.
     Status(u16, String),
     /// A redirect, 302, to this address.
     Redirect(String),
-    /// These bytes in the place of HTTP.
+    /// These bytes instead of HTTP.
     Bytes(Vec<u8>),
-    /// The regular answer with half its body, then the end of the connection.
+    /// Half of the regular answer's body, then closes the connection.
     HalfBody,
-    /// Blanks for a body, for as long as somebody reads.
+    /// A body of spaces without an end.
     Endless,
-    /// The regular answer, a byte each second.
+    /// The regular answer at one byte per second.
     Slow,
-    /// The end of the connection.
+    /// Closes the connection without an answer.
     Close,
-    /// Nothing, and the connection stays.
+    /// Keeps the connection open without an answer.
     Hang,
 }
 
-/// A request as it came.
+/// A received request.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// When it was there as a whole.
+    /// Time at which it was complete.
     pub at: Instant,
     /// `GET`, `PUT`.
     pub method: String,
-    /// The path with the query.
+    /// Path and query.
     pub target: String,
-    /// Names and values, in their order.
+    /// Names and values, in order.
     pub headers: Vec<(String, String)>,
-    /// The body; empty where it came in chunks.
+    /// The body; empty if it was chunked.
     pub body: String,
 }
 
@@ -81,7 +81,7 @@ impl Request {
         self.target.split('?').next().unwrap_or_default()
     }
 
-    /// A header's value, whatever the case of its name.
+    /// Value of a header; the name is case-insensitive.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers
@@ -90,37 +90,37 @@ impl Request {
             .map(|(_, value)| value.as_str())
     }
 
-    /// The VM that it says it comes from.
+    /// ID of the VM that the request claims to be from.
     #[must_use]
     pub fn vm_id(&self) -> Option<u32> {
         self.header("X-ONEGATE-VMID")?.parse().ok()
     }
 
-    /// The text of an update (`K=V`, a line each), decoded; `None` for any other request.
+    /// Decoded text of an update (one `K=V` per line); `None` for any other request.
     #[must_use]
     pub fn update(&self) -> Option<String> {
         if self.method == "PUT" { self.form("data") } else { None }
     }
 
-    /// Whether it is an update that opens OneFlow's gate.
+    /// Whether this update sets OneFlow's ready gate.
     #[must_use]
-    pub fn opens_gate(&self) -> bool {
+    pub fn sets_ready_gate(&self) -> bool {
         self.update().is_some_and(|text| text.contains("READY=YES"))
     }
 
-    /// A field of the body, decoded.
+    /// Decoded form field of the body.
     fn form(&self, name: &str) -> Option<String> {
         let mut pairs = self.body.split('&').filter_map(|pair| pair.split_once('='));
         pairs.find(|(known, _)| *known == name).map(|(_, value)| decoded(value))
     }
 
-    /// Whether a script for this route is for this request.
-    fn is_for(&self, route: &str) -> bool {
+    /// Whether a script for this route applies to this request.
+    fn matches_route(&self, route: &str) -> bool {
         route == "*" || route.split_once(' ') == Some((&self.method, self.path()))
     }
 }
 
-/// A running OneGate; it ends with this value.
+/// A running OneGate; stopped on drop.
 #[derive(Debug)]
 pub struct OneGateSimulator {
     shared: Arc<Mutex<Shared>>,
@@ -144,20 +144,20 @@ struct Listening {
 }
 
 impl OneGateSimulator {
-    /// OneGate on this machine, without a VM.
+    /// Starts OneGate on the loopback interface, without VMs.
     ///
     /// # Panics
-    /// Where it cannot listen.
+    /// If it cannot listen.
     #[must_use]
     #[track_caller]
     pub fn start() -> Self {
         Self::start_at(None, Ipv4Addr::LOCALHOST.into())
     }
 
-    /// OneGate in a network namespace (a name in /run/netns), on an address that is there.
+    /// Starts OneGate in a network namespace (a name in /run/netns) on an existing address.
     ///
     /// # Panics
-    /// Where it cannot listen.
+    /// If it cannot listen.
     #[must_use]
     #[track_caller]
     pub fn start_in(namespace: &str, address: IpAddr) -> Self {
@@ -166,7 +166,7 @@ impl OneGateSimulator {
 
     #[track_caller]
     fn start_at(namespace: Option<String>, address: IpAddr) -> Self {
-        // A connection is a file, and a process may have 1024 of them if it does not ask for more.
+        // Each connection is a file descriptor; the default limit is 1024.
         let limit = getrlimit(Resource::Nofile);
         let _ =
             setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
@@ -176,20 +176,20 @@ impl OneGateSimulator {
         onegate
     }
 
-    /// Stops listening: who knocks is refused. Requests under way end without an answer.
+    /// Stops listening: connections are refused. Open requests end without an answer.
     pub fn stop(&mut self) {
         if let Some(Listening { socket, stopped, thread }) = self.listening.take() {
             stopped.store(true, Ordering::Relaxed);
-            // Wakes the thread that waits for connections.
+            // Wakes the thread that accepts connections.
             let _ = shutdown(&socket, Shutdown::Both);
             let _ = thread.join();
         }
     }
 
-    /// Listens again, on the address that it had.
+    /// Listens again on the previous address.
     ///
     /// # Panics
-    /// Where it cannot.
+    /// If it cannot listen.
     #[track_caller]
     pub fn restart(&mut self) {
         self.stop();
@@ -200,42 +200,42 @@ impl OneGateSimulator {
         self.listening = Some(listening);
     }
 
-    /// What ONEGATE_ENDPOINT is to be.
+    /// Value for ONEGATE_ENDPOINT.
     #[must_use]
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// Where it listens.
+    /// Listening address.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Reads or changes what OneGate knows, between two requests.
+    /// Reads or changes OneGate's state between two requests.
     pub fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         change(&mut lock(&self.shared).state)
     }
 
-    /// What becomes of the next requests for a route (`GET /service`, without the query), or for
-    /// all (`*`), one after the other. Scripts are asked in the order in which they were given;
-    /// after the last reply all is regular again.
+    /// Sets the answers to the next requests for a route (`GET /service`, without the query) or for
+    /// all routes (`*`). Scripts apply in the order in which they were added; after the last reply
+    /// the answers are regular again.
     pub fn script(&self, route: &str, replies: impl IntoIterator<Item = Reply>) {
         lock(&self.shared).scripts.push((route.to_owned(), replies.into_iter().collect()));
     }
 
-    /// Takes all scripts back.
-    pub fn end_scripts(&self) {
+    /// Removes all scripts.
+    pub fn clear_scripts(&self) {
         lock(&self.shared).scripts.clear();
     }
 
-    /// The requests so far, in their order.
+    /// Requests so far, in order.
     #[must_use]
     pub fn requests(&self) -> Vec<Request> {
         lock(&self.shared).requests.clone()
     }
 
-    /// The most requests within one second, wherever that second begins.
+    /// Highest number of requests within any one second.
     #[must_use]
     pub fn peak_requests_per_second(&self) -> usize {
         let times: Vec<Instant> =
@@ -254,7 +254,7 @@ fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The times are in their order.
+/// `times` is in ascending order.
 fn peak_per_second(times: &[Instant]) -> usize {
     let mut first = 0;
     let mut peak = 0;
@@ -267,8 +267,7 @@ fn peak_per_second(times: &[Instant]) -> usize {
     peak
 }
 
-/// A thread of its own moves into the namespace, listens there, and has a thread for each
-/// connection.
+/// Starts a thread that enters the namespace and listens there, with a thread per connection.
 fn listen_at(
     namespace: Option<&str>,
     address: SocketAddr,
@@ -282,7 +281,7 @@ fn listen_at(
             move_into_link_name_space(File::open(path)?.as_fd(), Some(LinkNameSpaceType::Network))?;
         }
         let socket = TcpListener::bind(address)?;
-        // Again, for std has bound it with room for 128.
+        // Called again because std listens with a backlog of 128.
         listen(&socket, BACKLOG)?;
         Ok((socket.try_clone()?, socket))
     };
@@ -300,14 +299,14 @@ fn listen_at(
         };
         while !connection.stopped.load(Ordering::Relaxed) {
             let Ok((stream, _)) = socket.accept() else {
-                // A client that is gone again, or no more files for now.
+                // The client has disconnected, or there are no free file descriptors.
                 thread::sleep(STEP / 10);
                 continue;
             };
             let connection = connection.clone();
-            // Where no thread is to be had, the connection is closed.
+            // If no thread can be started, the connection is closed.
             let _ = thread::Builder::new().stack_size(256 << 10).spawn(move || {
-                // The client's end is no failure of ours: a test asks the client.
+                // Connection errors are ignored: the test inspects the client.
                 let _ = connection.serve(&stream);
             });
         }
@@ -317,7 +316,7 @@ fn listen_at(
     Ok(Listening { socket, stopped, thread })
 }
 
-/// What serves one connection, which has one request.
+/// State for serving one connection, which carries one request.
 #[derive(Clone)]
 struct Connection {
     shared: Arc<Mutex<Shared>>,
@@ -332,7 +331,7 @@ impl Connection {
         let chunked = request.header("Transfer-Encoding").is_some();
         let reply = self.record(&request);
         let regular = || match request.method.as_str() {
-            // The server in front of OneGate's code knows no chunks.
+            // The HTTP server in front of the real OneGate does not support chunked requests.
             "PUT" if chunked || request.header("Content-Length").is_none() => {
                 (411, "Length Required".to_owned())
             }
@@ -378,17 +377,17 @@ impl Connection {
         }
     }
 
-    /// Remembers the request, and says what is to become of it.
+    /// Records the request and returns its scripted reply.
     fn record(&self, request: &Request) -> Reply {
         let mut shared = lock(&self.shared);
         let Shared { scripts, requests, .. } = &mut *shared;
-        // The time is taken under the lock, so that the order is that of the times.
+        // The time is taken under the lock, so that requests are ordered by time.
         requests.push(Request { at: Instant::now(), ..request.clone() });
-        let mut queues = scripts.iter_mut().filter(|(route, _)| request.is_for(route));
+        let mut queues = scripts.iter_mut().filter(|(route, _)| request.matches_route(route));
         queues.find_map(|(_, replies)| replies.pop_front()).unwrap_or(Reply::Regular)
     }
 
-    /// Does a step, and pauses, until the step says no more or OneGate is stopped.
+    /// Repeats a step with a delay until it returns false or OneGate is stopped.
     fn unless_stopped(
         &self,
         pause: Duration,
@@ -441,7 +440,7 @@ fn read_request(stream: &TcpStream) -> io::Result<Request> {
     Ok(request)
 }
 
-/// The head of an answer, with more headers, a line each.
+/// Renders the head of an answer with additional header lines.
 fn head(status: u16, more: &str) -> String {
     format!(
         "HTTP/1.1 {status} Status {status}\r\nContent-Type: application/json;charset=utf-8\r\n\
@@ -457,7 +456,7 @@ fn http((status, body): (u16, String)) -> String {
     head(status, &content_length(body.len())) + &body
 }
 
-/// Takes the encoding of a form off.
+/// Decodes form encoding.
 fn decoded(text: &str) -> String {
     let mut bytes = Vec::new();
     let mut rest = text.as_bytes();

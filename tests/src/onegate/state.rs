@@ -1,4 +1,4 @@
-//! What OpenNebula holds, and what OneGate makes of it: the answer to a request, without a socket.
+//! OpenNebula's state and OneGate's answers to requests, without a socket.
 
 use std::collections::BTreeMap;
 
@@ -6,42 +6,42 @@ use serde_json::{Map, Value, json};
 
 use super::Request;
 
-/// What OneGate knows; a test changes it by [`super::OneGateSimulator::change`].
+/// OneGate's state; a test changes it with [`super::OneGateSimulator::change`].
 #[derive(Debug, Clone, Default)]
 pub struct State {
-    /// VMs by their id.
+    /// VMs by ID.
     pub vms: BTreeMap<u32, Vm>,
-    /// Services by their id.
+    /// Services by ID.
     pub services: BTreeMap<u32, Service>,
-    /// OneGate cannot ask oned: it takes nobody's token.
+    /// OneGate cannot reach oned: every token is rejected.
     pub oned_down: bool,
-    /// OneGate cannot ask OneFlow: it finds no service.
+    /// OneGate cannot reach OneFlow: no service is found.
     pub oneflow_down: bool,
-    /// Which of the forms that JSON of OpenNebula comes in.
+    /// Variant of OpenNebula's JSON.
     pub shape: Shape,
 }
 
 /// A VM.
 #[derive(Debug, Clone)]
 pub struct Vm {
-    /// Its name; `vm-ID` of a new one.
+    /// Name; the default is `vm-ID`.
     pub name: String,
-    /// What its agent must send; `token-of-ID` of a new one.
+    /// Token that its agent must send; the default is `token-of-ID`.
     pub token: String,
-    /// OpenNebula's STATE; 3, ACTIVE, of a new one.
+    /// OpenNebula's STATE; the default is 3, ACTIVE.
     pub state: u32,
-    /// OpenNebula's LCM_STATE; 3, RUNNING, of a new one.
+    /// OpenNebula's LCM_STATE; the default is 3, RUNNING.
     pub lcm_state: u32,
-    /// The attributes, its own and those of OneFlow. OneGate takes a VM's service from here.
+    /// Attributes, including those of OneFlow. OneGate takes a VM's service from here.
     pub user_template: BTreeMap<String, String>,
-    /// The NICs, each the value of a template's NIC.
+    /// NICs, each the value of a template's NIC.
     pub nics: Vec<Value>,
-    /// OneFlow has opened its gate: an update had the text `READY=YES`. Nothing closes it again.
+    /// OneFlow's ready gate is open: an update contained the text `READY=YES`. It is never closed.
     pub ready: bool,
 }
 
 impl Vm {
-    /// Sets an attribute, or another value of it.
+    /// Sets an attribute.
     pub fn attribute(&mut self, name: &str, value: &str) -> &mut Self {
         self.user_template.insert(name.to_owned(), value.to_owned());
         self
@@ -57,35 +57,34 @@ impl Vm {
     }
 }
 
-/// A service of OneFlow.
+/// A OneFlow service.
 #[derive(Debug, Clone, Default)]
 pub struct Service {
-    /// The VMs of each role, in the order in which OneFlow made them.
+    /// VMs of each role, in the order in which OneFlow created them.
     pub roles: Vec<(String, Vec<u32>)>,
-    /// The number that the next VM of each role gets in its name: none is ever given twice.
+    /// Number in the name of the next VM of each role; numbers are never reused.
     pub next_numbers: BTreeMap<String, u32>,
 }
 
-/// The forms of OpenNebula's JSON that differ between versions and places.
+/// Variants of OpenNebula's JSON between versions and locations.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Shape {
-    /// Ids and states are numbers; otherwise strings.
+    /// IDs and states are numbers instead of strings.
     pub numbers: bool,
     /// Renders a single NIC as an object instead of an array with one element. Extended services
     /// always render an object.
     pub one_nic_is_an_object: bool,
-    /// A list without an entry is `{}`; otherwise `[]`.
+    /// An empty list is `{}` instead of `[]`.
     pub empty_lists_are_objects: bool,
-    /// The service's nodes have no `vm_info`, but null.
+    /// `vm_info` of the service's nodes is null.
     pub vm_info_is_null: bool,
 }
 
-/// A status other than 200, and its plain text.
+/// A status other than 200 and its plain text.
 type Refusal = (u16, String);
 
 impl State {
-    /// The VM of this number, which is made where there is none: running, without a NIC, in no
-    /// service.
+    /// Returns the VM with this ID. Creates it if necessary: running, without a NIC, in no service.
     pub fn vm(&mut self, id: u32) -> &mut Vm {
         self.vms.entry(id).or_insert_with(|| Vm {
             name: format!("vm-{id}"),
@@ -98,8 +97,9 @@ impl State {
         })
     }
 
-    /// A VM of a role, made as OneFlow makes it: the VM is told first and listed then. For the time
-    /// between, when OneGate says that the service does not contain it, set its SERVICE_ID alone.
+    /// Adds a VM to a role as OneFlow does: the VM's attributes are set first and the VM is listed
+    /// later. To simulate the time between, when OneGate reports that the service does not contain
+    /// the VM, set only SERVICE_ID.
     pub fn join(&mut self, service: u32, role: &str, id: u32) -> &mut Vm {
         let of_service = self.services.entry(service).or_default();
         match of_service.roles.iter_mut().find(|(name, _)| name == role) {
@@ -114,7 +114,7 @@ impl State {
         vm.attribute("SERVICE_ID", &service.to_string()).attribute("ROLE_NAME", role)
     }
 
-    /// The status and the body.
+    /// Returns the status and the body.
     pub(super) fn answer(&mut self, request: &Request) -> (u16, String) {
         match self.route(request) {
             Ok(body) => (200, body),
@@ -160,7 +160,7 @@ impl State {
         id.filter(|_| !self.oned_down).ok_or_else(|| (401, "Not authorized".to_owned()))
     }
 
-    /// The service of the VM `own`, if the VM `id` is in it.
+    /// Returns the service of the VM `own` if it contains the VM `id`.
     fn service_with(&self, own: u32, id: u32) -> Result<u32, Refusal> {
         let text = self.vms[&own].user_template.get("SERVICE_ID").map_or("", String::as_str);
         let number: u32 =
@@ -175,7 +175,7 @@ impl State {
     }
 
     fn peer(&self, own: u32, id: &str) -> Result<u32, Refusal> {
-        // Ruby's to_i: what is no number is 0.
+        // Like Ruby's to_i: a string that is not a number is 0.
         let id = id.parse().unwrap_or(0);
         self.service_with(own, id)?;
         if self.vms.contains_key(&id) {
@@ -194,8 +194,8 @@ impl State {
         })?;
         let vm = self.vm(id);
         vm.user_template.extend(attributes);
-        // EventManager.rb looks at the whole text of the update, not for an attribute.
-        vm.ready |= request.opens_gate();
+        // EventManager.rb searches the whole text of the update, not an attribute.
+        vm.ready |= request.sets_ready_gate();
         Ok(String::new())
     }
 
@@ -217,7 +217,7 @@ impl State {
 
     fn vm_fields(&self, id: u32, one_nic_is_an_object: bool) -> Map<String, Value> {
         let vm = &self.vms[&id];
-        // An element of XML without content.
+        // An XML element without content.
         let value = |value: &String| if value.is_empty() { json!({}) } else { json!(value) };
         let user_template: Map<_, _> =
             vm.user_template.iter().map(|(name, text)| (name.clone(), value(text))).collect();
@@ -261,7 +261,8 @@ impl State {
     }
 }
 
-/// The attributes of an update, their names in capitals; or the line that oned does not take.
+/// Parses the attributes of an update, with upper-case names. The error is the line that oned
+/// rejects.
 fn attributes(text: &str) -> Result<Vec<(String, String)>, String> {
     let attribute = |line: &str| {
         let (name, value) = line.split_once('=')?;

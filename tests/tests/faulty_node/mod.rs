@@ -94,7 +94,7 @@ impl FaultyNode {
     /// that was killed forgets what happened, and so do we.
     pub(crate) fn reset(&mut self) {
         self.agent = None;
-        self.proxy.mend();
+        self.proxy.clear_faults();
         self.engine.docker(&["rm", "-f", "flower-supernode"]);
         self.engine.kill();
         fs::write(self.engine.daemon_json(), &self.daemon_json).unwrap();
@@ -105,7 +105,7 @@ impl FaultyNode {
     /// The same without another Docker: the runtime stays registered.
     pub(crate) fn clear(&mut self) {
         self.agent = None;
-        self.proxy.mend();
+        self.proxy.clear_faults();
         self.engine.docker(&["rm", "-f", "flower-supernode"]);
         self.forget();
     }
@@ -130,9 +130,9 @@ impl FaultyNode {
     /// Keeps what the agent said, and kills it where it runs.
     fn end(&mut self) {
         if let Some(mut agent) = self.agent.take() {
-            agent.kill9();
+            agent.kill();
             assert_ready_was_true(&agent);
-            self.told.extend(said_by(&agent));
+            self.told.extend(messages_of(&agent));
         }
     }
 
@@ -169,7 +169,7 @@ impl FaultyNode {
     #[track_caller]
     pub(crate) fn up_in_two(&mut self) {
         if !self.tries() {
-            self.proxy.mend();
+            self.proxy.clear_faults();
             self.up();
         }
     }
@@ -254,7 +254,7 @@ impl FaultyNode {
     /// Everything that agents have said since the last reset: log, standard output, messages to
     /// systemd.
     pub(crate) fn said(&self) -> Vec<String> {
-        let now = self.agent.iter().flat_map(said_by);
+        let now = self.agent.iter().flat_map(messages_of);
         self.told.iter().cloned().chain(now).collect()
     }
 
@@ -387,7 +387,7 @@ struct Run {
     to: f64,
 }
 
-fn said_by(agent: &Agent) -> Vec<String> {
+fn messages_of(agent: &Agent) -> Vec<String> {
     [agent.lines(), agent.stdout_lines(), agent.notifications()].concat()
 }
 

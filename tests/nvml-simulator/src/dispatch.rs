@@ -1,5 +1,4 @@
-//! The gate that every call passes: whether NVML is open, the log, and the faults that the script
-//! asks for.
+//! Entry of every call: NVML's initialisation state, the call log, and scripted faults.
 
 use std::{
     env,
@@ -19,21 +18,21 @@ use crate::{
     script::Script,
 };
 
-/// Where the library stands between `nvmlInit` and `nvmlShutdown`.
+/// State of the library between `nvmlInit` and `nvmlShutdown`.
 enum State {
     Closed,
-    /// The script was not there or not understood: nothing works.
+    /// The script was missing or invalid: every call fails.
     Broken,
-    /// NVML counts: as many shutdowns as inits.
+    /// NVML counts initialisations: it needs as many shutdowns.
     Open {
         script: Arc<Script>,
-        /// Which file that was.
+        /// Identity of the script's file.
         stamp: Stamp,
         users: u32,
     },
 }
 
-/// Tells one file from the next of its name: its inode and when it was written.
+/// Identity of a file: inode and modification time.
 type Stamp = Option<(u64, SystemTime)>;
 
 static STATE: Mutex<State> = Mutex::new(State::Closed);
@@ -42,15 +41,14 @@ fn state() -> MutexGuard<'static, State> {
     STATE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One call under way. It holds no lock, so a call that hangs stops no other.
+/// A call in progress. It holds no lock, so that a call that hangs does not block others.
 pub(crate) struct Call {
     pub(crate) name: &'static str,
     pub(crate) script: Arc<Script>,
 }
 
-/// Runs the body of a function other than `nvmlInit`, unless the script has something else in mind
-/// for it.
-pub(crate) fn gate(name: &'static str, body: impl FnOnce(&Call) -> Answer) -> u32 {
+/// Runs the body of a function other than `nvmlInit`, unless the script injects a fault.
+pub(crate) fn dispatch(name: &'static str, body: impl FnOnce(&Call) -> Answer) -> u32 {
     let script = match &mut *state() {
         State::Closed => return UNINITIALIZED.0,
         State::Broken => return UNKNOWN.0,
@@ -62,8 +60,8 @@ pub(crate) fn gate(name: &'static str, body: impl FnOnce(&Call) -> Answer) -> u3
     returned(pass(Call { name, script }, body))
 }
 
-/// Takes up a script that was put in the place of the one that was read: the machine has changed
-/// under the process. One that is not understood changes nothing.
+/// Loads a script that replaced the current file: the GPUs changed while the process runs. An
+/// invalid script is ignored.
 fn renew(script: &mut Arc<Script>, stamp: &mut Stamp) {
     let now = stamp_of_script();
     if now.is_none() || now == *stamp {
@@ -78,13 +76,13 @@ fn renew(script: &mut Arc<Script>, stamp: &mut Stamp) {
     }
 }
 
-/// `nvmlInit`: reads the script, and opens NVML where the script allows it.
+/// `nvmlInit`: reads the script and initialises NVML if the script permits it.
 pub(crate) fn open(name: &'static str) -> u32 {
     let stamp = stamp_of_script();
     let script = match read_script() {
         Ok(script) => Arc::new(script),
         Err(error) => {
-            // Lost when stderr is closed; the answer stands.
+            // Lost if stderr is closed; the return code is the same.
             let _ = writeln!(std::io::stderr(), "nvml-simulator: {name}: {error}");
             *state() = State::Broken;
             return UNKNOWN.0;
@@ -104,7 +102,7 @@ pub(crate) fn open(name: &'static str) -> u32 {
     }))
 }
 
-/// `nvmlShutdown`: the last one closes NVML.
+/// `nvmlShutdown`: the last one shuts NVML down.
 pub(crate) fn close() {
     let mut state = state();
     match &mut *state {
@@ -113,7 +111,7 @@ pub(crate) fn close() {
     }
 }
 
-/// Notes a call that has no code to answer (`nvmlErrorString`).
+/// Logs a call that returns no code (`nvmlErrorString`).
 pub(crate) fn note(name: &str) {
     if let State::Open { script, .. } = &*state() {
         log(script, name);
@@ -140,7 +138,7 @@ fn pass(call: Call, body: impl FnOnce(&Call) -> Answer) -> Answer {
     if listed(&script.leave_process) {
         let _ = Command::new("sleep").arg("3600").spawn();
     }
-    if listed(&script.babble) {
+    if listed(&script.flood_stdout) {
         let _ = std::io::stdout().write_all(&[b'x'; 2 << 20]);
     }
     if listed(&script.close_stdout) {
@@ -185,8 +183,8 @@ unsafe extern "C" {
     safe fn close_descriptor(descriptor: c_int) -> c_int;
 }
 
-/// Dies by SIGSEGV. The first signal may only reach a handler that puts the default back (Rust's,
-/// for stack overflows).
+/// Terminates by SIGSEGV. The first signal may only reach a handler that restores the default
+/// (Rust's handler for stack overflows).
 fn die() -> ! {
     loop {
         raise(SIGSEGV);
