@@ -188,13 +188,13 @@ async fn look_for_superlink(
         };
     notes.extend(warnings);
     if let (None, Ok(cloud)) = (&config.node_config, &cloud) {
-        let keeper = PartitionStore::of(settings, cloud.vm_id());
+        let store = PartitionStore::of(settings, cloud.vm_id());
         let service = match service {
             Some(service) => Ok(service),
             None => cloud.gate().service().await,
         };
         superlink.partition =
-            keeper.of_this_boot().or_else(|| partition::known(service.as_ref().ok()?, &keeper));
+            store.of_this_boot().or_else(|| partition::known(service.as_ref().ok()?, &store));
         match service {
             Ok(_) if superlink.partition.is_none() => {
                 notes.push(

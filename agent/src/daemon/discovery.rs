@@ -116,8 +116,8 @@ async fn partition_of(
 ) -> Option<Partition> {
     const LIMIT: Duration = Duration::from_secs(15);
     const PAUSE: Duration = Duration::from_secs(2);
-    let keeper = PartitionStore::of(settings, cloud.vm_id());
-    if let Some(partition) = keeper.of_this_boot() {
+    let store = PartitionStore::of(settings, cloud.vm_id());
+    if let Some(partition) = store.of_this_boot() {
         return Some(partition);
     }
     let mut why = format!("no answer within {} s", LIMIT.as_secs());
@@ -128,7 +128,7 @@ async fn partition_of(
                     Some(service) => service,
                     None => cloud.gate().service().await?,
                 };
-                partition::take(cloud.gate(), &service, &keeper).await
+                partition::acquire(cloud.gate(), &service, &store).await
             };
             match taken.await {
                 Ok(partition) => return partition,

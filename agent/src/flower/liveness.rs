@@ -1,8 +1,7 @@
-//! Whether Flower lives: its health service, asked by gRPC, and a watcher that tells when it has
-//! died.
+//! Liveness probe for Flower: the gRPC health check and the failure threshold.
 //!
-//! The service answers also while the SuperLink is away, and not any more once the process hangs:
-//! it tells of liveness, not of readiness.
+//! The health service answers even without a connection to the SuperLink, and stops answering when
+//! the process hangs: it indicates liveness, not readiness.
 
 use std::io;
 use std::net::SocketAddr;
@@ -23,112 +22,88 @@ use crate::docker::client::Container;
 use crate::flower::release::HEALTH_PORT;
 use crate::logging::error_chain;
 
-/// How long a check may take. A machine that is busy answers late.
-const CHECK_LIMIT: Duration = Duration::from_secs(10);
-/// The pause between two checks of a node that is connected to its SuperLink, and of one that is
-/// not: a hang begins with that.
+/// Time limit of one check. A busy machine answers late.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Time between checks while the node is connected to its SuperLink.
 const INTERVAL: Duration = Duration::from_secs(60);
+/// Time between checks otherwise: a hang begins with the loss of the connection.
 const INTERVAL_DISCONNECTED: Duration = Duration::from_secs(15);
-/// The pause after a failure that counts.
-const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
-/// So many failures in a row are a death.
+/// Time between checks while the container starts, and after a counted failure.
+const INTERVAL_FAILING: Duration = Duration::from_secs(5);
+/// Consecutive failures after which Flower is unresponsive.
 const FAILURE_THRESHOLD: u32 = 3;
-/// A container that has run for so long serves its health if it ever does.
+/// Time after the start of the container within which the health service must be up.
 const START_PERIOD: Duration = Duration::from_secs(120);
 
-/// An empty HealthCheckRequest as gRPC frames it: not compressed, and its length.
+/// An empty HealthCheckRequest in gRPC framing: uncompressed, length 0.
 const REQUEST: &[u8] = &[0, 0, 0, 0, 0];
-/// A HealthCheckResponse with the status SERVING, framed (grpc/grpc, `doc/health-checking.md`).
+/// A framed HealthCheckResponse with the status SERVING (grpc/grpc, `doc/health-checking.md`).
 const SERVING: &[u8] = &[0, 0, 0, 0, 2, 8, 1];
-/// The answer has seven bytes.
+/// Size limit of a response; a valid one has seven bytes.
 const MAX_BYTES: usize = 4096;
 
 /// Why a check failed.
 #[derive(Debug, thiserror::Error)]
-pub enum HealthError {
-    /// Nobody listens there.
-    #[error("nobody listens at {address}")]
-    Refused {
-        /// Who was asked.
-        address: SocketAddr,
-    },
-    /// There is no way to it.
-    #[error("cannot reach {address}")]
-    Unreachable {
-        /// Who was asked.
-        address: SocketAddr,
-        /// Why.
-        source: io::Error,
-    },
-    /// There was no answer in time.
-    #[error("{address} gave no answer within {} s", .limit.as_secs())]
-    TimedOut {
-        /// Who was asked.
-        address: SocketAddr,
-        /// How long it was waited for.
-        limit: Duration,
-    },
-    /// The call broke off.
-    #[error("{address} does not speak as a health service does")]
-    Broken {
-        /// Who was asked.
-        address: SocketAddr,
-        /// Why.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// It answered, and not that it serves.
-    #[error("{address} is not well: {answer}")]
-    NotServing {
-        /// Who was asked.
-        address: SocketAddr,
-        /// What it said.
-        answer: String,
-    },
+pub(crate) enum HealthError {
+    /// No process listens on the port.
+    #[error("connection to {address} refused")]
+    Refused { address: SocketAddr },
+    /// The connection failed for another reason.
+    #[error("cannot connect to {address}")]
+    Unreachable { address: SocketAddr, source: io::Error },
+    /// No response in time.
+    #[error("no response from {address} within {} s", .timeout.as_secs())]
+    TimedOut { address: SocketAddr, timeout: Duration },
+    /// The peer does not use gRPC, or closed the connection.
+    #[error("invalid response from {address}")]
+    Protocol { address: SocketAddr, source: Box<dyn std::error::Error + Send + Sync> },
+    /// The response is not SERVING.
+    #[error("{address} is unhealthy: {response}")]
+    NotServing { address: SocketAddr, response: String },
 }
 
-/// Asks the gRPC health service (`grpc.health.v1.Health/Check`) at `address` for the health of the
-/// whole process.
+/// Calls the gRPC health service (`grpc.health.v1.Health/Check`) at `address` for the whole
+/// process.
 ///
 /// # Errors
-/// When it does not answer within `limit` that it serves.
-pub async fn check(address: SocketAddr, limit: Duration) -> Result<(), HealthError> {
-    let answer = tokio::time::timeout(limit, ask(address)).await;
-    answer.unwrap_or(Err(HealthError::TimedOut { address, limit }))
+/// If it does not answer SERVING within `timeout`.
+async fn check(address: SocketAddr, timeout: Duration) -> Result<(), HealthError> {
+    let result = tokio::time::timeout(timeout, call(address)).await;
+    result.unwrap_or(Err(HealthError::TimedOut { address, timeout }))
 }
 
-async fn ask(address: SocketAddr) -> Result<(), HealthError> {
+async fn call(address: SocketAddr) -> Result<(), HealthError> {
     let stream = TcpStream::connect(address).await.map_err(|source| match source.kind() {
         io::ErrorKind::ConnectionRefused => HealthError::Refused { address },
         _ => HealthError::Unreachable { address, source },
     })?;
-    // The request is small, and nothing follows it that it could wait for. At worst this costs some
-    // milliseconds.
+    // Sends the small request at once. A failure costs a few milliseconds at most.
     let _ = stream.set_nodelay(true);
-    let broken = |source| HealthError::Broken { address, source };
+    let protocol_error = |source| HealthError::Protocol { address, source };
     let request = Request::post(format!("http://{address}/grpc.health.v1.Health/Check"))
         .header(header::CONTENT_TYPE, "application/grpc")
         .header(header::TE, "trailers")
         .body(Full::new(Bytes::from_static(REQUEST)))
-        .map_err(|error| broken(error.into()))?;
+        .map_err(|error| protocol_error(error.into()))?;
     let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await;
-    let (mut sender, connection) = handshake.map_err(|error| broken(error.into()))?;
+    let (mut sender, connection) = handshake.map_err(|error| protocol_error(error.into()))?;
     let exchange = async {
-        let response = sender.send_request(request).await.map_err(|error| broken(error.into()))?;
-        match problem_with(response).await.map_err(broken)? {
+        let response =
+            sender.send_request(request).await.map_err(|error| protocol_error(error.into()))?;
+        match problem_with(response).await.map_err(protocol_error)? {
             None => Ok(()),
-            Some(answer) => Err(HealthError::NotServing { address, answer }),
+            Some(response) => Err(HealthError::NotServing { address, response }),
         }
     };
     let mut exchange = pin!(exchange);
-    // The connection ends with this call: nothing of it is left behind, whichever way the call
-    // ends.
+    // The connection is dropped with this future, so a cancelled call leaves no task behind.
     tokio::select! {
-        answer = &mut exchange => answer,
+        result = &mut exchange => result,
         _ = connection => exchange.await,
     }
 }
 
-/// What the answer says, unless it says that all is well.
+/// Describes a response that is not SERVING.
 async fn problem_with(
     response: Response<Incoming>,
 ) -> Result<Option<String>, Box<dyn std::error::Error + Send + Sync>> {
@@ -137,57 +112,58 @@ async fn problem_with(
     }
     let (head, body) = response.into_parts();
     let body = Limited::new(body, MAX_BYTES).collect().await?;
-    // A call that fails at once has its status in the head.
+    // A call that fails immediately carries its status in the headers.
     let status = body.trailers().and_then(|trailers| trailers.get("grpc-status"));
     let status = status
         .or_else(|| head.headers.get("grpc-status"))
         .map(|status| status.as_bytes().escape_ascii());
-    let said = match status {
+    let status = match status {
         Some(status) => status.to_string(),
-        None => return Ok(Some("an answer without grpc-status".into())),
+        None => return Ok(Some("no grpc-status".into())),
     };
     let message = body.to_bytes();
-    Ok(match (said.as_str(), &message[..]) {
+    Ok(match (status.as_str(), &message[..]) {
         ("0", SERVING) => None,
-        ("0", other) => Some(format!("the answer is {:02x?}", &other[..other.len().min(16)])),
+        ("0", other) => Some(format!("message {:02x?}", &other[..other.len().min(16)])),
         (status, _) => Some(format!("grpc-status {status}")),
     })
 }
 
-/// How a container was found dead.
+/// Flower is unresponsive: the failure threshold was reached.
 #[derive(Debug, thiserror::Error)]
-#[error("Flower's health service failed {FAILURE_THRESHOLD} checks in a row: {}", error_chain(.last))]
-pub struct LivenessFailure {
-    /// The last failure.
+#[error("{FAILURE_THRESHOLD} consecutive health checks failed: {}", error_chain(.last))]
+pub(crate) struct LivenessFailure {
     pub last: HealthError,
 }
 
-/// The watch over Flower's life, from one container to the next.
+/// State of the liveness probe across runs of the container.
 ///
-/// A failure counts once a check has gone well in this run of the container. Before that only a
-/// refused connection counts, and only when the container has had the time to start: it may have
-/// been hanging when the agent found it. An address that cannot be reached from here says nothing.
-/// An image that serves no health looks the same as one that hangs, so it is taken for dead once:
-/// after that, a check has to go well first.
+/// A failure counts only after a successful check in the same run of the container. Before that,
+/// only a refused connection counts, and only after the start period: the container may already
+/// have hung when the agent adopted it. An address that cannot be reached proves nothing. An image
+/// without a health service looks like one that hangs; it is reported as unresponsive once, and
+/// then not again before a check has succeeded.
 #[derive(Default)]
 pub(crate) struct Liveness {
-    /// The run of the container: its id, and when it was started.
+    /// ID and start time of the container.
     run: (String, String),
+    /// Whether a check has succeeded in this run.
     was_healthy: bool,
+    /// Consecutive counted failures.
     failures: u32,
-    /// When the last check ended: the interval is kept across calls.
-    asked: Option<Instant>,
-    /// The check that is under way, which the next call goes on with.
+    /// When the last check ended, so that the interval is kept across calls.
+    last_check: Option<Instant>,
+    /// The check in progress, which the next call continues.
     check: Option<LocalBoxFuture<'static, Result<(), HealthError>>>,
-    /// Whether a container was taken for dead that had never been well, and none has been well
+    /// Whether a container was reported that had never been healthy, and none has been healthy
     /// since.
     suspect: bool,
 }
 
 impl Liveness {
-    /// Asks for the health of `container`, which is connected to its SuperLink or not, until it is
-    /// dead. Never, where it has no address. Cancel safe: the check that is under way goes on with
-    /// the next call.
+    /// Checks `container` until the failure threshold is reached. `connected` is whether it is
+    /// connected to its SuperLink. Pending forever if the container has no address. Cancel safe: the
+    /// next call continues the check in progress.
     pub(crate) async fn wait_until_unresponsive(
         &mut self,
         container: &Container,
@@ -197,10 +173,10 @@ impl Liveness {
             return std::future::pending().await;
         };
         let address = SocketAddr::new(ip_address, HEALTH_PORT);
-        self.until_dead_by(move || check(address, CHECK_LIMIT), container, connected).await
+        self.wait_with(move || check(address, TIMEOUT), container, connected).await
     }
 
-    async fn until_dead_by<C>(
+    async fn wait_with<C>(
         &mut self,
         check: impl Fn() -> C,
         container: &Container,
@@ -211,32 +187,32 @@ impl Liveness {
     {
         if (&self.run.0, &self.run.1) != (&container.id, &container.started_at) {
             self.run = (container.id.clone(), container.started_at.clone());
-            (self.was_healthy, self.failures, self.asked, self.check) = (false, 0, None, None);
+            (self.was_healthy, self.failures, self.last_check, self.check) = (false, 0, None, None);
         }
-        let has_started = Instant::now() + START_PERIOD.saturating_sub(container.running_for());
+        let start_deadline = Instant::now() + START_PERIOD.saturating_sub(container.running_for());
         loop {
             if self.check.is_none()
-                && let Some(asked) = self.asked
+                && let Some(last_check) = self.last_check
             {
-                let is_starting = !self.was_healthy && Instant::now() < has_started;
-                let pause = match (self.failures, connected) {
-                    (1.., _) => PAUSE_AFTER_FAILURE,
-                    // A failure counts once it was well: that is to be known soon.
-                    _ if is_starting => PAUSE_AFTER_FAILURE,
+                let is_starting = !self.was_healthy && Instant::now() < start_deadline;
+                let interval = match (self.failures, connected) {
+                    (1.., _) => INTERVAL_FAILING,
+                    // Failures count only after the first success, so find that one early.
+                    _ if is_starting => INTERVAL_FAILING,
                     (0, true) => INTERVAL,
                     (0, false) => INTERVAL_DISCONNECTED,
                 };
-                tokio::time::sleep_until(asked + pause).await;
+                tokio::time::sleep_until(last_check + interval).await;
             }
-            let answer = self.check.get_or_insert_with(|| check().boxed_local()).await;
-            (self.asked, self.check) = (Some(Instant::now()), None);
-            let Err(error) = answer else {
+            let result = self.check.get_or_insert_with(|| check().boxed_local()).await;
+            (self.last_check, self.check) = (Some(Instant::now()), None);
+            let Err(error) = result else {
                 (self.was_healthy, self.failures, self.suspect) = (true, 0, false);
                 continue;
             };
-            tracing::debug!("no sign of health: {}", error_chain(&error));
+            tracing::debug!("Flower health check failed: {}", error_chain(&error));
             let refused = matches!(error, HealthError::Refused { .. });
-            if self.was_healthy || (refused && !self.suspect && Instant::now() >= has_started) {
+            if self.was_healthy || (refused && !self.suspect && Instant::now() >= start_deadline) {
                 self.failures += 1;
             }
             if self.failures >= FAILURE_THRESHOLD {
@@ -263,9 +239,9 @@ mod tests {
 
     use super::*;
 
-    const LIMIT: Duration = Duration::from_secs(5);
+    const LONG_TIMEOUT: Duration = Duration::from_secs(5);
 
-    /// Listens for one call and answers with this status, message and trailer.
+    /// Serves one call with this HTTP status, message and trailer.
     async fn server(
         status: u16,
         message: &'static [u8],
@@ -275,7 +251,7 @@ mod tests {
         let address = listener.local_addr().unwrap();
         tokio::spawn(async move {
             let (stream, _) = listener.accept().await.unwrap();
-            let answer = service_fn(move |request: Request<Incoming>| async move {
+            let respond = service_fn(move |request: Request<Incoming>| async move {
                 assert_eq!(request.uri().path(), "/grpc.health.v1.Health/Check");
                 assert_eq!(request.headers()["content-type"], "application/grpc");
                 assert_eq!(request.collect().await.unwrap().to_bytes(), REQUEST);
@@ -291,52 +267,50 @@ mod tests {
                 Ok::<_, Infallible>(response)
             });
             let _ = server::Builder::new(TokioExecutor::new())
-                .serve_connection(TokioIo::new(stream), answer)
+                .serve_connection(TokioIo::new(stream), respond)
                 .await;
         });
         address
     }
 
     #[tokio::test]
-    async fn only_the_answer_that_it_serves_is_health() {
-        assert!(check(server(200, SERVING, Some("0")).await, LIMIT).await.is_ok());
-        for (status, message, grpc_status, words) in [
-            (
-                200,
-                &[0, 0, 0, 0, 2, 8, 2][..],
-                Some("0"),
-                "the answer is [00, 00, 00, 00, 02, 08, 02]",
-            ),
-            (200, &[], Some("0"), "the answer is []"),
+    async fn only_serving_is_healthy() {
+        assert!(check(server(200, SERVING, Some("0")).await, LONG_TIMEOUT).await.is_ok());
+        for (status, message, grpc_status, expected) in [
+            (200, &[0, 0, 0, 0, 2, 8, 2][..], Some("0"), "message [00, 00, 00, 00, 02, 08, 02]"),
+            (200, &[], Some("0"), "message []"),
             (200, &[], Some("12"), "grpc-status 12"),
             (200, SERVING, Some("14"), "grpc-status 14"),
-            (200, SERVING, None, "without grpc-status"),
+            (200, SERVING, None, "no grpc-status"),
             (404, &[], None, "HTTP 404"),
         ] {
-            let error = check(server(status, message, grpc_status).await, LIMIT).await.unwrap_err();
+            let error =
+                check(server(status, message, grpc_status).await, LONG_TIMEOUT).await.unwrap_err();
             assert!(
-                matches!(&error, HealthError::NotServing { answer, .. } if answer.contains(words)),
+                matches!(&error, HealthError::NotServing { response, .. }
+                    if response.contains(expected)),
                 "{error:?}"
             );
         }
-        let error =
-            check(server(200, &[b'x'; MAX_BYTES + 1], Some("0")).await, LIMIT).await.unwrap_err();
-        assert!(matches!(error, HealthError::Broken { .. }), "{error:?}");
+        let error = check(server(200, &[b'x'; MAX_BYTES + 1], Some("0")).await, LONG_TIMEOUT)
+            .await
+            .unwrap_err();
+        assert!(matches!(error, HealthError::Protocol { .. }), "{error:?}");
     }
 
     #[tokio::test]
-    async fn nobody_silence_and_another_tongue_are_told_apart() {
+    async fn classifies_refused_timeout_and_protocol_errors() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        // The kernel takes the connection, and nobody answers: so it is with a process that hangs.
+        // The kernel accepts the connection and no process answers, as with a hung process.
         let error = check(address, Duration::from_millis(50)).await.unwrap_err();
         assert!(matches!(error, HealthError::TimedOut { .. }), "{error:?}");
-        // Nothing of the call is left behind.
+        // The call has closed its connection.
         let (mut stream, _) = listener.accept().await.unwrap();
-        let left = tokio::time::timeout(LIMIT, stream.read_to_end(&mut Vec::new())).await;
-        assert!(left.is_ok(), "the connection is still there");
+        let closed = tokio::time::timeout(LONG_TIMEOUT, stream.read_to_end(&mut Vec::new())).await;
+        assert!(closed.is_ok(), "the connection is still open");
         drop((listener, stream));
-        let error = check(address, LIMIT).await.unwrap_err();
+        let error = check(address, LONG_TIMEOUT).await.unwrap_err();
         assert!(matches!(error, HealthError::Refused { .. }), "{error:?}");
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -345,8 +319,8 @@ mod tests {
             stream.writable().await.unwrap();
             stream.try_write(b"SSH-2.0-none\r\n").unwrap();
         });
-        let error = check(address, LIMIT).await.unwrap_err();
-        assert!(matches!(error, HealthError::Broken { .. }), "{error:?}");
+        let error = check(address, LONG_TIMEOUT).await.unwrap_err();
+        assert!(matches!(error, HealthError::Protocol { .. }), "{error:?}");
     }
 
     const ADDRESS: SocketAddr =
@@ -357,7 +331,7 @@ mod tests {
     }
 
     fn timed_out() -> Result<(), HealthError> {
-        Err(HealthError::TimedOut { address: ADDRESS, limit: CHECK_LIMIT })
+        Err(HealthError::TimedOut { address: ADDRESS, timeout: TIMEOUT })
     }
 
     fn started(started_at: &str) -> Container {
@@ -367,121 +341,122 @@ mod tests {
     const LONG_AGO: &str = "2024-01-01T00:00:00.5Z";
     const JUST_NOW: &str = "9999-01-01T00:00:00Z";
 
-    /// After how many seconds the container is taken for dead, where `answers` are the first
-    /// answers and the last of them goes on for ever; `None` where it is not within an hour.
-    async fn seconds_to_death(
+    /// Returns after how many seconds the container is reported as unresponsive, or `None` if that
+    /// takes more than an hour. `results` are those of the first checks; the last one repeats.
+    async fn seconds_to_failure(
         liveness: &mut Liveness,
         container: &Container,
-        answers: &[fn() -> Result<(), HealthError>],
+        results: &[fn() -> Result<(), HealthError>],
     ) -> Option<u64> {
-        let asked = Cell::new(0);
+        let checks = Cell::new(0);
         let check = || {
-            let answer = answers.get(asked.get()).or(answers.last()).unwrap();
-            asked.set(asked.get() + 1);
-            std::future::ready(answer())
+            let result = results.get(checks.get()).or(results.last()).unwrap();
+            checks.set(checks.get() + 1);
+            std::future::ready(result())
         };
         let since = Instant::now();
-        let dead = pin!(liveness.until_dead_by(check, container, false));
-        tokio::time::timeout(Duration::from_secs(3600), dead)
+        let failure = pin!(liveness.wait_with(check, container, false));
+        tokio::time::timeout(Duration::from_secs(3600), failure)
             .await
             .ok()
             .map(|_| since.elapsed().as_secs())
     }
 
-    const WELL: fn() -> Result<(), HealthError> = || Ok(());
+    const HEALTHY: fn() -> Result<(), HealthError> = || Ok(());
 
     #[tokio::test(start_paused = true)]
-    async fn after_a_check_that_went_well_three_failures_in_a_row_are_a_death() {
+    async fn three_failures_after_a_success_are_unresponsive() {
         let just_now = started(JUST_NOW);
-        for (answers, seconds) in [
-            (&[WELL][..], None),
-            // 15 s of health, then the failures with two pauses between them.
-            (&[WELL, timed_out], Some(25)),
-            (&[WELL, refused, timed_out], Some(25)),
-            (&[WELL, refused, refused, WELL, refused], Some(50)),
-            (&[refused, refused, refused, WELL], None),
+        for (results, seconds) in [
+            (&[HEALTHY][..], None),
+            // A check after 15 s fails, then two more at 5 s intervals.
+            (&[HEALTHY, timed_out], Some(25)),
+            (&[HEALTHY, refused, timed_out], Some(25)),
+            (&[HEALTHY, refused, refused, HEALTHY, refused], Some(50)),
+            (&[refused, refused, refused, HEALTHY], None),
             (&[timed_out], None),
         ] {
-            let found = seconds_to_death(&mut Liveness::default(), &just_now, answers).await;
-            assert_eq!(found, seconds, "{} answers", answers.len());
+            let found = seconds_to_failure(&mut Liveness::default(), &just_now, results).await;
+            assert_eq!(found, seconds, "{} results", results.len());
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_container_that_was_never_well_is_dead_when_it_refuses_after_two_minutes() {
+    async fn refusal_after_start_period_is_unresponsive() {
         let liveness = &mut Liveness::default();
-        assert_eq!(seconds_to_death(liveness, &started(JUST_NOW), &[refused]).await, Some(130));
+        assert_eq!(seconds_to_failure(liveness, &started(JUST_NOW), &[refused]).await, Some(130));
         let liveness = &mut Liveness::default();
-        assert_eq!(seconds_to_death(liveness, &started(LONG_AGO), &[refused]).await, Some(10));
-        // What cannot be reached from here may be well.
+        assert_eq!(seconds_to_failure(liveness, &started(LONG_AGO), &[refused]).await, Some(10));
+        // A container that cannot be reached may be healthy.
         assert_eq!(
-            seconds_to_death(&mut Liveness::default(), &started(LONG_AGO), &[timed_out]).await,
+            seconds_to_failure(&mut Liveness::default(), &started(LONG_AGO), &[timed_out]).await,
             None
         );
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_image_that_serves_no_health_is_taken_for_dead_once() {
+    async fn image_without_health_service_is_reported_once() {
         let liveness = &mut Liveness::default();
-        assert_eq!(seconds_to_death(liveness, &started(LONG_AGO), &[refused]).await, Some(10));
-        assert_eq!(seconds_to_death(liveness, &started(JUST_NOW), &[refused]).await, None);
-        // One that does serve it is trusted again.
+        assert_eq!(seconds_to_failure(liveness, &started(LONG_AGO), &[refused]).await, Some(10));
+        assert_eq!(seconds_to_failure(liveness, &started(JUST_NOW), &[refused]).await, None);
+        // A container with a health service clears the suspicion.
         assert_eq!(
-            seconds_to_death(liveness, &started("9998-01-01T00:00:00Z"), &[WELL, refused]).await,
+            seconds_to_failure(liveness, &started("9998-01-01T00:00:00Z"), &[HEALTHY, refused])
+                .await,
             Some(25)
         );
-        assert_eq!(seconds_to_death(liveness, &started(LONG_AGO), &[refused]).await, Some(10));
+        assert_eq!(seconds_to_failure(liveness, &started(LONG_AGO), &[refused]).await, Some(10));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_watch_that_is_taken_up_again_and_again_asks_no_more_often() {
-        let (liveness, container, asked) =
+    async fn cancelled_waits_keep_the_interval() {
+        let (liveness, container, checks) =
             (&mut Liveness::default(), started(JUST_NOW), Cell::new(0));
-        // A check that fails takes all of its time, longer than any call here.
+        // A failing check takes the whole timeout, longer than each call here.
         let check = || {
-            asked.set(asked.get() + 1);
-            let (first, limit) = (asked.get() == 1, CHECK_LIMIT);
+            checks.set(checks.get() + 1);
+            let (is_first, timeout) = (checks.get() == 1, TIMEOUT);
             async move {
-                if first {
+                if is_first {
                     return Ok(());
                 }
-                tokio::time::sleep(limit).await;
+                tokio::time::sleep(timeout).await;
                 timed_out()
             }
         };
         let since = Instant::now();
         while tokio::time::timeout(
             Duration::from_millis(100),
-            liveness.until_dead_by(check, &container, false),
+            liveness.wait_with(check, &container, false),
         )
         .await
         .is_err()
         {}
-        assert_eq!((asked.get(), since.elapsed().as_secs()), (4, 15 + 10 + 5 + 10 + 5 + 10));
+        assert_eq!((checks.get(), since.elapsed().as_secs()), (4, 15 + 10 + 5 + 10 + 5 + 10));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_node_that_is_connected_is_asked_rarely_until_it_is_not_any_more() {
-        let (liveness, container, asked) =
+    async fn connected_node_is_checked_less_often() {
+        let (liveness, container, checks) =
             (&mut Liveness::default(), started(JUST_NOW), Cell::new(0));
         let check = || {
-            asked.set(asked.get() + 1);
-            std::future::ready(if asked.get() <= 3 { Ok(()) } else { refused() })
+            checks.set(checks.get() + 1);
+            std::future::ready(if checks.get() <= 3 { Ok(()) } else { refused() })
         };
         let since = Instant::now();
-        let connected = liveness.until_dead_by(check, &container, true);
+        let connected = liveness.wait_with(check, &container, true);
         assert!(tokio::time::timeout(Duration::from_secs(150), connected).await.is_err());
-        assert_eq!(asked.get(), 3);
-        // The SuperLink has gone: the next check is due at once.
-        liveness.until_dead_by(check, &container, false).await;
-        assert_eq!((asked.get(), since.elapsed().as_secs()), (6, 160));
+        assert_eq!(checks.get(), 3);
+        // The connection is lost: the next check is due at once.
+        liveness.wait_with(check, &container, false).await;
+        assert_eq!((checks.get(), since.elapsed().as_secs()), (6, 160));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn another_run_of_the_container_begins_anew() {
+    async fn new_run_of_the_container_resets_the_state() {
         let liveness = &mut Liveness::default();
         let (first, second) = (started(JUST_NOW), started("9998-01-01T00:00:00Z"));
-        assert_eq!(seconds_to_death(liveness, &first, &[WELL]).await, None);
-        assert_eq!(seconds_to_death(liveness, &second, &[timed_out]).await, None);
+        assert_eq!(seconds_to_failure(liveness, &first, &[HEALTHY]).await, None);
+        assert_eq!(seconds_to_failure(liveness, &second, &[timed_out]).await, None);
     }
 }

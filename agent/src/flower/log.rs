@@ -1,54 +1,52 @@
-//! What Flower's own log lines say.
+//! Parser for Flower's log lines about the connection to the SuperLink.
 
-/// What a line of Flower's log says of the connection to the SuperLink.
+/// A log line of Flower about the connection to the SuperLink.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogEvent {
-    /// The node has connected, and has this id for its SuperLink. Flower says it once in a process.
+    /// The node has connected and has this SuperNode ID. Flower logs it once per process.
     Registered(u64),
-    /// An attempt after one that failed came through.
+    /// A retry succeeded.
     Reconnected,
-    /// An attempt failed; Flower goes on trying.
+    /// An attempt failed; Flower retries.
     Retrying,
-    /// Flower gives up, or ends: when it is told to, and when the SuperLink was started again and
-    /// so does not know the node any more. 1.31.0 may hang after these words, with its health
-    /// service gone.
+    /// Flower gives up or terminates: on a signal, or because a restarted SuperLink no longer knows
+    /// the node. 1.31.0 may hang after this line, without its health service.
     Ended,
 }
 
-/// What this line of a container's log says; `None` for most lines.
+/// Parses a line of the container's log; returns `None` for most lines.
 ///
-/// A line of Flower is a level, coloured, `:`, blanks and a sentence (`common/logger.py`; with
-/// `FLWR_LOG_LEVEL=DEBUG` the time stands behind the level): `\x1b[92mINFO \x1b[0m:      SuperNode
-/// ID: 7`. What a ClientApp prints has no level before it. The SuperExec and the apps, which are
-/// Flower too and write to the same log, say [`LogEvent::Reconnected`] and [`LogEvent::Retrying`] of their
-/// connection to the node.
+/// A line of Flower is a coloured level, `:`, whitespace and a message (`common/logger.py`; with
+/// `FLWR_LOG_LEVEL=DEBUG` the time follows the level): `\x1b[92mINFO \x1b[0m:      SuperNode
+/// ID: 7`. Output of a ClientApp has no level. The SuperExec and the apps write to the same log;
+/// their [`LogEvent::Reconnected`] and [`LogEvent::Retrying`] are about the connection to the node.
 pub fn parse_log_line(line: &str) -> Option<LogEvent> {
-    let line = after_colour(line);
+    let line = strip_colour(line);
     let rest = ["INFO", "WARNING", "ERROR"].iter().find_map(|level| line.strip_prefix(level))?;
-    let (time, sentence) = rest.split_once(": ")?;
+    let (time, message) = rest.split_once(": ")?;
     if !time.bytes().all(|b| b.is_ascii_digit() || b" -:,\x1b[;m".contains(&b)) {
         return None;
     }
-    let sentence = sentence.trim_start();
-    if let Some(id) = sentence.strip_prefix("SuperNode ID: ") {
+    let message = message.trim_start();
+    if let Some(id) = message.strip_prefix("SuperNode ID: ") {
         return id.trim_end().parse().ok().map(LogEvent::Registered);
     }
-    SENTENCES.iter().find(|(beginning, _)| sentence.starts_with(beginning)).map(|(_, said)| *said)
+    MESSAGES.iter().find(|(prefix, _)| message.starts_with(prefix)).map(|(_, event)| *event)
 }
 
-/// The beginnings of sentences: `common/retry_invoker.py`, from 1.32.0 `supercore/retry/`;
+/// Prefixes of messages. Sources: `common/retry_invoker.py`, from 1.32.0 `supercore/retry/`;
 /// `supernode/start_client_internal.py`.
-const SENTENCES: &[(&str, LogEvent)] = &[
+const MESSAGES: &[(&str, LogEvent)] = &[
     ("Connection attempt failed, retrying", LogEvent::Retrying),
     ("Connection successful after", LogEvent::Reconnected),
     ("Giving up reconnection after", LogEvent::Ended),
     ("SuperNode terminated gracefully", LogEvent::Ended),
 ];
 
-/// What stands behind an escape sequence for a colour, where the text begins with one.
-fn after_colour(text: &str) -> &str {
-    let behind = text.strip_prefix("\x1b[").and_then(|codes| codes.split_once('m'));
-    match behind {
+/// Removes a leading escape sequence for a colour.
+fn strip_colour(text: &str) -> &str {
+    let parts = text.strip_prefix("\x1b[").and_then(|codes| codes.split_once('m'));
+    match parts {
         Some((codes, rest)) if codes.bytes().all(|b| b.is_ascii_digit() || b == b';') => rest,
         _ => text,
     }
@@ -58,18 +56,17 @@ fn after_colour(text: &str) -> &str {
 mod tests {
     use super::*;
 
-    /// What the lines say that say something.
-    fn all_said(lines: &str) -> Vec<LogEvent> {
+    /// Parses all lines.
+    fn events(lines: &str) -> Vec<LogEvent> {
         lines.lines().filter_map(parse_log_line).collect()
     }
 
     use LogEvent::{Ended, Reconnected, Registered, Retrying};
 
-    /// Recorded with the SuperLink stopped after 11 s and started again at once: both processes end
-    /// with exit code 0. That of 1.31.0 takes 5 s to it, and in a container it has been seen to
-    /// hang instead.
+    /// Recorded with a SuperLink that was stopped after 11 s and restarted at once. Both releases
+    /// exit with code 0. 1.31.0 takes 5 s to do so, and was seen to hang instead in a container.
     #[test]
-    fn a_superlink_that_is_started_again_at_once_ends_the_node() {
+    fn quick_restart_of_the_superlink_ends_the_node() {
         let v1_31 = "\
 \x1b[92mINFO \x1b[0m:      Starting Flower SuperNode
 \x1b[93mWARNING \x1b[0m:   Option `--insecure` was set. Starting insecure HTTP channel to 127.0.0.1:9092.
@@ -83,7 +80,7 @@ mod tests {
 \x1b[93mWARNING \x1b[0m:   Connection attempt failed, retrying in 0.62 seconds
 ";
         assert_eq!(
-            all_said(v1_31),
+            events(v1_31),
             [Registered(7848334859123487554), Retrying, Retrying, Ended, Retrying]
         );
         let v1_41 = "\
@@ -102,14 +99,14 @@ INFO:     Uvicorn running on http://127.0.0.1:9094 (Press CTRL+C to quit)
 INFO:     Shutting down
 \x1b[92mINFO \x1b[0m:      SuperExec terminated gracefully.
 ";
-        let said = [Retrying, Reconnected, Registered(13465357509533870726), Retrying, Ended];
-        assert_eq!(all_said(v1_41), said);
+        let expected = [Retrying, Reconnected, Registered(13465357509533870726), Retrying, Ended];
+        assert_eq!(events(v1_41), expected);
     }
 
-    /// Recorded with the SuperLink killed, and started again after 30 s: it does not know the node
-    /// any more.
+    /// Recorded with a SuperLink that was killed and restarted after 30 s, and no longer knows the
+    /// node.
     #[test]
-    fn a_superlink_that_is_back_after_30_s_ends_the_node_as_well() {
+    fn restart_of_the_superlink_after_30_s_ends_the_node() {
         let v1_31 = "\
 \x1b[92mINFO \x1b[0m:      SuperNode ID: 16204095064827034974
 \x1b[93mWARNING \x1b[0m:   Connection attempt failed, retrying in 17.16 seconds
@@ -119,7 +116,7 @@ INFO:     Shutting down
 \x1b[92mINFO \x1b[0m:      SuperExec terminated gracefully.
 ";
         assert_eq!(
-            all_said(v1_31),
+            events(v1_31),
             [Registered(16204095064827034974), Retrying, Retrying, Ended, Retrying]
         );
         let v1_41 = "\
@@ -129,11 +126,11 @@ Exception in thread Thread-3 (_run):
 \x1b[92mINFO \x1b[0m:      SuperNode terminated gracefully.
 httpx.HTTPStatusError: Client error '401 Unauthorized' for url 'http://127.0.0.1:8000/v1/fleet/send-node-heartbeat'
 ";
-        assert_eq!(all_said(v1_41), [Registered(18375337094250742509), Retrying, Ended]);
+        assert_eq!(events(v1_41), [Registered(18375337094250742509), Retrying, Ended]);
     }
 
     #[test]
-    fn colours_and_the_time_of_a_debug_log_do_not_matter() {
+    fn colours_and_debug_timestamps_are_ignored() {
         for line in [
             "INFO :      SuperNode ID: 7",
             "INFO:     SuperNode ID: 7\r",
@@ -146,7 +143,7 @@ httpx.HTTPStatusError: Client error '401 Unauthorized' for url 'http://127.0.0.1
     }
 
     #[test]
-    fn only_a_whole_line_of_flower_counts() {
+    fn only_complete_flower_lines_are_parsed() {
         for line in [
             "",
             "INFO",

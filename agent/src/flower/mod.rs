@@ -1,6 +1,6 @@
-//! Flower: its releases, and what its log, its connection and its health check report.
+//! Flower: release table, log parser, connection state and liveness probe.
 
-pub mod connection;
-pub mod liveness;
+pub(crate) mod connection;
+pub(crate) mod liveness;
 pub mod log;
-pub mod release;
+pub(crate) mod release;

@@ -1,21 +1,21 @@
-//! Flower, release by release: what the agent needs to know of it, as one table.
+//! Table of Flower releases: the properties that the agent depends on.
 //!
-//! Read in the packages `flwr` 1.8.0 to 1.41.0 of PyPI, and seen in 1.31.0 and 1.41.0 while they
-//! ran.
+//! Sources: the packages `flwr` 1.8.0 to 1.41.0 on PyPI; 1.31.0 and 1.41.0 were also observed at
+//! run time.
 
 use crate::values::Version;
 
-/// The port of Flower's health service in the container.
-pub const HEALTH_PORT: u16 = 9099;
-/// The flag that makes flower-supernode serve it. Without the flag there is none.
-pub const HEALTH_FLAG: &str = "--health-server-address";
+/// Port of Flower's health service in the container.
+pub(crate) const HEALTH_PORT: u16 = 9099;
+/// The flag of flower-supernode that enables the health service; it is off by default.
+pub(crate) const HEALTH_FLAG: &str = "--health-server-address";
 
-/// What the Fleet API, by which a SuperNode and its SuperLink talk, is made of.
+/// Protocol of the Fleet API between a SuperNode and its SuperLink.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Protocol {
+pub(crate) enum Protocol {
     /// gRPC over HTTP/2.
     Grpc,
-    /// HTTP, on the one port that serves all of the SuperLink's APIs.
+    /// HTTP, on one port for all APIs of the SuperLink.
     Http,
 }
 
@@ -28,9 +28,9 @@ impl std::fmt::Display for Protocol {
     }
 }
 
-/// What holds from one release of Flower on, until the next entry of the table.
+/// Properties of the releases from `since` up to the next entry of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Release {
+pub(crate) struct Release {
     since: [u32; 3],
     fleet_protocol: Protocol,
     fleet_port: u16,
@@ -38,9 +38,9 @@ pub struct Release {
     logs_node_id: bool,
 }
 
-/// The first with `--isolation`; it has all flags of flower-supernode that the agent uses but
-/// [`HEALTH_FLAG`], and so have all later ones (`client/supernode/app.py`, from 1.19.0
-/// `supernode/cli/flower_supernode.py`). Port 9092: `server/app.py`, from 1.12.0
+/// The first release with `--isolation`. This and all later releases have every flag of
+/// flower-supernode that the agent uses, except [`HEALTH_FLAG`] (`client/supernode/app.py`, from
+/// 1.19.0 `supernode/cli/flower_supernode.py`). Port 9092: `server/app.py`, from 1.12.0
 /// `common/constant.py`.
 const V1_11: Release = Release {
     since: [1, 11, 0],
@@ -54,7 +54,7 @@ const V1_21: Release = Release { since: [1, 21, 0], serves_health: true, ..V1_11
 /// `SuperNode ID: <n>` in `supernode/start_client_internal.py`.
 const V1_24: Release = Release { since: [1, 24, 0], logs_node_id: true, ..V1_21 };
 /// `supernode/fleet_http_connection.py`; `SUPERLINK_UVICORN_DEFAULT_PORT` in
-/// `supercore/constant.py`, which until 1.39 is the port of the other APIs alone.
+/// `supercore/constant.py`, which up to 1.39 is the port of the other APIs only.
 const V1_40: Release =
     Release { since: [1, 40, 0], fleet_protocol: Protocol::Http, fleet_port: 8000, ..V1_24 };
 
@@ -62,49 +62,50 @@ const V1_40: Release =
 static RELEASES: [Release; 4] = [V1_11, V1_21, V1_24, V1_40];
 
 impl Release {
-    /// What holds for `version`. One that is older than the table is taken for the oldest in it:
-    /// [`too_old`] says so.
-    pub fn of(version: &Version) -> &'static Self {
+    /// Returns the properties of `version`. Versions older than the table get those of the oldest
+    /// entry; [`too_old`] warns about them.
+    pub(crate) fn of(version: &Version) -> &'static Self {
         let known = RELEASES.iter().rev().find(|release| release.since <= version.numbers());
         known.unwrap_or(&RELEASES[0])
     }
 
-    /// The port where a SuperLink serves the Fleet API unless it is told otherwise.
-    pub fn fleet_port(&self) -> u16 {
+    /// Default port of the SuperLink's Fleet API.
+    pub(crate) fn fleet_port(&self) -> u16 {
         self.fleet_port
     }
 
-    /// What the Fleet API is made of.
-    pub fn fleet_protocol(&self) -> Protocol {
+    pub(crate) fn fleet_protocol(&self) -> Protocol {
         self.fleet_protocol
     }
 
-    /// Whether flower-supernode knows [`HEALTH_FLAG`]: one that does not ends at once with code 2.
-    pub fn serves_health(&self) -> bool {
+    /// Whether flower-supernode accepts [`HEALTH_FLAG`]. A release that does not accept it exits
+    /// immediately with code 2.
+    pub(crate) fn serves_health(&self) -> bool {
         self.serves_health
     }
 
-    /// Whether the log tells, at the level INFO, when the node has connected: [`LogEvent::Registered`].
-    pub fn logs_node_id(&self) -> bool {
+    /// Whether Flower logs at INFO that the node has connected, see
+    /// [`LogEvent::Registered`](crate::flower::log::LogEvent::Registered).
+    pub(crate) fn logs_node_id(&self) -> bool {
         self.logs_node_id
     }
 }
 
-/// The text of the WARNING for a release that is older than what is known here.
-pub fn too_old(version: &Version) -> Option<String> {
+/// Returns the warning about a version older than the table.
+pub(crate) fn too_old(version: &Version) -> Option<String> {
     let [major, minor, patch] = RELEASES[0].since;
     (version.numbers() < RELEASES[0].since).then(|| {
         format!(
-            "Flower {version} is older than {major}.{minor}.{patch}, the oldest release that this agent knows: it may refuse \
-             its arguments; set FLOWER_VERSION to a later one"
+            "Flower {version} is older than {major}.{minor}.{patch}, the oldest supported release, \
+             and may reject the agent's arguments; set FLOWER_VERSION to a later release"
         )
     })
 }
 
-/// The text of the WARNING for a node and a SuperLink of different releases; `None` where Flower
-/// takes them for compatible. For Flower that is the same major and minor number
+/// Returns the warning about different releases of the node and the SuperLink; `None` if Flower
+/// considers them compatible, that is, if major and minor version are equal
 /// (`supercore/runtime_version_compatibility.py` of 1.40.0).
-pub fn compatibility(node: &Version, superlink: &Version) -> Option<String> {
+pub(crate) fn compatibility(node: &Version, superlink: &Version) -> Option<String> {
     let ([major, minor, _], [their_major, their_minor, _]) = (node.numbers(), superlink.numbers());
     if (major, minor) == (their_major, their_minor) {
         return None;
@@ -113,15 +114,16 @@ pub fn compatibility(node: &Version, superlink: &Version) -> Option<String> {
         (Release::of(node).fleet_protocol(), Release::of(superlink).fleet_protocol());
     if ours != theirs {
         return Some(format!(
-            "this node has Flower {node}, which speaks {ours} with its SuperLink, and the SuperLink has Flower {superlink}, \
-             which speaks {theirs}: they cannot connect; set FLOWER_VERSION={superlink} on this node, or give the SuperLink \
-             a release that speaks {ours}"
+            "this node runs Flower {node}, which uses {ours}, and the SuperLink runs Flower \
+             {superlink}, which uses {theirs}: they cannot connect; set FLOWER_VERSION={superlink} \
+             on this node, or run a release with {ours} on the SuperLink"
         ));
     }
     let order = if node < superlink { "older" } else { "newer" };
     Some(format!(
-        "this node has Flower {node}, {order} than the {superlink} of its SuperLink: they may connect, but Flower takes only \
-         releases of the same major and minor number for compatible; set FLOWER_VERSION={superlink} on this node"
+        "this node runs Flower {node}, {order} than {superlink} on the SuperLink: they may \
+         connect, but Flower supports only equal major and minor versions; set \
+         FLOWER_VERSION={superlink} on this node"
     ))
 }
 
@@ -134,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_is_in_order_and_a_release_is_found_in_it_by_its_number() {
+    fn table_is_sorted_and_looked_up_by_version() {
         assert!(RELEASES.is_sorted_by(|a, b| a.since < b.since));
         for (text, protocol, port, health, id) in [
             ("1.9.0", Protocol::Grpc, 9092, false, false),
@@ -159,26 +161,25 @@ mod tests {
     }
 
     #[test]
-    fn releases_that_cannot_connect_are_told_with_what_to_do() {
+    fn incompatible_releases_are_reported_with_the_fix() {
         let text = |node: &str, superlink: &str| compatibility(&version(node), &version(superlink));
         assert_eq!(text("1.31.0", "1.31.0"), None);
         assert_eq!(text("1.31.0", "1.31.2"), None);
         assert_eq!(
             text("1.31.0", "1.41.0").as_deref(),
             Some(
-                "this node has Flower 1.31.0, which speaks gRPC with its SuperLink, and the SuperLink has Flower 1.41.0, which \
-                 speaks HTTP: they cannot connect; set FLOWER_VERSION=1.41.0 on this node, or give the SuperLink a release \
-                 that speaks gRPC"
+                "this node runs Flower 1.31.0, which uses gRPC, and the SuperLink runs Flower \
+                 1.41.0, which uses HTTP: they cannot connect; set FLOWER_VERSION=1.41.0 on this \
+                 node, or run a release with gRPC on the SuperLink"
             )
         );
         assert!(text("1.40.0", "1.39.0").is_some_and(|text| text.contains("they cannot connect")));
         let older = text("1.25.0", "1.31.0").unwrap();
         assert!(
-            older.contains("older than the 1.31.0") && older.contains("FLOWER_VERSION=1.31.0"),
+            older.contains("older than 1.31.0 on the SuperLink")
+                && older.contains("FLOWER_VERSION=1.31.0"),
             "{older}"
         );
-        assert!(
-            text("1.41.0", "1.40.0").is_some_and(|text| text.contains("newer than the 1.40.0"))
-        );
+        assert!(text("1.41.0", "1.40.0").is_some_and(|text| text.contains("newer than 1.40.0")));
     }
 }

@@ -1,7 +1,7 @@
 //! OpenNebula: access to OneGate, SuperLink discovery, partitions, publishing and templates.
 
-pub mod onegate;
-pub mod partition;
+pub(crate) mod onegate;
+pub(crate) mod partition;
 pub mod publisher;
 pub mod superlink;
 pub mod templates;

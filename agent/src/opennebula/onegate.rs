@@ -9,7 +9,7 @@ use one_context::source::SourceError;
 use crate::logging::error_chain;
 
 /// The OneGate client, or why there is none.
-pub type OneGateAvailability<'a> = Result<&'a OneGate, &'a OneGateUnavailable>;
+pub(crate) type OneGateAvailability<'a> = Result<&'a OneGate, &'a OneGateUnavailable>;
 
 /// Why this VM cannot query OneGate.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -1,14 +1,15 @@
-//! Which share of the data a node of a service takes: `partition-id` and `num-partitions` of its
-//! node configuration.
+//! The data partition of a node in a service: `partition-id` and `num-partitions` of its node
+//! configuration.
 //!
-//! The place in the list of the service's VMs would not do: it moves when a VM before it is
-//! replaced, and then two nodes train on one share. OneFlow gives every VM of a role a number that
-//! it never gives again, in the VM's name (`supernode_3_(service_7)`:
-//! `$ROLE_NAME_$VM_NUMBER_(service_$SERVICE_ID)` in oneflow-server.conf). As long as nobody has
-//! been replaced these numbers are the ids: no node needs to know what another one took, whatever
-//! is scaled while they boot. A node that comes after a replacement takes an id that nobody has
-//! published, publishes it, and looks whether somebody else has published the same: two nodes that
-//! publish and then look cannot both overlook the other. What a node has taken it keeps.
+//! The position in the service's list of VMs cannot be the ID: it shifts when an earlier VM is
+//! replaced, and then two nodes train on one partition. OneFlow instead gives every VM of a role a
+//! number that it never reuses, in the VM's name (`supernode_3_(service_7)`:
+//! `$ROLE_NAME_$VM_NUMBER_(service_$SERVICE_ID)` in oneflow-server.conf). As long as no VM has been
+//! replaced, these numbers are the IDs: a node needs no answer from the others, even while the role
+//! is scaled during boot. A node that replaces another takes an ID that no node has published,
+//! publishes it, then reads the service again and retries if another node published the same ID.
+//! Because each node publishes before it reads, at least one of two conflicting nodes sees the
+//! other. A node keeps the ID that it acquired.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -20,78 +21,80 @@ use serde::{Deserialize, Serialize};
 use crate::config::settings::Settings;
 use crate::system::atomic_file;
 
-/// The attribute by which the nodes of a service tell each other what they took.
-pub const ATTRIBUTE: &str = "FL_PARTITION_ID";
-/// The attribute that says for which VM the others were published: a VM that is made from a saved
-/// one inherits them.
-pub const OWNER_ATTRIBUTE: &str = "FL_NODE_ID";
+/// Attribute with the partition ID that a node acquired.
+pub(crate) const ATTRIBUTE: &str = "FL_PARTITION_ID";
+/// Attribute with the ID of the VM that published the other attributes. A VM instantiated from a
+/// saved one inherits attributes that are not its own.
+pub(crate) const OWNER_ATTRIBUTE: &str = "FL_NODE_ID";
 
-/// More than a service has nodes: what is published beyond it is not believed.
+/// Limit on numbers and published IDs, above the size of any service; others are ignored.
 const MAX_IDS: u64 = 1 << 20;
-/// How often a node that meets another with its id takes another one.
+/// Attempts to find an ID that no other node has published.
 const MAX_ATTEMPTS: u32 = 5;
 
-/// A share of the data.
+/// A partition of the data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Partition {
-    /// From 0, less than `count`.
+    /// Partition ID, less than `count`.
     pub id: u64,
-    /// How many shares there are, as this node counts.
+    /// Number of partitions, as seen by this node.
     pub count: u64,
 }
 
-/// What is kept on the disk.
+/// Content of `partition.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct PartitionRecord {
     vm_id: u64,
     service_id: u64,
-    /// The boot in which the shares were counted.
+    /// Boot in which the partition was acquired.
     boot_id: String,
     partition: Partition,
 }
 
-/// Where the partition of one VM is kept.
+/// Persistent storage of this VM's partition.
 #[derive(Debug, Clone)]
-pub struct PartitionStore {
+pub(crate) struct PartitionStore {
     file: PathBuf,
     vm_id: u64,
     boot_id: String,
 }
 
 impl PartitionStore {
-    /// In the folder of the settings, for this VM in this boot.
-    pub fn of(settings: &Settings, vm_id: u64) -> Self {
+    /// Opens the store in the persistent directory for this VM and the current boot.
+    pub(crate) fn of(settings: &Settings, vm_id: u64) -> Self {
         let boot_id =
             std::fs::read_to_string(settings.machine.root.join("proc/sys/kernel/random/boot_id"));
         Self::new(&settings.state.lasting_dir, vm_id, &boot_id.unwrap_or_default())
     }
 
-    /// In `folder`, for this VM in this boot.
-    fn new(folder: &Path, vm_id: u64, boot_id: &str) -> Self {
-        Self { file: folder.join("partition.json"), vm_id, boot_id: boot_id.trim().to_owned() }
+    fn new(dir: &Path, vm_id: u64, boot_id: &str) -> Self {
+        Self { file: dir.join("partition.json"), vm_id, boot_id: boot_id.trim().to_owned() }
     }
 
-    /// What was kept for this VM; a disk that was copied from another VM's does not count.
-    fn kept(&self) -> Option<PartitionRecord> {
-        let kept: PartitionRecord =
+    /// Returns the record of this VM. A record on a disk cloned from another VM is ignored.
+    fn load(&self) -> Option<PartitionRecord> {
+        let record: PartitionRecord =
             serde_json::from_slice(&std::fs::read(&self.file).ok()?).ok()?;
-        (kept.vm_id == self.vm_id && kept.partition.id < kept.partition.count).then_some(kept)
+        let is_valid = record.vm_id == self.vm_id && record.partition.id < record.partition.count;
+        is_valid.then_some(record)
     }
 
-    /// The partition that this VM took in this boot: an agent that is started again changes nothing
-    /// for its container.
-    pub fn of_this_boot(&self) -> Option<Partition> {
-        self.kept().filter(|kept| kept.boot_id == self.boot_id).map(|kept| kept.partition)
+    /// Returns the partition that this VM acquired in the current boot, so that a restart of the
+    /// agent leaves the container unchanged.
+    pub(crate) fn of_this_boot(&self) -> Option<Partition> {
+        self.load().filter(|record| record.boot_id == self.boot_id).map(|record| record.partition)
     }
 
-    fn keep(&self, service_id: u64, partition: Partition) {
+    fn save(&self, service_id: u64, partition: Partition) {
         let (vm_id, boot_id) = (self.vm_id, self.boot_id.clone());
-        let kept = PartitionRecord { vm_id, service_id, boot_id, partition };
-        // A structure of numbers and texts always has a JSON.
-        let text = serde_json::to_string(&kept).unwrap_or_default();
+        let record = PartitionRecord { vm_id, service_id, boot_id, partition };
+        // Numbers and strings always serialise.
+        let text = serde_json::to_string(&record).unwrap_or_default();
         if let Err(error) = atomic_file::replace(&self.file, text.as_bytes()) {
             tracing::warn!(
-                "cannot write {}: {error}; after a reboot this node may take another partition than {}",
+                partition = partition.id,
+                "cannot write {}: {error}; this node may get a partition other than {} after a \
+                 reboot",
                 self.file.display(),
                 partition.id
             );
@@ -99,64 +102,65 @@ impl PartitionStore {
     }
 }
 
-/// The partition of `service` that this VM has without asking anybody: the one that it took before,
-/// else its number. `None` where no role has this VM, or others must be asked.
-pub fn known(service: &Service, keeper: &PartitionStore) -> Option<Partition> {
-    let role = role_of(service, keeper.vm_id)?;
-    let kept =
-        keeper.kept().filter(|kept| kept.service_id == service.id).map(|kept| kept.partition.id);
-    Some(with_count(kept.or_else(|| by_number(role, keeper.vm_id))?, count_of(role)))
+/// Returns the partition of `service` that this VM has without asking other nodes: the one that it
+/// acquired before, else its OneFlow number. `None` if no role contains this VM or the other nodes
+/// must be asked.
+pub(crate) fn known(service: &Service, store: &PartitionStore) -> Option<Partition> {
+    let role = role_of(service, store.vm_id)?;
+    let record = store.load().filter(|record| record.service_id == service.id);
+    let id = record.map(|record| record.partition.id).or_else(|| by_number(role, store.vm_id))?;
+    Some(with_count(id, count_of(role)))
 }
 
-/// Takes a partition of `service` for this VM, or the one that it took before, and keeps it. `None`
-/// where no role has this VM.
+/// Acquires a partition of `service` for this VM and saves it. `None` if no role contains this VM.
 ///
 /// # Errors
-/// Of OneGate, where it is needed to ask what other nodes took.
-pub async fn take(
-    gate: &OneGate,
+/// A failed OneGate request, if the other nodes must be asked.
+pub(crate) async fn acquire(
+    onegate: &OneGate,
     service: &Service,
-    keeper: &PartitionStore,
+    store: &PartitionStore,
 ) -> Result<Option<Partition>, OneGateError> {
-    let partition = match known(service, keeper) {
+    let partition = match known(service, store) {
         Some(partition) => Some(partition),
-        None => claim(gate, keeper.vm_id).await?,
+        None => claim(onegate, store.vm_id).await?,
     };
     if let Some(partition) = partition {
-        keeper.keep(service.id, partition);
+        store.save(service.id, partition);
     }
     Ok(partition)
 }
 
-/// Takes an id that nobody has, publishes it, and looks again.
-async fn claim(gate: &OneGate, vm_id: u64) -> Result<Option<Partition>, OneGateError> {
-    let mut service = gate.service_with_attributes().await?;
-    let mut round = 0;
+/// Publishes an unused ID until no other node has published the same one.
+async fn claim(onegate: &OneGate, vm_id: u64) -> Result<Option<Partition>, OneGateError> {
+    let mut service = onegate.service_with_attributes().await?;
+    let mut attempt = 0;
     loop {
         let Some(role) = role_of(&service, vm_id) else {
             return Ok(None);
         };
         let partition = free_partition(role, vm_id);
-        gate.publish(&[
-            (OWNER_ATTRIBUTE, vm_id.to_string()),
-            (ATTRIBUTE, partition.id.to_string()),
-        ])
-        .await?;
-        service = gate.service_with_attributes().await?;
+        onegate
+            .publish(&[(OWNER_ATTRIBUTE, vm_id.to_string()), (ATTRIBUTE, partition.id.to_string())])
+            .await?;
+        service = onegate.service_with_attributes().await?;
         let others =
-            role_of(&service, vm_id).map(|role| taken(role, Some(vm_id))).unwrap_or_default();
+            role_of(&service, vm_id).map(|role| ids_of_others(role, vm_id)).unwrap_or_default();
         if !others.contains(&partition.id) {
             return Ok(Some(partition));
         }
-        round += 1;
-        if round == MAX_ATTEMPTS {
+        attempt += 1;
+        if attempt == MAX_ATTEMPTS {
             tracing::warn!(
-                "another node of the service has the partition {} as well",
+                partition = partition.id,
+                attempt,
+                "another node of the service also uses partition {}; continuing with it after \
+                 {MAX_ATTEMPTS} attempts to find a free one",
                 partition.id
             );
             return Ok(Some(partition));
         }
-        // Not at the same time as the other one.
+        // A random delay, so that two nodes with the same ID do not retry in step.
         tokio::time::sleep(Duration::from_millis(fastrand::u64(200..2000))).await;
     }
 }
@@ -165,72 +169,76 @@ fn role_of(service: &Service, vm_id: u64) -> Option<&Role> {
     service.roles.iter().find(|role| role.nodes.iter().any(|node| node.vm_id == vm_id))
 }
 
-/// How many nodes a role has, or is to have.
+/// Number of nodes that a role has or will have.
 fn count_of(role: &Role) -> u64 {
     role.cardinality.unwrap_or(0).max(role.nodes.len() as u64)
 }
 
-/// An id is always less than the count, however the service shrank.
+/// Raises the count above the ID, which may be larger if the service was scaled down.
 fn with_count(id: u64, count: u64) -> Partition {
     Partition { id, count: count.max(id + 1) }
 }
 
-/// The number that OneFlow gave to a VM.
+/// Returns the number that OneFlow gave to a VM.
 fn number_of(role: &Role, node: &Node) -> Option<u64> {
     let rest = node.name.as_deref()?.strip_prefix(role.name.as_str())?.strip_prefix('_')?;
     let (number, _) = rest.split_once("_(service_")?;
     number.parse().ok().filter(|number| *number < MAX_IDS)
 }
 
-/// This VM's number, where nobody has ever been replaced: the numbers of the role begin with 0 and
-/// leave none out.
+/// Returns this VM's number if no VM of the role has been replaced: the numbers of the role start
+/// at 0 without a gap.
 fn by_number(role: &Role, vm_id: u64) -> Option<u64> {
     let numbers: Option<BTreeSet<u64>> =
         role.nodes.iter().map(|node| number_of(role, node)).collect();
     let numbers = numbers.filter(|numbers| numbers.len() == role.nodes.len())?;
-    let complete = numbers.last() == Some(&(numbers.len() as u64 - 1));
+    let is_complete = numbers.last() == Some(&(numbers.len() as u64 - 1));
     let own = role.nodes.iter().find(|node| node.vm_id == vm_id)?;
-    number_of(role, own).filter(|_| complete)
+    number_of(role, own).filter(|_| is_complete)
 }
 
-/// The id that a node has published for itself.
-fn published(node: &Node) -> Option<u64> {
+/// Returns the partition ID that a node has published for itself.
+fn published_id(node: &Node) -> Option<u64> {
     let number = |name: &str| node.attributes.get(name)?.trim().parse::<u64>().ok();
     number(ATTRIBUTE).filter(|id| *id < MAX_IDS && number(OWNER_ATTRIBUTE) == Some(node.vm_id))
 }
 
-/// The ids that the nodes of a role have published, but for one node.
-fn taken(role: &Role, but: Option<u64>) -> BTreeSet<u64> {
-    role.nodes.iter().filter(|node| Some(node.vm_id) != but).filter_map(published).collect()
+/// Returns the partition IDs that the other nodes of a role have published.
+fn ids_of_others(role: &Role, vm_id: u64) -> BTreeSet<u64> {
+    role.nodes.iter().filter(|node| node.vm_id != vm_id).filter_map(published_id).collect()
 }
 
-/// What this VM takes, as far as the list tells. Whoever has published an id has it. Of the others
-/// those whose number is still within the count have that, and what is left over goes by the order
-/// of the VMs: nodes that see the same list agree.
+/// Returns the partition for this VM, from the list of the role's nodes alone. A published ID
+/// belongs to its node. Of the other nodes, those with a number below the count get that number,
+/// and the rest get the remaining IDs in the order of their VM IDs. Nodes that see the same list
+/// therefore agree.
 fn free_partition(role: &Role, vm_id: u64) -> Partition {
     let count = count_of(role);
-    let others = taken(role, Some(vm_id));
+    let others = ids_of_others(role, vm_id);
     let own = role.nodes.iter().find(|node| node.vm_id == vm_id);
-    if let Some(id) = own.and_then(published).filter(|id| !others.contains(id)) {
+    if let Some(id) = own.and_then(published_id).filter(|id| !others.contains(id)) {
         return with_count(id, count);
     }
     let mut free: BTreeSet<u64> = (0..count).filter(|id| !others.contains(id)).collect();
-    let mut without: Vec<&Node> =
-        role.nodes.iter().filter(|node| node.vm_id == vm_id || published(node).is_none()).collect();
-    without.sort_by_key(|node| node.vm_id);
+    let mut without_id: Vec<&Node> = role
+        .nodes
+        .iter()
+        .filter(|node| node.vm_id == vm_id || published_id(node).is_none())
+        .collect();
+    without_id.sort_by_key(|node| node.vm_id);
     let mut unassigned = Vec::new();
-    for node in without {
+    for node in without_id {
         match number_of(role, node).filter(|number| free.remove(number)) {
             Some(number) if node.vm_id == vm_id => return with_count(number, count),
             Some(_) => {}
             None => unassigned.push(node.vm_id),
         }
     }
-    let place = unassigned.iter().position(|id| *id == vm_id).unwrap_or(0);
-    // More published ids than nodes: those of VMs that have gone are not in the list, those of
-    // liars may be.
+    let index = unassigned.iter().position(|id| *id == vm_id).unwrap_or(0);
+    // A node that publishes false IDs can use up all free ones. The attributes of removed VMs are
+    // not in the list.
     let id =
-        free.into_iter().nth(place).unwrap_or_else(|| others.last().map_or(0, |last| last + 1));
+        free.into_iter().nth(index).unwrap_or_else(|| others.last().map_or(0, |last| last + 1));
     with_count(id, count)
 }
 
@@ -238,7 +246,7 @@ fn free_partition(role: &Role, vm_id: u64) -> Partition {
 mod tests {
     use super::*;
 
-    /// A role of VMs: number of the VM, its number in OneFlow, the id that it has published.
+    /// A role with these VMs: VM ID, OneFlow number, published partition ID.
     fn role(vms: &[(u64, u64, Option<u64>)]) -> Role {
         let node = |(vm_id, number, id): &(u64, u64, Option<u64>)| {
             let attributes =
@@ -257,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn while_nobody_was_replaced_the_number_is_the_id_whatever_is_added() {
+    fn number_is_the_id_until_a_vm_is_replaced() {
         let small = role(&[(101, 0, None), (102, 1, None)]);
         let grown = role(&[(103, 2, None), (101, 0, None), (102, 1, None)]);
         for vm in [101, 102] {
@@ -267,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gap_or_a_name_of_another_form_says_nothing() {
+    fn gaps_and_other_names_give_no_number() {
         assert_eq!(by_number(&role(&[(102, 1, None), (103, 2, None)]), 103), None);
         let mut named = role(&[(101, 0, None)]);
         for name in ["gpu-node", "supernode_x_(service_7)", "supernode_0", "supernode"] {
@@ -279,33 +287,33 @@ mod tests {
         assert_eq!(
             by_number(&role(&[(101, 0, None), (102, 0, None)]), 101),
             None,
-            "one number twice"
+            "duplicate number"
         );
     }
 
     #[test]
-    fn who_comes_for_one_that_went_takes_what_is_free() {
-        // 101 was replaced by 103; 102 is where it was.
+    fn replacement_takes_freed_partition() {
+        // 103 replaces 101; 102 is unchanged.
         let now = role(&[(102, 1, Some(1)), (103, 2, None)]);
         assert_eq!(free_partition(&now, 103), Partition { id: 0, count: 2 });
     }
 
     #[test]
-    fn several_that_come_together_agree() {
+    fn concurrent_replacements_agree() {
         let now = role(&[(102, 2, None), (104, 4, None), (103, 3, None)]);
         let ids: Vec<u64> = [102, 103, 104].iter().map(|vm| free_partition(&now, *vm).id).collect();
-        assert_eq!(ids, [2, 0, 1], "2 is still a number of this count");
+        assert_eq!(ids, [2, 0, 1], "number 2 is still below the count");
     }
 
     #[test]
-    fn what_was_published_for_another_vm_does_not_count() {
+    fn ids_published_by_another_vm_are_ignored() {
         let mut copied = role(&[(102, 1, Some(0)), (103, 2, None)]);
         copied.nodes[0].attributes.insert(OWNER_ATTRIBUTE.into(), "55".into());
         assert_eq!(free_partition(&copied, 103).id, 0);
     }
 
     #[test]
-    fn an_id_is_less_than_the_count_even_where_others_lie() {
+    fn id_is_below_count_despite_false_published_ids() {
         let full = role(&[(102, 1, Some(0)), (103, 2, Some(1)), (104, 3, None), (105, 4, Some(2))]);
         for vms in [
             full,
@@ -319,37 +327,41 @@ mod tests {
     }
 
     #[test]
-    fn no_two_nodes_that_see_one_list_take_one_id() {
-        proptest::proptest!(|(vms in proptest::collection::btree_map(1..60_u64, (0..60_u64, proptest::option::of(0..8_u64)), 1..9))| {
+    fn nodes_with_the_same_list_take_different_ids() {
+        let nodes = (0..60_u64, proptest::option::of(0..8_u64));
+        proptest::proptest!(|(vms in proptest::collection::btree_map(1..60_u64, nodes, 1..9))| {
             let mut seen = BTreeSet::new();
             let vms: Vec<_> = vms
                 .into_iter()
                 .enumerate()
-                // OneFlow's numbers grow with the VMs, and each is given once; ids that were
-                // published are published once.
-                .map(|(place, (vm, (more, id)))| (vm, place as u64 * 60 + more, id.filter(|id| seen.insert(*id))))
+                // OneFlow's numbers increase with the VM IDs and are unique, as are published
+                // IDs.
+                .map(|(index, (vm, (offset, id)))| {
+                    (vm, index as u64 * 60 + offset, id.filter(|id| seen.insert(*id)))
+                })
                 .collect();
             let role = role(&vms);
-            let ids: BTreeSet<u64> = vms.iter().map(|(vm, ..)| free_partition(&role, *vm).id).collect();
+            let ids: BTreeSet<u64> =
+                vms.iter().map(|(vm, ..)| free_partition(&role, *vm).id).collect();
             proptest::prop_assert_eq!(ids.len(), vms.len());
         });
     }
 
     #[test]
-    fn what_was_taken_is_kept_for_this_vm_and_counted_anew_at_a_reboot() {
-        let folder = std::env::temp_dir().join(format!("sn-partition-{}", std::process::id()));
+    fn record_belongs_to_one_vm_and_expires_at_reboot() {
+        let dir = std::env::temp_dir().join(format!("sn-partition-{}", std::process::id()));
         let partition = Partition { id: 1, count: 2 };
-        PartitionStore::new(&folder, 102, "boot-1\n").keep(7, partition);
-        assert_eq!(PartitionStore::new(&folder, 102, "boot-1").of_this_boot(), Some(partition));
-        assert_eq!(PartitionStore::new(&folder, 102, "boot-2").of_this_boot(), None);
+        PartitionStore::new(&dir, 102, "boot-1\n").save(7, partition);
+        assert_eq!(PartitionStore::new(&dir, 102, "boot-1").of_this_boot(), Some(partition));
+        assert_eq!(PartitionStore::new(&dir, 102, "boot-2").of_this_boot(), None);
         assert_eq!(
-            PartitionStore::new(&folder, 102, "boot-2").kept().map(|kept| kept.partition),
+            PartitionStore::new(&dir, 102, "boot-2").load().map(|record| record.partition),
             Some(partition)
         );
-        assert_eq!(PartitionStore::new(&folder, 103, "boot-1").kept(), None, "a copied disk");
-        std::fs::write(folder.join("partition.json"), "{").unwrap();
-        assert_eq!(PartitionStore::new(&folder, 102, "boot-1").kept(), None);
-        std::fs::remove_dir_all(folder).unwrap();
+        assert_eq!(PartitionStore::new(&dir, 103, "boot-1").load(), None, "cloned disk");
+        std::fs::write(dir.join("partition.json"), "{").unwrap();
+        assert_eq!(PartitionStore::new(&dir, 102, "boot-1").load(), None);
+        std::fs::remove_dir_all(dir).unwrap();
     }
 
     fn service(id: u64, roles: Vec<Role>) -> Service {
@@ -357,42 +369,41 @@ mod tests {
     }
 
     #[test]
-    fn what_is_known_without_asking_is_what_was_taken_in_this_service_and_else_the_number() {
-        let folder =
-            std::env::temp_dir().join(format!("sn-partition-known-{}", std::process::id()));
-        let keeper = PartitionStore::new(&folder, 102, "boot-1");
+    fn known_prefers_the_saved_partition_of_the_service() {
+        let dir = std::env::temp_dir().join(format!("sn-partition-known-{}", std::process::id()));
+        let store = PartitionStore::new(&dir, 102, "boot-1");
         let other = Role { name: "superlink".into(), ..role(&[(100, 0, None)]) };
         let now = service(7, vec![other.clone(), role(&[(101, 0, None), (102, 1, None)])]);
-        assert_eq!(known(&now, &keeper), Some(Partition { id: 1, count: 2 }));
-        assert_eq!(known(&service(7, vec![other]), &keeper), None, "no role has this VM");
+        assert_eq!(known(&now, &store), Some(Partition { id: 1, count: 2 }));
+        assert_eq!(known(&service(7, vec![other]), &store), None, "no role contains this VM");
         let gap = service(7, vec![role(&[(102, 1, None), (103, 2, None)])]);
-        assert_eq!(known(&gap, &keeper), None, "others must be asked");
-        keeper.keep(7, Partition { id: 5, count: 6 });
+        assert_eq!(known(&gap, &store), None, "others must be asked");
+        store.save(7, Partition { id: 5, count: 6 });
         assert_eq!(
-            known(&now, &keeper),
+            known(&now, &store),
             Some(Partition { id: 5, count: 6 }),
-            "also where the service shrank"
+            "also after scaling down"
         );
-        assert_eq!(known(&service(8, now.roles), &keeper), Some(Partition { id: 1, count: 2 }));
-        // A file that nobody wrote like this.
-        keeper.keep(7, Partition { id: 6, count: 6 });
-        assert_eq!(keeper.kept(), None);
-        std::fs::remove_dir_all(folder).unwrap();
+        assert_eq!(known(&service(8, now.roles), &store), Some(Partition { id: 1, count: 2 }));
+        // An invalid record: the ID is not below the count.
+        store.save(7, Partition { id: 6, count: 6 });
+        assert_eq!(store.load(), None);
+        std::fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]
-    fn a_number_beyond_any_service_is_not_believed() {
-        let most = MAX_IDS - 1;
+    fn numbers_from_max_ids_on_are_ignored() {
+        let largest = MAX_IDS - 1;
         let numbered = |number| role(&[(101, number, None)]);
-        assert_eq!(number_of(&numbered(most), &numbered(most).nodes[0]), Some(most));
+        assert_eq!(number_of(&numbered(largest), &numbered(largest).nodes[0]), Some(largest));
         assert_eq!(number_of(&numbered(MAX_IDS), &numbered(MAX_IDS).nodes[0]), None);
         let with_id = |id| role(&[(101, 0, Some(id))]);
-        assert_eq!(published(&with_id(most).nodes[0]), Some(most));
-        assert_eq!(published(&with_id(MAX_IDS).nodes[0]), None);
+        assert_eq!(published_id(&with_id(largest).nodes[0]), Some(largest));
+        assert_eq!(published_id(&with_id(MAX_IDS).nodes[0]), None);
     }
 
     #[test]
-    fn a_node_that_has_published_an_id_keeps_it() {
+    fn node_keeps_its_published_id() {
         let now = role(&[(102, 5, Some(1)), (103, 6, None)]);
         assert_eq!(free_partition(&now, 102), Partition { id: 1, count: 2 });
         assert_eq!(free_partition(&now, 103), Partition { id: 0, count: 2 });

@@ -137,7 +137,7 @@ impl SuperLinkError {
 
 /// Result of one discovery attempt.
 #[derive(Debug)]
-pub struct Discovery {
+pub(crate) struct Discovery {
     /// The SuperLink, without the partition.
     pub superlink: SuperLink,
     /// The service, if OneGate was queried for it.
@@ -148,7 +148,7 @@ pub struct Discovery {
 
 /// How the connection to the SuperLink is secured.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Trust {
+pub(crate) struct Trust {
     /// CAs that the SuperLink's certificate is verified against; `None` is a plaintext connection.
     pub ca: Option<CaBundle>,
     /// Configuration problems to log as WARNINGs.
@@ -169,7 +169,7 @@ pub struct Trust {
 /// If TLS is enabled and no CA is valid at `now`: a connection is never silently downgraded to
 /// plaintext. With `published` = `None`, [`SuperLinkError::NoCa`] means that only OneGate can still
 /// supply the CA.
-pub fn decide_trust(
+pub(crate) fn decide_trust(
     config: &Config,
     published: Option<&Vm>,
     now: SystemTime,
@@ -250,7 +250,7 @@ fn published_ca(
 ///
 /// # Errors
 /// Why there is no SuperLink; [`SuperLinkError::is_final`] tells whether a retry is pointless.
-pub async fn find_superlink(
+pub(crate) async fn find_superlink(
     onegate: OneGateAvailability<'_>,
     config: &Config,
     now: SystemTime,
@@ -286,7 +286,7 @@ pub async fn find_superlink(
 ///
 /// # Errors
 /// A final one.
-pub fn check_config(
+pub(crate) fn check_config(
     onegate: OneGateAvailability<'_>,
     config: &Config,
     now: SystemTime,
@@ -604,7 +604,10 @@ mod tests {
     /// A VM in the state ACTIVE/RUNNING or POWEROFF.
     fn peer(id: u64, is_running: bool, attributes: serde_json::Value) -> String {
         let (state, lcm_state) = if is_running { (3, 3) } else { (8, 0) };
-        json!({"VM": {"ID": id, "STATE": state, "LCM_STATE": lcm_state, "USER_TEMPLATE": attributes}}).to_string()
+        let vm = json!({
+            "ID": id, "STATE": state, "LCM_STATE": lcm_state, "USER_TEMPLATE": attributes,
+        });
+        json!({ "VM": vm }).to_string()
     }
 
     #[tokio::test]
