@@ -1,5 +1,10 @@
-//! The catalogue of reasons why a node runs on the CPU although a GPU was wanted: one table.
-//! The journal catalog, the manual and the tests come from it.
+//! The catalogue of reasons for a CPU fallback, one table. The journal catalog, the manual and the
+//! documentation are generated from it.
+//!
+//! To add a reason: add a variant to [`Reason`] and a row to [`CATALOGUE`] (with a new MESSAGE_ID
+//! from `systemd-id128 new`), return it where it is diagnosed ([`super::diagnose`],
+//! [`super::nvml_error`]), and renew the documents: `UPDATE_DOCUMENTS=1 cargo test -p
+//! supernode-agent --test documents`.
 
 use std::fmt;
 
@@ -7,9 +12,9 @@ use serde::{Serialize, Serializer};
 
 use crate::system::os_release::Distribution;
 
-/// Why a node runs on the CPU although a GPU was wanted.
+/// The reason for a CPU fallback.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[expect(missing_docs, reason = "each variant is documented by its entry in the catalogue")]
+#[expect(missing_docs, reason = "each variant is documented by its row in the catalogue")]
 pub enum Reason {
     GpuNotPresent,
     GpuNotPassedThrough,
@@ -36,34 +41,34 @@ pub enum Reason {
     FrameworkWithoutGpu,
 }
 
-/// What the catalogue says about a [`Reason`].
+/// A row of the catalogue.
 #[derive(Debug)]
 pub struct Entry {
     /// The reason.
     pub reason: Reason,
-    /// Its stable code.
+    /// Stable code.
     pub code: &'static str,
-    /// The MESSAGE_ID of its journal entry: 128 bits in hexadecimal, unique to it.
+    /// MESSAGE_ID of the journal entry: 128 bits in hexadecimal, unique.
     pub message_id: &'static str,
-    /// What it means, in one sentence.
+    /// Meaning, in one sentence.
     pub meaning: &'static str,
-    /// What an operator does about it.
+    /// How the operator fixes it.
     pub fix: Fix,
 }
 
-/// What an operator does about a [`Reason`]: commands, or an attribute of the VM template.
+/// How the operator fixes a [`Reason`]: commands, or an attribute of the VM template.
 #[derive(Debug)]
 pub enum Fix {
-    /// The same on every machine.
+    /// The same on every distribution.
     Everywhere(&'static str),
-    /// Commands that differ. Those for Debian and Ubuntu name packages of Debian 12 and 13, of
-    /// Ubuntu 22.04 and 24.04, or of NVIDIA's own repositories.
-    #[expect(missing_docs, reason = "each field is the distribution of its name")]
+    /// Differs by distribution. The packages are those of Debian 12 and 13, Ubuntu 22.04 and 24.04,
+    /// and NVIDIA's repositories.
+    #[expect(missing_docs, reason = "each field is named after its distribution")]
     Each { debian: &'static str, ubuntu: &'static str, elsewhere: &'static str },
 }
 
 impl Fix {
-    /// The wording for a machine of this distribution.
+    /// Returns the fix for this distribution.
     pub fn on(&self, distribution: Distribution) -> &'static str {
         match (self, distribution) {
             (Self::Everywhere(fix), _) => fix,
@@ -73,7 +78,7 @@ impl Fix {
         }
     }
 
-    /// Every wording, with whom it is for: what documents show.
+    /// Returns the fix for every distribution, each with a heading.
     pub fn all(&self) -> Vec<(&'static str, &'static str)> {
         match self {
             Self::Everywhere(fix) => vec![("Fix", fix)],
@@ -88,50 +93,84 @@ impl Fix {
     }
 }
 
-/// nvidia-container-toolkit is in no release of Debian or Ubuntu (source: NVIDIA's installation
-/// guide of the toolkit).
-const APT_TOOLKIT: &str = "curl -fsSL https://nvidia.github.io/libnvidia-container/gpgkey -o /etc/apt/keyrings/nvidia-container-toolkit.asc && echo 'deb [signed-by=/etc/apt/keyrings/nvidia-container-toolkit.asc] https://nvidia.github.io/libnvidia-container/stable/deb/$(ARCH) /' > /etc/apt/sources.list.d/nvidia-container-toolkit.list && apt update && apt install nvidia-container-toolkit, or correct runtime_path under [docker] in /etc/supernode-agent/agent.toml; then systemctl restart flower-supernode";
+/// nvidia-container-toolkit is in no release of Debian or Ubuntu; NVIDIA's installation guide adds
+/// its repository.
+const APT_TOOLKIT: &str = "curl -fsSL https://nvidia.github.io/libnvidia-container/gpgkey -o \
+     /etc/apt/keyrings/nvidia-container-toolkit.asc && echo 'deb \
+     [signed-by=/etc/apt/keyrings/nvidia-container-toolkit.asc] \
+     https://nvidia.github.io/libnvidia-container/stable/deb/$(ARCH) /' > \
+     /etc/apt/sources.list.d/nvidia-container-toolkit.list && apt update && apt install \
+     nvidia-container-toolkit, or correct runtime_path under [docker] in \
+     /etc/supernode-agent/agent.toml; then systemctl restart flower-supernode";
 
-/// Every reason, in the order of the manual.
+/// All reasons, in the order of the manual.
 pub const CATALOGUE: &[Entry] = &[
     Entry {
         reason: Reason::GpuNotPresent,
         code: "gpu-not-present",
         message_id: "869c911fe2436c713e5625d9c8cf4c9e",
-        meaning: "There is no NVIDIA GPU in this VM, and OpenNebula passed none through.",
+        meaning: "No NVIDIA GPU is present in this VM, and OpenNebula assigned none.",
         fix: Fix::Everywhere(
-            "add PCI=[VENDOR=\"10de\",CLASS=\"0302\"] (CLASS=\"0300\" for GeForce cards) to the VM template and instantiate the VM anew, or set FL_GPU_ENABLED=NO",
+            "add PCI=[VENDOR=\"10de\",CLASS=\"0302\"] (CLASS=\"0300\" for GeForce GPUs) to the VM \
+             template and instantiate a new VM, or set FL_GPU_ENABLED=NO",
         ),
     },
     Entry {
         reason: Reason::GpuNotPassedThrough,
         code: "gpu-not-passed-through",
         message_id: "1066eaea8fabf0f00ff7b11691329178",
-        meaning: "OpenNebula assigned a PCI device that is not in this VM, or is not a GPU.",
+        meaning: "OpenNebula assigned a PCI device that is absent from this VM or is not an NVIDIA \
+                  GPU.",
         fix: Fix::Everywhere(
-            "on the host, bind every function of the card to vfio-pci (driverctl set-override ADDRESS vfio-pci), check the PCI attribute of the VM template, then onevm poweroff VMID and onevm resume VMID",
+            "on the host, bind every function of the GPU to vfio-pci (driverctl set-override \
+             ADDRESS vfio-pci), check the PCI attribute of the VM template, then run onevm \
+             poweroff VMID and onevm resume VMID",
         ),
     },
     Entry {
         reason: Reason::DriverNotLoaded,
         code: "driver-not-loaded",
         message_id: "5f1fd82962f550c642c9e6b8df7f1387",
-        meaning: "The GPU is in this VM, but no NVIDIA driver drives it.",
+        meaning: "The GPU is present, but NVIDIA's driver is not bound to it.",
         fix: Fix::Each {
-            debian: "apt update && apt install linux-headers-$(uname -r) nvidia-driver (with contrib, non-free and non-free-firmware among the Components in /etc/apt), then modprobe nvidia && systemctl restart flower-supernode; if modprobe fails, dmesg tells why; under Secure Boot enrol the module's key (mokutil --import /var/lib/dkms/mok.pub, then reboot) or set OS=[FIRMWARE_SECURE=\"NO\"] in the VM template",
-            ubuntu: "apt update && apt install ubuntu-drivers-common && ubuntu-drivers install --gpgpu, then modprobe nvidia && systemctl restart flower-supernode; if modprobe fails, dmesg tells why; under Secure Boot a module that DKMS built needs its key enrolled (mokutil --import /var/lib/shim-signed/mok/MOK.der, then reboot), or OS=[FIRMWARE_SECURE=\"NO\"] in the VM template",
-            elsewhere: "install the headers of the kernel that uname -r names and NVIDIA's driver (https://docs.nvidia.com/datacenter/tesla/driver-installation-guide), then modprobe nvidia && systemctl restart flower-supernode; if modprobe fails, dmesg tells why; under Secure Boot sign the module or set OS=[FIRMWARE_SECURE=\"NO\"] in the VM template",
+            debian: "apt update && apt install linux-headers-$(uname -r) nvidia-driver (needs the \
+                     components contrib, non-free and non-free-firmware in /etc/apt), then \
+                     modprobe nvidia && systemctl restart flower-supernode; if modprobe fails, \
+                     dmesg shows why; with Secure Boot, enroll the key of the module (mokutil \
+                     --import /var/lib/dkms/mok.pub, then reboot) or set \
+                     OS=[FIRMWARE_SECURE=\"NO\"] in the VM template",
+            ubuntu: "apt update && apt install ubuntu-drivers-common && ubuntu-drivers install \
+                     --gpgpu, then modprobe nvidia && systemctl restart flower-supernode; if \
+                     modprobe fails, dmesg shows why; with Secure Boot, enroll the key of a module \
+                     built by DKMS (mokutil --import /var/lib/shim-signed/mok/MOK.der, then \
+                     reboot) or set OS=[FIRMWARE_SECURE=\"NO\"] in the VM template",
+            elsewhere: "install the headers of the running kernel (uname -r) and NVIDIA's driver \
+                        (https://docs.nvidia.com/datacenter/tesla/driver-installation-guide), then \
+                        modprobe nvidia && systemctl restart flower-supernode; if modprobe fails, \
+                        dmesg shows why; with Secure Boot, sign the module or set \
+                        OS=[FIRMWARE_SECURE=\"NO\"] in the VM template",
         },
     },
     Entry {
         reason: Reason::WrongDriver,
         code: "wrong-driver",
         message_id: "4a21c34a34c4463b4a26f0f47fa4f3fc",
-        meaning: "The GPU is bound to a driver that is not NVIDIA's.",
+        meaning: "The GPU is bound to a driver other than NVIDIA's.",
         fix: Fix::Each {
-            debian: "keep the other driver away (nouveau: echo blacklist nouveau > /etc/modprobe.d/blacklist-nouveau.conf && update-initramfs -u; vfio-pci: driverctl unset-override ADDRESS), apt update && apt install linux-headers-$(uname -r) nvidia-driver (with contrib, non-free and non-free-firmware among the Components in /etc/apt), then reboot the VM",
-            ubuntu: "keep the other driver away (nouveau: echo blacklist nouveau > /etc/modprobe.d/blacklist-nouveau.conf && update-initramfs -u; vfio-pci: driverctl unset-override ADDRESS), apt update && apt install ubuntu-drivers-common && ubuntu-drivers install --gpgpu, then reboot the VM",
-            elsewhere: "keep the other driver away (nouveau: echo blacklist nouveau > /etc/modprobe.d/blacklist-nouveau.conf && dracut --force; vfio-pci: driverctl unset-override ADDRESS), install NVIDIA's driver (https://docs.nvidia.com/datacenter/tesla/driver-installation-guide), then reboot the VM",
+            debian: "keep the other driver from binding the GPU (nouveau: echo blacklist nouveau > \
+                     /etc/modprobe.d/blacklist-nouveau.conf && update-initramfs -u; vfio-pci: \
+                     driverctl unset-override ADDRESS), apt update && apt install \
+                     linux-headers-$(uname -r) nvidia-driver (needs the components contrib, \
+                     non-free and non-free-firmware in /etc/apt), then reboot the VM",
+            ubuntu: "keep the other driver from binding the GPU (nouveau: echo blacklist nouveau > \
+                     /etc/modprobe.d/blacklist-nouveau.conf && update-initramfs -u; vfio-pci: \
+                     driverctl unset-override ADDRESS), apt update && apt install \
+                     ubuntu-drivers-common && ubuntu-drivers install --gpgpu, then reboot the VM",
+            elsewhere: "keep the other driver from binding the GPU (nouveau: echo blacklist \
+                        nouveau > /etc/modprobe.d/blacklist-nouveau.conf && dracut --force; \
+                        vfio-pci: driverctl unset-override ADDRESS), install NVIDIA's driver \
+                        (https://docs.nvidia.com/datacenter/tesla/driver-installation-guide), then \
+                        reboot the VM",
         },
     },
     Entry {
@@ -140,28 +179,39 @@ pub const CATALOGUE: &[Entry] = &[
         message_id: "3d9e6a70c29c26b0ad619e7c3452f819",
         meaning: "NVIDIA's management library, libnvidia-ml, cannot be loaded.",
         fix: Fix::Each {
-            debian: "apt install --reinstall libnvidia-ml1 (component non-free), or correct nvml_library under [gpu] in /etc/supernode-agent/agent.toml; then systemctl restart flower-supernode",
-            ubuntu: "apt reinstall '?and(?installed,?name(^libnvidia-compute))' (where none is installed: ubuntu-drivers install --gpgpu), or correct nvml_library under [gpu] in /etc/supernode-agent/agent.toml; then systemctl restart flower-supernode",
-            elsewhere: "reinstall NVIDIA's driver, so that ldconfig -p lists libnvidia-ml.so.1, or correct nvml_library under [gpu] in /etc/supernode-agent/agent.toml; then systemctl restart flower-supernode",
+            debian: "apt install --reinstall libnvidia-ml1 (component non-free), or correct \
+                     nvml_library under [gpu] in /etc/supernode-agent/agent.toml; then systemctl \
+                     restart flower-supernode",
+            ubuntu: "apt reinstall '?and(?installed,?name(^libnvidia-compute))' (if none is \
+                     installed: ubuntu-drivers install --gpgpu), or correct nvml_library under \
+                     [gpu] in /etc/supernode-agent/agent.toml; then systemctl restart \
+                     flower-supernode",
+            elsewhere: "reinstall NVIDIA's driver so that ldconfig -p lists libnvidia-ml.so.1, or \
+                        correct nvml_library under [gpu] in /etc/supernode-agent/agent.toml; then \
+                        systemctl restart flower-supernode",
         },
     },
     Entry {
         reason: Reason::DriverLibraryMismatch,
         code: "driver-library-mismatch",
         message_id: "6074d8d4b5903c4b79186a849e15b008",
-        meaning: "NVIDIA's library and its kernel module are of different versions: the driver was upgraded and the old module is still loaded.",
+        meaning: "NVIDIA's library and kernel module have different versions: the driver was \
+                  upgraded, but the old module is still loaded.",
         fix: Fix::Everywhere(
-            "reboot the VM (or, with the node stopped: modprobe -r nvidia_uvm nvidia_drm nvidia_modeset nvidia && modprobe nvidia)",
+            "reboot the VM, or stop flower-supernode and run modprobe -r nvidia_uvm nvidia_drm \
+             nvidia_modeset nvidia && modprobe nvidia",
         ),
     },
     Entry {
         reason: Reason::DriverTooOld,
         code: "driver-too-old",
         message_id: "920648ef6b2ccdb3a941d40f17c3e454",
-        meaning: "NVIDIA's library lacks a function that the agent needs.",
+        meaning: "NVIDIA's library lacks a function that the agent needs: the driver is too old.",
         fix: Fix::Each {
-            debian: "apt update && apt install nvidia-driver (510 or later; Debian 12 has 535, Debian 13 has 550), then reboot the VM",
-            ubuntu: "apt update && apt install ubuntu-drivers-common && ubuntu-drivers install --gpgpu (510 or later), then reboot the VM",
+            debian: "apt update && apt install nvidia-driver (510 or later; Debian 12 has 535, \
+                     Debian 13 has 550), then reboot the VM",
+            ubuntu: "apt update && apt install ubuntu-drivers-common && ubuntu-drivers install \
+                     --gpgpu (510 or later), then reboot the VM",
             elsewhere: "upgrade NVIDIA's driver to 510 or later and reboot the VM",
         },
     },
@@ -169,56 +219,68 @@ pub const CATALOGUE: &[Entry] = &[
         reason: Reason::DriverNotReady,
         code: "driver-not-ready",
         message_id: "76f2f36361cf9117eb3e9bf4c625c8f1",
-        meaning: "The driver was still initialising when the wait for it ended.",
+        meaning: "The driver was still initialising when wait_seconds expired.",
         fix: Fix::Everywhere(
-            "raise wait_seconds under [gpu] in /etc/supernode-agent/agent.toml, let the driver stay initialised (systemctl enable --now nvidia-persistenced), then systemctl restart flower-supernode",
+            "keep the driver initialised (systemctl enable --now nvidia-persistenced) or raise \
+             wait_seconds under [gpu] in /etc/supernode-agent/agent.toml, then systemctl restart \
+             flower-supernode",
         ),
     },
     Entry {
         reason: Reason::DriverTimeout,
         code: "driver-timeout",
         message_id: "632522984070cc6524a56426a352b948",
-        meaning: "The driver gave no answer in time, and the probe was killed.",
+        meaning: "The driver did not respond in time, and the probe was killed.",
         fix: Fix::Everywhere(
-            "dmesg | grep -E 'NVRM|Xid' tells what the driver met; onevm poweroff VMID and onevm resume VMID; for a slow machine raise probe_timeout_seconds under [gpu] in /etc/supernode-agent/agent.toml",
+            "look for the cause with dmesg | grep -E 'NVRM|Xid', then run onevm poweroff VMID and \
+             onevm resume VMID; on a slow machine raise probe_timeout_seconds under [gpu] in \
+             /etc/supernode-agent/agent.toml",
         ),
     },
     Entry {
         reason: Reason::DriverCrash,
         code: "driver-crash",
         message_id: "c7b45707d896819569dfb772f309bad4",
-        meaning: "NVIDIA's library crashed while it was asked.",
+        meaning: "NVIDIA's library crashed during the probe.",
         fix: Fix::Each {
-            debian: "apt install --reinstall libnvidia-ml1 nvidia-kernel-dkms, so that library and module are whole and of one version, then reboot the VM",
-            ubuntu: "apt reinstall '?and(?installed,?name(nvidia))', so that library and module are whole and of one version, then reboot the VM",
-            elsewhere: "reinstall NVIDIA's driver, so that library and module are whole and of one version, then reboot the VM",
+            debian: "apt install --reinstall libnvidia-ml1 nvidia-kernel-dkms, so that library and \
+                     kernel module are intact and of the same version, then reboot the VM",
+            ubuntu: "apt reinstall '?and(?installed,?name(nvidia))', so that library and kernel \
+                     module are intact and of the same version, then reboot the VM",
+            elsewhere: "reinstall NVIDIA's driver, so that library and kernel module are intact \
+                        and of the same version, then reboot the VM",
         },
     },
     Entry {
         reason: Reason::DriverError,
         code: "driver-error",
         message_id: "9a7e3235982d23dc830c8cf451b4e4ae",
-        meaning: "NVIDIA's library reported an error.",
+        meaning: "NVIDIA's library returned an error.",
         fix: Fix::Everywhere(
-            "dmesg | grep -E 'NVRM|Xid' and nvidia-smi tell what the driver met; reboot the VM if the error stays",
+            "look for the cause with dmesg | grep -E 'NVRM|Xid' and nvidia-smi; reboot the VM if \
+             the error persists",
         ),
     },
     Entry {
         reason: Reason::PermissionDenied,
         code: "permission-denied",
         message_id: "47e30f688916bd6a5265fa5f9b3ff4be",
-        meaning: "The agent was refused access to the GPU.",
+        meaning: "The agent has no permission to access the GPU.",
         fix: Fix::Everywhere(
-            "run the agent as root, check the mode of /dev/nvidia* (crw-rw-rw-), and let the unit have the devices (systemctl edit flower-supernode: [Service] DeviceAllow=char-nvidia rw)",
+            "run the agent as root, check that the mode of /dev/nvidia* is crw-rw-rw-, and allow \
+             the devices in the unit (systemctl edit flower-supernode: [Service] \
+             DeviceAllow=char-nvidia rw)",
         ),
     },
     Entry {
         reason: Reason::GpuCountZero,
         code: "gpu-count-zero",
         message_id: "cdf0a052644d95a2ca1c47e9e6f6e254",
-        meaning: "The driver is loaded and sees no GPU.",
+        meaning: "The driver is loaded but reports no GPU.",
         fix: Fix::Everywhere(
-            "dmesg | grep NVRM tells why the driver refused the card (an unsupported GPU, too small BARs, a vGPU licence); use a driver branch that supports the card, and check with nvidia-smi -L",
+            "look for the reason with dmesg | grep NVRM (unsupported GPU, BARs too small, missing \
+             vGPU licence), install a driver branch that supports the GPU, and verify with \
+             nvidia-smi -L",
         ),
     },
     Entry {
@@ -227,16 +289,18 @@ pub const CATALOGUE: &[Entry] = &[
         message_id: "242b4cbfa36c8e84a8b0c84dbe4ce8b2",
         meaning: "The GPU has fallen off the bus.",
         fix: Fix::Everywhere(
-            "onevm poweroff VMID and onevm resume VMID; if the GPU stays lost, power-cycle the host",
+            "run onevm poweroff VMID and onevm resume VMID; if the GPU is still lost, power-cycle \
+             the host",
         ),
     },
     Entry {
         reason: Reason::GpuResetRequired,
         code: "gpu-reset-required",
         message_id: "1c190f27419460b56b8b76a01484e1b7",
-        meaning: "The GPU asks for a reset.",
+        meaning: "The GPU requires a reset.",
         fix: Fix::Everywhere(
-            "nvidia-smi -r while nothing uses the GPU, or onevm poweroff VMID and onevm resume VMID",
+            "run nvidia-smi -r while no process uses the GPU, or onevm poweroff VMID and onevm \
+             resume VMID",
         ),
     },
     Entry {
@@ -245,54 +309,70 @@ pub const CATALOGUE: &[Entry] = &[
         message_id: "6c671ecda1c186e72cd246afe26c6835",
         meaning: "The GPU reports a hardware fault.",
         fix: Fix::Everywhere(
-            "nvidia-smi -q shows the fault; nvidia-smi -r, or onevm poweroff VMID and onevm resume VMID; if it comes back, replace the card, its power cable or its slot",
+            "nvidia-smi -q shows the fault; reset the GPU with nvidia-smi -r, or with onevm \
+             poweroff VMID and onevm resume VMID; if the fault returns, replace the GPU, its power \
+             cable or its slot",
         ),
     },
     Entry {
         reason: Reason::DeviceSelectionEmpty,
         code: "device-selection-empty",
         message_id: "107ccbb7d992cd1d8145c3926255cb55",
-        meaning: "FL_CUDA_VISIBLE_DEVICES selects no GPU that exists in this VM.",
+        meaning: "FL_CUDA_VISIBLE_DEVICES selects no usable GPU of this VM.",
         fix: Fix::Everywhere(
-            "set FL_CUDA_VISIBLE_DEVICES to all or to one of the GPUs that supernode-agent gpu lists (a card in MIG mode without an instance: nvidia-smi mig -cgi PROFILE -C makes one, nvidia-smi -mig 0 ends the mode), or set FL_GPU_ENABLED=NO",
+            "set FL_CUDA_VISIBLE_DEVICES to all or to a GPU that supernode-agent gpu lists, or set \
+             FL_GPU_ENABLED=NO; for a GPU in MIG mode without instances, create one (nvidia-smi \
+             mig -cgi PROFILE -C) or disable MIG (nvidia-smi -mig 0)",
         ),
     },
     Entry {
         reason: Reason::RuntimeMissing,
         code: "runtime-missing",
         message_id: "9717a5010ebb71160385380f3acd0c34",
-        meaning: "The GPU works, but nvidia-container-runtime, by which Docker hands it over, is not installed.",
+        meaning: "The GPU is usable, but nvidia-container-runtime, which makes it available to \
+                  containers, is not installed.",
         fix: Fix::Each {
             debian: APT_TOOLKIT,
             ubuntu: APT_TOOLKIT,
-            elsewhere: "curl -fsSL https://nvidia.github.io/libnvidia-container/stable/rpm/nvidia-container-toolkit.repo -o /etc/yum.repos.d/nvidia-container-toolkit.repo && dnf install nvidia-container-toolkit, or correct runtime_path under [docker] in /etc/supernode-agent/agent.toml; then systemctl restart flower-supernode",
+            elsewhere: "curl -fsSL \
+                        https://nvidia.github.io/libnvidia-container/stable/rpm/nvidia-container-toolkit.repo \
+                        -o /etc/yum.repos.d/nvidia-container-toolkit.repo && dnf install \
+                        nvidia-container-toolkit, or correct runtime_path under [docker] in \
+                        /etc/supernode-agent/agent.toml; then systemctl restart flower-supernode",
         },
     },
     Entry {
         reason: Reason::RuntimeNotConfigured,
         code: "runtime-not-configured",
         message_id: "84f63351174b9bf685aa4aaf8164c23a",
-        meaning: "Docker does not know the nvidia runtime, and it could not be told.",
+        meaning: "The nvidia runtime is not registered with Docker, and the agent could not \
+                  register it.",
         fix: Fix::Everywhere(
-            "mend daemon.json so that it is one JSON object (an empty one is {}), run supernode-agent configure-runtime and systemctl reload docker; journalctl -u docker shows what Docker objects to",
+            "correct daemon.json so that it is one JSON object (an empty one is {}), then run \
+             supernode-agent configure-runtime and systemctl reload docker; journalctl -u docker \
+             shows what Docker rejects",
         ),
     },
     Entry {
         reason: Reason::RuntimeStartFailed,
         code: "runtime-start-failed",
         message_id: "03fe86fa94199f10a149a588cd19bd0a",
-        meaning: "Docker refused to start the container with the GPU.",
+        meaning: "Docker could not start the container with the GPU.",
         fix: Fix::Everywhere(
-            "try the GPU in any container (docker run --rm --runtime=nvidia -e NVIDIA_VISIBLE_DEVICES=all IMAGE nvidia-smi); reinstall nvidia-container-toolkit if that fails as well; then systemctl restart flower-supernode",
+            "test the GPU in another container (docker run --rm --runtime=nvidia -e \
+             NVIDIA_VISIBLE_DEVICES=all IMAGE nvidia-smi); if that fails too, reinstall \
+             nvidia-container-toolkit; then systemctl restart flower-supernode",
         ),
     },
     Entry {
         reason: Reason::GpuNotVisible,
         code: "gpu-not-visible",
         message_id: "91c7fbd4d4b9839bf139d6263045e9d7",
-        meaning: "The container started with the GPU, and the GPU is not in it.",
+        meaning: "The container started with the GPU, but the GPU is not visible in it.",
         fix: Fix::Everywhere(
-            "check that the nvidia runtime of daemon.json is NVIDIA's own and that /etc/nvidia-container-runtime/config.toml has no mode that skips the devices; then systemctl restart flower-supernode",
+            "check that the nvidia runtime in daemon.json is NVIDIA's and that no mode in \
+             /etc/nvidia-container-runtime/config.toml skips the devices, then systemctl restart \
+             flower-supernode",
         ),
     },
     Entry {
@@ -301,36 +381,37 @@ pub const CATALOGUE: &[Entry] = &[
         message_id: "642dd8c826e27e90105ed2d5d392ac67",
         meaning: "The GPU failed while the node was running.",
         fix: Fix::Everywhere(
-            "look up the Xid in dmesg, reset the GPU (nvidia-smi -r) or power the VM off and on, then systemctl restart flower-supernode",
+            "look up the XID in dmesg, reset the GPU (nvidia-smi -r) or power-cycle the VM (onevm \
+             poweroff VMID and onevm resume VMID), then systemctl restart flower-supernode",
         ),
     },
     Entry {
         reason: Reason::FrameworkWithoutGpu,
         code: "framework-without-gpu",
         message_id: "e8aa94a4f59ab3df3719d167f6cc7216",
-        meaning: "The framework has no GPU build.",
+        meaning: "The framework has no GPU support.",
         fix: Fix::Everywhere("set ML_FRAMEWORK to pytorch or tensorflow, or set FL_GPU_ENABLED=NO"),
     },
 ];
 
 impl Reason {
-    /// The entry of the catalogue.
+    /// Returns the row of the catalogue.
     pub fn entry(self) -> &'static Entry {
-        // The table has the order of the enum; a test walks it.
+        // A test ensures that the table has the order of the enum.
         &CATALOGUE[self as usize]
     }
 
-    /// The stable code, such as `driver-not-loaded`.
+    /// Returns the stable code, such as `driver-not-loaded`.
     pub fn code(self) -> &'static str {
         self.entry().code
     }
 
-    /// What an operator does about it on a machine of this distribution.
+    /// Returns the fix for this distribution.
     pub fn fix(self, distribution: Distribution) -> &'static str {
         self.entry().fix.on(distribution)
     }
 
-    /// The reason with this code.
+    /// Returns the reason with this code.
     pub fn from_code(code: &str) -> Option<Self> {
         CATALOGUE.iter().find(|entry| entry.code == code).map(|entry| entry.reason)
     }
@@ -348,28 +429,27 @@ impl Serialize for Reason {
     }
 }
 
-/// A reason with the particulars of this machine.
+/// A reason with the details of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
-    /// Why.
+    /// The reason.
     pub reason: Reason,
-    /// What exactly was found, in one line: which device, which driver, which text of NVML or
-    /// Docker.
+    /// Details in one line: the device, the driver, the error text of NVML or Docker.
     pub summary: String,
-    /// The PCI address it is about, where it is about one.
+    /// PCI address of the affected GPU, if known.
     pub pci_address: Option<String>,
-    /// The UUID of the GPU it is about, where it is known.
+    /// UUID of the affected GPU or MIG instance, if known.
     pub gpu_uuid: Option<String>,
 }
 
 impl Finding {
-    /// A finding about no device in particular.
+    /// Returns a finding that concerns no particular GPU.
     pub fn new(reason: Reason, summary: impl Into<String>) -> Self {
         Self { reason, summary: sanitize_line(&summary.into()), pci_address: None, gpu_uuid: None }
     }
 }
 
-/// Foreign text in one line of bounded length.
+/// Reduces foreign text to one line of bounded length without control characters.
 pub fn sanitize_line(text: &str) -> String {
     const MAX_CHARACTERS: usize = 1000;
     let mut line = text.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -387,7 +467,7 @@ mod tests {
     use std::collections::HashSet;
 
     #[test]
-    fn the_table_has_the_order_of_the_enum_and_every_entry_is_whole() {
+    fn table_has_order_of_enum_and_complete_rows() {
         let mut seen = HashSet::new();
         for (position, entry) in CATALOGUE.iter().enumerate() {
             assert_eq!(entry.reason as usize, position, "{}", entry.code);
@@ -408,12 +488,12 @@ mod tests {
         assert_eq!(
             CATALOGUE.last().unwrap().reason,
             Reason::FrameworkWithoutGpu,
-            "an entry is missing"
+            "a row is missing"
         );
     }
 
     #[test]
-    fn a_fix_with_a_package_is_that_of_the_machines_own_distribution() {
+    fn fix_names_packages_of_its_distribution() {
         for entry in CATALOGUE {
             let [debian, ubuntu, elsewhere] =
                 [Distribution::Debian, Distribution::Ubuntu, Distribution::Other]
@@ -431,7 +511,7 @@ mod tests {
     }
 
     #[test]
-    fn foreign_text_becomes_one_bounded_line() {
+    fn summary_is_one_bounded_line() {
         let finding =
             Finding::new(Reason::RuntimeStartFailed, format!("a\n b\x1b[31m{}", "x".repeat(5000)));
         assert!(
@@ -440,7 +520,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_is_its_code_wherever_it_is_written_and_a_line_ends_at_a_thousand_characters() {
+    fn reason_is_written_as_its_code() {
         assert_eq!(Reason::GpuLost.to_string(), "gpu-lost");
         assert_eq!(serde_json::to_string(&Reason::GpuLost).unwrap(), "\"gpu-lost\"");
         assert_eq!(Reason::from_code("no-such-code"), None);
@@ -450,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fix_is_told_for_one_machine_and_shown_for_all() {
+    fn fix_is_selected_by_distribution() {
         let each = Reason::RuntimeMissing.entry();
         let Fix::Each { debian, ubuntu, elsewhere } = each.fix else { panic!("{each:?}") };
         assert_eq!(Reason::RuntimeMissing.fix(Distribution::Debian), debian);

@@ -66,8 +66,8 @@ pub struct Entry {
     pub class: Class,
 }
 
-/// The known XIDs, in ascending order. Descriptions after NVIDIA's Xid Catalog, classes after
-/// NVIDIA's "XID Errors" document (docs.nvidia.com/deploy/xid-errors, table of recommended actions).
+/// The known XIDs, in ascending order. Descriptions after NVIDIA's Xid Catalog, classes after the
+/// recommended actions in NVIDIA's "XID Errors" document (docs.nvidia.com/deploy/xid-errors).
 pub const XIDS: &[Entry] = &[
     entry(8, "GPU stopped processing", Class::Application),
     entry(11, "Invalid or corrupted push buffer stream", Class::Application),
