@@ -11,11 +11,12 @@ use serde_json::{Value as Json, json};
 
 use crate::config::settings::Settings;
 use crate::config::{Config, Diagnostics};
-use crate::container::plan::{self, ContainerSpec, Machine};
-use crate::daemon;
+use crate::container::image::{FrameworkImage, wanted_image};
+use crate::container::plan::{self, ContainerInputs};
 use crate::docker::client::{Client, EngineError, EngineInfo};
 use crate::docker::daemon_json::RUNTIME_NAME;
 use crate::docker::nvidia_runtime::{GpuInjection, choose_access};
+use crate::docker::spec::ContainerSpec;
 use crate::gpu::reason::sanitize_line;
 use crate::gpu::verdict::Verdict;
 use crate::gpu::{Detection, detect_gpus};
@@ -24,6 +25,7 @@ use crate::opennebula::partition::{self, PartitionStore};
 use crate::opennebula::publisher::OneGateAccess;
 use crate::opennebula::superlink::{Discovery, SuperLink, find_superlink};
 use crate::supervisor::exporter::plan_exporter;
+use crate::system::info::SystemInfo;
 use crate::system::os_release::Distribution;
 use crate::system::programs::find_program;
 use crate::values::ImageRef;
@@ -56,16 +58,17 @@ impl Plan {
             look_at_engine(&settings.docker.socket),
             look_for_superlink(&config, context, settings, &mut notes),
         );
-        let image = plan::wanted_image(&config);
-        let mut machine = daemon::this_machine();
+        let wanted = wanted_image(&config);
+        let system = SystemInfo::read();
+        let mut python_path = None;
         let mut facts = None;
         match engine {
             Ok((engine, engine_facts)) => {
-                machine = with_image(&engine, &image, machine, &mut notes).await;
+                python_path = python_path_in(&engine, &wanted, &mut notes).await;
                 facts = Some(engine_facts);
             }
             Err(why) => notes.push(format!(
-                "{why}: it is not known whether it has the image {image}, the nvidia runtime and CDI devices"
+                "{why}: it is not known whether it has the image {wanted}, the nvidia runtime and CDI devices"
             )),
         }
         let access =
@@ -81,16 +84,16 @@ impl Plan {
             ));
         }
         let exporter =
-            plan_exporter(&config, detection.verdict.devices(), &access, settings, &machine);
-        let container = plan::plan_container(
-            &config,
-            &detection.verdict,
-            &access,
-            superlink.as_ref(),
-            &image,
-            &machine,
+            plan_exporter(&config, detection.verdict.devices(), &access, settings, &system);
+        let container = plan::plan_container(&ContainerInputs {
+            config: &config,
             settings,
-        );
+            verdict: &detection.verdict,
+            injection: &access,
+            superlink: superlink.as_ref(),
+            image: &FrameworkImage { reference: wanted, python_path },
+            system: &system,
+        });
         let container = container.redacted(config.node_config.as_ref());
         let distribution = Distribution::read(&settings.machine.root);
         Self { config, remarks, detection, superlink, container, exporter, distribution, notes }
@@ -226,23 +229,19 @@ async fn look_at_engine(socket: &Path) -> Result<(Client, EngineInfo), String> {
     }
 }
 
-async fn with_image(
+async fn python_path_in(
     engine: &Client,
     image: &ImageRef,
-    machine: Machine,
     notes: &mut Vec<String>,
-) -> Machine {
+) -> Option<String> {
     match engine.find_image(image.as_str()).await {
-        Ok(Some(found)) => Machine { image_python_path: found.variable("PYTHONPATH"), ..machine },
+        Ok(Some(found)) => return found.variable("PYTHONPATH"),
         Ok(None) => {
             notes.push(format!("the image {image} is not on this machine: it would be pulled"));
-            machine
         }
-        Err(error) => {
-            notes.push(error.to_string());
-            machine
-        }
+        Err(error) => notes.push(error.to_string()),
     }
+    None
 }
 
 fn superlink_json(superlink: &SuperLink) -> Json {

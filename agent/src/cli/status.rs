@@ -9,8 +9,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::check::Level;
 use crate::config::settings::Settings;
-use crate::container::plan::{REASON_LABEL, SUMMARY_LABEL, VERDICT_LABEL};
 use crate::docker::client::{Client, Container, EngineError};
+use crate::docker::spec::{REASON_LABEL, SUMMARY_LABEL, VERDICT_LABEL};
 use crate::gpu::reason::Reason;
 use crate::opennebula::partition::Partition;
 use crate::report::Report;
@@ -342,7 +342,7 @@ mod tests {
     const TERMINAL: Terminal = Terminal { columns: 80, is_coloured: false };
 
     fn status(verdict: Json, words: &str) -> Status {
-        let labels = [(crate::container::plan::SPEC_HASH_LABEL.to_owned(), "0".to_owned())];
+        let labels = [(crate::docker::spec::SPEC_HASH_LABEL.to_owned(), "0".to_owned())];
         let container = Container {
             id: "9c255f65bd31".into(),
             running: true,

@@ -1,4 +1,5 @@
-//! The framework container: its specification, and the site hook that is mounted into it.
+//! The framework container: its image, its specification, and the site hook mounted into it.
 
+pub mod image;
 pub mod plan;
 pub mod site_hook;

@@ -14,7 +14,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::settings::{Settings, SettingsError};
 use crate::config::{self, Config, ConfigErrors, Diagnostics, LogLevel, Prebaked};
-use crate::container::plan::{self, Machine};
+use crate::container::image::{FrameworkImage, flower_version, prebaked_image, wanted_image};
 use crate::docker::client::{Client, EngineError, EngineInfo, Image};
 use crate::docker::nvidia_runtime::{GpuInjection, choose_access, ensure_runtime};
 use crate::flower::release;
@@ -28,6 +28,7 @@ use crate::report::Reporter;
 use crate::report::metrics_server;
 use crate::supervisor::exporter::{self, Exporter};
 use crate::supervisor::{LaunchError, Node, RestartRequested, report_fallback};
+use crate::system::info::SystemInfo;
 use crate::system::lock::{Lock, LockError};
 use crate::system::os_release::Distribution;
 use crate::system::systemd::{TimeoutExtension, Watchdog};
@@ -332,21 +333,21 @@ async fn run_node(
     // For as long as it takes: each of its steps has a limit of its own, but a SuperLink may be
     // waited for without end.
     let (prepared, superlink) = watchdog.guard(Duration::MAX, find).await?;
-    let Preflight { engine, distribution, verdict, access, image, python_path } = prepared;
-    warn_of_release(&config, &image, superlink.version.as_ref());
-    let machine = Machine { image_python_path: python_path, ..this_machine() };
+    let Preflight { engine, distribution, verdict, access, image } = prepared;
+    warn_of_release(&config, &image.reference, superlink.version.as_ref());
+    let system = SystemInfo::read();
     reporter.doing("Starting the container");
     let exporter = Exporter {
         config: config.clone(),
         settings: settings.clone(),
         access: access.clone(),
-        machine: machine.clone(),
+        system,
         reporter: Rc::clone(&reporter),
     };
     remove_orphans(&engine, &settings).await?;
     let cloud = cloud.ok();
     let node =
-        Node { config, settings, cloud, superlink, image, machine, distribution, access, reporter };
+        Node { config, settings, cloud, superlink, image, system, distribution, access, reporter };
     tokio::select! {
         outcome = node.supervise(verdict, engine, starting, watchdog) => Ok(outcome?),
         never = exporter.keep() => match never {},
@@ -359,9 +360,7 @@ struct Preflight {
     distribution: Distribution,
     verdict: Verdict,
     access: GpuInjection,
-    image: ImageRef,
-    /// PYTHONPATH in that image.
-    python_path: Option<String>,
+    image: FrameworkImage,
 }
 
 async fn preflight(
@@ -383,9 +382,10 @@ async fn preflight(
     let (engine, facts) = engine?;
     let (verdict, access) =
         prepare_gpu_access(config, verdict, &engine, facts, settings, distribution).await?;
-    let (image, found) = resolve_image(config, &engine, &settings.container.name, reporter).await?;
-    let python_path = found.variable("PYTHONPATH");
-    Ok(Preflight { engine, distribution, verdict, access, image, python_path })
+    let (reference, found) =
+        resolve_image(config, &engine, &settings.container.name, reporter).await?;
+    let image = FrameworkImage { reference, python_path: found.variable("PYTHONPATH") };
+    Ok(Preflight { engine, distribution, verdict, access, image })
 }
 
 /// The engine, and where a GPU is wanted what it says of itself: that takes Docker 10 ms, while
@@ -406,7 +406,7 @@ fn warn_of_release(config: &Config, image: &ImageRef, superlink: Option<&Version
     if config.image.is_some() {
         return;
     }
-    let version = plan::version_in(config, image);
+    let version = flower_version(config, image);
     let other = superlink.and_then(|superlink| release::compatibility(version, superlink));
     for warning in release::too_old(version).into_iter().chain(other) {
         tracing::warn!("{warning}");
@@ -475,7 +475,7 @@ async fn resolve_image(
     container: &str,
     reporter: &Reporter,
 ) -> Result<(ImageRef, Image), BootError> {
-    let wanted = plan::wanted_image(config);
+    let wanted = wanted_image(config);
     if let Some(found) = engine.find_image(wanted.as_str()).await? {
         return Ok((wanted, found));
     }
@@ -497,7 +497,7 @@ async fn resolve_image(
         },
         Err(error) => error.to_string(),
     };
-    let Some(prebaked) = plan::prebaked_image(config).filter(|prebaked| *prebaked != wanted) else {
+    let Some(prebaked) = prebaked_image(config).filter(|prebaked| *prebaked != wanted) else {
         return Err(BootError::Image(format!("the image {wanted} is not to be had: {error}")));
     };
     let Some(found) = engine.find_image(prebaked.as_str()).await? else {
@@ -524,20 +524,6 @@ async fn remove_orphans(engine: &Client, settings: &Settings) -> Result<(), Engi
         }
     }
     Ok(())
-}
-
-/// What of this machine the container's specification depends on.
-pub fn this_machine() -> Machine {
-    let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let total_kib = memory
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))
-        .and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    Machine {
-        memory_mib: total_kib.unwrap_or(0) / 1024,
-        has_journal: Path::new("/run/systemd/journal/socket").exists(),
-        image_python_path: None,
-    }
 }
 
 /// Stops the container, with its grace, and the DCGM exporter; an engine that hangs does not keep

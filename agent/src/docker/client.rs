@@ -24,10 +24,10 @@ use tokio::time::Instant;
 use x509_cert::der::DateTime;
 
 use crate::config::settings::Settings;
-use crate::container::plan::{ContainerSpec, PortSpec, SPEC_HASH_LABEL, STATE_DIR_LABEL};
 use crate::docker::log::Log;
 use crate::docker::ping::api_version;
 use crate::docker::pull_progress::PullProgress;
+use crate::docker::spec::{ContainerSpec, MountSpec, PortSpec, SPEC_HASH_LABEL, STATE_DIR_LABEL};
 use crate::gpu::reason::sanitize_line;
 use crate::logging::error_chain;
 use crate::values::ImageRef;
@@ -538,7 +538,7 @@ fn ip_address_in(settings: NetworkSettings) -> Option<IpAddr> {
 }
 
 fn body_of(spec: &ContainerSpec) -> ContainerCreateBody {
-    let mount = |mount: &crate::container::plan::MountSpec| Mount {
+    let mount = |mount: &MountSpec| Mount {
         target: Some(mount.target.clone()),
         source: Some(mount.source.clone()),
         typ: Some(MountType::BIND),

@@ -6,3 +6,4 @@ pub mod log;
 pub mod nvidia_runtime;
 pub mod ping;
 pub mod pull_progress;
+pub mod spec;

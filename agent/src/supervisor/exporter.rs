@@ -19,13 +19,15 @@ use tokio::time::Instant;
 use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::config::settings::Settings;
-use crate::container::plan::{self, ContainerSpec, Machine, PortSpec};
+use crate::container::plan;
 use crate::docker::client::{Client, Container, EngineError};
 use crate::docker::nvidia_runtime::GpuInjection;
+use crate::docker::spec::{ContainerSpec, PortSpec, SPEC_HASH_LABEL};
 use crate::gpu::verdict::GpuDevice;
 use crate::logging::error_chain;
 use crate::report::Reporter;
 use crate::supervisor::gpu_presence;
+use crate::system::info::SystemInfo;
 use crate::values::ImageRef;
 
 /// The port on which the exporter listens by default (NVIDIA/dcgm-exporter, pkg/cmd/app.go).
@@ -54,7 +56,7 @@ pub fn plan_exporter(
     devices: &[GpuDevice],
     access: &GpuInjection,
     settings: &Settings,
-    machine: &Machine,
+    system: &SystemInfo,
 ) -> Result<ContainerSpec, &'static str> {
     if !config.dcgm_enabled {
         return Err("FL_DCGM_ENABLED is not YES");
@@ -65,8 +67,8 @@ pub fn plan_exporter(
     if devices.is_empty() {
         return Err("no GPU is in use");
     }
-    let (runtime, cdi_devices) = plan::way_in(devices, access);
-    let (log_driver, log_options) = plan::logging(settings, machine);
+    let (runtime, cdi_devices) = plan::runtime_and_devices(devices, access);
+    let (log_driver, log_options) = plan::log_driver(settings, system);
     let listen = format!(":{PORT}");
     let env = [
         ("DCGM_EXPORTER_LISTEN", listen.as_str()),
@@ -101,7 +103,7 @@ pub fn plan_exporter(
         log_driver,
         log_options,
     };
-    spec.labels.insert(plan::SPEC_HASH_LABEL.into(), spec.hash());
+    spec.labels.insert(SPEC_HASH_LABEL.into(), spec.hash());
     Ok(spec)
 }
 
@@ -114,8 +116,8 @@ pub struct Exporter {
     pub settings: Settings,
     /// How the GPU gets in.
     pub access: GpuInjection,
-    /// What the machine has.
-    pub machine: Machine,
+    /// Memory and logging of the VM.
+    pub system: SystemInfo,
     /// Who tells which GPUs are in use, and is told.
     pub reporter: Rc<Reporter>,
 }
@@ -130,7 +132,7 @@ impl Exporter {
                 continue;
             };
             let wanted =
-                plan_exporter(&self.config, &devices, &self.access, &self.settings, &self.machine);
+                plan_exporter(&self.config, &devices, &self.access, &self.settings, &self.system);
             let keep = async {
                 match wanted {
                     Ok(spec) => self.keep_up(&spec, &devices).await,
@@ -294,7 +296,7 @@ mod tests {
             minor: None,
         };
         let devices: Vec<_> = (0..gpus).map(device).collect();
-        plan_exporter(&config, &devices, access, &Settings::default(), &Machine::default())
+        plan_exporter(&config, &devices, access, &Settings::default(), &SystemInfo::default())
     }
 
     #[test]
@@ -318,7 +320,7 @@ mod tests {
             ("flower-supernode-dcgm", "nvidia")
         );
         assert_eq!(by_runtime.env["NVIDIA_VISIBLE_DEVICES"], "GPU-0,GPU-1");
-        assert_eq!(by_runtime.labels[plan::SPEC_HASH_LABEL], by_runtime.hash());
+        assert_eq!(by_runtime.labels[SPEC_HASH_LABEL], by_runtime.hash());
         let by_cdi =
             plan(context, 1, &GpuInjection::Cdi(vec!["nvidia.com/gpu=GPU-0".into()])).unwrap();
         assert_eq!((by_cdi.runtime.as_str(), by_cdi.cdi_devices.len()), ("runc", 1));

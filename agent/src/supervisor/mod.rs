@@ -19,10 +19,12 @@ use tokio::time::Instant;
 
 use crate::config::settings::Settings;
 use crate::config::{Config, LogLevel};
-use crate::container::plan::{self, ContainerSpec};
+use crate::container::image::{FrameworkImage, flower_version};
+use crate::container::plan::{self, ContainerInputs};
 use crate::container::site_hook;
 use crate::docker::client::{Client, Container, EngineError};
 use crate::docker::nvidia_runtime::GpuInjection;
+use crate::docker::spec::{ContainerSpec, REASON_LABEL, REFUSED_HASH_LABEL, SUMMARY_LABEL};
 use crate::flower::connection::Connection;
 use crate::flower::liveness::Liveness;
 use crate::flower::release::Release;
@@ -36,9 +38,9 @@ use crate::report::Reporter;
 use crate::supervisor::gpu_monitor::GpuMonitor;
 use crate::supervisor::gpu_presence::devices_missing_in;
 use crate::system::atomic_file;
+use crate::system::info::SystemInfo;
 use crate::system::os_release::Distribution;
 use crate::system::systemd::{TimeoutExtension, Watchdog};
-use crate::values::ImageRef;
 use state_machine::{
     Command, ContainerEvent, Event, Existing, ExitReason, Grace, Notification, Policy,
     RestartReason, StateMachine, Transition,
@@ -56,10 +58,10 @@ pub struct Node {
     pub cloud: Option<OneGateAccess>,
     /// What the node connects to.
     pub superlink: SuperLink,
-    /// The image that was found.
-    pub image: ImageRef,
-    /// What the machine has.
-    pub machine: plan::Machine,
+    /// The framework image.
+    pub image: FrameworkImage,
+    /// Memory and logging of the VM.
+    pub system: SystemInfo,
     /// The distribution that fixes are for.
     pub distribution: Distribution,
     /// How the GPU gets in.
@@ -200,20 +202,19 @@ impl Node {
     }
 
     fn spec_on(&self, verdict: &Verdict) -> ContainerSpec {
-        let superlink = Some(&self.superlink);
-        plan::plan_container(
-            &self.config,
+        plan::plan_container(&ContainerInputs {
+            config: &self.config,
+            settings: &self.settings,
             verdict,
-            &self.access,
-            superlink,
-            &self.image,
-            &self.machine,
-            &self.settings,
-        )
+            injection: &self.access,
+            superlink: Some(&self.superlink),
+            image: &self.image,
+            system: &self.system,
+        })
     }
 
     fn release(&self) -> &'static Release {
-        Release::of(plan::version_in(&self.config, &self.image))
+        Release::of(flower_version(&self.config, &self.image.reference))
     }
 
     /// Whether the container's log tells when Flower has connected.
@@ -312,7 +313,7 @@ impl Supervisor<'_> {
     fn spec(&self) -> ContainerSpec {
         let mut spec = self.node.spec_on(self.machine.verdict());
         if let Some(gpu) = self.machine.fallback_from() {
-            spec.labels.insert(plan::REFUSED_HASH_LABEL.into(), self.node.spec_on(gpu).hash());
+            spec.labels.insert(REFUSED_HASH_LABEL.into(), self.node.spec_on(gpu).hash());
         }
         spec
     }
@@ -807,11 +808,11 @@ fn log_cpu_fallback(config: &Config, finding: &Finding, distribution: Distributi
 /// labels tell.
 fn previous_fallback(container: &Container, wanted: &ContainerSpec) -> Option<Finding> {
     let label = |name: &str| container.labels.get(name).map(String::as_str);
-    if label(plan::REFUSED_HASH_LABEL) != Some(wanted.hash().as_str()) {
+    if label(REFUSED_HASH_LABEL) != Some(wanted.hash().as_str()) {
         return None;
     }
-    let reason = Reason::from_code(label(plan::REASON_LABEL)?)?;
-    Some(Finding::new(reason, label(plan::SUMMARY_LABEL)?))
+    let reason = Reason::from_code(label(REASON_LABEL)?)?;
+    Some(Finding::new(reason, label(SUMMARY_LABEL)?))
 }
 
 /// The devices that are not in the container. Where it cannot be told, none.

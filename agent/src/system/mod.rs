@@ -2,6 +2,7 @@
 
 pub mod atomic_file;
 pub mod facts;
+pub mod info;
 pub mod lock;
 pub mod os_release;
 pub mod programs;

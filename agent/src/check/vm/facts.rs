@@ -10,7 +10,7 @@ use serde_json::Value as Json;
 use crate::check::read_pci;
 use crate::config::settings::{Injection, Settings};
 use crate::config::{Config, Diagnostics};
-use crate::container::plan;
+use crate::container::image;
 use crate::daemon;
 use crate::docker::client::{Client, EngineError, EngineInfo};
 use crate::gpu::nvml_library;
@@ -187,9 +187,9 @@ async fn look_at_docker(
     const TIMEOUT: Duration = Duration::from_secs(10);
     let mut names: Vec<String> = Vec::new();
     if let Some(config) = config {
-        names.push(plan::wanted_image(config).to_string());
+        names.push(image::wanted_image(config).to_string());
         names.extend(
-            plan::prebaked_image(config)
+            image::prebaked_image(config)
                 .map(|image| image.to_string())
                 .filter(|image| *image != names[0]),
         );
