@@ -42,7 +42,7 @@ use crate::system::info::SystemInfo;
 use crate::system::os_release::Distribution;
 use crate::system::systemd::{TimeoutExtension, Watchdog};
 use state_machine::{
-    Command, ContainerEvent, Event, Existing, ExitReason, Grace, Notification, Policy,
+    Command, ContainerEvent, Event, Existing, ExitReason, GracePeriod, Notification, Policy,
     RestartReason, StateMachine, Transition,
 };
 use watchers::{ContainerWatchers, SuperLinkWatcher, WatchEvent, WatchedContainer};
@@ -324,7 +324,7 @@ impl Supervisor<'_> {
         let spec = self.spec();
         self.container = self.engine.inspect_container(&spec.name).await?;
         let Some(container) = &self.container else {
-            return Ok(Event::Inspected(Existing::Nothing));
+            return Ok(Event::Inspected(Existing::Absent));
         };
         let found = match (container.running, container.spec_hash() == Some(&spec.hash())) {
             (true, true) => match missing_in(container, self.machine.verdict().devices()) {
@@ -437,16 +437,16 @@ impl Supervisor<'_> {
             _ => ContainerRun::new(&container),
         };
         self.starting = None;
-        let change = loop {
+        let event = loop {
             self.report_running(&container, &run);
             let event = self.next_event(&container, &mut run).await;
-            if let Some(change) = self.handle_event(event, &container, &mut run).await {
-                break change;
+            if let Some(event) = self.handle_event(event, &container, &mut run).await {
+                break event;
             }
         };
         let up_for = run.since.elapsed();
         self.run = Some(run);
-        Event::Changed { change, up_for }
+        Event::Container { event, up_for }
     }
 
     /// Waits for the next event of any watcher. No other watcher loses its progress, see
@@ -579,28 +579,28 @@ impl Supervisor<'_> {
 
     async fn see(&mut self) -> Event {
         let Some(container) = &self.container else {
-            return Event::Running(false);
+            return Event::ContainerRunning(false);
         };
         let runs = matches!(self.engine.inspect_container(&container.id).await, Ok(Some(found)) if found.running);
-        Event::Running(runs)
+        Event::ContainerRunning(runs)
     }
 
     async fn rest(&mut self, pause: Duration) -> Event {
         let devices = self.machine.verdict().devices();
         tokio::select! {
             finding = self.gpu_monitor.next_failure(devices), if !devices.is_empty() => {
-                Event::Changed { change: ContainerEvent::GpuFailed(finding), up_for: Duration::ZERO }
+                Event::Container { event: ContainerEvent::GpuFailed(finding), up_for: Duration::ZERO }
             }
             () = tokio::time::sleep(pause) => Event::Done,
         }
     }
 
-    async fn stop(&mut self, grace: Grace) -> Event {
+    async fn stop(&mut self, grace: GracePeriod) -> Event {
         const SHORT: Duration = Duration::from_secs(5);
         let whole = self.node.settings.container.stop_timeout;
         let grace = match grace {
-            Grace::Configured => whole,
-            Grace::Short => SHORT.min(whole),
+            GracePeriod::Configured => whole,
+            GracePeriod::Short => SHORT.min(whole),
         };
         self.gpu_monitor.reset();
         if let Some(container) = &self.container
