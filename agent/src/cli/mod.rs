@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 use one_context::Context;
 use one_context::source::read_context;
 use serde_json::json;
@@ -81,6 +82,12 @@ enum Command {
         /// How the table looks
         #[arg(long, value_enum, default_value_t)]
         format: Format,
+    },
+    /// Print a shell's completion script; packaging/build-deb.sh puts it into the package
+    #[command(hide = true)]
+    Completions {
+        /// The shell
+        shell: Shell,
     },
     /// Ask NVML and print its answer: the child process of the agent
     #[command(name = crate::gpu::probe::SUBCOMMAND, hide = true)]
@@ -182,6 +189,12 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             }
             return Ok(ExitCode::SUCCESS);
         }
+        Command::Completions { shell } => {
+            clap_complete::generate(*shell, &mut visible_command(), "supernode-agent", &mut {
+                out
+            });
+            return Ok(ExitCode::SUCCESS);
+        }
         Command::Check { subject } => return check::check(subject, cli.settings.as_deref(), out),
         _ => {}
     }
@@ -232,6 +245,7 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             ExitCode::SUCCESS
         }
         Command::Check { .. }
+        | Command::Completions { .. }
         | Command::NvmlProbe { .. }
         | Command::NvmlWatch { .. }
         | Command::Variables { .. } => ExitCode::SUCCESS,
