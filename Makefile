@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help build deb image demo test test-image test-images fuzz mutants bench pictures fmt lint deny clean
+.PHONY: help build deb image demo test test-image test-images fuzz mutants bench fmt lint deny clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,9 +43,6 @@ mutants: ## how many changes of the pure modules their tests notice (hours); tes
 bench: ## the agent beside the raw API and the shell way: time, processes, memory, sizes, growth (15 minutes; SHORT=1: 3)
 	@packaging/install-tools.sh bench
 	@tests/scripts/bench.sh $(if $(SHORT),--short)
-
-pictures: ## the README's pictures, drawn anew from packaging/pictures/boot.json and the code
-	@packaging/pictures/draw.py
 
 fmt: ## format the code
 	cargo fmt --all

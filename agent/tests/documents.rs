@@ -1,6 +1,6 @@
-//! What is written from the tables of the code is what they say: the README, the journal catalog,
-//! the man pages, the shell completions. To renew them: `UPDATE_DOCUMENTS=1 cargo test -p
-//! supernode-agent --test documents`.
+//! Compares the generated parts of the documents with the tables in the code: packaging/docs, the
+//! man pages, the journal catalog, the OpenNebula templates and the marketplace appliance.
+//! `UPDATE_DOCUMENTS=1 cargo test -p supernode-agent --test documents` regenerates them.
 
 #![allow(
     clippy::expect_used,
@@ -11,10 +11,8 @@
 
 use std::path::{Path, PathBuf};
 
-use clap_complete::{Shell, generate};
 use supernode_agent::check::{Level, template};
 use supernode_agent::cli::variables::as_markdown;
-use supernode_agent::cli::visible_command;
 use supernode_agent::config::variables::VARIABLES;
 use supernode_agent::gpu::reason::CATALOGUE;
 use supernode_agent::gpu::xid::{Class, XIDS};
@@ -30,18 +28,18 @@ fn read(relative: &str) -> String {
     std::fs::read_to_string(in_tree(relative)).unwrap_or_default()
 }
 
-/// The file is this text; with `UPDATE_DOCUMENTS` it becomes so.
+/// Asserts that the file has this text; with `UPDATE_DOCUMENTS`, writes it.
 #[track_caller]
-fn is_or_becomes(relative: &str, expected: &str) {
+fn assert_or_update(relative: &str, expected: &str) {
     if std::env::var_os("UPDATE_DOCUMENTS").is_some() {
         std::fs::write(in_tree(relative), expected).unwrap();
     } else {
-        assert_eq!(read(relative), expected, "{relative}: UPDATE_DOCUMENTS=1 renews it");
+        assert_eq!(read(relative), expected, "{relative}: UPDATE_DOCUMENTS=1 regenerates it");
     }
 }
 
-/// `text` with `part` between the line that has `opening` and the next line that has `closing`.
-fn with_part(text: &str, opening: &str, closing: &str, part: &str) -> String {
+/// Replaces the lines between the one that has `opening` and the next one that has `closing`.
+fn replace_part(text: &str, opening: &str, closing: &str, part: &str) -> String {
     let start = text.find(opening).expect(opening);
     let start = start + text[start..].find('\n').unwrap() + 1;
     let end = start + text[start..].find(closing).expect(closing);
@@ -50,19 +48,34 @@ fn with_part(text: &str, opening: &str, closing: &str, part: &str) -> String {
 
 #[test]
 fn documentation_tables_match_the_code() {
-    let mut reasons = String::from("| code | what it means | fix |\n| --- | --- | --- |\n");
-    for entry in CATALOGUE {
-        let fixes: Vec<String> =
-            entry.fix.all().iter().map(|(whose, fix)| of_one(whose, fix)).collect();
-        let fix = fixes.join("<br>").replace('|', "\\|");
-        reasons.push_str(&format!("| `{}` | {} | {fix} |\n", entry.code, entry.meaning));
+    for (page, opening, part) in [
+        ("configuration.md", "<!-- from: supernode-agent variables", as_markdown()),
+        ("troubleshooting.md", "<!-- from the catalogue", reasons()),
+        ("gpu.md", "<!-- from the XIDs", xids()),
+    ] {
+        let page = format!("packaging/docs/{page}");
+        assert_or_update(&page, &replace_part(&read(&page), opening, "<!-- end -->", &part));
     }
-    let end = "<!-- end -->";
-    let text =
-        with_part(&read("README.md"), "<!-- from: supernode-agent variables", end, &as_markdown());
-    is_or_becomes("README.md", &with_part(&text, "<!-- from the catalogue", end, &reasons));
-    let page = "packaging/docs/gpu.md";
-    is_or_becomes(page, &with_part(&read(page), "<!-- from the XIDs", end, &xids()));
+}
+
+/// Returns a section per reason, so that a WARNING can link to it.
+fn reasons() -> String {
+    const COLUMNS: usize = 100;
+    let mut sections = String::new();
+    for entry in CATALOGUE {
+        sections.push_str(&format!("\n### {}\n\n{}\n\n", entry.code, entry.meaning));
+        for (target, fix) in entry.fix.all() {
+            for (number, line) in wrap(&format!("{target}: {fix}"), COLUMNS - 2).iter().enumerate()
+            {
+                // At the start of a line this would be a quotation.
+                let escape = if line.starts_with('>') { "\\" } else { "" };
+                let indent = if number == 0 { "- " } else { "  " };
+                sections.push_str(&format!("{indent}{escape}{line}\n"));
+            }
+        }
+    }
+    sections.push('\n');
+    sections
 }
 
 fn xids() -> String {
@@ -79,7 +92,8 @@ fn xids() -> String {
 #[test]
 fn journal_catalog_explains_every_reason() {
     let mut catalog = String::from(
-        "# What `journalctl -x` adds to a WARNING of supernode-agent. Made from the catalogue, agent/src/gpu/reason.rs, by\n\
+        "# Explanations that `journalctl -x` adds to a WARNING of supernode-agent.\n\
+         # Generated from agent/src/gpu/reason.rs by\n\
          # UPDATE_DOCUMENTS=1 cargo test -p supernode-agent --test documents\n",
     );
     for entry in CATALOGUE {
@@ -89,7 +103,7 @@ fn journal_catalog_explains_every_reason() {
             .fix
             .all()
             .iter()
-            .map(|(whose, fix)| wrapped(&format!("{whose}: {fix}")))
+            .map(|(target, fix)| wrapped(&format!("{target}: {fix}")))
             .collect();
         let fix = fixes.join("\n");
         catalog.push_str(&format!(
@@ -97,7 +111,7 @@ fn journal_catalog_explains_every_reason() {
              {meaning}\n\nFound on this machine: @FL_GPU_SUMMARY@\n\n{fix}\n"
         ));
     }
-    is_or_becomes("systemd/supernode-agent.catalog", &catalog);
+    assert_or_update("systemd/supernode-agent.catalog", &catalog);
 }
 
 #[test]
@@ -127,7 +141,7 @@ fn manual_lists_every_variable_and_reason() {
                 .fix
                 .all()
                 .into_iter()
-                .map(|(whose, fix)| format!(".br\n{whose}: {}.\n", roff(fix)));
+                .map(|(target, fix)| format!(".br\n{target}: {}.\n", roff(fix)));
             format!(
                 ".TP\n.B {code}\n{meaning}\n{}.br\nMESSAGE_ID={}\n",
                 fixes.collect::<String>(),
@@ -137,8 +151,11 @@ fn manual_lists_every_variable_and_reason() {
         .collect();
     let page = "packaging/man/supernode-agent.8";
     let end = ".\\\" end";
-    let text = with_part(&read(page), ".\\\" from the table of variables", end, &variables);
-    is_or_becomes(page, &with_part(&text, ".\\\" from the catalogue of reasons", end, &reasons));
+    let text = replace_part(&read(page), ".\\\" from the table of variables", end, &variables);
+    assert_or_update(
+        page,
+        &replace_part(&text, ".\\\" from the catalogue of reasons", end, &reasons),
+    );
 }
 
 #[test]
@@ -162,9 +179,9 @@ fn settings_manual_matches_example_file() {
         }
     }
     let page = "packaging/man/agent.toml.5";
-    is_or_becomes(
+    assert_or_update(
         page,
-        &with_part(&read(page), ".\\\" from packaging/examples", ".\\\" end", &settings),
+        &replace_part(&read(page), ".\\\" from packaging/examples", ".\\\" end", &settings),
     );
 }
 
@@ -177,9 +194,9 @@ fn vm_templates_have_every_variable_and_pass_check() {
         (Node::Cpu, "packaging/opennebula/supernode-cpu-7.tmpl"),
     ] {
         let text =
-            with_part(&read(file), "# from the table of variables", "# end", &vm_template(node));
-        is_or_becomes(file, &text);
-        is_without_finding(file, &text);
+            replace_part(&read(file), "# from the table of variables", "# end", &vm_template(node));
+        assert_or_update(file, &text);
+        assert_no_findings(file, &text);
     }
 }
 
@@ -190,8 +207,8 @@ fn services_have_every_variable_and_pass_check() {
         (Release::V7, "packaging/opennebula/service-7.json"),
     ] {
         let text = format!("{:#}\n", service(release));
-        is_or_becomes(file, &text);
-        is_without_finding(file, &text);
+        assert_or_update(file, &text);
+        assert_no_findings(file, &text);
     }
 }
 
@@ -204,45 +221,57 @@ fn appliance_has_every_variable() {
         ("README.md", "<!-- end -->", appliance_markdown()),
     ] {
         let file = format!("packaging/marketplace/appliances/flower-supernode/{file}");
-        is_or_becomes(&file, &with_part(&read(&file), TABLE, end, &part));
+        assert_or_update(&file, &replace_part(&read(&file), TABLE, end, &part));
     }
 }
 
 #[track_caller]
-fn is_without_finding(file: &str, text: &str) {
+fn assert_no_findings(file: &str, text: &str) {
     let found: Vec<_> =
         template::judge(text).into_iter().filter(|check| check.level != Level::Ok).collect();
     assert_eq!(found, [], "{file}");
 }
 
 #[test]
-fn shell_completions_match_the_command_line() {
-    for (shell, file) in [
-        (Shell::Bash, "packaging/completions/supernode-agent.bash"),
-        (Shell::Fish, "packaging/completions/supernode-agent.fish"),
-        (Shell::Zsh, "packaging/completions/_supernode-agent"),
-    ] {
-        let mut script = Vec::new();
-        generate(shell, &mut visible_command(), "supernode-agent", &mut script);
-        is_or_becomes(file, &String::from_utf8(script).unwrap());
+fn data_flow_diagram_names_existing_types() {
+    let diagram = read("CONTRIBUTING.md");
+    let diagram = diagram.split("```mermaid").nth(1).expect("a mermaid diagram");
+    let diagram = diagram.split("```").next().unwrap();
+    // A node of the diagram: `Name["<b>Type</b><br>file"]`.
+    let types: Vec<(&str, &str)> = diagram
+        .split("<b>")
+        .skip(1)
+        .filter_map(|node| node.split_once("</b><br>"))
+        .map(|(name, rest)| (name, rest.split('"').next().unwrap()))
+        .collect();
+    assert!(types.len() > 8, "{types:?}");
+    for (name, file) in types {
+        let text = read(file);
+        let defined = ["struct", "enum"].iter().any(|kind| {
+            text.lines().any(|line| {
+                line.trim_start_matches("pub")
+                    .trim_start_matches("(crate)")
+                    .trim_start()
+                    .strip_prefix(kind)
+                    .and_then(|rest| rest.trim_start().strip_prefix(name))
+                    .is_some_and(|rest| !rest.starts_with(|c: char| c.is_alphanumeric()))
+            })
+        });
+        assert!(defined, "CONTRIBUTING.md: {file} does not define {name}");
     }
 }
 
-/// A fix in a table that has a column for it.
-fn of_one(whose: &str, fix: &str) -> String {
-    match whose.strip_prefix("Fix ") {
-        Some(whose) => format!("{whose}: {fix}"),
-        None => fix.to_owned(),
-    }
-}
-
-/// In lines that fit a terminal beside journalctl's mark.
+/// Wraps to a width that fits a terminal next to journalctl's margin.
 fn wrapped(text: &str) -> String {
     const COLUMNS: usize = 76;
+    wrap(text, COLUMNS).join("\n")
+}
+
+fn wrap(text: &str, columns: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split(' ') {
         let line = lines.last_mut().unwrap();
-        if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > COLUMNS {
+        if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > columns {
             lines.push(word.to_owned());
         } else {
             if !line.is_empty() {
@@ -251,11 +280,10 @@ fn wrapped(text: &str) -> String {
             line.push_str(word);
         }
     }
-    lines.join("\n")
+    lines
 }
 
-/// For a line of a man page: a backslash, a hyphen that stands for itself, a line that looks like a
-/// request.
+/// Escapes text for a man page: backslashes, literal hyphens, and a line that would be a request.
 fn roff(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-");
     if text.starts_with(['.', '\'']) { format!("\\&{text}") } else { text }

@@ -1,6 +1,6 @@
-//! The README and its pages do not lie: each command in them is run or checked, each link leads
-//! somewhere, in the tree and in the package. A command that no check covers fails the test, with
-//! its line.
+//! Checks the README and the pages of packaging/docs: a test runs or parses each command, each path
+//! exists, and each link has its target in the tree and in the package. A command that no check
+//! covers fails the test, with its line.
 
 #![allow(
     clippy::expect_used,
@@ -15,8 +15,8 @@ use std::process::Command;
 use supernode_agent::check::{Level, template};
 use supernode_agent::cli::visible_command;
 
-/// What other programs are asked for, and the test that runs the very words.
-const RUN_BY: [(&str, &str); 8] = [
+/// Commands of other programs, each with the test that runs exactly this command.
+const RUN_BY: [(&str, &str); 9] = [
     ("systemctl status flower-supernode", "tests/tests/boot.rs"),
     ("systemctl restart flower-supernode", "tests/tests/boot.rs"),
     ("systemctl reload flower-supernode", "tests/tests/boot.rs"),
@@ -25,39 +25,42 @@ const RUN_BY: [(&str, &str); 8] = [
     ("journalctl -u docker", "tests/tests/boot.rs"),
     ("journalctl CONTAINER_NAME=flower-supernode", "tests/tests/boot.rs"),
     ("docker logs flower-supernode", "tests/tests/boot.rs"),
+    ("docker inspect", "tests/tests/boot.rs"),
 ];
-/// Run below.
+/// Run by [`documented_service_passes_the_check`].
 const SED: &str =
     "sed 's/: -1,/: 12,/; s/: -2,/: 13,/' packaging/opennebula/service-7.json >service.json";
-/// What no test runs, and why. The files that are named are checked: the package is installed into
-/// the machines of boot.rs and into the image, the templates pass `check template`, the image
+/// Commands that no test runs, with the reason. Other tests cover the files they name: boot.rs
+/// installs, removes and purges the package, the templates pass `check template`, and the image
 /// passes `make test-image`.
-const NOT_RUN: [(&str, &str); 9] = [
-    (
-        "apt install ./supernode-agent_*.deb",
-        "it would install a daemon on the machine of the tests",
-    ),
+const NOT_RUN: [(&str, &str); 12] = [
+    ("apt install ./supernode-agent_*.deb", NO_APT),
+    ("apt remove supernode-agent", NO_APT),
+    ("apt purge supernode-agent", NO_APT),
     (
         "curl http://127.0.0.1:9401/metrics",
-        "the tests read the page at ports of their own: tests/tests/metrics.rs",
+        "tests/tests/metrics.rs reads the endpoint at a port of its own",
     ),
-    ("onehost sync -f", NO_CLOUD),
+    ("onevm updateconf", NO_FRONT_END),
+    ("onehost sync -f", NO_FRONT_END),
     (
         "oneimage create --name supernode --path supernode-base.qcow2 --format qcow2 --prefix vd --datastore default",
-        NO_CLOUD,
+        NO_FRONT_END,
     ),
-    ("onetemplate create packaging/opennebula/supernode-gpu-7.tmpl", NO_CLOUD),
-    ("onetemplate instantiate supernode-gpu --nic private", NO_CLOUD),
-    ("oneflow-template create service.json", NO_CLOUD),
-    ("oneflow-template instantiate ID", NO_CLOUD),
-    ("oneflow scale ID supernode 5", NO_CLOUD),
+    ("onetemplate create packaging/opennebula/supernode-gpu-7.tmpl", NO_FRONT_END),
+    ("onetemplate instantiate supernode-gpu --nic private", NO_FRONT_END),
+    ("oneflow-template create service.json", NO_FRONT_END),
+    ("oneflow-template instantiate ID", NO_FRONT_END),
+    ("oneflow scale ID supernode 5", NO_FRONT_END),
 ];
-const NO_CLOUD: &str = "it needs a front-end of OpenNebula";
-/// Where commands are looked for in the midst of a text, by their first word.
+const NO_APT: &str = "boot.rs does it with dpkg, in a VM of its own";
+const NO_FRONT_END: &str = "it needs an OpenNebula front-end";
+/// First words that mark a code span in prose as a command.
 const PROGRAMS: [&str; 8] =
     ["supernode-agent", "make", "man", "systemctl", "journalctl", "docker", "apt", "onevm"];
-const PARTS_OF_THE_TREE: [&str; 7] =
+const TREE_PREFIXES: [&str; 7] =
     ["agent/", "one-context/", "packaging/", "systemd/", "tests/", ".ci/", "CONTRIBUTING.md"];
+const MAX_README_BYTES: usize = 8192;
 
 fn in_tree(relative: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(relative)
@@ -67,18 +70,17 @@ fn read(relative: &str) -> String {
     std::fs::read_to_string(in_tree(relative)).expect(relative)
 }
 
-/// The README and its pages, by their paths in the tree.
+/// README.md and the pages of packaging/docs, as paths in the tree.
 fn pages() -> Vec<String> {
-    let folder = std::fs::read_dir(in_tree("packaging/docs")).unwrap();
+    let directory = std::fs::read_dir(in_tree("packaging/docs")).unwrap();
     let pages =
-        folder.map(|page| format!("packaging/docs/{}", page.unwrap().file_name().display()));
+        directory.map(|page| format!("packaging/docs/{}", page.unwrap().file_name().display()));
     std::iter::once("README.md".to_owned()).chain(pages).collect()
 }
 
-/// A line that somebody wrote by hand: not of a table that is made from the code, nor of the
-/// recorded demo, which is compared with each run of CI.
+/// A handwritten line. Generated tables are checked by documents.rs, the recorded demo by CI.
 struct Line {
-    /// File and number.
+    /// File and line number.
     place: String,
     text: String,
     is_code: bool,
@@ -87,14 +89,14 @@ struct Line {
 fn lines() -> Vec<Line> {
     let mut lines = Vec::new();
     for page in pages() {
-        let mut is_made = false;
+        let mut is_generated = false;
         let mut is_fenced = false;
         for (number, line) in read(&page).lines().enumerate() {
             if line.starts_with("<!-- ") {
-                is_made = !line.starts_with("<!-- end");
+                is_generated = !line.starts_with("<!-- end");
             } else if line.trim_start().starts_with("```") {
                 is_fenced = !is_fenced;
-            } else if !is_made {
+            } else if !is_generated {
                 let (place, is_code) =
                     (format!("{page}:{}", number + 1), is_fenced || line.starts_with("    "));
                 lines.push(Line { place, text: line.trim().to_owned(), is_code });
@@ -104,13 +106,13 @@ fn lines() -> Vec<Line> {
     lines
 }
 
-/// What stands between backticks.
+/// Returns the code spans of `text`.
 fn spans(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2)
 }
 
-/// The commands, each with its place: code without its comment, and in a text what begins with a
-/// program's name.
+/// Returns each command with its place: the lines of code blocks without comments, and code spans
+/// in prose that start with the name of a program.
 fn commands() -> Vec<(String, String)> {
     let mut commands = Vec::new();
     for Line { place, text, is_code } in lines() {
@@ -129,11 +131,11 @@ fn commands() -> Vec<(String, String)> {
     commands
 }
 
-/// Why this command cannot be right; `Ok` where a check covers it.
+/// Checks one command, or returns why it is wrong or not covered.
 fn check(command: &str) -> Result<(), String> {
     let words: Vec<&str> = command.split_whitespace().collect();
-    if let Some(path) = words.iter().find(|word| is_of_the_tree(word) && !in_tree(word).exists()) {
-        return Err(format!("there is no {path}"));
+    if let Some(path) = words.iter().find(|word| is_tree_path(word) && !in_tree(word).exists()) {
+        return Err(format!("{path} does not exist"));
     }
     match words[..] {
         ["supernode-agent", ..] => visible_command()
@@ -151,27 +153,27 @@ fn check(command: &str) -> Result<(), String> {
             match ["5", "8"].iter().any(|n| in_tree(&format!("packaging/man/{page}.{n}")).exists())
             {
                 true => Ok(()),
-                false => Err("there is no such page in packaging/man".into()),
+                false => Err("packaging/man has no such page".into()),
             }
         }
-        [program, ..] if is_of_the_tree(program) => Ok(()),
+        [program, ..] if is_tree_path(program) => Ok(()),
         _ if command == SED || NOT_RUN.iter().any(|(known, _)| *known == command) => Ok(()),
         _ => match RUN_BY.iter().find(|(run, _)| *run == command) {
             Some((_, file)) if read(file).contains(command) => Ok(()),
-            Some((_, file)) => Err(format!("{file} does not run it any more")),
+            Some((_, file)) => Err(format!("{file} no longer runs it")),
             None => Err("no check covers it: see agent/tests/readme.rs".into()),
         },
     }
 }
 
-fn is_of_the_tree(word: &str) -> bool {
-    PARTS_OF_THE_TREE.iter().any(|part| word.starts_with(part))
+fn is_tree_path(word: &str) -> bool {
+    TREE_PREFIXES.iter().any(|part| word.starts_with(part))
 }
 
 #[test]
 fn every_documented_command_is_run_or_checked() {
     let commands = commands();
-    assert!(commands.len() > 30, "the commands are not found: {commands:?}");
+    assert!(commands.len() > 30, "found too few commands: {commands:?}");
     let wrong: Vec<String> = commands
         .iter()
         .filter_map(|(place, command)| {
@@ -182,7 +184,7 @@ fn every_documented_command_is_run_or_checked() {
     let listed = RUN_BY.iter().chain(&NOT_RUN).map(|(listed, _)| *listed);
     let unused: Vec<_> =
         listed.filter(|listed| !commands.iter().any(|(_, command)| command == listed)).collect();
-    assert!(unused.is_empty(), "no page has it any more: {unused:?}");
+    assert!(unused.is_empty(), "not on any page: {unused:?}");
 }
 
 #[test]
@@ -218,7 +220,7 @@ fn every_documented_flag_exists() {
 #[test]
 fn every_documented_path_exists() {
     for Line { place, text, .. } in lines().iter().filter(|line| !line.is_code) {
-        for path in spans(text).filter(|span| is_of_the_tree(span) && !span.contains(' ')) {
+        for path in spans(text).filter(|span| is_tree_path(span) && !span.contains(' ')) {
             assert!(in_tree(path).exists(), "{place}: {path}");
         }
     }
@@ -228,32 +230,47 @@ fn every_documented_path_exists() {
 fn every_link_resolves_in_tree_and_package() {
     let assets = read("agent/Cargo.toml");
     for page in pages() {
-        let folder = Path::new(&page).parent().unwrap();
+        let directory = Path::new(&page).parent().unwrap();
         let text = read(&page);
         for link in text.split("](").skip(1).map(|rest| rest.split(')').next().unwrap()) {
             let (path, anchor) = link.split_once('#').unwrap_or((link, ""));
             if path.starts_with("https://") {
                 continue;
             }
-            if path.is_empty() {
-                let has_it =
-                    text.lines().any(|line| line.starts_with("## ") && anchor_of(line) == anchor);
-                assert!(has_it, "{page}: #{anchor}");
-                continue;
+            let target = if path.is_empty() { page.clone().into() } else { directory.join(path) };
+            let target_page = target.to_str().unwrap();
+            assert!(in_tree(target_page).exists(), "{page}: {link}");
+            if !anchor.is_empty() {
+                let has_anchor = read(target_page)
+                    .lines()
+                    .any(|line| line.starts_with("##") && anchor_of(line) == anchor);
+                assert!(has_anchor, "{page}: {link}");
             }
-            let file = folder.join(path);
-            assert!(in_tree(file.to_str().unwrap()).exists(), "{page}: {link}");
-            let shipped =
-                format!("\"usr/share/doc/supernode-agent/{}/\"", file.parent().unwrap().display());
+            let parent = target.parent().unwrap().display().to_string();
+            let parent = if parent.is_empty() { parent } else { format!("{parent}/") };
             assert!(
-                assets.contains(&shipped),
-                "{page}: the package has no {link}; name it as code, without a link"
+                assets.contains(&format!("\"usr/share/doc/supernode-agent/{parent}\"")),
+                "{page}: the package does not contain {link}; name it as code, without a link"
             );
         }
     }
 }
 
-/// As GitHub makes it of a heading.
+#[test]
+fn readme_links_every_page() {
+    let readme = read("README.md");
+    for page in pages().iter().filter(|page| *page != "README.md") {
+        assert!(readme.contains(&format!("]({page})")), "README.md does not link {page}");
+    }
+}
+
+#[test]
+fn readme_has_at_most_8_kib() {
+    let bytes = read("README.md").len();
+    assert!(bytes <= MAX_README_BYTES, "{bytes} bytes");
+}
+
+/// Returns the anchor that GitHub derives from a heading.
 fn anchor_of(heading: &str) -> String {
     let words = heading.trim_start_matches(['#', ' ']).to_lowercase();
     words
@@ -266,12 +283,12 @@ fn anchor_of(heading: &str) -> String {
 #[test]
 fn documented_service_passes_the_check() {
     let to_stdout = SED.split(" >").next().unwrap();
-    let made =
+    let output =
         Command::new("sh").args(["-c", to_stdout]).current_dir(in_tree("")).output().unwrap();
-    let made = String::from_utf8(made.stdout).unwrap();
-    assert!(made.contains(": 12,") && made.contains(": 13,"), "{made}");
+    let service = String::from_utf8(output.stdout).unwrap();
+    assert!(service.contains(": 12,") && service.contains(": 13,"), "{service}");
     let found: Vec<_> =
-        template::judge(&made).into_iter().filter(|check| check.level != Level::Ok).collect();
+        template::judge(&service).into_iter().filter(|check| check.level != Level::Ok).collect();
     assert_eq!(found, []);
 }
 

@@ -37,7 +37,6 @@ python_tests() {
 }
 step "tests of the site hook, on simulators and real frameworks" python_tests packaging/site
 step "tests of the dashboard" python_tests packaging/grafana
-step "tests of the README's pictures" python_tests packaging/pictures
 
 # Each cause of a node on the CPU: its code, the seconds from the agent's start to the WARNING, and how it was produced.
 if grep -q 'CAUSE ' "$log"; then

@@ -10,7 +10,7 @@
 mod common;
 
 use common::{GPU_A, nvidias_library, one_gpu, report, sysfs_of_one, wanted};
-use serde_json::{Value, json};
+use serde_json::Value;
 use supernode_tests::{Boot, BootedVm};
 
 const UNIT: &str = "flower-supernode.service";
@@ -406,47 +406,52 @@ fn microseconds(entry: &Value) -> u64 {
     entry["__MONOTONIC_TIMESTAMP"].as_str().and_then(|text| text.parse().ok()).expect("a time")
 }
 
-/// Keeps when each unit that the node waits for was started, and what the agent did then: the data
-/// of the README's picture.
-fn record(boot: &Boot) {
-    // systemd's sd-messages.h: a unit is being started; it was started.
+/// Writes the boot timeline of packaging/docs/boot.md from the journal.
+fn record_timeline(boot: &Boot) {
+    // systemd's sd-messages.h: SD_MESSAGE_UNIT_STARTING, SD_MESSAGE_UNIT_STARTED.
     const STARTING: &str = "7d4958e842da4a758f6c1cdc7b36dcc5";
     const STARTED: &str = "39f53479d3a045ac8e11786248231fbf";
-    let seconds = |entry: &Value| (microseconds(entry) as f64 / 1e4).round() / 100.0;
-    let first = |holds: &dyn Fn(&Value) -> bool| {
-        boot.journal.iter().find(|entry| holds(entry)).map(seconds)
+    const MARK: &str = "<!-- recorded: UPDATE_BOOT_TIMELINE=1";
+    let seconds_of = |what: &str, matches: &dyn Fn(&Value) -> bool| {
+        let entry = boot.journal.iter().find(|entry| matches(entry)).expect(what);
+        microseconds(entry) as f64 / 1e6
     };
-    let unit = |unit: &str| {
-        let told = |id: &str| {
-            first(&|entry| entry["UNIT"] == unit && entry["MESSAGE_ID"] == id).expect(unit)
+    let unit = |unit: &'static str| {
+        let at = |id: &str| {
+            seconds_of(unit, &|entry| entry["UNIT"] == unit && entry["MESSAGE_ID"] == id)
         };
-        json!({"unit": unit, "starting": told(STARTING), "started": told(STARTED)})
+        (at(STARTED), format!("| {unit} | {:.2} | {:.2} |\n", at(STARTING), at(STARTED)))
     };
-    let moment = |what: &str, text: &str| {
-        let at = first(&|entry| {
+    let event = |what: &str, text: &str| {
+        let at = seconds_of(text, &|entry| {
             entry["_SYSTEMD_UNIT"] == UNIT
-                && entry["MESSAGE"].as_str().is_some_and(|said| said.contains(text))
+                && entry["MESSAGE"].as_str().is_some_and(|message| message.contains(text))
         });
-        json!({"what": what, "at": at.expect(text)})
+        (at, format!("| {what} | | {at:.2} |\n"))
     };
-    let units = [
-        "one-context-local.service",
-        "flower-supernode-runtime.service",
-        "one-context-online.service",
-        "docker.service",
-        // In the place of a pull.
-        "harness-image.service",
-        UNIT,
-        "one-context.service",
+    let mut rows = vec![
+        unit("one-context-local.service"),
+        unit("flower-supernode-runtime.service"),
+        unit("one-context-online.service"),
+        unit("docker.service"),
+        // Loads the image, in place of a pull.
+        unit("harness-image.service"),
+        unit(UNIT),
+        unit("one-context.service"),
+        event("WARNING of the CPU fallback", FALLBACK),
+        event("container started", "started the container"),
     ];
-    let data = json!({
-        "taken": "UPDATE_PICTURES=1 cargo test -p supernode-tests --test boot emulated_vm, with SUPERNODE_DEB of make deb: a VM \
-                  with two processors that QEMU emulates, without a GPU; seconds from power-on, by the journal",
-        "units": units.map(unit),
-        "moments": [moment("WARNING", FALLBACK), moment("container", "started the container")],
-    });
-    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/pictures/boot.json");
-    std::fs::write(file, format!("{data:#}\n")).expect(file);
+    rows.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let rows: String = rows.into_iter().map(|(_, row)| row).collect();
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/docs/boot.md");
+    let page = std::fs::read_to_string(file).expect(file);
+    let (before, rest) = page.split_once(MARK).expect(MARK);
+    let (mark, rest) = rest.split_once('\n').expect("a line after the mark");
+    let (_, after) = rest.split_once("<!-- end -->").expect("an end mark");
+    let page = format!(
+        "{before}{MARK}{mark}\n| event | starts | done |\n| --- | --- | --- |\n{rows}<!-- end -->{after}"
+    );
+    std::fs::write(file, page).expect(file);
 }
 
 #[test]
@@ -463,8 +468,8 @@ fn emulated_vm_boots_and_agent_takes_one_percent_of_it() {
     says(&boot, &["runs true on runc", "default via 10.0.2.2", "READY=YES"]);
     assert_eq!(boot.warnings_of(UNIT).len(), 1, "{}", boot.transcript());
     assert!(entries(&boot, "ordering cycle").is_empty(), "{}", boot.transcript());
-    if std::env::var_os("UPDATE_PICTURES").is_some() {
-        record(&boot);
+    if std::env::var_os("UPDATE_BOOT_TIMELINE").is_some() {
+        record_timeline(&boot);
     }
     let of_agent = |entry: &&&Value| {
         entry["SYSLOG_IDENTIFIER"] == "supernode-agent" && entry["_SYSTEMD_UNIT"] == UNIT

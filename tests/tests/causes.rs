@@ -695,7 +695,8 @@ fn docker_causes_are_announced() {
 fn every_reason_code_is_produced_and_documented() {
     let produced: BTreeSet<&str> = every_cause().iter().map(|cause| cause.code).collect();
     let documented = documented();
-    let (readme, manual) = (in_tree("README.md"), in_tree("packaging/man/supernode-agent.8"));
+    let page = in_tree("packaging/docs/troubleshooting.md");
+    let manual = in_tree("packaging/man/supernode-agent.8");
     for (code, entry) in &documented {
         let elsewhere = WHILE_RUNNING.iter().find(|(other, _)| other == code);
         assert!(
@@ -705,7 +706,8 @@ fn every_reason_code_is_produced_and_documented() {
         let id = &entry.message_id;
         assert!(id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit()), "{code}: {id}");
         assert!(entry.fixes.len() == 1 && !entry.fixes[0].is_empty(), "{code}: {entry:?}");
-        assert!(readme.contains(&format!("\n| `{code}` | ")), "README.md has no row for {code}");
+        let section = format!("\n### {code}\n");
+        assert!(page.contains(&section), "troubleshooting.md has no section for {code}");
         let heading = format!("\n.B {}\n", code.replace('-', "\\-"));
         assert!(
             manual.contains(&heading) && manual.contains(id.as_str()),

@@ -270,7 +270,7 @@ pub const VARIABLES: &[Variable] = &[
         name: "FL_TLS_ENABLED",
         also: &[],
         kind: Kind::YesNo,
-        unset: "what the SuperLink advertises through OneGate, else NO",
+        unset: "what the SuperLink publishes through OneGate; with FL_SUPERLINK_ADDRESS: NO (plaintext)",
         goes_to: "--root-certificates or --insecure",
         about: "Speak TLS with the SuperLink",
     },
