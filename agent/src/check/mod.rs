@@ -13,8 +13,8 @@ use serde_json::{Value as Json, json};
 
 use crate::gpu::kernel::KernelFacts;
 use crate::gpu::pci::{self, PciFacts};
-use crate::gpu::reason::sanitize_line;
 use crate::system::facts::Root;
+use crate::values::sanitize_line;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]

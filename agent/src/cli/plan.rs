@@ -17,7 +17,6 @@ use crate::docker::client::{Client, EngineError, EngineInfo};
 use crate::docker::daemon_json::RUNTIME_NAME;
 use crate::docker::nvidia_runtime::{GpuInjection, choose_access};
 use crate::docker::spec::ContainerSpec;
-use crate::gpu::reason::sanitize_line;
 use crate::gpu::verdict::Verdict;
 use crate::gpu::{Detection, detect_gpus};
 use crate::logging::error_chain;
@@ -29,6 +28,7 @@ use crate::system::info::SystemInfo;
 use crate::system::os_release::Distribution;
 use crate::system::programs::find_program;
 use crate::values::ImageRef;
+use crate::values::sanitize_line;
 
 /// Everything up to the launch, and what could not be learned on the way.
 pub(super) struct Plan {

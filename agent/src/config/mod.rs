@@ -9,9 +9,9 @@ use std::path::Path;
 use one_context::Context;
 use serde_json::{Map, Value as Json, json};
 
-use crate::gpu::pci::PciAddress;
+use crate::values::PciAddress;
 use crate::values::ca_bundle::CaBundle;
-use crate::values::{DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Version, shown};
+use crate::values::{DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, Version, escape};
 use variables::{Kind, VARIABLES, Value, Variable};
 
 /// The machine-learning framework of the node's image.
@@ -169,7 +169,7 @@ impl fmt::Display for ConfigErrors {
 impl Default for Prebaked {
     /// Flower 1.31.0 with PyTorch, which the field's appliance ships.
     fn default() -> Self {
-        Self { version: Version::of(1, 31, 0), framework: Framework::PyTorch }
+        Self { version: Version::new(1, 31, 0), framework: Framework::PyTorch }
     }
 }
 
@@ -198,7 +198,7 @@ impl Prebaked {
             match Version::parse(&text) {
                 Ok(version) => prebaked.version = version,
                 Err(why) => {
-                    errors.push(format!("{}: {} {why}", path.display(), Kind::Version.shown(&text)))
+                    errors.push(format!("{}: {} {why}", path.display(), Kind::Version.quote(&text)))
                 }
             }
         }
@@ -206,7 +206,7 @@ impl Prebaked {
             let kind = Kind::Choice(variables::FRAMEWORKS);
             match kind.parse(&text) {
                 Ok(_) => prebaked.framework = Framework::parse(&text).unwrap_or(prebaked.framework),
-                Err(why) => errors.push(format!("{}: {} {why}", path.display(), kind.shown(&text))),
+                Err(why) => errors.push(format!("{}: {} {why}", path.display(), kind.quote(&text))),
             }
         }
         if errors.is_empty() { Ok(prebaked) } else { Err(ConfigErrors(errors)) }
@@ -291,9 +291,9 @@ impl Config {
                 .passthrough_addresses()
                 .into_iter()
                 .map(|(variable, written)| Assigned {
-                    variable: shown(&variable),
+                    variable: escape(&variable),
                     address: PciAddress::parse(&written),
-                    written: shown(&written),
+                    written: escape(&written),
                 })
                 .collect(),
             prebaked: prebaked.clone(),
@@ -320,7 +320,7 @@ impl Config {
                 "FL_GPU_REQUIRED" => json!(self.gpu_required),
                 "FL_CUDA_VISIBLE_DEVICES" => json!(self.devices.to_string()),
                 "FL_GPU_MEMORY_FRACTION" => {
-                    json!(self.memory_fraction.as_ref().map(Fraction::share))
+                    json!(self.memory_fraction.as_ref().map(Fraction::value))
                 }
                 "FL_DCGM_ENABLED" => json!(self.dcgm_enabled),
                 "FLOWER_VERSION" => json!(self.version.to_string()),
@@ -389,13 +389,13 @@ impl ParsedVariables {
                         );
                         found.errors.push(format!(
                             "{name}={}: must be UTF-8 text: {}",
-                            variable.kind.shown(&lossy),
+                            variable.kind.quote(&lossy),
                             variable.kind.values()
                         ));
                         continue;
                     }
                 };
-                let shown = variable.kind.shown(text);
+                let shown = variable.kind.quote(text);
                 match (variable.kind.parse(text), &first) {
                     (Err(refusal), _) => found.errors.push(format!("{name}={shown}: {refusal}")),
                     (Ok(value), Some(first)) if first.value != value => found.errors.push(format!(
@@ -476,7 +476,7 @@ fn unknown_names(context: &Context) -> Vec<String> {
             Some(known) => {
                 format!("{name} is not a known variable and has no effect: did you mean {known}?")
             }
-            None => format!("{} is not a known variable and has no effect", shown(name)),
+            None => format!("{} is not a known variable and has no effect", escape(name)),
         })
         .collect()
 }
@@ -825,7 +825,7 @@ mod tests {
         let write = |name: &str, text: &str| std::fs::write(folder.join(name), text).unwrap();
         write("PREBAKED_VERSION", "1.25.0\n");
         write("PREBAKED_FRAMEWORK", "tensorflow\n");
-        let read = Prebaked { version: Version::of(1, 25, 0), framework: Framework::TensorFlow };
+        let read = Prebaked { version: Version::new(1, 25, 0), framework: Framework::TensorFlow };
         assert_eq!(Prebaked::read(&folder), Ok(read));
         write("PREBAKED_VERSION", "latest");
         write("PREBAKED_FRAMEWORK", "jax");

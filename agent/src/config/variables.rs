@@ -3,8 +3,8 @@
 
 use crate::values::ca_bundle::CaBundle;
 use crate::values::{
-    DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, ValidationError, Version,
-    parse_count, parse_yes_no, shown,
+    DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, ValidationError, Version, escape,
+    parse_count, parse_yes_no,
 };
 
 /// What a variable accepts.
@@ -61,7 +61,9 @@ impl Kind {
                 .iter()
                 .find(|word| word.eq_ignore_ascii_case(text))
                 .map(|word| Value::Choice(word))
-                .ok_or_else(|| format!("must be one of {}", words.join(", "))),
+                .ok_or_else(|| {
+                    ValidationError::new(format!("must be one of {}", words.join(", ")))
+                }),
             Self::Count(least) => parse_count(text, least).map(Value::Count),
             Self::Fraction => Fraction::parse(text).map(Value::Fraction),
             Self::Version => Version::parse(text).map(Value::Version),
@@ -74,7 +76,7 @@ impl Kind {
     }
 
     /// How the value of this kind may be shown in an error: in full, in part, or not at all.
-    pub fn shown(self, text: &str) -> String {
+    pub fn quote(self, text: &str) -> String {
         let hidden = match self {
             Self::CaBundle => true,
             Self::NodeConfig => NodeConfig::may_hold_secret(text),
@@ -87,7 +89,7 @@ impl Kind {
         if hidden {
             return format!("({} characters, not shown)", text.chars().count());
         }
-        format!("'{}'", shown(text))
+        format!("'{}'", escape(text))
     }
 
     /// The accepted values, for people.
@@ -402,11 +404,11 @@ mod tests {
             (Kind::HostPort, "h:1", "u:p@h:1"),
             (Kind::Image, "own/node:1@sha256:0", "u:p@own/node:1"),
         ] {
-            assert_eq!(kind.shown(shown), format!("'{shown}'"));
-            assert_eq!(kind.shown(hidden), format!("({} characters, not shown)", hidden.len()));
+            assert_eq!(kind.quote(shown), format!("'{shown}'"));
+            assert_eq!(kind.quote(hidden), format!("({} characters, not shown)", hidden.len()));
         }
-        assert_eq!(Kind::CaBundle.shown("é"), "(1 characters, not shown)");
-        assert_eq!(Kind::YesNo.shown("maybe\n"), "'maybe\\n'");
+        assert_eq!(Kind::CaBundle.quote("é"), "(1 characters, not shown)");
+        assert_eq!(Kind::YesNo.quote("maybe\n"), "'maybe\\n'");
     }
 
     #[test]

@@ -36,8 +36,10 @@ pub fn flower_version<'a>(config: &'a Config, image: &ImageRef) -> &'a Version {
 
 fn image_of(framework: Framework, version: &Version) -> ImageRef {
     match framework {
-        Framework::Base => ImageRef::of("flwr/supernode", version),
-        framework => ImageRef::of(&format!("flower-supernode-{framework}"), version),
+        Framework::Base => ImageRef::from_name_and_version("flwr/supernode", version),
+        framework => {
+            ImageRef::from_name_and_version(&format!("flower-supernode-{framework}"), version)
+        }
     }
 }
 

@@ -152,7 +152,7 @@ fn environment(inputs: &ContainerInputs<'_>) -> BTreeMap<String, String> {
     if let Some(fraction) = &config.memory_fraction {
         set("FL_GPU_MEMORY_FRACTION", &fraction.to_string());
         set("XLA_PYTHON_CLIENT_MEM_FRACTION", &fraction.to_string());
-        set(site_hook::LIMITS_VARIABLE, &memory_limits(devices, fraction.share()));
+        set(site_hook::LIMITS_VARIABLE, &memory_limits(devices, fraction.value()));
         let python_path = match image.python_path.as_deref() {
             None | Some("") => site_hook::TARGET.to_owned(),
             Some(image_path) => format!("{}:{image_path}", site_hook::TARGET),
@@ -353,7 +353,7 @@ mod tests {
 
     #[test]
     fn flag_unknown_to_the_release_is_omitted() {
-        let prebaked = Prebaked { version: Version::of(1, 20, 0), ..Prebaked::default() };
+        let prebaked = Prebaked { version: Version::new(1, 20, 0), ..Prebaked::default() };
         let context = Context::parse(b"FLOWER_VERSION='1.31.0'\n").unwrap();
         let (config, _) = Config::from_context(&context, &prebaked).unwrap();
         let args = |reference: ImageRef| {

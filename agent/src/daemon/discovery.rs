@@ -9,13 +9,13 @@ use super::gate_of;
 use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::config::settings::Settings;
-use crate::gpu::reason::sanitize_line;
 use crate::logging;
 use crate::opennebula::onegate::OneGateUnavailable;
 use crate::opennebula::partition::{self, Partition, PartitionStore};
 use crate::opennebula::publisher::OneGateAccess;
 use crate::opennebula::superlink::{Discovery, SuperLink, SuperLinkError, find_superlink};
 use crate::report::Reporter;
+use crate::values::sanitize_line;
 
 /// Upper bound of the random delay before the first attempt, so that nodes that boot together do
 /// not query OneGate together. The GPU and Docker are prepared in the meantime.

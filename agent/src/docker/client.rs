@@ -28,9 +28,9 @@ use crate::docker::log::Log;
 use crate::docker::ping::api_version;
 use crate::docker::pull_progress::PullProgress;
 use crate::docker::spec::{ContainerSpec, MountSpec, PortSpec, SPEC_HASH_LABEL, STATE_DIR_LABEL};
-use crate::gpu::reason::sanitize_line;
 use crate::logging::error_chain;
 use crate::values::ImageRef;
+use crate::values::sanitize_line;
 
 /// How long one call may take as a whole, unless it waits for something by its nature.
 const CALL_LIMIT: Duration = Duration::from_secs(60);

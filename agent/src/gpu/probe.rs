@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::nvml_error::{Fault, FaultKind};
 use super::nvml_library::LibraryFile;
 use super::probe_child::ProbeAnswer;
-use super::reason::sanitize_line;
+use crate::values::sanitize_line;
 
 /// Hidden subcommand that the child runs.
 pub const SUBCOMMAND: &str = "nvml-probe";

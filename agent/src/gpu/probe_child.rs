@@ -19,7 +19,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::nvml_error::Fault;
 use super::nvml_library::LibraryFile;
-use super::pci::PciAddress;
+use crate::values::PciAddress;
 
 /// More GPUs, and more MIG instances per GPU, than any machine has: larger counts are invalid.
 const MAX_GPUS: u32 = 1024;

@@ -11,6 +11,7 @@ use std::fmt;
 use serde::{Serialize, Serializer};
 
 use crate::system::os_release::Distribution;
+use crate::values::sanitize_line;
 
 /// The reason for a CPU fallback.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -449,18 +450,6 @@ impl Finding {
     }
 }
 
-/// Reduces foreign text to one line of bounded length without control characters.
-pub fn sanitize_line(text: &str) -> String {
-    const MAX_CHARACTERS: usize = 1000;
-    let mut line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    if let Some((at, _)) = line.char_indices().nth(MAX_CHARACTERS) {
-        line.truncate(at);
-        line.push('…');
-    }
-    line.retain(|c| !c.is_control());
-    line
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -524,9 +513,6 @@ mod tests {
         assert_eq!(Reason::GpuLost.to_string(), "gpu-lost");
         assert_eq!(serde_json::to_string(&Reason::GpuLost).unwrap(), "\"gpu-lost\"");
         assert_eq!(Reason::from_code("no-such-code"), None);
-        let longest = "é".repeat(1000);
-        assert_eq!(sanitize_line(&format!(" {longest}\n")), longest);
-        assert_eq!(sanitize_line(&format!("{longest}é")), format!("{longest}…"));
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! Applies `FL_CUDA_VISIBLE_DEVICES` to the GPUs that the driver reports. Pure.
 
 use super::diagnose::{diagnose_unlisted, health_finding, unusable_assignments};
-use super::pci::{PciAddress, PciDevice, PciFacts};
+use super::pci::{PciDevice, PciFacts};
 use super::probe_child::{DriverReport, ProbedGpu};
 use super::reason::{Finding, Reason};
 use super::verdict::GpuDevice;
 use crate::config::Config;
-use crate::values::{DeviceName, DeviceSelection};
+use crate::values::{DeviceName, DeviceSelection, PciAddress};
 
 /// The usable devices among the selected ones.
 pub(super) struct Selection {

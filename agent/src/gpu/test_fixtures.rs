@@ -4,12 +4,13 @@ use one_context::Context;
 
 use super::nvml_error::{Fault, FaultKind};
 use super::nvml_library::LibraryFile;
-use super::pci::{PciAddress, PciDevice, PciFacts};
+use super::pci::{PciDevice, PciFacts};
 use super::probe::ProbeOutcome;
 use super::probe_child::{DriverReport, ProbeAnswer, ProbedGpu};
 use super::reason::Finding;
 use super::verdict::Verdict;
 use crate::config::{Config, Prebaked};
+use crate::values::PciAddress;
 
 pub(super) const A: &str = "0000:01:00.0";
 pub(super) const B: &str = "0000:21:00.0";

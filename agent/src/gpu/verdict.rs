@@ -6,8 +6,9 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::{Value as Json, json};
 
-use super::reason::{Finding, sanitize_line};
+use super::reason::Finding;
 use crate::system::os_release::Distribution;
+use crate::values::sanitize_line;
 
 /// The device that the node trains on.
 #[derive(Debug, Clone, PartialEq, Eq)]

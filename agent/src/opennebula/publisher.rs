@@ -16,11 +16,11 @@ use tokio::task::JoinHandle;
 
 use crate::backoff::Backoff;
 use crate::config::settings::Settings;
-use crate::gpu::reason::sanitize_line;
 use crate::logging::error_chain;
 use crate::opennebula::onegate::OneGateUnavailable;
 use crate::opennebula::partition;
 use crate::values::parse_yes_no;
+use crate::values::sanitize_line;
 
 /// The way to OneGate, as the context has it.
 #[derive(Debug, Clone, PartialEq, Eq)]

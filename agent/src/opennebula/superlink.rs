@@ -15,7 +15,7 @@ use crate::flower::release::Release;
 use crate::opennebula::onegate::{OneGateAvailability, OneGateUnavailable};
 use crate::opennebula::partition::Partition;
 use crate::values::ca_bundle::{CaBundle, ValidBundle};
-use crate::values::{HostPort, ValidationError, Version, parse_yes_no, shown};
+use crate::values::{HostPort, ValidationError, Version, escape, parse_yes_no};
 
 /// Name of the service role that holds the SuperLink, as in OneFlow's templates.
 const ROLE: &str = "superlink";
@@ -323,9 +323,9 @@ async fn superlink_vm(onegate: &OneGate, service: &Service) -> Result<Vm, SuperL
             return Err(SuperLinkError::NoVm);
         }
         let roles: Vec<String> =
-            service.roles.iter().take(8).map(|role| shown(&role.name)).collect();
+            service.roles.iter().take(8).map(|role| escape(&role.name)).collect();
         return Err(SuperLinkError::NoRole {
-            service: shown(&service.name),
+            service: escape(&service.name),
             roles: roles.join(", "),
         });
     };
@@ -390,7 +390,7 @@ fn attribute<'a>(vm: &'a Vm, name: &str) -> Option<&'a str> {
 }
 
 fn quoted(text: &str) -> String {
-    format!("'{}'", shown(text))
+    format!("'{}'", escape(text))
 }
 
 fn invalid(

@@ -13,7 +13,6 @@ use serde_json::Value as Json;
 use tokio::sync::watch;
 
 use crate::docker::client::Container;
-use crate::gpu::reason::sanitize_line;
 use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::logging;
 use crate::opennebula::partition::Partition;
@@ -23,6 +22,7 @@ use crate::report::metrics::Values;
 use crate::system::atomic_file;
 use crate::system::os_release::Distribution;
 use crate::system::systemd;
+use crate::values::sanitize_line;
 
 /// The content of the status file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

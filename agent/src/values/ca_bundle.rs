@@ -12,7 +12,8 @@ use x509_cert::ext::pkix::{BasicConstraints, KeyUsage};
 use x509_cert::name::Name;
 use x509_cert::request::CertReq;
 
-use crate::values::{ValidationError, shown};
+use super::error::ValidationError;
+use super::text::escape;
 
 const BEGIN: &str = "-----BEGIN ";
 const NOT_WHOLE: &str = "what it holds is not a certificate, or not a whole one";
@@ -83,7 +84,10 @@ impl CaBundle {
     /// key by mistake.
     pub fn parse(text: &str) -> Result<Self, ValidationError> {
         Self::read(text).map_err(|why| {
-            format!("must be the base64 of a CA's PEM certificate (base64 -w0 ca.crt); {why}")
+            ValidationError::with_detail(
+                "must be the base64 of a CA's PEM certificate (base64 -w0 ca.crt)",
+                why,
+            )
         })
     }
 
@@ -148,7 +152,10 @@ impl CaBundle {
             .map(|ca| format!("{} expired at {}", ca.subject, ca.not_after))
             .collect();
         if kept.is_empty() {
-            return Err(format!("must be a CA that has not expired; {}; {clock}", listed(&ends)));
+            return Err(ValidationError::with_detail(
+                "must be a CA that has not expired",
+                format!("{}; {clock}", listed(&ends)),
+            ));
         }
         let starts: Vec<String> = kept
             .iter()
@@ -209,7 +216,7 @@ fn read_pem(text: &str) -> Result<Vec<Piece>, String> {
             "CERTIFICATE REQUEST" | "NEW CERTIFICATE REQUEST" => Piece::Other(REQUEST.into()),
             "PUBLIC KEY" | "RSA PUBLIC KEY" => Piece::Other(PUBLIC_KEY.into()),
             "PKCS7" | "CMS" => Piece::Other(PKCS7.into()),
-            label => Piece::Other(format!("PEM of '{}'", shown(label))),
+            label => Piece::Other(format!("PEM of '{}'", escape(label))),
         });
     }
     Ok(pieces)
@@ -280,7 +287,7 @@ fn subject(name: &Name) -> String {
     let mut text = String::new();
     // Not `to_string`, which would panic at a name that cannot be written.
     match write!(text, "{name}") {
-        Ok(()) if !text.is_empty() => shown(&text),
+        Ok(()) if !text.is_empty() => escape(&text),
         _ => "a certificate without a name".into(),
     }
 }
@@ -370,7 +377,7 @@ mod tests {
     /// The second half of the refusal, the one that says what the text is.
     #[track_caller]
     fn why(text: &str) -> String {
-        let refusal = CaBundle::parse(text).unwrap_err();
+        let refusal = CaBundle::parse(text).unwrap_err().to_string();
         let (expected, why) = refusal.split_once("; ").unwrap();
         assert_eq!(expected, "must be the base64 of a CA's PEM certificate (base64 -w0 ca.crt)");
         assert!(!why.contains('\n') && why.len() < 1000, "{why}");
@@ -582,7 +589,7 @@ mod tests {
     fn an_expired_ca_is_refused_with_its_date_and_the_clocks() {
         let old = CaBundle::parse(OLD_CA).unwrap();
         assert_eq!(
-            old.valid_at(noon(2026)).unwrap_err(),
+            old.valid_at(noon(2026)).unwrap_err().to_string(),
             "must be a CA that has not expired; CN=old-ca expired at 2024-05-01T00:00:00Z; \
              this machine's clock says 2026-01-01T12:00:00Z"
         );
@@ -640,7 +647,8 @@ mod tests {
     /// What is accepted is accepted again from its own text, with the same result.
     fn is_stable(text: &str) -> Result<(), TestCaseError> {
         if let Ok(certificate) = CaBundle::parse(text) {
-            let again = CaBundle::parse(certificate.pem()).map_err(TestCaseError::fail)?;
+            let again = CaBundle::parse(certificate.pem())
+                .map_err(|error| TestCaseError::fail(error.to_string()))?;
             prop_assert_eq!(&again, &certificate);
             prop_assert_eq!(again.ignored(), None);
             prop_assert_eq!(again.valid_at(noon(2030)), certificate.valid_at(noon(2030)));

@@ -12,9 +12,10 @@ use supernode_agent::config::{Config, Prebaked};
 use supernode_agent::system::os_release::Distribution;
 use supernode_agent::gpu::monitor_child::MonitorMessage;
 use supernode_agent::gpu::probe_child::ProbeAnswer;
-use supernode_agent::gpu::pci::{PciAddress, PciDevice, PciFacts};
+use supernode_agent::gpu::pci::{PciDevice, PciFacts};
 use supernode_agent::gpu::probe::ProbeOutcome;
 use supernode_agent::gpu::decide::decide_gpu_or_cpu;
+use supernode_agent::values::PciAddress;
 use supernode_fuzz::assert_shown;
 
 thread_local! {

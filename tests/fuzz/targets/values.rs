@@ -5,10 +5,10 @@ use std::fmt::{Debug, Display};
 
 use libfuzzer_sys::fuzz_target;
 use supernode_agent::values::{
-    DeviceSelection, Fraction, HostPort, ImageRef, MAX_COUNT, ValidationError, Version, parse_count,
+    DeviceSelection, Fraction, HostPort, ImageRef, MAX_COUNT, PciAddress, ValidationError, Version,
+    parse_count,
     parse_yes_no,
 };
-use supernode_agent::gpu::pci::PciAddress;
 use supernode_fuzz::assert_shown;
 
 fn assert_stable<T: PartialEq + Debug + Display>(
@@ -23,7 +23,7 @@ fn assert_stable<T: PartialEq + Debug + Display>(
             // It becomes an argument, and must not be taken for an option.
             assert!(!shown.starts_with('-'), "{shown}");
         }
-        Err(refusal) => assert_shown(&refusal),
+        Err(error) => assert_shown(&error.to_string()),
     }
 }
 
@@ -35,7 +35,7 @@ fuzz_target!(|text: &str| {
     assert_stable(text, Fraction::parse);
     assert_stable(text, |text| PciAddress::parse(text).ok_or_else(String::new));
     if let Ok(fraction) = Fraction::parse(text) {
-        assert!(fraction.share() > 0.0 && fraction.share() <= 1.0);
+        assert!(fraction.value() > 0.0 && fraction.value() <= 1.0);
     }
     if let Ok(count) = parse_count(text, 1) {
         assert!((1..=MAX_COUNT).contains(&count));

@@ -5,9 +5,10 @@
 use std::collections::BTreeMap;
 
 use crate::check::{Check, Level};
-use crate::gpu::pci::{PciAddress, PciDevice, PciFacts};
+use crate::gpu::pci::{PciDevice, PciFacts};
 use crate::system::facts::Root;
 use crate::system::os_release::Distribution;
+use crate::values::PciAddress;
 
 /// Where OpenNebula's probe on the host reads which devices it reports.
 const HOST_FILTER: &str = "/var/tmp/one/etc/im/kvm-probes.d/pci.conf";

@@ -10,8 +10,8 @@ pub use parse::{Attribute, Pair, Place, SyntaxError, Vector, parse};
 
 use super::{Check, Level};
 use crate::config::variables::{self, Kind};
-use crate::gpu::pci::PciAddress;
-use crate::values::{parse_yes_no, shown};
+use crate::values::PciAddress;
+use crate::values::{escape, parse_yes_no};
 
 /// Where the package puts what says whether the node is ready.
 pub const READY_SCRIPT: &str = "/opt/flower/scripts/health-check.sh";
@@ -158,7 +158,7 @@ impl Template {
             }
             Some(pair) => {
                 let finding =
-                    format!("MACHINE=\"{}\" is not q35: the GPU gets no PCI Express slot", shown(pair.value.trim()));
+                    format!("MACHINE=\"{}\" is not q35: the GPU gets no PCI Express slot", escape(pair.value.trim()));
                 Check::bad("machine", bad, finding, FIX).at(pair.place.line)
             }
             None => {
@@ -189,18 +189,18 @@ impl Template {
                 "firmware",
                 format!(
                     "FIRMWARE=\"{}\": a path of OVMF_UEFIS in vmm_exec_kvm.conf, as OpenNebula 6.10 wants it",
-                    shown(path)
+                    escape(path)
                 ),
             ),
             other if other.eq_ignore_ascii_case("uefi") => Check::error(
                 "firmware",
-                format!("FIRMWARE=\"{}\" must be written in capitals", shown(other)),
+                format!("FIRMWARE=\"{}\" must be written in capitals", escape(other)),
                 fix,
             ),
             other => Check::bad(
                 "firmware",
                 bad,
-                format!("FIRMWARE=\"{}\" is not UEFI", shown(other)),
+                format!("FIRMWARE=\"{}\" is not UEFI", escape(other)),
                 fix,
             ),
         };
@@ -219,7 +219,8 @@ impl Template {
                     Check::warning("secure-boot", finding, FIX).at(pair.place.line)
                 }
                 Err(accepted) => {
-                    let finding = format!("FIRMWARE_SECURE=\"{}\": {accepted}", shown(&pair.value));
+                    let finding =
+                        format!("FIRMWARE_SECURE=\"{}\": {accepted}", escape(&pair.value));
                     Check::error("secure-boot", finding, FIX).at(pair.place.line)
                 }
             },
@@ -235,7 +236,7 @@ impl Template {
             Some(pair) => {
                 let finding = format!(
                     "MODEL=\"{}\" hides instructions of the host's CPU from the frameworks",
-                    shown(&pair.value)
+                    escape(&pair.value)
                 );
                 Check::warning("cpu-model", finding, FIX).at(pair.place.line)
             }
@@ -284,7 +285,7 @@ impl Template {
                 Ok(number @ 1..) => Some(Some(number)),
                 _ => {
                     let finding =
-                        format!("{key}=\"{}\" must be a whole number > 0", shown(&pair.value));
+                        format!("{key}=\"{}\" must be a whole number > 0", escape(&pair.value));
                     checks.push(
                         Check::error("topology", finding, format!("TOPOLOGY=[{key}=\"1\"]"))
                             .at(pair.place.line),
@@ -298,7 +299,7 @@ impl Template {
         let policy = policy.as_deref().unwrap_or("NONE");
         if !POLICIES.contains(&policy) {
             let finding =
-                format!("PIN_POLICY=\"{}\" must be one of {}", shown(policy), POLICIES.join(", "));
+                format!("PIN_POLICY=\"{}\" must be one of {}", escape(policy), POLICIES.join(", "));
             checks.push(
                 Check::error("topology", finding, "TOPOLOGY=[PIN_POLICY=\"CORE\",SOCKETS=\"1\"]")
                     .at(line),
@@ -360,8 +361,10 @@ impl Template {
                         .at(line)
                     }
                     _ => {
-                        let finding =
-                            format!("PCIHOLE64=\"{}\" must be a number of KiB", shown(&pair.value));
+                        let finding = format!(
+                            "PCIHOLE64=\"{}\" must be a number of KiB",
+                            escape(&pair.value)
+                        );
                         Check::error("large-bars", finding, "FEATURES=[PCIHOLE64=\"1073741824\"]")
                             .at(line)
                     }
@@ -401,7 +404,7 @@ impl Template {
                 Check::ok("context-ready", format!("READY is reported once {READY_SCRIPT} says so")).at(pair.place.line)
             }
             (true, Some(pair)) => {
-                let finding = format!("READY_SCRIPT_PATH=\"{}\" is not the script of the package", shown(&pair.value));
+                let finding = format!("READY_SCRIPT_PATH=\"{}\" is not the script of the package", escape(&pair.value));
                 let fix = format!("READY_SCRIPT_PATH=\"{READY_SCRIPT}\"");
                 Check::warning("context-ready", finding, fix).at(pair.place.line)
             }
@@ -454,7 +457,7 @@ impl Template {
                     let finding = format!(
                         "{}=\"{}\" refers to a user input that is not there",
                         pair.name,
-                        shown(value)
+                        escape(value)
                     );
                     let fix = format!(
                         "add {name} to USER_INPUTS (supernode-agent variables --format user-inputs), or write the value here"
@@ -505,7 +508,7 @@ impl Template {
             for name in order.value.split(',').map(str::trim).filter(|name| !name.is_empty()) {
                 if inputs.pair(&name.to_ascii_uppercase()).is_none() {
                     let finding =
-                        format!("INPUTS_ORDER names {}, which is not in USER_INPUTS", shown(name));
+                        format!("INPUTS_ORDER names {}, which is not in USER_INPUTS", escape(name));
                     checks.push(
                         Check::warning("user-input", finding, "delete it there")
                             .at(order.place.line),
@@ -543,7 +546,7 @@ fn judge_pci(pci: &Vector, fix: &str) -> Check {
             return Check::error(
                 ID,
                 finding,
-                format!("PCI=[SHORT_ADDRESS=\"{}\"], or {fix}", shown(address)),
+                format!("PCI=[SHORT_ADDRESS=\"{}\"], or {fix}", escape(address)),
             );
         }
         // OpenNebula's own form has no domain (`onehost show`).
@@ -551,7 +554,7 @@ fn judge_pci(pci: &Vector, fix: &str) -> Check {
         if !is_short {
             let finding = format!(
                 "SHORT_ADDRESS=\"{}\" must be bus:device.function, like e1:00.0",
-                shown(address)
+                escape(address)
             );
             return Check::error(
                 ID,
@@ -570,7 +573,7 @@ fn judge_pci(pci: &Vector, fix: &str) -> Check {
         if let Some(value) =
             value.filter(|value| u16::from_str_radix(value, 16).is_err() || value.len() > 4)
         {
-            let finding = format!("{key}=\"{}\" must be four hexadecimal digits", shown(value));
+            let finding = format!("{key}=\"{}\" must be four hexadecimal digits", escape(value));
             return Check::error(ID, finding, fix);
         }
     }
@@ -638,7 +641,7 @@ fn unknown_name(name: &str, line: usize) -> Option<Check> {
     if !looks_like_ours(name) || variables::find(name).is_some() {
         return None;
     }
-    let finding = format!("{} is not a known variable and has no effect", shown(name));
+    let finding = format!("{} is not a known variable and has no effect", escape(name));
     let fix = match variables::nearest(name) {
         Some(known) => format!("did you mean {known}?"),
         None => "delete it; supernode-agent variables lists what there is".into(),
@@ -653,7 +656,7 @@ fn wrong_value(name: &str, value: &str) -> Option<Check> {
     }
     let accepted = kind.parse(value).err()?;
     let fix = format!("{name}=\"{}\"", example(kind));
-    Some(Check::error("variable", format!("{name}={}: {accepted}", kind.shown(value)), fix))
+    Some(Check::error("variable", format!("{name}={}: {accepted}", kind.quote(value)), fix))
 }
 
 /// A value that is accepted.
@@ -688,13 +691,13 @@ fn judge_input(pair: &Pair) -> Option<Check> {
     if !matches!(need, "M" | "O") {
         return wrong(format!(
             "its first field is '{}' and must be M (mandatory) or O (optional)",
-            shown(need)
+            escape(need)
         ));
     }
     if !INPUT_TYPES.contains(&kind) {
         return wrong(format!(
             "'{}' is no type of a user input ({})",
-            shown(kind),
+            escape(kind),
             INPUT_TYPES.join(", ")
         ));
     }
@@ -705,13 +708,13 @@ fn judge_input(pair: &Pair) -> Option<Check> {
         let finding = format!(
             "{name}: left empty, onetemplate instantiate {fate}, for a {kind} needs five fields"
         );
-        let fix = format!("{name}=\"O|{kind}|{}| |\"", shown(fields[2]));
+        let fix = format!("{name}=\"O|{kind}|{}| |\"", escape(fields[2]));
         return Some(Check::warning("user-input", finding, fix));
     }
     let (parameters, default) =
         (fields.get(3).copied().unwrap_or_default(), fields.get(4).copied().unwrap_or_default());
     if kind == "boolean" && parse_yes_no(default).is_err() {
-        let fix = format!("{name}=\"{need}|boolean|{}| |NO\"", shown(fields[2]));
+        let fix = format!("{name}=\"{need}|boolean|{}| |NO\"", escape(fields[2]));
         return Some(Check::error(
             "user-input",
             format!("{name}: a boolean needs a default, YES or NO"),
@@ -725,7 +728,7 @@ fn judge_input(pair: &Pair) -> Option<Check> {
         return wrong("a range needs its limits, min..max, in the fourth field".into());
     }
     if kind.starts_with("number") && !default.is_empty() && default.parse::<f64>().is_err() {
-        return wrong(format!("the default '{}' is not a number", shown(default)));
+        return wrong(format!("the default '{}' is not a number", escape(default)));
     }
     wrong_value(name, default).map(|check| Check { id: "user-input", ..check })
 }

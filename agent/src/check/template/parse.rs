@@ -277,7 +277,7 @@ mod tests {
 
     use super::*;
 
-    fn shown(text: &str) -> Vec<String> {
+    fn listing_of(text: &str) -> Vec<String> {
         parse(text)
             .unwrap()
             .iter()
@@ -301,7 +301,7 @@ mod tests {
         let text = "# a comment\nname = \"a \\\"b\\\" \\n\"\n  CPU=4\nMEMORY = 8192 \n\nOS = [ # inside\n  machine=\"q35\",\n\
                     FIRMWARE = UEFI ]\nPCI=[VENDOR=\"10de\",CLASS=\"0302\"]\nEMPTY=\nNONE=[ ]\nLINES=\"a\nb\"\n";
         assert_eq!(
-            shown(text),
+            listing_of(text),
             [
                 "2:1 NAME=a \"b\" \\n",
                 "3:3 CPU=4",
@@ -313,7 +313,7 @@ mod tests {
                 "12:1 LINES=a\nb",
             ]
         );
-        assert!(shown("").is_empty() && shown("\n# only this").is_empty());
+        assert!(listing_of("").is_empty() && listing_of("\n# only this").is_empty());
     }
 
     #[test]

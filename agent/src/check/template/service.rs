@@ -4,8 +4,9 @@
 
 use serde_json::{Map, Value as Json};
 
-use super::{Pair, Place, judge_input, shown, unknown_name};
+use super::{Pair, Place, judge_input, unknown_name};
 use crate::check::Check;
+use crate::values::escape;
 
 const ROLES: &str = "service-roles";
 const REFERENCES: &str = "service-references";
@@ -145,7 +146,7 @@ fn references(name: &str, contents: &str, service: &Map<String, Json>, role: &Js
             .flatten()
             .any(|values| values.get(key).is_some())
     };
-    let role = shown(name);
+    let role = escape(name);
     let mut checks = Vec::new();
     for (at, key) in keys.iter().enumerate() {
         let is_answered = given("custom_attrs_values", key);

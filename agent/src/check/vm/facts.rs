@@ -14,10 +14,11 @@ use crate::container::image;
 use crate::daemon;
 use crate::docker::client::{Client, EngineError, EngineInfo};
 use crate::gpu::nvml_library;
-use crate::gpu::pci::{PciAddress, PciFacts};
+use crate::gpu::pci::PciFacts;
 use crate::gpu::probe::{self, ProbeOutcome};
 use crate::logging::error_chain;
 use crate::system::facts::Root;
+use crate::values::PciAddress;
 
 /// Why there is no configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]

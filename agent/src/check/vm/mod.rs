@@ -11,11 +11,11 @@ use crate::config::settings::Injection;
 use crate::config::{Config, Framework, Prebaked};
 use crate::docker::daemon_json::RUNTIME_NAME;
 use crate::gpu::decide::decide_gpu_or_cpu;
-use crate::gpu::pci::PciAddress;
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::Verdict;
 use crate::system::os_release::Distribution;
 use crate::values::DeviceSelection;
+use crate::values::PciAddress;
 
 pub use facts::{Unconfigured, VmFacts, read};
 
