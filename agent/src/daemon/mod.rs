@@ -32,7 +32,6 @@ use crate::system::info::SystemInfo;
 use crate::system::lock::{Lock, LockError};
 use crate::system::os_release::Distribution;
 use crate::system::systemd::{TimeoutExtension, Watchdog};
-use crate::values::sanitize_line;
 use crate::values::{ImageRef, Version};
 use discovery::discover_superlink;
 
