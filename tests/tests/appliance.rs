@@ -1,6 +1,6 @@
-//! The marketplace appliance: its appliance.sh is run, in mounts of its own, by a simulator for the
-//! frame of one-apps and among simulators for the programs it calls; its other files are read as
-//! those read them who use them.
+//! The marketplace appliance. appliance.sh runs in its own mounts, called by a simulator of the
+//! one-apps framework, with simulators of the programs that it calls. Its other files are parsed as
+//! their consumers parse them.
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,
@@ -18,9 +18,8 @@ use std::process::Command;
 use common::TIMEOUT;
 use supernode_tests::{Output, Sandbox, run};
 
-/// What /etc/one-appliance/service does with appliance.sh (`$2`, stage `$3`), as far as it can be
-/// seen from there. What the appliance writes to is copied to the directory `$1` in the end. Nothing
-/// of this machine is written to.
+/// Calls appliance.sh (`$2`, stage `$3`) as /etc/one-appliance/service does. Afterwards copies what
+/// the appliance wrote to the directory `$1`. Writes nothing else on this machine.
 const FRAME: &str = r#"
 set -e
 umask 0077
@@ -43,7 +42,7 @@ trap 'service_cleanup; cp -r /opt /etc/apt "$1"' EXIT
 "service_$3" 2>&1
 "#;
 
-/// Writes down how it was called, and answers as the program would.
+/// Records its arguments and answers as the program would.
 const PROGRAM: &str = r#"#!/bin/bash
 of=$(dirname "$(dirname "$0")")
 call="${0##*/} $*"
@@ -78,13 +77,13 @@ impl Appliance {
         appliance
     }
 
-    /// With this file in its directory.
+    /// Adds this file to its directory.
     fn with(self, file: &str) -> Self {
         self.0.write(file, "");
         self
     }
 
-    /// Runs a stage; nothing where there are no mounts of one's own.
+    /// Runs a stage; `None` if this machine permits no mounts.
     #[track_caller]
     fn run(&self, stage: &str, environment: &[(&str, &str)]) -> Option<Output> {
         let mut command = Command::new("unshare");
@@ -147,7 +146,7 @@ fn nvidia_is_installed_on_request() {
             .ends_with(&format!("Components: {components}"))
     );
     assert!(appliance.read("apt/sources.list").ends_with(&format!(" trixie {components}")));
-    // As the agent's fix has it.
+    // As in the agent's fix.
     let list = appliance.read("apt/sources.list.d/nvidia-container-toolkit.list");
     let catalogue =
         fs::read_to_string(directory().join("../../../../agent/src/gpu/reason.rs")).unwrap();

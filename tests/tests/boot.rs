@@ -1,5 +1,4 @@
-//! Machines that are really started: what an operator finds after a boot, a reboot, a power cut, an
-//! upgrade.
+//! VMs that are really booted: their state after a boot, a reboot, a power loss and an upgrade.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -17,7 +16,7 @@ const UNIT: &str = "flower-supernode.service";
 const FALLBACK: &str = "No usable GPU, this node runs on the CPU.";
 const CONTAINER: &str = "docker inspect --format 'runs {{.State.Running}} on {{.HostConfig.Runtime}}' flower-supernode\n";
 
-/// Entries of a boot that have this text.
+/// Journal entries of a boot that contain this text.
 fn entries<'b>(boot: &'b Boot, text: &str) -> Vec<&'b Value> {
     boot.journal
         .iter()
@@ -25,7 +24,7 @@ fn entries<'b>(boot: &'b Boot, text: &str) -> Vec<&'b Value> {
         .collect()
 }
 
-/// The output has these words.
+/// Asserts that the output contains these texts.
 #[track_caller]
 fn says(boot: &Boot, words: &[&str]) {
     for words in words {
@@ -89,7 +88,7 @@ fn boot_without_gpu_logs_one_warning_and_runs_on_cpu() {
 fn installed_units_are_valid_sandboxed_and_documented() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    // `security` counts in tenths; `verify` exits 0 whatever it finds.
+    // `security` prints tenths; `verify` exits with 0 whatever it finds.
     let boot = vm.boot(
         "test -z \"$(systemd-analyze verify --man=yes flower-supernode.service flower-supernode-runtime.service default.target 2>&1)\"
          systemd-analyze security --no-pager --threshold=28 flower-supernode.service | tail -n 1
@@ -129,7 +128,7 @@ fn daemon_reload_removes_gpu_injected_only_by_hook() {
     let lost = "has lost its GPU and is made anew";
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
-    // The unit sees it from within its sandbox, by what systemd shows.
+    // The unit detects the loss from inside its sandbox, from systemd's unit properties.
     vm.file("simulator/runtime.json", r#"{"mode": "hook", "nvml": "/simulator/nvml.json"}"#);
     let boot = vm.boot(&format!(
         "systemctl daemon-reload
@@ -229,7 +228,7 @@ fn broken_daemon_json_is_logged_and_left_unchanged() {
     );
     assert_eq!(std::fs::read_to_string(vm.path("etc/docker/daemon.json")).unwrap(), broken);
     assert!(!entries(&boot, "docker.sock does not answer").is_empty(), "{}", boot.transcript());
-    // As many tries as without us: systemd's limit for docker.service.
+    // As many attempts as without the agent: systemd's start limit of docker.service.
     assert!(entries(&boot, "Starting docker.service").len() <= 5, "{}", boot.transcript());
 }
 
@@ -401,7 +400,7 @@ fn drop_in_orders_start_script_before_the_node() {
     assert!(script.is_some() && script < node, "{script:?}, {node:?}: {}", boot.transcript());
 }
 
-/// Microseconds since the machine was turned on, at the entry's arrival in the journal.
+/// Microseconds from power-on until the entry arrived in the journal.
 fn microseconds(entry: &Value) -> u64 {
     entry["__MONOTONIC_TIMESTAMP"].as_str().and_then(|text| text.parse().ok()).expect("a time")
 }
@@ -497,8 +496,8 @@ fn emulated_vm_boots_and_agent_takes_one_percent_of_it() {
     assert!(share < 1.0, "{}", boot.transcript());
 }
 
-/// What must be said in a step of the machine below, and what must not. A step is named by the
-/// capability that is taken away.
+/// What must be logged in a step of the VM below, and what must not. A step is named after the
+/// capability that is removed.
 type Step = (&'static str, &'static [&'static str], &'static [&'static str]);
 
 const WITHOUT: [Step; 10] = [
@@ -531,11 +530,11 @@ const WITHOUT: [Step; 10] = [
         ],
         &["started the container"],
     ),
-    // The unit before Docker says nothing.
+    // The unit that runs before Docker logs nothing.
     ("NONE-EARLY", &["exit code 0", "daemon.json 1000:1000 600"], &[]),
     ("CHOWN-EARLY", &["exit code 1", "daemon.json 1000:1000 600"], &[]),
     ("DAC_OVERRIDE-EARLY", &["exit code 1"], &[]),
-    // NVIDIA's runtime leaves the GPU out.
+    // NVIDIA's runtime does not inject the GPU.
     (
         "NONE-LEFT-OUT",
         &["No usable GPU, this node runs on the CPU. gpu-not-visible", "runs true on runc"],
@@ -550,8 +549,7 @@ const WITHOUT: [Step; 10] = [
         ],
         &["No usable GPU"],
     ),
-    // NVIDIA's own library, where nobody has made its device nodes. It has no driver here, with or
-    // without them.
+    // NVIDIA's own library without device nodes. There is no driver here in either case.
     ("MKNOD", &["driver-not-loaded"], &["/dev/nvidiactl"]),
     ("NONE-NVIDIAS", &["driver-not-loaded", "/dev/nvidiactl"], &[]),
 ];

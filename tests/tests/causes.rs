@@ -1,6 +1,6 @@
-//! Every cause for which a node runs on the CPU, up to the launch and at the launch: each is
-//! produced as really as a machine without a GPU can, by `supernode-agent run` on a real Docker
-//! engine of the test's own. `make test` prints the table.
+//! Every reason for a CPU fallback before and at the launch. Each is produced as realistically as a
+//! machine without a GPU permits, by `supernode-agent run` on a real Docker engine. `make test`
+//! prints the table.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -23,20 +23,19 @@ use common::{
 use serde_json::{Value, json};
 use supernode_tests::{Agent, Engine, RuntimeMode, Sysfs, TestVm, nvml_library};
 
-/// Codes that come about only while the container runs, and the file of the tests that produce
-/// them.
+/// Reason codes that only occur while the container runs, and the test file that produces them.
 const WHILE_RUNNING: &[(&str, &str)] = &[("gpu-failed", "tests/tests/gpu_monitor.rs")];
 
 type Prepare = dyn Fn(&Engine, &mut TestVm);
 
-/// A way in which a node loses its GPU.
+/// A cause of a CPU fallback.
 struct Cause {
     code: &'static str,
-    /// How it is produced: for the table.
+    /// How it is produced; shown in the table.
     how: String,
-    /// What the summary must tell of the particulars.
+    /// Particulars that the summary must contain.
     words: Vec<String>,
-    /// Makes a good machine, with its GPU and on its engine, to one with this fault.
+    /// Introduces the fault into a healthy VM with a GPU and an engine.
     prepare: Box<Prepare>,
 }
 
@@ -51,7 +50,7 @@ impl Cause {
         Self { code, how: how.into(), words, prepare: Box::new(prepare) }
     }
 
-    /// A machine with these PCI devices and this context.
+    /// A VM with these PCI devices and this context.
     fn on_bus(
         code: &'static str,
         how: &str,
@@ -64,7 +63,7 @@ impl Cause {
         })
     }
 
-    /// A library that does as the script of the simulator says.
+    /// A library with this script of the NVML simulator.
     fn of_library(
         code: &'static str,
         how: impl Into<String>,
@@ -76,7 +75,7 @@ impl Cause {
         })
     }
 
-    /// A file in the place of the library; `None`: there is none.
+    /// A file in place of the library; `None`: no file.
     fn of_file(
         code: &'static str,
         how: &str,
@@ -93,14 +92,14 @@ impl Cause {
     }
 }
 
-/// The context of a node that wants the GPU, with its log in JSON.
+/// Context of a node that wants the GPU and logs JSON.
 fn in_json<'a>(more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
     wanted(&[&[("FL_LOG_FORMAT", "json")], more].concat())
 }
 
 const GPU: &str = "0000:01:00.0";
 
-/// What sysfs shows: found before NVML is asked.
+/// Causes visible in sysfs, found before NVML is called.
 fn on_the_bus() -> Vec<Cause> {
     let assigned = "OpenNebula assigned 0000:01:00.0 to this VM";
     let nic = || Sysfs::new().device(GPU, "0x8086", "0x020000", Some("igb"));
@@ -231,7 +230,7 @@ fn on_the_bus() -> Vec<Cause> {
     ]
 }
 
-/// What the operator chose.
+/// Causes in the operator's configuration.
 fn of_the_choice() -> Vec<Cause> {
     vec![
         Cause::on_bus(
@@ -268,7 +267,7 @@ fn of_the_choice() -> Vec<Cause> {
     ]
 }
 
-/// What the driver's library does: every file that is none, then one that misbehaves.
+/// Causes in the driver library: files that are not a library, then libraries that fail.
 fn of_the_library() -> Vec<Cause> {
     let missing = "driver-library-missing";
     let sick = |key: &str, value: Value| {
@@ -376,7 +375,7 @@ fn with_byte(mut bytes: Vec<u8>, at: usize, value: u8) -> Vec<u8> {
     bytes
 }
 
-/// Each code that NVML can answer (nvml.h, `nvmlReturn_t`).
+/// Every return code of NVML (nvml.h, `nvmlReturn_t`).
 fn of_nvmls_codes() -> Vec<Cause> {
     let expected = |code: u32| match code {
         4 | 17 => "permission-denied",
@@ -401,7 +400,7 @@ fn of_nvmls_codes() -> Vec<Cause> {
         .collect()
 }
 
-/// What Docker lacks before the launch. Docker does not know the runtime, neither before nor after.
+/// Causes in Docker before the launch; the runtime is registered neither before nor after.
 fn before_the_runtime() -> Vec<Cause> {
     let of_reload =
         |how: &'static str, text: &'static str, reload: &'static [&'static str], words: &[&str]| {
@@ -444,7 +443,7 @@ fn before_the_runtime() -> Vec<Cause> {
     ]
 }
 
-/// What goes wrong at the launch itself, with the runtime registered.
+/// Causes at the launch itself, with the runtime registered.
 fn at_the_launch() -> Vec<Cause> {
     let refuses = |how: &'static str, message: &'static str| {
         Cause::new(
@@ -511,7 +510,7 @@ fn every_cause() -> Vec<Cause> {
     .collect()
 }
 
-/// A good machine on the engine, made one with this fault.
+/// Returns a healthy VM on the engine with this fault introduced.
 fn machine_with(cause: &Cause, engine: &Engine) -> TestVm {
     engine.install_nvidia_runtime();
     engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
@@ -523,7 +522,7 @@ fn machine_with(cause: &Cause, engine: &Engine) -> TestVm {
     vm
 }
 
-/// The entries of an agent whose log is in JSON.
+/// Log entries of an agent that logs JSON.
 fn entries(agent: &Agent) -> Vec<Value> {
     agent
         .lines()
@@ -532,8 +531,8 @@ fn entries(agent: &Agent) -> Vec<Value> {
         .collect()
 }
 
-/// The entry tells the cause: code, particulars, fix, and the MESSAGE_ID under which `journalctl
-/// -x` explains it.
+/// Asserts that the entry names the cause: code, particulars, fix, and the MESSAGE_ID of the
+/// explanation that `journalctl -x` prints.
 #[track_caller]
 fn assert_tells(cause: &Cause, entry: &Value, documented: &Documented) {
     let text = |field: &str| entry[field].as_str().unwrap_or_default();
@@ -556,8 +555,8 @@ fn assert_tells(cause: &Cause, entry: &Value, documented: &Documented) {
     }
 }
 
-/// Produces each cause, and sees that it ends as a node on the CPU after exactly one WARNING, which
-/// came before the start.
+/// Produces each cause and asserts that the node runs on the CPU after exactly one WARNING, logged
+/// before the launch.
 fn assert_each_is_announced(engine: &Engine, causes: &[Cause]) {
     let documented = documented();
     engine.import_image(&["flower-supernode-sklearn:1.31.0"]);
@@ -591,7 +590,7 @@ fn assert_each_is_announced(engine: &Engine, causes: &[Cause]) {
                 cause.how
             );
         } else {
-            // At the level ERROR nothing but the WARNING is told.
+            // At level ERROR the WARNING is the only entry.
             assert_eq!(entries.len(), 1, "{}: {entries:#?}", cause.how);
         }
         assert_on_cpu_for(cause.code, &agent, engine);
@@ -601,7 +600,8 @@ fn assert_each_is_announced(engine: &Engine, causes: &[Cause]) {
     }
 }
 
-/// The container runs, on the CPU, and both it and the unit's status say why.
+/// Asserts that the container runs on the CPU and that the container's labels and the unit's status
+/// give the reason.
 #[track_caller]
 fn assert_on_cpu_for(code: &str, agent: &Agent, engine: &Engine) {
     assert_eq!(inspect(engine, "{{.State.Running}} {{.HostConfig.Runtime}}"), "true runc");
@@ -614,11 +614,12 @@ fn assert_on_cpu_for(code: &str, agent: &Agent, engine: &Engine) {
     assert_eq!(containers.lines().count(), 1, "a dead container is still there");
 }
 
-/// What the journal's catalog says of a code.
+/// A code's entry in the journal catalog.
 #[derive(Debug)]
 struct Documented {
     message_id: String,
-    /// The fix for the distribution of a [`TestVm`], Debian; the only one where there are no others.
+    /// The fixes for Debian, the distribution of a [`TestVm`], or the only fix if it is not
+    /// specific to a distribution.
     fixes: Vec<String>,
 }
 
@@ -627,8 +628,8 @@ fn in_tree(relative: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// Every code of the catalogue, as the journal's catalog has it, which is made from the code's
-/// table and checked against it (agent/tests/documents.rs).
+/// All codes in the journal catalog, which is generated from the reason catalogue and checked
+/// against it (agent/tests/documents.rs).
 fn documented() -> BTreeMap<String, Documented> {
     in_tree("systemd/supernode-agent.catalog")
         .split("\n-- ")
@@ -640,7 +641,7 @@ fn documented() -> BTreeMap<String, Documented> {
                 .find_map(|line| line.strip_prefix("Subject: No usable GPU: "))
                 .unwrap();
             let (_, fixes) = rest.split_once("@FL_GPU_SUMMARY@\n\n").unwrap();
-            // Each begins a line; its own lines were wrapped.
+            // Each fix starts a line; continuation lines are joined.
             let mut texts: Vec<String> = Vec::new();
             for line in fixes.lines() {
                 match texts.last_mut() {
@@ -662,7 +663,7 @@ fn documented() -> BTreeMap<String, Documented> {
 fn sysfs_causes_are_announced() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     assert_each_is_announced(&engine, &on_the_bus());
-    // A machine without a GPU has no business in daemon.json.
+    // Without a GPU, daemon.json must not be changed.
     assert_eq!(fs::read_to_string(engine.daemon_json()).unwrap().trim(), "{}");
 }
 
@@ -736,7 +737,7 @@ fn required_gpu_turns_every_cause_into_an_error() {
     let mut seen = BTreeSet::new();
     for cause in every_cause().iter().filter(|cause| seen.insert(cause.code)) {
         let vm = machine_with(cause, &engine);
-        // As the fault was prepared, and with the one variable more.
+        // The prepared context with one more variable.
         let context = fs::read_to_string(vm.path("context/context.sh.network")).unwrap();
         for stage in ["local", "online", "network"] {
             let path = vm.path("context").join(format!("context.sh.{stage}"));
@@ -820,8 +821,8 @@ fn status_shows_same_fix_with_and_without_agent_report() {
     drop(engine);
 }
 
-// What was assigned, and what is there. The CPU's cases are causes of the table above, each with
-// its code.
+// Assigned devices and present devices. The fallbacks are causes in the table above, each with its
+// code.
 
 #[test]
 fn unassigned_present_gpu_is_used_without_warning() {
@@ -890,10 +891,10 @@ fn assigned_gpu_without_driver_blames_the_driver() {
     }
 }
 
-// What more there is to some of them.
+// Further properties of some causes.
 
-/// The node runs on the CPU, for `reason`, after exactly one WARNING, which came before the
-/// container's start.
+/// Asserts that the node runs on the CPU with `reason`, after exactly one WARNING that was logged
+/// before the launch.
 #[track_caller]
 fn assert_cpu_for(reason: &str, agent: &Agent, engine: &Engine) {
     agent.wait_for_line("started the container", TIMEOUT);
@@ -968,8 +969,8 @@ fn refused_gpu_launch_runs_on_cpu_and_is_adopted() {
     );
     let containers = engine.docker(&["ps", "-aq"]).stdout;
     assert_eq!(containers.lines().count(), 1, "the dead container is still there");
-    // The agent dies; the next one finds the node that stands in for the GPU node, says so again,
-    // and lets it be.
+    // After the agent is killed, the next one finds the CPU container, repeats the warning and
+    // leaves the container alone.
     let pid = inspect(&engine, "{{.State.Pid}}");
     agent.kill();
     let agent = up(&vm);
@@ -977,7 +978,7 @@ fn refused_gpu_launch_runs_on_cpu_and_is_adopted() {
     assert_eq!(warnings(&agent).len(), 1);
     assert!(warnings(&agent)[0].contains("runtime-start-failed"));
     drop(agent);
-    // Mended and started anew, the node is on the GPU.
+    // Repaired and restarted, the node uses the GPU.
     engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
     engine.docker(&["stop", "flower-supernode"]);
     let agent = up(&vm);
@@ -995,7 +996,7 @@ fn nvidia_library_reports_no_driver_and_needs_a_gpu_to_load() {
         nodes.filter(|node| node.file_name().to_string_lossy().starts_with("nvidia")).count()
     };
     let before = device_nodes();
-    // As root, the library makes /dev/nvidiactl: nothing of ours, taken away again, whatever comes.
+    // As root, the library creates /dev/nvidiactl; removed on drop.
     struct NodeGoes(bool);
     impl Drop for NodeGoes {
         fn drop(&mut self) {
@@ -1015,7 +1016,7 @@ fn nvidia_library_reports_no_driver_and_needs_a_gpu_to_load() {
         vm.set("gpu.nvml_library", path.as_str()).set("gpu.probe_timeout_seconds", 20);
     });
     assert_each_is_announced(&engine, &[cause]);
-    // The loader's own record of what it opened, by agent and probe alike.
+    // The dynamic loader's record of the libraries opened by the agent and the probe.
     let loaded = |sysfs: &Sysfs, expected: &str| {
         let mut vm = TestVm::new();
         vm.sysfs(sysfs).context(&wanted(&[])).set("gpu.nvml_library", at.as_str());

@@ -1,4 +1,4 @@
-//! What `check` finds: the real binary against made-up roots of VMs and KVM hosts, and against
+//! `check`: the real binary against simulated root directories of VMs and KVM hosts, and against
 //! templates.
 #![allow(
     clippy::expect_used,
@@ -26,11 +26,11 @@ const HOST_GPU: &str = "0000:e1:00.0";
 const HOST_SOUND: &str = "0000:e1:00.1";
 const PCI_CONF: &str = "var/tmp/one/etc/im/kvm-probes.d/pci.conf";
 
-/// A root directory of a machine.
+/// A root directory of a system.
 struct Root(Sandbox);
 
 impl Root {
-    /// With nothing in it but a `/sys` that shows these devices.
+    /// An empty root with a `/sys` that contains these devices.
     fn new(sysfs: &Sysfs) -> Self {
         let root = Self(Sandbox::new("root"));
         let mut copy = Command::new("cp");
@@ -39,7 +39,7 @@ impl Root {
         root
     }
 
-    /// A VM that has all that a node on its GPU needs, but for a Docker engine.
+    /// A VM that meets all requirements of a GPU node except a Docker engine.
     fn vm() -> Self {
         Self::vm_with(&Sysfs::new().gpu(GPU).driver("nvidia").module("550.54.15"))
     }
@@ -67,7 +67,7 @@ impl Root {
         root
     }
 
-    /// A KVM host with a GeForce card, on an Intel CPU.
+    /// A KVM host with a GeForce GPU and an Intel CPU.
     fn host() -> Self {
         let card = Sysfs::new()
             .device(HOST_GPU, "0x10de", "0x030000", Some("vfio-pci"))
@@ -114,11 +114,11 @@ impl Root {
         symlink(format!("../../../../devices/{address}"), directory.join(address)).unwrap();
     }
 
-    /// A Docker engine that answers what `check` asks, with the image of PyTorch.
+    /// Adds a simulated Docker engine that answers the requests of `check`, with the PyTorch image.
     fn with_docker(self, runtimes: &Value) -> Self {
         fs::create_dir_all(self.0.join("run")).unwrap();
         fs::create_dir_all(self.0.join("var")).unwrap();
-        // As on every machine: an absolute link, which must lead to the root's own directory.
+        // An absolute symlink, as on every system; it must be resolved inside the root.
         symlink("/run", self.0.join("var/run")).unwrap();
         let listener = UnixListener::bind(self.0.join("run/docker.sock")).unwrap();
         let info = json!({"ServerVersion": "26.1.5", "Runtimes": runtimes, "DockerRootDir": "/var/lib/docker"});
@@ -142,7 +142,7 @@ impl Root {
         self
     }
 
-    /// `check SUBJECT --root ROOT`, with the GPU of the simulator of NVML.
+    /// Runs `check SUBJECT --root ROOT` with the GPU of the NVML simulator.
     #[track_caller]
     fn run(&self, subject: &str, more: &[&str]) -> Output {
         let script = self.0.write("nvml.json", one_gpu().to_string());
@@ -169,7 +169,7 @@ impl Root {
         checks
     }
 
-    /// What is not OK, as `LEVEL id`.
+    /// Results that are not OK, as `LEVEL id`.
     #[track_caller]
     fn bad(&self, subject: &str) -> Vec<String> {
         let bad = self.checks(subject).into_iter().filter(|check| check["level"] != "OK");
@@ -184,7 +184,7 @@ fn runtimes() -> Value {
     json!({"runc": {"path": "runc"}, "nvidia": {"path": "nvidia-container-runtime"}})
 }
 
-/// The checks that are not OK, after this change of the good machine.
+/// Results that are not OK after this change of the healthy system.
 #[track_caller]
 fn vm_after(change: impl FnOnce(&Root)) -> Vec<String> {
     let root = Root::vm().with_docker(&runtimes());
@@ -336,7 +336,7 @@ fn vm_check_queries_runtimes_and_images_of_engine() {
     for id in ["docker", "gpu", "gpu-selection", "image", "nvidia-runtime-program"] {
         assert_eq!(of(id)["level"], "OK", "{document:#}");
     }
-    // Nobody has configured it yet.
+    // It is not configured yet.
     assert_eq!(of("nvidia-runtime")["level"], "WARNING", "{document:#}");
 }
 
@@ -414,7 +414,7 @@ fn every_host_fault_is_found_by_its_check() {
     );
     assert_eq!(host_after(|root| root.write(PCI_CONF, ":filter: '0:0'\n")), ["ERROR pci-filter"]);
     assert_eq!(host_after(|root| root.remove(PCI_CONF)), ["ERROR pci-filter"]);
-    // Root reads every file: one that cannot be read is a directory here.
+    // Root can read every file, so an unreadable file is simulated by a directory.
     let unread = |root: &Root| {
         root.remove("proc/cmdline");
         fs::create_dir(root.0.join("proc/cmdline")).unwrap();

@@ -1,5 +1,5 @@
-//! `configure-runtime` on real files: what is written, what is kept, and what a kill at any moment
-//! leaves.
+//! `configure-runtime` on real files: what is written, what is preserved, and the state after a
+//! kill at any time.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -19,7 +19,7 @@ use common::wanted;
 use serde_json::Value;
 use supernode_tests::{Engine, Output, TestVm};
 
-/// A machine that wants the GPU, with a runtime that is installed.
+/// A VM that wants the GPU and has the runtime installed.
 fn vm() -> TestVm {
     let mut vm = TestVm::new();
     let runtime = vm.write("bin/nvidia-container-runtime", "#!/bin/sh\n");
@@ -70,7 +70,7 @@ fn preserves_mode_owner_and_symlink() {
     let facts = fs::metadata(&real).unwrap();
     assert_eq!((facts.mode() & 0o7777, facts.uid(), facts.gid()), (0o640, 12, 34));
     assert!(fs::read_to_string(&real).unwrap().starts_with("{\"debug\": true, \"runtimes\""));
-    // A link that leads nowhere is followed all the same.
+    // A dangling symlink is followed too.
     fs::remove_file(&real).unwrap();
     configure(&vm).expect_success();
     assert!(real.is_file() && fs::symlink_metadata(&link).unwrap().is_symlink());
@@ -106,7 +106,7 @@ fn rejects_non_object_json_with_position_and_keeps_it() {
 #[test]
 fn unwritable_file_is_an_error_and_unchanged() {
     let mut vm = vm();
-    // Nothing can be made in /proc, not even by root.
+    // No file can be created in /proc, not even by root.
     vm.set("docker.daemon_json", "/proc/sys/kernel/hostname");
     let before = fs::read("/proc/sys/kernel/hostname").unwrap();
     assert_eq!(configure(&vm).code, Some(1));
@@ -139,8 +139,8 @@ fn kill_at_any_time_leaves_the_old_or_the_new_file() {
     let settings = vm.settings_file();
     let (mut olds, mut news) = (0, 0);
     let mut delay = Duration::ZERO;
-    // The moments spread from the start of a run to well after its end, however long this machine
-    // takes for one.
+    // Kill times range from the start of a run to well after its end, however long a run takes on
+    // this machine.
     while olds < 20 || news < 20 {
         fs::write(&file, &old).unwrap();
         let mut agent = Command::new(supernode_tests::agent_binary())
@@ -163,7 +163,7 @@ fn kill_at_any_time_leaves_the_old_or_the_new_file() {
         delay = if news < 20 { delay + Duration::from_micros(100) } else { Duration::ZERO };
         assert!(delay < Duration::from_secs(20), "no run came to its end: {olds} old, {news} new");
     }
-    // What a killed run left behind does not hinder the next, and is gone after it.
+    // A file left by a killed run does not affect the next run, which removes it.
     fs::write(vm.path(".daemon.json.supernode-agent"), "{ half").unwrap();
     fs::write(&file, &old).unwrap();
     configure(&vm).expect_success();

@@ -1,6 +1,6 @@
-//! The SuperLink through OneGate: found, waited for, trusted, followed; the share of the data; and
-//! what the cloud is told. Real engines, OneGate's simulator, and images that do as Flower does when
-//! it connects.
+//! The SuperLink through OneGate: discovery, waiting, trust, address changes; the partition; and
+//! what is published. Uses real engines, the OneGate simulator and test images that log a
+//! connection as Flower does.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -18,14 +18,14 @@ use common::{TIMEOUT, base64, inspect, json_of, up, warnings};
 use supernode_tests::onegate::{Reply, Request};
 use supernode_tests::{Agent, Engine, OneGateSimulator, TestVm, eventually, image};
 
-/// The node's VM, and the SuperLink's.
+/// VM IDs of the node and of the SuperLink.
 const NODE: u32 = 101;
 const SUPERLINK: u32 = 100;
 const SERVICE: u32 = 7;
-/// Tries come fast: the cap is that of the pauses, the first among them.
+/// Fast retries: the cap also limits the first delay.
 const FAST: (&str, &str) = ("FL_EDGE_MAX_BACKOFF", "1");
 
-/// A service of a SuperLink, which has published its endpoint, and one node.
+/// A service with a SuperLink that has published its endpoint, and one node.
 fn service() -> OneGateSimulator {
     let onegate = OneGateSimulator::start();
     onegate.change(|state| {
@@ -38,7 +38,7 @@ fn service() -> OneGateSimulator {
     onegate
 }
 
-/// A machine of the service, without an engine.
+/// A VM of the service without an engine.
 fn machine(onegate: &OneGateSimulator, variables: &[(&str, &str)]) -> TestVm {
     let mut vm = TestVm::new();
     let all: Vec<_> = std::iter::once(FAST).chain(variables.iter().copied()).collect();
@@ -61,7 +61,7 @@ fn arguments(engine: &Engine) -> String {
     inspect(engine, "{{join .Args \" \"}}")
 }
 
-/// The updates of a VM, in their order.
+/// Updates of a VM, in order.
 fn updates(onegate: &OneGateSimulator) -> Vec<String> {
     onegate.requests().iter().filter_map(Request::update).collect()
 }
@@ -223,7 +223,7 @@ fn slow_and_endless_answers_time_out() {
 
 #[test]
 fn fixed_backoff_gives_up_after_thirty_attempts() {
-    // Thirty tries take five minutes: the count is a unit test's, here the way out is.
+    // Thirty attempts take five minutes. A unit test covers the count; this one covers the exit.
     let onegate = service();
     onegate.change(|state| state.oneflow_down = true);
     let vm = machine(&onegate, &[("FL_EDGE_BACKOFF", "fixed")]);
@@ -288,7 +288,7 @@ fn peer_cannot_downgrade_configured_tls() {
 fn ready_is_published_on_connection_and_reset_on_stop() {
     let onegate = service();
     onegate.change(|state| {
-        // Left by an earlier boot.
+        // Left over from an earlier boot.
         state
             .vms
             .get_mut(&NODE)
@@ -363,11 +363,11 @@ fn unavailable_onegate_logs_one_warning() {
     connected(&agent);
     assert!(eventually(TIMEOUT, || updates(&onegate).len() > 1), "{:#?}", updates(&onegate));
     onegate.clear_scripts();
-    // The next try by itself is up to half a minute away; what is new is tried at once.
+    // The next regular attempt is up to 30 s away; a change triggers one at once.
     engine.docker(&["restart", "--time", "0", "flower-supernode"]).expect_success();
     agent.wait_for_line("OneGate takes what the node publishes again", TIMEOUT);
     wait_for_attribute(&onegate, "FL_NODE_READY", "YES");
-    // The other one is of the restart.
+    // The other update is of the restart.
     let told: Vec<_> =
         warnings(&agent).into_iter().filter(|line| line.contains("OneGate")).collect();
     assert!(
@@ -392,7 +392,7 @@ fn partition_survives_restarts_and_peer_changes() {
         arguments(&engine)
     );
     wait_for_attribute(&onegate, "FL_PARTITION_ID", "1");
-    // 99 is replaced by 102: the index of this node in the list is 0 now.
+    // 102 replaces 99, so the index of this node in the list is now 0.
     onegate.change(|state| {
         state.vms.remove(&99);
         state.services.get_mut(&SERVICE).unwrap().roles[1].1.retain(|id| *id != 99);
@@ -404,7 +404,7 @@ fn partition_survives_restarts_and_peer_changes() {
     agent.wait_for_line("adopted the running container", TIMEOUT);
     assert_eq!(inspect(&engine, "{{.Id}}"), container, "nothing has changed for it");
     drop(agent);
-    // A reboot: /run is empty, the boot is another.
+    // A reboot: /run is empty and the boot ID differs.
     engine.docker(&["stop", "flower-supernode"]).expect_success();
     vm.write("root/proc/sys/kernel/random/boot_id", "another\n");
     let _agent = up(&vm);
@@ -414,7 +414,7 @@ fn partition_survives_restarts_and_peer_changes() {
         arguments(&engine)
     );
 
-    // The one that came for 99 takes what is free, and says so.
+    // The replacement of 99 takes the free partition and logs it.
     let mut other = TestVm::new();
     other.context(&[FAST]).onegate(&onegate, 102);
     let Some(engine) = Engine::start() else { return };

@@ -1,6 +1,6 @@
-//! Faults of what a node stands on, each with what must hold, and after each of them what must
-//! always hold: nothing of the operator's is lost, there is one container, it is not on the CPU
-//! without a WARNING, READY is true, no secret is told.
+//! Faults of the node's dependencies. Each has its expected result, and after each the invariants
+//! must hold: the operator's data is intact, there is one container, it does not run on the CPU
+//! without a WARNING, READY is truthful, no secret is printed.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -23,15 +23,15 @@ use supernode_tests::{Fault, FaultyMount, Sysfs, agent_binary, eventually, image
 
 const UP_IN_TWO: &str = "up, if need be with the next start";
 
-/// A boot that is over makes no more calls after this time.
+/// A boot is complete if it makes no call for this time.
 const QUIET: Duration = Duration::from_secs(2);
 
-/// A call of a boot: its number, its name, and what goes before that boot.
+/// A call during a boot: its index, its name, and the preparation of that boot.
 type Call = (usize, String, fn(&mut FaultyNode));
 
-/// Every call of a boot, up to the two that last. Up to Docker's word that it has the runtime they
-/// are those of a boot on a Docker that has none; the others come on one that has, which need not
-/// be restarted each time.
+/// Returns every Docker call of a boot. The calls up to the last `GET /info`, with which Docker
+/// confirms the runtime, are recorded on a Docker without the runtime. Later calls are recorded on
+/// a Docker that has it and need not be restarted each time.
 fn calls_of_a_boot(node: &mut FaultyNode) -> Vec<Call> {
     let befores: [fn(&mut FaultyNode); 2] = [FaultyNode::reset, FaultyNode::clear];
     let [(early, _), (_, late)] = befores.map(|before| {
@@ -74,8 +74,8 @@ fn every_docker_call_delayed_with_sigterm() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     for (number, call, before) in calls_of_a_boot(&mut node) {
-        // How many calls follow the start depends on the moment at which Flower is heard: a boot
-        // may have fewer.
+        // The number of calls after the start depends on when Flower connects: a boot may have
+        // fewer.
         let hangs = |node: &mut FaultyNode| {
             for _ in 0..3 {
                 before(node);
@@ -139,7 +139,7 @@ fn docker_call_never_answered() {
         node.agent().wait_for_notify("READY=1", TIMEOUT);
     };
     let gives_up = "given up after 60 s, up at the next start";
-    // They wait for a minute or two, and do nothing: all of them at once.
+    // Run in parallel, because each waits for one or two minutes.
     let threads = [
         ("GET /info", gives_up, at_the_next_start),
         ("GET /images/*/json", gives_up, at_the_next_start),
@@ -253,7 +253,7 @@ fn docker_daemon_faults() {
     table.finish();
 }
 
-/// Nothing has happened to the container, and what happens to it now is seen.
+/// Asserts that the container kept running and that the agent notices its exit now.
 #[track_caller]
 fn watched_as_before(node: &mut FaultyNode) {
     thread::sleep(Duration::from_secs(3));
@@ -459,7 +459,7 @@ fn container_faults() {
     table.finish();
 }
 
-/// A self-signed certificate, in base64 as `FL_SSL_CA_CERTFILE` has it.
+/// A self-signed certificate in base64, as in `FL_SSL_CA_CERTFILE`.
 fn certificate() -> String {
     let sandbox = supernode_tests::Sandbox::new("ca");
     let (key, pem) = (sandbox.join("key"), sandbox.join("pem"));
@@ -484,7 +484,7 @@ fn certificate() -> String {
 fn disk_faults() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
-    // Each directory with what makes the agent write there.
+    // Each directory with the variables that make the agent write there.
     let certificate = certificate();
     let tls =
         [("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", &certificate), ("REPORT_READY", "YES")];
@@ -530,7 +530,7 @@ fn disk_faults() {
         node.up();
         since
     });
-    // A directory of its own for what Docker and the agent read and the agent writes.
+    // A separate directory for the file that Docker reads and the agent reads and writes.
     let etc = node.vm.path("etc");
     fs::create_dir_all(&etc).unwrap();
     let daemon_json = etc.join("daemon.json");
@@ -559,7 +559,7 @@ fn disk_faults() {
     table.finish();
 }
 
-/// An agent that is started by a script of the machine, which ends with `exec "$agent" "$@"`.
+/// Starts the agent through a script of the VM, which ends with `exec "$agent" "$@"`.
 fn started_by(node: &mut FaultyNode, script: &str) {
     let agent = agent_binary();
     let text = format!(
@@ -714,12 +714,12 @@ fn fifty_kills_during_boot() {
     let since = Instant::now();
     node.up();
     let whole = since.elapsed();
-    // Where Docker is making the container for the one that was killed, its name is taken and
-    // cannot be looked at.
+    // While Docker is creating the container for the killed agent, the name is taken and cannot be
+    // inspected.
     table.fault(&mut node, "the agent is killed at 50 moments of a boot", UP_IN_TWO, |node| {
         let mut longest = Duration::ZERO;
         for kill in 0..50 {
-            // Each tenth on a Docker that knows no runtime yet.
+            // Every tenth kill is on a Docker without the runtime.
             if kill % 10 == 0 {
                 node.reset();
             } else if kill % 2 == 0 {
@@ -822,8 +822,7 @@ fn sigterm_in_every_phase() {
     table.finish();
 }
 
-/// A cgroup of one's own that allows this much memory; `None` where this machine lets nobody make
-/// one.
+/// Creates a cgroup with this memory limit; `None` if this machine does not permit it.
 fn cgroup(limit_mib: u64) -> Option<PathBuf> {
     let (root, limit) =
         [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")]

@@ -1,6 +1,6 @@
-//! Two nodes of a real Flower, each with an agent and an engine of its own, and a real SuperLink,
-//! which they find through OneGate and trust by the CA that it published there: they train over
-//! TLS, the SuperLink is started again, they train again.
+//! Two nodes with real Flower, each with its own agent and engine, and a real SuperLink, which they
+//! discover through OneGate and trust by the CA that it published there. They train over TLS, the
+//! SuperLink is restarted, and they train again.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -20,19 +20,19 @@ use supernode_tests::{
     eventually,
 };
 
-/// More than three rounds take on a busy machine.
+/// Upper bound for three rounds on a loaded machine.
 const RUN: Duration = Duration::from_secs(120);
-/// The same for nodes that will not: they hang, and the time is lost.
+/// Upper bound for three rounds with nodes that are expected to hang.
 const ALONE: Duration = Duration::from_secs(30);
 
 const HEALTH_CHECK: bool = true;
 const NO_HEALTH_CHECK: bool = false;
 
-/// The promise: a node that hangs is back in training in this time.
+/// The guarantee: a node that hangs trains again within this time.
 const BACK: Duration = Duration::from_secs(60);
 
-/// Flower 1.31 says goodbye and stays, and Docker sees nothing wrong with it; seldom both nodes go
-/// on.
+/// Flower 1.31 logs that it disconnects but does not exit, so Docker sees no failure. Rarely both
+/// nodes continue.
 #[test]
 fn flower_1_31_nodes_hung_by_superlink_restart_are_restarted() {
     let Some(mut federation) = Federation::start("1.31.0", State::Memory, HEALTH_CHECK) else {
@@ -71,14 +71,14 @@ fn flower_1_41_nodes_train_again_after_superlink_restart() {
     federation.restart_and_train(Duration::ZERO, RUN).unwrap_or_else(|error| panic!("{error}"));
 }
 
-/// Seconds from the kill to the first round that both have trained, on two busy processors:
+/// Seconds from the kill to the first round that both nodes have trained, on two loaded processors:
 ///
-/// | release | state | 20 s away | away for no longer than a start takes |
+/// | release | state | 20 s outage | shortest possible outage |
 /// | --- | --- | --- | --- |
-/// | 1.31.0 | memory | 50; they exit (130 or 0) | one or both hang |
-/// | 1.31.0 | database | 50; they wait, up to 20 s between two tries | 14 |
-/// | 1.41.0 | memory | 50; they exit (0) | 12 to 21; they exit (0 or 130) |
-/// | 1.41.0 | database | 42; they wait | 9 |
+/// | 1.31.0 | memory | 50; nodes exit (130 or 0) | one or both hang |
+/// | 1.31.0 | database | 50; nodes wait, up to 20 s between two attempts | 14 |
+/// | 1.41.0 | memory | 50; nodes exit (0) | 12 to 21; nodes exit (0 or 130) |
+/// | 1.41.0 | database | 42; nodes wait | 9 |
 #[test]
 #[ignore = "ten minutes of figures: what each release does by itself, for either memory of the SuperLink"]
 fn unmonitored_recovery_time_after_superlink_restart() {
@@ -94,13 +94,13 @@ fn unmonitored_recovery_time_after_superlink_restart() {
         };
         federation.train_three_rounds();
         for outage in [Duration::from_secs(20), Duration::ZERO] {
-            // Where they do not come back, that is the figure.
+            // If they do not train again, that is the result.
             let _ = federation.restart_and_train(outage, RUN);
         }
     }
 }
 
-/// The service, and the VMs of it.
+/// IDs of the service and of its VMs.
 const SERVICE: u32 = 7;
 const SUPERLINK: u32 = 100;
 const NODES: [u32; 2] = [101, 102];
@@ -112,12 +112,12 @@ struct Federation {
     superlink: SuperLink,
     _onegate: OneGateSimulator,
     _network: TestNetwork,
-    /// Two processors are enough for one federation; with two, agents at rest lose their SuperLink
-    /// for a while.
+    /// One federation at a time: on two processors, idle agents of a second one lose their
+    /// SuperLink.
     _turn: MutexGuard<'static, ()>,
 }
 
-/// A node: its agent, its machine and its engine end in this order.
+/// A node. The fields are dropped in order: agent, VM, engine.
 struct FederatedNode {
     agent: Agent,
     _case: TestVm,
@@ -125,7 +125,8 @@ struct FederatedNode {
 }
 
 impl Federation {
-    /// All of it, connected. `None`: skip the test, the reason is printed.
+    /// Starts a connected federation. Returns `None` and prints the reason if the test must be
+    /// skipped.
     fn start(release: &'static str, state: State, health_check: bool) -> Option<Self> {
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -149,7 +150,7 @@ impl Federation {
 
         let onegate = OneGateSimulator::start_in(network.network_namespace(), network.address());
         onegate.change(|state| {
-            // Without FL_ENDPOINT: it is the NIC, and the port of the release.
+            // Without FL_ENDPOINT the endpoint is the NIC and the release's port.
             let address = superlink.address().ip().to_string();
             let vm = state
                 .join(SERVICE, "superlink", SUPERLINK)
@@ -178,9 +179,9 @@ impl Federation {
         Some(Self { release, nodes, superlink, _onegate: onegate, _network: network, _turn: turn })
     }
 
-    /// Has the agents do nothing for a minute, and counts how often they wake up.
+    /// Leaves the agents idle for a minute and counts their wake-ups.
     fn rest(&self) {
-        // The last words of the start.
+        // Lets the start finish.
         thread::sleep(Duration::from_secs(10));
         let wake_ups =
             || self.nodes.iter().map(|node| wake_ups_of(node.agent.pid())).collect::<Vec<_>>();
@@ -203,8 +204,8 @@ impl Federation {
         ));
     }
 
-    /// Kills the SuperLink, starts it again after the outage, and gives the nodes this long for
-    /// three more rounds.
+    /// Kills the SuperLink, restarts it after the outage, and gives the nodes this long for three
+    /// more rounds.
     fn restart_and_train(
         &mut self,
         outage: Duration,
@@ -247,7 +248,8 @@ impl FederatedNode {
         Self { agent: up(&vm), _case: vm, engine }
     }
 
-    /// A container that was started again without having ended was said to hang.
+    /// Asserts that a container that was restarted without having exited was logged as
+    /// unresponsive.
     fn assert_hang_was_told(&self) {
         let lines = self.agent.lines();
         let said = |text: &str| lines.iter().filter(|line| line.contains(text)).count();
@@ -258,7 +260,7 @@ impl FederatedNode {
         );
     }
 
-    /// Whether its last word was goodbye, and its container runs for all that.
+    /// Whether Flower logged that it disconnects but its container still runs.
     fn hangs(&self) -> bool {
         let log = self.log();
         let at = |text| log.rfind(text);
@@ -271,14 +273,14 @@ impl FederatedNode {
         running.expect_success() == "true"
     }
 
-    /// What its container wrote.
+    /// Log of its container.
     fn log(&self) -> String {
         let log = self.engine.docker(&["logs", "flower-supernode"]);
         log.stdout + &log.stderr
     }
 }
 
-/// How often a process has gone to sleep so far.
+/// Number of voluntary context switches of a process so far.
 fn wake_ups_of(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
     let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));

@@ -1,4 +1,4 @@
-//! The node while it runs: a GPU that fails, a container that loses it, a driver that comes late.
+//! The running node: a GPU that fails, a container that loses its GPU, a driver that appears late.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -24,21 +24,21 @@ use supernode_tests::{
     Agent, Engine, RuntimeMode, Sandbox, Sysfs, TestVm, eventually, nvml_library,
 };
 
-/// What the contract gives the agent to say that a GPU is lost, and the container's replacement.
+/// Time limit of the contract for reporting a lost GPU and replacing the container.
 const LOSS_LIMIT: Duration = Duration::from_secs(30);
 
-/// A node on a GPU, with a watcher that listens.
+/// A node on a GPU with a running GPU monitor.
 struct MonitoredNode {
     engine: Engine,
     vm: TestVm,
-    /// The moments of events, and the log of NVML's calls.
+    /// Trigger files of events, and the log of NVML calls.
     directory: Sandbox,
     machine: Value,
     agent: Agent,
 }
 
 impl MonitoredNode {
-    /// The machine with these XIDs, each of which happens when it is fired; `settings` are for
+    /// Starts a node with these XIDs, each of which occurs when it is fired; `settings` go to
     /// agent.toml.
     fn with(
         machine: Value,
@@ -79,7 +79,7 @@ impl MonitoredNode {
         Some(node)
     }
 
-    /// Waits until a watcher has begun to wait for events.
+    /// Waits until a monitor waits for events.
     fn wait_for_watcher(&self) {
         assert!(
             eventually(TIMEOUT, || self.calls().contains("nvmlEventSetWait_v2")),
@@ -96,7 +96,7 @@ impl MonitoredNode {
         self.directory.write(format!("xid-{xid}"), "");
     }
 
-    /// Changes what NVML says from its next call on.
+    /// Changes what NVML returns from its next call on.
     fn now(&mut self, key: &str, value: Value) {
         self.machine[key] = value;
         self.vm.nvml(&self.machine);
@@ -125,13 +125,13 @@ impl MonitoredNode {
         inspect(&self.engine, "{{.Id}} {{.State.Pid}}")
     }
 
-    /// The process of the watcher.
+    /// PID of the GPU monitor.
     fn watcher(&self) -> Option<u32> {
         watcher_of(self.agent.pid())
     }
 
-    /// Waits for the WARNING of a failure that was brought about just now, `how` tells by what, and
-    /// puts it into the table.
+    /// Waits for the WARNING of a failure that was just triggered and adds it to the table; `how`
+    /// names the trigger.
     #[track_caller]
     fn wait_for_failure(&self, since: Instant, how: &str) {
         self.agent.wait_for_line("gpu-failed", LOSS_LIMIT);
@@ -139,7 +139,8 @@ impl MonitoredNode {
         assert!(since.elapsed() < LOSS_LIMIT);
     }
 
-    /// The one WARNING was given, with these words, and then the node went to the CPU.
+    /// Asserts that there is exactly one WARNING with these texts and that the node then runs on
+    /// the CPU.
     #[track_caller]
     fn assert_fell_back(&self, words: &[&str]) {
         self.wait_for_runtime("runc");
@@ -189,7 +190,7 @@ fn signal(pid: u32, signal: Signal) {
     kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), signal).unwrap();
 }
 
-/// The most memory that a process ever had, in KiB.
+/// Peak memory of a process in KiB.
 fn peak_kib(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
@@ -203,7 +204,7 @@ fn fatal_xid_warns_with_meaning_and_falls_back_to_cpu() {
     node.fire(79);
     node.wait_for_failure(begun, "while running: XID 79");
     node.assert_fell_back(&["XID 79: GPU has fallen off the bus", "NVIDIA A100"]);
-    // The agent dies; the next one keeps the node where it is, and says why.
+    // After the agent is killed, the next one leaves the node as it is and gives the reason.
     let before = node.id();
     node.agent.kill();
     let agent = up(&node.vm);
@@ -218,7 +219,7 @@ fn fatal_xid_warns_with_meaning_and_falls_back_to_cpu() {
 #[test]
 fn container_killed_by_gpu_fault_restarts_without_that_gpu() {
     let Some(node) = MonitoredNode::with(one_gpu(), &[79], &[], &[]) else { return };
-    // The driver tells of it when the container has gone already.
+    // The driver reports the fault after the container has exited.
     node.engine.docker(&["kill", "flower-supernode"]).expect_success();
     node.agent.wait_for_line("ended with exit code 137", TIMEOUT);
     node.fire(79);
@@ -246,7 +247,7 @@ fn failed_gpu_is_retried_when_configured_then_given_up() {
     let warned = warnings(&node.agent);
     assert_eq!(warned.len(), 1, "{warned:?}");
     assert!(warned[0].contains("is tried again") && warned[0].contains("XID 48: "), "{warned:?}");
-    // Now it is not well again.
+    // Now the GPU is unhealthy again.
     assert!(
         eventually(TIMEOUT, || node.calls().matches("nvmlEventSetCreate").count() >= 4),
         "{}",
@@ -377,7 +378,7 @@ fn killed_monitor_is_respawned_without_effect() {
     assert!(eventually(TIMEOUT, || node.watcher().is_some_and(|watcher| watcher != first)));
     assert_eq!(node.id(), before);
     assert_eq!(warnings(&node.agent), Vec::<String>::new());
-    // It ends with the agent, however that ends.
+    // It ends with the agent, however the agent ends.
     let second = node.watcher().unwrap();
     node.agent.kill();
     assert!(eventually(TIMEOUT, || !Path::new(&format!("/proc/{second}")).exists()));
@@ -420,7 +421,7 @@ fn event_flood_is_bounded_in_journal_and_memory() {
         let grown = peak_kib(pid).saturating_sub(before);
         assert!(grown < 2048, "the {what} has grown by {grown} KiB");
     }
-    // In the flood the one that matters is not lost.
+    // The fatal event is not lost in the flood.
     node.fire(79);
     node.agent.wait_for_line("XID 79: ", TIMEOUT);
     node.wait_for_runtime("runc");
@@ -461,18 +462,17 @@ fn container_without_device_nodes_is_recreated_once() {
     assert_eq!(warnings(&node.agent).len(), 1, "{:#?}", node.agent.lines());
 }
 
-/// A node whose connection to the SuperLink is lost and regained once a second.
+/// A node that loses and regains its SuperLink connection once a second.
 fn flapping_node() -> Option<MonitoredNode> {
     let node = MonitoredNode::with(one_gpu(), &[], &[], FLAPPING)?;
     node.agent.wait_for_line("not connected to the SuperLink", TIMEOUT);
     Some(node)
 }
 
-/// Node configuration with which the framework image's stand-in loses the connection and regains
-/// it, both once a second.
+/// Node configuration with which the test image loses and regains the connection once a second.
 const FLAPPING: &[(&str, &str)] = &[("FL_NODE_CONFIG", "test-flaps=0.5")];
 
-/// Checks that the connection flapped until the last moment: an event every half second.
+/// Asserts that the connection flapped until the end: one event every half second.
 #[track_caller]
 fn assert_flapped(agent: &Agent, since: Instant) {
     let events = agent.lines().iter().filter(|line| line.contains("connected to the")).count();
@@ -526,7 +526,7 @@ fn flapping_connection_does_not_skip_monitor_backoff() {
         }
     }
     assert_flapped(&node.agent, begun);
-    // At 0, 1, 3 and 7 s, and each time the probe comes on top.
+    // At 0, 1, 3 and 7 s, plus the duration of the probe.
     assert!((3..=4).contains(&killed.len()), "{}: {:#?}", killed.len(), node.agent.lines());
     let probed = node.agent.lines().iter().filter(|line| line.contains("SIGKILL")).count();
     assert!(probed >= 3, "{:#?}", node.agent.lines());
@@ -555,8 +555,8 @@ fn flapping_connection_does_not_hide_late_driver() {
 fn container_losing_gpu_to_daemon_reload_is_recreated_once() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let directory = Sandbox::new("watch");
-    // The engine of a test leaves cgroups to itself: this systemctl tells of a scope all the same.
-    // The scope of a container that came later has started later.
+    // The engine of a test does not use systemd scopes, so this systemctl simulates one. A later
+    // container's scope has a later start time.
     let systemctl = format!(
         r#"#!/bin/sh
 case "$*" in

@@ -1,4 +1,4 @@
-//! Services whose nodes all boot at once, against one OneGate.
+//! Services whose nodes all boot at the same time, against one OneGate.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -21,6 +21,6 @@ fn five_hundred_simultaneous_nodes_discover_superlink() {
          first attempt): {discovery} requests of discovery, {requests} in all, {peak_requests_per_second} a second at the peak",
         took.as_secs_f64(),
     ));
-    // Two each, and more only where the machine is too busy to answer in time.
+    // Two each, and more only if the machine is too loaded to answer in time.
     assert!(discovery >= 2 * AGENTS as usize, "{discovery}");
 }

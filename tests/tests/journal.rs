@@ -1,4 +1,4 @@
-//! What the journal gets: the entry of a fallback with its fields, by the journal's own protocol.
+//! Journal entries: a fallback with its fields, received by the native journal protocol.
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,
@@ -17,9 +17,9 @@ use std::time::Duration;
 use common::wanted;
 use supernode_tests::{TestVm, agent_binary, run};
 
-/// Runs the agent (`$2`, settings `$3`) where `/run/systemd/journal` is the directory `$1` and stderr
-/// leads to the journal, as JOURNAL_STREAM says. In a mount namespace: the machine's own /run stays
-/// what it is.
+/// Runs the agent (`$2`, settings `$3`) with the directory `$1` as `/run/systemd/journal` and
+/// stderr connected to the journal according to JOURNAL_STREAM. Runs in a mount namespace, so that
+/// this machine's /run is unchanged.
 const ON_A_JOURNAL: &str = r#"
 mount -t tmpfs run /run
 mkdir -p /run/systemd/journal
@@ -53,7 +53,7 @@ fn fallback_is_one_journal_entry_with_message_id_and_fields() {
     );
     let mut entries = Vec::new();
     let mut buffer = [0; 65536];
-    // The agent has ended: what it sent is here.
+    // The agent has exited: all its messages have arrived.
     while let Ok(length) = journal.recv(&mut buffer) {
         entries.push(fields_of(&buffer[..length]));
     }
@@ -69,8 +69,8 @@ fn fallback_is_one_journal_entry_with_message_id_and_fields() {
     assert!(warning["MESSAGE"].contains("this node runs on the CPU"));
 }
 
-/// The fields of an entry: `NAME=value`, or the name, a line break, the value's length in eight
-/// bytes, and the value (systemd, Native Journal Protocol).
+/// Fields of an entry: `NAME=value`, or the name, a line break, the value's length in eight bytes,
+/// and the value (systemd, Native Journal Protocol).
 fn fields_of(mut entry: &[u8]) -> BTreeMap<String, String> {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let mut fields = BTreeMap::new();

@@ -1,5 +1,5 @@
-//! The node on a real Docker engine, on the simulator GPU: launched, adopted, replaced, started
-//! again, stopped. Why it is on the CPU instead is in causes.rs.
+//! The container on a real Docker engine with the simulated GPU: launch, adoption, replacement,
+//! restart, stop. Reasons for a CPU fallback are in causes.rs.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -117,7 +117,7 @@ fn gpu_is_retried_when_cpu_launch_is_refused_too() {
     let agent = up(&vm);
     fs::write(&broken, "").unwrap();
     engine.docker(&["kill", "flower-supernode"]).expect_success();
-    // Twice round: the WARNING is not given for every try.
+    // Two rounds: the WARNING is not repeated for each attempt.
     agent.wait_for_line("does not come up", TIMEOUT);
     assert!(eventually(TIMEOUT, || {
         agent.lines().iter().filter(|line| line.contains("does not come up")).count() >= 2
@@ -140,7 +140,7 @@ fn unstartable_container_is_recreated_before_gpu_verdict() {
     let mut agent = up(&vm);
     let before = inspect(&engine, "{{.Id}}");
     assert_eq!(agent.terminate(), 0);
-    // Its layer is damaged.
+    // Its layer is corrupted.
     let layer = inspect(&engine, "{{.GraphDriver.Data.UpperDir}}");
     assert!(layer.ends_with("/diff"), "{layer}");
     fs::remove_dir_all(&layer).unwrap();
@@ -377,7 +377,7 @@ fn prebaked_image_replaces_unavailable_one() {
     );
     assert_eq!(inspect(&engine, "{{.Config.Image}}"), image::PYTORCH);
     assert_eq!(agent.terminate(), 0);
-    // None at all: both are named.
+    // Neither image is available: both are named.
     vm.prebaked("9.9.8", "tensorflow");
     let mut agent = vm.start();
     assert_eq!(agent.wait_exit(TIMEOUT), 1);
@@ -482,7 +482,7 @@ fn mig_instance_gets_device_nodes_of_parent_gpu() {
     const MIG_A: &str = "MIG-aaaa1111-0000-0000-0000-00000000000a";
     const MIG_B: &str = "MIG-bbbb2222-0000-0000-0000-00000000000b";
     let Some((engine, mut vm)) = engine_with(&two_gpus()) else { return };
-    // The second card has the node /dev/nvidia3, and is divided.
+    // The second GPU has the node /dev/nvidia3 and is partitioned.
     let mut machine = two_gpus();
     machine["gpus"][1]["minor"] = json!(3);
     machine["gpus"][1]["mig"] = json!([
@@ -528,7 +528,8 @@ fn mig_instance_gets_device_nodes_of_parent_gpu() {
         assert!(expected.iter().all(|uuid| told.contains(uuid)), "{told}");
         assert_eq!(agent.terminate(), 0);
     }
-    // An instance whose card's node is not in the container is missed, though another card's is.
+    // An instance is missing if its parent GPU's node is not in the container, even if another
+    // GPU's is.
     let mut wrong = machine.clone();
     wrong["gpus"][1]["minor"] = json!(0);
     engine.nvidia_runtime(RuntimeMode::Ok, &wrong);

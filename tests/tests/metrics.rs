@@ -1,4 +1,4 @@
-//! The agent's own page of metrics, and NVIDIA's DCGM exporter beside the node.
+//! The agent's metrics endpoint, and NVIDIA's DCGM exporter next to the node.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -19,17 +19,17 @@ use common::{
 use serde_json::{Value, json};
 use supernode_tests::{Agent, Engine, Sandbox, TestVm, eventually, run};
 
-/// The default of `dcgm.image`.
+/// Default of `dcgm.image`.
 const EXPORTER: &str = "nvcr.io/nvidia/k8s/dcgm-exporter:4.5.3-4.8.2-distroless";
-/// Stands for it: something listens on its port.
+/// Test image of the exporter: listens on its port.
 const SERVES: &str = r#"ENTRYPOINT ["/bin/busybox", "httpd", "-f", "-p", "9400", "-h", "/"]"#;
 
-/// An address at which nobody listens.
+/// An address on which no process listens.
 fn free_address() -> String {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
 }
 
-/// What is answered to this request, head and body; empty where nobody answers.
+/// Sends a request and returns head and body of the answer; empty if the connection is refused.
 fn answer(address: &str, request: &str) -> String {
     let exchange = || {
         let mut stream = TcpStream::connect(address)?;
@@ -57,7 +57,7 @@ fn reload(vm: &TestVm, agent: &Agent) {
     agent.reload();
 }
 
-/// One GPU that is measured, with an event file for each XID, and a log of NVML's calls.
+/// One GPU with sensors, an event file for each XID, and a log of NVML calls.
 fn measured_gpu(directory: &Sandbox, xids: &[u64]) -> Value {
     let mut machine = one_gpu();
     let gpu = &mut machine["gpus"][0];
@@ -95,7 +95,7 @@ fn metrics_follow_node_and_gpu_state() {
             &format!("\nsupernode_gpu_power_watts{gpu} 70.5\n"),
         ],
     );
-    // It has no such sensor.
+    // The GPU has no such sensor.
     assert!(!page.contains("temperature"), "{page}");
     assert!(answer(&address, "GET /").starts_with("HTTP/1.1 404 "));
     assert!(answer(&address, "DELETE /metrics").starts_with("HTTP/1.1 405 "));
@@ -148,7 +148,7 @@ fn occupied_address_warns_and_reload_changes_it() {
             && told[0].contains(&format!("metrics.listen = \"{address}\" cannot be had")),
         "{told:?}"
     );
-    // A reload brings another one.
+    // A reload sets another address.
     let free = free_address();
     vm.set("metrics.listen", free.clone());
     reload(&vm, &agent);
@@ -165,7 +165,7 @@ fn occupied_address_warns_and_reload_changes_it() {
     );
 }
 
-/// A node with the exporter, whose simulator is there.
+/// A node with the exporter, whose test image exists.
 fn with_exporter(machine: &Value, more: &[(&str, &str)]) -> Option<(Engine, TestVm)> {
     let (engine, mut vm) = engine_with(machine)?;
     engine.import_image_with(&[EXPORTER], &[SERVES]);
@@ -188,7 +188,7 @@ fn wait_for_exporter(engine: &Engine, agent: &Agent, template: &str, expected: &
     assert!(is_so, "{}: {:#?}", exporter(engine, template), agent.lines());
 }
 
-/// What listens at this address in the engine's network says.
+/// Fetches from this address in the engine's network namespace.
 fn fetched(engine: &Engine, address: &str) -> String {
     let mut command = Command::new("nsenter");
     command.arg(format!("--net=/run/netns/{}", engine.network_namespace()));
@@ -216,13 +216,13 @@ fn exporter_is_adopted_replaced_stopped_and_removed() {
     assert!(eventually(TIMEOUT, || fetched(&engine, "127.0.0.1:9400").contains("49999")));
     let status = vm.run_command("status", &[]).stdout;
     assert!(status.contains(&format!("DCGM       {EXPORTER} at 127.0.0.1:9400\n")), "{status}");
-    // An agent that dies leaves both, and the next adopts both.
+    // A killed agent leaves both containers, and the next one adopts both.
     let before = [inspect(&engine, "{{.Id}}"), exporter(&engine, "{{.Id}}")];
     agent.kill();
     let mut agent = up(&vm);
     agent.wait_for_line("adopted the running DCGM exporter", TIMEOUT);
     assert_eq!([inspect(&engine, "{{.Id}}"), exporter(&engine, "{{.Id}}")], before);
-    // Another address is another exporter, and the same node.
+    // Another address replaces the exporter but not the node.
     vm.set("dcgm.listen", "127.0.0.1:9555");
     reload(&vm, &agent);
     assert!(
@@ -235,7 +235,7 @@ fn exporter_is_adopted_replaced_stopped_and_removed() {
     assert_eq!(agent.terminate(), 0);
     assert_eq!(exporter(&engine, RUNS), "false");
     assert_eq!(warnings(&agent), Vec::<String>::new());
-    // It is not wanted any more.
+    // The exporter is disabled.
     vm.context(&wanted(&[]));
     let planned = &json_of(&vm.run_command("plan", &["--json"]))["dcgm"];
     assert_eq!(planned, &json!({"container": null, "reason": "FL_DCGM_ENABLED is not YES"}));
@@ -264,7 +264,7 @@ fn missing_exporter_image_warns_once_and_node_runs() {
     let status = json_of(&vm.run_command("status", &["--json"]));
     assert!(status["dcgm"].as_str().unwrap().starts_with("does not run: "), "{status}");
     assert_eq!(inspect(&engine, RUNS), "true");
-    // It is tried again.
+    // It is retried.
     engine.docker(&["tag", EXPORTER, "127.0.0.1:9/exporter:1"]).expect_success();
     agent.wait_for_line("started the DCGM exporter", TIMEOUT);
     assert_eq!(warnings(&agent).len(), 1, "{:#?}", agent.lines());

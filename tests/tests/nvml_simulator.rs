@@ -2,7 +2,7 @@
 //! process.
 //!
 //! The library reads its script from the environment, so each test starts this executable again as
-//! [`child`], with a question, and reads what the child printed.
+//! [`child`] with a query and reads what the child printed.
 #![allow(
     clippy::print_stdout,
     clippy::unwrap_used,
@@ -42,7 +42,7 @@ impl SimulatedDriver {
         Self { sandbox }
     }
 
-    /// Asks in a child process; what it answered is behind `> `, a line each.
+    /// Runs a query in a child process; its answers are the lines that start with `> `.
     fn ask(&self, question: &str) -> (Vec<String>, Output) {
         let mut command = Command::new(env::current_exe().unwrap());
         command
@@ -71,7 +71,7 @@ fn child() {
     let Ok(question) = env::var(QUESTION) else {
         return;
     };
-    // The test runner's own words stand at the beginning of this line.
+    // The test runner's own output is at the beginning of this line.
     println!();
     let nvml = match Nvml::builder().lib_path(nvml_library().as_os_str()).init() {
         Ok(nvml) => nvml,
@@ -260,7 +260,7 @@ fn each_event_is_delivered_once_at_its_time() {
             {"type": "xid", "data": 48, "gpu": 1},
             {"type": "double_bit_ecc"},
         ]}));
-    // GPU 1 and other kinds are not watched; after the one event there is nothing more to wait for.
+    // GPU 1 and other event types are not registered; after the one event the wait times out.
     assert_eq!(machine.answers("xid"), ["GPU-a Some(Value(79)) true", "Timeout"]);
 }
 
@@ -311,7 +311,7 @@ fn calls_are_logged() {
     let calls = fs::read_to_string(log).unwrap();
     let expected = [
         "nvmlInit_v2",
-        // nvml-wrapper asks by itself, for the numbering of fields.
+        // nvml-wrapper calls it to determine the numbering of fields.
         "nvmlSystemGetDriverVersion",
         "nvmlSystemGetDriverVersion",
         "nvmlDeviceGetCount_v2",

@@ -1,4 +1,4 @@
-//! The simulator of OneGate: what the real one does, the faults, and what it remembers.
+//! The OneGate simulator: regular answers, faults, and recorded requests.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -37,7 +37,7 @@ fn onegate() -> OneGateSimulator {
     onegate
 }
 
-/// Sends bytes, and reads to the end of the connection.
+/// Sends bytes and reads until the connection is closed.
 fn exchange(onegate: &OneGateSimulator, bytes: &str) -> String {
     let mut stream = TcpStream::connect(onegate.address()).unwrap();
     stream.write_all(bytes.as_bytes()).unwrap();
@@ -52,8 +52,7 @@ fn head(method: &str, target: &str, vm: u32) -> String {
     )
 }
 
-/// The status and the body of an answer, which is under OneGate's content type and as long as it
-/// says.
+/// Status and body of an answer; asserts OneGate's content type and the content length.
 fn parsed(answer: &str) -> (u16, String) {
     let (head, body) =
         answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("not HTTP: {answer:?}"));
@@ -146,7 +145,7 @@ fn refusal_is_plain_text_with_original_message() {
         text(401, "Not authorized")
     );
 
-    // OneFlow has made the VM, and has not listed it yet.
+    // OneFlow has created the VM but not listed it yet.
     onegate.change(|state| {
         state.vm(104).attribute("SERVICE_ID", "7");
     });
@@ -203,7 +202,7 @@ fn ready_gate_opens_on_its_text_and_stays_open() {
     let onegate = onegate();
     let ready = |vm| onegate.change(|state| state.vms[&vm].ready);
     put(&onegate, "/vm", 101, "data=READY%3DNO%0AFL_X%3D1&type=1");
-    // Rejected: OneFlow never hears of it.
+    // Rejected: OneFlow does not receive it.
     put(&onegate, "/vm", 101, "data=READY%3DYES%0AFL_X%3Da%2Cb&type=1");
     assert!(!ready(101));
     put(&onegate, "/vm", 101, "data=FL_NODE_READY%3DYES&type=1");
@@ -298,7 +297,7 @@ fn simulates_endless_answers() {
 
     let mut hanging = open();
     assert!(hanging.read(&mut [0]).is_err());
-    // Nobody holds OneGate's end up, and theirs is the end of the connection.
+    // Stopping is not delayed by open connections and closes them.
     let begun = Instant::now();
     onegate.stop();
     assert_eq!(hanging.read(&mut [0]).unwrap(), 0);

@@ -1,5 +1,4 @@
-//! What an operator asks of a node that is there: its status, a reload; and what the service
-//! manager hears.
+//! Operating a running node: status, reload, and notifications to the service manager.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -33,7 +32,7 @@ fn node_is_ready_only_while_container_runs() {
     assert_eq!(ready(&vm), Some(1), "before the first start");
     let mut agent = up(&vm);
     assert_eq!(ready(&vm), Some(0));
-    // The agent is gone, the container is not.
+    // The agent has been killed; the container still runs.
     agent.kill();
     assert_eq!(ready(&vm), Some(0));
     assert_eq!(status(&vm)["agent"]["running"], false);
@@ -172,11 +171,11 @@ fn reload_replaces_container_only_on_change() {
     let mut agent = up(&vm);
     let id = || inspect(&engine, "{{.Id}}");
     let first = id();
-    // A line that is none of ours.
+    // A variable that is not ours.
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("ETH0_DNS", "9.9.9.9")]);
     agent.reload();
     agent.wait_for_line("nothing has changed", TIMEOUT);
-    // One that is wrong: it is told, and the node goes on.
+    // An invalid context is logged, and the node continues.
     vm.context(&[("FL_SUPERLINK_ADDRESS", "nowhere"), ("FL_LOG_LEVEL", "loud")]);
     agent.reload();
     agent.wait_for_line("FL_SUPERLINK_ADDRESS='nowhere': must be", TIMEOUT);
@@ -210,7 +209,7 @@ fn reload_start_and_end_are_notified_to_systemd() {
     let agent = up(&vm);
     let run = || inspect(&engine, "{{.Id}} {{.State.StartedAt}}");
     let first = run();
-    // From RELOADING=1 on, without what is told in between.
+    // From RELOADING=1 on, without the status messages in between.
     let reload = |until: &str| {
         let before = agent.notifications().len();
         agent.reload();

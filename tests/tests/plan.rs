@@ -1,5 +1,4 @@
-//! What `plan` and `gpu` say of a machine: the real binary, the real probe in its child process, no
-//! Docker.
+//! `plan` and `gpu`: the real binary with the real probe in its child process, without Docker.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -20,7 +19,7 @@ use common::{GPU_A, GPU_B, json_of, one_gpu, sysfs_of_one, sysfs_of_two, two_gpu
 use serde_json::{Value, json};
 use supernode_tests::{Sysfs, TestVm, eventually};
 
-/// A machine with `machine` behind NVML and `sysfs`, whose operator wants the GPU.
+/// A VM with this NVML script and sysfs, whose operator wants the GPU.
 fn vm(sysfs: &Sysfs, machine: &Value, more: &[(&str, &str)]) -> TestVm {
     let mut vm = TestVm::new();
     vm.sysfs(sysfs).nvml(machine).context(&wanted(more));
@@ -99,7 +98,7 @@ fn cpu_plan_uses_runc_and_void() {
     assert_eq!(plan["container"]["env"]["FL_DEVICE"], "cpu");
 }
 
-/// Path, size, mode, owner and time of change of everything below `directory`.
+/// Path, size, mode, owner and modification time of everything below `directory`.
 fn state_of(directory: &Path) -> BTreeMap<PathBuf, (u64, u32, u32, i64, i64)> {
     let mut state = BTreeMap::new();
     let mut directories = vec![directory.to_path_buf()];
@@ -122,7 +121,7 @@ fn state_of(directory: &Path) -> BTreeMap<PathBuf, (u64, u32, u32, i64, i64)> {
 #[test]
 fn plan_changes_nothing() {
     let vm = vm(&sysfs_of_two(), &two_gpus(), &[("FL_GPU_MEMORY_FRACTION", "0.5")]);
-    // The file of settings is the harness's.
+    // The harness writes the settings file.
     vm.run_command("plan", &[]).expect_success();
     let mut before = state_of(&vm.path(""));
     let mut after = {
@@ -212,7 +211,7 @@ fn gpu_failure_names_the_nvml_call() {
         assert_eq!(verdict["reason"], expected, "{verdict}");
         assert!(verdict["summary"].as_str().unwrap().contains(call), "{verdict}");
     }
-    // What is good to have may be missing.
+    // Optional values may be missing.
     let mut machine = one_gpu();
     for code in [1, 2, 3, 6, 7, 10, 13, 20, 21, 25, 30] {
         machine["gpus"][0]["fail"] =
@@ -242,7 +241,7 @@ fn hung_library_is_killed_and_crash_is_contained() {
     let verdict = verdict(&vm);
     assert_eq!(verdict["reason"], "driver-crash");
     assert!(verdict["summary"].as_str().unwrap().contains("SIGSEGV"), "{verdict}");
-    // One that hangs while it is closed has answered before.
+    // A library that hangs at shutdown has answered before.
     let mut machine = one_gpu();
     machine["hang"] = json!(["nvmlShutdown"]);
     vm.nvml(&machine);

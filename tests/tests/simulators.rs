@@ -1,5 +1,5 @@
-//! The harness itself: an engine of one's own, the image, nvidia's runtime in each of its modes,
-//! and the network between engines.
+//! The harness itself: a separate engine, the test image, NVIDIA's runtime in each mode, and the
+//! network between engines.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -24,7 +24,7 @@ fn two_gpus() -> Value {
     json!({"gpus": [{"uuid": "GPU-a", "minor": 0}, {"uuid": "GPU-b", "minor": 3, "mig": [{"uuid": "MIG-b1"}]}]})
 }
 
-/// An engine that knows nvidia's runtime, has the image, and runs on a machine with two GPUs.
+/// An engine with NVIDIA's runtime, the test image and two GPUs.
 fn engine(mode: RuntimeMode) -> Option<Engine> {
     let daemon_json = json!({"runtimes": {"nvidia": {"path": "nvidia-container-runtime"}}});
     let engine =
@@ -34,7 +34,7 @@ fn engine(mode: RuntimeMode) -> Option<Engine> {
     Some(engine)
 }
 
-/// `docker run` with nvidia's runtime: the NVIDIA device nodes as the container sees them.
+/// Runs a container with NVIDIA's runtime and prints the NVIDIA device nodes in it.
 fn run(engine: &Engine, visible: &str) -> Output {
     let visible = format!("NVIDIA_VISIBLE_DEVICES={visible}");
     let command = "ls -l /dev | grep nvidia | sed 's/.* root *//; s/, */,/; s/ .* / /'";
@@ -76,7 +76,7 @@ fn device_cgroup_permits_the_requested_gpu() {
     let Some(engine) = engine(RuntimeMode::Ok) else {
         return;
     };
-    // The kernel has no driver for the node: opening it says so, unless the cgroup forbids it
+    // There is no driver for the node: opening it fails with ENXIO unless the cgroup denies it
     // first.
     let open = |node: &str| {
         let script = format!("cat /dev/{node}");
@@ -235,7 +235,7 @@ fn crashed_engine_restarts_and_cleans_up() {
     }
 }
 
-/// The command lines of all processes.
+/// Command lines of all processes.
 fn command_lines() -> String {
     let read =
         |entry: std::fs::DirEntry| std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
@@ -253,7 +253,7 @@ fn rejected_daemon_json_is_reported() {
     assert!(reason.contains("no-such-key"), "{reason}");
 }
 
-/// Two engines at a network with a OneGate that knows VM 101.
+/// Two engines on a network with a OneGate that knows VM 101.
 fn network() -> Option<(TestNetwork, [Engine; 2], OneGateSimulator)> {
     let engines = [Engine::start()?, Engine::start()?];
     let mut network = TestNetwork::new();
@@ -267,7 +267,8 @@ fn network() -> Option<(TestNetwork, [Engine; 2], OneGateSimulator)> {
     Some((network, engines, onegate))
 }
 
-/// Asks for `/vm` without a token, from an engine's namespace: curl's exit code and the status.
+/// Requests `/vm` without a token from an engine's namespace; returns curl's exit code and the
+/// status.
 fn curl(engine: &Engine, onegate: &OneGateSimulator) -> (Option<i32>, String) {
     let mut command = in_namespace(engine.network_namespace(), "curl");
     command.args([
@@ -287,8 +288,7 @@ fn curl(engine: &Engine, onegate: &OneGateSimulator) -> (Option<i32>, String) {
 fn test_network_is_reachable_only_from_its_engines() {
     let Some((network, engines, onegate)) = network() else { return };
     assert_eq!(onegate.endpoint(), format!("http://10.77.0.1:{}", onegate.address().port()));
-    // Not busybox's wget: it asks for the number of http's port, and dies where there is no C
-    // library to know it.
+    // Not busybox's wget: it looks up the port number of http and crashes without a C library.
     let ask = format!(
         r"printf 'GET /vm HTTP/1.1\r\n\r\n' | nc -w 5 10.77.0.1 {}",
         onegate.address().port()
@@ -304,7 +304,7 @@ fn test_network_is_reachable_only_from_its_engines() {
     std::net::TcpStream::connect_timeout(&onegate.address(), Duration::from_millis(500))
         .expect_err("another network");
 
-    // Where OneGate is usually: not an address of the network, but behind the default route.
+    // OneGate's usual address: not on the network, but behind the default route.
     let mut command = in_namespace(network.network_namespace(), "ip");
     supernode_tests::run(
         command.args(["address", "add", "169.254.16.9/32", "dev", "br0"]),
@@ -315,7 +315,7 @@ fn test_network_is_reachable_only_from_its_engines() {
         OneGateSimulator::start_in(network.network_namespace(), [169, 254, 16, 9].into());
     assert_eq!(curl(&engines[0], &link_local), (Some(0), "401".to_owned()));
 
-    // One engine's outage is not the other's, and ends without a trace.
+    // An outage of one engine's link does not affect the other and ends without residue.
     network.link_down(&engines[0]);
     assert_eq!(curl(&engines[0], &onegate).0, Some(28));
     assert_eq!(curl(&engines[1], &onegate).0, Some(0));

@@ -1,4 +1,4 @@
-//! The harness itself: a machine in a directory, with a script in the agent's place.
+//! The harness itself: a VM in a directory, with a script in place of the agent.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -17,7 +17,7 @@ use supernode_tests::{OneGateSimulator, Sysfs, TestVm, eventually};
 
 const SECONDS: Duration = Duration::from_secs(10);
 
-/// A machine whose agent is this script.
+/// A VM whose agent is this script.
 fn vm(script: &str) -> TestVm {
     let mut vm = TestVm::new();
     let agent = vm.write("agent.sh", format!("#!/bin/sh\n{script}\n"));
@@ -109,7 +109,7 @@ fn agent_and_its_children_end_with_the_test() {
     let child = format!("/proc/{}/cmdline", line.trim_start_matches("child "));
     assert!(eventually(SECONDS, || fs::read(&child).unwrap().starts_with(b"sleep")));
     drop(agent);
-    // A zombie that nobody has waited for yet has no command line.
+    // A zombie has no command line.
     assert!(eventually(SECONDS, || fs::read(&child).unwrap_or_default().is_empty()));
 }
 

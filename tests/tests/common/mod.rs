@@ -1,4 +1,4 @@
-//! Machines that several test files set up.
+//! Test VMs shared by several test files.
 #![allow(
     clippy::panic,
     dead_code,
@@ -13,18 +13,18 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use supernode_tests::{Agent, Engine, Output, RuntimeMode, Sandbox, Sysfs, TestVm, image, run};
 
-/// More than any step takes on a busy machine.
+/// More than any step takes on a loaded machine.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) const GPU_A: &str = "GPU-aaaa1111-0000-0000-0000-000000000001";
 pub(crate) const GPU_B: &str = "GPU-bbbb2222-0000-0000-0000-000000000002";
 
-/// A machine with one GPU.
+/// NVML script with one GPU.
 pub(crate) fn one_gpu() -> Value {
     json!({"gpus": [{"uuid": GPU_A, "name": "NVIDIA A100", "memory_mib": 40960, "pci_address": "0000:01:00.0", "minor": 0}]})
 }
 
-/// A machine with two GPUs.
+/// NVML script with two GPUs.
 pub(crate) fn two_gpus() -> Value {
     json!({"gpus": [
         {"uuid": GPU_A, "name": "NVIDIA A100", "memory_mib": 40960, "pci_address": "0000:01:00.0", "minor": 0},
@@ -32,7 +32,7 @@ pub(crate) fn two_gpus() -> Value {
     ]})
 }
 
-/// The same machine's sysfs: both GPUs on the nvidia driver.
+/// sysfs of the same GPUs, both bound to the nvidia driver.
 pub(crate) fn sysfs_of_two() -> Sysfs {
     Sysfs::new()
         .gpu("0000:01:00.0")
@@ -42,12 +42,12 @@ pub(crate) fn sysfs_of_two() -> Sysfs {
         .module("550.54.15")
 }
 
-/// One GPU on the nvidia driver.
+/// sysfs with one GPU bound to the nvidia driver.
 pub(crate) fn sysfs_of_one() -> Sysfs {
     Sysfs::new().gpu("0000:01:00.0").driver("nvidia").module("550.54.15")
 }
 
-/// The least context of a node that wants the GPU, with more variables.
+/// Minimal context of a node that wants the GPU, plus more variables.
 pub(crate) fn wanted<'a>(more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
     [
         ("FL_GPU_ENABLED", "YES"),
@@ -60,7 +60,7 @@ pub(crate) fn wanted<'a>(more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)>
     .collect()
 }
 
-/// An engine with the image, and a machine on it with the GPUs of `machine`.
+/// An engine with the test image, and a VM on it with the GPUs of `script`.
 pub(crate) fn engine_with(machine: &Value) -> Option<(Engine, TestVm)> {
     let engine = Engine::start()?;
     engine.import_image(&[image::PYTORCH]);
@@ -70,7 +70,7 @@ pub(crate) fn engine_with(machine: &Value) -> Option<(Engine, TestVm)> {
     Some((engine, vm))
 }
 
-/// A node that is up.
+/// Starts a node and waits until it is ready.
 #[track_caller]
 pub(crate) fn up(vm: &TestVm) -> Agent {
     let agent = vm.start();
@@ -78,46 +78,45 @@ pub(crate) fn up(vm: &TestVm) -> Agent {
     agent
 }
 
-/// The JSON that a command printed.
+/// Parses the JSON that a command printed.
 #[track_caller]
 pub(crate) fn json_of(output: &Output) -> Value {
     serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
 }
 
-/// A text in base64, in one line, as a context variable or an attribute of OneGate has a
-/// certificate.
+/// Encodes a text in base64 on one line, as certificates are given in context variables and OneGate
+/// attributes.
 pub(crate) fn base64(text: &str) -> String {
     let sandbox = Sandbox::new("base64");
     let file = sandbox.write("text", text);
     run(Command::new("base64").arg("-w0").arg(file), TIMEOUT).expect_success().to_owned()
 }
 
-/// The lines of an agent that are WARNINGs.
+/// WARNING lines of an agent.
 pub(crate) fn warnings(agent: &Agent) -> Vec<String> {
     agent.lines().into_iter().filter(|line| line.contains(" WARNING ")).collect()
 }
 
-/// `docker inspect` of the node's container, with a Go template.
+/// Runs `docker inspect` on the node's container with a Go template.
 #[track_caller]
 pub(crate) fn inspect(engine: &Engine, template: &str) -> String {
     let output = engine.docker(&["inspect", "--format", template, "flower-supernode"]);
     output.expect_success().trim().to_owned()
 }
 
-/// A line of the table that `make test` prints: a cause of a node on the CPU, and the time to the
-/// WARNING.
+/// Prints a line of the table that `make test` shows: a cause of a CPU fallback, and the time until
+/// the WARNING.
 pub(crate) fn report_cause(code: &str, seconds: f64, how: &str) {
     report(&format!("CAUSE {code:<24} {seconds:>5.2} s  {how}"));
 }
 
-/// A whole line, in one piece. Not by a print macro: the test runner would swallow what a passing
-/// test prints.
+/// Prints a line in one write. Not with a print macro: the test runner captures the output of
+/// passing tests.
 pub(crate) fn report(line: &str) {
     let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
-/// The real libnvidia-ml, unpacked from Debian's package where the machine's package sources have
-/// it.
+/// NVIDIA's own libnvidia-ml, unpacked from Debian's package if the package sources provide it.
 pub(crate) fn nvidias_library() -> Option<PathBuf> {
     if Path::new("/proc/driver/nvidia").exists() {
         report("SKIPPED: this machine has a driver, the library would find it");

@@ -1,4 +1,4 @@
-//! The node to which faults happen, what must hold after each of them, and the table of them.
+//! The node under fault injection, its invariants, and the table of faults.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,29 +16,28 @@ use crate::common::{TIMEOUT, one_gpu, report, sysfs_of_one, wanted};
 
 /// An operator's daemon.json.
 const OPERATORS: &str = "{\n  \"log-level\": \"info\",\n  \"max-concurrent-downloads\": 7,\n  \"labels\": [\"rack=12\"]\n}\n";
-/// What the runtime's entry makes of its end: not a byte else is changed.
+/// Its end after the runtime was registered; every other byte is unchanged.
 const WITH_RUNTIME: &str = ",\n  \"runtimes\": {\n    \"nvidia\": {\n      \"path\": \"nvidia-container-runtime\"\n    }\n  }\n}\n";
 
-/// What must be in no output; OneGate's token is the other.
+/// Must not appear in any output, as OneGate's token must not.
 const PASSWORD: &str = "kxq7-zulu-9134";
 pub(crate) const VM: u32 = 101;
-/// How long a container may be dead before the cloud must not hear any more that it is ready.
+/// Maximum time after a container's exit in which the node may still be published as ready.
 const NEWS_TRAVEL_SECONDS: f64 = 1.0;
 
-/// The most memory that an agent of this process had, in KiB.
+/// Peak memory of any agent of this process, in KiB.
 static PEAK_KIB: AtomicU64 = AtomicU64::new(0);
 
-/// A machine with a GPU that is wanted, behind an engine that can have a bad day; and all that its
-/// agents say.
+/// A VM that wants its GPU, behind an engine with fault injection, and all output of its agents.
 pub(crate) struct FaultyNode {
     pub(crate) engine: Engine,
     pub(crate) proxy: DockerProxy,
     pub(crate) vm: TestVm,
     pub(crate) onegate: OneGateSimulator,
     agent: Option<Agent>,
-    /// What earlier agents said, since the last [`FaultyNode::reset`].
+    /// Output of earlier agents since the last [`FaultyNode::reset`].
     told: Vec<String>,
-    /// When that was, in seconds since 1970.
+    /// Time of the last reset, in seconds since the Unix epoch.
     since: f64,
     /// The operator's daemon.json.
     daemon_json: String,
@@ -49,7 +48,7 @@ impl FaultyNode {
         Self::with(OPERATORS)
     }
 
-    /// With a Docker that leaves containers alone when it restarts.
+    /// Uses a Docker with live-restore, which keeps containers running across its restart.
     pub(crate) fn with_live_restore() -> Option<Self> {
         Self::with(&OPERATORS.replace("\n}\n", ",\n  \"live-restore\": true\n}\n"))
     }
@@ -80,7 +79,7 @@ impl FaultyNode {
         Some(node)
     }
 
-    /// Its context, with these words for the container.
+    /// Sets its context, with this node configuration for the test image.
     pub(crate) fn context(&mut self, words: &str) {
         let config = format!("db-password=\"{PASSWORD}\" {words}");
         self.vm.context(&wanted(&[
@@ -90,8 +89,8 @@ impl FaultyNode {
         ]));
     }
 
-    /// A machine on which no agent has run yet, and a Docker that knows of no runtime. An engine
-    /// that was killed forgets what happened, and so do we.
+    /// Resets the VM to one on which no agent has run, with a Docker that has no runtime
+    /// registered. A killed engine loses its event history, so earlier output is discarded too.
     pub(crate) fn reset(&mut self) {
         self.agent = None;
         self.proxy.clear_faults();
@@ -102,7 +101,7 @@ impl FaultyNode {
         self.forget();
     }
 
-    /// The same without another Docker: the runtime stays registered.
+    /// Resets the VM but keeps the engine: the runtime stays registered.
     pub(crate) fn clear(&mut self) {
         self.agent = None;
         self.proxy.clear_faults();
@@ -119,7 +118,7 @@ impl FaultyNode {
         self.agent.as_mut().expect("an agent was started")
     }
 
-    /// Starts an agent; one that runs is killed.
+    /// Starts an agent; kills one that runs.
     pub(crate) fn start(&mut self) {
         self.end();
         let agent = self.vm.start();
@@ -127,7 +126,7 @@ impl FaultyNode {
         self.agent = Some(agent);
     }
 
-    /// Keeps what the agent said, and kills it where it runs.
+    /// Collects the agent's output, and kills it if it runs.
     fn end(&mut self) {
         if let Some(mut agent) = self.agent.take() {
             agent.kill();
@@ -136,7 +135,7 @@ impl FaultyNode {
         }
     }
 
-    /// Starts an agent, and waits until the node is up.
+    /// Starts an agent and waits until the node is ready.
     #[track_caller]
     pub(crate) fn up(&mut self) {
         self.start();
@@ -144,8 +143,8 @@ impl FaultyNode {
         assert_eq!(self.running().as_deref(), Some("true"), "READY, and {:#?}", self.said());
     }
 
-    /// Starts an agent, and waits until the node is up, or the agent has ended with what a retry
-    /// cures; whether it is up.
+    /// Starts an agent and waits until the node is ready or the agent has exited with a retryable
+    /// error. Returns whether it is ready.
     #[track_caller]
     pub(crate) fn tries(&mut self) -> bool {
         self.start();
@@ -165,7 +164,7 @@ impl FaultyNode {
         end.is_none()
     }
 
-    /// The same, and then the next agent, as systemd has it.
+    /// Starts an agent, and once more if it exits, as systemd does.
     #[track_caller]
     pub(crate) fn up_in_two(&mut self) {
         if !self.tries() {
@@ -174,7 +173,7 @@ impl FaultyNode {
         }
     }
 
-    /// Waits until the agent has ended by SIGTERM, and with it the container.
+    /// Sends SIGTERM and waits until the agent has exited and the container is stopped.
     #[track_caller]
     pub(crate) fn ends(&mut self) {
         let code = self.agent().terminate();
@@ -187,20 +186,20 @@ impl FaultyNode {
         assert_ne!(self.running().as_deref(), Some("true"), "{:#?}", self.said());
     }
 
-    /// Waits until this agent says that Flower is connected: then all there is of a node is there.
+    /// Waits until this agent logs that Flower is connected, the last step of a start.
     #[track_caller]
     pub(crate) fn connected(&mut self) {
         self.agent().wait_for_line("as SuperNode 1", TIMEOUT);
     }
 
-    /// Whether the container of that name runs; `None` where there is none, or no engine.
+    /// `.State.Running` of the container with that name; `None` without a container or an engine.
     pub(crate) fn running(&self) -> Option<String> {
         let shown =
             self.engine.docker(&["inspect", "--format", "{{.State.Running}}", "flower-supernode"]);
         (shown.code == Some(0)).then(|| shown.stdout.trim().to_owned())
     }
 
-    /// Which run of the container there is: its id and the time of its start.
+    /// Identifies the container's run: its ID and start time.
     pub(crate) fn run(&self) -> String {
         let format = "{{.Id}} {{.State.StartedAt}} {{.State.Running}}";
         self.engine
@@ -210,7 +209,7 @@ impl FaultyNode {
             .to_owned()
     }
 
-    /// Waits until another run than this one is under way.
+    /// Waits until a run other than this one is in progress.
     #[track_caller]
     pub(crate) fn runs_anew_after(&self, before: &str) {
         let again = eventually(TIMEOUT, || {
@@ -220,7 +219,7 @@ impl FaultyNode {
         assert!(again, "{}: {:#?}", self.run(), self.said());
     }
 
-    /// The same, where what is there may be somebody else's.
+    /// Waits until a run other than this one is in progress, in a container that the agent created.
     #[track_caller]
     pub(crate) fn runs_anew_of_ours_after(&self, before: &str) {
         let format = "{{index .Config.Labels \"supernode-agent.spec-hash\"}}";
@@ -236,7 +235,7 @@ impl FaultyNode {
         self.runs_anew_after(before);
     }
 
-    /// Waits until the agent says of itself that the node runs on its GPU.
+    /// Waits until the agent reports that the node runs on its GPU.
     #[track_caller]
     pub(crate) fn says_it_runs(&self) {
         let status = || self.vm.run_command("status", &["--json"]).stdout;
@@ -244,21 +243,21 @@ impl FaultyNode {
         assert!(says, "{}: {:#?}", status(), self.said());
     }
 
-    /// Waits until OneGate has this of the node.
+    /// Waits until OneGate has this attribute of the node.
     #[track_caller]
     pub(crate) fn is_published(&self, name: &str, value: &str) {
         let there = || self.published().get(name).is_some_and(|found| found == value);
         assert!(eventually(TIMEOUT, there), "{:?}: {:#?}", self.published(), self.said());
     }
 
-    /// Everything that agents have said since the last reset: log, standard output, messages to
-    /// systemd.
+    /// All output of agents since the last reset: log, standard output, notifications to systemd.
     pub(crate) fn said(&self) -> Vec<String> {
         let now = self.agent.iter().flat_map(messages_of);
         self.told.iter().cloned().chain(now).collect()
     }
 
-    /// What must hold whatever has happened; [`FaultyNode::assert_no_secret`] is the rest of it.
+    /// Asserts the invariants that hold after any fault; [`FaultyNode::assert_no_secret`] checks
+    /// the remaining one.
     #[track_caller]
     pub(crate) fn assert_trustworthy(&self) {
         let daemon_json = fs::read_to_string(self.engine.daemon_json()).unwrap();
@@ -277,12 +276,12 @@ impl FaultyNode {
         self.assert_cloud_heard_the_truth(&runs);
     }
 
-    /// How many runs of its container the engine remembers since the last reset.
+    /// Number of runs of its container in the engine's event history since the last reset.
     pub(crate) fn count_of_runs(&self) -> usize {
         self.runs().len()
     }
 
-    /// The runs of containers of ours, as the engine remembers them.
+    /// Runs of the agent's containers in the engine's event history.
     fn runs(&self) -> Vec<Run> {
         let format = "{{.TimeNano}} {{.Action}} {{.Actor.ID}} {{index .Actor.Attributes \"supernode-agent.verdict\"}}";
         let events = self.engine.docker(&[
@@ -348,7 +347,7 @@ impl FaultyNode {
         for request in self.onegate.requests() {
             let at = seconds_now() - request.at.elapsed().as_secs_f64();
             let update = request.update().unwrap_or_default();
-            // Of what was before the first run that the engine remembers, nothing can be told.
+            // Nothing is known about the time before the first run in the event history.
             if at < self.since.max(first) || !update.contains("READY=YES") {
                 continue;
             }
@@ -372,13 +371,13 @@ impl FaultyNode {
         }
     }
 
-    /// What OneGate has of the node.
+    /// Attributes of the node in OneGate.
     pub(crate) fn published(&self) -> BTreeMap<String, String> {
         self.onegate.change(|state| state.vms[&VM].user_template.clone())
     }
 }
 
-/// A run of a container, in seconds since 1970.
+/// A run of a container, in seconds since the Unix epoch.
 #[derive(Debug)]
 struct Run {
     id: String,
@@ -391,7 +390,7 @@ fn messages_of(agent: &Agent) -> Vec<String> {
     [agent.lines(), agent.stdout_lines(), agent.notifications()].concat()
 }
 
-/// Whoever says READY=1 to systemd has a container.
+/// Asserts that an agent that sent READY=1 to systemd has a container.
 #[track_caller]
 fn assert_ready_was_true(agent: &Agent) {
     let lines = agent.lines();
@@ -408,7 +407,7 @@ fn seconds_now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64()
 }
 
-/// The time at the beginning of a line of the log, in seconds since 1970.
+/// Timestamp of a log line, in seconds since the Unix epoch.
 fn seconds_of(line: &str) -> Option<f64> {
     let (date, time) = line.split(' ').next()?.strip_suffix('Z')?.split_once('T')?;
     let date: Vec<i64> = date.split('-').map_while(|part| part.parse().ok()).collect();
@@ -424,12 +423,12 @@ fn seconds_of(line: &str) -> Option<f64> {
     Some(days as f64 * 86_400.0 + hours * 3600.0 + minutes * 60.0 + seconds)
 }
 
-/// Notes the most memory that this process has, for as long as it lives.
+/// Records the peak memory of this process while it runs.
 fn watch_memory(pid: u32) {
     thread::spawn(move || {
         while let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) {
             let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-            // A zombie has none.
+            // A zombie has no memory.
             let Some(kib) = peak.and_then(|peak| peak.trim().trim_end_matches(" kB").parse().ok())
             else {
                 return;
@@ -440,15 +439,15 @@ fn watch_memory(pid: u32) {
     });
 }
 
-/// The table that `make test` prints: a line for each fault.
+/// The table that `make test` prints: one line per fault.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     failed: Vec<String>,
 }
 
 impl Table {
-    /// One fault: its name, what must hold, and its story, which ends when the node has recovered
-    /// and gives the moment of the fault.
+    /// Runs one fault: its name, what must hold, and the scenario. The scenario returns when the
+    /// node has recovered and gives the time of the fault.
     pub(crate) fn fault(
         &mut self,
         node: &mut FaultyNode,
@@ -467,7 +466,7 @@ impl Table {
         }
     }
 
-    /// The end of the table.
+    /// Ends the table; fails if any fault failed.
     #[track_caller]
     pub(crate) fn finish(self) {
         let build = agent_binary();
@@ -484,7 +483,7 @@ impl Table {
     }
 }
 
-/// Tells the story, and looks at what must always hold; gives the seconds from the fault to the
+/// Runs the scenario and asserts the invariants. Returns the seconds from the fault to the
 /// recovery.
 fn report_cause(
     node: &mut FaultyNode,
