@@ -40,7 +40,7 @@ StandardError=append:/run/output
 ExecStart=/bin/bash -xc 'systemctl status --no-pager flower-supernode; \
     docker inspect --format "runs {{.State.Running}} on {{.HostConfig.Runtime}} from {{.Config.Image}}" flower-supernode; \
     for _ in $(seq 300); do docker logs flower-supernode 2>&1 | grep "Starting Flower SuperNode" && break; sleep 0.2; done; \
-    cat /run/onegate-was-told; \
+    cat /run/onegate-updated; \
     journalctl --no-pager --unit flower-supernode --priority warning --output cat | sed "s/^/warning: /"; \
     systemctl list-units --failed --plain --no-legend | sed "s/^/failed: /"; \
     journalctl --quiet --no-pager --boot --grep "ordering cycle" | sed "s/^/cycle: /"; \

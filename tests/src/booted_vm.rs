@@ -140,7 +140,7 @@ impl BootedVm {
             let _ = fs::remove_file(self.path(left));
         }
         self.file("harness/script", script);
-        let said = run(&mut self.start_by(starter), BOOT_LIMIT);
+        let console = run(&mut self.start_by(starter), BOOT_LIMIT);
         let read = |name: &str| {
             String::from_utf8_lossy(&fs::read(self.path(name)).unwrap_or_default()).into_owned()
         };
@@ -151,7 +151,7 @@ impl BootedVm {
             .collect();
         assert!(
             code.trim() == "0",
-            "exit code {code:?}: {output}\nconsole: {said:#?}\n{}",
+            "exit code {code:?}: {output}\nconsole: {console:#?}\n{}",
             text_of(&journal)
         );
         Boot { output, journal }

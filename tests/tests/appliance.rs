@@ -178,7 +178,7 @@ fn bootstrap_waits_for_the_node_and_writes_the_report() {
     appliance.run("bootstrap", &[]).unwrap().expect_success();
     let ready =
         appliance.calls().iter().filter(|call| *call == "supernode-agent status --ready").count();
-    assert_eq!(ready, 2, "asked again after a pause");
+    assert_eq!(ready, 2, "must be asked again after a delay");
     assert_eq!(
         appliance.read("config"),
         "[Flower SuperNode]\nunit = active\nagent = supernode-agent 1.2.3\nContainer  flower-supernode runs\n"

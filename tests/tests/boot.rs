@@ -8,7 +8,7 @@
 
 mod common;
 
-use common::{GPU_A, nvidias_library, one_gpu, report, sysfs_of_one, wanted};
+use common::{GPU_A, nvidia_library, one_gpu, report, sysfs_of_one, wanted};
 use serde_json::Value;
 use supernode_tests::{Boot, BootedVm};
 
@@ -20,7 +20,7 @@ const CONTAINER: &str = "docker inspect --format 'runs {{.State.Running}} on {{.
 fn entries<'b>(boot: &'b Boot, text: &str) -> Vec<&'b Value> {
     boot.journal
         .iter()
-        .filter(|entry| entry["MESSAGE"].as_str().is_some_and(|said| said.contains(text)))
+        .filter(|entry| entry["MESSAGE"].as_str().is_some_and(|message| message.contains(text)))
         .collect()
 }
 
@@ -48,7 +48,7 @@ fn boot_without_gpu_logs_one_warning_and_runs_on_cpu() {
          supernode-agent check vm || true
          journalctl --no-pager --output cat MESSAGE_ID=1066eaea8fabf0f00ff7b11691329178
          wait_for sh -c 'journalctl --no-pager --all CONTAINER_NAME=flower-supernode | grep \"SuperNode ID: 1\"'
-         cat /run/onegate-was-told
+         cat /run/onegate-updated
          wait_for sh -c 'supernode-agent status | grep \"10.9.8.7:9092, connected\"'
          supernode-agent status
          journalctl CONTAINER_NAME=flower-supernode
@@ -140,7 +140,7 @@ fn daemon_reload_removes_gpu_injected_only_by_hook() {
     assert_eq!(warnings.len(), 1, "{}", boot.transcript());
     assert_eq!(warnings[0]["GPU_UUID"], GPU_A, "{}", boot.transcript());
     assert!(
-        warnings[0]["MESSAGE"].as_str().is_some_and(|said| said.contains("daemon-reload")),
+        warnings[0]["MESSAGE"].as_str().is_some_and(|message| message.contains("daemon-reload")),
         "{}",
         boot.transcript()
     );
@@ -158,7 +158,7 @@ fn missing_required_gpu_fails_the_unit_without_ready() {
     let boot = vm.boot(
         "systemctl show --property ActiveState,NRestarts flower-supernode
          systemctl status flower-supernode || true
-         test ! -e /run/onegate-was-told
+         test ! -e /run/onegate-updated
          ! docker inspect flower-supernode",
     );
     says(
@@ -273,7 +273,7 @@ fn context_update_replaces_container_only_on_change() {
     vm.context(&wanted(&[("ETH0_DNS", "1.1.1.1")]));
     let boot = vm.boot(
         "id() { docker inspect --format '{{.Id}}' flower-supernode; }
-         said() { journalctl --no-pager --unit flower-supernode --grep \"$1\"; }
+         logged() { journalctl --no-pager --unit flower-supernode --grep \"$1\"; }
          change() {
              sed -i \"$1\" /context/context.sh
              rm /run/one-context/context.sh.*
@@ -282,7 +282,7 @@ fn context_update_replaces_container_only_on_change() {
          }
          first=$(id)
          change 's/1.1.1.1/9.9.9.9/'
-         wait_for said 'nothing has changed'
+         wait_for logged 'nothing has changed'
          test \"$(id)\" = \"$first\"
          change 's/10.9.8.7:9092/10.9.8.7:9999/'
          wait_for sh -c 'docker inspect flower-supernode | grep 10.9.8.7:9999'
@@ -329,7 +329,7 @@ fn watchdog_restarts_frozen_agent_which_adopts_container() {
         "facts() { docker inspect --format '{{.Id}} {{.State.Pid}} {{.State.StartedAt}}' flower-supernode; }
          agent() { systemctl show --property MainPID --value flower-supernode; }
          container=$(facts) old=$(agent)
-         # Fed, it lives.
+         # With notifications, it keeps running.
          sleep 25
          test \"$(agent)\" = \"$old\"
          kill -STOP \"$old\"
@@ -391,9 +391,9 @@ fn drop_in_orders_start_script_before_the_node() {
     ));
     says(&boot, &["runs true on runc"]);
     let place = |text: &str| {
-        boot.journal
-            .iter()
-            .position(|entry| entry["MESSAGE"].as_str().is_some_and(|said| said.starts_with(text)))
+        boot.journal.iter().position(|entry| {
+            entry["MESSAGE"].as_str().is_some_and(|message| message.starts_with(text))
+        })
     };
     let (script, node) =
         (place("Finished one-context.service"), place("Starting flower-supernode.service"));
@@ -463,7 +463,7 @@ fn emulated_vm_boots_and_agent_takes_one_percent_of_it() {
         ("REPORT_READY", "YES"),
         ("READY_SCRIPT_PATH", "/opt/flower/scripts/health-check.sh"),
     ]));
-    let boot = vm.boot_in_qemu(&format!("{CONTAINER} ip route\n cat /run/onegate-was-told"));
+    let boot = vm.boot_in_qemu(&format!("{CONTAINER} ip route\n cat /run/onegate-updated"));
     says(&boot, &["runs true on runc", "default via 10.0.2.2", "READY=YES"]);
     assert_eq!(boot.warnings_of(UNIT).len(), 1, "{}", boot.transcript());
     assert!(entries(&boot, "ordering cycle").is_empty(), "{}", boot.transcript());
@@ -561,7 +561,7 @@ fn every_unit_capability_is_needed_and_its_loss_is_logged() {
         "[gpu]\nsysfs = \"/simulator/sys\"\nnvml_library = \"/simulator/libnvidia-ml.so.1\"\nwait_seconds = 1\n\
          probe_timeout_seconds = 20\n[container]\ndata_dir = \"/srv/theirs/data\"\n",
     );
-    let nvidias = nvidias_library();
+    let nvidias = nvidia_library();
     if let Some(library) = &nvidias {
         vm.copy(&library.canonicalize().unwrap(), "simulator/nvidias.so");
     }
@@ -574,7 +574,7 @@ fn every_unit_capability_is_needed_and_its_loss_is_logged() {
              done
              systemctl daemon-reload
          }
-         # Somebody's daemon.json, of which Docker learns no runtime, and a directory of somebody's for the data.
+         # An operator's daemon.json from which Docker gets no runtime, and a data directory of another user.
          begin() {
              without "${1%%-*}"
              systemctl stop flower-supernode
@@ -634,14 +634,14 @@ fn every_unit_capability_is_needed_and_its_loss_is_logged() {
             continue;
         }
         let prefix = format!("{step}: ");
-        let said: Vec<&str> =
+        let lines: Vec<&str> =
             boot.output.lines().filter_map(|line| line.strip_prefix(&prefix)).collect();
-        let has = |words: &str| said.iter().any(|line| line.contains(words));
+        let has = |words: &str| lines.iter().any(|line| line.contains(words));
         for words in wanted {
-            assert!(has(words), "{step} is to say {words:?}: {said:#?}\n{}", boot.transcript());
+            assert!(has(words), "{step} must log {words:?}: {lines:#?}\n{}", boot.transcript());
         }
         for words in unwanted {
-            assert!(!has(words), "{step} is not to say {words:?}: {said:#?}");
+            assert!(!has(words), "{step} must not log {words:?}: {lines:#?}");
         }
     }
 }

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use common::{
-    GPU_A, TIMEOUT, engine_with, inspect, json_of, nvidias_library, one_gpu, report, report_cause,
+    GPU_A, TIMEOUT, engine_with, inspect, json_of, nvidia_library, one_gpu, report, report_cause,
     sysfs_of_one, two_gpus, up, wanted, warnings,
 };
 use serde_json::{Value, json};
@@ -51,7 +51,7 @@ impl Cause {
     }
 
     /// A VM with these PCI devices and this context.
-    fn on_bus(
+    fn with_sysfs(
         code: &'static str,
         how: &str,
         words: &[&str],
@@ -59,12 +59,12 @@ impl Cause {
         more: &'static [(&'static str, &'static str)],
     ) -> Self {
         Self::new(code, how, words, move |_, vm| {
-            vm.sysfs(&sysfs()).context(&in_json(more));
+            vm.sysfs(&sysfs()).context(&json_log_context(more));
         })
     }
 
     /// A library with this script of the NVML simulator.
-    fn of_library(
+    fn with_library(
         code: &'static str,
         how: impl Into<String>,
         words: &[&str],
@@ -76,7 +76,7 @@ impl Cause {
     }
 
     /// A file in place of the library; `None`: no file.
-    fn of_file(
+    fn with_library_file(
         code: &'static str,
         how: &str,
         words: &[&str],
@@ -93,21 +93,21 @@ impl Cause {
 }
 
 /// Context of a node that wants the GPU and logs JSON.
-fn in_json<'a>(more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
+fn json_log_context<'a>(more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
     wanted(&[&[("FL_LOG_FORMAT", "json")], more].concat())
 }
 
 const GPU: &str = "0000:01:00.0";
 
 /// Causes visible in sysfs, found before NVML is called.
-fn on_the_bus() -> Vec<Cause> {
+fn sysfs_causes() -> Vec<Cause> {
     let assigned = "OpenNebula assigned 0000:01:00.0 to this VM";
     let nic = || Sysfs::new().device(GPU, "0x8086", "0x020000", Some("igb"));
     let display = || Sysfs::new().device("0000:00:02.0", "0x1234", "0x030000", Some("bochs-drm"));
     vec![
-        Cause::on_bus(
+        Cause::with_sysfs(
             "gpu-not-present",
-            "nothing assigned, no GPU on the bus",
+            "no GPU assigned, none present",
             &[
                 "assigned no GPU",
                 "2 PCI devices",
@@ -116,37 +116,37 @@ fn on_the_bus() -> Vec<Cause> {
             display,
             &[("PCI0_ADDRESS", "")],
         ),
-        Cause::on_bus(
+        Cause::with_sysfs(
             "gpu-not-present",
-            "a PCI NIC assigned as a NIC (PCI0_MAC), and no GPU",
+            "only a NIC assigned (PCI0_MAC)",
             &["assigned no GPU"],
             nic,
             &[("PCI0_MAC", "02:00:00:00:00:01")],
         ),
-        Cause::on_bus(
+        Cause::with_sysfs(
             "gpu-not-passed-through",
-            "assigned, and nothing at that address",
+            "assigned, no device at the address",
             &[assigned, "no device at that address"],
             Sysfs::new,
             &[],
         ),
-        Cause::on_bus(
+        Cause::with_sysfs(
             "gpu-not-passed-through",
-            "assigned, and a NIC at that address",
+            "assigned, a NIC at the address",
             &[assigned, "not an NVIDIA GPU (8086:20f1, class 0200, driver igb)"],
             nic,
             &[],
         ),
-        Cause::on_bus(
+        Cause::with_sysfs(
             "gpu-not-passed-through",
-            "two assigned, and nothing at either address",
+            "two assigned, no device at either address",
             &[assigned, "0000:21:00.0"],
             Sysfs::new,
             &[("PCI1_ADDRESS", "21:00.0")],
         ),
-        Cause::on_bus(
+        Cause::with_sysfs(
             "driver-not-loaded",
-            "a GPU without a driver",
+            "GPU without a driver",
             &[
                 "no driver is bound to GPU 0000:01:00.0 (10de:20f1, class 0302)",
                 "module is not loaded",
@@ -154,23 +154,23 @@ fn on_the_bus() -> Vec<Cause> {
             || Sysfs::new().gpu(GPU),
             &[],
         ),
-        Cause::on_bus(
+        Cause::with_sysfs(
             "driver-not-loaded",
-            "a GPU that the loaded module did not bind",
+            "GPU not bound by the loaded module",
             &[GPU, "module 550.54.15 is loaded but did not bind it"],
             || Sysfs::new().gpu(GPU).module("550.54.15"),
             &[],
         ),
-        Cause::on_bus(
+        Cause::with_sysfs(
             "driver-not-loaded",
-            "a module that is still loading when the wait ends",
+            "module still loading after the wait",
             &[GPU, "still coming"],
             || Sysfs::new().gpu(GPU).module_in_state("550.54.15", "coming"),
             &[],
         ),
         Cause::new(
             "driver-not-loaded",
-            "no module for the kernel, no headers, Secure Boot on",
+            "no module and no headers for the kernel, Secure Boot on",
             &[
                 "no module is installed for kernel 6.1.0-37-amd64",
                 "headers of kernel 6.1.0-37-amd64",
@@ -184,7 +184,7 @@ fn on_the_bus() -> Vec<Cause> {
         ),
         Cause::new(
             "driver-not-loaded",
-            "DKMS built the module for the previous kernel",
+            "DKMS module built only for the previous kernel",
             &["DKMS has the source nvidia-current 535.261.03 \
                  but no module built for kernel 6.1.0-38-amd64; the headers"],
             |_, vm| {
@@ -195,7 +195,7 @@ fn on_the_bus() -> Vec<Cause> {
         ),
         Cause::new(
             "driver-not-loaded",
-            "a module that is installed but not loaded",
+            "module installed but not loaded",
             &["a module is installed for kernel 6.8.0-60-generic"],
             |_, vm| {
                 vm.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
@@ -206,23 +206,23 @@ fn on_the_bus() -> Vec<Cause> {
                 );
             },
         ),
-        Cause::on_bus(
+        Cause::with_sysfs(
             "wrong-driver",
-            "a GPU on nouveau",
+            "GPU bound to nouveau",
             &[GPU, "10de:20f1", "driver nouveau"],
             || Sysfs::new().gpu(GPU).driver("nouveau"),
             &[],
         ),
-        Cause::on_bus(
+        Cause::with_sysfs(
             "wrong-driver",
-            "a GPU on vfio-pci, with FL_LOG_LEVEL=ERROR",
+            "GPU bound to vfio-pci, FL_LOG_LEVEL=ERROR",
             &[GPU, "driver vfio-pci"],
             || Sysfs::new().gpu(GPU).driver("vfio-pci"),
             &[("FL_LOG_LEVEL", "ERROR")],
         ),
-        Cause::on_bus(
+        Cause::with_sysfs(
             "wrong-driver",
-            "two GPUs, on nouveau and on nothing",
+            "two GPUs, one bound to nouveau, one unbound",
             &[GPU, "0000:21:00.0", "driver nouveau"],
             || Sysfs::new().gpu("0000:21:00.0").gpu(GPU).driver("nouveau"),
             &[],
@@ -231,33 +231,33 @@ fn on_the_bus() -> Vec<Cause> {
 }
 
 /// Causes in the operator's configuration.
-fn of_the_choice() -> Vec<Cause> {
+fn operator_causes() -> Vec<Cause> {
     vec![
-        Cause::on_bus(
+        Cause::with_sysfs(
             "device-selection-empty",
             "FL_CUDA_VISIBLE_DEVICES=none",
             &["'none'", GPU],
             sysfs_of_one,
             &[("FL_CUDA_VISIBLE_DEVICES", "none")],
         ),
-        Cause::on_bus(
+        Cause::with_sysfs(
             "device-selection-empty",
-            "FL_CUDA_VISIBLE_DEVICES names an index that is not there",
+            "FL_CUDA_VISIBLE_DEVICES with a missing index",
             &["'3'", GPU_A, GPU],
             sysfs_of_one,
             &[("FL_CUDA_VISIBLE_DEVICES", "3")],
         ),
         Cause::new(
             "device-selection-empty",
-            "a GPU in MIG mode without instances",
+            "GPU in MIG mode without instances",
             &[GPU_A, "MIG mode, no instances"],
             |_, vm| {
-                let mut machine = one_gpu();
-                machine["gpus"][0]["mig"] = json!([]);
-                vm.nvml(&machine);
+                let mut script = one_gpu();
+                script["gpus"][0]["mig"] = json!([]);
+                vm.nvml(&script);
             },
         ),
-        Cause::on_bus(
+        Cause::with_sysfs(
             "framework-without-gpu",
             "ML_FRAMEWORK=sklearn",
             &["scikit-learn"],
@@ -268,39 +268,54 @@ fn of_the_choice() -> Vec<Cause> {
 }
 
 /// Causes in the driver library: files that are not a library, then libraries that fail.
-fn of_the_library() -> Vec<Cause> {
+fn library_causes() -> Vec<Cause> {
     let missing = "driver-library-missing";
-    let sick = |key: &str, value: Value| {
-        let mut machine = one_gpu();
-        machine["gpus"][0][key] = value;
-        machine
+    let unhealthy = |key: &str, value: Value| {
+        let mut script = one_gpu();
+        script["gpus"][0][key] = value;
+        script
     };
     vec![
-        Cause::of_file(missing, "no library", &["it is not installed", GPU, "550.54.15"], |_| None),
-        Cause::of_file(missing, "10 bytes of a library", &["it is truncated: 10 of"], |whole| {
-            Some(whole[..10].to_vec())
-        }),
-        Cause::of_file(
+        Cause::with_library_file(
             missing,
-            "12 KiB of a library: mapping it raises SIGBUS",
+            "no library",
+            &["it is not installed", GPU, "550.54.15"],
+            |_| None,
+        ),
+        Cause::with_library_file(
+            missing,
+            "library truncated to 10 bytes",
+            &["it is truncated: 10 of"],
+            |whole| Some(whole[..10].to_vec()),
+        ),
+        Cause::with_library_file(
+            missing,
+            "library truncated to 12 KiB (SIGBUS when mapped)",
             &["it is truncated: 12288 of"],
             |whole| Some(whole[..3 * 4096].to_vec()),
         ),
-        Cause::of_file(missing, "an empty file", &["it is truncated: 0 of"], |_| Some(Vec::new())),
-        Cause::of_file(missing, "a text", &["no ELF header"], |_| Some(vec![b'#'; 200])),
-        // EI_CLASS, and e_machine: ARM.
-        Cause::of_file(missing, "a 32-bit library", &["another architecture (32 bits"], |whole| {
-            Some(with_byte(whole, 4, 1))
+        Cause::with_library_file(missing, "library is empty", &["it is truncated: 0 of"], |_| {
+            Some(Vec::new())
         }),
-        Cause::of_file(
+        Cause::with_library_file(missing, "library is a text file", &["no ELF header"], |_| {
+            Some(vec![b'#'; 200])
+        }),
+        // EI_CLASS, and e_machine: ARM.
+        Cause::with_library_file(
             missing,
-            "a library for ARM",
+            "32-bit library",
+            &["another architecture (32 bits"],
+            |whole| Some(with_byte(whole, 4, 1)),
+        ),
+        Cause::with_library_file(
+            missing,
+            "ARM library",
             &["another architecture (64 bits, ELF machine 40)"],
             |whole| Some(with_byte(whole, 18, 40)),
         ),
         Cause::new(
             "driver-too-old",
-            "a library without NVML's functions (libm)",
+            "library without NVML functions (libm)",
             &["nvmlInit_v2"],
             |_, vm| {
                 vm.set("gpu.nvml_library", "libm.so.6");
@@ -308,7 +323,7 @@ fn of_the_library() -> Vec<Cause> {
         ),
         Cause::new(
             "driver-library-mismatch",
-            "a library 560.35.03 beside a module 550.54.15",
+            "library 560.35.03 with module 550.54.15",
             &["the library has version 560.35.03", "kernel module 550.54.15"],
             |_, vm| {
                 vm.nvml(&json!({"fail": {"nvmlInit_v2": 18}}));
@@ -319,53 +334,53 @@ fn of_the_library() -> Vec<Cause> {
                 vm.set("gpu.nvml_library", link.to_string_lossy().into_owned());
             },
         ),
-        Cause::of_library(
+        Cause::with_library(
             "driver-timeout",
-            "a library that hangs in nvmlInit",
+            "nvmlInit hangs",
             &["within 1 s", GPU, "550.54.15", "libnvml_simulator.so"],
             json!({"hang": ["nvmlInit_v2"]}),
         ),
-        Cause::of_library(
+        Cause::with_library(
             "driver-timeout",
-            "a library that hangs in nvmlDeviceGetCount",
+            "nvmlDeviceGetCount hangs",
             &["within 1 s", GPU],
             json!({"hang": ["nvmlDeviceGetCount_v2"]}),
         ),
-        Cause::of_library(
+        Cause::with_library(
             "driver-crash",
-            "a library that dies by SIGSEGV",
+            "library crashes with SIGSEGV",
             &["signal 11 (SIGSEGV)", GPU, "550.54.15", "libnvml_simulator.so"],
             json!({"crash": ["nvmlInit_v2"]}),
         ),
-        Cause::of_library(
+        Cause::with_library(
             "driver-crash",
-            "a library that sends itself SIGSEGV",
+            "library raises SIGSEGV",
             &["signal 11 (SIGSEGV)"],
             json!({"raise": ["nvmlInit_v2"]}),
         ),
-        Cause::of_library(
+        Cause::with_library(
             "gpu-count-zero",
-            "a driver that counts no GPU",
+            "driver reports no GPU",
             &["driver 550.54.15 is loaded but reports no GPU", GPU],
             json!({"gpus": []}),
         ),
-        Cause::of_library(
+        Cause::with_library(
             "gpu-unhealthy",
-            "an uncorrectable ECC error",
+            "uncorrectable ECC error",
             &[GPU_A, GPU, "1 uncorrectable ECC error"],
-            sick("ecc_uncorrected", json!(1)),
+            unhealthy("ecc_uncorrected", json!(1)),
         ),
-        Cause::of_library(
+        Cause::with_library(
             "gpu-unhealthy",
-            "a failed row remapping",
+            "failed row remapping",
             &[GPU_A, GPU, "row remapping failed"],
-            sick("remap_failed", json!(true)),
+            unhealthy("remap_failed", json!(true)),
         ),
-        Cause::of_library(
+        Cause::with_library(
             "gpu-lost",
-            "a GPU that is lost when it is asked for its name",
+            "GPU lost during nvmlDeviceGetName",
             &[GPU_A, GPU, "nvmlDeviceGetName"],
-            sick("fail", json!({"nvmlDeviceGetName": 15})),
+            unhealthy("fail", json!({"nvmlDeviceGetName": 15})),
         ),
     ]
 }
@@ -376,7 +391,7 @@ fn with_byte(mut bytes: Vec<u8>, at: usize, value: u8) -> Vec<u8> {
 }
 
 /// Every return code of NVML (nvml.h, `nvmlReturn_t`).
-fn of_nvmls_codes() -> Vec<Cause> {
+fn nvml_code_causes() -> Vec<Cause> {
     let expected = |code: u32| match code {
         4 | 17 => "permission-denied",
         8 | 11 | 14 => "gpu-unhealthy",
@@ -393,16 +408,21 @@ fn of_nvmls_codes() -> Vec<Cause> {
     (1..=30)
         .chain([999])
         .map(|code| {
-            let told = format!("NVML error {code}:");
+            let text = format!("NVML error {code}:");
             let script = json!({"fail": {"nvmlInit_v2": code}});
-            Cause::of_library(expected(code), format!("NVML answers {code}"), &[&told, GPU], script)
+            Cause::with_library(
+                expected(code),
+                format!("NVML returns {code}"),
+                &[&text, GPU],
+                script,
+            )
         })
         .collect()
 }
 
 /// Causes in Docker before the launch; the runtime is registered neither before nor after.
-fn before_the_runtime() -> Vec<Cause> {
-    let of_reload =
+fn docker_causes() -> Vec<Cause> {
+    let reload_cause =
         |how: &'static str, text: &'static str, reload: &'static [&'static str], words: &[&str]| {
             Cause::new("runtime-not-configured", how, words, move |engine, vm| {
                 fs::write(engine.daemon_json(), text).unwrap();
@@ -422,19 +442,19 @@ fn before_the_runtime() -> Vec<Cause> {
                 vm.set("docker.runtime_path", "nvidia-container-runtime-is-not-here");
             },
         ),
-        of_reload(
-            "daemon.json is no JSON",
+        reload_cause(
+            "daemon.json is not JSON",
             "{\n  \"debug\": yes\n}",
             &["true"],
             &["daemon.json", "line 2, column 12"],
         ),
-        of_reload(
+        reload_cause(
             "Docker cannot be reloaded",
             "{}",
             &["false"],
             &["daemon.json", "could not be reloaded"],
         ),
-        of_reload(
+        reload_cause(
             "Docker does not register the runtime",
             "{}",
             &["true"],
@@ -444,7 +464,7 @@ fn before_the_runtime() -> Vec<Cause> {
 }
 
 /// Causes at the launch itself, with the runtime registered.
-fn at_the_launch() -> Vec<Cause> {
+fn launch_causes() -> Vec<Cause> {
     let refuses = |how: &'static str, message: &'static str| {
         Cause::new(
             "runtime-start-failed",
@@ -456,18 +476,15 @@ fn at_the_launch() -> Vec<Cause> {
         )
     };
     vec![
+        refuses("runtime finds no driver", "initialization error: nvml error: driver not loaded"),
         refuses(
-            "the runtime finds no driver",
-            "initialization error: nvml error: driver not loaded",
-        ),
-        refuses(
-            "the runtime finds the driver too old for the image",
+            "runtime finds the driver too old for the image",
             "requirement error: unsatisfied condition: cuda>=12.8, please update your driver to a newer version",
         ),
-        refuses("the runtime knows no such GPU", "device error: GPU-x: unknown device"),
+        refuses("runtime does not find the GPU", "device error: GPU-x: unknown device"),
         Cause::new(
             "runtime-start-failed",
-            "a runtime that is no program",
+            "runtime is not an executable",
             &["Docker did not start the container with the GPU", "exec format error"],
             |engine, _| {
                 let path = engine.runtime_path();
@@ -478,7 +495,7 @@ fn at_the_launch() -> Vec<Cause> {
         ),
         Cause::new(
             "gpu-not-visible",
-            "the runtime starts the container without the device",
+            "runtime starts the container without the device",
             &[GPU_A, "is not in it"],
             |engine, _| {
                 engine.nvidia_runtime(RuntimeMode::NoDevice, &one_gpu());
@@ -486,7 +503,7 @@ fn at_the_launch() -> Vec<Cause> {
         ),
         Cause::new(
             "runtime-missing",
-            "Docker's entry leads to a program that is gone",
+            "Docker's runtime entry names a missing program",
             &["nvidia-container-runtime", "no such program"],
             |engine, vm| {
                 fs::remove_file(engine.runtime_path()).unwrap();
@@ -498,12 +515,12 @@ fn at_the_launch() -> Vec<Cause> {
 
 fn every_cause() -> Vec<Cause> {
     [
-        on_the_bus(),
-        of_the_choice(),
-        of_the_library(),
-        of_nvmls_codes(),
-        before_the_runtime(),
-        at_the_launch(),
+        sysfs_causes(),
+        operator_causes(),
+        library_causes(),
+        nvml_code_causes(),
+        docker_causes(),
+        launch_causes(),
     ]
     .into_iter()
     .flatten()
@@ -511,12 +528,12 @@ fn every_cause() -> Vec<Cause> {
 }
 
 /// Returns a healthy VM on the engine with this fault introduced.
-fn machine_with(cause: &Cause, engine: &Engine) -> TestVm {
+fn faulty_vm(cause: &Cause, engine: &Engine) -> TestVm {
     engine.install_nvidia_runtime();
     engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
     fs::write(engine.daemon_json(), "{}\n").unwrap();
     let mut vm = TestVm::new();
-    vm.engine(engine).nvml(&one_gpu()).sysfs(&sysfs_of_one()).context(&in_json(&[]));
+    vm.engine(engine).nvml(&one_gpu()).sysfs(&sysfs_of_one()).context(&json_log_context(&[]));
     vm.set("gpu.probe_timeout_seconds", 1);
     (cause.prepare)(engine, &mut vm);
     vm
@@ -534,7 +551,7 @@ fn entries(agent: &Agent) -> Vec<Value> {
 /// Asserts that the entry names the cause: code, particulars, fix, and the MESSAGE_ID of the
 /// explanation that `journalctl -x` prints.
 #[track_caller]
-fn assert_tells(cause: &Cause, entry: &Value, documented: &Documented) {
+fn assert_describes(cause: &Cause, entry: &Value, documented: &Documented) {
     let text = |field: &str| entry[field].as_str().unwrap_or_default();
     assert_eq!(text("fl_gpu_reason"), cause.code, "{}: {entry:#}", cause.how);
     for words in &cause.words {
@@ -557,11 +574,11 @@ fn assert_tells(cause: &Cause, entry: &Value, documented: &Documented) {
 
 /// Produces each cause and asserts that the node runs on the CPU after exactly one WARNING, logged
 /// before the launch.
-fn assert_each_is_announced(engine: &Engine, causes: &[Cause]) {
+fn assert_all_announced(engine: &Engine, causes: &[Cause]) {
     let documented = documented();
     engine.import_image(&["flower-supernode-sklearn:1.31.0"]);
     for cause in causes {
-        let vm = machine_with(cause, engine);
+        let vm = faulty_vm(cause, engine);
         let began = Instant::now();
         let mut agent = vm.start();
         agent.wait_for_line("No usable GPU, this node runs on the CPU.", TIMEOUT);
@@ -577,10 +594,12 @@ fn assert_each_is_announced(engine: &Engine, causes: &[Cause]) {
         let warnings: Vec<&Value> =
             entries.iter().filter(|entry| entry["level"] == "WARNING").collect();
         assert_eq!(warnings.len(), 1, "{}: {entries:#?}", cause.how);
-        assert_tells(cause, warnings[0], &documented[cause.code]);
+        assert_describes(cause, warnings[0], &documented[cause.code]);
         assert_eq!(warnings[0]["fl_gpu_status"], "cpu-fallback");
         let started = |entry: &Value| {
-            entry["message"].as_str().is_some_and(|said| said.starts_with("started the container"))
+            entry["message"]
+                .as_str()
+                .is_some_and(|message| message.starts_with("started the container"))
         };
         if tells_all {
             let started = place(&started).unwrap_or_else(|| panic!("{}: {entries:#?}", cause.how));
@@ -608,10 +627,11 @@ fn assert_on_cpu_for(code: &str, agent: &Agent, engine: &Engine) {
     assert_eq!(inspect(engine, "{{index .Config.Labels \"supernode-agent.reason\"}}"), code);
     let env = inspect(engine, "{{range .Config.Env}}{{println .}}{{end}}");
     assert!(env.contains("NVIDIA_VISIBLE_DEVICES=void") && env.contains("FL_DEVICE=cpu"), "{env}");
-    let status = agent.notifications().into_iter().rfind(|told| told.contains("READY=1")).unwrap();
+    let status =
+        agent.notifications().into_iter().rfind(|entry| entry.contains("READY=1")).unwrap();
     assert!(status.contains(code), "{status}");
     let containers = engine.docker(&["ps", "-aq"]).stdout;
-    assert_eq!(containers.lines().count(), 1, "a dead container is still there");
+    assert_eq!(containers.lines().count(), 1, "an exited container remains");
 }
 
 /// A code's entry in the journal catalog.
@@ -662,7 +682,7 @@ fn documented() -> BTreeMap<String, Documented> {
 #[test]
 fn sysfs_causes_are_announced() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
-    assert_each_is_announced(&engine, &on_the_bus());
+    assert_all_announced(&engine, &sysfs_causes());
     // Without a GPU, daemon.json must not be changed.
     assert_eq!(fs::read_to_string(engine.daemon_json()).unwrap().trim(), "{}");
 }
@@ -670,26 +690,26 @@ fn sysfs_causes_are_announced() {
 #[test]
 fn operator_choices_are_announced() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
-    assert_each_is_announced(&engine, &of_the_choice());
+    assert_all_announced(&engine, &operator_causes());
 }
 
 #[test]
 fn driver_library_causes_are_announced() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
-    assert_each_is_announced(&engine, &of_the_library());
+    assert_all_announced(&engine, &library_causes());
 }
 
 #[test]
 fn every_nvml_error_code_is_announced() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
-    assert_each_is_announced(&engine, &of_nvmls_codes());
+    assert_all_announced(&engine, &nvml_code_causes());
 }
 
 #[test]
 fn docker_causes_are_announced() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
-    assert_each_is_announced(&engine, &before_the_runtime());
-    assert_each_is_announced(&engine, &at_the_launch());
+    assert_all_announced(&engine, &docker_causes());
+    assert_all_announced(&engine, &launch_causes());
 }
 
 #[test]
@@ -702,7 +722,7 @@ fn every_reason_code_is_produced_and_documented() {
         let elsewhere = WHILE_RUNNING.iter().find(|(other, _)| other == code);
         assert!(
             produced.contains(code.as_str()) != elsewhere.is_some(),
-            "{code} is produced by no test, or by two"
+            "{code} must be produced by exactly one test"
         );
         let id = &entry.message_id;
         assert!(id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit()), "{code}: {id}");
@@ -722,7 +742,7 @@ fn every_reason_code_is_produced_and_documented() {
                 "{file} does not produce {code}"
             );
         } else {
-            report(&format!("SKIPPED: {code} is not produced, there is no {file}"));
+            report(&format!("SKIPPED: {code} is not produced without {file}"));
         }
     }
     for code in produced.iter().copied().chain(WHILE_RUNNING.iter().map(|(code, _)| *code)) {
@@ -736,7 +756,7 @@ fn required_gpu_turns_every_cause_into_an_error() {
     let documented = documented();
     let mut seen = BTreeSet::new();
     for cause in every_cause().iter().filter(|cause| seen.insert(cause.code)) {
-        let vm = machine_with(cause, &engine);
+        let vm = faulty_vm(cause, &engine);
         // The prepared context with one more variable.
         let context = fs::read_to_string(vm.path("context/context.sh.network")).unwrap();
         for stage in ["local", "online", "network"] {
@@ -748,22 +768,22 @@ fn required_gpu_turns_every_cause_into_an_error() {
         assert_eq!(
             agent.wait_exit(TIMEOUT),
             78,
-            "systemd must not try for ever: {}: {:#?}",
+            "systemd must not retry forever: {}: {:#?}",
             cause.how,
             agent.lines()
         );
         agent.wait_for_line("No usable GPU, and FL_GPU_REQUIRED is YES", TIMEOUT);
         let entries = entries(&agent);
-        let told = entries.iter().find(|entry| entry["fl_gpu_status"] == "required");
-        let told = told.unwrap_or_else(|| panic!("{}: {entries:#?}", cause.how));
-        assert_eq!(told["level"], "ERROR");
-        assert_tells(cause, told, &documented[cause.code]);
+        let entry = entries.iter().find(|entry| entry["fl_gpu_status"] == "required");
+        let entry = entry.unwrap_or_else(|| panic!("{}: {entries:#?}", cause.how));
+        assert_eq!(entry["level"], "ERROR");
+        assert_describes(cause, entry, &documented[cause.code]);
         assert!(
             !entries.iter().any(|entry| entry["level"] == "WARNING"),
             "{}: {entries:#?}",
             cause.how
         );
-        assert!(!agent.notifications().iter().any(|told| told.contains("READY=1")));
+        assert!(!agent.notifications().iter().any(|entry| entry.contains("READY=1")));
         assert_eq!(engine.docker(&["ps", "-q"]).stdout, "", "{}: a container runs", cause.how);
         engine.docker(&["rm", "-f", "flower-supernode"]);
     }
@@ -781,7 +801,7 @@ fn fix_matches_the_distribution() {
         ("ID=\"almalinux\"\nID_LIKE=\"rhel fedora\"\n", "NVIDIA's driver", "apt "),
     ] {
         let mut vm = TestVm::new();
-        vm.sysfs(&Sysfs::new().gpu(GPU)).context(&in_json(&[])).os_release(os_release);
+        vm.sysfs(&Sysfs::new().gpu(GPU)).context(&json_log_context(&[])).os_release(os_release);
         vm.set("docker.ready_timeout_seconds", 0).set("gpu.wait_seconds", 0);
         let assert_own =
             |fix: &str| assert!(fix.contains(words) && !fix.contains(not), "{os_release}: {fix}");
@@ -812,7 +832,7 @@ fn status_shows_same_fix_with_and_without_agent_report() {
         .os_release("ID=ubuntu\nID_LIKE=debian\n");
     let mut agent = up(&vm);
     agent.kill();
-    for _ in ["from the report", "from the container's labels"] {
+    for _ in ["from the agent's report", "from the container's labels"] {
         let status = json_of(&vm.run_command("status", &["--json"]));
         let fix = status["gpu"]["verdict"]["fix"].as_str().unwrap_or_default();
         assert!(fix.contains("ubuntu-drivers install --gpgpu"), "{status:#}");
@@ -881,8 +901,8 @@ fn assigned_gpu_without_driver_blames_the_driver() {
         (Sysfs::new().gpu(GPU).driver("nouveau"), "wrong-driver"),
     ] {
         let mut vm = TestVm::new();
-        for promise in ["01:00.0", ""] {
-            vm.sysfs(&sysfs).context(&wanted(&[("PCI0_ADDRESS", promise)]));
+        for address in ["01:00.0", ""] {
+            vm.sysfs(&sysfs).context(&wanted(&[("PCI0_ADDRESS", address)]));
             assert_eq!(
                 json_of(&vm.run_command("gpu", &["--json"]))["gpu"]["verdict"]["reason"],
                 expected
@@ -964,11 +984,11 @@ fn refused_gpu_launch_runs_on_cpu_and_is_adopted() {
     assert_cpu_for("runtime-start-failed", &agent, &engine);
     assert!(
         warnings(&agent)[0].contains("nvidia-container-cli"),
-        "Docker's own text: {:?}",
+        "Docker's message: {:?}",
         warnings(&agent)
     );
     let containers = engine.docker(&["ps", "-aq"]).stdout;
-    assert_eq!(containers.lines().count(), 1, "the dead container is still there");
+    assert_eq!(containers.lines().count(), 1, "the exited container remains");
     // After the agent is killed, the next one finds the CPU container, repeats the warning and
     // leaves the container alone.
     let pid = inspect(&engine, "{{.State.Pid}}");
@@ -988,7 +1008,7 @@ fn refused_gpu_launch_runs_on_cpu_and_is_adopted() {
 
 #[test]
 fn nvidia_library_reports_no_driver_and_needs_a_gpu_to_load() {
-    let Some(library) = nvidias_library() else { return };
+    let Some(library) = nvidia_library() else { return };
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     let at = library.to_string_lossy().into_owned();
     let device_nodes = || {
@@ -997,15 +1017,15 @@ fn nvidia_library_reports_no_driver_and_needs_a_gpu_to_load() {
     };
     let before = device_nodes();
     // As root, the library creates /dev/nvidiactl; removed on drop.
-    struct NodeGoes(bool);
-    impl Drop for NodeGoes {
+    struct RemoveNode(bool);
+    impl Drop for RemoveNode {
         fn drop(&mut self) {
             if self.0 {
                 let _ = fs::remove_file("/dev/nvidiactl");
             }
         }
     }
-    let node = NodeGoes(before == 0);
+    let node = RemoveNode(before == 0);
     let name = library.canonicalize().unwrap();
     let version = name.to_string_lossy().rsplit_once(".so.").unwrap().1.to_owned();
     let how = format!("NVIDIA's own libnvidia-ml {version}, without a driver");
@@ -1015,7 +1035,7 @@ fn nvidia_library_reports_no_driver_and_needs_a_gpu_to_load() {
         vm.sysfs(&Sysfs::new().gpu(GPU).driver("nvidia"));
         vm.set("gpu.nvml_library", path.as_str()).set("gpu.probe_timeout_seconds", 20);
     });
-    assert_each_is_announced(&engine, &[cause]);
+    assert_all_announced(&engine, &[cause]);
     // The dynamic loader's record of the libraries opened by the agent and the probe.
     let loaded = |sysfs: &Sysfs, expected: &str| {
         let mut vm = TestVm::new();

@@ -256,7 +256,7 @@ fn every_vm_fault_is_found_by_its_check() {
         (&["runtime program"], &["ERROR nvidia-runtime-program"]),
         (&["library"], &["ERROR nvml"]),
         (&["memory"], &["WARNING memory"]),
-        (&["promise"], &["ERROR gpu-assigned"]),
+        (&["assigned"], &["ERROR gpu-assigned"]),
         (&["variable"], &["WARNING configuration"]),
         (&["off"], &["WARNING gpu-wanted"]),
         (&["settings"], &["ERROR settings"]),
@@ -276,7 +276,7 @@ fn every_vm_fault_is_found_by_its_check() {
             "runtime program" => root.remove("usr/bin/nvidia-container-runtime"),
             "library" => root.write("usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1", "cut off"),
             "memory" => root.write("proc/meminfo", "MemTotal: 2000000 kB\n"),
-            "promise" => root
+            "assigned" => root
                 .context("FL_GPU_ENABLED='YES'\nPCI0_ADDRESS='01:00.0'\nPCI1_ADDRESS='21:00.0'\n"),
             "variable" => root.context("FL_GPU_ENABLED='YES'\nFL_GPU_ENABLE='YES'\n"),
             "off" => root.context("FL_GPU_ENABLED='NO'\n"),

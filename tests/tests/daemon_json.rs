@@ -48,7 +48,7 @@ fn creates_missing_file_and_second_run_is_a_no_op() {
     assert_eq!(
         fs::metadata(&file).unwrap().ino(),
         facts.ino(),
-        "the second run wrote the file anew"
+        "the second run must not write the file"
     );
     assert_eq!(
         fs::read_dir(file.parent().unwrap()).unwrap().count(),

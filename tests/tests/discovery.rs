@@ -39,20 +39,20 @@ fn service() -> OneGateSimulator {
 }
 
 /// A VM of the service without an engine.
-fn machine(onegate: &OneGateSimulator, variables: &[(&str, &str)]) -> TestVm {
+fn service_vm(onegate: &OneGateSimulator, variables: &[(&str, &str)]) -> TestVm {
     let mut vm = TestVm::new();
     let all: Vec<_> = std::iter::once(FAST).chain(variables.iter().copied()).collect();
     vm.context(&all).onegate(onegate, NODE);
     vm
 }
 
-fn machine_with_engine(
+fn vm_with_engine(
     onegate: &OneGateSimulator,
     variables: &[(&str, &str)],
 ) -> Option<(Engine, TestVm)> {
     let engine = Engine::start()?;
     engine.import_image(&[image::PYTORCH]);
-    let mut vm = machine(onegate, variables);
+    let mut vm = service_vm(onegate, variables);
     vm.engine(&engine);
     Some((engine, vm))
 }
@@ -83,7 +83,7 @@ fn connected(agent: &Agent) {
 #[test]
 fn service_node_discovers_superlink_address() {
     let onegate = service();
-    let Some((engine, mut vm)) = machine_with_engine(&onegate, &[]) else { return };
+    let Some((engine, mut vm)) = vm_with_engine(&onegate, &[]) else { return };
     let plan = json_of(&vm.run_command("plan", &["--json"]));
     assert_eq!(plan["superlink"]["address"], "10.9.8.7:9092");
     assert_eq!(plan["superlink"]["vm_id"], SUPERLINK);
@@ -104,7 +104,7 @@ fn falls_back_to_first_nic_and_release_port() {
         vm.user_template.remove("FL_ENDPOINT");
         vm.attribute("FL_VERSION", "1.41.0");
     });
-    let Some((engine, vm)) = machine_with_engine(&onegate, &[]) else { return };
+    let Some((engine, vm)) = vm_with_engine(&onegate, &[]) else { return };
     let agent = up(&vm);
     assert!(arguments(&engine).contains("--superlink 10.0.0.5:8000"), "{}", arguments(&engine));
     let warnings = warnings(&agent);
@@ -122,7 +122,7 @@ fn falls_back_to_first_nic_and_release_port() {
 fn unit_is_ready_while_waiting_for_superlink() {
     let onegate = service();
     onegate.change(|state| state.vms.get_mut(&SUPERLINK).unwrap().lcm_state = 1);
-    let Some((engine, vm)) = machine_with_engine(&onegate, &[]) else { return };
+    let Some((engine, vm)) = vm_with_engine(&onegate, &[]) else { return };
     let agent = vm.start();
     agent.wait_for_notify("READY=1", TIMEOUT);
     agent.wait_for_notify("STATUS=waiting for the SuperLink (attempt 3, next in 1 s)", TIMEOUT);
@@ -144,21 +144,21 @@ fn unit_is_ready_while_waiting_for_superlink() {
 #[test]
 fn only_operator_errors_stop_the_node() {
     let onegate = service();
-    let ends = |vm: &TestVm, said: &str| {
+    let ends = |vm: &TestVm, text: &str| {
         let output = vm.run_command("run", &[]);
         assert_eq!(output.code, Some(78), "{output:?}");
-        assert!(output.stderr.contains(said), "{said}: {output:?}");
+        assert!(output.stderr.contains(text), "{text}: {output:?}");
         let plan = json_of(&vm.run_command("plan", &["--json"]));
         assert!(plan["notes"].to_string().contains("the node would not start"), "{plan:#}");
     };
     onegate.change(|state| state.services.get_mut(&SERVICE).unwrap().roles[0].0 = "server".into());
-    ends(&machine(&onegate, &[]), "has no role superlink (it has server, supernode)");
+    ends(&service_vm(&onegate, &[]), "has no role superlink (it has server, supernode)");
     onegate.change(|state| {
         state.services.clear();
         state.vms.get_mut(&NODE).unwrap().user_template.clear();
     });
-    ends(&machine(&onegate, &[]), "not part of a OneFlow service");
-    let mut vm = machine(&onegate, &[]);
+    ends(&service_vm(&onegate, &[]), "not part of a OneFlow service");
+    let mut vm = service_vm(&onegate, &[]);
     vm.context_file("one_env", "export TOKENTXT=\"\"\n");
     ends(&vm, "has no token (TOKEN=YES");
     let mut vm = TestVm::new();
@@ -184,12 +184,12 @@ fn other_onegate_answers_are_retried() {
             Reply::Close,
         ]
     };
-    let Some((engine, mut vm)) = machine_with_engine(&onegate, &[]) else { return };
+    let Some((engine, mut vm)) = vm_with_engine(&onegate, &[]) else { return };
     vm.set("onegate.timeout_seconds", 2);
     onegate.script("GET /service", faults());
     let agent = vm.start();
     agent.wait_for_line("started the container", TIMEOUT);
-    let told = warnings(&agent);
+    let attributes = warnings(&agent);
     for text in [
         "Not authorized",
         "Service 7 not found",
@@ -199,9 +199,10 @@ fn other_onegate_answers_are_retried() {
         "302",
     ] {
         assert!(
-            told.iter()
+            attributes
+                .iter()
                 .any(|line| line.contains("waiting for the SuperLink") && line.contains(text)),
-            "{text}: {told:#?}"
+            "{text}: {attributes:#?}"
         );
     }
     let asked = onegate.requests().iter().filter(|request| request.path() == "/service").count();
@@ -214,7 +215,7 @@ fn other_onegate_answers_are_retried() {
 #[test]
 fn slow_and_endless_answers_time_out() {
     let onegate = service();
-    let Some((_engine, mut vm)) = machine_with_engine(&onegate, &[]) else { return };
+    let Some((_engine, mut vm)) = vm_with_engine(&onegate, &[]) else { return };
     vm.set("onegate.timeout_seconds", 1);
     onegate.script("GET /service", [Reply::Hang, Reply::Slow, Reply::Endless]);
     let agent = vm.start();
@@ -226,7 +227,7 @@ fn fixed_backoff_gives_up_after_thirty_attempts() {
     // Thirty attempts take five minutes. A unit test covers the count; this one covers the exit.
     let onegate = service();
     onegate.change(|state| state.oneflow_down = true);
-    let vm = machine(&onegate, &[("FL_EDGE_BACKOFF", "fixed")]);
+    let vm = service_vm(&onegate, &[("FL_EDGE_BACKOFF", "fixed")]);
     let mut agent = vm.start();
     agent.wait_for_line("waiting for the SuperLink, asking again in 1", TIMEOUT);
     assert_eq!(agent.wait_exit(TIMEOUT), 1, "there is no Docker either");
@@ -246,7 +247,7 @@ fn tls_uses_the_published_ca_and_rejects_leaf() {
             .attribute("FL_TLS", "YES")
             .attribute("FL_CA_CERT", &base64(LEAF));
     });
-    let Some((engine, vm)) = machine_with_engine(&onegate, &[]) else { return };
+    let Some((engine, vm)) = vm_with_engine(&onegate, &[]) else { return };
     let agent = vm.start();
     agent.wait_for_line("the SuperLink's VM 100 published an invalid FL_CA_CERT=", TIMEOUT);
     onegate
@@ -275,7 +276,7 @@ fn peer_cannot_downgrade_configured_tls() {
         state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_TLS", "NO");
     });
     let own = [("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", &base64(CA))];
-    let Some((engine, vm)) = machine_with_engine(&onegate, &own) else { return };
+    let Some((engine, vm)) = vm_with_engine(&onegate, &own) else { return };
     let _agent = up(&vm);
     assert!(
         arguments(&engine).contains("--root-certificates /app/ca.crt"),
@@ -297,7 +298,7 @@ fn ready_is_published_on_connection_and_reset_on_stop() {
             .attribute("FL_GPU_NAME", "NVIDIA A100");
     });
     let variables = [("REPORT_READY", "YES"), ("FL_NODE_CONFIG", "test-never-connects=true")];
-    let Some((engine, mut vm)) = machine_with_engine(&onegate, &variables) else { return };
+    let Some((engine, mut vm)) = vm_with_engine(&onegate, &variables) else { return };
     let agent = up(&vm);
     wait_for_attribute(&onegate, "FL_GPU_STATUS", "cpu");
     for (name, value) in
@@ -348,7 +349,7 @@ fn invalid_configuration_is_published_as_not_ready() {
             .attribute("READY", "YES")
             .attribute("FL_NODE_READY", "YES");
     });
-    let vm = machine(&onegate, &[("REPORT_READY", "YES"), ("FL_GPU_MEMORY_FRACTION", "7")]);
+    let vm = service_vm(&onegate, &[("REPORT_READY", "YES"), ("FL_GPU_MEMORY_FRACTION", "7")]);
     assert_eq!(vm.run_command("run", &[]).code, Some(78));
     assert_eq!(attribute(&onegate, NODE, "READY").as_deref(), Some("NO"));
     assert_eq!(attribute(&onegate, NODE, "FL_NODE_READY").as_deref(), Some("NO"));
@@ -357,7 +358,7 @@ fn invalid_configuration_is_published_as_not_ready() {
 #[test]
 fn unavailable_onegate_logs_one_warning() {
     let onegate = service();
-    let Some((engine, vm)) = machine_with_engine(&onegate, &[]) else { return };
+    let Some((engine, vm)) = vm_with_engine(&onegate, &[]) else { return };
     onegate.script("PUT /vm", std::iter::repeat_n(Reply::Status(500, "rejected".into()), 1000));
     let agent = up(&vm);
     connected(&agent);
@@ -368,11 +369,12 @@ fn unavailable_onegate_logs_one_warning() {
     agent.wait_for_line("OneGate takes what the node publishes again", TIMEOUT);
     wait_for_attribute(&onegate, "FL_NODE_READY", "YES");
     // The other update is of the restart.
-    let told: Vec<_> =
+    let attributes: Vec<_> =
         warnings(&agent).into_iter().filter(|line| line.contains("OneGate")).collect();
     assert!(
-        told.len() == 1 && told[0].contains("OneGate does not take what the node publishes"),
-        "{told:#?}"
+        attributes.len() == 1
+            && attributes[0].contains("OneGate does not take what the node publishes"),
+        "{attributes:#?}"
     );
 }
 
@@ -384,7 +386,7 @@ fn partition_survives_restarts_and_peer_changes() {
         state.join(SERVICE, "supernode", 99);
         state.join(SERVICE, "supernode", NODE);
     });
-    let Some((engine, vm)) = machine_with_engine(&onegate, &[]) else { return };
+    let Some((engine, vm)) = vm_with_engine(&onegate, &[]) else { return };
     let mut agent = up(&vm);
     assert!(
         arguments(&engine).contains("partition-id=1 num-partitions=2"),
@@ -433,7 +435,7 @@ fn partition_survives_restarts_and_peer_changes() {
 fn static_address_uses_onegate_only_for_partition() {
     let onegate = service();
     let address = [("FL_SUPERLINK_ADDRESS", "192.0.2.1:9092")];
-    let Some((engine, vm)) = machine_with_engine(&onegate, &address) else { return };
+    let Some((engine, vm)) = vm_with_engine(&onegate, &address) else { return };
     let agent = up(&vm);
     let first = arguments(&engine);
     assert!(
@@ -457,7 +459,7 @@ fn static_address_uses_onegate_only_for_partition() {
 fn follows_moved_superlink_while_disconnected() {
     let onegate = service();
     let Some((engine, vm)) =
-        machine_with_engine(&onegate, &[("FL_NODE_CONFIG", "test-never-connects=true")])
+        vm_with_engine(&onegate, &[("FL_NODE_CONFIG", "test-never-connects=true")])
     else {
         return;
     };
@@ -477,8 +479,7 @@ fn follows_moved_superlink_while_disconnected() {
 #[test]
 fn flapping_connection_does_not_hide_moved_superlink() {
     let onegate = service();
-    let Some((_engine, vm)) =
-        machine_with_engine(&onegate, &[("FL_NODE_CONFIG", "test-flaps=0.5")])
+    let Some((_engine, vm)) = vm_with_engine(&onegate, &[("FL_NODE_CONFIG", "test-flaps=0.5")])
     else {
         return;
     };

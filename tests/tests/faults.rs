@@ -21,7 +21,7 @@ use common::{TIMEOUT, base64, report, sysfs_of_one, wanted};
 use faulty_node::{FaultyNode, Table, VM};
 use supernode_tests::{Fault, FaultyMount, Sysfs, agent_binary, eventually, image};
 
-const UP_IN_TWO: &str = "up, if need be with the next start";
+const READY_AFTER_RESTART: &str = "ready, at the latest after a restart";
 
 /// A boot is complete if it makes no call for this time.
 const QUIET: Duration = Duration::from_secs(2);
@@ -32,13 +32,13 @@ type Call = (usize, String, fn(&mut FaultyNode));
 /// Returns every Docker call of a boot. The calls up to the last `GET /info`, with which Docker
 /// confirms the runtime, are recorded on a Docker without the runtime. Later calls are recorded on
 /// a Docker that has it and need not be restarted each time.
-fn calls_of_a_boot(node: &mut FaultyNode) -> Vec<Call> {
+fn docker_calls_of_a_boot(node: &mut FaultyNode) -> Vec<Call> {
     let befores: [fn(&mut FaultyNode); 2] = [FaultyNode::reset, FaultyNode::clear];
     let [(early, _), (_, late)] = befores.map(|before| {
         before(node);
-        node.up();
-        node.connected();
-        assert_eq!(node.count_of_runs(), 1, "what is asserted of runs is asserted of something");
+        node.start_until_ready();
+        node.wait_connected();
+        assert_eq!(node.run_count(), 1, "the event history must contain the run");
         let calls = (0..).zip(node.proxy.calls()).map(|(number, call)| (number, call, before));
         let last_info = calls
             .clone()
@@ -54,16 +54,23 @@ fn calls_of_a_boot(node: &mut FaultyNode) -> Vec<Call> {
 fn every_docker_call_refused_or_truncated() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
-    for (number, call, before) in calls_of_a_boot(&mut node) {
-        for (fault, what) in [(Fault::Refuse, "500 to"), (Fault::Truncate, "cut:")] {
-            table.fault(&mut node, &format!("{what} call {number}, {call}"), UP_IN_TWO, |node| {
-                before(node);
-                node.proxy.fault_at(number, fault);
-                let since = Instant::now();
-                node.up_in_two();
-                node.connected();
-                since
-            });
+    for (number, call, before) in docker_calls_of_a_boot(&mut node) {
+        for (fault, what) in
+            [(Fault::Refuse, "HTTP 500 for"), (Fault::Truncate, "truncated answer to")]
+        {
+            table.fault(
+                &mut node,
+                &format!("{what} call {number}, {call}"),
+                READY_AFTER_RESTART,
+                |node| {
+                    before(node);
+                    node.proxy.fault_at(number, fault);
+                    let since = Instant::now();
+                    node.start_with_one_restart();
+                    node.wait_connected();
+                    since
+                },
+            );
         }
     }
     table.finish();
@@ -73,7 +80,7 @@ fn every_docker_call_refused_or_truncated() {
 fn every_docker_call_delayed_with_sigterm() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
-    for (number, call, before) in calls_of_a_boot(&mut node) {
+    for (number, call, before) in docker_calls_of_a_boot(&mut node) {
         // The number of calls after the start depends on when Flower connects: a boot may have
         // fewer.
         let hangs = |node: &mut FaultyNode| {
@@ -84,43 +91,43 @@ fn every_docker_call_delayed_with_sigterm() {
                 let mut connected = None;
                 let is_settled = || {
                     if connected.is_none()
-                        && node.said().iter().any(|line| line.contains("as SuperNode 1"))
+                        && node.output().iter().any(|line| line.contains("as SuperNode 1"))
                     {
                         connected = Some(Instant::now());
                     }
                     node.proxy.hanging() == 1
                         || connected.is_some_and(|since| since.elapsed() > QUIET)
                 };
-                assert!(eventually(TIMEOUT, is_settled), "{:#?}", node.said());
+                assert!(eventually(TIMEOUT, is_settled), "{:#?}", node.output());
                 if node.proxy.hanging() == 1 {
                     return;
                 }
             }
             report(&format!(
-                "SKIPPED: three boots have no call {number}, {call} (FAULT hanging, SIGTERM)"
+                "SKIPPED: no call {number}, {call}, in three boots (FAULT delayed, SIGTERM)"
             ));
         };
         table.fault(
             &mut node,
-            &format!("hanging: call {number}, {call}"),
-            "up as soon as it is answered",
+            &format!("delayed answer to call {number}, {call}"),
+            "ready once it is answered",
             |node| {
                 hangs(node);
                 let since = Instant::now();
                 node.proxy.clear_faults();
                 node.agent().wait_for_notify("READY=1", TIMEOUT);
-                node.connected();
+                node.wait_connected();
                 since
             },
         );
         table.fault(
             &mut node,
-            &format!("SIGTERM: call {number}, {call}"),
-            "the end, no container",
+            &format!("SIGTERM during call {number}, {call}"),
+            "agent exits, container stopped",
             |node| {
                 hangs(node);
                 let since = Instant::now();
-                node.ends();
+                node.terminate();
                 since
             },
         );
@@ -131,27 +138,31 @@ fn every_docker_call_delayed_with_sigterm() {
 #[test]
 fn docker_call_never_answered() {
     type Recovery = fn(&mut FaultyNode);
-    let at_the_next_start: Recovery = FaultyNode::up_in_two;
-    let on_the_cpu: Recovery = |node| {
+    let starts_again: Recovery = FaultyNode::start_with_one_restart;
+    let falls_back_to_cpu: Recovery = |node| {
         node.start();
         node.agent().wait_for_line("it had not started within 120 s", 3 * TIMEOUT);
         node.proxy.clear_faults();
         node.agent().wait_for_notify("READY=1", TIMEOUT);
     };
-    let gives_up = "given up after 60 s, up at the next start";
+    let gives_up = "timeout after 60 s, ready after a restart";
     // Run in parallel, because each waits for one or two minutes.
     let threads = [
-        ("GET /info", gives_up, at_the_next_start),
-        ("GET /images/*/json", gives_up, at_the_next_start),
-        ("GET /containers/*/json", gives_up, at_the_next_start),
-        ("POST /containers/create", gives_up, at_the_next_start),
-        ("POST /containers/*/start", "given up after 120 s, the CPU with its WARNING", on_the_cpu),
+        ("GET /info", gives_up, starts_again),
+        ("GET /images/*/json", gives_up, starts_again),
+        ("GET /containers/*/json", gives_up, starts_again),
+        ("POST /containers/create", gives_up, starts_again),
+        (
+            "POST /containers/*/start",
+            "timeout after 120 s, CPU fallback with WARNING",
+            falls_back_to_cpu,
+        ),
     ]
     .map(|(call, holds, recovery)| {
         thread::spawn(move || {
             let Some(mut node) = FaultyNode::new() else { return };
             let mut table = Table::default();
-            table.fault(&mut node, &format!("never answered: {call}"), holds, |node| {
+            table.fault(&mut node, &format!("no answer to {call}"), holds, |node| {
                 node.proxy.fault_of(call, Fault::Hang);
                 let since = Instant::now();
                 recovery(node);
@@ -169,7 +180,7 @@ fn docker_call_never_answered() {
 fn docker_daemon_faults() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
-    table.fault(&mut node, "Docker is absent at the start, and comes", "waited for", |node| {
+    table.fault(&mut node, "Docker starts after the agent", "agent waits for Docker", |node| {
         node.engine.stop();
         node.start();
         node.agent().wait_for_notify("EXTEND_TIMEOUT_USEC=", TIMEOUT);
@@ -178,75 +189,85 @@ fn docker_daemon_faults() {
         node.agent().wait_for_notify("READY=1", TIMEOUT);
         since
     });
-    table.fault(&mut node, "Docker is absent for longer than is waited for", UP_IN_TWO, |node| {
-        node.clear();
-        node.engine.stop();
-        node.vm.set("docker.ready_timeout_seconds", 1);
-        assert!(!node.tries());
-        node.engine.restart();
-        node.vm.set("docker.ready_timeout_seconds", 10);
-        let since = Instant::now();
-        node.up();
-        since
-    });
-    table.fault(&mut node, "Docker takes half a second more for each call", "up", |node| {
+    table.fault(
+        &mut node,
+        "Docker starts after the agent's timeout",
+        READY_AFTER_RESTART,
+        |node| {
+            node.clear();
+            node.engine.stop();
+            node.vm.set("docker.ready_timeout_seconds", 1);
+            assert!(!node.start_once());
+            node.engine.restart();
+            node.vm.set("docker.ready_timeout_seconds", 10);
+            let since = Instant::now();
+            node.start_until_ready();
+            since
+        },
+    );
+    table.fault(&mut node, "Docker answers each call 500 ms late", "ready", |node| {
         node.reset();
         node.proxy.fault_always(Fault::Delay(Duration::from_millis(500)));
         let since = Instant::now();
-        node.up();
-        node.connected();
-        since
-    });
-    table.fault(&mut node, "dockerd is killed -9, and comes back", "up again, by itself", |node| {
-        node.reset();
-        node.up();
-        let before = node.run();
-        node.engine.kill();
-        node.engine.restart();
-        let since = Instant::now();
-        node.runs_anew_after(&before);
-        node.says_it_runs();
-        since
-    });
-    table.fault(&mut node, "Docker is restarted", "up again, by itself", |node| {
-        node.reset();
-        node.up();
-        let before = node.run();
-        node.engine.restart();
-        let since = Instant::now();
-        node.runs_anew_after(&before);
-        node.says_it_runs();
-        since
-    });
-    table.fault(&mut node, "Docker's socket is made anew", "watched as before", |node| {
-        node.reset();
-        node.up();
-        let since = Instant::now();
-        node.proxy.recreate_socket();
-        watched_as_before(node);
-        since
-    });
-    table.fault(&mut node, "every connection to Docker is cut", "watched as before", |node| {
-        node.reset();
-        node.up();
-        node.connected();
-        let since = Instant::now();
-        node.proxy.cut();
-        watched_as_before(node);
+        node.start_until_ready();
+        node.wait_connected();
         since
     });
     table.fault(
         &mut node,
-        "Docker does not give its container's log, and gives it later",
-        "Flower is heard",
+        "dockerd is killed (SIGKILL) and restarted",
+        "container restarted",
+        |node| {
+            node.reset();
+            node.start_until_ready();
+            let before = node.run();
+            node.engine.kill();
+            node.engine.restart();
+            let since = Instant::now();
+            node.wait_new_run(&before);
+            node.wait_status_running();
+            since
+        },
+    );
+    table.fault(&mut node, "Docker is restarted", "container restarted", |node| {
+        node.reset();
+        node.start_until_ready();
+        let before = node.run();
+        node.engine.restart();
+        let since = Instant::now();
+        node.wait_new_run(&before);
+        node.wait_status_running();
+        since
+    });
+    table.fault(&mut node, "Docker's socket is recreated", "still monitored", |node| {
+        node.reset();
+        node.start_until_ready();
+        let since = Instant::now();
+        node.proxy.recreate_socket();
+        assert_still_monitored(node);
+        since
+    });
+    table.fault(&mut node, "all connections to Docker are cut", "still monitored", |node| {
+        node.reset();
+        node.start_until_ready();
+        node.wait_connected();
+        let since = Instant::now();
+        node.proxy.cut();
+        assert_still_monitored(node);
+        since
+    });
+    table.fault(
+        &mut node,
+        "Docker refuses the container log for 2 s",
+        "connection detected",
         |node| {
             node.reset();
             node.proxy.fault_of("GET /containers/*/logs", Fault::Refuse);
-            node.up();
+            node.start_until_ready();
             thread::sleep(Duration::from_secs(2));
             let since = Instant::now();
             node.proxy.clear_faults();
-            node.connected();
+            node.wait_connected();
             since
         },
     );
@@ -255,25 +276,28 @@ fn docker_daemon_faults() {
 
 /// Asserts that the container kept running and that the agent notices its exit now.
 #[track_caller]
-fn watched_as_before(node: &mut FaultyNode) {
+fn assert_still_monitored(node: &mut FaultyNode) {
     thread::sleep(Duration::from_secs(3));
     let before = node.run();
     assert!(before.ends_with(" true"), "{before}");
-    assert_eq!(node.said().iter().filter(|line| line.contains("started the container")).count(), 1);
-    node.says_it_runs();
+    assert_eq!(
+        node.output().iter().filter(|line| line.contains("started the container")).count(),
+        1
+    );
+    node.wait_status_running();
     node.engine.docker(&["kill", "flower-supernode"]).expect_success();
-    node.runs_anew_after(&before);
+    node.wait_new_run(&before);
 }
 
 #[test]
 fn docker_daemon_faults_with_live_restore() {
     let Some(mut node) = FaultyNode::with_live_restore() else { return };
     let mut table = Table::default();
-    for (what, kill) in [("restarted", false), ("killed -9", true)] {
+    for (what, kill) in [("restarted", false), ("killed (SIGKILL)", true)] {
         let name = format!("Docker with live-restore is {what}");
-        table.fault(&mut node, &name, "the same run, watched as before", |node| {
+        table.fault(&mut node, &name, "same run, still monitored", |node| {
             node.reset();
-            node.up();
+            node.start_until_ready();
             let before = node.run();
             if kill {
                 node.engine.kill();
@@ -282,19 +306,19 @@ fn docker_daemon_faults_with_live_restore() {
             let since = Instant::now();
             node.agent().wait_for_line("the Docker engine answers again", TIMEOUT);
             assert_eq!(node.run(), before);
-            watched_as_before(node);
+            assert_still_monitored(node);
             since
         });
     }
-    let holds = "the unit says that the node runs";
-    table.fault(&mut node, "the same, and Flower has never connected", holds, |node| {
+    let holds = "unit status: running";
+    table.fault(&mut node, "same, before Flower has connected", holds, |node| {
         node.reset();
         node.context("test-never-connects=true");
-        node.up();
+        node.start_until_ready();
         node.engine.restart();
         let since = Instant::now();
         node.agent().wait_for_line("the Docker engine answers again", TIMEOUT);
-        node.says_it_runs();
+        node.wait_status_running();
         since
     });
     table.finish();
@@ -307,89 +331,82 @@ fn container_faults() {
     let docker = |node: &FaultyNode, arguments: &[&str]| {
         node.engine.docker(arguments).expect_success();
     };
-    let anew = "up again, and the cloud was told";
+    let restarted = "restarted, readiness published";
     for (name, end) in [
         ("the container is killed", &[&["kill", "flower-supernode"][..]][..]),
         (
-            "the container is killed for its memory",
+            "the container is OOM-killed",
             &[
                 &["update", "--memory", "16m", "--memory-swap", "16m", "flower-supernode"],
                 &["kill", "--signal", "USR1", "flower-supernode"],
             ],
         ),
-        ("the container is removed by hand", &[&["rm", "-f", "flower-supernode"]]),
+        ("the container is removed manually", &[&["rm", "-f", "flower-supernode"]]),
         (
-            "the container is replaced by a foreign one of its name",
+            "a foreign container replaces it under its name",
             &[
                 &["rm", "-f", "flower-supernode"],
                 &["run", "-d", "--name", "flower-supernode", image::PYTORCH],
             ],
         ),
     ] {
-        table.fault(&mut node, name, anew, |node| {
+        table.fault(&mut node, name, restarted, |node| {
             node.clear();
             node.engine.import_image(&[image::PYTORCH]);
-            node.up();
-            node.connected();
-            node.is_published("FL_NODE_READY", "YES");
+            node.start_until_ready();
+            node.wait_connected();
+            node.wait_published("FL_NODE_READY", "YES");
             let before = node.run();
             let since = Instant::now();
             end.iter().for_each(|arguments| docker(node, arguments));
-            node.runs_anew_of_ours_after(&before);
-            node.says_it_runs();
+            node.wait_new_own_run(&before);
+            node.wait_status_running();
             since
         });
     }
+    table.fault(&mut node, "the image is untagged and the container killed", restarted, |node| {
+        node.clear();
+        node.start_until_ready();
+        let before = node.run();
+        docker(node, &["rmi", "-f", image::PYTORCH]);
+        docker(node, &["kill", "flower-supernode"]);
+        let since = Instant::now();
+        node.agent().wait_for_line("ended with exit code 137", TIMEOUT);
+        assert!(eventually(TIMEOUT / 6, || node.run().ends_with(" true") && node.run() != before));
+        since
+    });
     table.fault(
         &mut node,
-        "the image has lost its name, and the container is killed",
-        anew,
-        |node| {
-            node.clear();
-            node.up();
-            let before = node.run();
-            docker(node, &["rmi", "-f", image::PYTORCH]);
-            docker(node, &["kill", "flower-supernode"]);
-            let since = Instant::now();
-            node.agent().wait_for_line("ended with exit code 137", TIMEOUT);
-            assert!(
-                eventually(TIMEOUT / 6, || node.run().ends_with(" true") && node.run() != before)
-            );
-            since
-        },
-    );
-    table.fault(
-        &mut node,
-        "the image is removed with the container, and comes again",
-        anew,
+        "image and container are removed, the image is reloaded",
+        restarted,
         |node| {
             node.clear();
             node.engine.import_image(&[image::PYTORCH]);
-            node.up();
+            node.start_until_ready();
             let before = node.run();
             docker(node, &["rmi", "-f", image::PYTORCH]);
             docker(node, &["rm", "-f", "flower-supernode"]);
             node.agent().wait_for_line("does not come up", TIMEOUT);
             node.engine.import_image(&[image::PYTORCH]);
             let since = Instant::now();
-            node.runs_anew_of_ours_after(&before);
-            node.says_it_runs();
+            node.wait_new_own_run(&before);
+            node.wait_status_running();
             since
         },
     );
     for code in [0, 1, 137] {
         table.fault(
             &mut node,
-            &format!("the container exits {code}, again and again"),
-            "a pause that grows",
+            &format!("the container keeps exiting with {code}"),
+            "increasing backoff",
             |node| {
                 node.clear();
                 node.context(&format!("test-exit={code}"));
-                node.up();
+                node.start_until_ready();
                 let since = Instant::now();
-                for pause in [1, 2] {
+                for delay in [1, 2] {
                     let line =
-                        format!("ended with exit code {code}; starting it again in {pause} s");
+                        format!("ended with exit code {code}; starting it again in {delay} s");
                     node.agent().wait_for_line(&line, TIMEOUT);
                 }
                 node.context("");
@@ -399,53 +416,54 @@ fn container_faults() {
     }
     table.fault(
         &mut node,
-        "the container is renamed, and the agent killed",
+        "the container is renamed and the agent killed",
         "one container",
         |node| {
             node.clear();
-            node.up();
-            docker(node, &["rename", "flower-supernode", "somebodys"]);
+            node.start_until_ready();
+            docker(node, &["rename", "flower-supernode", "renamed"]);
             let since = Instant::now();
-            node.up();
+            node.start_until_ready();
             since
         },
     );
     table.fault(
         &mut node,
-        "container.name is changed, and the agent told",
+        "container.name changes and the agent is reloaded",
         "one container",
         |node| {
             node.clear();
             node.vm.set("container.name", "another-name");
             node.start();
-            node.connected();
+            node.wait_connected();
             node.vm.set("container.name", "flower-supernode");
             let _ = node.vm.settings_file();
             let since = Instant::now();
             node.agent().reload();
-            node.runs_anew_after("");
-            node.says_it_runs();
+            node.wait_new_run("");
+            node.wait_status_running();
             since
         },
     );
-    let holds = "the cloud hears that the node is not ready";
-    table.fault(&mut node, "the container is paused, as the cloud sees it", holds, |node| {
+    let holds = "published as not ready";
+    table.fault(&mut node, "the container is paused: published readiness", holds, |node| {
         node.clear();
-        node.up();
-        node.is_published("FL_NODE_READY", "YES");
+        node.start_until_ready();
+        node.wait_published("FL_NODE_READY", "YES");
         docker(node, &["pause", "flower-supernode"]);
         let since = Instant::now();
-        let is_told = || node.published().get("FL_NODE_READY").is_some_and(|ready| ready == "NO");
-        assert!(eventually(TIMEOUT / 4, is_told));
+        let is_not_ready =
+            || node.published().get("FL_NODE_READY").is_some_and(|ready| ready == "NO");
+        assert!(eventually(TIMEOUT / 4, is_not_ready));
         since
     });
     table.fault(
         &mut node,
-        "the container is paused",
-        "not ready meanwhile, the same run after",
+        "the container is paused: local readiness",
+        "not ready while paused, same run after",
         |node| {
             node.clear();
-            node.up();
+            node.start_until_ready();
             let before = node.run();
             docker(node, &["pause", "flower-supernode"]);
             assert_eq!(node.vm.run_command("status", &["--ready"]).code, Some(1));
@@ -493,41 +511,41 @@ fn disk_faults() {
     });
     let directories =
         [("state", &[][..], 4), ("certs", &tls, 0), ("lasting", &[("FL_LOG_LEVEL", "DEBUG")], 2)];
-    for (directory, variables, most_pages) in directories {
-        for pages in 0..=most_pages {
-            let name = format!("the disk of {directory} is full but for {pages} pages");
-            table.fault(&mut node, &name, UP_IN_TWO, |node| {
+    for (directory, variables, max_pages) in directories {
+        for pages in 0..=max_pages {
+            let name = format!("disk of {directory} full except {pages} pages");
+            table.fault(&mut node, &name, READY_AFTER_RESTART, |node| {
                 node.clear();
                 node.vm.context(&wanted(variables));
                 let _ = fs::remove_dir_all(node.vm.path(directory));
                 fs::create_dir_all(node.vm.path(directory)).unwrap();
                 let disk = FaultyMount::with_free_pages(pages, &node.vm.path(directory));
-                let is_up = node.tries();
+                let is_up = node.start_once();
                 drop(disk);
                 let since = Instant::now();
                 if !is_up {
                     assert!(
-                        node.said().iter().any(|line| line.contains("cannot write")),
+                        node.output().iter().any(|line| line.contains("cannot write")),
                         "{:#?}",
-                        node.said()
+                        node.output()
                     );
-                    node.up();
+                    node.start_until_ready();
                 }
                 since
             });
         }
     }
     node.context("");
-    table.fault(&mut node, "the directory of the data cannot be made", UP_IN_TWO, |node| {
+    table.fault(&mut node, "the data directory cannot be created", READY_AFTER_RESTART, |node| {
         node.clear();
         let directory = node.vm.path("read-only");
         fs::create_dir_all(&directory).unwrap();
         node.vm.set("container.data_dir", directory.join("data").to_string_lossy().into_owned());
         let disk = FaultyMount::read_only(&directory);
-        assert!(!node.tries());
+        assert!(!node.start_once());
         drop(disk);
         let since = Instant::now();
-        node.up();
+        node.start_until_ready();
         since
     });
     // A separate directory for the file that Docker reads and the agent reads and writes.
@@ -541,17 +559,17 @@ fn disk_faults() {
     type Mount = fn(&Path) -> FaultyMount;
     let full: Mount = |directory| FaultyMount::with_free_pages(0, directory);
     let mounts: [(&str, Mount); 2] =
-        [("the disk of /etc is full", full), ("/etc is read-only", FaultyMount::read_only)];
+        [("disk of /etc full", full), ("/etc is read-only", FaultyMount::read_only)];
     for (name, mount) in mounts {
-        table.fault(&mut node, name, "the CPU, with its WARNING; the GPU after it", |node| {
+        table.fault(&mut node, name, "CPU fallback with WARNING; then the GPU", |node| {
             node.reset();
             let disk = mount(&etc);
-            node.up();
+            node.start_until_ready();
             node.agent().wait_for_line("runtime-not-configured", TIMEOUT);
-            node.ends();
+            node.terminate();
             drop(disk);
             let since = Instant::now();
-            node.up();
+            node.start_until_ready();
             assert_eq!(common::inspect(&node.engine, "{{.HostConfig.Runtime}}"), "nvidia");
             since
         });
@@ -560,7 +578,7 @@ fn disk_faults() {
 }
 
 /// Starts the agent through a script of the VM, which ends with `exec "$agent" "$@"`.
-fn started_by(node: &mut FaultyNode, script: &str) {
+fn start_through(node: &mut FaultyNode, script: &str) {
     let agent = agent_binary();
     let text = format!(
         "#!/bin/sh\nset -eu\nagent='{}'\n{script}\nexec \"$agent\" \"$@\"\n",
@@ -576,35 +594,35 @@ fn system_faults() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     if Path::new("/run/systemd/journal/socket").exists() {
-        report("SKIPPED: this machine has a journal (FAULT no journal)");
+        report("SKIPPED: this machine has a journal (FAULT JOURNAL_STREAM without a journal)");
     } else {
         table.fault(
             &mut node,
-            "there is no journal, and the environment says so",
-            "the log on stderr",
+            "JOURNAL_STREAM is set but there is no journal",
+            "logs to stderr",
             |node| {
-                started_by(node, "export JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr)");
+                start_through(node, "export JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr)");
                 let since = Instant::now();
-                node.up();
+                node.start_until_ready();
                 assert!(
-                    node.said().iter().any(|line| line.contains("started the container")),
+                    node.output().iter().any(|line| line.contains("started the container")),
                     "{:#?}",
-                    node.said()
+                    node.output()
                 );
                 since
             },
         );
     }
     for (what, script) in [
-        ("is not named", "unset NOTIFY_SOCKET"),
-        ("has nobody behind it", "export NOTIFY_SOCKET=/nowhere/notify"),
+        ("is not set", "unset NOTIFY_SOCKET"),
+        ("does not exist", "export NOTIFY_SOCKET=/nowhere/notify"),
     ] {
-        table.fault(&mut node, &format!("the notify socket {what}"), "up", |node| {
+        table.fault(&mut node, &format!("the notify socket {what}"), "ready", |node| {
             node.clear();
-            started_by(node, script);
+            start_through(node, script);
             let since = Instant::now();
             node.start();
-            node.connected();
+            node.wait_connected();
             assert_eq!(node.running().as_deref(), Some("true"));
             since
         });
@@ -614,19 +632,19 @@ fn system_faults() {
         fs::remove_dir_all(node.vm.path("context")).unwrap();
         fs::create_dir(node.vm.path("context")).unwrap();
     };
-    table.fault(&mut node, "the context is gone at the start", UP_IN_TWO, |node| {
+    table.fault(&mut node, "no context at startup", READY_AFTER_RESTART, |node| {
         node.clear();
         lose_context(node);
-        assert!(!node.tries());
+        assert!(!node.start_once());
         let since = Instant::now();
         node.context("");
-        node.up();
+        node.start_until_ready();
         since
     });
     table.fault(
         &mut node,
-        "the context is half written at the start",
-        "the rest is waited for",
+        "the context is incomplete at startup",
+        "agent waits for the rest",
         |node| {
             node.clear();
             let file = node.vm.path("context/context.sh.network");
@@ -640,7 +658,7 @@ fn system_faults() {
             since
         },
     );
-    table.fault(&mut node, "the context is gone while the node runs", "the same run", |node| {
+    table.fault(&mut node, "the context disappears while the node runs", "same run", |node| {
         let before = node.run();
         lose_context(node);
         let since = Instant::now();
@@ -651,40 +669,40 @@ fn system_faults() {
     });
     table.fault(
         &mut node,
-        "the context is changed while the node runs",
-        "another container, one",
+        "the context changes while the node runs",
+        "container replaced once",
         |node| {
             node.context("");
-            node.up();
+            node.start_until_ready();
             let before = node.run();
             node.context("changed=1");
             let since = Instant::now();
             node.agent().reload();
-            node.runs_anew_after(&before);
-            node.says_it_runs();
+            node.wait_new_run(&before);
+            node.wait_status_running();
             since
         },
     );
     match faketime() {
-        None => report("SKIPPED: no libfaketime (Debian: faketime) (FAULT the clock is set back)"),
+        None => report("SKIPPED: no libfaketime (Debian: faketime) (FAULT clock set back)"),
         Some(library) => {
             let clock = node.vm.write("clock", "+0\n");
             node.vm.env("LD_PRELOAD", library).env("FAKETIME_TIMESTAMP_FILE", &clock);
             node.vm.env("FAKETIME_NO_CACHE", "1").env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
             table.fault(
                 &mut node,
-                "the clock is set back a day",
-                "watched as before, and adopted",
+                "the clock is set back by a day",
+                "still monitored, then adopted",
                 |node| {
                     node.clear();
-                    node.up();
+                    node.start_until_ready();
                     fs::write(&clock, "-1d\n").unwrap();
                     let since = Instant::now();
-                    watched_as_before(node);
+                    assert_still_monitored(node);
                     let before = node.run();
-                    node.up();
+                    node.start_until_ready();
                     assert_eq!(node.run(), before);
-                    node.connected();
+                    node.wait_connected();
                     since
                 },
             );
@@ -706,38 +724,41 @@ fn fifty_kills_during_boot() {
     let mut table = Table::default();
     let given = std::env::var("SUPERNODE_TESTS_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed: u64 = given.unwrap_or_else(|| std::process::id().into());
-    report(&format!(
-        "MEASURED with SUPERNODE_TESTS_SEED={seed}: the moments at which the agent is killed"
-    ));
+    report(&format!("MEASURED kill times are derived from SUPERNODE_TESTS_SEED={seed}"));
     let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     node.reset();
     let since = Instant::now();
-    node.up();
+    node.start_until_ready();
     let whole = since.elapsed();
     // While Docker is creating the container for the killed agent, the name is taken and cannot be
     // inspected.
-    table.fault(&mut node, "the agent is killed at 50 moments of a boot", UP_IN_TWO, |node| {
-        let mut longest = Duration::ZERO;
-        for kill in 0..50 {
-            // Every tenth kill is on a Docker without the runtime.
-            if kill % 10 == 0 {
-                node.reset();
-            } else if kill % 2 == 0 {
-                node.clear();
+    table.fault(
+        &mut node,
+        "the agent is killed at 50 random times of a boot",
+        READY_AFTER_RESTART,
+        |node| {
+            let mut longest = Duration::ZERO;
+            for kill in 0..50 {
+                // Every tenth kill is on a Docker without the runtime.
+                if kill % 10 == 0 {
+                    node.reset();
+                } else if kill % 2 == 0 {
+                    node.clear();
+                }
+                // xorshift64.
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                node.start();
+                thread::sleep(whole.mul_f64(1.2 * (random >> 11) as f64 / (1u64 << 53) as f64));
+                let since = Instant::now();
+                node.start_with_one_restart();
+                longest = longest.max(since.elapsed());
+                node.assert_invariants();
             }
-            // xorshift64.
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            node.start();
-            thread::sleep(whole.mul_f64(1.2 * (random >> 11) as f64 / (1u64 << 53) as f64));
-            let since = Instant::now();
-            node.up_in_two();
-            longest = longest.max(since.elapsed());
-            node.assert_trustworthy();
-        }
-        Instant::now() - longest
-    });
+            Instant::now() - longest
+        },
+    );
     table.finish();
 }
 
@@ -745,38 +766,38 @@ fn fifty_kills_during_boot() {
 fn sigterm_in_every_phase() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
-    let the_end = "the end, no container";
-    table.fault(&mut node, "SIGTERM: waiting for Docker", the_end, |node| {
+    let stopped = "agent exits, container stopped";
+    table.fault(&mut node, "SIGTERM while waiting for Docker", stopped, |node| {
         node.engine.stop();
         node.start();
         node.agent().wait_for_notify("EXTEND_TIMEOUT_USEC=", TIMEOUT);
         let since = Instant::now();
-        node.ends();
+        node.terminate();
         node.engine.restart();
         since
     });
-    table.fault(&mut node, "SIGTERM: waiting for the driver", the_end, |node| {
+    table.fault(&mut node, "SIGTERM while waiting for the driver", stopped, |node| {
         node.vm.sysfs(&Sysfs::new().gpu("0000:01:00.0")).set("gpu.wait_seconds", 30);
         node.start();
         node.agent().wait_for_notify("Looking for the GPU", TIMEOUT);
         thread::sleep(Duration::from_millis(500));
         let since = Instant::now();
-        node.ends();
+        node.terminate();
         since
     });
     node.vm.sysfs(&sysfs_of_one()).set("gpu.wait_seconds", 1);
-    table.fault(&mut node, "SIGTERM: pulling the image", the_end, |node| {
+    table.fault(&mut node, "SIGTERM while pulling the image", stopped, |node| {
         node.engine.docker(&["rmi", image::PYTORCH]).expect_success();
         node.proxy.fault_of("POST /images/create", Fault::Hang);
         node.start();
         node.agent().wait_for_notify("STATUS=Pulling", TIMEOUT);
         let since = Instant::now();
-        node.ends();
+        node.terminate();
         node.proxy.clear_faults();
         node.engine.import_image(&[image::PYTORCH]);
         since
     });
-    table.fault(&mut node, "SIGTERM: Docker is slow to start the container", the_end, |node| {
+    table.fault(&mut node, "SIGTERM while Docker starts the container", stopped, |node| {
         let runtime = node.engine.runtime_path();
         let real = fs::read_link(&runtime).unwrap();
         fs::remove_file(&runtime).unwrap();
@@ -785,32 +806,32 @@ fn sigterm_in_every_phase() {
         fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).unwrap();
         node.start();
         let starts = || node.proxy.calls().iter().any(|call| call.ends_with("/start"));
-        assert!(eventually(TIMEOUT, starts), "{:#?}", node.said());
+        assert!(eventually(TIMEOUT, starts), "{:#?}", node.output());
         let since = Instant::now();
-        node.ends();
+        node.terminate();
         thread::sleep(Duration::from_secs(3));
-        assert_eq!(node.running().as_deref(), Some("false"), "{:#?}", node.said());
+        assert_eq!(node.running().as_deref(), Some("false"), "{:#?}", node.output());
         node.engine.install_nvidia_runtime();
         since
     });
-    table.fault(&mut node, "SIGTERM: the node runs", the_end, |node| {
-        node.up();
+    table.fault(&mut node, "SIGTERM while the node runs", stopped, |node| {
+        node.start_until_ready();
         let since = Instant::now();
-        node.ends();
-        node.is_published("FL_NODE_READY", "NO");
+        node.terminate();
+        node.wait_published("FL_NODE_READY", "NO");
         since
     });
-    table.fault(&mut node, "SIGTERM: the pause before the next start", the_end, |node| {
+    table.fault(&mut node, "SIGTERM during the restart delay", stopped, |node| {
         node.context("test-exit=1");
-        node.up();
+        node.start_until_ready();
         node.agent().wait_for_line("starting it again in 2 s", TIMEOUT);
         let since = Instant::now();
-        node.ends();
+        node.terminate();
         node.context("");
         since
     });
-    table.fault(&mut node, "two agents at once", "the second says so and leaves", |node| {
-        node.up();
+    table.fault(&mut node, "a second agent is started", "it exits with an error", |node| {
+        node.start_until_ready();
         let before = node.run();
         let since = Instant::now();
         let second = node.vm.run_command("run", &[]);
@@ -842,23 +863,25 @@ fn low_memory_with_verbose_container() {
     let Some(mut node) = FaultyNode::new() else { return };
     let mut table = Table::default();
     let Some(group) = cgroup(32) else {
-        report("SKIPPED: no cgroup can be made here (FAULT 32 MiB of memory)");
+        report("SKIPPED: cannot create a cgroup (FAULT 32 MiB memory limit)");
         return;
     };
-    let name = "32 MiB of memory, and 64 MiB of log without a line break";
-    table.fault(&mut node, name, "up, and Flower's word is heard", |node| {
-        started_by(node, &format!("echo $$ >'{}/cgroup.procs'", group.display()));
+    let name = "32 MiB memory limit, 64 MiB of log without a line break";
+    table.fault(&mut node, name, "ready, connection detected", |node| {
+        start_through(node, &format!("echo $$ >'{}/cgroup.procs'", group.display()));
         node.context("test-floods=64");
         let since = Instant::now();
-        node.up();
-        node.connected();
+        node.start_until_ready();
+        node.wait_connected();
         since
     });
     let peak = ["memory.max_usage_in_bytes", "memory.peak"]
         .iter()
         .find_map(|file| fs::read_to_string(group.join(file)).ok());
     let peak = peak.and_then(|peak| peak.trim().parse::<u64>().ok()).unwrap_or(0) >> 20;
-    report(&format!("MEASURED peak of the agent's cgroup, files among it: {peak} MiB of 32 MiB"));
+    report(&format!(
+        "MEASURED peak memory of the agent's cgroup, including page cache: {peak} of 32 MiB"
+    ));
     drop(node);
     assert!(eventually(TIMEOUT, || fs::remove_dir(&group).is_ok()));
     table.finish();

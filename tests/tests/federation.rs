@@ -42,7 +42,7 @@ fn flower_1_31_nodes_hung_by_superlink_restart_are_restarted() {
     let back =
         federation.restart_and_train(Duration::ZERO, RUN).unwrap_or_else(|error| panic!("{error}"));
     assert!(back < BACK, "{back:?}");
-    federation.nodes.iter().for_each(FederatedNode::assert_hang_was_told);
+    federation.nodes.iter().for_each(FederatedNode::assert_hang_was_logged);
 }
 
 #[test]
@@ -250,12 +250,12 @@ impl FederatedNode {
 
     /// Asserts that a container that was restarted without having exited was logged as
     /// unresponsive.
-    fn assert_hang_was_told(&self) {
+    fn assert_hang_was_logged(&self) {
         let lines = self.agent.lines();
-        let said = |text: &str| lines.iter().filter(|line| line.contains(text)).count();
+        let count_of = |text: &str| lines.iter().filter(|line| line.contains(text)).count();
         assert_eq!(
-            said("started the container") - 1,
-            said("WARNING Flower in the container") + said("ended with exit code"),
+            count_of("started the container") - 1,
+            count_of("WARNING Flower in the container") + count_of("ended with exit code"),
             "{lines:#?}"
         );
     }

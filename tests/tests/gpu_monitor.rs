@@ -33,7 +33,7 @@ struct MonitoredNode {
     vm: TestVm,
     /// Trigger files of events, and the log of NVML calls.
     directory: Sandbox,
-    machine: Value,
+    script: Value,
     agent: Agent,
 }
 
@@ -41,7 +41,7 @@ impl MonitoredNode {
     /// Starts a node with these XIDs, each of which occurs when it is fired; `settings` go to
     /// agent.toml.
     fn with(
-        machine: Value,
+        script: Value,
         xids: &[u64],
         settings: &[(&str, &str)],
         context: &[(&str, &str)],
@@ -51,20 +51,20 @@ impl MonitoredNode {
             .iter()
             .map(|xid| json!({"type": "xid", "data": xid, "when_file": directory.join(format!("xid-{xid}"))}))
             .collect();
-        Self::with_events(machine, directory, &json!(events), settings, context)
+        Self::with_events(script, directory, &json!(events), settings, context)
     }
 
     fn with_events(
-        mut machine: Value,
+        mut script: Value,
         directory: Sandbox,
         events: &Value,
         settings: &[(&str, &str)],
         context: &[(&str, &str)],
     ) -> Option<Self> {
-        machine["events"] = events.clone();
-        machine["log"] = json!(directory.join("calls"));
-        let (engine, mut vm) = engine_with(&machine)?;
-        let sysfs = if machine["gpus"].as_array().unwrap().len() == 2 {
+        script["events"] = events.clone();
+        script["log"] = json!(directory.join("calls"));
+        let (engine, mut vm) = engine_with(&script)?;
+        let sysfs = if script["gpus"].as_array().unwrap().len() == 2 {
             sysfs_of_two()
         } else {
             sysfs_of_one()
@@ -74,7 +74,7 @@ impl MonitoredNode {
             vm.set(key, *value);
         }
         let agent = up(&vm);
-        let node = Self { engine, vm, directory, machine, agent };
+        let node = Self { engine, vm, directory, script, agent };
         node.wait_for_watcher();
         Some(node)
     }
@@ -98,8 +98,8 @@ impl MonitoredNode {
 
     /// Changes what NVML returns from its next call on.
     fn now(&mut self, key: &str, value: Value) {
-        self.machine[key] = value;
-        self.vm.nvml(&self.machine);
+        self.script[key] = value;
+        self.vm.nvml(&self.script);
     }
 
     /// Waits until a container runs with this runtime.
@@ -114,11 +114,11 @@ impl MonitoredNode {
 
     #[track_caller]
     fn wait_for_status(&self, words: &str) {
-        let said = eventually(TIMEOUT, || {
+        let found = eventually(TIMEOUT, || {
             let status = json_of(&self.vm.run_command("status", &["--json"]));
             status["agent"]["status"].as_str().is_some_and(|status| status.contains(words))
         });
-        assert!(said, "{words}: {:#?}", self.agent.notifications());
+        assert!(found, "{words}: {:#?}", self.agent.notifications());
     }
 
     fn id(&self) -> String {
@@ -163,7 +163,7 @@ impl MonitoredNode {
         );
         assert!(
             eventually(TIMEOUT, || self.watcher().is_none()),
-            "nobody needs a watcher on the CPU"
+            "there must be no monitor on the CPU"
         );
     }
 }
@@ -263,13 +263,13 @@ fn failed_gpu_is_retried_when_configured_then_given_up() {
     node.now("fail", json!({"nvmlInit_v2": 999}));
     node.agent.wait_for_line("No usable GPU, this node runs on the CPU. gpu-failed", TIMEOUT);
     node.wait_for_runtime("runc");
-    let tries = node
+    let attempts = node
         .agent
         .lines()
         .iter()
         .filter(|line| line.contains("looking at the GPU again in"))
         .count();
-    assert_eq!(tries, 3, "{:#?}", node.agent.lines());
+    assert_eq!(attempts, 3, "{:#?}", node.agent.lines());
     assert_eq!(warnings(&node.agent).len(), 3, "{:#?}", node.agent.lines());
 }
 
@@ -312,18 +312,18 @@ fn application_xid_is_logged_once_without_action() {
         let line = node.agent.wait_for_line(&format!("XID {xid}: "), TIMEOUT);
         assert!(line.contains(uuid), "{line}");
     }
-    let told = node.agent.lines().iter().filter(|line| line.contains("XID ")).count();
-    assert_eq!(told, 3, "{:#?}", node.agent.lines());
+    let count = node.agent.lines().iter().filter(|line| line.contains("XID ")).count();
+    assert_eq!(count, 3, "{:#?}", node.agent.lines());
     assert_eq!(warnings(&node.agent).len(), 2, "the last one is for information");
     assert_eq!(node.id(), before);
 }
 
 #[test]
 fn parent_gpu_of_mig_instance_is_monitored() {
-    let mut machine = one_gpu();
-    machine["gpus"][0]["mig"] = json!([{"uuid": "MIG-aaaa"}, {"uuid": "MIG-bbbb"}]);
+    let mut script = one_gpu();
+    script["gpus"][0]["mig"] = json!([{"uuid": "MIG-aaaa"}, {"uuid": "MIG-bbbb"}]);
     let context = &[("FL_CUDA_VISIBLE_DEVICES", "MIG-bbbb")];
-    let Some(node) = MonitoredNode::with(machine, &[79], &[], context) else { return };
+    let Some(node) = MonitoredNode::with(script, &[79], &[], context) else { return };
     node.fire(79);
     let line = node.agent.wait_for_line("gpu-failed", TIMEOUT);
     assert!(line.contains("MIG-bbbb") && line.contains("0000:01:00.0"), "{line}");
@@ -345,12 +345,12 @@ fn missing_nvml_library_means_lost_gpu() {
     let directory = Sandbox::new("watch");
     let library = vm.path("libnvidia-ml.so.1");
     symlink(nvml_library(), &library).unwrap();
-    let mut machine = one_gpu();
-    machine["log"] = json!(directory.join("calls"));
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[])).nvml(&machine);
+    let mut script = one_gpu();
+    script["log"] = json!(directory.join("calls"));
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[])).nvml(&script);
     vm.set("gpu.nvml_library", library.to_string_lossy().into_owned());
     let agent = up(&vm);
-    let node = MonitoredNode { engine, vm, directory, machine, agent };
+    let node = MonitoredNode { engine, vm, directory, script, agent };
     node.wait_for_watcher();
     let begun = Instant::now();
     fs::remove_file(&library).unwrap();
@@ -391,7 +391,7 @@ fn monitor_that_cannot_restart_means_lost_gpu() {
     node.now("fail", json!({"nvmlInit_v2": 9}));
     let begun = Instant::now();
     kill(node.watcher().unwrap());
-    node.wait_for_failure(begun, "while running: the watcher dies, and the driver is gone");
+    node.wait_for_failure(begun, "while running: monitor exits and the driver is gone");
     node.assert_fell_back(&["died by signal 9 (SIGKILL)", "driver-not-loaded"]);
 }
 
@@ -570,11 +570,11 @@ esac
     directory.write("reloaded", "1000");
     let program = vm.write("bin/systemctl", systemctl);
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-    let mut machine = one_gpu();
-    machine["log"] = json!(directory.join("calls"));
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[])).nvml(&machine);
+    let mut script = one_gpu();
+    script["log"] = json!(directory.join("calls"));
+    vm.sysfs(&sysfs_of_one()).context(&wanted(&[])).nvml(&script);
     let agent = up(&vm);
-    let node = MonitoredNode { engine, vm, directory, machine, agent };
+    let node = MonitoredNode { engine, vm, directory, script, agent };
     let before = node.id();
     node.directory.write("first", inspect(&node.engine, "{{.Id}}"));
     node.directory.write("reloaded", "9000");

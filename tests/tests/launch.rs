@@ -256,9 +256,9 @@ fn engine_restart_does_not_increase_restart_delay() {
                 == round + 1
         }));
     }
-    let pauses: Vec<_> =
+    let delays: Vec<_> =
         agent.lines().into_iter().filter(|line| line.contains("starting it again in")).collect();
-    assert!(pauses.iter().all(|line| line.ends_with("in 1 s")), "{pauses:#?}");
+    assert!(delays.iter().all(|line| line.ends_with("in 1 s")), "{delays:#?}");
 }
 
 #[test]
@@ -282,9 +282,9 @@ fn any_exit_code_restarts_with_increasing_delay() {
         let node_config = format!("test-exit={code}");
         vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", &node_config)]);
         let mut agent = up(&vm);
-        for pause in [1, 2, 4] {
+        for delay in [1, 2, 4] {
             agent.wait_for_line(
-                &format!("ended with exit code {code}; starting it again in {pause} s"),
+                &format!("ended with exit code {code}; starting it again in {delay} s"),
                 TIMEOUT,
             );
         }
@@ -315,7 +315,7 @@ fn sigterm_during_startup_stops_agent() {
     let mut agent = vm.start();
     agent.wait_for_notify("EXTEND_TIMEOUT_USEC=", TIMEOUT);
     assert_eq!(agent.terminate(), 0);
-    assert!(agent.notifications().iter().any(|told| told.contains("STOPPING=1")));
+    assert!(agent.notifications().iter().any(|message| message.contains("STOPPING=1")));
 }
 
 #[test]
@@ -465,15 +465,15 @@ fn driver_appearing_within_wait_is_used() {
     let Some((_engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let sysfs = Sysfs::new().gpu("0000:01:00.0");
     let ready = vm.path("driver-is-ready");
-    let mut machine = one_gpu();
-    machine["ready_file"] = json!(ready);
-    vm.sysfs(&sysfs).nvml(&machine).context(&wanted(&[])).set("gpu.wait_seconds", 60);
+    let mut script = one_gpu();
+    script["ready_file"] = json!(ready);
+    vm.sysfs(&sysfs).nvml(&script).context(&wanted(&[])).set("gpu.wait_seconds", 60);
     let agent = vm.start();
     agent.wait_for_notify("Looking for the GPU", TIMEOUT);
     let _bound = sysfs.driver("nvidia").module("550.54.15");
     fs::write(ready, "").unwrap();
-    let told = agent.wait_for_notify("READY=1", Duration::from_secs(30));
-    assert!(told.contains(GPU_A), "{told}");
+    let ready = agent.wait_for_notify("READY=1", Duration::from_secs(30));
+    assert!(ready.contains(GPU_A), "{ready}");
     assert_eq!(warnings(&agent), Vec::<String>::new());
 }
 
@@ -483,14 +483,14 @@ fn mig_instance_gets_device_nodes_of_parent_gpu() {
     const MIG_B: &str = "MIG-bbbb2222-0000-0000-0000-00000000000b";
     let Some((engine, mut vm)) = engine_with(&two_gpus()) else { return };
     // The second GPU has the node /dev/nvidia3 and is partitioned.
-    let mut machine = two_gpus();
-    machine["gpus"][1]["minor"] = json!(3);
-    machine["gpus"][1]["mig"] = json!([
+    let mut script = two_gpus();
+    script["gpus"][1]["minor"] = json!(3);
+    script["gpus"][1]["mig"] = json!([
         {"uuid": MIG_A, "name": "NVIDIA A100 MIG 1g.5gb", "memory_mib": 4864},
         {"uuid": MIG_B, "name": "NVIDIA A100 MIG 2g.10gb", "memory_mib": 9856},
     ]);
-    engine.nvidia_runtime(RuntimeMode::Ok, &machine);
-    vm.sysfs(&sysfs_of_two()).nvml(&machine);
+    engine.nvidia_runtime(RuntimeMode::Ok, &script);
+    vm.sysfs(&sysfs_of_two()).nvml(&script);
     let nodes_inside = || {
         let listed = engine.docker(&["exec", "flower-supernode", "ls", "/dev"]).stdout;
         listed
@@ -523,14 +523,14 @@ fn mig_instance_gets_device_nodes_of_parent_gpu() {
         }
         assert_eq!(nodes_inside(), nodes, "{selection}");
         assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
-        let told =
-            agent.notifications().into_iter().rfind(|told| told.contains("READY=1")).unwrap();
-        assert!(expected.iter().all(|uuid| told.contains(uuid)), "{told}");
+        let ready =
+            agent.notifications().into_iter().rfind(|message| message.contains("READY=1")).unwrap();
+        assert!(expected.iter().all(|uuid| ready.contains(uuid)), "{ready}");
         assert_eq!(agent.terminate(), 0);
     }
     // An instance is missing if its parent GPU's node is not in the container, even if another
     // GPU's is.
-    let mut wrong = machine.clone();
+    let mut wrong = script.clone();
     wrong["gpus"][1]["minor"] = json!(0);
     engine.nvidia_runtime(RuntimeMode::Ok, &wrong);
     engine.docker(&["rm", "-f", "flower-supernode"]);
@@ -547,9 +547,9 @@ fn mig_instance_gets_device_nodes_of_parent_gpu() {
 #[test]
 fn mig_container_uses_instance_memory_and_is_adopted() {
     const MIG_A: &str = "MIG-aaaa1111-0000-0000-0000-00000000000a";
-    let mut machine = one_gpu();
-    machine["gpus"][0]["mig"] = json!([{"uuid": MIG_A, "memory_mib": 4864}]);
-    let Some((engine, mut vm)) = engine_with(&machine) else { return };
+    let mut script = one_gpu();
+    script["gpus"][0]["mig"] = json!([{"uuid": MIG_A, "memory_mib": 4864}]);
+    let Some((engine, mut vm)) = engine_with(&script) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     let plan = json_of(&vm.run_command("plan", &["--json"]));
     let devices = plan["gpu"]["verdict"]["devices"].as_array().unwrap();

@@ -59,21 +59,21 @@ fn reload(vm: &TestVm, agent: &Agent) {
 
 /// One GPU with sensors, an event file for each XID, and a log of NVML calls.
 fn measured_gpu(directory: &Sandbox, xids: &[u64]) -> Value {
-    let mut machine = one_gpu();
-    let gpu = &mut machine["gpus"][0];
+    let mut script = one_gpu();
+    let gpu = &mut script["gpus"][0];
     (gpu["utilization"], gpu["power_mw"], gpu["memory_used_mib"]) =
         (json!(25), json!(70_500), json!(1024));
     let event = |xid: &u64| json!({"type": "xid", "data": xid, "when_file": directory.join(format!("xid-{xid}"))});
-    machine["events"] = xids.iter().map(event).collect();
-    machine["log"] = json!(directory.join("calls"));
-    machine
+    script["events"] = xids.iter().map(event).collect();
+    script["log"] = json!(directory.join("calls"));
+    script
 }
 
 #[test]
 fn metrics_follow_node_and_gpu_state() {
     let directory = Sandbox::new("metrics");
-    let machine = measured_gpu(&directory, &[31, 79]);
-    let Some((engine, mut vm)) = engine_with(&machine) else { return };
+    let script = measured_gpu(&directory, &[31, 79]);
+    let Some((engine, mut vm)) = engine_with(&script) else { return };
     let address = free_address();
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[])).set("metrics.listen", address.clone());
     let agent = up(&vm);
@@ -120,7 +120,10 @@ fn metrics_follow_node_and_gpu_state() {
             &format!("\nsupernode_gpu_xid_errors_total{} 1\n", xid(79)),
         ],
     );
-    assert!(!page.contains("supernode_gpu_power_watts"), "nobody asks the GPU any more: {page}");
+    assert!(
+        !page.contains("supernode_gpu_power_watts"),
+        "the lost GPU must not be sampled: {page}"
+    );
     drop(agent);
 }
 
@@ -142,11 +145,11 @@ fn occupied_address_warns_and_reload_changes_it() {
     let address = taken.local_addr().unwrap().to_string();
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("metrics.listen", address.clone());
     let agent = up(&vm);
-    let told = warnings(&agent);
+    let warnings = warnings(&agent);
     assert!(
-        told.len() == 1
-            && told[0].contains(&format!("metrics.listen = \"{address}\" cannot be had")),
-        "{told:?}"
+        warnings.len() == 1
+            && warnings[0].contains(&format!("metrics.listen = \"{address}\" cannot be had")),
+        "{warnings:?}"
     );
     // A reload sets another address.
     let free = free_address();
@@ -166,8 +169,8 @@ fn occupied_address_warns_and_reload_changes_it() {
 }
 
 /// A node with the exporter, whose test image exists.
-fn with_exporter(machine: &Value, more: &[(&str, &str)]) -> Option<(Engine, TestVm)> {
-    let (engine, mut vm) = engine_with(machine)?;
+fn with_exporter(script: &Value, more: &[(&str, &str)]) -> Option<(Engine, TestVm)> {
+    let (engine, mut vm) = engine_with(script)?;
     engine.import_image_with(&[EXPORTER], &[SERVES]);
     let more = [&[("FL_DCGM_ENABLED", "YES")], more].concat();
     vm.sysfs(&sysfs_of_one()).context(&wanted(&more));
@@ -283,8 +286,11 @@ fn exited_exporter_is_restarted_with_one_warning() {
         engine.docker(&["kill", "flower-supernode-dcgm"]).expect_success();
     }
     wait_for_exporter(&engine, &agent, RUNS, "true");
-    let told = warnings(&agent);
-    assert!(told.len() == 1 && told[0].contains("it ended with exit code 137"), "{told:?}");
+    let warnings = warnings(&agent);
+    assert!(
+        warnings.len() == 1 && warnings[0].contains("it ended with exit code 137"),
+        "{warnings:?}"
+    );
     assert_eq!(inspect(&engine, "{{.Id}} {{.State.Pid}}"), node);
 }
 
@@ -299,8 +305,8 @@ fn exporter_restarts_silently_after_engine_crash() {
     engine.restart();
     assert!(eventually(TIMEOUT, || started() == 2), "{:#?}", agent.lines());
     wait_for_exporter(&engine, &agent, RUNS, "true");
-    let told = warnings(&agent);
-    assert!(!told.iter().any(|line| line.contains("DCGM")), "{told:#?}");
+    let warnings = warnings(&agent);
+    assert!(!warnings.iter().any(|line| line.contains("DCGM")), "{warnings:#?}");
 }
 
 #[test]

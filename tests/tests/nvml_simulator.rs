@@ -50,8 +50,8 @@ impl SimulatedDriver {
             .env(QUESTION, question)
             .env("NVML_SIMULATOR", self.sandbox.join("nvml.json"));
         let output = run(&mut command, Duration::from_secs(20));
-        let said = output.stdout.lines().filter_map(|line| line.strip_prefix("> "));
-        (said.map(str::to_owned).collect(), output)
+        let answers = output.stdout.lines().filter_map(|line| line.strip_prefix("> "));
+        (answers.map(str::to_owned).collect(), output)
     }
 
     fn answers(&self, question: &str) -> Vec<String> {
@@ -166,7 +166,7 @@ fn hang(nvml: Nvml) {
 
 #[test]
 fn reports_the_scripted_gpus() {
-    let machine = SimulatedDriver::new(&json!({"driver_version": "535.1", "gpus": [
+    let driver = SimulatedDriver::new(&json!({"driver_version": "535.1", "gpus": [
         {"uuid": "GPU-a", "name": "NVIDIA L4", "memory_mib": 23034, "pci_address": "0000:21:00.0", "minor": 1},
         {"uuid": "GPU-b", "pci_address": "0001:c1:1f.0"},
     ]}));
@@ -175,37 +175,37 @@ fn reports_the_scripted_gpus() {
         "GPU-a NVIDIA L4 00000000:21:00.0 33 1 23034",
         "GPU-b NVIDIA A100-PCIE-40GB 00000001:C1:1F.0 193 1 40960",
     ];
-    assert_eq!(machine.answers("gpus"), expected);
+    assert_eq!(driver.answers("gpus"), expected);
 }
 
 #[test]
 fn missing_feature_returns_not_supported() {
-    let machine = SimulatedDriver::new(&json!({"gpus": [
+    let driver = SimulatedDriver::new(&json!({"gpus": [
         {"uuid": "GPU-a", "ecc_uncorrected": 3, "remap_failed": true, "temperature": 41, "power_mw": 52000},
         {"uuid": "GPU-b"},
     ]}));
     let none = "Err(NotSupported)";
     assert_eq!(
-        machine.answers("health"),
+        driver.answers("health"),
         ["Ok(3)", "Ok(U32(1))", "Ok(41)", "Ok(52000)", none, none, none, none]
     );
 }
 
 #[test]
 fn function_fails_with_scripted_code() {
-    let machine = SimulatedDriver::new(&json!({"fail": {"nvmlInit_v2": 9}}));
-    assert_eq!(machine.answers("gpus"), ["init DriverNotLoaded"]);
+    let driver = SimulatedDriver::new(&json!({"fail": {"nvmlInit_v2": 9}}));
+    assert_eq!(driver.answers("gpus"), ["init DriverNotLoaded"]);
 
-    let machine = SimulatedDriver::new(
+    let driver = SimulatedDriver::new(
         &json!({"gpus": [{"uuid": "GPU-a", "fail": {"nvmlDeviceGetMemoryInfo_v2": 15}}]}),
     );
-    assert_eq!(machine.answers("gpus")[1..], ["GpuLost"]);
+    assert_eq!(driver.answers("gpus")[1..], ["GpuLost"]);
 
-    let machine = SimulatedDriver::new(&json!({"gpus": [
+    let driver = SimulatedDriver::new(&json!({"gpus": [
         {"uuid": "GPU-a"},
         {"uuid": "GPU-b", "fail": {"nvmlDeviceGetHandleByIndex_v2": 16}},
     ]}));
-    let answers = machine.answers("gpus");
+    let answers = driver.answers("gpus");
     assert!(answers[1].starts_with("GPU-a"), "{answers:?}");
     assert_eq!(answers[2], "ResetRequired");
 }
@@ -213,62 +213,62 @@ fn function_fails_with_scripted_code() {
 #[test]
 fn driver_is_not_ready_until_the_file_exists() {
     let sandbox = Sandbox::new("ready");
-    let machine = SimulatedDriver::new(
+    let driver = SimulatedDriver::new(
         &json!({"ready_file": sandbox.join("ready"), "driver_version": "550"}),
     );
-    assert_eq!(machine.answers("gpus"), ["init UnexpectedVariant(27)"]);
+    assert_eq!(driver.answers("gpus"), ["init UnexpectedVariant(27)"]);
     sandbox.write("ready", "");
-    assert_eq!(machine.answers("gpus"), ["550"]);
+    assert_eq!(driver.answers("gpus"), ["550"]);
 }
 
 #[test]
 fn hung_call_does_not_block_others() {
-    let machine = SimulatedDriver::new(
+    let driver = SimulatedDriver::new(
         &json!({"hang": ["nvmlDeviceGetHandleByIndex_v2"], "gpus": [{"uuid": "GPU-a"}]}),
     );
-    assert_eq!(machine.answers("hang"), ["Ok(1)", "false"]);
+    assert_eq!(driver.answers("hang"), ["Ok(1)", "false"]);
 }
 
 #[test]
 fn crash_is_a_segmentation_fault() {
-    let machine = SimulatedDriver::new(&json!({"crash": ["nvmlDeviceGetCount_v2"]}));
-    let (_, output) = machine.ask("gpus");
+    let driver = SimulatedDriver::new(&json!({"crash": ["nvmlDeviceGetCount_v2"]}));
+    let (_, output) = driver.ask("gpus");
     assert_eq!((output.code, output.signal), (None, Some(11)), "{output:#?}");
 }
 
 #[test]
 fn call_takes_the_scripted_delay() {
-    let machine = SimulatedDriver::new(&json!({"delay_ms": {"nvmlInit_v2": 700}}));
+    let driver = SimulatedDriver::new(&json!({"delay_ms": {"nvmlInit_v2": 700}}));
     let begun = Instant::now();
-    machine.answers("gpus");
+    driver.answers("gpus");
     assert!(begun.elapsed() >= Duration::from_millis(700));
 }
 
 #[test]
 fn mig_devices_belong_to_their_parent_gpu() {
-    let machine = SimulatedDriver::new(&json!({"gpus": [{"uuid": "GPU-a", "mig": [
+    let driver = SimulatedDriver::new(&json!({"gpus": [{"uuid": "GPU-a", "mig": [
         {"uuid": "MIG-1"}, {"uuid": "MIG-2", "memory_mib": 9856},
     ]}]}));
-    assert_eq!(machine.answers("mig"), ["1", "MIG-1 4864", "MIG-2 9856"]);
+    assert_eq!(driver.answers("mig"), ["1", "MIG-1 4864", "MIG-2 9856"]);
 }
 
 #[test]
 fn each_event_is_delivered_once_at_its_time() {
-    let machine =
+    let driver =
         SimulatedDriver::new(&json!({"gpus": [{"uuid": "GPU-a"}, {"uuid": "GPU-b"}], "events": [
             {"after_ms": 200, "type": "xid", "data": 79},
             {"type": "xid", "data": 48, "gpu": 1},
             {"type": "double_bit_ecc"},
         ]}));
     // GPU 1 and other event types are not registered; after the one event the wait times out.
-    assert_eq!(machine.answers("xid"), ["GPU-a Some(Value(79)) true", "Timeout"]);
+    assert_eq!(driver.answers("xid"), ["GPU-a Some(Value(79)) true", "Timeout"]);
 }
 
 #[test]
 fn file_event_reaches_sets_registered_before_the_file() {
     let sandbox = Sandbox::new("moment");
     let past = sandbox.write("past", "");
-    let machine = SimulatedDriver::new(&json!({"gpus": [{"uuid": "GPU-a"}], "events": [
+    let driver = SimulatedDriver::new(&json!({"gpus": [{"uuid": "GPU-a"}], "events": [
         {"type": "xid", "data": 79, "when_file": past},
         {"type": "xid", "data": 48, "when_file": sandbox.join("never")},
     ]}));
@@ -276,7 +276,7 @@ fn file_event_reaches_sets_registered_before_the_file() {
         let written = fs::metadata(sandbox.join("past")).unwrap().modified().unwrap();
         written.elapsed().is_ok_and(|age| age > Duration::from_millis(100))
     }));
-    assert_eq!(machine.answers("xid"), ["Timeout"]);
+    assert_eq!(driver.answers("xid"), ["Timeout"]);
 }
 
 #[test]
@@ -296,18 +296,17 @@ fn invalid_script_is_reported_on_stderr() {
             output.stderr
         );
     }
-    let machine = SimulatedDriver::new(&json!({}));
-    fs::remove_file(machine.sandbox.join("nvml.json")).unwrap();
-    assert_eq!(machine.answers("gpus"), ["init Unknown"]);
+    let driver = SimulatedDriver::new(&json!({}));
+    fs::remove_file(driver.sandbox.join("nvml.json")).unwrap();
+    assert_eq!(driver.answers("gpus"), ["init Unknown"]);
 }
 
 #[test]
 fn calls_are_logged() {
     let sandbox = Sandbox::new("log");
     let log = sandbox.join("calls");
-    let machine =
-        SimulatedDriver::new(&json!({"log": log, "fail": {"nvmlDeviceGetCount_v2": 999}}));
-    machine.answers("gpus");
+    let driver = SimulatedDriver::new(&json!({"log": log, "fail": {"nvmlDeviceGetCount_v2": 999}}));
+    driver.answers("gpus");
     let calls = fs::read_to_string(log).unwrap();
     let expected = [
         "nvmlInit_v2",

@@ -52,7 +52,7 @@ fn node_is_ready_only_while_container_runs() {
     engine
         .docker(&["run", "-d", "--name", "flower-supernode", supernode_tests::image::PYTORCH])
         .expect_success();
-    assert_eq!(ready(&vm), Some(1), "a container of somebody else is not the node");
+    assert_eq!(ready(&vm), Some(1), "a foreign container is not the node");
     engine.docker(&["rm", "-f", "flower-supernode"]);
 }
 
@@ -70,13 +70,13 @@ fn status_shows_container_device_since_and_reason() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     let mut agent = up(&vm);
-    let said = status(&vm);
-    assert_eq!(said["gpu"]["verdict"]["devices"][0]["uuid"], GPU_A);
-    assert_eq!(said["superlink"], "10.9.8.7:9092");
-    assert_eq!(said["agent"]["running"], true);
-    assert_eq!(said["agent"]["pid"], agent.pid());
+    let document = status(&vm);
+    assert_eq!(document["gpu"]["verdict"]["devices"][0]["uuid"], GPU_A);
+    assert_eq!(document["superlink"], "10.9.8.7:9092");
+    assert_eq!(document["agent"]["running"], true);
+    assert_eq!(document["agent"]["pid"], agent.pid());
     assert_eq!(
-        said["container"]["started_at"].as_str(),
+        document["container"]["started_at"].as_str(),
         Some(inspect(&engine, "{{.State.StartedAt}}").as_str())
     );
     assert_eq!(agent.terminate(), 0);
@@ -102,11 +102,11 @@ fn pull_progress_is_reported_in_percent() {
     vm.engine(&engine)
         .context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_SUPERNODE_IMAGE", Registry::IMAGE)]);
     let agent = vm.start();
-    let told = agent.wait_for_notify(" % of ", TIMEOUT);
-    assert!(told.starts_with(&format!("STATUS=Pulling {}: ", Registry::IMAGE)), "{told}");
+    let messages = agent.wait_for_notify(" % of ", TIMEOUT);
+    assert!(messages.starts_with(&format!("STATUS=Pulling {}: ", Registry::IMAGE)), "{messages}");
     assert!(eventually(TIMEOUT, || {
-        let said = status(&vm)["agent"]["status"].to_string();
-        said.contains("Pulling 127.0.0.1:5000/node:1: ") && said.contains(" % of ")
+        let text = status(&vm)["agent"]["status"].to_string();
+        text.contains("Pulling 127.0.0.1:5000/node:1: ") && text.contains(" % of ")
     }));
     assert!(
         vm.run_command("status", &[]).stdout.contains("Agent      Pulling 127.0.0.1:5000/node:1: ")
@@ -146,7 +146,7 @@ fn status_watch_prints_changes_once_until_interrupted() {
     report("Pulling it: 2 %");
     assert_eq!(next(), "Pulling it: 2 %");
     drop(lines);
-    assert_eq!(ends(&mut watcher), Some(0), "nobody reads, and nothing changes");
+    assert_eq!(ends(&mut watcher), Some(0), "the reader has closed the pipe and nothing changes");
 
     let (mut watcher, mut lines) = watch(&["--watch"]);
     assert!(lines.next().unwrap().starts_with("Container  "));
@@ -215,12 +215,13 @@ fn reload_start_and_end_are_notified_to_systemd() {
         agent.reload();
         assert!(eventually(TIMEOUT, || agent.notifications()[before..]
             .iter()
-            .any(|told| told.contains(until))));
-        let told: Vec<String> = agent.notifications().split_off(before);
-        assert!(told[0].starts_with("RELOADING=1\nMONOTONIC_USEC="), "{told:#?}");
-        told.into_iter()
+            .any(|message| message.contains(until))));
+        let messages: Vec<String> = agent.notifications().split_off(before);
+        assert!(messages[0].starts_with("RELOADING=1\nMONOTONIC_USEC="), "{messages:#?}");
+        messages
+            .into_iter()
             .skip(1)
-            .filter(|told| !told.contains("EXTEND_TIMEOUT_USEC="))
+            .filter(|message| !message.contains("EXTEND_TIMEOUT_USEC="))
             .collect::<Vec<_>>()
     };
     let as_before =
@@ -231,9 +232,9 @@ fn reload_start_and_end_are_notified_to_systemd() {
     agent.wait_for_line("FL_SUPERLINK_ADDRESS='nowhere': must be", TIMEOUT);
     assert_eq!(run(), first);
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:2"), ("FL_NODE_CONFIG", "test-never-connects=true")]);
-    let told = reload("READY=1");
-    assert!(told.len() > 1 && !told[0].contains("READY=1"), "{told:#?}");
-    assert!(told.last().unwrap().contains("not connected to h:2"), "{told:#?}");
+    let messages = reload("READY=1");
+    assert!(messages.len() > 1 && !messages[0].contains("READY=1"), "{messages:#?}");
+    assert!(messages.last().unwrap().contains("not connected to h:2"), "{messages:#?}");
     assert_ne!(run(), first);
     let started =
         agent.lines().iter().filter(|line| line.contains("started the container")).count();
@@ -264,6 +265,6 @@ fn watchdog_is_notified_when_enabled() {
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).env("WATCHDOG_USEC", "200000");
     let agent = vm.start();
     assert!(eventually(TIMEOUT, || {
-        agent.notifications().iter().filter(|told| told.contains("WATCHDOG=1")).count() >= 3
+        agent.notifications().iter().filter(|message| message.contains("WATCHDOG=1")).count() >= 3
     }));
 }

@@ -20,9 +20,9 @@ use serde_json::{Value, json};
 use supernode_tests::{Sysfs, TestVm, eventually};
 
 /// A VM with this NVML script and sysfs, whose operator wants the GPU.
-fn vm(sysfs: &Sysfs, machine: &Value, more: &[(&str, &str)]) -> TestVm {
+fn vm(sysfs: &Sysfs, script: &Value, more: &[(&str, &str)]) -> TestVm {
     let mut vm = TestVm::new();
-    vm.sysfs(sysfs).nvml(machine).context(&wanted(more));
+    vm.sysfs(sysfs).nvml(script).context(&wanted(more));
     vm
 }
 
@@ -200,23 +200,23 @@ fn gpu_failure_names_the_nvml_call() {
         ("nvmlDeviceGetUUID", 16, "gpu-reset-required"),
         ("nvmlDeviceGetMemoryInfo_v2", 999, "driver-error"),
     ] {
-        let mut machine = one_gpu();
-        machine["gpus"][0]["fail"] = json!({call: code});
+        let mut script = one_gpu();
+        script["gpus"][0]["fail"] = json!({call: code});
         if call == "nvmlDeviceGetHandleByIndex_v2" {
-            machine = one_gpu();
-            machine["fail"] = json!({call: code});
+            script = one_gpu();
+            script["fail"] = json!({call: code});
         }
-        vm.nvml(&machine);
+        vm.nvml(&script);
         let verdict = verdict(&vm);
         assert_eq!(verdict["reason"], expected, "{verdict}");
         assert!(verdict["summary"].as_str().unwrap().contains(call), "{verdict}");
     }
     // Optional values may be missing.
-    let mut machine = one_gpu();
+    let mut script = one_gpu();
     for code in [1, 2, 3, 6, 7, 10, 13, 20, 21, 25, 30] {
-        machine["gpus"][0]["fail"] =
+        script["gpus"][0]["fail"] =
             json!({"nvmlDeviceGetMemoryInfo_v2": code, "nvmlDeviceGetName": code});
-        vm.nvml(&machine);
+        vm.nvml(&script);
         assert_eq!(verdict(&vm)["device"], "cuda", "{code}");
     }
 }
@@ -225,9 +225,9 @@ fn gpu_failure_names_the_nvml_call() {
 fn ecc_errors_and_failed_row_remap_are_unhealthy() {
     let mut vm = vm(&sysfs_of_one(), &json!({}), &[]);
     for (key, value) in [("ecc_uncorrected", json!(3)), ("remap_failed", json!(true))] {
-        let mut machine = one_gpu();
-        machine["gpus"][0][key] = value;
-        vm.nvml(&machine);
+        let mut script = one_gpu();
+        script["gpus"][0][key] = value;
+        vm.nvml(&script);
         assert_eq!(reason(&vm), "gpu-unhealthy", "{key}");
     }
 }
@@ -242,34 +242,34 @@ fn hung_library_is_killed_and_crash_is_contained() {
     assert_eq!(verdict["reason"], "driver-crash");
     assert!(verdict["summary"].as_str().unwrap().contains("SIGSEGV"), "{verdict}");
     // A library that hangs at shutdown has answered before.
-    let mut machine = one_gpu();
-    machine["hang"] = json!(["nvmlShutdown"]);
-    vm.nvml(&machine);
+    let mut script = one_gpu();
+    script["hang"] = json!(["nvmlShutdown"]);
+    vm.nvml(&script);
     assert_eq!(self::verdict(&vm)["device"], "cuda");
 }
 
 #[test]
 fn library_raising_a_signal_is_a_crash() {
-    let mut machine = one_gpu();
-    machine["raise"] = json!(["nvmlInit_v2"]);
-    assert_eq!(reason(&vm(&sysfs_of_one(), &machine, &[])), "driver-crash");
+    let mut script = one_gpu();
+    script["raise"] = json!(["nvmlInit_v2"]);
+    assert_eq!(reason(&vm(&sysfs_of_one(), &script, &[])), "driver-crash");
 }
 
 #[test]
 fn probe_answer_survives_library_output_on_stdout() {
     for trouble in ["flood_stdout", "close_stdout"] {
-        let mut machine = one_gpu();
-        machine[trouble] = json!(["nvmlInit_v2"]);
-        assert_eq!(verdict(&vm(&sysfs_of_one(), &machine, &[]))["device"], "cuda", "{trouble}");
+        let mut script = one_gpu();
+        script[trouble] = json!(["nvmlInit_v2"]);
+        assert_eq!(verdict(&vm(&sysfs_of_one(), &script, &[]))["device"], "cuda", "{trouble}");
     }
 }
 
 #[test]
 fn gpu_with_invalid_uuid_is_not_used() {
     for uuid in ["", "GPU-a,GPU-b", "GPU a"] {
-        let mut machine = one_gpu();
-        machine["gpus"][0]["uuid"] = json!(uuid);
-        let verdict = verdict(&vm(&sysfs_of_one(), &machine, &[]));
+        let mut script = one_gpu();
+        script["gpus"][0]["uuid"] = json!(uuid);
+        let verdict = verdict(&vm(&sysfs_of_one(), &script, &[]));
         assert_eq!(verdict["reason"], "driver-error", "{verdict}");
         assert!(verdict["summary"].as_str().unwrap().contains("nvmlDeviceGetUUID"), "{verdict}");
     }
@@ -278,8 +278,8 @@ fn gpu_with_invalid_uuid_is_not_used() {
 #[test]
 fn failure_is_not_masked_by_library_shutdown() {
     for trouble in ["hang", "crash"] {
-        let machine = json!({"fail": {"nvmlDeviceGetCount_v2": 15}, trouble: ["nvmlShutdown"]});
-        assert_eq!(reason(&vm(&sysfs_of_one(), &machine, &[])), "gpu-lost", "{trouble}");
+        let script = json!({"fail": {"nvmlDeviceGetCount_v2": 15}, trouble: ["nvmlShutdown"]});
+        assert_eq!(reason(&vm(&sysfs_of_one(), &script, &[])), "gpu-lost", "{trouble}");
     }
 }
 
@@ -289,14 +289,14 @@ fn leftover_library_process_is_killed_with_the_probe() {
     vm.set("gpu.probe_timeout_seconds", 60);
     let mut healthy = one_gpu();
     healthy["leave_process"] = json!(["nvmlInit_v2"]);
-    for (machine, expected) in [
+    for (script, expected) in [
         (
             json!({"leave_process": ["nvmlInit_v2"], "crash": ["nvmlInit_v2"]}),
             json!("driver-crash"),
         ),
         (healthy, Value::Null),
     ] {
-        vm.nvml(&machine);
+        vm.nvml(&script);
         assert_eq!(verdict(&vm)["reason"], expected);
         let script = format!("NVML_SIMULATOR={}", vm.path("nvml.json").display());
         let left = || {
@@ -308,7 +308,7 @@ fn leftover_library_process_is_killed_with_the_probe() {
         };
         assert!(
             eventually(Duration::from_secs(10), || !left()),
-            "a process of the library lives on"
+            "a process of the library still runs"
         );
     }
 }
@@ -327,9 +327,9 @@ fn implausible_gpu_count_is_rejected() {
 fn nvml_is_not_called_without_a_device() {
     let mut vm = vm(&Sysfs::new(), &json!({}), &[]);
     let log = vm.path("calls.log");
-    let mut machine = one_gpu();
-    machine["log"] = json!(log);
-    vm.nvml(&machine);
+    let mut script = one_gpu();
+    script["log"] = json!(log);
+    vm.nvml(&script);
     assert_eq!(reason(&vm), "gpu-not-passed-through");
     assert!(!log.exists(), "NVML was called");
     vm.sysfs(&sysfs_of_one());

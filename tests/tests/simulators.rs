@@ -183,9 +183,9 @@ fn test_image_prints_inputs_and_exits_as_requested() {
     let connected =
         || engine.docker(&["logs", id]).stderr == "\x1b[92mINFO \x1b[0m:      SuperNode ID: 1\n";
     assert!(eventually(SECONDS, || connected() && logs().contains("env PATH=")), "{}", logs());
-    let said = logs();
+    let log = logs();
     for line in ["arg --insecure", "arg --superlink", "arg a:9092", "env FROM_IMAGE=yes"] {
-        assert!(said.lines().any(|said| said == line), "{line}: {said}");
+        assert!(log.lines().any(|printed| printed == line), "{line}: {log}");
     }
     assert_eq!(engine.docker(&["exec", id, "id", "-u"]).expect_success(), "49999");
 
@@ -223,12 +223,12 @@ fn crashed_engine_restarts_and_cleans_up() {
     assert_eq!(containers.len(), 2);
     drop(engine);
 
-    let folder_text = directory.to_string_lossy().into_owned();
+    let directory_text = directory.to_string_lossy().into_owned();
     assert!(!directory.exists());
     assert!(!Path::new(&namespace).exists());
-    assert!(!std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(&*folder_text));
+    assert!(!std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(&*directory_text));
     let processes = command_lines();
-    assert!(!processes.contains(&*folder_text), "{processes}");
+    assert!(!processes.contains(&*directory_text), "{processes}");
     for container in containers {
         let cgroup = Path::new("/sys/fs/cgroup/memory/docker").join(container.file_name());
         assert!(!cgroup.exists(), "{}", cgroup.display());

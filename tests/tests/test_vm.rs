@@ -41,7 +41,7 @@ fn command_gets_settings_and_a_clean_environment() {
         Some(&*format!("plan --settings {} --json", settings.display()))
     );
     for line in ["[gpu]", "wait_seconds = 3", "reload_command = [\"true\",\"a b\"]"] {
-        assert!(output.stdout.lines().any(|said| said == line), "{line}: {}", output.stdout);
+        assert!(output.stdout.lines().any(|printed| printed == line), "{line}: {}", output.stdout);
     }
     assert!(!output.stdout.contains("probe_timeout_seconds"));
     let names: Vec<_> = output.stderr.lines().filter_map(|line| line.split('=').next()).collect();

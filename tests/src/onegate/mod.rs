@@ -390,11 +390,11 @@ impl Connection {
     /// Repeats a step with a delay until it returns false or OneGate is stopped.
     fn unless_stopped(
         &self,
-        pause: Duration,
+        interval: Duration,
         mut step: impl FnMut() -> io::Result<bool>,
     ) -> io::Result<()> {
         while !self.stopped.load(Ordering::Relaxed) && step()? {
-            thread::sleep(pause);
+            thread::sleep(interval);
         }
         Ok(())
     }

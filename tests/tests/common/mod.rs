@@ -61,12 +61,12 @@ pub(crate) fn wanted<'a>(more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)>
 }
 
 /// An engine with the test image, and a VM on it with the GPUs of `script`.
-pub(crate) fn engine_with(machine: &Value) -> Option<(Engine, TestVm)> {
+pub(crate) fn engine_with(script: &Value) -> Option<(Engine, TestVm)> {
     let engine = Engine::start()?;
     engine.import_image(&[image::PYTORCH]);
-    engine.nvidia_runtime(RuntimeMode::Ok, machine);
+    engine.nvidia_runtime(RuntimeMode::Ok, script);
     let mut vm = TestVm::new();
-    vm.engine(&engine).nvml(machine);
+    vm.engine(&engine).nvml(script);
     Some((engine, vm))
 }
 
@@ -117,9 +117,9 @@ pub(crate) fn report(line: &str) {
 }
 
 /// NVIDIA's own libnvidia-ml, unpacked from Debian's package if the package sources provide it.
-pub(crate) fn nvidias_library() -> Option<PathBuf> {
+pub(crate) fn nvidia_library() -> Option<PathBuf> {
     if Path::new("/proc/driver/nvidia").exists() {
-        report("SKIPPED: this machine has a driver, the library would find it");
+        report("SKIPPED: this machine has a driver, which the library would find");
         return None;
     }
     let cache = std::env::var_os("XDG_CACHE_HOME")
@@ -132,7 +132,7 @@ pub(crate) fn nvidias_library() -> Option<PathBuf> {
         Some(path) => Some(PathBuf::from(path)),
         None => {
             report(&format!(
-                "SKIPPED: NVIDIA's libnvidia-ml1 (Debian non-free) is not to be had: {}",
+                "SKIPPED: NVIDIA's libnvidia-ml1 (Debian non-free) is unavailable: {}",
                 output.stderr.trim()
             ));
             None

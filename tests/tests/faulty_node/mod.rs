@@ -15,15 +15,15 @@ use supernode_tests::{
 use crate::common::{TIMEOUT, one_gpu, report, sysfs_of_one, wanted};
 
 /// An operator's daemon.json.
-const OPERATORS: &str = "{\n  \"log-level\": \"info\",\n  \"max-concurrent-downloads\": 7,\n  \"labels\": [\"rack=12\"]\n}\n";
+const OPERATOR_CONFIG: &str = "{\n  \"log-level\": \"info\",\n  \"max-concurrent-downloads\": 7,\n  \"labels\": [\"rack=12\"]\n}\n";
 /// Its end after the runtime was registered; every other byte is unchanged.
-const WITH_RUNTIME: &str = ",\n  \"runtimes\": {\n    \"nvidia\": {\n      \"path\": \"nvidia-container-runtime\"\n    }\n  }\n}\n";
+const RUNTIME_ENTRY: &str = ",\n  \"runtimes\": {\n    \"nvidia\": {\n      \"path\": \"nvidia-container-runtime\"\n    }\n  }\n}\n";
 
 /// Must not appear in any output, as OneGate's token must not.
 const PASSWORD: &str = "kxq7-zulu-9134";
 pub(crate) const VM: u32 = 101;
 /// Maximum time after a container's exit in which the node may still be published as ready.
-const NEWS_TRAVEL_SECONDS: f64 = 1.0;
+const MAX_PUBLISH_DELAY_SECONDS: f64 = 1.0;
 
 /// Peak memory of any agent of this process, in KiB.
 static PEAK_KIB: AtomicU64 = AtomicU64::new(0);
@@ -36,7 +36,7 @@ pub(crate) struct FaultyNode {
     pub(crate) onegate: OneGateSimulator,
     agent: Option<Agent>,
     /// Output of earlier agents since the last [`FaultyNode::reset`].
-    told: Vec<String>,
+    earlier_output: Vec<String>,
     /// Time of the last reset, in seconds since the Unix epoch.
     since: f64,
     /// The operator's daemon.json.
@@ -45,12 +45,12 @@ pub(crate) struct FaultyNode {
 
 impl FaultyNode {
     pub(crate) fn new() -> Option<Self> {
-        Self::with(OPERATORS)
+        Self::with(OPERATOR_CONFIG)
     }
 
     /// Uses a Docker with live-restore, which keeps containers running across its restart.
     pub(crate) fn with_live_restore() -> Option<Self> {
-        Self::with(&OPERATORS.replace("\n}\n", ",\n  \"live-restore\": true\n}\n"))
+        Self::with(&OPERATOR_CONFIG.replace("\n}\n", ",\n  \"live-restore\": true\n}\n"))
     }
 
     fn with(daemon_json: &str) -> Option<Self> {
@@ -71,7 +71,7 @@ impl FaultyNode {
             vm,
             onegate,
             agent: None,
-            told: Vec::new(),
+            earlier_output: Vec::new(),
             since: seconds_now(),
             daemon_json: daemon_json.to_owned(),
         };
@@ -80,8 +80,8 @@ impl FaultyNode {
     }
 
     /// Sets its context, with this node configuration for the test image.
-    pub(crate) fn context(&mut self, words: &str) {
-        let config = format!("db-password=\"{PASSWORD}\" {words}");
+    pub(crate) fn context(&mut self, node_config: &str) {
+        let config = format!("db-password=\"{PASSWORD}\" {node_config}");
         self.vm.context(&wanted(&[
             ("FL_NODE_CONFIG", config.trim()),
             ("FL_LOG_LEVEL", "DEBUG"),
@@ -110,7 +110,7 @@ impl FaultyNode {
     }
 
     fn forget(&mut self) {
-        self.told.clear();
+        self.earlier_output.clear();
         self.since = seconds_now();
     }
 
@@ -122,7 +122,7 @@ impl FaultyNode {
     pub(crate) fn start(&mut self) {
         self.end();
         let agent = self.vm.start();
-        watch_memory(agent.pid());
+        record_peak_memory(agent.pid());
         self.agent = Some(agent);
     }
 
@@ -131,64 +131,69 @@ impl FaultyNode {
         if let Some(mut agent) = self.agent.take() {
             agent.kill();
             assert_ready_was_true(&agent);
-            self.told.extend(messages_of(&agent));
+            self.earlier_output.extend(messages_of(&agent));
         }
     }
 
     /// Starts an agent and waits until the node is ready.
     #[track_caller]
-    pub(crate) fn up(&mut self) {
+    pub(crate) fn start_until_ready(&mut self) {
         self.start();
         self.agent().wait_for_notify("READY=1", TIMEOUT);
-        assert_eq!(self.running().as_deref(), Some("true"), "READY, and {:#?}", self.said());
+        assert_eq!(self.running().as_deref(), Some("true"), "READY, and {:#?}", self.output());
     }
 
     /// Starts an agent and waits until the node is ready or the agent has exited with a retryable
     /// error. Returns whether it is ready.
     #[track_caller]
-    pub(crate) fn tries(&mut self) -> bool {
+    pub(crate) fn start_once(&mut self) -> bool {
         self.start();
         let mut end = None;
         let agent = self.agent();
         let settled = eventually(3 * TIMEOUT, || {
             end = agent.ended();
-            end.is_some() || agent.notifications().iter().any(|told| told.contains("READY=1"))
+            end.is_some() || agent.notifications().iter().any(|message| message.contains("READY=1"))
         });
-        assert!(settled, "neither ready nor at its end: {:#?}", self.said());
+        assert!(settled, "neither ready nor exited: {:#?}", self.output());
         match end {
             None => {
-                assert_eq!(self.running().as_deref(), Some("true"), "READY, and {:#?}", self.said())
+                assert_eq!(
+                    self.running().as_deref(),
+                    Some("true"),
+                    "READY, and {:#?}",
+                    self.output()
+                )
             }
-            Some(code) => assert_eq!(code, 1, "{:#?}", self.said()),
+            Some(code) => assert_eq!(code, 1, "{:#?}", self.output()),
         }
         end.is_none()
     }
 
     /// Starts an agent, and once more if it exits, as systemd does.
     #[track_caller]
-    pub(crate) fn up_in_two(&mut self) {
-        if !self.tries() {
+    pub(crate) fn start_with_one_restart(&mut self) {
+        if !self.start_once() {
             self.proxy.clear_faults();
-            self.up();
+            self.start_until_ready();
         }
     }
 
     /// Sends SIGTERM and waits until the agent has exited and the container is stopped.
     #[track_caller]
-    pub(crate) fn ends(&mut self) {
+    pub(crate) fn terminate(&mut self) {
         let code = self.agent().terminate();
-        assert_eq!(code, 0, "{:#?}", self.said());
+        assert_eq!(code, 0, "{:#?}", self.output());
         assert!(
-            self.agent().notifications().iter().any(|told| told.contains("STOPPING=1")),
+            self.agent().notifications().iter().any(|message| message.contains("STOPPING=1")),
             "{:#?}",
-            self.said()
+            self.output()
         );
-        assert_ne!(self.running().as_deref(), Some("true"), "{:#?}", self.said());
+        assert_ne!(self.running().as_deref(), Some("true"), "{:#?}", self.output());
     }
 
     /// Waits until this agent logs that Flower is connected, the last step of a start.
     #[track_caller]
-    pub(crate) fn connected(&mut self) {
+    pub(crate) fn wait_connected(&mut self) {
         self.agent().wait_for_line("as SuperNode 1", TIMEOUT);
     }
 
@@ -211,17 +216,17 @@ impl FaultyNode {
 
     /// Waits until a run other than this one is in progress.
     #[track_caller]
-    pub(crate) fn runs_anew_after(&self, before: &str) {
+    pub(crate) fn wait_new_run(&self, before: &str) {
         let again = eventually(TIMEOUT, || {
             let now = self.run();
             now.ends_with(" true") && now != before
         });
-        assert!(again, "{}: {:#?}", self.run(), self.said());
+        assert!(again, "{}: {:#?}", self.run(), self.output());
     }
 
     /// Waits until a run other than this one is in progress, in a container that the agent created.
     #[track_caller]
-    pub(crate) fn runs_anew_of_ours_after(&self, before: &str) {
+    pub(crate) fn wait_new_own_run(&self, before: &str) {
         let format = "{{index .Config.Labels \"supernode-agent.spec-hash\"}}";
         let ours = || {
             !self
@@ -231,37 +236,37 @@ impl FaultyNode {
                 .trim()
                 .is_empty()
         };
-        assert!(eventually(TIMEOUT, ours), "{:#?}", self.said());
-        self.runs_anew_after(before);
+        assert!(eventually(TIMEOUT, ours), "{:#?}", self.output());
+        self.wait_new_run(before);
     }
 
     /// Waits until the agent reports that the node runs on its GPU.
     #[track_caller]
-    pub(crate) fn says_it_runs(&self) {
+    pub(crate) fn wait_status_running(&self) {
         let status = || self.vm.run_command("status", &["--json"]).stdout;
         let says = eventually(TIMEOUT / 2, || status().contains("\"status\": \"Running on "));
-        assert!(says, "{}: {:#?}", status(), self.said());
+        assert!(says, "{}: {:#?}", status(), self.output());
     }
 
     /// Waits until OneGate has this attribute of the node.
     #[track_caller]
-    pub(crate) fn is_published(&self, name: &str, value: &str) {
+    pub(crate) fn wait_published(&self, name: &str, value: &str) {
         let there = || self.published().get(name).is_some_and(|found| found == value);
-        assert!(eventually(TIMEOUT, there), "{:?}: {:#?}", self.published(), self.said());
+        assert!(eventually(TIMEOUT, there), "{:?}: {:#?}", self.published(), self.output());
     }
 
     /// All output of agents since the last reset: log, standard output, notifications to systemd.
-    pub(crate) fn said(&self) -> Vec<String> {
+    pub(crate) fn output(&self) -> Vec<String> {
         let now = self.agent.iter().flat_map(messages_of);
-        self.told.iter().cloned().chain(now).collect()
+        self.earlier_output.iter().cloned().chain(now).collect()
     }
 
     /// Asserts the invariants that hold after any fault; [`FaultyNode::assert_no_secret`] checks
     /// the remaining one.
     #[track_caller]
-    pub(crate) fn assert_trustworthy(&self) {
+    pub(crate) fn assert_invariants(&self) {
         let daemon_json = fs::read_to_string(self.engine.daemon_json()).unwrap();
-        let with_runtime = self.daemon_json.replace("\n}\n", WITH_RUNTIME);
+        let with_runtime = self.daemon_json.replace("\n}\n", RUNTIME_ENTRY);
         assert!([&self.daemon_json, &with_runtime].contains(&&daemon_json), "{daemon_json}");
         if let Some(agent) = &self.agent {
             assert_ready_was_true(agent);
@@ -269,15 +274,15 @@ impl FaultyNode {
         let ours =
             self.engine.docker(&["ps", "-aq", "--filter", "label=supernode-agent.spec-hash"]);
         let ours = ours.expect_success().lines().count();
-        assert!(ours <= 1, "{ours} containers: {:#?}", self.said());
+        assert!(ours <= 1, "{ours} containers: {:#?}", self.output());
         let runs = self.runs();
         self.assert_one_at_a_time(&runs);
         self.assert_warned_before(&runs);
-        self.assert_cloud_heard_the_truth(&runs);
+        self.assert_published_readiness(&runs);
     }
 
     /// Number of runs of its container in the engine's event history since the last reset.
-    pub(crate) fn count_of_runs(&self) -> usize {
+    pub(crate) fn run_count(&self) -> usize {
         self.runs().len()
     }
 
@@ -327,22 +332,22 @@ impl FaultyNode {
     fn assert_one_at_a_time(&self, runs: &[Run]) {
         for (at, run) in runs.iter().enumerate() {
             let other = runs[..at].iter().find(|other| other.to > run.from);
-            assert!(other.is_none(), "two containers ran at once: {runs:#?}, {:#?}", self.said());
+            assert!(other.is_none(), "two containers ran at once: {runs:#?}, {:#?}", self.output());
         }
     }
 
     fn assert_warned_before(&self, runs: &[Run]) {
-        let said = self.said();
-        let warnings = said
+        let output = self.output();
+        let warnings = output
             .iter()
             .filter(|line| line.contains(" WARNING ") && line.contains("runs on the CPU"));
         let first = warnings.filter_map(|line| seconds_of(line)).fold(f64::INFINITY, f64::min);
         for run in runs.iter().filter(|run| run.on_cpu) {
-            assert!(first < run.from, "no WARNING before {run:?}: {said:#?}");
+            assert!(first < run.from, "no WARNING before {run:?}: {output:#?}");
         }
     }
 
-    fn assert_cloud_heard_the_truth(&self, runs: &[Run]) {
+    fn assert_published_readiness(&self, runs: &[Run]) {
         let first = runs.first().map_or(f64::INFINITY, |run| run.from);
         for request in self.onegate.requests() {
             let at = seconds_now() - request.at.elapsed().as_secs_f64();
@@ -351,14 +356,15 @@ impl FaultyNode {
             if at < self.since.max(first) || !update.contains("READY=YES") {
                 continue;
             }
-            let ran = runs.iter().any(|run| run.from <= at && at <= run.to + NEWS_TRAVEL_SECONDS);
-            assert!(ran, "{update:?} at {at}: {runs:#?}, {:#?}", self.said());
+            let ran =
+                runs.iter().any(|run| run.from <= at && at <= run.to + MAX_PUBLISH_DELAY_SECONDS);
+            assert!(ran, "{update:?} at {at}: {runs:#?}, {:#?}", self.output());
         }
     }
 
     fn assert_no_secret(&self) {
         let token = self.onegate.change(|state| state.vms[&VM].token.clone());
-        let mut all = self.said();
+        let mut all = self.output();
         all.push(fs::read_to_string(self.vm.path("state/status.json")).unwrap_or_default());
         for command in ["status", "plan"] {
             for arguments in [&[][..], &["--json"]] {
@@ -394,10 +400,10 @@ fn messages_of(agent: &Agent) -> Vec<String> {
 #[track_caller]
 fn assert_ready_was_true(agent: &Agent) {
     let lines = agent.lines();
-    let has_said = |text: &str| lines.iter().any(|line| line.contains(text));
-    if agent.notifications().iter().any(|told| told.contains("READY=1")) {
+    let has_line = |text: &str| lines.iter().any(|line| line.contains(text));
+    if agent.notifications().iter().any(|message| message.contains("READY=1")) {
         assert!(
-            has_said("started the container") || has_said("adopted the running container"),
+            has_line("started the container") || has_line("adopted the running container"),
             "{lines:#?}"
         );
     }
@@ -424,7 +430,7 @@ fn seconds_of(line: &str) -> Option<f64> {
 }
 
 /// Records the peak memory of this process while it runs.
-fn watch_memory(pid: u32) {
+fn record_peak_memory(pid: u32) {
     thread::spawn(move || {
         while let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) {
             let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -453,11 +459,11 @@ impl Table {
         node: &mut FaultyNode,
         name: &str,
         holds: &str,
-        story: impl FnOnce(&mut FaultyNode) -> Instant,
+        scenario: impl FnOnce(&mut FaultyNode) -> Instant,
     ) {
-        match report_cause(node, story) {
+        match run_scenario(node, scenario) {
             Ok(seconds) => {
-                report(&format!("FAULT {name:<64} held    recovered in {seconds:>5.1} s  {holds}"))
+                report(&format!("FAULT {name:<64} passed  recovered in {seconds:>5.1} s  {holds}"))
             }
             Err(why) => {
                 report(&format!("FAULT {name:<64} FAILED  {holds}\n{why}"));
@@ -477,7 +483,7 @@ impl Table {
             .to_string_lossy();
         let peak = PEAK_KIB.load(Ordering::Relaxed) as f64 / 1024.0;
         report(&format!(
-            "MEASURED peak memory of the agent over the faults so far: {peak:.1} MiB ({build} build)"
+            "MEASURED peak memory of the agent during the faults so far: {peak:.1} MiB ({build} build)"
         ));
         assert!(self.failed.is_empty(), "{:#?}", self.failed);
     }
@@ -485,15 +491,15 @@ impl Table {
 
 /// Runs the scenario and asserts the invariants. Returns the seconds from the fault to the
 /// recovery.
-fn report_cause(
+fn run_scenario(
     node: &mut FaultyNode,
-    story: impl FnOnce(&mut FaultyNode) -> Instant,
+    scenario: impl FnOnce(&mut FaultyNode) -> Instant,
 ) -> Result<f64, String> {
-    let told = catch_unwind(AssertUnwindSafe(|| {
-        let seconds = story(node).elapsed().as_secs_f64();
-        node.assert_trustworthy();
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let seconds = scenario(node).elapsed().as_secs_f64();
+        node.assert_invariants();
         node.assert_no_secret();
         seconds
     }));
-    told.map_err(|why| why.downcast_ref::<String>().cloned().unwrap_or_default())
+    outcome.map_err(|why| why.downcast_ref::<String>().cloned().unwrap_or_default())
 }
