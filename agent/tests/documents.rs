@@ -125,25 +125,24 @@ fn manual_lists_every_variable_and_reason() {
                 .collect();
             let (about, values, unset) = (variable.about, variable.kind.values(), variable.unset);
             format!(
-                ".TP\n.B {}\n{}.\nValues: {}.\nUnset: {}.\n",
+                ".TP\n.B {}\n{}{}{}",
                 names.join(", "),
-                roff(about),
-                roff(&values),
-                roff(unset)
+                roff_prose(&format!("{about}.")),
+                roff_prose(&format!("Values: {values}.")),
+                roff_prose(&format!("Unset: {unset}."))
             )
         })
         .collect();
     let reasons: String = CATALOGUE
         .iter()
         .map(|entry| {
-            let (code, meaning) = (roff(entry.code), roff(entry.meaning));
-            let fixes = entry
-                .fix
-                .all()
-                .into_iter()
-                .map(|(target, fix)| format!(".br\n{target}: {}.\n", roff(fix)));
+            let (code, meaning) = (roff(entry.code), roff_prose(entry.meaning));
+            let fixes =
+                entry.fix.all().into_iter().map(|(target, fix)| {
+                    format!(".br\n{}", roff_prose(&format!("{target}: {fix}.")))
+                });
             format!(
-                ".TP\n.B {code}\n{meaning}\n{}.br\nMESSAGE_ID={}\n",
+                ".TP\n.B {code}\n{meaning}{}.br\nMESSAGE_ID={}\n",
                 fixes.collect::<String>(),
                 entry.message_id
             )
@@ -161,21 +160,17 @@ fn manual_lists_every_variable_and_reason() {
 #[test]
 fn settings_manual_matches_example_file() {
     let mut settings = String::new();
-    for line in
-        read("packaging/examples/agent.toml").lines().skip_while(|line| !line.starts_with('['))
-    {
-        let (setting, about) = line.split_once('#').unwrap_or((line, ""));
-        match (setting.trim(), roff(about.trim())) {
-            ("", _) => {}
-            (section, _) if section.starts_with('[') => {
-                settings.push_str(&format!(".SS {section}\n"))
-            }
-            (setting, about) if about.is_empty() => {
-                settings.push_str(&format!(".TP\n.B {}\n", roff(setting)))
-            }
-            (setting, about) => {
-                settings.push_str(&format!(".TP\n.B {}\n{about}.\n", roff(setting)))
-            }
+    let mut comment = String::new();
+    let example = read("packaging/examples/agent.toml");
+    for line in example.lines().skip_while(|line| !line.starts_with('[')) {
+        if let Some(text) = line.strip_prefix('#') {
+            comment.push_str(&format!("{}\n", roff(text.trim())));
+        } else if line.starts_with('[') {
+            settings.push_str(&format!(".SS {line}\n"));
+        } else if !line.is_empty() {
+            assert!(!comment.is_empty(), "no comment above: {line}");
+            settings.push_str(&format!(".TP\n.B {}\n{comment}", roff(line)));
+            comment.clear();
         }
     }
     let page = "packaging/man/agent.toml.5";
@@ -283,8 +278,19 @@ fn wrap(text: &str, columns: usize) -> Vec<String> {
     lines
 }
 
+/// Escapes text for a man page and wraps it.
+fn roff_prose(text: &str) -> String {
+    const COLUMNS: usize = 100;
+    let lines = wrap(&text.replace('\\', "\\e").replace('-', "\\-"), COLUMNS - 2);
+    lines.iter().map(|line| format!("{}{line}\n", request_escape(line))).collect()
+}
+
 /// Escapes text for a man page: backslashes, literal hyphens, and a line that would be a request.
 fn roff(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-");
-    if text.starts_with(['.', '\'']) { format!("\\&{text}") } else { text }
+    format!("{}{text}", request_escape(&text))
+}
+
+fn request_escape(line: &str) -> &'static str {
+    if line.starts_with(['.', '\'']) { "\\&" } else { "" }
 }
