@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The shell way, which `make bench` measures the agent against: what an appliance does that is written with the docker command
-# line, nvidia-smi, jq and curl. The steps are the agent's, and so is the container; what the agent does beyond them (adopting,
-# supervising, finding causes) is left out, in favour of the shell.
+# Shell script that `make bench` compares the agent with: an appliance written with the docker CLI,
+# nvidia-smi, jq and curl. Steps and container are the agent's. What the agent does beyond that
+# (adoption, supervision, diagnosis) is left out, in favour of the script.
 #
-#   shell-way.sh CONTEXT SOCKET DAEMON_JSON DATA_FOLDER
+#   shell-way.sh CONTEXT SOCKET DAEMON_JSON DATA_DIRECTORY
 set -euo pipefail
 
 context=$1 socket=$2 daemon_json=$3 data=$4
 export DOCKER_HOST=unix://$socket
 name=flower-supernode
 
-# Validate. (The context is sourced, as appliances do.)
+# Validate. The context is sourced, as appliances do.
 # shellcheck source=/dev/null
 . "$context"
 [[ ${FL_SUPERLINK_ADDRESS:?} =~ ^[A-Za-z0-9.-]+:[0-9]+$ ]]
@@ -27,27 +27,32 @@ for _ in {1..60}; do
 done
 docker info --format '{{json .Runtimes}}' >"$data/runtimes.json"
 
-# Detect the GPU, and have Docker know NVIDIA's runtime.
+# Detect the GPU and register NVIDIA's runtime in Docker.
 gpu=()
 if [ "$FL_GPU_ENABLED" = YES ]; then
-    uuid=$(nvidia-smi --query-gpu=index,uuid,name,memory.total --format=csv,noheader,nounits | cut -d, -f2 | tr -d ' ')
+    uuid=$(nvidia-smi --query-gpu=index,uuid,name,memory.total --format=csv,noheader,nounits |
+        cut -d, -f2 | tr -d ' ')
     if [ "$(jq 'has("nvidia")' "$data/runtimes.json")" != true ]; then
-        jq '.runtimes.nvidia = {path: "nvidia-container-runtime", runtimeArgs: []}' "$daemon_json" >"$daemon_json.next"
+        jq '.runtimes.nvidia = {path: "nvidia-container-runtime", runtimeArgs: []}' \
+            "$daemon_json" >"$daemon_json.next"
         mv "$daemon_json.next" "$daemon_json"
         systemctl reload docker
     fi
-    gpu=(--runtime nvidia --env "NVIDIA_VISIBLE_DEVICES=$uuid" --env "NVIDIA_DRIVER_CAPABILITIES=compute,utility")
+    gpu=(--runtime nvidia --env "NVIDIA_VISIBLE_DEVICES=$uuid"
+        --env "NVIDIA_DRIVER_CAPABILITIES=compute,utility")
 fi
 
 # Launch.
 docker image inspect "$image" >/dev/null
 docker rm --force "$name" >/dev/null 2>&1 || true
-docker create --name "$name" --user 49999:49999 --init --cap-drop ALL --security-opt no-new-privileges --pids-limit 4096 \
-    --log-driver local --tmpfs /tmp --mount "type=bind,source=$data,target=/data,readonly" "${gpu[@]}" "$image" \
+docker create --name "$name" --user 49999:49999 --init --cap-drop ALL \
+    --security-opt no-new-privileges --pids-limit 4096 \
+    --log-driver local --tmpfs /tmp --mount "type=bind,source=$data,target=/data,readonly" \
+    "${gpu[@]}" "$image" \
     --insecure --superlink "$FL_SUPERLINK_ADDRESS" --isolation subprocess >/dev/null
 docker start "$name" >/dev/null
 
-# Wait until it runs.
+# Wait until the container runs.
 until [ "$(docker inspect --format '{{.State.Running}}' "$name")" = true ]; do
     sleep 0.1
 done

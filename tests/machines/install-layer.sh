@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the layer that the machines have above the root file system: the package, as dpkg installs it, the simulator for
-# one-context, and the harness. Nothing is changed in ROOT.
+# Builds the layer above the root file system of the VMs: the package as dpkg installs it, the
+# one-context simulator and the harness. Does not change ROOT.
 #
 #   install-layer.sh ROOT PACKAGE.deb LAYER
 set -euo pipefail
@@ -12,7 +12,7 @@ trap 'rm -rf --one-file-system "$part"' EXIT
 chmod 755 "$part"
 mkdir "$part/work" "$part/merged" "$part/upper"
 export part root guest package
-# A mount namespace of its own: whatever happens, nothing stays mounted.
+# Use a separate mount namespace, so that no mount remains after a failure.
 unshare --mount bash -euo pipefail <<'INSIDE'
 mount --make-rprivate /
 mount -t overlay machine -o "lowerdir=$root,upperdir=$part/upper,workdir=$part/work" "$part/merged"
@@ -20,7 +20,7 @@ cd "$part/merged"
 mount --bind /proc proc
 cp -R --preserve=mode "$guest/." .
 cp "$package" harness/package.deb
-# No service is started in a root file system that has not booted.
+# Prevent dpkg from starting services in a root file system that is not booted.
 printf '#!/bin/sh\nexit 101\n' >usr/sbin/policy-rc.d
 chmod 755 usr/sbin/policy-rc.d
 chroot . env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive LANG=C.UTF-8 \

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# `make test-image`: boots the QCOW2 that `make image` built, unchanged, under UEFI, with a context on a CD, and looks whether it
-# becomes a node with its one WARNING. Nothing is put into the image: the test comes in through SMBIOS, as systemd's credentials,
-# and what it found goes out by another disk. Two minutes without KVM.
+# `make test-image`: boots the unmodified QCOW2 image of `make image` under UEFI with a context on a
+# CD, and checks that it becomes a node with exactly one WARNING. The test enters the VM through
+# SMBIOS as systemd credentials and returns its results on a second disk. Takes two minutes without
+# KVM.
 #
 #   test-image.sh IMAGE.qcow2
 set -euo pipefail
@@ -9,7 +10,7 @@ set -euo pipefail
 image=$(realpath "${1:?usage: test-image.sh IMAGE.qcow2}")
 size=$(stat -c %s "$image")
 [ "$size" -lt $((2 * 1024 * 1024 * 1024)) ] || {
-    echo "test-image: $image has $size bytes, 2 GiB or more" >&2
+    echo "test-image: $image has $size bytes; the limit is 2 GiB" >&2
     exit 1
 }
 work=$(mktemp -d)
@@ -29,7 +30,7 @@ VMID='7'
 CONTEXT
 xorriso -as mkisofs -quiet -V CONTEXT -J -R -o "$work/context.iso" "$work/context" 2>/dev/null
 
-# What runs in the machine, after everything else.
+# Runs in the VM after everything else.
 cat >"$work/harness.service" <<'UNIT'
 [Unit]
 After=multi-user.target one-context.service
@@ -38,26 +39,41 @@ Type=oneshot
 StandardOutput=append:/run/output
 StandardError=append:/run/output
 ExecStart=/bin/bash -xc 'systemctl status --no-pager flower-supernode; \
-    docker inspect --format "runs {{.State.Running}} on {{.HostConfig.Runtime}} from {{.Config.Image}}" flower-supernode; \
-    for _ in $(seq 300); do docker logs flower-supernode 2>&1 | grep "Starting Flower SuperNode" && break; sleep 0.2; done; \
+    docker inspect flower-supernode --format \
+        "runs {{.State.Running}} on {{.HostConfig.Runtime}} from {{.Config.Image}}"; \
+    for _ in $(seq 300); do \
+        docker logs flower-supernode 2>&1 | grep "Starting Flower SuperNode" && break; \
+        sleep 0.2; \
+    done; \
     cat /run/onegate-updated; \
-    journalctl --no-pager --unit flower-supernode --priority warning --output cat | sed "s/^/warning: /"; \
+    journalctl --no-pager --unit flower-supernode --priority warning --output cat | \
+        sed "s/^/warning: /"; \
     systemctl list-units --failed --plain --no-legend | sed "s/^/failed: /"; \
     journalctl --quiet --no-pager --boot --grep "ordering cycle" | sed "s/^/cycle: /"; \
-    [ -d /sys/firmware/efi ] && echo booted by UEFI'
-ExecStopPost=/bin/sh -c 'journalctl --no-pager --boot --output short-monotonic >/run/journal; tar -C /run -cf /dev/disk/by-id/virtio-harness output journal; systemctl --no-block poweroff'
+    [ -d /sys/firmware/efi ] && echo booted under UEFI'
+ExecStopPost=/bin/sh -c 'journalctl --no-pager --boot --output short-monotonic >/run/journal; \
+    tar -C /run -cf /dev/disk/by-id/virtio-harness output journal; \
+    systemctl --no-block poweroff'
 UNIT
 printf '[Unit]\nWants=harness.service\n' >"$work/wants"
-credential() { printf 'type=11,value=io.systemd.credential.binary:%s=%s' "$1" "$(base64 -w0 "$2")"; }
+credential() {
+    printf 'type=11,value=io.systemd.credential.binary:%s=%s' "$1" "$(base64 -w0 "$2")"
+}
 truncate -s 32M "$work/out"
 cp /usr/share/OVMF/OVMF_VARS_4M.fd "$work/vars"
 began=$SECONDS
-timeout -k 5 600 qemu-system-x86_64 -accel tcg,thread=multi -cpu max -machine q35 -smp 2 -m 2048 -nodefaults -display none -no-reboot \
-    -serial "file:$work/console" -object rng-random,id=rng,filename=/dev/urandom -device virtio-rng-pci,rng=rng \
-    -drive if=pflash,format=raw,readonly=on,file=/usr/share/OVMF/OVMF_CODE_4M.fd -drive "if=pflash,format=raw,file=$work/vars" \
-    -drive "file=$image,format=qcow2,if=none,id=root,snapshot=on,cache=unsafe" -device virtio-blk-pci,drive=root,bootindex=1 \
-    -drive "file=$work/out,format=raw,if=none,id=out,cache=unsafe" -device virtio-blk-pci,drive=out,serial=harness \
-    -netdev user,id=net,restrict=on -device virtio-net-pci,netdev=net,mac=02:00:0a:00:02:0f,romfile= \
+timeout -k 5 600 qemu-system-x86_64 -accel tcg,thread=multi -cpu max -machine q35 -smp 2 -m 2048 \
+    -nodefaults -display none -no-reboot \
+    -serial "file:$work/console" -object rng-random,id=rng,filename=/dev/urandom \
+    -device virtio-rng-pci,rng=rng \
+    -drive if=pflash,format=raw,readonly=on,file=/usr/share/OVMF/OVMF_CODE_4M.fd \
+    -drive "if=pflash,format=raw,file=$work/vars" \
+    -drive "file=$image,format=qcow2,if=none,id=root,snapshot=on,cache=unsafe" \
+    -device virtio-blk-pci,drive=root,bootindex=1 \
+    -drive "file=$work/out,format=raw,if=none,id=out,cache=unsafe" \
+    -device virtio-blk-pci,drive=out,serial=harness \
+    -netdev user,id=net,restrict=on \
+    -device virtio-net-pci,netdev=net,mac=02:00:0a:00:02:0f,romfile= \
     -drive "file=$work/context.iso,format=raw,if=none,id=context,media=cdrom,readonly=on" \
     -device virtio-scsi-pci -device scsi-cd,drive=context \
     -smbios "$(credential systemd.extra-unit.harness.service "$work/harness.service")" \
@@ -75,15 +91,23 @@ expect() {
         failed=1
     fi
 }
-expect '^booted by UEFI' "it boots by UEFI, unchanged"
-expect '^runs true on runc from flwr/supernode:' "the prebaked framework image runs, on the CPU"
-expect 'Starting Flower SuperNode' "the real Flower in it starts"
+expect '^booted under UEFI' "the unmodified image boots under UEFI"
+expect '^runs true on runc from flwr/supernode:' "the prebaked framework image runs on the CPU"
+expect 'Starting Flower SuperNode' "Flower starts"
 expect '^warning: No usable GPU.*gpu-not-passed-through' "the WARNING names the cause"
-expect 'Status: "Running on the CPU: gpu-not-passed-through' "systemctl status tells device and cause"
+expect 'Status: "Running on the CPU: gpu-not-passed-through' \
+    "systemctl status shows the device and the cause"
 expect 'READY=YES' "READY is reported once the container runs"
-[ "$(grep -c '^warning: ' "$work/output")" = 1 ] || { failed=1; echo "   FAILED: one warning and no more"; }
-! grep -E '^(failed|cycle): ' "$work/output" || { failed=1; echo "   FAILED: no failed unit, no ordering cycle"; }
-printf '   %d MiB, booted and off again in %d s; the container was started at: %s\n' $((size / 1024 / 1024)) $((SECONDS - began)) \
+[ "$(grep -c '^warning: ' "$work/output")" = 1 ] || {
+    failed=1
+    echo "   FAILED: exactly one warning"
+}
+! grep -E '^(failed|cycle): ' "$work/output" || {
+    failed=1
+    echo "   FAILED: no failed unit, no ordering cycle"
+}
+printf '   %d MiB; booted and powered off in %d s; container started at %s\n' \
+    $((size / 1024 / 1024)) $((SECONDS - began)) \
     "$(grep -m 1 'started the container' "$work/journal" | cut -d']' -f1)]"
 [ $failed = 0 ] || {
     cat "$work/output"

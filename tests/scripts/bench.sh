@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# `make bench`: what the agent costs, as it is shipped, beside what a user would pick instead (tests/bench/README.md).
+# `make bench`: measures the resource usage of the packaged agent next to alternatives
+# (tests/bench/README.md).
 #
 #   bench.sh [--short]
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 package=$(packaging/build-deb.sh)
-# The one in the package: what is built next for all together has the features of everybody's crates.
+# Use the packaged binary: the next build unifies the features of all workspace crates.
 target=$(realpath "${CARGO_TARGET_DIR:-target}")
 cp "$target/release/supernode-agent" "$target/bench-agent"
 cargo build --release --locked --quiet -p supernode-bench -p supernode-tests -p nvml-simulator
-# What it starts is in its group, and ends with it, whatever happens.
+# Run the benchmark in its own process group, so that all its children are killed with it.
 set -m
 SUPERNODE_AGENT=$target/bench-agent "$target/release/supernode-bench" --package "$package" "$@" &
 trap 'kill -KILL -- -$! 2>/dev/null || true' EXIT

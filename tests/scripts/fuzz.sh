@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# `make fuzz`: runs every fuzz target for FUZZ_SECONDS (300), as many at a time as there are processors, and prints how often
-# each was executed. A crash fails, with the input that reproduces it. What a run finds on its way is kept in the cache, where
-# the next one begins.
+# `make fuzz`: runs every fuzz target for FUZZ_SECONDS (300), one per processor at a time, and
+# prints the number of executions. A crash fails the run and prints how to reproduce it. The corpus
+# is kept in the cache and extended by each run. FUZZ_SEED makes a run reproducible.
 #
 #   fuzz.sh [TARGET…]
 #
-# cargo-fuzz is not needed: the instrumentation is LLVM's, which the stable compiler has. There is no AddressSanitizer, for the
-# code under test is safe Rust; overflows and debug assertions are findings.
+# Does not need cargo-fuzz: the instrumentation is LLVM's, which the stable compiler includes. There
+# is no AddressSanitizer because the code under test is safe Rust; overflows and failed debug
+# assertions are findings.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../fuzz"
@@ -21,22 +22,23 @@ skip() {
     exit 0
 }
 command -v c++ >/dev/null || skip "libFuzzer needs a C++ compiler (package g++)"
-# The versions that are shipped; cargo adds libFuzzer's.
+# The shipped versions; cargo adds those of libFuzzer.
 cp ../../Cargo.lock Cargo.lock
-cargo fetch --quiet --target "$triple" || skip "its crates cannot be had from here"
+cargo fetch --quiet --target "$triple" || skip "cannot fetch its crates"
 
-# A build folder for each compiler: what changes in Cargo.lock is built anew, and the rest is not. --target, so that build scripts
-# are not instrumented.
+# One build directory per compiler version, so that only changed dependencies are rebuilt. --target
+# keeps build scripts uninstrumented.
 build=$cache/build-$(rustc -V | cut -d' ' -f2)
 flags=(-Cpasses=sancov-module)
 for flag in level=4 inline-8bit-counters pc-table trace-compares; do
     flags+=("-Cllvm-args=-sanitizer-coverage-$flag")
 done
 began=$SECONDS
-RUSTFLAGS="${flags[*]}" cargo build --release --quiet --locked --bins --target "$triple" --target-dir "$build"
-echo "== built: $((SECONDS - began)) s"
+RUSTFLAGS="${flags[*]}" cargo build --release --quiet --locked --bins --target "$triple" \
+    --target-dir "$build"
+echo "== fuzz targets built: $((SECONDS - began)) s"
 
-# What the tree has already of a target's input, beside its own corpus.
+# Additional seed inputs in the repository.
 declare -A in_tree=(
     [certificate]=agent/tests/certificates
     [context]="one-context/tests/cases packaging/examples"
@@ -44,15 +46,17 @@ declare -A in_tree=(
     [variables]="one-context/tests/cases packaging/examples"
 )
 fuzz() {
-    local target=$1 status=0 found=$cache/corpus/$1 corpora folder
+    local target=$1 status=0 found=$cache/corpus/$1 corpora directory
     [ -z "$seed" ] || found=$(mktemp -d)
     corpora=("$found")
     mkdir -p "$found" "artifacts/$1"
-    for folder in "corpus/$target" ${2:-}; do
-        [ ! -d "$folder" ] || corpora+=("$folder")
+    for directory in "corpus/$target" ${2:-}; do
+        [ ! -d "$directory" ] || corpora+=("$directory")
     done
-    "$build/$triple/release/$target" "${corpora[@]}" ${seed:+-seed="$seed"} -max_total_time="$seconds" -max_len=8192 \
-        -timeout=10 -print_final_stats=1 -artifact_prefix="artifacts/$target/" >"$cache/$target.log" 2>&1 || status=$?
+    "$build/$triple/release/$target" "${corpora[@]}" ${seed:+-seed="$seed"} \
+        -max_total_time="$seconds" -max_len=8192 \
+        -timeout=10 -print_final_stats=1 -artifact_prefix="artifacts/$target/" \
+        >"$cache/$target.log" 2>&1 || status=$?
     [ -z "$seed" ] || rm -rf "$found"
     if [ $status = 0 ]; then
         printf '   %-12s %10d executions in %d s\n' "$target" \
@@ -60,7 +64,8 @@ fuzz() {
     else
         echo "   $target FAILED: $cache/$target.log ends with"
         tail -n 30 "$cache/$target.log"
-        sed -n "s|.*Test unit written to |   again: $build/$triple/release/$target $PWD/|p" "$cache/$target.log"
+        sed -n "s|.*Test unit written to |   reproduce: $build/$triple/release/$target $PWD/|p" \
+            "$cache/$target.log"
         return 1
     fi
 }
@@ -68,6 +73,6 @@ export -f fuzz
 export seconds seed cache build triple
 [ $# -gt 0 ] || mapfile -t < <(basename -s .rs targets/*.rs)
 for target in "${@:-${MAPFILE[@]}}"; do
-    folders=${in_tree[$target]:-}
-    printf '%s\0%s\0' "$target" "${folders:+../../${folders// / ..\/..\/}}"
+    directories=${in_tree[$target]:-}
+    printf '%s\0%s\0' "$target" "${directories:+../../${directories// / ..\/..\/}}"
 done | xargs -0 -n 2 -P "$(nproc)" bash -euo pipefail -c 'fuzz "$@"' fuzz

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Puts the image into Docker, under the name that the agent asks for by default.
+# Loads the test image into Docker under the agent's default image name.
 set -eu
 docker image inspect flower-supernode-pytorch:1.31.0 >/dev/null 2>&1 && exit
 changes=()

@@ -1,12 +1,13 @@
 #!/bin/bash
-# Runs the test's script, keeps what it said, its exit code and the journal, and powers the machine off.
-# wait_for COMMAND…: until it succeeds, at most a minute.
+# Runs the test's script, saves its output, its exit code and the journal, and powers the VM off.
+#
+# wait_for COMMAND…: repeats the command until it succeeds, for at most a minute.
 wait_for() {
     for _ in $(seq 600); do
         "$@" >/dev/null 2>&1 && return
         sleep 0.1
     done
-    echo "waited for in vain: $*"
+    echo "timed out waiting for: $*"
     return 1
 }
 (
@@ -17,7 +18,7 @@ wait_for() {
 echo $? >/harness/code
 journalctl --sync
 journalctl --boot --output=json --all --no-pager >/harness/journal
-# A machine with a disk of its own gives them back by another disk.
+# A VM with its own disk returns the results on a second disk.
 out=/dev/disk/by-id/virtio-harness
 [ ! -e $out ] || tar -C /harness -cf $out output code journal
 systemctl --no-block poweroff
