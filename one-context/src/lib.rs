@@ -1,17 +1,19 @@
-//! OpenNebula's contextualization, read as data.
+//! OpenNebula contextualization and OneGate for programs that run in a VM.
 //!
-//! The cloud hands a VM its settings as shell files: `context.sh` on the context CD, copied by
-//! one-context to `/run/one-context/`. Shells source them; this crate does not. It knows the one
-//! form in which OpenNebula writes them, takes nothing else, and names the place of what it
-//! refuses. Values may be secrets: no error and no `Debug` shows one.
+//! OpenNebula passes settings to a VM as a shell file, `context.sh` on the context CD, which
+//! one-context copies to `/run/one-context/`. Shell scripts source it; this crate parses it as
+//! data. It accepts exactly the format that OpenNebula writes and reports the position of anything
+//! else. Values can be secrets: no error and no `Debug` output contains one.
 //!
-//! - [`parse`]: the text of `context.sh` to names and values (pure)
-//! - [`context`]: [`Context`], the typed look-ups (pure)
-//! - [`source`]: which file to read, and when it is whole
-//! - [`onegate`]: what the cloud tells a running VM, and what that publishes
+//! - [`parse`]: parser for `context.sh` (pure)
+//! - [`context`]: [`Context`], the variables and typed accessors (pure)
+//! - [`source`]: reads the current file, and waits until it is complete
+//! - [`onegate`]: client for OneGate, through which a VM queries its service and publishes
+//!   attributes
 //!
 //! ```
-//! let context = one_context::Context::parse(b"# a comment\nSET_HOSTNAME='alice'\\''s node'\nVMID='7'\n")?;
+//! let text = b"# a comment\nSET_HOSTNAME='alice'\\''s node'\nVMID='7'\n";
+//! let context = one_context::Context::parse(text)?;
 //! assert_eq!(context.text("SET_HOSTNAME"), Ok(Some("alice's node")));
 //! # Ok::<(), one_context::ParseError>(())
 //! ```
@@ -21,6 +23,6 @@ pub mod onegate;
 pub mod parse;
 pub mod source;
 
-pub use context::{Context, NotText, Secret};
+pub use context::{Context, NotUtf8, Secret};
 pub use parse::{ParseError, ParseErrorKind};
 pub use source::{SourceError, read_context, read_token};

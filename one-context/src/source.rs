@@ -1,5 +1,5 @@
-//! Which file of one-context to read, and when it is whole. It blocks. Nothing is ever given to a
-//! shell: values come from `context.sh.*`, and only the token from `one_env`.
+//! Reads the files of one-context. Blocking. No value is ever passed to a shell: variables are
+//! parsed from `context.sh.*`, and only the token is read from `one_env`.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -13,74 +13,72 @@ use rustix::io::Errno;
 use crate::context::{Context, Secret};
 use crate::parse::ParseError;
 
-/// What each stage of one-context copies from the context CD; the last stage first.
+/// Copies of `context.sh`, one for each stage of one-context; the last stage first.
 const CONTEXT_FILES: [&str; 3] = ["context.sh.network", "context.sh.online", "context.sh.local"];
-/// Far more than fits in a context, far less than harms a small VM.
-const CONTEXT_LIMIT_BYTES: u64 = 16 * 1024 * 1024;
-/// How often a file that may be half-written is read, and how long one-context has in between to
-/// complete it.
-const TRIES: usize = 10;
-const PAUSE: Duration = Duration::from_millis(100);
+/// Size limit: far above that of any context, far below the memory of a small VM.
+const MAX_CONTEXT_BYTES: u64 = 16 * 1024 * 1024;
+/// Number of reads of a file that may be incomplete, and the interval between them.
+const MAX_ATTEMPTS: usize = 10;
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 const ENV_FILE: &str = "one_env";
-/// The lines that one-context writes before those of the operator's variables, which can forge any
-/// line after them.
-const ENV_OWN_LINES: usize = 3;
-/// More than those lines take.
+/// Lines that one-context writes before the operator's variables, which can forge any later line.
+const ENV_TRUSTED_LINES: usize = 3;
+/// Upper limit for the size of these lines.
 const ENV_HEAD_BYTES: u64 = 64 * 1024;
 
 /// Reads the context from the newest `context.sh.*` in `dir` (`/run/one-context`).
 ///
-/// one-context copies these files in place, so a reader can see half of one. A file that has no
-/// variable, ends too early or lacks its last line break is read again for up to a second, during
-/// which this call blocks. What can be read by then is taken, but for an empty file.
+/// one-context writes these files in place, so a reader can see an incomplete file. A file that has
+/// no variable, ends too early or lacks its last line break is read again for up to one second,
+/// during which this call blocks. After that the content is accepted as it is, unless it is empty.
 ///
 /// # Errors
-/// [`SourceError`]; see [`SourceError::is_invalid`] for whether a later call can succeed with the
-/// same content.
+/// Returns [`SourceError`]; [`SourceError::is_invalid`] reports whether the content must change.
 pub fn read_context(dir: &Path) -> Result<Context, SourceError> {
-    for _ in 1..TRIES {
-        if let Reading::Whole(context) = read_newest(dir)? {
+    for _ in 1..MAX_ATTEMPTS {
+        if let Reading::Complete(context) = read_newest(dir)? {
             return Ok(context);
         }
-        thread::sleep(PAUSE);
+        thread::sleep(RETRY_INTERVAL);
     }
     match read_newest(dir)? {
-        Reading::Whole(context) => Ok(context),
-        Reading::MaybeHalf(outcome) => outcome,
+        Reading::Complete(context) => Ok(context),
+        Reading::Incomplete(outcome) => outcome,
     }
 }
 
 enum Reading {
-    Whole(Context),
-    /// What to answer if it stays like this.
-    MaybeHalf(Result<Context, SourceError>),
+    Complete(Context),
+    /// With the result to return if the file does not change any more.
+    Incomplete(Result<Context, SourceError>),
 }
 
 fn read_newest(dir: &Path) -> Result<Reading, SourceError> {
     let path = newest(dir)?;
-    let text = read_head(&path, CONTEXT_LIMIT_BYTES + 1)?;
-    if text.len() as u64 > CONTEXT_LIMIT_BYTES {
+    let text = read_head(&path, MAX_CONTEXT_BYTES + 1)?;
+    if text.len() as u64 > MAX_CONTEXT_BYTES {
         return Err(SourceError::TooLarge { path });
     }
     match Context::parse(&text) {
         Ok(_) if text.trim_ascii().is_empty() => {
-            Ok(Reading::MaybeHalf(Err(SourceError::Empty { path })))
+            Ok(Reading::Incomplete(Err(SourceError::Empty { path })))
         }
-        Ok(context) if text.ends_with(b"\n") && !context.is_empty() => Ok(Reading::Whole(context)),
-        Ok(context) => Ok(Reading::MaybeHalf(Ok(context))),
-        Err(source) if source.is_cut_off() => {
-            Ok(Reading::MaybeHalf(Err(SourceError::Invalid { path, source })))
+        Ok(context) if text.ends_with(b"\n") && !context.is_empty() => {
+            Ok(Reading::Complete(context))
+        }
+        Ok(context) => Ok(Reading::Incomplete(Ok(context))),
+        Err(source) if source.is_truncated() => {
+            Ok(Reading::Incomplete(Err(SourceError::Invalid { path, source })))
         }
         Err(source) => Err(SourceError::Invalid { path, source }),
     }
 }
 
-/// The context file that was written last; of files written at the same time, that of the later
-/// stage.
+/// Returns the context file with the newest modification time; on a tie that of the later stage.
 ///
-/// Not simply the file of the last stage: `onevm updateconf` runs the stages again, and while
-/// `.local` is new already, `.network` still holds the context from before.
+/// The file of the last stage is not always the newest: `onevm updateconf` runs the stages again,
+/// and while `.local` is already new, `.network` still holds the previous context.
 fn newest(dir: &Path) -> Result<PathBuf, SourceError> {
     let mut newest = None;
     for file in CONTEXT_FILES {
@@ -98,16 +96,16 @@ fn newest(dir: &Path) -> Result<PathBuf, SourceError> {
     newest.map(|(_, path)| path).ok_or_else(|| SourceError::Missing { dir: dir.to_owned() })
 }
 
-/// Reads the OneGate token from `one_env` in `dir` (`/run/one-context`), as data: one-context
-/// writes the operator's values into that file without escaping, so a shell that sources it runs
-/// them.
+/// Reads the OneGate token from `one_env` in `dir` (`/run/one-context`). The file is parsed as
+/// data: one-context writes the operator's values into it without escaping, so a shell that sources
+/// it executes them.
 ///
-/// `None` where there is no such file, or no token in it: TOKEN is not YES in the VM's context, or
-/// what stands there is nothing that OpenNebula writes. Only the lines before the operator's are
-/// looked at, and the first that sets TOKENTXT decides.
+/// Returns `None` if the file is missing or has no valid token, for example because TOKEN is not
+/// YES in the VM's context. Only the lines before the operator's variables count, and of these the
+/// first that sets TOKENTXT.
 ///
 /// # Errors
-/// [`SourceError::Unreadable`] where the file is there and cannot be read.
+/// Returns [`SourceError::Unreadable`] if the file exists and cannot be read.
 pub fn read_token(dir: &Path) -> Result<Option<Secret>, SourceError> {
     let head = match read_head(&dir.join(ENV_FILE), ENV_HEAD_BYTES) {
         Err(SourceError::Unreadable { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
@@ -118,38 +116,39 @@ pub fn read_token(dir: &Path) -> Result<Option<Secret>, SourceError> {
     Ok(token_in(&head))
 }
 
-/// The token in the beginning of a `one_env`, as in [`read_token`]. Pure.
+/// Returns the token in the first lines of a `one_env`; see [`read_token`]. Pure.
 pub fn token_in(head: &[u8]) -> Option<Secret> {
     let token = head
         .split(|&byte| byte == b'\n')
-        .take(ENV_OWN_LINES)
+        .take(ENV_TRUSTED_LINES)
         .find_map(|line| line.strip_prefix(b"export TOKENTXT="))
         .and_then(|value| value.strip_prefix(b"\"")?.strip_suffix(b"\""))
         .filter(|token| !token.is_empty() && token.iter().copied().all(is_token_byte));
     token.map(|token| Secret::new(String::from_utf8_lossy(token)))
 }
 
-/// Base64, in its usual and its URL alphabet.
+/// Accepts the standard and the URL alphabet of base64.
 fn is_token_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'=' | b'_' | b'-')
 }
 
-/// A file of one-context, which it writes as a file: a link in its place is somebody else's.
+/// Reads the start of a file of one-context. A symbolic link is rejected: one-context never creates
+/// one.
 fn read_head(path: &Path, limit: u64) -> Result<Vec<u8>, SourceError> {
     let head =
         read_regular(path, OFlags::NOFOLLOW, limit).map_err(|error| match error.raw_os_error() {
             Some(code) if code == Errno::LOOP.raw_os_error() => {
-                io::Error::other("it is a link, which one-context never makes")
+                io::Error::other("it is a symbolic link, which one-context never creates")
             }
             _ => error,
         });
     head.map_err(|source| SourceError::Unreadable { path: path.to_owned(), source })
 }
 
-/// The first `limit` bytes of a regular file; the limit holds for the reading itself, as a file can
-/// grow.
+/// Reads the first `limit` bytes of a regular file. The limit applies while reading, because a file
+/// can grow.
 pub(crate) fn read_regular(path: &Path, flags: OFlags, limit: u64) -> io::Result<Vec<u8>> {
-    // To open a FIFO is to wait for somebody who writes, unless it is said not to.
+    // Without NONBLOCK, opening a FIFO waits for a writer.
     let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
     if !file.metadata()?.is_file() {
@@ -160,47 +159,51 @@ pub(crate) fn read_regular(path: &Path, flags: OFlags, limit: u64) -> io::Result
     Ok(head)
 }
 
-/// Why there is no context, or no token.
+/// Error of reading the context or the token.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// No stage of one-context has left a file.
-    #[error("no context in {}: neither {} is there; is one-context installed, and has it run?", .dir.display(), CONTEXT_FILES.join(" nor "))]
+    /// No stage of one-context has written a file.
+    #[error(
+        "no context in {}: found none of {}; check that one-context is installed and has run",
+        .dir.display(),
+        CONTEXT_FILES.join(", ")
+    )]
     Missing {
-        /// Where they were looked for.
+        /// Directory that was searched.
         dir: PathBuf,
     },
-    /// The operating system refused.
+    /// The operating system reported an error.
     #[error("cannot read {}", .path.display())]
     Unreadable {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its reason.
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// A file without anything in it: it was not filled in time.
-    #[error("{} is empty; it may still be written", .path.display())]
+    /// The file stayed empty.
+    #[error("{} is empty; one-context may still be writing it", .path.display())]
     Empty {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
     },
-    /// More than any context.
-    #[error("{} is larger than {} MiB, which no context is", .path.display(), CONTEXT_LIMIT_BYTES / 1024 / 1024)]
+    /// The file is too large.
+    #[error("{} is larger than {} MiB", .path.display(), MAX_CONTEXT_BYTES / 1024 / 1024)]
     TooLarge {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
     },
-    /// A text that OpenNebula does not write.
-    #[error("{} is not as OpenNebula writes it", .path.display())]
+    /// The file is not in the format that OpenNebula writes.
+    #[error("{} is not in the format that OpenNebula writes", .path.display())]
     Invalid {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong in it, and where.
+        /// Error of the parser, with its position.
         source: ParseError,
     },
 }
 
 impl SourceError {
-    /// Whether the content is wrong, so that only another context cures it; else a later try may.
+    /// Returns whether the content is invalid and must change. Any other error may be temporary.
     pub fn is_invalid(&self) -> bool {
         matches!(self, Self::Invalid { .. } | Self::TooLarge { .. })
     }
@@ -215,7 +218,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::{Instant, SystemTime};
 
-    /// A folder of one-context for one test.
+    /// A directory of one-context for one test.
     struct Dir(PathBuf);
 
     impl Dir {
@@ -228,7 +231,7 @@ mod tests {
             Self(path)
         }
 
-        /// Writes a file as if that many seconds ago.
+        /// Writes a file with a modification time that many seconds ago.
         fn write(&self, name: &str, text: &[u8], seconds_ago: u64) {
             let path = self.0.join(name);
             fs::write(&path, text).unwrap();
@@ -254,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn the_file_written_last_is_read() {
+    fn newest_file_is_read() {
         let dir = Dir::new();
         dir.write("context.sh.network", b"VMID='1'\n", 30);
         dir.write("context.sh.online", b"VMID='2'\n", 20);
@@ -265,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn of_files_written_at_the_same_time_that_of_the_later_stage_is_read() {
+    fn later_stage_wins_on_equal_times() {
         let dir = Dir::new();
         dir.write("context.sh.local", b"VMID='1'\n", 0);
         assert_eq!(dir.vmid(), "1");
@@ -276,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn no_file_is_an_error_that_names_all_three() {
+    fn missing_files_are_named() {
         let dir = Dir::new();
         dir.write("context.sh", b"VMID='1'\n", 0);
         let error = read_context(&dir.0).unwrap_err();
@@ -287,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unreadable_file_is_an_error_even_beside_an_older_one() {
+    fn unreadable_newest_file_is_an_error() {
         let dir = Dir::new();
         dir.write("context.sh.network", b"VMID='1'\n", 0);
         fs::create_dir(dir.0.join("context.sh.local")).unwrap();
@@ -295,28 +298,33 @@ mod tests {
         File::open(dir.0.join("context.sh.local")).unwrap().set_modified(far).unwrap();
         let error = read_context(&dir.0).unwrap_err();
         assert!(
-            matches!(&error, SourceError::Unreadable { path, .. } if path.ends_with("context.sh.local")),
+            matches!(
+                &error,
+                SourceError::Unreadable { path, .. } if path.ends_with("context.sh.local")
+            ),
             "{error:?}"
         );
         assert!(!error.is_invalid());
     }
 
     #[test]
-    fn a_folder_that_cannot_be_looked_into_is_not_one_without_files() {
+    fn unreadable_directory_is_not_missing_context() {
         let dir = Dir::new();
-        dir.write("not-a-folder", b"", 0);
-        let error = read_context(&dir.0.join("not-a-folder")).unwrap_err();
+        dir.write("not-a-directory", b"", 0);
+        let error = read_context(&dir.0.join("not-a-directory")).unwrap_err();
         assert!(matches!(error, SourceError::Unreadable { .. }), "{error:?}");
     }
 
     #[test]
-    fn an_invalid_file_is_an_error_at_once_with_path_and_place_said_once() {
+    fn invalid_file_fails_at_once_with_position() {
         let dir = Dir::new();
         dir.write("context.sh.local", b"VMID='1'\nPASSWORD=hunter2\n", 0);
         let error = read_context(&dir.0).unwrap_err();
         assert!(error.is_invalid());
         assert!(
-            error.to_string().ends_with("context.sh.local is not as OpenNebula writes it"),
+            error
+                .to_string()
+                .ends_with("context.sh.local is not in the format that OpenNebula writes"),
             "{error}"
         );
         let cause = error.source().unwrap();
@@ -326,9 +334,9 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_being_written_is_read_when_it_is_whole() {
-        let whole: &[u8] = b"FL_NODE_CONFIG='site='\\''a'\\'''\nVMID='7'\n";
-        for (start, half) in [
+    fn incomplete_file_is_read_when_complete() {
+        let complete: &[u8] = b"FL_NODE_CONFIG='site='\\''a'\\'''\nVMID='7'\n";
+        for (start, incomplete) in [
             b"".as_slice(),
             b"# Context\n",
             b"FL_NO",
@@ -339,25 +347,25 @@ mod tests {
         .enumerate()
         {
             let dir = Dir::new();
-            dir.write("context.sh.local", half, 0);
+            dir.write("context.sh.local", incomplete, 0);
             thread::scope(|scope| {
                 scope.spawn(|| {
-                    thread::sleep(PAUSE * 2 + PAUSE / 2);
-                    dir.write("context.sh.local", whole, 0);
+                    thread::sleep(RETRY_INTERVAL * 2 + RETRY_INTERVAL / 2);
+                    dir.write("context.sh.local", complete, 0);
                 });
                 let context = read_context(&dir.0).unwrap();
-                assert_eq!(context, Context::parse(whole).unwrap(), "{start}");
+                assert_eq!(context, Context::parse(complete).unwrap(), "{start}");
             });
         }
     }
 
     #[test]
-    fn a_newer_file_is_looked_for_at_every_try() {
+    fn every_attempt_looks_for_a_newer_file() {
         let dir = Dir::new();
         dir.write("context.sh.local", b"VMID='", 10);
         thread::scope(|scope| {
             scope.spawn(|| {
-                thread::sleep(PAUSE * 2);
+                thread::sleep(RETRY_INTERVAL * 2);
                 dir.write("context.sh.online", b"VMID='2'\n", 0);
             });
             assert_eq!(dir.vmid(), "2");
@@ -365,29 +373,29 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_stays_cut_off_is_invalid_after_all_tries() {
+    fn truncated_file_is_invalid_after_all_attempts() {
         let dir = Dir::new();
         dir.write("context.sh.local", b"VMID='7", 0);
         let start = Instant::now();
         let error = read_context(&dir.0).unwrap_err();
-        assert!(start.elapsed() >= PAUSE * 9);
+        assert!(start.elapsed() >= RETRY_INTERVAL * 9);
         assert!(
-            matches!(&error, SourceError::Invalid { source, .. } if source.is_cut_off())
+            matches!(&error, SourceError::Invalid { source, .. } if source.is_truncated())
                 && error.is_invalid()
         );
     }
 
     #[test]
-    fn a_last_line_that_stays_without_its_break_is_accepted_after_all_tries() {
+    fn missing_last_line_break_is_accepted_at_last() {
         let dir = Dir::new();
         dir.write("context.sh.local", b"VMID='7'", 0);
         let start = Instant::now();
         assert_eq!(dir.vmid(), "7");
-        assert!(start.elapsed() >= PAUSE * 9);
+        assert!(start.elapsed() >= RETRY_INTERVAL * 9);
     }
 
     #[test]
-    fn a_file_that_stays_empty_is_an_error_that_time_may_cure() {
+    fn empty_file_is_a_temporary_error() {
         let dir = Dir::new();
         dir.write("context.sh.local", b"", 0);
         let error = read_context(&dir.0).unwrap_err();
@@ -395,9 +403,9 @@ mod tests {
     }
 
     #[test]
-    fn a_file_over_the_limit_is_refused_and_one_at_the_limit_is_not() {
+    fn size_limit_is_inclusive() {
         let dir = Dir::new();
-        let padding = "#".repeat(usize::try_from(CONTEXT_LIMIT_BYTES).unwrap() - 10);
+        let padding = "#".repeat(usize::try_from(MAX_CONTEXT_BYTES).unwrap() - 10);
         dir.write("context.sh.local", format!("{padding}\nVMID='7'\n").as_bytes(), 0);
         assert_eq!(dir.vmid(), "7");
         dir.write("context.sh.local", format!("#{padding}\nVMID='7'\n").as_bytes(), 0);
@@ -407,9 +415,10 @@ mod tests {
     }
 
     #[test]
-    fn the_token_is_read_from_one_env() {
+    fn token_is_read_from_one_env() {
         let dir = Dir::new();
-        let one_env = b"export TOKENTXT=\"aZ09+/_-==\"\nexport VMID=\"7\"\nexport ONEGATE_ENDPOINT=\"http://169.254.16.9:5030\"\n";
+        let one_env = b"export TOKENTXT=\"aZ09+/_-==\"\nexport VMID=\"7\"\n\
+            export ONEGATE_ENDPOINT=\"http://169.254.16.9:5030\"\n";
         assert_eq!(dir.token(one_env).as_deref(), Some("aZ09+/_-=="));
         assert_eq!(
             dir.token(b"export VMID=\"7\"\nexport ONEGATE_ENDPOINT=\"\"\nexport TOKENTXT=\"a\"")
@@ -419,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn no_file_or_no_token_is_no_token() {
+    fn missing_file_or_token_is_none() {
         let dir = Dir::new();
         assert_eq!(read_token(&dir.0).unwrap(), None);
         for one_env in [
@@ -434,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_that_is_not_one_is_not_taken() {
+    fn invalid_token_is_rejected() {
         let dir = Dir::new();
         for token in
             [r#"x"; touch /pwned; ""#, "$(id)", "`id`", "a b", "a\\", "a'", "ü", "a\r", "a\0"]
@@ -458,13 +467,14 @@ mod tests {
     }
 
     #[test]
-    fn a_token_forged_by_a_later_line_is_not_taken() {
+    fn token_forged_by_later_line_is_ignored() {
         let dir = Dir::new();
         let forged =
             "export FL_X=\"a\nexport TOKENTXT=\"forged\"\n\"\nexport TOKENTXT=\"forged\"\n";
         let head = |token| {
             format!(
-                "export TOKENTXT=\"{token}\"\nexport VMID=\"7\"\nexport ONEGATE_ENDPOINT=\"\"\n{forged}"
+                "export TOKENTXT=\"{token}\"\nexport VMID=\"7\"\n\
+                 export ONEGATE_ENDPOINT=\"\"\n{forged}"
             )
         };
         assert_eq!(dir.token(head("real").as_bytes()).as_deref(), Some("real"));
@@ -476,7 +486,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_forged_through_the_vmid_does_not_replace_an_empty_one() {
+    fn token_forged_through_vmid_is_ignored() {
         let dir = Dir::new();
         assert_eq!(
             dir.token(b"export TOKENTXT=\"\"\nexport VMID=\"7\"\nexport TOKENTXT=\"forged\"\n"),
@@ -485,14 +495,14 @@ mod tests {
     }
 
     #[test]
-    fn a_one_env_that_cannot_be_read_is_an_error() {
+    fn unreadable_one_env_is_an_error() {
         let dir = Dir::new();
         fs::create_dir(dir.0.join(ENV_FILE)).unwrap();
         assert!(matches!(read_token(&dir.0), Err(SourceError::Unreadable { .. })));
     }
 
     #[test]
-    fn what_is_not_a_regular_file_is_an_error_and_never_waited_for() {
+    fn irregular_file_is_an_error_without_waiting() {
         let not_a_file =
             |error: &SourceError| error.source().unwrap().to_string() == "it is not a regular file";
         for name in ["context.sh.online", ENV_FILE] {
@@ -510,9 +520,10 @@ mod tests {
     }
 
     #[test]
-    fn a_link_in_the_place_of_a_file_is_not_followed() {
-        let is_link =
-            |error: &SourceError| error.source().unwrap().to_string().starts_with("it is a link");
+    fn symbolic_link_is_not_followed() {
+        let is_link = |error: &SourceError| {
+            error.source().unwrap().to_string().starts_with("it is a symbolic link")
+        };
         let dir = Dir::new();
         dir.write("elsewhere", b"VMID='1'\nexport TOKENTXT=\"a\"\n", 0);
         for name in ["context.sh.local", ENV_FILE] {

@@ -1,5 +1,5 @@
-//! The files in `cases/`: each `.sh` is a `context.sh` as OpenNebula writes it, the `.json` beside
-//! it what must come out.
+//! Tests on the files in `cases/`: each `.sh` is a `context.sh` as OpenNebula writes it, and the
+//! `.json` next to it has the expected values.
 
 #![allow(clippy::unwrap_used)]
 
@@ -11,9 +11,9 @@ use std::path::Path;
 
 /// Name, text and expected values of every case.
 fn cases() -> Vec<(String, Vec<u8>, Map<String, Value>)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
     let mut cases = Vec::new();
-    for entry in fs::read_dir(folder).unwrap() {
+    for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
         if path.extension().is_some_and(|extension| extension == "sh") {
             let json = fs::read(path.with_extension("json")).unwrap();
@@ -21,7 +21,7 @@ fn cases() -> Vec<(String, Vec<u8>, Map<String, Value>)> {
             cases.push((name, fs::read(&path).unwrap(), serde_json::from_slice(&json).unwrap()));
         }
     }
-    assert!(cases.len() >= 2, "the cases are missing");
+    assert!(cases.len() >= 2, "cases are missing");
     cases
 }
 
@@ -43,21 +43,21 @@ fn every_value_of_every_case_round_trips() {
 #[test]
 fn truncated_case_never_yields_a_different_value() {
     for (case, text, _) in cases() {
-        let whole = parse(&text).unwrap();
+        let complete = parse(&text).unwrap();
         for end in 0..text.len() {
             match parse(&text[..end]) {
-                Err(error) => assert!(error.is_cut_off(), "{case} at {end}: {error}"),
+                Err(error) => assert!(error.is_truncated(), "{case} at {end}: {error}"),
                 Ok(part) if text[..end].ends_with(b"\n") => {
-                    assert!(whole.starts_with(&part), "{case} at {end}")
+                    assert!(complete.starts_with(&part), "{case} at {end}")
                 }
-                // No line break yet: the last value may go on after an escaped quote.
+                // Without a line break the last value can continue after an escaped quote.
                 Ok(mut part) => {
                     let Some((name, value)) = part.pop() else {
                         continue;
                     };
-                    assert!(whole.starts_with(&part), "{case} at {end}");
-                    assert_eq!(name, whole[part.len()].0, "{case} at {end}");
-                    assert!(whole[part.len()].1.starts_with(&value), "{case} at {end}");
+                    assert!(complete.starts_with(&part), "{case} at {end}");
+                    assert_eq!(name, complete[part.len()].0, "{case} at {end}");
+                    assert!(complete[part.len()].1.starts_with(&value), "{case} at {end}");
                 }
             }
         }
@@ -67,6 +67,6 @@ fn truncated_case_never_yields_a_different_value() {
 #[test]
 fn q35_case_assigns_the_gpu() {
     let (_, text, _) = cases().into_iter().find(|(case, ..)| case == "gpu-q35").unwrap();
-    let promised = Context::parse(&text).unwrap().passthrough_addresses();
-    assert_eq!(promised, [("PCI0_ADDRESS".to_owned(), "01:00.0".to_owned())]);
+    let assigned = Context::parse(&text).unwrap().assigned_addresses();
+    assert_eq!(assigned, [("PCI0_ADDRESS".to_owned(), "01:00.0".to_owned())]);
 }

@@ -288,7 +288,7 @@ impl Config {
             edge_backoff: found.choice("FL_EDGE_BACKOFF").unwrap_or("exponential"),
             edge_max_backoff: found.count("FL_EDGE_MAX_BACKOFF").unwrap_or(300),
             assigned: context
-                .passthrough_addresses()
+                .assigned_addresses()
                 .into_iter()
                 .map(|(variable, written)| Assigned {
                     variable: escape(&variable),

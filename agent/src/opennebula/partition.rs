@@ -15,7 +15,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use one_context::onegate::{Node, OneGate, OneGateError, Role, Service};
+use one_context::onegate::{OneGate, OneGateError, Role, RoleVm, Service};
 use serde::{Deserialize, Serialize};
 
 use crate::config::settings::Settings;
@@ -166,12 +166,12 @@ async fn claim(onegate: &OneGate, vm_id: u64) -> Result<Option<Partition>, OneGa
 }
 
 fn role_of(service: &Service, vm_id: u64) -> Option<&Role> {
-    service.roles.iter().find(|role| role.nodes.iter().any(|node| node.vm_id == vm_id))
+    service.roles.iter().find(|role| role.vms.iter().any(|node| node.vm_id == vm_id))
 }
 
 /// Number of nodes that a role has or will have.
 fn count_of(role: &Role) -> u64 {
-    role.cardinality.unwrap_or(0).max(role.nodes.len() as u64)
+    role.cardinality.unwrap_or(0).max(role.vms.len() as u64)
 }
 
 /// Raises the count above the ID, which may be larger if the service was scaled down.
@@ -180,7 +180,7 @@ fn with_count(id: u64, count: u64) -> Partition {
 }
 
 /// Returns the number that OneFlow gave to a VM.
-fn number_of(role: &Role, node: &Node) -> Option<u64> {
+fn number_of(role: &Role, node: &RoleVm) -> Option<u64> {
     let rest = node.name.as_deref()?.strip_prefix(role.name.as_str())?.strip_prefix('_')?;
     let (number, _) = rest.split_once("_(service_")?;
     number.parse().ok().filter(|number| *number < MAX_IDS)
@@ -190,22 +190,22 @@ fn number_of(role: &Role, node: &Node) -> Option<u64> {
 /// at 0 without a gap.
 fn by_number(role: &Role, vm_id: u64) -> Option<u64> {
     let numbers: Option<BTreeSet<u64>> =
-        role.nodes.iter().map(|node| number_of(role, node)).collect();
-    let numbers = numbers.filter(|numbers| numbers.len() == role.nodes.len())?;
+        role.vms.iter().map(|node| number_of(role, node)).collect();
+    let numbers = numbers.filter(|numbers| numbers.len() == role.vms.len())?;
     let is_complete = numbers.last() == Some(&(numbers.len() as u64 - 1));
-    let own = role.nodes.iter().find(|node| node.vm_id == vm_id)?;
+    let own = role.vms.iter().find(|node| node.vm_id == vm_id)?;
     number_of(role, own).filter(|_| is_complete)
 }
 
 /// Returns the partition ID that a node has published for itself.
-fn published_id(node: &Node) -> Option<u64> {
+fn published_id(node: &RoleVm) -> Option<u64> {
     let number = |name: &str| node.attributes.get(name)?.trim().parse::<u64>().ok();
     number(ATTRIBUTE).filter(|id| *id < MAX_IDS && number(OWNER_ATTRIBUTE) == Some(node.vm_id))
 }
 
 /// Returns the partition IDs that the other nodes of a role have published.
 fn ids_of_others(role: &Role, vm_id: u64) -> BTreeSet<u64> {
-    role.nodes.iter().filter(|node| node.vm_id != vm_id).filter_map(published_id).collect()
+    role.vms.iter().filter(|node| node.vm_id != vm_id).filter_map(published_id).collect()
 }
 
 /// Returns the partition for this VM, from the list of the role's nodes alone. A published ID
@@ -215,13 +215,13 @@ fn ids_of_others(role: &Role, vm_id: u64) -> BTreeSet<u64> {
 fn free_partition(role: &Role, vm_id: u64) -> Partition {
     let count = count_of(role);
     let others = ids_of_others(role, vm_id);
-    let own = role.nodes.iter().find(|node| node.vm_id == vm_id);
+    let own = role.vms.iter().find(|node| node.vm_id == vm_id);
     if let Some(id) = own.and_then(published_id).filter(|id| !others.contains(id)) {
         return with_count(id, count);
     }
     let mut free: BTreeSet<u64> = (0..count).filter(|id| !others.contains(id)).collect();
-    let mut without_id: Vec<&Node> = role
-        .nodes
+    let mut without_id: Vec<&RoleVm> = role
+        .vms
         .iter()
         .filter(|node| node.vm_id == vm_id || published_id(node).is_none())
         .collect();
@@ -251,7 +251,7 @@ mod tests {
         let node = |(vm_id, number, id): &(u64, u64, Option<u64>)| {
             let attributes =
                 id.map(|id| [(ATTRIBUTE, id.to_string()), (OWNER_ATTRIBUTE, vm_id.to_string())]);
-            Node {
+            RoleVm {
                 vm_id: *vm_id,
                 name: Some(format!("supernode_{number}_(service_7)")),
                 attributes: attributes
@@ -261,7 +261,7 @@ mod tests {
                     .collect(),
             }
         };
-        Role { name: "supernode".into(), cardinality: None, nodes: vms.iter().map(node).collect() }
+        Role { name: "supernode".into(), cardinality: None, vms: vms.iter().map(node).collect() }
     }
 
     #[test]
@@ -279,10 +279,10 @@ mod tests {
         assert_eq!(by_number(&role(&[(102, 1, None), (103, 2, None)]), 103), None);
         let mut named = role(&[(101, 0, None)]);
         for name in ["gpu-node", "supernode_x_(service_7)", "supernode_0", "supernode"] {
-            named.nodes[0].name = Some(name.into());
+            named.vms[0].name = Some(name.into());
             assert_eq!(by_number(&named, 101), None, "{name}");
         }
-        named.nodes[0].name = None;
+        named.vms[0].name = None;
         assert_eq!(by_number(&named, 101), None);
         assert_eq!(
             by_number(&role(&[(101, 0, None), (102, 0, None)]), 101),
@@ -308,7 +308,7 @@ mod tests {
     #[test]
     fn ids_published_by_another_vm_are_ignored() {
         let mut copied = role(&[(102, 1, Some(0)), (103, 2, None)]);
-        copied.nodes[0].attributes.insert(OWNER_ATTRIBUTE.into(), "55".into());
+        copied.vms[0].attributes.insert(OWNER_ATTRIBUTE.into(), "55".into());
         assert_eq!(free_partition(&copied, 103).id, 0);
     }
 
@@ -319,7 +319,7 @@ mod tests {
             full,
             role(&[(1, 9, Some(u64::MAX)), (2, 9, Some(0)), (3, 9, Some(1)), (4, 9, Some(2))]),
         ] {
-            for node in &vms.nodes {
+            for node in &vms.vms {
                 let partition = free_partition(&vms, node.vm_id);
                 assert!(partition.id < partition.count, "{partition:?}");
             }
@@ -395,11 +395,11 @@ mod tests {
     fn numbers_from_max_ids_on_are_ignored() {
         let largest = MAX_IDS - 1;
         let numbered = |number| role(&[(101, number, None)]);
-        assert_eq!(number_of(&numbered(largest), &numbered(largest).nodes[0]), Some(largest));
-        assert_eq!(number_of(&numbered(MAX_IDS), &numbered(MAX_IDS).nodes[0]), None);
+        assert_eq!(number_of(&numbered(largest), &numbered(largest).vms[0]), Some(largest));
+        assert_eq!(number_of(&numbered(MAX_IDS), &numbered(MAX_IDS).vms[0]), None);
         let with_id = |id| role(&[(101, 0, Some(id))]);
-        assert_eq!(published_id(&with_id(largest).nodes[0]), Some(largest));
-        assert_eq!(published_id(&with_id(MAX_IDS).nodes[0]), None);
+        assert_eq!(published_id(&with_id(largest).vms[0]), Some(largest));
+        assert_eq!(published_id(&with_id(MAX_IDS).vms[0]), None);
     }
 
     #[test]

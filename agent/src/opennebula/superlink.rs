@@ -330,7 +330,7 @@ async fn superlink_vm(onegate: &OneGate, service: &Service) -> Result<Vm, SuperL
         });
     };
     let mut error = SuperLinkError::NoVm;
-    for node in &role.nodes {
+    for node in &role.vms {
         let vm = onegate.vm_of_service(node.vm_id).await?;
         if vm.is_running != Some(false) {
             return Ok(vm);
@@ -566,7 +566,7 @@ mod tests {
 
     #[test]
     fn final_onegate_errors_are_final() {
-        assert!(SuperLinkError::OneGate(OneGateError::BadVmId).is_final());
+        assert!(SuperLinkError::OneGate(OneGateError::InvalidVmId).is_final());
         assert!(SuperLinkError::OneGate(OneGateError::NotInService).is_final());
     }
 

@@ -1,28 +1,28 @@
-//! Attributes to the text of an update, and to the body of the request that carries it. Pure.
+//! Encoding of attributes as the text of an update and as the form that carries it. Pure.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
 use super::OneGateError;
 
-/// The text with which [`OneGate::publish`](super::OneGate::publish) sets `attributes`:
-/// `NAME=value`, a line for each, in their order.
+/// Returns the text with which [`OneGate::publish`](super::OneGate::publish) sets `attributes`: one
+/// line `NAME=value` for each, in order.
 ///
-/// Values go without quotes, which OneGate adds (OpenNebula, `src/onegate/onegate-server.rb`); an
-/// empty one is `NAME=""`. A value that would not survive that becomes base64 (standard alphabet),
-/// and so does one with `READY=YES` in it, in any case: OneFlow opens its gate on that text
-/// anywhere in an update (`src/flow/lib/EventManager.rb`). Whether an attribute whose name ends in
-/// `READY` is YES is the caller's to decide.
+/// Values are not quoted; OneGate adds quotes (OpenNebula, `src/onegate/onegate-server.rb`). An
+/// empty value is `NAME=""`. A value that OneGate or OpenNebula would change is encoded as base64
+/// (standard alphabet), and so is a value that contains `READY=YES` in any case: OneFlow considers
+/// the VM ready if that text is anywhere in an update (`src/flow/lib/EventManager.rb`). An
+/// attribute whose own name ends in `READY` is the caller's decision.
 ///
 /// # Errors
-/// [`OneGateError::BadAttribute`] where a name is not `[A-Z0-9_]+`.
+/// Returns [`OneGateError::InvalidAttribute`] if a name does not match `[A-Z0-9_]+`.
 pub fn update_text(attributes: &[(&str, String)]) -> Result<String, OneGateError> {
     let mut text = String::new();
     for (name, value) in attributes {
         if name.is_empty()
             || !name.bytes().all(|byte| matches!(byte, b'A'..=b'Z' | b'0'..=b'9' | b'_'))
         {
-            return Err(OneGateError::BadAttribute { name: name.chars().take(100).collect() });
+            return Err(OneGateError::InvalidAttribute { name: name.chars().take(100).collect() });
         }
         if !text.is_empty() {
             text.push('\n');
@@ -38,9 +38,9 @@ pub fn update_text(attributes: &[(&str, String)]) -> Result<String, OneGateError
     Ok(text)
 }
 
-/// Whether a value arrives as it is, and means nothing to OneFlow.
+/// Returns whether OpenNebula stores a value unchanged and OneFlow does not interpret it.
 fn is_plain(value: &str) -> bool {
-    // The last two are no characters of XML, as which OpenNebula keeps a template.
+    // OpenNebula stores templates as XML, which does not allow the last two.
     let is_lost =
         |character| matches!(character, ',' | '[' | ']' | '"' | '\\' | '\u{fffe}' | '\u{ffff}');
     let is_kept = |character: char| !character.is_control() && !is_lost(character);
@@ -49,7 +49,8 @@ fn is_plain(value: &str) -> bool {
         && !value.to_ascii_uppercase().contains("READY=YES")
 }
 
-/// The form that carries the text of an update; type 1 adds to what is there.
+/// Returns the form that carries the text of an update. Type 1 merges it with the present
+/// attributes.
 pub(super) fn form(update_text: &str) -> String {
     let mut form = String::from("data=");
     for byte in update_text.bytes() {
@@ -74,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn an_update_has_a_line_for_each_attribute_in_their_order() {
+    fn update_has_one_line_per_attribute() {
         let attributes = [
             ("FL_NODE_ID", "7".to_owned()),
             ("FL_GPU_NAME", "NVIDIA H100 80GB".to_owned()),
@@ -88,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plain_value_stays_as_it_is() {
+    fn plain_value_is_unchanged() {
         for value in ["YES", "a b", "=b", "a=b", "it's", "Grüße", "日本", "$(id)", "a#b", "%41+"]
         {
             assert_eq!(text_of(value), value);
@@ -96,12 +97,12 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_value_is_two_quotes() {
+    fn empty_value_is_quoted() {
         assert_eq!(text_of(""), "\"\"");
     }
 
     #[test]
-    fn what_opennebula_would_refuse_or_change_is_base64() {
+    fn value_that_opennebula_changes_is_base64() {
         assert_eq!(text_of("a,b"), "YSxi");
         for value in [
             "a,b", "[", "]", "\"", "\\", "a\nb", "a\rb", "a\tb", "\0", "\u{7f}", "\u{85}", " a",
@@ -112,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_would_open_oneflows_gate_is_base64() {
+    fn value_with_ready_yes_is_base64() {
         for value in ["READY=YES", "x Ready=yes!", "FL_NODE_READY=YES"] {
             assert_eq!(STANDARD.decode(text_of(value)).unwrap(), value.as_bytes());
         }
@@ -122,17 +123,17 @@ mod tests {
     }
 
     #[test]
-    fn that_the_vm_is_ready_is_said_as_it_is() {
+    fn ready_attribute_is_plain() {
         let attributes = [("FL_NODE_READY", "YES".to_owned()), ("READY", "YES".to_owned())];
         assert_eq!(update_text(&attributes).unwrap(), "FL_NODE_READY=YES\nREADY=YES");
     }
 
     #[test]
-    fn a_name_that_is_none_is_an_error() {
+    fn invalid_name_is_an_error() {
         for name in ["", "a", "A-B", "A B", "A=", "A\nREADY=YES", "Ä", "A[B"] {
             let error = update_text(&[("OK", "1".to_owned()), (name, "1".to_owned())]).unwrap_err();
             assert!(
-                matches!(&error, OneGateError::BadAttribute { .. })
+                matches!(&error, OneGateError::InvalidAttribute { .. })
                     && !error.to_string().contains('\n'),
                 "{error}"
             );
@@ -142,37 +143,37 @@ mod tests {
     }
 
     #[test]
-    fn a_form_says_every_byte_but_letters_digits_and_a_few_by_its_number() {
+    fn form_is_percent_encoded() {
         assert_eq!(form("A=a b\nB_1=ü&+%.-"), "data=A%3Da%20b%0AB_1%3D%C3%BC%26%2B%25.-&type=1");
         assert_eq!(form(""), "data=&type=1");
     }
 
     proptest! {
         #[test]
-        fn every_value_stays_on_its_line_and_comes_back(value in any::<String>()) {
+        fn every_value_is_one_line_and_round_trips(value in any::<String>()) {
             let text = text_of(&value);
             prop_assert!(!text.contains(['\n', '\r', ',', '[', ']', '\\']));
-            let came_back = match text.as_str() {
+            let decoded = match text.as_str() {
                 "\"\"" => Vec::new(),
                 same if same == value => value.clone().into_bytes(),
                 encoded => STANDARD.decode(encoded).unwrap(),
             };
-            prop_assert_eq!(came_back, value.into_bytes());
+            prop_assert_eq!(decoded, value.into_bytes());
         }
 
         #[test]
-        fn no_value_opens_oneflows_gate(value in "[ -~]{0,5}[Rr]EADY=YE[Ss][ -~]{0,5}") {
+        fn no_value_contains_ready_yes(value in "[ -~]{0,5}[Rr]EADY=YE[Ss][ -~]{0,5}") {
             prop_assert!(!text_of(&value).to_ascii_uppercase().contains("READY=YES"));
         }
 
         #[test]
-        fn a_form_is_read_back_as_the_text(text in any::<String>()) {
+        fn form_round_trips(text in any::<String>()) {
             let form = form(&text);
             let data = form.strip_prefix("data=").unwrap().strip_suffix("&type=1").unwrap();
             let mut bytes = data.bytes();
-            let mut read = Vec::new();
+            let mut decoded = Vec::new();
             while let Some(byte) = bytes.next() {
-                read.push(match byte {
+                decoded.push(match byte {
                     b'%' => {
                         let digits = [bytes.next().unwrap(), bytes.next().unwrap()];
                         u8::from_str_radix(str::from_utf8(&digits).unwrap(), 16).unwrap()
@@ -181,7 +182,7 @@ mod tests {
                     byte => byte,
                 });
             }
-            prop_assert_eq!(read, text.into_bytes());
+            prop_assert_eq!(decoded, text.into_bytes());
         }
     }
 }

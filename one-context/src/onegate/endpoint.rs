@@ -1,5 +1,4 @@
-//! `ONEGATE_ENDPOINT` to where requests go. Pure; no error shows the text, which may hold a
-//! password.
+//! Parser for `ONEGATE_ENDPOINT`. Pure. No error contains the text, which may include a password.
 
 use std::fmt;
 use std::net::Ipv6Addr;
@@ -7,49 +6,48 @@ use std::net::Ipv6Addr;
 use hyper::Uri;
 use tokio_rustls::rustls::pki_types::ServerName;
 
-/// Where OneGate listens. Shown as its address, without a slash at the end.
+/// Address of OneGate. `Display` prints the URL without a trailing slash.
 #[derive(Debug)]
 pub(super) struct Endpoint {
     pub(super) is_https: bool,
-    /// Host and port as they were written: what the `Host` header says.
+    /// Host and port as written, for the `Host` header.
     pub(super) authority: String,
     pub(super) host: ServerName<'static>,
     pub(super) port: u16,
-    /// The path before that of every route: empty, or with a slash at its beginning and none at its
-    /// end.
+    /// Path before each route: empty, or with a leading and without a trailing slash.
     pub(super) prefix: String,
 }
 
 impl Endpoint {
-    /// Parses an endpoint; the error is what is wrong with it.
+    /// Parses an endpoint. The error is the cause.
     pub(super) fn parse(text: &str) -> Result<Self, &'static str> {
-        // Uri forgets a fragment.
+        // Uri drops a fragment.
         if text.contains(['?', '#']) {
-            return Err("it has a ? or a # in it");
+            return Err("it contains ? or #");
         }
-        let uri: Uri = text.parse().map_err(|_| "it is no URL")?;
+        let uri: Uri = text.parse().map_err(|_| "it is not a URL")?;
         let (is_https, default_port) = match uri.scheme_str() {
             Some("http") => (false, 80),
             Some("https") => (true, 443),
             Some(_) => return Err("its scheme is neither http nor https"),
-            None => return Err("it does not begin with http:// or https://"),
+            None => return Err("it does not start with http:// or https://"),
         };
         let authority = uri.authority().ok_or("it has no host")?;
         if authority.as_str().contains('@') {
-            return Err("it has a user name or a password in it");
+            return Err("it contains a user name or password");
         }
         let bare_host =
             match authority.host().strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
                 Some(host) if host.parse::<Ipv6Addr>().is_ok() => host,
-                Some(_) => return Err("what it has in brackets is no IPv6 address"),
+                Some(_) => return Err("the text in brackets is not an IPv6 address"),
                 None => authority.host(),
             };
         let host = ServerName::try_from(bare_host.to_owned())
-            .map_err(|_| "its host is neither a name nor an address")?;
+            .map_err(|_| "its host is not a name or address")?;
         let port = match authority.as_str().strip_prefix(authority.host()).unwrap_or_default() {
             "" => default_port,
-            // Uri lets numbers pass that are no ports, and forgets them.
-            _ => authority.port_u16().filter(|&port| port > 0).ok_or("its port is none")?,
+            // Uri accepts invalid port numbers and returns none.
+            _ => authority.port_u16().filter(|&port| port > 0).ok_or("its port is invalid")?,
         };
         let prefix = uri.path().trim_end_matches('/').to_owned();
         Ok(Self { is_https, authority: authority.to_string(), host, port, prefix })
@@ -77,39 +75,39 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_is_a_scheme_a_host_and_maybe_a_port_and_a_path() {
+    fn endpoint_has_scheme_host_port_and_path() {
         assert_parsed("http://169.254.16.9:5030", false, "169.254.16.9", 5030, "");
         assert_parsed("http://169.254.16.9:5030/", false, "169.254.16.9", 5030, "");
         assert_parsed("HTTP://onegate.example", false, "onegate.example", 80, "");
         assert_parsed("https://onegate.example/", true, "onegate.example", 443, "");
         assert_parsed(
-            "https://onegate.example/cloud/gate//",
+            "https://onegate.example/path/gate//",
             true,
             "onegate.example",
             443,
-            "/cloud/gate",
+            "/path/gate",
         );
         assert_parsed("http://one_gate", false, "one_gate", 80, "");
     }
 
     #[test]
-    fn an_ipv6_address_stands_in_brackets() {
+    fn ipv6_address_is_in_brackets() {
         assert_parsed("http://[fd00::1]:5030/", false, "fd00::1", 5030, "");
         assert_parsed("https://[::1]", true, "::1", 443, "");
     }
 
     #[test]
-    fn it_is_shown_without_the_slash_at_its_end() {
-        for (text, shown) in [
+    fn display_omits_trailing_slash() {
+        for (text, displayed) in [
             ("http://[fd00::1]:5030/", "http://[fd00::1]:5030"),
             ("https://onegate.example/gate/", "https://onegate.example/gate"),
         ] {
-            assert_eq!(Endpoint::parse(text).unwrap().to_string(), shown);
+            assert_eq!(Endpoint::parse(text).unwrap().to_string(), displayed);
         }
     }
 
     #[test]
-    fn a_user_or_a_password_is_refused_and_not_shown() {
+    fn user_or_password_is_rejected_and_hidden() {
         for text in [
             "http://alice:hunter2@onegate.example",
             "https://alice@[::1]:5030/",
@@ -120,12 +118,12 @@ mod tests {
         }
         assert_eq!(
             Endpoint::parse("http://alice:hunter2@onegate.example").unwrap_err(),
-            "it has a user name or a password in it"
+            "it contains a user name or password"
         );
     }
 
     #[test]
-    fn what_is_no_endpoint_is_refused() {
+    fn invalid_endpoint_is_rejected() {
         for text in [
             "",
             " ",
@@ -167,7 +165,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_makes_it_panic(text in ".{0,40}", rest in "[]\\[:@/a.0-9%?#-]{0,20}") {
+        fn arbitrary_text_never_panics(text in ".{0,40}", rest in "[]\\[:@/a.0-9%?#-]{0,20}") {
             let _ = Endpoint::parse(&text);
             let _ = Endpoint::parse(&format!("http://{rest}"));
         }

@@ -1,5 +1,5 @@
-//! One HTTP/1.1 request over a connection of its own: bounded in time and size, without a proxy,
-//! without redirects.
+//! One HTTP/1.1 request over its own connection, limited in time and size, without proxy and
+//! redirects.
 
 use std::io;
 use std::path::Path;
@@ -24,57 +24,58 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use super::endpoint::Endpoint;
 use crate::source::read_regular;
 
-/// Far more than the services of OpenNebula take, far less than harms a small VM.
-const BODY_LIMIT_BYTES: usize = 4 * 1024 * 1024;
-/// Far more than the certificates of any CA take.
-const CA_FILE_LIMIT_BYTES: u64 = 1024 * 1024;
+/// Size limit: far above that of any reply, far below the memory of a small VM.
+const MAX_BODY_BYTES: usize = 4 * 1024 * 1024;
+/// Size limit: far above that of any CA file.
+const MAX_CA_FILE_BYTES: u64 = 1024 * 1024;
 
-/// Why no whole reply came.
+/// Error of a request without a complete reply.
 #[derive(Debug, thiserror::Error)]
-pub enum NoAnswer {
-    /// No connection; the host may not be known by its name.
-    #[error("cannot connect; does the VM reach its cloud's network, and does OneGate run?")]
+pub enum RequestError {
+    /// The name does not resolve, or the connection failed.
+    #[error("cannot connect; check that OneGate runs and that the VM's network reaches it")]
     Unreachable(#[source] io::Error),
-    /// A connection without trust, or with something that does not speak TLS.
+    /// The TLS handshake failed: the certificate is not trusted, or the server does not speak TLS.
     #[error(
-        "no TLS connection; is this server's certificate from a CA that is trusted here, and for this host?"
+        "TLS handshake failed; check that a trusted CA issued the server's certificate for this \
+         host"
     )]
-    NoTls(#[source] io::Error),
-    /// Not HTTP, not to its end, or with a head that is too large.
-    #[error("the reply is not HTTP, or was cut off")]
-    NotWhole(#[from] hyper::Error),
-    /// A body that does not end in time.
-    #[error("the reply is larger than {} MiB, which no reply of OneGate is", BODY_LIMIT_BYTES / 1024 / 1024)]
+    Tls(#[source] io::Error),
+    /// The reply is not HTTP, is incomplete, or its head is too large.
+    #[error("the reply is not HTTP or incomplete")]
+    InvalidHttp(#[from] hyper::Error),
+    /// The body is too large.
+    #[error("the reply is larger than {} MiB", MAX_BODY_BYTES / 1024 / 1024)]
     TooLarge,
-    /// Connecting, sending and receiving took longer than the limit for all of it.
-    #[error("there is no whole reply after {limit:?}")]
+    /// The request took longer than the timeout.
+    #[error("timed out after {timeout:?}")]
     TimedOut {
-        /// The limit.
-        limit: Duration,
+        /// Timeout of the request.
+        timeout: Duration,
     },
 }
 
-/// Trusts the certificates in `ca_file` (PEM) and no other; without a file, those that the machine
-/// trusts.
+/// Returns a configuration that trusts only the CAs in `ca_file` (PEM) or, without a file, those of
+/// the machine.
 pub(super) fn tls(ca_file: Option<&Path>) -> io::Result<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     match ca_file {
         Some(path) => {
-            let pem = read_regular(path, OFlags::empty(), CA_FILE_LIMIT_BYTES + 1)?;
-            if pem.len() as u64 > CA_FILE_LIMIT_BYTES {
-                return Err(io::Error::other("it is too large"));
+            let pem = read_regular(path, OFlags::empty(), MAX_CA_FILE_BYTES + 1)?;
+            if pem.len() as u64 > MAX_CA_FILE_BYTES {
+                return Err(io::Error::other("the file is too large"));
             }
             for certificate in CertificateDer::pem_slice_iter(&pem) {
                 roots.add(certificate.map_err(io::Error::other)?).map_err(io::Error::other)?;
             }
         }
-        // Of the many that a machine has, one that cannot be read is one that is not trusted.
+        // A certificate of the machine that cannot be parsed is not trusted; the others are.
         None => {
             roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         }
     }
     if roots.is_empty() {
-        return Err(io::Error::other("there is no certificate"));
+        return Err(io::Error::other("no certificate found"));
     }
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
@@ -84,53 +85,53 @@ pub(super) fn tls(ca_file: Option<&Path>) -> io::Result<Arc<ClientConfig>> {
     Ok(Arc::new(config))
 }
 
-/// Sends `request` to `endpoint` and reads the reply, all of it within `limit`.
+/// Sends `request` to `endpoint` and reads the reply within `timeout`.
 pub(super) async fn exchange(
     endpoint: &Endpoint,
     tls: Option<&Arc<ClientConfig>>,
     request: Request<Full<Bytes>>,
-    limit: Duration,
-) -> Result<(StatusCode, Vec<u8>), NoAnswer> {
+    timeout: Duration,
+) -> Result<(StatusCode, Vec<u8>), RequestError> {
     let exchange = async {
         let address = (&*endpoint.host.to_str(), endpoint.port);
-        let stream = TcpStream::connect(address).await.map_err(NoAnswer::Unreachable)?;
+        let stream = TcpStream::connect(address).await.map_err(RequestError::Unreachable)?;
         let Some(config) = tls else {
             return exchange_over(stream, request).await;
         };
         let connecting =
             TlsConnector::from(Arc::clone(config)).connect(endpoint.host.clone(), stream);
-        exchange_over(connecting.await.map_err(NoAnswer::NoTls)?, request).await
+        exchange_over(connecting.await.map_err(RequestError::Tls)?, request).await
     };
-    tokio::time::timeout(limit, exchange).await.unwrap_or(Err(NoAnswer::TimedOut { limit }))
+    tokio::time::timeout(timeout, exchange).await.unwrap_or(Err(RequestError::TimedOut { timeout }))
 }
 
 async fn exchange_over(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     request: Request<Full<Bytes>>,
-) -> Result<(StatusCode, Vec<u8>), NoAnswer> {
+) -> Result<(StatusCode, Vec<u8>), RequestError> {
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     let mut exchange = pin!(async {
         let reply = sender.send_request(request).await?;
         Ok((reply.status(), read_body(reply.into_body()).await?))
     });
-    // The connection moves the bytes. Its errors come out of the exchange too, after what has
-    // arrived before them.
+    // The connection transfers the bytes. Its errors also reach the exchange, after any bytes
+    // received before them.
     tokio::select! {
         outcome = &mut exchange => outcome,
         _ = connection => exchange.await,
     }
 }
 
-/// The limit holds for what arrives, whatever the head has promised.
-async fn read_body(mut body: Incoming) -> Result<Vec<u8>, NoAnswer> {
-    let mut whole = Vec::new();
+/// Reads a body. The limit applies to the bytes received, whatever length the head announces.
+async fn read_body(mut body: Incoming) -> Result<Vec<u8>, RequestError> {
+    let mut bytes = Vec::new();
     while let Some(frame) = body.frame().await {
         if let Ok(data) = frame?.into_data() {
-            if whole.len() + data.len() > BODY_LIMIT_BYTES {
-                return Err(NoAnswer::TooLarge);
+            if bytes.len() + data.len() > MAX_BODY_BYTES {
+                return Err(RequestError::TooLarge);
             }
-            whole.extend_from_slice(&data);
+            bytes.extend_from_slice(&data);
         }
     }
-    Ok(whole)
+    Ok(bytes)
 }

@@ -1,15 +1,15 @@
-//! OneGate, the cloud's door for its VMs: what a VM may ask about itself and its service, and what
-//! it may publish.
+//! Client for OneGate, the HTTP service of OpenNebula through which a VM queries itself and its
+//! service and publishes attributes.
 //!
-//! - `endpoint`: where it listens (pure)
-//! - `attributes`: attributes to the body of an update (pure)
-//! - [`shape`]: the JSON of its replies to services and VMs (pure)
-//! - `http`: one request (all input and output)
+//! - `endpoint`: parser for `ONEGATE_ENDPOINT` (pure)
+//! - `attributes`: encoding of an update (pure)
+//! - [`reply`]: parser for replies (pure)
+//! - `http`: one request; all I/O
 
 mod attributes;
 mod endpoint;
 mod http;
-pub mod shape;
+pub mod reply;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,60 +24,59 @@ use hyper::{Method, Request, StatusCode};
 use tokio_rustls::rustls::ClientConfig;
 
 pub use self::attributes::update_text;
-pub use self::http::NoAnswer;
-pub use self::shape::ShapeError;
+pub use self::http::RequestError;
+pub use self::reply::ReplyError;
 
 use self::endpoint::Endpoint;
 use crate::context::Secret;
 
-/// How much of what OneGate says an error repeats.
-const EXCERPT_CHARACTERS: usize = 200;
+/// Maximum length of the excerpt of a reply in an error.
+const MAX_EXCERPT_CHARACTERS: usize = 200;
 
-/// A client for the VM that it runs in. Each call is one request over its own connection, and needs
-/// a Tokio runtime with I/O and time.
+/// Client for the VM that it runs in. Each call is one request over its own connection and needs a
+/// Tokio runtime with I/O and time.
 ///
-/// It goes to the endpoint and nowhere else, as the token goes with each request: no redirect is
-/// followed, and no proxy is used, since hyper reads no environment. OneGate's usual address is
-/// link-local, where no proxy gets.
+/// Each request carries the token, so it goes to the endpoint only: redirects are not followed, and
+/// no proxy is used. OneGate's usual address is link-local, which a proxy cannot reach.
 #[derive(Debug)]
 pub struct OneGate {
     endpoint: Endpoint,
     tls: Option<Arc<ClientConfig>>,
     vm_id: u64,
     token: Secret,
-    limit: Duration,
+    timeout: Duration,
 }
 
 /// A OneFlow service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Service {
-    /// Its number.
+    /// Service ID.
     pub id: u64,
-    /// Its name; empty where OneGate does not say.
+    /// Name; empty if the reply has none.
     pub name: String,
-    /// Its roles, as OneFlow orders them.
+    /// Roles in OneFlow's order.
     pub roles: Vec<Role>,
 }
 
 /// A role of a service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Role {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// How many VMs it is to have.
+    /// Desired number of VMs.
     pub cardinality: Option<u64>,
-    /// The VMs that it has.
-    pub nodes: Vec<Node>,
+    /// VMs that exist.
+    pub vms: Vec<RoleVm>,
 }
 
 /// A VM of a role.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Node {
-    /// The VM's number.
+pub struct RoleVm {
+    /// VM ID.
     pub vm_id: u64,
-    /// The VM's name, where OneGate knows it.
+    /// Name, if the reply has one.
     pub name: Option<String>,
-    /// Its attributes as in [`Vm::attributes`], where the service was asked for with them.
+    /// Attributes as in [`Vm::attributes`]; empty unless the service was requested with attributes.
     /// Untrusted.
     pub attributes: BTreeMap<String, String>,
 }
@@ -85,149 +84,152 @@ pub struct Node {
 /// A VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Vm {
-    /// Its number.
+    /// VM ID.
     pub id: u64,
-    /// Its name; empty where OneGate does not say.
+    /// Name; empty if the reply has none.
     pub name: String,
-    /// Whether it is active and running (STATE 3, LCM_STATE 3); `None` where OneGate does not say.
+    /// Whether the VM is active and running (STATE 3, LCM_STATE 3); `None` if the reply has no
+    /// state.
     pub is_running: Option<bool>,
-    /// The texts of its USER_TEMPLATE: what was published for it. Names are in capitals, as
-    /// OpenNebula keeps them; an empty attribute is left out, so empty means unset. Untrusted: any
-    /// VM of a service may write those of any other.
+    /// Text attributes of USER_TEMPLATE, which include the published ones. OpenNebula stores names
+    /// in upper case. Empty attributes are omitted, so empty means unset. Untrusted: any VM of a
+    /// service can write the attributes of any other.
     pub attributes: BTreeMap<String, String>,
-    /// The addresses of its NICs in their order, IPv4 before IPv6 on each; aliases last, link-local
-    /// IPv6 left out. Untrusted.
+    /// Addresses of the NICs in order, IPv4 before IPv6 for each NIC, aliases last. Without
+    /// link-local IPv6 addresses. Untrusted.
     pub addresses: Vec<IpAddr>,
 }
 
-/// Why OneGate has no answer. No error shows the token.
+/// Error of a OneGate request. No error contains the token.
 #[derive(Debug, thiserror::Error)]
 pub enum OneGateError {
-    /// The endpoint cannot be used. It is not shown, as it may hold a password.
+    /// The endpoint is invalid. The error does not contain it, because it may include a password.
     #[error(
-        "ONEGATE_ENDPOINT is not as OpenNebula writes it: {problem}; accepted is http://HOST or https://HOST, with :PORT and /PATH where needed"
+        "invalid ONEGATE_ENDPOINT: {problem}; accepted is http://HOST or https://HOST, optionally \
+         with :PORT and /PATH"
     )]
-    BadEndpoint {
-        /// What is wrong with it.
+    InvalidEndpoint {
+        /// Cause.
         problem: &'static str,
     },
-    /// The VM's number is none.
-    #[error("VMID is not the number of a VM; accepted are decimal digits")]
-    BadVmId,
-    /// The token cannot be sent.
+    /// The VM ID is invalid.
+    #[error("invalid VMID; accepted are decimal digits")]
+    InvalidVmId,
+    /// The token is invalid.
     #[error(
-        "the token for OneGate is empty or has characters that no token has; is TOKEN=YES in the VM's context?"
+        "the OneGate token is empty or has invalid characters; check that the VM's context has \
+         TOKEN=YES"
     )]
-    BadToken,
-    /// OneGate speaks https, and there is nothing to check its certificate by.
-    #[error("no CA certificates for OneGate from {origin}")]
-    NoCertificates {
-        /// Where they were looked for.
+    InvalidToken,
+    /// The endpoint is https, and no CA certificate can be loaded.
+    #[error("cannot load CA certificates for OneGate from {origin}")]
+    NoCaCertificates {
+        /// Path of the CA file, or `this machine`.
         origin: String,
-        /// What is wrong there.
+        /// Cause.
         source: io::Error,
     },
-    /// A name that OpenNebula does not take for an attribute.
-    #[error("{name:?} is not the name of an attribute; accepted are A-Z, 0-9 and _")]
-    BadAttribute {
-        /// The name; only the beginning of a long one.
+    /// A name that OpenNebula does not accept for an attribute.
+    #[error("invalid attribute name {name:?}; accepted are A-Z, 0-9 and _")]
+    InvalidAttribute {
+        /// Name, truncated if long.
         name: String,
     },
-    /// The VM is in no service.
-    #[error("the VM is in no service: OneGate finds no valid SERVICE_ID in its attributes")]
+    /// The VM is not part of a service.
+    #[error("the VM is not part of a service: OneGate finds no valid SERVICE_ID in its attributes")]
     NotInService,
-    /// OneGate refused the request, or failed.
-    #[error("{request}: {status}, {}; OneGate says: {text}", meaning(*status, text))]
-    Refused {
-        /// Method and address.
+    /// OneGate rejected the request, or failed.
+    #[error("{request}: HTTP {status}: {}; OneGate replied: {text}", meaning(*status, text))]
+    Rejected {
+        /// Method and URL.
         request: String,
-        /// The status of HTTP.
+        /// HTTP status.
         status: u16,
-        /// OneGate's words, on one line.
+        /// Excerpt of the reply, on one line.
         text: String,
     },
-    /// A redirect.
+    /// OneGate replied with a redirect.
     #[error(
-        "{request}: {status}, a redirect, which is not followed as the token must not go elsewhere; is ONEGATE_ENDPOINT right?"
+        "{request}: HTTP {status}: redirects are not followed, because they would disclose the \
+         token; check ONEGATE_ENDPOINT"
     )]
     Redirected {
-        /// Method and address.
+        /// Method and URL.
         request: String,
-        /// The status of HTTP.
+        /// HTTP status.
         status: u16,
     },
-    /// No whole reply.
-    #[error("{request}: OneGate does not answer")]
-    NoAnswer {
-        /// Method and address.
+    /// There is no complete reply.
+    #[error("{request} failed")]
+    RequestFailed {
+        /// Method and URL.
         request: String,
-        /// What happened.
-        source: NoAnswer,
+        /// Cause.
+        source: RequestError,
     },
-    /// A reply that is not what was asked for: from an unknown version of OneGate, or not from
-    /// OneGate at all.
-    #[error("{request}: the reply is not one of OneGate: {excerpt}")]
-    Unexpected {
-        /// Method and address.
+    /// The reply has another format: from an unknown version of OneGate, or from another server.
+    #[error("{request}: unexpected reply: {excerpt}")]
+    UnexpectedReply {
+        /// Method and URL.
         request: String,
-        /// Its beginning, on one line.
+        /// Excerpt of the reply, on one line.
         excerpt: String,
-        /// What is wrong with it.
-        source: ShapeError,
+        /// Error of the parser.
+        source: ReplyError,
     },
 }
 
 impl OneGateError {
-    /// Whether the same request will fail for ever: only where something of this VM, its
-    /// configuration or the request itself, must change. All else may heal: OneGate answers 401
-    /// also while it does not reach oned, and 404 while OneFlow is down.
+    /// Returns whether a retry is pointless, because the VM's configuration or the request itself
+    /// must change. Any other error can be temporary: OneGate replies 401 also while it cannot
+    /// reach oned, and 404 while OneFlow is down.
     pub fn is_final(&self) -> bool {
         match self {
-            Self::BadEndpoint { .. }
-            | Self::BadVmId
-            | Self::BadToken
-            | Self::NoCertificates { .. }
-            | Self::BadAttribute { .. }
+            Self::InvalidEndpoint { .. }
+            | Self::InvalidVmId
+            | Self::InvalidToken
+            | Self::NoCaCertificates { .. }
+            | Self::InvalidAttribute { .. }
             | Self::NotInService => true,
-            Self::Refused { .. }
+            Self::Rejected { .. }
             | Self::Redirected { .. }
-            | Self::NoAnswer { .. }
-            | Self::Unexpected { .. } => false,
+            | Self::RequestFailed { .. }
+            | Self::UnexpectedReply { .. } => false,
         }
     }
 }
 
-/// What a refusal probably means (OpenNebula, `src/onegate/onegate-server.rb`).
+/// Returns the probable cause of a rejection (OpenNebula, `src/onegate/onegate-server.rb`).
 fn meaning(status: u16, text: &str) -> &'static str {
     match status {
         400 if text.contains("does not contain VM") => {
-            "OneFlow has not registered this VM yet, or it is of another service"
+            "OneFlow has not registered this VM yet, or it belongs to another service"
         }
         400 if text.contains("is empty") => {
             "OneFlow has not registered the VMs of this service yet"
         }
-        400 => "OneGate does not take this request",
-        401 => "the token is not valid for this VM, or OneGate does not reach oned",
+        400 => "OneGate does not accept this request",
+        401 => "the token is invalid for this VM, or OneGate cannot reach oned",
         403 => "OneGate's configuration does not allow it",
-        404 if text.contains("Service") => "there is no such service, or OneFlow is down",
-        404 => "OpenNebula has no such VM, or this is not OneGate",
-        500 => "OpenNebula rejects it, or OneGate is broken",
-        502..=504 => "the proxy before OneGate does not reach it",
-        _ => "which OneGate never answers",
+        404 if text.contains("Service") => "the service does not exist, or OneFlow is down",
+        404 => "the VM does not exist, or this server is not OneGate",
+        500 => "OpenNebula rejected the request, or OneGate failed",
+        502..=504 => "the proxy cannot reach OneGate",
+        _ => "a status that OneGate does not use",
     }
 }
 
 impl OneGate {
-    /// A client with what the VM's context says: the endpoint (`ONEGATE_ENDPOINT`), the VM's number
-    /// (`VMID`), and the token. `timeout` is for each request as a whole, from connecting to the
-    /// last byte of the reply.
+    /// Creates a client from the VM's context: endpoint (`ONEGATE_ENDPOINT`), VM ID (`VMID`) and
+    /// token. `timeout` applies to each request as a whole, from connecting to the last byte of the
+    /// reply.
     ///
-    /// Where the endpoint is https, the server's certificate must come from one of the CAs in
-    /// `ca_file` (PEM) and no other; without a file, from one that the machine trusts (or that
-    /// `SSL_CERT_FILE` and `SSL_CERT_DIR` name). They are read here, which blocks.
+    /// For an https endpoint the server's certificate must be issued by a CA in `ca_file` (PEM) or,
+    /// without a file, by a CA that the machine trusts (or in `SSL_CERT_FILE`, `SSL_CERT_DIR`).
+    /// Reading them blocks.
     ///
     /// # Errors
-    /// [`OneGateError`] where one of them cannot be used; it is final.
+    /// Returns a final [`OneGateError`] if an argument is invalid or no CA can be loaded.
     pub fn new(
         endpoint: &str,
         vm_id: &str,
@@ -235,55 +237,56 @@ impl OneGate {
         ca_file: Option<&Path>,
         timeout: Duration,
     ) -> Result<Self, OneGateError> {
-        let endpoint =
-            Endpoint::parse(endpoint).map_err(|problem| OneGateError::BadEndpoint { problem })?;
-        let vm_id = shape::decimal(vm_id).ok_or(OneGateError::BadVmId)?;
+        let endpoint = Endpoint::parse(endpoint)
+            .map_err(|problem| OneGateError::InvalidEndpoint { problem })?;
+        let vm_id = reply::decimal(vm_id).ok_or(OneGateError::InvalidVmId)?;
         let token_text = token.expose();
         if token_text.is_empty() || !token_text.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err(OneGateError::BadToken);
+            return Err(OneGateError::InvalidToken);
         }
         let tls = endpoint.is_https.then(|| http::tls(ca_file)).transpose().map_err(|source| {
             let origin = ca_file
                 .map_or_else(|| "this machine".to_owned(), |path| path.display().to_string());
-            OneGateError::NoCertificates { origin, source }
+            OneGateError::NoCaCertificates { origin, source }
         })?;
-        Ok(Self { endpoint, tls, vm_id, token, limit: timeout })
+        Ok(Self { endpoint, tls, vm_id, token, timeout })
     }
 
-    /// The service of this VM, without its VMs' attributes.
+    /// Queries the service of this VM, without the attributes of its VMs.
     ///
     /// # Errors
     /// See [`OneGateError`].
     pub async fn service(&self) -> Result<Service, OneGateError> {
-        self.get("/service", shape::service).await
+        self.get("/service", reply::service).await
     }
 
-    /// The service of this VM, with its VMs' attributes: OneGate asks for each VM.
+    /// Queries the service of this VM with the attributes of its VMs. OneGate makes one request to
+    /// oned for each VM.
     ///
     /// # Errors
     /// See [`OneGateError`].
     pub async fn service_with_attributes(&self) -> Result<Service, OneGateError> {
-        self.get("/service?extended=true", shape::service).await
+        self.get("/service?extended=true", reply::service).await
     }
 
-    /// This VM.
+    /// Queries this VM.
     ///
     /// # Errors
     /// See [`OneGateError`].
     pub async fn vm(&self) -> Result<Vm, OneGateError> {
-        self.get("/vm", shape::vm).await
+        self.get("/vm", reply::vm).await
     }
 
-    /// Another VM of the service.
+    /// Queries another VM of the service.
     ///
     /// # Errors
     /// See [`OneGateError`].
     pub async fn vm_of_service(&self, id: u64) -> Result<Vm, OneGateError> {
-        self.get(&format!("/vms/{id}"), shape::vm).await
+        self.get(&format!("/vms/{id}"), reply::vm).await
     }
 
-    /// Sets attributes of this VM, all in one request; see [`update_text`] for how they are
-    /// written. Others keep their values.
+    /// Sets attributes of this VM in one request, encoded as in [`update_text`]. Other attributes
+    /// keep their values.
     ///
     /// # Errors
     /// See [`OneGateError`].
@@ -295,24 +298,25 @@ impl OneGate {
     async fn get<T>(
         &self,
         route: &str,
-        read: fn(&[u8]) -> Result<T, ShapeError>,
+        parse: fn(&[u8]) -> Result<T, ReplyError>,
     ) -> Result<T, OneGateError> {
         let body = self.request(Method::GET, route, String::new()).await?;
-        read(&body).map_err(|source| OneGateError::Unexpected {
-            request: self.named(&Method::GET, route),
+        parse(&body).map_err(|source| OneGateError::UnexpectedReply {
+            request: self.describe(&Method::GET, route),
             excerpt: self.excerpt(&body),
             source,
         })
     }
 
-    /// The body of the reply to a request that OneGate takes; with a form where that is not empty.
+    /// Sends a request, with a form unless that is empty, and returns the body of a successful
+    /// reply.
     async fn request(
         &self,
         method: Method,
         route: &str,
         form: String,
     ) -> Result<Vec<u8>, OneGateError> {
-        let request = self.named(&method, route);
+        let request = self.describe(&method, route);
         let mut message = Request::builder()
             .method(method)
             .uri(format!("{}{route}", self.endpoint.prefix))
@@ -323,42 +327,41 @@ impl OneGate {
         if !form.is_empty() {
             message = message.header(CONTENT_TYPE, "application/x-www-form-urlencoded");
         }
-        // The length of the form is known, so it goes as Content-Length: OneGate does not read a
-        // chunked body.
+        // A body of known length is sent with Content-Length; OneGate does not read a chunked body.
         let message = message
             .body(Full::from(form))
-            .map_err(|_| OneGateError::BadEndpoint { problem: "its path is too long" })?;
-        match http::exchange(&self.endpoint, self.tls.as_ref(), message, self.limit).await {
+            .map_err(|_| OneGateError::InvalidEndpoint { problem: "its path is too long" })?;
+        match http::exchange(&self.endpoint, self.tls.as_ref(), message, self.timeout).await {
             Ok((status, body)) if status.is_success() => Ok(body),
             Ok((status, _)) if status.is_redirection() => {
                 Err(OneGateError::Redirected { request, status: status.as_u16() })
             }
-            Ok((status, body)) => Err(self.refused(request, status, &body)),
-            Err(source) => Err(OneGateError::NoAnswer { request, source }),
+            Ok((status, body)) => Err(self.rejected(request, status, &body)),
+            Err(source) => Err(OneGateError::RequestFailed { request, source }),
         }
     }
 
-    fn refused(&self, request: String, status: StatusCode, body: &[u8]) -> OneGateError {
+    fn rejected(&self, request: String, status: StatusCode, body: &[u8]) -> OneGateError {
         let text = self.excerpt(body);
         if status == StatusCode::BAD_REQUEST && text.contains("Empty or invalid SERVICE_ID") {
             return OneGateError::NotInService;
         }
-        OneGateError::Refused { request, status: status.as_u16(), text }
+        OneGateError::Rejected { request, status: status.as_u16(), text }
     }
 
-    /// A request as errors name it.
-    fn named(&self, method: &Method, route: &str) -> String {
+    /// Returns method and URL for errors.
+    fn describe(&self, method: &Method, route: &str) -> String {
         format!("{method} {}{route}", self.endpoint)
     }
 
-    /// The beginning of a body, on one line and without control characters. Who repeats our request
-    /// in it does not make us show the token.
+    /// Returns the start of a body on one line, with control characters escaped and without the
+    /// token, which a server may echo.
     fn excerpt(&self, body: &[u8]) -> String {
         let text = String::from_utf8_lossy(body);
-        let text = text.replace(self.token.expose(), "(the token)");
+        let text = text.replace(self.token.expose(), "(token)");
         let mut excerpt = String::new();
         for character in text.trim().chars() {
-            if excerpt.chars().count() >= EXCERPT_CHARACTERS {
+            if excerpt.chars().count() >= MAX_EXCERPT_CHARACTERS {
                 excerpt.push('…');
                 break;
             }
@@ -367,7 +370,7 @@ impl OneGate {
                 _ => excerpt.extend(character.escape_debug()),
             }
         }
-        if excerpt.is_empty() { "(nothing)".to_owned() } else { excerpt }
+        if excerpt.is_empty() { "(empty)".to_owned() } else { excerpt }
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use libfuzzer_sys::fuzz_target;
 use one_context::Context;
-use one_context::onegate::shape;
+use one_context::onegate::reply;
 use supernode_agent::values::HostPort;
 use supernode_agent::config::{Config, Prebaked};
 use supernode_agent::opennebula::superlink::resolve_published;
@@ -25,10 +25,10 @@ thread_local! {
 }
 
 fuzz_target!(|json: &[u8]| {
-    if let Ok(service) = shape::service(json) {
+    if let Ok(service) = reply::service(json) {
         assert!(service.roles.iter().all(|role| !role.name.is_empty()));
     }
-    let Ok(vm) = shape::vm(json) else { return };
+    let Ok(vm) = reply::vm(json) else { return };
     assert!(vm.attributes.values().all(|value| !value.is_empty()));
     // 2030, when the certificates of the corpus are valid.
     let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000);
