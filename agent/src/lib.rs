@@ -26,6 +26,6 @@ pub mod gpu;
 pub mod logging;
 pub mod opennebula;
 pub mod report;
-pub mod supervisor;
+pub(crate) mod supervisor;
 pub mod system;
 pub mod values;

@@ -125,7 +125,7 @@ fn boot_with_gpu_does_not_restart_or_reload_docker() {
 
 #[test]
 fn daemon_reload_removes_gpu_injected_only_by_hook() {
-    let lost = "has lost its GPU and is made anew";
+    let lost = "lost its GPU; recreating it";
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
     // The unit detects the loss from inside its sandbox, from systemd's unit properties.

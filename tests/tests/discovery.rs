@@ -468,7 +468,7 @@ fn follows_moved_superlink_while_disconnected() {
     onegate.change(|state| {
         state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_ENDPOINT", "10.9.8.8:9092");
     });
-    agent.wait_for_line("the service has its SuperLink at 10.9.8.8:9092 now", TIMEOUT);
+    agent.wait_for_line("the service's SuperLink changed to 10.9.8.8:9092", TIMEOUT);
     assert!(eventually(Duration::from_secs(30), || {
         let found =
             engine.docker(&["inspect", "--format", "{{.Id}} {{.Args}}", "flower-supernode"]).stdout;
@@ -489,6 +489,6 @@ fn flapping_connection_does_not_hide_moved_superlink() {
     onegate.change(|state| {
         state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_ENDPOINT", "10.9.8.8:9092");
     });
-    agent.wait_for_line("the service has its SuperLink at 10.9.8.8:9092 now", TIMEOUT);
+    agent.wait_for_line("the service's SuperLink changed to 10.9.8.8:9092", TIMEOUT);
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
 }

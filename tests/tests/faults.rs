@@ -304,7 +304,7 @@ fn docker_daemon_faults_with_live_restore() {
             }
             node.engine.restart();
             let since = Instant::now();
-            node.agent().wait_for_line("the Docker engine answers again", TIMEOUT);
+            node.agent().wait_for_line("Docker engine answers again", TIMEOUT);
             assert_eq!(node.run(), before);
             assert_still_monitored(node);
             since
@@ -317,7 +317,7 @@ fn docker_daemon_faults_with_live_restore() {
         node.start_until_ready();
         node.engine.restart();
         let since = Instant::now();
-        node.agent().wait_for_line("the Docker engine answers again", TIMEOUT);
+        node.agent().wait_for_line("Docker engine answers again", TIMEOUT);
         node.wait_status_running();
         since
     });
@@ -371,7 +371,7 @@ fn container_faults() {
         docker(node, &["rmi", "-f", image::PYTORCH]);
         docker(node, &["kill", "flower-supernode"]);
         let since = Instant::now();
-        node.agent().wait_for_line("ended with exit code 137", TIMEOUT);
+        node.agent().wait_for_line("exited with code 137", TIMEOUT);
         assert!(eventually(TIMEOUT / 6, || node.run().ends_with(" true") && node.run() != before));
         since
     });
@@ -386,7 +386,7 @@ fn container_faults() {
             let before = node.run();
             docker(node, &["rmi", "-f", image::PYTORCH]);
             docker(node, &["rm", "-f", "flower-supernode"]);
-            node.agent().wait_for_line("does not come up", TIMEOUT);
+            node.agent().wait_for_line("did not start", TIMEOUT);
             node.engine.import_image(&[image::PYTORCH]);
             let since = Instant::now();
             node.wait_new_own_run(&before);
@@ -405,8 +405,7 @@ fn container_faults() {
                 node.start_until_ready();
                 let since = Instant::now();
                 for delay in [1, 2] {
-                    let line =
-                        format!("ended with exit code {code}; starting it again in {delay} s");
+                    let line = format!("exited with code {code}; restarting it in {delay} s");
                     node.agent().wait_for_line(&line, TIMEOUT);
                 }
                 node.context("");
@@ -824,7 +823,7 @@ fn sigterm_in_every_phase() {
     table.fault(&mut node, "SIGTERM during the restart delay", stopped, |node| {
         node.context("test-exit=1");
         node.start_until_ready();
-        node.agent().wait_for_line("starting it again in 2 s", TIMEOUT);
+        node.agent().wait_for_line("restarting it in 2 s", TIMEOUT);
         let since = Instant::now();
         node.terminate();
         node.context("");

@@ -255,7 +255,7 @@ impl FederatedNode {
         let count_of = |text: &str| lines.iter().filter(|line| line.contains(text)).count();
         assert_eq!(
             count_of("started the container") - 1,
-            count_of("WARNING Flower in the container") + count_of("ended with exit code"),
+            count_of("WARNING Flower is unresponsive") + count_of("exited with code"),
             "{lines:#?}"
         );
     }

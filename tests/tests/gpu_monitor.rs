@@ -24,7 +24,7 @@ use supernode_tests::{
     Agent, Engine, RuntimeMode, Sandbox, Sysfs, TestVm, eventually, nvml_library,
 };
 
-/// Time limit of the contract for reporting a lost GPU and replacing the container.
+/// Time limit of the contract for reporting a lost GPU and replacing container.
 const LOSS_LIMIT: Duration = Duration::from_secs(30);
 
 /// A node on a GPU with a running GPU monitor.
@@ -152,8 +152,7 @@ impl MonitoredNode {
         }
         let lines = self.agent.lines();
         let warned = lines.iter().position(|line| line.contains(" WARNING ")).unwrap();
-        let replaced =
-            lines.iter().rposition(|line| line.contains("replacing the container")).unwrap();
+        let replaced = lines.iter().rposition(|line| line.contains("replacing container")).unwrap();
         assert!(warned < replaced, "{lines:#?}");
         let verdict = &json_of(&self.vm.run_command("status", &["--json"]))["gpu"]["verdict"];
         assert_eq!(verdict["reason"], "gpu-failed", "{verdict}");
@@ -221,7 +220,7 @@ fn container_killed_by_gpu_fault_restarts_without_that_gpu() {
     let Some(node) = MonitoredNode::with(one_gpu(), &[79], &[], &[]) else { return };
     // The driver reports the fault after the container has exited.
     node.engine.docker(&["kill", "flower-supernode"]).expect_success();
-    node.agent.wait_for_line("ended with exit code 137", TIMEOUT);
+    node.agent.wait_for_line("exited with code 137", TIMEOUT);
     node.fire(79);
     node.wait_for_runtime("runc");
     let line = node.agent.wait_for_line("gpu-failed", TIMEOUT);
@@ -237,7 +236,7 @@ fn failed_gpu_is_retried_when_configured_then_given_up() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[48, 119], settings, &[]) else { return };
     let first = node.id();
     node.fire(48);
-    node.agent.wait_for_line("a probe finds the GPU well", TIMEOUT);
+    node.agent.wait_for_line("probe finds the GPU usable", TIMEOUT);
     assert!(eventually(TIMEOUT, || {
         node.agent.lines().iter().filter(|line| line.contains("started the container")).count() == 2
     }));
@@ -263,12 +262,8 @@ fn failed_gpu_is_retried_when_configured_then_given_up() {
     node.now("fail", json!({"nvmlInit_v2": 999}));
     node.agent.wait_for_line("No usable GPU, this node runs on the CPU. gpu-failed", TIMEOUT);
     node.wait_for_runtime("runc");
-    let attempts = node
-        .agent
-        .lines()
-        .iter()
-        .filter(|line| line.contains("looking at the GPU again in"))
-        .count();
+    let attempts =
+        node.agent.lines().iter().filter(|line| line.contains("probing the failed GPU in")).count();
     assert_eq!(attempts, 3, "{:#?}", node.agent.lines());
     assert_eq!(warnings(&node.agent).len(), 3, "{:#?}", node.agent.lines());
 }
@@ -285,7 +280,7 @@ fn ignored_gpu_failure_only_warns() {
         node.fire(xid);
         node.agent.wait_for_line(&format!("XID {xid}: "), TIMEOUT);
     }
-    node.wait_for_status("the GPU failed, which is ignored");
+    node.wait_for_status("GPU failure ignored");
     assert_eq!(node.id(), before);
     let warnings = warnings(&node.agent);
     assert_eq!(warnings.len(), 2, "{warnings:?}");
@@ -447,7 +442,7 @@ fn container_without_device_nodes_is_recreated_once() {
     let before = node.id();
     let pid = inspect(&node.engine, "{{.State.Pid}}");
     fs::remove_file(format!("/proc/{pid}/root/dev/nvidia0")).unwrap();
-    let line = node.agent.wait_for_line("has lost its GPU and is made anew", TIMEOUT);
+    let line = node.agent.wait_for_line("lost its GPU; recreating it", TIMEOUT);
     assert!(line.contains(" WARNING ") && line.contains(GPU_A), "{line}");
     assert!(eventually(TIMEOUT, || {
         let pid = node
@@ -486,7 +481,7 @@ fn flapping_connection_does_not_hide_lost_device() {
     let pid = inspect(&node.engine, "{{.State.Pid}}");
     let begun = Instant::now();
     fs::remove_file(format!("/proc/{pid}/root/dev/nvidia0")).unwrap();
-    node.agent.wait_for_line("has lost its GPU", TIMEOUT);
+    node.agent.wait_for_line("lost its GPU", TIMEOUT);
     assert_flapped(&node.agent, begun);
     report_cause(
         "gpu-not-visible",
@@ -578,7 +573,7 @@ esac
     let before = node.id();
     node.directory.write("first", inspect(&node.engine, "{{.Id}}"));
     node.directory.write("reloaded", "9000");
-    let line = node.agent.wait_for_line("has lost its GPU and is made anew", TIMEOUT);
+    let line = node.agent.wait_for_line("lost its GPU; recreating it", TIMEOUT);
     assert!(line.contains(" WARNING ") && line.contains("daemon-reload"), "{line}");
     assert!(eventually(TIMEOUT, || {
         node.agent.lines().iter().filter(|line| line.contains("started the container")).count() == 2
@@ -618,7 +613,7 @@ fn late_driver_is_used_when_configured() {
     engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
     let _sysfs = sysfs.driver("nvidia").module("550.54.15");
     let line = agent.wait_for_line("GPU is usable now", TIMEOUT);
-    assert!(line.contains(" WARNING ") && line.contains("replaced"), "{line}");
+    assert!(line.contains(" WARNING ") && line.contains("replacing"), "{line}");
     assert!(eventually(TIMEOUT, || {
         let format = "{{.State.Running}} {{.HostConfig.Runtime}}";
         engine.docker(&["inspect", "--format", format, "flower-supernode"]).stdout.trim()

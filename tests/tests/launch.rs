@@ -118,9 +118,9 @@ fn gpu_is_retried_when_cpu_launch_is_refused_too() {
     fs::write(&broken, "").unwrap();
     engine.docker(&["kill", "flower-supernode"]).expect_success();
     // Two rounds: the WARNING is not repeated for each attempt.
-    agent.wait_for_line("does not come up", TIMEOUT);
+    agent.wait_for_line("did not start", TIMEOUT);
     assert!(eventually(TIMEOUT, || {
-        agent.lines().iter().filter(|line| line.contains("does not come up")).count() >= 2
+        agent.lines().iter().filter(|line| line.contains("did not start")).count() >= 2
     }));
     let fallbacks =
         warnings(&agent).into_iter().filter(|line| line.contains("runtime-start-failed")).count();
@@ -257,7 +257,7 @@ fn engine_restart_does_not_increase_restart_delay() {
         }));
     }
     let delays: Vec<_> =
-        agent.lines().into_iter().filter(|line| line.contains("starting it again in")).collect();
+        agent.lines().into_iter().filter(|line| line.contains("restarting it in")).collect();
     assert!(delays.iter().all(|line| line.ends_with("in 1 s")), "{delays:#?}");
 }
 
@@ -284,7 +284,7 @@ fn any_exit_code_restarts_with_increasing_delay() {
         let mut agent = up(&vm);
         for delay in [1, 2, 4] {
             agent.wait_for_line(
-                &format!("ended with exit code {code}; starting it again in {delay} s"),
+                &format!("exited with code {code}; restarting it in {delay} s"),
                 TIMEOUT,
             );
         }

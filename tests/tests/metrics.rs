@@ -321,7 +321,7 @@ fn exporter_releases_failed_gpu_and_stops() {
     let first = exporter(&engine, "{{.Id}}");
     directory.write("xid-48", "");
     agent.wait_for_line("removing the DCGM exporter: no GPU is in use", TIMEOUT);
-    agent.wait_for_line("a probe finds the GPU well", TIMEOUT);
+    agent.wait_for_line("probe finds the GPU usable", TIMEOUT);
     wait_for_exporter(&engine, &agent, RUNS, "true");
     assert_ne!(exporter(&engine, "{{.Id}}"), first);
     vm.set("gpu.on_failure", "cpu");

@@ -27,7 +27,7 @@ use crate::opennebula::superlink::{self, SuperLinkError};
 use crate::report::Reporter;
 use crate::report::metrics_server;
 use crate::supervisor::exporter::{self, Exporter};
-use crate::supervisor::{LaunchError, Node, RestartRequested, report_fallback};
+use crate::supervisor::{LaunchError, NodeSpec, RestartRequested, report_fallback};
 use crate::system::info::SystemInfo;
 use crate::system::lock::{Lock, LockError};
 use crate::system::os_release::Distribution;
@@ -44,7 +44,7 @@ pub const EXIT_CONFIG: u8 = 78;
 
 /// Why the node does not run.
 #[derive(Debug, thiserror::Error)]
-pub enum BootError {
+pub(crate) enum BootError {
     /// The context.
     #[error(transparent)]
     Context(#[from] SourceError),
@@ -85,7 +85,7 @@ pub enum BootError {
 impl BootError {
     /// 78 where only the operator can mend it, a machine without the GPU that it must have among
     /// that, else 1.
-    pub fn exit_code(&self) -> u8 {
+    pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Context(error) if error.is_invalid() => EXIT_CONFIG,
             Self::Settings(_) | Self::Config(_) => EXIT_CONFIG,
@@ -346,8 +346,17 @@ async fn run_node(
     };
     remove_orphans(&engine, &settings).await?;
     let cloud = cloud.ok();
-    let node =
-        Node { config, settings, cloud, superlink, image, system, distribution, access, reporter };
+    let node = NodeSpec {
+        config,
+        settings,
+        onegate: cloud,
+        superlink,
+        image,
+        system,
+        distribution,
+        injection: access,
+        reporter,
+    };
     tokio::select! {
         outcome = node.supervise(verdict, engine, starting, watchdog) => Ok(outcome?),
         never = exporter.keep() => match never {},

@@ -35,7 +35,7 @@ const PORT: u16 = 9400;
 const PIDS_LIMIT: i64 = 512;
 const SHM_SIZE_MIB: u64 = 64;
 /// Between SIGTERM and SIGKILL: it has nothing to finish.
-pub const GRACE: Duration = Duration::from_secs(5);
+pub(crate) const GRACE: Duration = Duration::from_secs(5);
 /// The pauses before it is tried again: the first, and the longest.
 const INITIAL_DELAY: Duration = Duration::from_secs(5);
 const MAX_DELAY: Duration = Duration::from_secs(600);
@@ -43,7 +43,7 @@ const MAX_DELAY: Duration = Duration::from_secs(600);
 const HEALTHY_AFTER: Duration = Duration::from_secs(600);
 
 /// The name of its container.
-pub fn name_of(settings: &Settings) -> String {
+pub(crate) fn name_of(settings: &Settings) -> String {
     format!("{}-dcgm", settings.container.name)
 }
 
@@ -51,7 +51,7 @@ pub fn name_of(settings: &Settings) -> String {
 ///
 /// # Errors
 /// What keeps it from being wanted.
-pub fn plan_exporter(
+pub(crate) fn plan_exporter(
     config: &Config,
     devices: &[GpuDevice],
     access: &GpuInjection,
@@ -109,22 +109,22 @@ pub fn plan_exporter(
 
 /// The exporter of a node that is up.
 #[derive(Debug)]
-pub struct Exporter {
+pub(crate) struct Exporter {
     /// What the operator wants.
-    pub config: Config,
+    pub(crate) config: Config,
     /// Where things are.
-    pub settings: Settings,
+    pub(crate) settings: Settings,
     /// How the GPU gets in.
-    pub access: GpuInjection,
+    pub(crate) access: GpuInjection,
     /// Memory and logging of the VM.
-    pub system: SystemInfo,
+    pub(crate) system: SystemInfo,
     /// Who tells which GPUs are in use, and is told.
-    pub reporter: Rc<Reporter>,
+    pub(crate) reporter: Rc<Reporter>,
 }
 
 impl Exporter {
     /// Keeps the exporter as it is wanted, for as long as this is polled.
-    pub async fn keep(self) -> Infallible {
+    pub(crate) async fn keep(self) -> Infallible {
         let mut in_use = self.reporter.gpus_in_use();
         loop {
             let Some(devices) = in_use.borrow_and_update().clone() else {
@@ -233,7 +233,7 @@ async fn bring_up(
     let name = &spec.name;
     let found = engine.inspect_container(name).await?;
     let has_gpus = |container: &Container| {
-        !matches!(gpu_presence::devices_missing_in(container, devices), Ok(Some(_)))
+        !matches!(gpu_presence::find_missing_devices(container, devices), Ok(Some(_)))
     };
     if let Some(running) = &found
         && running.running

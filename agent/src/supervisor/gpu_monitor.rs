@@ -33,7 +33,7 @@ use crate::gpu::xid::{Class, Xid};
 use crate::report::Reporter;
 
 /// The hidden subcommand that the child runs.
-pub const SUBCOMMAND: &str = "nvml-watch";
+pub(crate) const SUBCOMMAND: &str = "nvml-watch";
 
 /// More than a line of the child ever has.
 const MAX_LINE_BYTES: usize = 1 << 16;

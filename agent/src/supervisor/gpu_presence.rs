@@ -23,7 +23,7 @@ const SYSTEMCTL_LIMIT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// When it cannot be told: the process has ended, or must not be looked at.
-pub fn devices_missing_in(
+pub(crate) fn find_missing_devices(
     container: &Container,
     devices: &[GpuDevice],
 ) -> io::Result<Option<Finding>> {
@@ -76,12 +76,16 @@ fn gpu_nodes(dev: &Path) -> io::Result<Vec<String>> {
 
 /// Waits until the container has lost one of `devices`, at least one. `by_hook`: they came through
 /// NVIDIA's runtime, whose hook changes the device cgroup behind systemd's back.
-pub async fn until_lost(container: &Container, devices: &[GpuDevice], by_hook: bool) -> Finding {
+pub(crate) async fn until_lost(
+    container: &Container,
+    devices: &[GpuDevice],
+    by_hook: bool,
+) -> Finding {
     let mut systemd = Systemd::default();
     loop {
         for _ in 0..LOOKS_A_QUESTION {
             tokio::time::sleep(LOOK).await;
-            match devices_missing_in(container, devices) {
+            match find_missing_devices(container, devices) {
                 Ok(None) => {}
                 Ok(Some(finding)) => return finding,
                 Err(error) => {

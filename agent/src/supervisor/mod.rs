@@ -1,12 +1,48 @@
-//! The container's life: adopted or replaced, watched, started again, stopped. The agent is its one
-//! owner.
+//! The supervisor: owns the framework container and keeps it running.
 //!
-//! What is to be done is decided in [`machine`], where it is drawn; here it is done.
+//! [`state_machine`] decides, this module executes. One round of [`Supervisor::run`]:
+//!
+//! ```text
+//!            Command                       Event
+//! StateMachine ──> Supervisor::execute ──────────> StateMachine::handle
+//!      ^             Inspect, CreateAndStart, Stop, …    │
+//!      │             Monitor: waits for the watchers     │
+//!      └──────────── next command <── notifications <────┘
+//! ```
+//!
+//! # When the container loses its GPU
+//!
+//! The VM still has the GPU, but the container does not: its device node is gone, or systemd
+//! applied its device rules without NVIDIA's devices.
+//!
+//! 1. [`gpu_presence`] notices within 5 s (device node) or 15 s (device rules).
+//! 2. [`Supervisor::on_gpu_lost`] logs the WARNING and updates the status.
+//! 3. The state machine enters `Stopping`, or `StopDelayed` first if the container was started
+//!    shortly before.
+//! 4. `StopAndRemove` ends the container and the GPU monitor; `Inspect` then finds no container and
+//!    a new one is created on the same GPU.
+//! 5. If the new container has no GPU either, the launch falls back to the CPU with a WARNING, or
+//!    the agent exits if `FL_GPU_REQUIRED` is YES.
+//!
+//! # When a GPU fails
+//!
+//! 1. [`gpu_monitor`] reports a fatal XID, an NVML fault, a hang or a removed driver.
+//! 2. `StateMachine::on_gpu_failed` decides by `gpu.on_failure`: ignore it; stop the container and
+//!    probe the GPU up to three times; or move to the CPU at once.
+//!
+//! # When the agent receives a signal
+//!
+//! The supervisor does not know about signals. The daemon drops the future of
+//! [`NodeSpec::supervise`], on SIGTERM as well as on a SIGHUP that changes the configuration. That
+//! ends the watchers, the calls under way and the GPU monitor's child, and nothing else: the
+//! container keeps running. The daemon then stops the container (SIGTERM), leaves it to the next
+//! agent, or starts a new supervisor, which adopts the container if it still matches its spec and
+//! replaces it otherwise (SIGHUP).
 
-pub mod exporter;
-pub mod gpu_monitor;
-pub mod gpu_presence;
-pub mod state_machine;
+pub(crate) mod exporter;
+pub(crate) mod gpu_monitor;
+pub(crate) mod gpu_presence;
+mod state_machine;
 mod watchers;
 
 use std::path::{Path, PathBuf};
@@ -26,17 +62,17 @@ use crate::docker::client::{Client, Container, EngineError};
 use crate::docker::nvidia_runtime::GpuInjection;
 use crate::docker::spec::{ContainerSpec, REASON_LABEL, REFUSED_HASH_LABEL, SUMMARY_LABEL};
 use crate::flower::connection::Connection;
-use crate::flower::liveness::Liveness;
+use crate::flower::liveness::{Liveness, LivenessFailure};
 use crate::flower::release::Release;
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::gpu::{self, detect_gpus};
 use crate::logging;
 use crate::opennebula::publisher::OneGateAccess;
-use crate::opennebula::superlink::SuperLink;
+use crate::opennebula::superlink::{Discovery, SuperLink};
 use crate::report::Reporter;
 use crate::supervisor::gpu_monitor::GpuMonitor;
-use crate::supervisor::gpu_presence::devices_missing_in;
+use crate::supervisor::gpu_presence::find_missing_devices;
 use crate::system::atomic_file;
 use crate::system::info::SystemInfo;
 use crate::system::os_release::Distribution;
@@ -47,92 +83,76 @@ use state_machine::{
 };
 use watchers::{ContainerWatchers, SuperLinkWatcher, WatchEvent, WatchedContainer};
 
-/// The node: everything its container is made from.
+/// Everything that the framework container is created from, and the verdict aside, everything that
+/// the supervisor needs.
 #[derive(Debug)]
-pub struct Node {
-    /// What the operator wants.
-    pub config: Config,
-    /// Where things are.
-    pub settings: Settings,
-    /// The way to OneGate, where there is one.
-    pub cloud: Option<OneGateAccess>,
-    /// What the node connects to.
-    pub superlink: SuperLink,
-    /// The framework image.
-    pub image: FrameworkImage,
-    /// Memory and logging of the VM.
-    pub system: SystemInfo,
-    /// The distribution that fixes are for.
-    pub distribution: Distribution,
-    /// How the GPU gets in.
-    pub access: GpuInjection,
-    /// Who is told.
-    pub reporter: Rc<Reporter>,
+pub(crate) struct NodeSpec {
+    pub(crate) config: Config,
+    pub(crate) settings: Settings,
+    /// `None` if the VM cannot use OneGate.
+    pub(crate) onegate: Option<OneGateAccess>,
+    pub(crate) superlink: SuperLink,
+    pub(crate) image: FrameworkImage,
+    pub(crate) system: SystemInfo,
+    pub(crate) distribution: Distribution,
+    pub(crate) injection: GpuInjection,
+    pub(crate) reporter: Rc<Reporter>,
 }
 
-/// What a node is in want of that its supervisor cannot give: the story from the beginning, because
-/// the GPU is usable now.
+/// The node must restart from detection, because a GPU became available.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RestartRequested;
+pub(crate) struct RestartRequested;
 
 /// Why the container does not run.
 #[derive(Debug, thiserror::Error)]
-pub enum LaunchError {
-    /// The engine.
+pub(crate) enum LaunchError {
     #[error(transparent)]
     Client(#[from] EngineError),
-    /// There must be a GPU, and there is none.
     #[error("FL_GPU_REQUIRED is YES and no GPU is usable")]
     GpuRequired,
-    /// The container did not come up on the GPU, and Docker does not let go of it.
     #[error(
-        "{summary}; and Docker does not let go of that container: end what hangs (ps -C nvidia-container-runtime), or restart Docker"
+        "{summary}; cannot remove that container: end the process that hangs \
+         (ps -C nvidia-container-runtime), or restart Docker"
     )]
-    Stuck {
-        /// What was found about the GPU.
+    NotRemoved {
+        /// Why the container did not start with the GPU.
         summary: String,
-        /// What Docker said to the removal.
         source: EngineError,
     },
-    /// What the container mounts cannot be made.
     #[error("cannot write {path}")]
-    Mounts {
-        /// The file or folder.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
+    Mounts { path: PathBuf, source: std::io::Error },
+    #[error("cannot start the container: unexpected event in the state machine")]
+    UnexpectedEvent,
 }
 
-/// Who does what the machine decides.
+/// Executes the commands of the state machine.
 struct Supervisor<'a> {
-    node: Node,
+    node: NodeSpec,
     watchdog: &'a Watchdog,
-    machine: StateMachine,
+    state_machine: StateMachine,
     engine: Client,
-    /// What has the container's name, as it was seen last.
+    /// The container with the node's name, as last inspected.
     container: Option<Container>,
-    /// The run of it that is listened to.
+    /// The run of that container that was last monitored.
     run: Option<ContainerRun>,
     gpu_monitor: GpuMonitor,
     liveness: Liveness,
     superlink_watcher: SuperLinkWatcher,
     /// Completes when a GPU becomes available; `None` unless the state machine waits for one.
     gpu_available: Option<LocalBoxFuture<'static, ()>>,
-    /// What is true beside the verdict, for the status.
+    /// Addition to the status line.
     status_note: Option<String>,
     /// Why the last launch failed.
-    error: Option<LaunchError>,
-    /// Until the container is up.
-    starting: Option<TimeoutExtension>,
+    launch_error: Option<LaunchError>,
+    /// Extends the start timeout of the unit until the container runs.
+    startup: Option<TimeoutExtension>,
 }
 
 /// One run of the container: from one start to the next.
 struct ContainerRun {
     id: String,
     started_at: String,
-    /// When the supervisor first saw it.
-    since: Instant,
+    monitored_since: Instant,
     /// The connection to the SuperLink according to Flower's log.
     connection: Connection,
     /// Whether the container has a TCP connection to the SuperLink's port: used where Flower's log
@@ -149,7 +169,7 @@ impl ContainerRun {
         Self {
             id: container.id.clone(),
             started_at: container.started_at.clone(),
-            since: Instant::now(),
+            monitored_since: Instant::now(),
             connection: Connection::default(),
             tcp_connected: false,
             paused: container.paused,
@@ -162,18 +182,20 @@ impl ContainerRun {
     }
 }
 
-impl Node {
-    /// Brings the container up on this verdict and keeps it up; `starting` ends once it is up.
-    /// Returns only where the story is to begin anew: a signal ends it from outside.
+impl NodeSpec {
+    /// Launches the container on this verdict and supervises it. `startup` is dropped once the
+    /// container runs.
+    ///
+    /// Returns only to restart from detection, or on an error. On a signal the caller drops the
+    /// future; see the module documentation.
     ///
     /// # Errors
-    /// When the container does not come up at first; when there must be a GPU, and the container
-    /// does not come up on it or it has failed.
-    pub async fn supervise(
+    /// If the first launch fails, or if the GPU is required and unusable.
+    pub(crate) async fn supervise(
         self,
         verdict: Verdict,
         engine: Client,
-        starting: TimeoutExtension,
+        startup: TimeoutExtension,
         watchdog: &Watchdog,
     ) -> Result<RestartRequested, LaunchError> {
         let policy = Policy {
@@ -181,7 +203,7 @@ impl Node {
             on_failure: self.settings.gpu.on_failure,
             on_late: self.settings.gpu.on_late,
         };
-        let (machine, act) = StateMachine::new(policy, verdict);
+        let (state_machine, first_command) = StateMachine::new(policy, verdict);
         let reporter = Rc::clone(&self.reporter);
         let mut supervisor = Supervisor {
             gpu_monitor: GpuMonitor::new(&self.config, &self.settings, reporter),
@@ -189,24 +211,24 @@ impl Node {
             gpu_available: None,
             node: self,
             watchdog,
-            machine,
+            state_machine,
             engine,
             container: None,
             run: None,
             liveness: Liveness::default(),
             status_note: None,
-            error: None,
-            starting: Some(starting),
+            launch_error: None,
+            startup: Some(startup),
         };
-        supervisor.work(act).await
+        supervisor.run(first_command).await
     }
 
-    fn spec_on(&self, verdict: &Verdict) -> ContainerSpec {
+    fn container_spec(&self, verdict: &Verdict) -> ContainerSpec {
         plan::plan_container(&ContainerInputs {
             config: &self.config,
             settings: &self.settings,
             verdict,
-            injection: &self.access,
+            injection: &self.injection,
             superlink: Some(&self.superlink),
             image: &self.image,
             system: &self.system,
@@ -217,14 +239,14 @@ impl Node {
         Release::of(flower_version(&self.config, &self.image.reference))
     }
 
-    /// Whether the container's log tells when Flower has connected.
+    /// Whether Flower's log reports the connection to the SuperLink.
     fn log_reports_connection(&self) -> bool {
         matches!(self.config.log_level, LogLevel::Debug | LogLevel::Info)
             && self.release().logs_node_id()
     }
 
-    /// Makes what the container's mounts need. Looked after at every start: a folder may have gone
-    /// in between.
+    /// Writes what the container mounts. Repeated before every launch, because a directory may have
+    /// been removed in between.
     fn prepare_mounts(&self) -> Result<(), LaunchError> {
         let failed = |path: &Path| {
             let path = path.to_path_buf();
@@ -241,145 +263,154 @@ impl Node {
     }
 
     fn watch_superlink(&self) -> SuperLinkWatcher {
-        SuperLinkWatcher::new(&self.config, self.cloud.as_ref(), &self.superlink)
+        SuperLinkWatcher::new(&self.config, self.onegate.as_ref(), &self.superlink)
     }
 }
 
 impl Supervisor<'_> {
-    /// Does what the machine decides, one act after the other.
-    async fn work(&mut self, mut act: Command) -> Result<RestartRequested, LaunchError> {
+    /// Executes one command after another.
+    async fn run(&mut self, mut command: Command) -> Result<RestartRequested, LaunchError> {
         loop {
-            let event = match act {
+            let event = match command {
                 Command::Exit(ExitReason::RestartRequested) => return Ok(RestartRequested),
                 Command::Exit(ExitReason::GpuRequired) => return Err(LaunchError::GpuRequired),
                 Command::Exit(ExitReason::LaunchFailed) => {
-                    return Err(self.error.take().unwrap_or_else(unexpected));
+                    return Err(self.launch_error.take().unwrap_or(LaunchError::UnexpectedEvent));
                 }
-                act => {
-                    let limit = self.timeout_for(&act);
-                    self.watchdog.guard(limit, self.execute(act)).await
+                command => {
+                    let timeout = self.timeout_for(&command);
+                    self.watchdog.guard(timeout, self.execute(command)).await
                 }
             };
-            let Transition { notifications, command: next } = self.machine.handle(event);
+            let Transition { notifications, command: next } = self.state_machine.handle(event);
             notifications.into_iter().for_each(|notification| self.notify(notification));
-            act = next;
+            command = next;
         }
     }
 
-    /// More than an act takes whose every call has a limit of its own, of a minute or two at the
-    /// most. A wait for a change has none by its nature.
-    fn timeout_for(&self, act: &Command) -> Duration {
+    /// Upper bound of the duration of a command, for the watchdog: each call of a command has a
+    /// timeout of its own, of at most two minutes. Monitoring has no upper bound.
+    fn timeout_for(&self, command: &Command) -> Duration {
         const CALLS: Duration = Duration::from_secs(600);
         let Settings { gpu, container, .. } = &self.node.settings;
-        match act {
+        match command {
             Command::Monitor => Duration::MAX,
-            Command::Sleep(pause) | Command::BackOff(pause) => *pause + CALLS,
+            Command::Sleep(delay) | Command::BackOff(delay) => *delay + CALLS,
             _ => CALLS.saturating_add(container.stop_timeout).saturating_add(gpu.probe_timeout),
         }
     }
 
-    async fn execute(&mut self, act: Command) -> Event {
-        if act != Command::Monitor
+    async fn execute(&mut self, command: Command) -> Event {
+        if command != Command::Monitor
             && let Some(run) = &mut self.run
         {
             run.watchers = None;
         }
-        let done = match act {
-            Command::Inspect => self.look().await,
-            Command::RemoveExisting => self.clear().await,
-            Command::CreateAndStart => self.make().await,
-            Command::StartExisting => self.start_again().await,
-            Command::RemoveFailed(finding) => self.discard(finding).await,
-            Command::Monitor => Ok(self.watch().await),
+        let result = match command {
+            Command::Inspect => self.inspect().await,
+            Command::RemoveExisting => self.remove_existing().await,
+            Command::CreateAndStart => self.create_and_start().await,
+            Command::StartExisting => self.start_existing().await,
+            Command::RemoveFailed(finding) => self.remove_failed(finding).await,
+            Command::Monitor => Ok(self.monitor().await),
             Command::PingEngine => Ok(Event::Engine { answers: self.engine.info().await.is_ok() }),
-            Command::Reconnect => Ok(self.connect().await),
-            Command::CheckRunning => Ok(self.see().await),
-            Command::Sleep(pause) => {
-                tokio::time::sleep(pause).await;
+            Command::Reconnect => Ok(self.reconnect().await),
+            Command::CheckRunning => Ok(self.check_running().await),
+            Command::Sleep(delay) => {
+                tokio::time::sleep(delay).await;
                 Ok(Event::Done)
             }
-            Command::BackOff(pause) => Ok(self.rest(pause).await),
-            Command::Stop(grace) => Ok(self.stop(grace).await),
-            Command::StopAndRemove => Ok(self.stop_and_remove_container().await),
+            Command::BackOff(delay) => Ok(self.back_off(delay).await),
+            Command::Stop(grace_period) => Ok(self.stop(grace_period).await),
+            Command::StopAndRemove => Ok(self.stop_and_remove().await),
             Command::Probe => Ok(self.probe().await),
             Command::Exit(_) => Ok(Event::Done),
         };
-        done.unwrap_or_else(|error| {
-            self.error = Some(error);
+        result.unwrap_or_else(|error| {
+            self.launch_error = Some(error);
             Event::Failed
         })
     }
 
-    fn spec(&self) -> ContainerSpec {
-        let mut spec = self.node.spec_on(self.machine.verdict());
-        if let Some(gpu) = self.machine.fallback_from() {
-            spec.labels.insert(REFUSED_HASH_LABEL.into(), self.node.spec_on(gpu).hash());
+    /// The spec of the container on the current target. On the CPU because of a fallback, a label
+    /// names the spec on the GPU, so that the next agent recognises the fallback.
+    fn container_spec(&self) -> ContainerSpec {
+        let mut spec = self.node.container_spec(self.state_machine.verdict());
+        if let Some(gpu) = self.state_machine.fallback_from() {
+            spec.labels.insert(REFUSED_HASH_LABEL.into(), self.node.container_spec(gpu).hash());
         }
         spec
     }
 
-    async fn look(&mut self) -> Result<Event, LaunchError> {
+    async fn inspect(&mut self) -> Result<Event, LaunchError> {
         self.node.reporter.down();
         self.node.prepare_mounts()?;
-        let spec = self.spec();
+        let spec = self.container_spec();
         self.container = self.engine.inspect_container(&spec.name).await?;
         let Some(container) = &self.container else {
             return Ok(Event::Inspected(Existing::Absent));
         };
-        let found = match (container.running, container.spec_hash() == Some(&spec.hash())) {
-            (true, true) => match missing_in(container, self.machine.verdict().devices()) {
-                None => Existing::UpToDate,
-                Some(finding) => Existing::WithoutGpu(finding),
-            },
+        let existing = match (container.running, container.spec_hash() == Some(&spec.hash())) {
+            (true, true) => {
+                match missing_devices(container, self.state_machine.verdict().devices()) {
+                    None => Existing::UpToDate,
+                    Some(finding) => Existing::WithoutGpu(finding),
+                }
+            }
             (true, false) => previous_fallback(container, &spec)
                 .map_or(Existing::Outdated, Existing::CpuFallback),
-            // One that has ended goes on, with its log, where it is what would be made now.
+            // An exited container is started again, and keeps its log, if a new one would be equal.
             (false, _) if container.is_made_from(&spec) => {
                 let image = self.engine.find_image(&spec.image).await?;
-                // Where the name was taken off the image, nothing else could be made.
+                // If the image lost its name, no other container can be created.
                 let same = image.is_none_or(|image| image.id == container.image_id);
                 if same { Existing::Exited } else { Existing::Outdated }
             }
             (false, _) => Existing::Outdated,
         };
-        Ok(Event::Inspected(found))
+        Ok(Event::Inspected(existing))
     }
 
-    async fn clear(&self) -> Result<Event, LaunchError> {
-        if let Some(old) = &self.container {
+    async fn remove_existing(&self) -> Result<Event, LaunchError> {
+        if let Some(container) = &self.container {
             let name = &self.node.settings.container.name;
-            tracing::info!("replacing the container {name} ({})", short(&old.id));
-            self.stop_and_remove(old).await?;
+            tracing::info!(
+                container = %name,
+                "replacing container {name} ({})",
+                short_id(&container.id)
+            );
+            self.stop_and_remove_container(container).await?;
         }
         Ok(Event::Done)
     }
 
-    async fn make(&mut self) -> Result<Event, LaunchError> {
-        let spec = self.spec();
-        let made = async {
+    async fn create_and_start(&mut self) -> Result<Event, LaunchError> {
+        let spec = self.container_spec();
+        let started = async {
             let id = self.engine.create(&spec).await?;
             self.engine.start(&id).await
         };
-        let made = made.await;
-        self.after_start(&spec, made).await
+        let started = started.await;
+        self.after_start(&spec, started).await
     }
 
-    async fn start_again(&mut self) -> Result<Event, LaunchError> {
+    async fn start_existing(&mut self) -> Result<Event, LaunchError> {
         let id = self.container.as_ref().map(|container| container.id.as_str()).unwrap_or_default();
         let started = self.engine.start(id).await;
         if matches!(started, Err(EngineError::Refused { .. })) {
-            // What it was made with may have gone since: only one that is made now is judged.
+            // What the old container needs may be gone: only the refusal of a new one counts.
             return Ok(Event::Refused);
         }
-        self.after_start(&self.spec(), started).await
+        self.after_start(&self.container_spec(), started).await
     }
 
+    /// Decides whether a start succeeded, failed because of the GPU, or failed.
     async fn after_start(
         &mut self,
         spec: &ContainerSpec,
         started: Result<(), EngineError>,
     ) -> Result<Event, LaunchError> {
-        let verdict = self.machine.verdict();
+        let verdict = self.state_machine.verdict();
         if let Err(error) = started {
             let on_gpu = matches!(verdict, Verdict::Gpu { .. });
             return match error.gpu_start_failure().filter(|_| on_gpu) {
@@ -394,16 +425,18 @@ impl Supervisor<'_> {
             let message = "it was removed right after its start".into();
             return Err(EngineError::Failed { operation: "start the container", message }.into());
         };
-        if let Some(finding) = missing_in(&container, verdict.devices()) {
+        if let Some(finding) = missing_devices(&container, verdict.devices()) {
             return Ok(Event::GpuStartFailed(finding));
         }
         tracing::info!(
+            container = %spec.name,
+            image = %spec.image,
             "started the container {} ({}) from {} on {}",
             spec.name,
-            short(&container.id),
+            short_id(&container.id),
             spec.image,
             match verdict {
-                Verdict::Gpu { devices, .. } => titles(devices),
+                Verdict::Gpu { devices, .. } => list_devices(devices),
                 Verdict::Cpu { .. } => "the CPU".into(),
             }
         );
@@ -411,32 +444,32 @@ impl Supervisor<'_> {
         Ok(Event::Done)
     }
 
-    /// Docker 20.10 holds on to a container for as long as its runtime hangs.
-    async fn discard(&self, finding: Finding) -> Result<Event, LaunchError> {
+    /// Fails while the container's runtime hangs: Docker 20.10 does not remove such a container.
+    async fn remove_failed(&self, finding: Finding) -> Result<Event, LaunchError> {
         let removed = async {
             match self.engine.inspect_container(&self.node.settings.container.name).await? {
-                Some(dead) => self.engine.remove(&dead).await,
+                Some(container) => self.engine.remove(&container).await,
                 None => Ok(()),
             }
         };
-        let stuck = |source| LaunchError::Stuck { summary: finding.summary, source };
-        removed.await.map_err(stuck)?;
+        let not_removed = |source| LaunchError::NotRemoved { summary: finding.summary, source };
+        removed.await.map_err(not_removed)?;
         Ok(Event::Done)
     }
 
-    /// Monitors the container until an event that the state machine has to decide about.
-    async fn watch(&mut self) -> Event {
+    /// Monitors the container until an event needs a decision of the state machine.
+    async fn monitor(&mut self) -> Event {
         let Some(container) = self.container.clone() else {
             return Event::Failed;
         };
-        if self.machine.verdict().devices().is_empty() {
+        if self.state_machine.verdict().devices().is_empty() {
             self.gpu_monitor.reset();
         }
         let mut run = match self.run.take() {
             Some(run) if run.is_of(&container) => run,
             _ => ContainerRun::new(&container),
         };
-        self.starting = None;
+        self.startup = None;
         let event = loop {
             self.report_running(&container, &run);
             let event = self.next_event(&container, &mut run).await;
@@ -444,7 +477,7 @@ impl Supervisor<'_> {
                 break event;
             }
         };
-        let up_for = run.since.elapsed();
+        let up_for = run.monitored_since.elapsed();
         self.run = Some(run);
         Event::Container { event, up_for }
     }
@@ -453,19 +486,19 @@ impl Supervisor<'_> {
     /// [`watchers`].
     async fn next_event(&mut self, container: &Container, run: &mut ContainerRun) -> WatchEvent {
         let node = &self.node;
-        let devices = self.machine.verdict().devices();
+        let devices = self.state_machine.verdict().devices();
         let connected = is_connected(node, run);
         self.superlink_watcher.set_connected(connected);
         let checks_health = node.settings.container.health_check && node.release().serves_health();
         let watchers = run.watchers.get_or_insert_with(|| {
             let tcp = (!node.log_reports_connection())
                 .then(|| (node.superlink.address.port(), run.tcp_connected));
-            let by_hook = node.access == GpuInjection::Runtime;
+            let by_hook = node.injection == GpuInjection::Runtime;
             let paused = run.paused;
             let watched = WatchedContainer { container, paused, tcp, devices, by_hook };
             ContainerWatchers::new(&self.engine, &watched)
         });
-        if self.machine.awaits_gpu() && self.gpu_available.is_none() {
+        if self.state_machine.awaits_gpu() && self.gpu_available.is_none() {
             let (config, settings) = (node.config.clone(), node.settings.clone());
             let available = async move { gpu::wait_until_available(&config, &settings).await };
             self.gpu_available = Some(available.boxed_local());
@@ -486,89 +519,128 @@ impl Supervisor<'_> {
         }
     }
 
-    /// Tells the news, and answers with what is to be decided about.
+    /// Records and logs an event. Returns it if the state machine has to decide.
     async fn handle_event(
         &mut self,
-        news: WatchEvent,
+        event: WatchEvent,
         container: &Container,
         run: &mut ContainerRun,
     ) -> Option<ContainerEvent> {
-        let (name, address) = (&self.node.settings.container.name, &self.node.superlink.address);
-        Some(match news {
-            WatchEvent::Exited(code) => ContainerEvent::Exited(code),
-            WatchEvent::GpuFailed(finding) => ContainerEvent::GpuFailed(finding),
-            WatchEvent::GpuAvailable => ContainerEvent::GpuAvailable,
-            WatchEvent::GpuLost(finding) => {
-                self.status_note = None;
-                tracing::warn!(
-                    gpu_uuid = finding.gpu_uuid,
-                    pci_address = finding.pci_address,
-                    "the container {name} has lost its GPU and is made anew: {}",
-                    finding.summary
-                );
-                self.node.reporter.doing("The container has lost its GPU, making it anew");
-                ContainerEvent::GpuLost
-            }
-            WatchEvent::Unresponsive(_) if self.is_paused(container).await => {
-                tracing::debug!("the container is paused: it is not asked for its health");
-                return None;
-            }
-            WatchEvent::Unresponsive(dead) => {
-                tracing::warn!("Flower in the container {name} hangs and is started again: {dead}");
-                self.node.reporter.doing("Flower hangs, starting the container again");
-                ContainerEvent::Unresponsive
-            }
-            WatchEvent::SuperLinkChanged(found) => {
-                for warning in &found.warnings {
-                    tracing::warn!("{warning}");
-                }
-                let partition = self.node.superlink.partition;
-                self.node.superlink = SuperLink { partition, ..found.superlink };
-                self.superlink_watcher = self.node.watch_superlink();
-                tracing::info!(
-                    "the service has its SuperLink at {} now",
-                    self.node.superlink.address
-                );
-                ContainerEvent::SuperLinkChanged
+        match event {
+            WatchEvent::Exited(code) => return Some(ContainerEvent::Exited(code)),
+            WatchEvent::GpuFailed(finding) => return Some(ContainerEvent::GpuFailed(finding)),
+            WatchEvent::GpuAvailable => return Some(ContainerEvent::GpuAvailable),
+            WatchEvent::GpuLost(finding) => return Some(self.on_gpu_lost(&finding)),
+            WatchEvent::SuperLinkChanged(found) => return Some(self.on_superlink_changed(*found)),
+            WatchEvent::Unresponsive(failure) => {
+                return self.on_unresponsive(&failure, container).await;
             }
             WatchEvent::Connection(connection) => {
-                match connection {
-                    Connection::Connected { node_id, .. } => {
-                        tracing::info!(
-                            "connected to the SuperLink {address} as SuperNode {node_id}"
-                        );
-                    }
-                    Connection::Lost { .. } => {
-                        tracing::info!("not connected to the SuperLink {address}")
-                    }
-                    Connection::Unknown => {}
-                }
+                self.log_connection(connection);
                 run.connection = connection;
-                return None;
+            }
+            WatchEvent::TcpConnected(connected) => {
+                self.log_tcp_connection(connected);
+                run.tcp_connected = connected;
             }
             WatchEvent::Paused(paused) => {
-                if paused {
-                    tracing::warn!("the container {name} is paused: docker unpause {name}");
-                } else {
-                    tracing::info!("the container {name} is not paused any more");
-                }
+                self.log_pause(paused);
                 run.paused = paused;
-                return None;
             }
-            WatchEvent::TcpConnected(reached) => {
-                let no = if reached { "" } else { "no " };
-                tracing::info!("the container has {no}connection to the SuperLink {address}");
-                run.tcp_connected = reached;
-                return None;
-            }
-        })
+        }
+        None
     }
 
-    async fn is_paused(&self, container: &Container) -> bool {
-        matches!(self.engine.inspect_container(&container.id).await, Ok(Some(found)) if found.paused)
+    fn on_gpu_lost(&mut self, finding: &Finding) -> ContainerEvent {
+        self.status_note = None;
+        let name = &self.node.settings.container.name;
+        tracing::warn!(
+            container = %name,
+            gpu_uuid = finding.gpu_uuid,
+            pci_address = finding.pci_address,
+            "container {name} lost its GPU; recreating it: {}",
+            finding.summary
+        );
+        self.node.reporter.doing("Container lost its GPU, recreating it");
+        ContainerEvent::GpuLost
     }
 
-    async fn connect(&mut self) -> Event {
+    /// Ignores the failure if the container is paused: a paused process answers no health check.
+    async fn on_unresponsive(
+        &self,
+        failure: &LivenessFailure,
+        container: &Container,
+    ) -> Option<ContainerEvent> {
+        let name = &self.node.settings.container.name;
+        let inspected = self.engine.inspect_container(&container.id).await;
+        if matches!(inspected, Ok(Some(container)) if container.paused) {
+            tracing::debug!(container = %name, "container {name} is paused; ignoring its health");
+            return None;
+        }
+        tracing::warn!(
+            container = %name,
+            "Flower is unresponsive; restarting container {name}: {failure}"
+        );
+        self.node.reporter.doing("Flower is unresponsive, restarting the container");
+        Some(ContainerEvent::Unresponsive)
+    }
+
+    fn on_superlink_changed(&mut self, found: Discovery) -> ContainerEvent {
+        for warning in &found.warnings {
+            tracing::warn!("{warning}");
+        }
+        let partition = self.node.superlink.partition;
+        self.node.superlink = SuperLink { partition, ..found.superlink };
+        self.superlink_watcher = self.node.watch_superlink();
+        let (name, address) = (&self.node.settings.container.name, &self.node.superlink.address);
+        tracing::info!(
+            container = %name,
+            superlink = %address,
+            "the service's SuperLink changed to {address}; recreating container {name}"
+        );
+        ContainerEvent::SuperLinkChanged
+    }
+
+    fn log_connection(&self, connection: Connection) {
+        let (name, address) = (&self.node.settings.container.name, &self.node.superlink.address);
+        match connection {
+            Connection::Connected { node_id, .. } => tracing::info!(
+                container = %name,
+                superlink = %address,
+                "connected to the SuperLink {address} as SuperNode {node_id}"
+            ),
+            Connection::Lost { .. } => tracing::info!(
+                container = %name,
+                superlink = %address,
+                "not connected to the SuperLink {address}"
+            ),
+            Connection::Unknown => {}
+        }
+    }
+
+    fn log_tcp_connection(&self, connected: bool) {
+        let (name, address) = (&self.node.settings.container.name, &self.node.superlink.address);
+        let article = if connected { "a" } else { "no" };
+        tracing::info!(
+            container = %name,
+            superlink = %address,
+            "container {name} has {article} TCP connection to the SuperLink {address}"
+        );
+    }
+
+    fn log_pause(&self, paused: bool) {
+        let name = &self.node.settings.container.name;
+        if paused {
+            tracing::warn!(
+                container = %name,
+                "container {name} is paused; resume it with: docker unpause {name}"
+            );
+        } else {
+            tracing::info!(container = %name, "container {name} is no longer paused");
+        }
+    }
+
+    async fn reconnect(&mut self) -> Event {
         let engine = Client::connect(&self.node.settings.docker.socket).await;
         let answers = engine.is_ok();
         if let Ok(engine) = engine {
@@ -577,88 +649,102 @@ impl Supervisor<'_> {
         Event::Engine { answers }
     }
 
-    async fn see(&mut self) -> Event {
+    async fn check_running(&self) -> Event {
         let Some(container) = &self.container else {
             return Event::ContainerRunning(false);
         };
-        let runs = matches!(self.engine.inspect_container(&container.id).await, Ok(Some(found)) if found.running);
-        Event::ContainerRunning(runs)
+        let inspected = self.engine.inspect_container(&container.id).await;
+        Event::ContainerRunning(matches!(inspected, Ok(Some(container)) if container.running))
     }
 
-    async fn rest(&mut self, pause: Duration) -> Event {
-        let devices = self.machine.verdict().devices();
+    async fn back_off(&mut self, delay: Duration) -> Event {
+        let devices = self.state_machine.verdict().devices();
         tokio::select! {
             finding = self.gpu_monitor.next_failure(devices), if !devices.is_empty() => {
-                Event::Container { event: ContainerEvent::GpuFailed(finding), up_for: Duration::ZERO }
+                let event = ContainerEvent::GpuFailed(finding);
+                Event::Container { event, up_for: Duration::ZERO }
             }
-            () = tokio::time::sleep(pause) => Event::Done,
+            () = tokio::time::sleep(delay) => Event::Done,
         }
     }
 
-    async fn stop(&mut self, grace: GracePeriod) -> Event {
+    async fn stop(&mut self, grace_period: GracePeriod) -> Event {
         const SHORT: Duration = Duration::from_secs(5);
-        let whole = self.node.settings.container.stop_timeout;
-        let grace = match grace {
-            GracePeriod::Configured => whole,
-            GracePeriod::Short => SHORT.min(whole),
+        let configured = self.node.settings.container.stop_timeout;
+        let grace_period = match grace_period {
+            GracePeriod::Configured => configured,
+            GracePeriod::Short => SHORT.min(configured),
         };
         self.gpu_monitor.reset();
         if let Some(container) = &self.container
-            && let Err(error) = self.engine.stop(&container.id, grace).await
+            && let Err(error) = self.engine.stop(&container.id, grace_period).await
         {
-            tracing::warn!("the container does not stop: {}", logging::error_chain(&error));
+            let name = &self.node.settings.container.name;
+            let error = logging::error_chain(&error);
+            tracing::warn!(container = %name, "cannot stop container {name}: {error}");
         }
         Event::Done
     }
 
-    async fn stop_and_remove_container(&mut self) -> Event {
+    async fn stop_and_remove(&mut self) -> Event {
         self.gpu_monitor.reset();
         if let Some(container) = &self.container
-            && let Err(error) = self.stop_and_remove(container).await
+            && let Err(error) = self.stop_and_remove_container(container).await
         {
-            tracing::error!("the container cannot be removed: {}", logging::error_chain(&error));
+            let name = &self.node.settings.container.name;
+            let error = logging::error_chain(&error);
+            tracing::error!(container = %name, "cannot remove container {name}: {error}");
         }
         Event::Done
     }
 
-    async fn stop_and_remove(&self, container: &Container) -> Result<(), EngineError> {
+    async fn stop_and_remove_container(&self, container: &Container) -> Result<(), EngineError> {
         self.engine.stop(&container.id, self.node.settings.container.stop_timeout).await?;
         self.engine.remove(container).await
     }
 
     async fn probe(&self) -> Event {
-        let found =
-            detect_gpus(&self.node.config, &self.node.settings, Duration::ZERO).await.verdict;
-        let is_well =
-            |device: &GpuDevice| found.devices().iter().any(|found| found.uuid == device.uuid);
-        let well = self.machine.verdict().devices().iter().all(is_well);
-        if well {
-            tracing::info!("a probe finds the GPU well: the container is started on it again");
+        let NodeSpec { config, settings, .. } = &self.node;
+        let probed = detect_gpus(config, settings, Duration::ZERO).await.verdict;
+        let is_usable =
+            |device: &GpuDevice| probed.devices().iter().any(|found| found.uuid == device.uuid);
+        let healthy = self.state_machine.verdict().devices().iter().all(is_usable);
+        let name = &settings.container.name;
+        if healthy {
+            tracing::info!(
+                container = %name,
+                "probe finds the GPU usable; restarting container {name} on it"
+            );
         } else {
-            let why = found.finding().map_or("", |finding| &finding.summary);
-            tracing::info!("the GPU is not well: {why}");
+            let why = probed.finding().map_or("", |finding| &finding.summary);
+            tracing::info!(container = %name, "probe finds the GPU unusable: {why}");
         }
-        Event::GpuHealthy(well)
+        Event::GpuHealthy(healthy)
     }
 
     fn notify(&mut self, notification: Notification) {
-        let Node { config, settings, distribution, reporter, .. } = &self.node;
+        let NodeSpec { config, settings, distribution, reporter, .. } = &self.node;
         let name = &settings.container.name;
         match notification {
             Notification::Adopted => {
                 if let Some(container) = &self.container {
                     tracing::info!(
+                        container = %name,
                         "adopted the running container {name} ({})",
-                        short(&container.id)
+                        short_id(&container.id)
                     );
                     if container.paused {
-                        tracing::warn!("the container {name} is paused: docker unpause {name}");
+                        self.log_pause(true);
                     }
                 }
             }
-            Notification::Replacing(finding) => {
-                tracing::warn!("replacing the running container: {}", finding.summary)
-            }
+            Notification::Replacing(finding) => tracing::warn!(
+                container = %name,
+                gpu_uuid = finding.gpu_uuid,
+                pci_address = finding.pci_address,
+                "replacing the running container {name}: {}",
+                finding.summary
+            ),
             Notification::CpuFallback(finding) => log_cpu_fallback(config, &finding, *distribution),
             Notification::GpuRequired(finding) => logging::error_required(&finding, *distribution),
             Notification::RequiredGpuLost(finding) => {
@@ -670,59 +756,67 @@ impl Supervisor<'_> {
                 reporter.doing("The GPU failed, moving to the CPU");
             }
             Notification::LaunchFailed => {
-                let error = self.error.take().unwrap_or_else(unexpected);
-                tracing::error!("the container does not come up: {}", logging::error_chain(&error));
+                let error = logging::error_chain(
+                    &self.launch_error.take().unwrap_or(LaunchError::UnexpectedEvent),
+                );
+                tracing::error!(container = %name, "cannot start container {name}: {error}");
             }
-            Notification::RestartScheduled(cause, pause) => {
-                let what = match cause {
-                    RestartReason::Exited(Some(code)) => format!("ended with exit code {code}"),
-                    RestartReason::Exited(None) => "is gone".into(),
-                    RestartReason::LaunchFailed => "does not come up".into(),
-                };
-                let seconds = pause.as_secs();
-                reporter.down();
-                tracing::warn!("the container {name} {what}; starting it again in {seconds} s");
-                reporter.doing(&format!("The container {what}, starting it again in {seconds} s"));
-            }
+            Notification::RestartScheduled(reason, delay) => self.notify_restart(reason, delay),
             Notification::EngineUnavailable => {
                 let socket = settings.docker.socket.display();
-                tracing::warn!("the Docker engine at {socket} does not answer; waiting for it");
+                tracing::warn!("Docker engine at {socket} does not answer; waiting for it");
                 reporter.doing("Waiting for the Docker engine");
             }
-            Notification::EngineAvailable => tracing::info!("the Docker engine answers again"),
+            Notification::EngineAvailable => tracing::info!("Docker engine answers again"),
             Notification::GpuFaultIgnored(finding) => {
                 logging::warn_ignored(&finding, *distribution);
                 self.status_note =
-                    Some(format!("the GPU failed, which is ignored: {}", finding.summary));
+                    Some(format!("GPU failure ignored (gpu.on_failure): {}", finding.summary));
             }
             Notification::GpuRetry(finding) => {
                 self.status_note = None;
                 logging::warn_tried_again(&finding, *distribution);
                 reporter.down();
                 reporter.uses(&[]);
-                reporter.doing(&format!("The GPU failed, trying it again: {}", finding.summary));
+                reporter.doing(&format!("The GPU failed, retrying it: {}", finding.summary));
             }
-            Notification::GpuProbeScheduled(pause) => {
-                tracing::info!("looking at the GPU again in {} s", pause.as_secs())
+            Notification::GpuProbeScheduled(delay) => {
+                tracing::info!(container = %name, "probing the failed GPU in {} s", delay.as_secs())
             }
             Notification::GpuAvailable => {
-                tracing::info!("GPU is usable now; restart flower-supernode to use it");
+                tracing::info!(
+                    container = %name,
+                    "GPU is usable now; restart flower-supernode to use it"
+                );
                 self.status_note = Some(
                     "the GPU is usable now: systemctl restart flower-supernode to use it".into(),
                 );
             }
-            Notification::GpuReclaimed => {
-                tracing::warn!(
-                    "GPU is usable now, and gpu.on_late is restart: the container is replaced"
-                );
-            }
+            Notification::GpuReclaimed => tracing::warn!(
+                container = %name,
+                "GPU is usable now and gpu.on_late is restart; replacing container {name}"
+            ),
         }
     }
 
-    /// Tells that the node runs, and on what.
+    fn notify_restart(&self, reason: RestartReason, delay: Duration) {
+        let NodeSpec { settings, reporter, .. } = &self.node;
+        let name = &settings.container.name;
+        let what = match reason {
+            RestartReason::Exited(Some(code)) => format!("exited with code {code}"),
+            RestartReason::Exited(None) => "is gone".into(),
+            RestartReason::LaunchFailed => "did not start".into(),
+        };
+        let seconds = delay.as_secs();
+        reporter.down();
+        tracing::warn!(container = %name, "container {name} {what}; restarting it in {seconds} s");
+        reporter.doing(&format!("The container {what}, restarting it in {seconds} s"));
+    }
+
+    /// Reports that the container runs, and on what.
     fn report_running(&self, container: &Container, run: &ContainerRun) {
-        let Node { distribution, superlink, reporter, .. } = &self.node;
-        let verdict = self.machine.verdict();
+        let NodeSpec { distribution, superlink, reporter, .. } = &self.node;
+        let verdict = self.state_machine.verdict();
         reporter.up(container);
         reporter.decided(verdict, *distribution, superlink);
         reporter.news(|news| {
@@ -750,18 +844,18 @@ impl Supervisor<'_> {
     }
 }
 
-fn is_connected(node: &Node, run: &ContainerRun) -> bool {
-    let reached = if node.log_reports_connection() {
+fn is_connected(node: &NodeSpec, run: &ContainerRun) -> bool {
+    let connected = if node.log_reports_connection() {
         run.connection.node_id().is_some()
     } else {
         run.tcp_connected
     };
-    reached && !run.paused
+    connected && !run.paused
 }
 
 fn runs_on(verdict: &Verdict) -> String {
     match verdict {
-        Verdict::Gpu { devices, .. } => format!("Running on {}", titles(devices)),
+        Verdict::Gpu { devices, .. } => format!("Running on {}", list_devices(devices)),
         Verdict::Cpu { finding: None } => "Running on the CPU (FL_GPU_ENABLED is not YES)".into(),
         Verdict::Cpu { finding: Some(finding) } => {
             format!("Running on the CPU: {}: {}", finding.reason, finding.summary)
@@ -769,14 +863,8 @@ fn runs_on(verdict: &Verdict) -> String {
     }
 }
 
-fn titles(devices: &[GpuDevice]) -> String {
+fn list_devices(devices: &[GpuDevice]) -> String {
     devices.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-}
-
-/// The error of a launch that failed without one.
-fn unexpected() -> LaunchError {
-    let message = "what has happened does not fit what was done".into();
-    EngineError::Failed { operation: "bring the container up", message }.into()
 }
 
 /// Says why there is no GPU, and what helps on this distribution: the WARNING of the fallback, or
@@ -784,7 +872,7 @@ fn unexpected() -> LaunchError {
 ///
 /// # Errors
 /// When there must be a GPU.
-pub fn report_fallback(
+pub(crate) fn report_fallback(
     config: &Config,
     finding: &Finding,
     distribution: Distribution,
@@ -804,8 +892,8 @@ fn log_cpu_fallback(config: &Config, finding: &Finding, distribution: Distributi
     }
 }
 
-/// Whether `container` runs on the CPU because `wanted`, on the GPU, did not come up: why, as its
-/// labels tell.
+/// Returns, from the container's labels, why it runs on the CPU instead of as `wanted` on the GPU;
+/// `None` if it is not a fallback of `wanted`.
 fn previous_fallback(container: &Container, wanted: &ContainerSpec) -> Option<Finding> {
     let label = |name: &str| container.labels.get(name).map(String::as_str);
     if label(REFUSED_HASH_LABEL) != Some(wanted.hash().as_str()) {
@@ -815,14 +903,15 @@ fn previous_fallback(container: &Container, wanted: &ContainerSpec) -> Option<Fi
     Some(Finding::new(reason, label(SUMMARY_LABEL)?))
 }
 
-/// The devices that are not in the container. Where it cannot be told, none.
-fn missing_in(container: &Container, devices: &[GpuDevice]) -> Option<Finding> {
-    devices_missing_in(container, devices).unwrap_or_else(|error| {
-        tracing::info!("cannot see whether the GPU is in the container: {error}");
+/// Returns a finding about the devices that the container does not have; `None` also if that is
+/// unknown.
+fn missing_devices(container: &Container, devices: &[GpuDevice]) -> Option<Finding> {
+    find_missing_devices(container, devices).unwrap_or_else(|error| {
+        tracing::info!("cannot check whether the container has its GPU: {error}");
         None
     })
 }
 
-fn short(id: &str) -> &str {
+fn short_id(id: &str) -> &str {
     id.get(..12).unwrap_or(id)
 }
