@@ -282,7 +282,7 @@ fn context_update_replaces_container_only_on_change() {
          }
          first=$(id)
          change 's/1.1.1.1/9.9.9.9/'
-         wait_for logged 'nothing has changed'
+         wait_for logged 'the configuration is unchanged'
          test \"$(id)\" = \"$first\"
          change 's/10.9.8.7:9092/10.9.8.7:9999/'
          wait_for sh -c 'docker inspect flower-supernode | grep 10.9.8.7:9999'

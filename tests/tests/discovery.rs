@@ -201,7 +201,7 @@ fn other_onegate_answers_are_retried() {
         assert!(
             attributes
                 .iter()
-                .any(|line| line.contains("waiting for the SuperLink") && line.contains(text)),
+                .any(|line| line.contains("cannot find the SuperLink") && line.contains(text)),
             "{text}: {attributes:#?}"
         );
     }
@@ -229,7 +229,7 @@ fn fixed_backoff_gives_up_after_thirty_attempts() {
     onegate.change(|state| state.oneflow_down = true);
     let vm = service_vm(&onegate, &[("FL_EDGE_BACKOFF", "fixed")]);
     let mut agent = vm.start();
-    agent.wait_for_line("waiting for the SuperLink, asking again in 1", TIMEOUT);
+    agent.wait_for_line("; retrying in 1", TIMEOUT);
     assert_eq!(agent.wait_exit(TIMEOUT), 1, "there is no Docker either");
 }
 

@@ -233,14 +233,17 @@ fn hung_engine_does_not_block_shutdown() {
     };
     freeze("-STOP");
     assert_eq!(agent.terminate(), 1);
-    agent.wait_for_line("could not be stopped: Docker gave no answer within 11 s", TIMEOUT);
+    agent.wait_for_line(
+        "cannot stop the container flower-supernode: Docker gave no answer within 11 s",
+        TIMEOUT,
+    );
     freeze("-CONT");
     let mut agent = up(&vm);
     freeze("-STOP");
     agent.interrupt();
     agent.wait_for_line("received SIGINT", TIMEOUT);
     assert_eq!(agent.terminate(), 1);
-    agent.wait_for_line("SIGTERM came again", TIMEOUT);
+    agent.wait_for_line("interrupted by another SIGTERM", TIMEOUT);
     freeze("-CONT");
 }
 

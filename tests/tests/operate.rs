@@ -174,7 +174,7 @@ fn reload_replaces_container_only_on_change() {
     // A variable that is not ours.
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("ETH0_DNS", "9.9.9.9")]);
     agent.reload();
-    agent.wait_for_line("nothing has changed", TIMEOUT);
+    agent.wait_for_line("the configuration is unchanged", TIMEOUT);
     // An invalid context is logged, and the node continues.
     vm.context(&[("FL_SUPERLINK_ADDRESS", "nowhere"), ("FL_LOG_LEVEL", "loud")]);
     agent.reload();
@@ -195,7 +195,8 @@ fn reload_replaces_container_only_on_change() {
     let second = id();
     agent.reload();
     assert!(eventually(TIMEOUT, || {
-        agent.lines().iter().filter(|line| line.contains("nothing has changed")).count() == 2
+        agent.lines().iter().filter(|line| line.contains("the configuration is unchanged")).count()
+            == 2
     }));
     assert_eq!(id(), second);
     assert_eq!(agent.terminate(), 0);

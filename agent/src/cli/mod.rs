@@ -1,6 +1,7 @@
-//! The command line: what is asked, and which exit code answers.
+//! The command line: parses the arguments, runs the subcommand, maps errors to exit codes.
 
 mod check;
+mod gpu;
 mod plan;
 mod status;
 pub mod variables;
@@ -18,21 +19,35 @@ use serde_json::json;
 
 use crate::config::settings::Settings;
 use crate::config::{Config, Diagnostics};
-use crate::daemon::{self, BootError, EXIT_CONFIG, EXIT_RETRY};
+use crate::daemon::{self, DaemonError, EXIT_CONFIG, EXIT_RETRY};
 use crate::docker::nvidia_runtime::configure_daemon_json;
 use crate::gpu::{detect_gpus, monitor_child, probe_child};
 use crate::logging::error_chain;
 use crate::system::os_release::Distribution;
 use crate::system::programs::find_program;
-use plan::{Plan, gpu_json, write_gpu};
+use gpu::{gpu_json, write_gpu};
+use plan::Plan;
 use status::{Status, Terminal};
 use variables::Format;
 
-/// Turns an OpenNebula VM into a Flower SuperNode, on its GPU or, with a warning, on the CPU.
+const EXIT_CODES: &str = "\
+Exit codes:
+   0  success
+   1  a failure that a retry may fix, or an ERROR of check
+   2  invalid arguments
+  75  handed over: the agent has exited, the container keeps running
+  78  invalid configuration, or FL_GPU_REQUIRED=YES and no usable GPU";
+
+/// Turns an OpenNebula VM into a Flower SuperNode, on its GPU or, with a WARNING, on the CPU.
 #[derive(Debug, Parser)]
-#[command(name = "supernode-agent", version, arg_required_else_help = true)]
+#[command(
+    name = "supernode-agent",
+    version,
+    arg_required_else_help = true,
+    after_help = EXIT_CODES
+)]
 pub struct Cli {
-    /// Settings of this machine, instead of /etc/supernode-agent/agent.toml
+    /// Settings file of this VM, instead of /etc/supernode-agent/agent.toml
     #[arg(long, global = true, value_name = "FILE")]
     settings: Option<PathBuf>,
     #[command(subcommand)]
@@ -41,9 +56,9 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the node: the daemon that systemd starts
+    /// Run the daemon (started by systemd)
     Run,
-    /// Show what would be done: configuration, facts, verdict, container; touches nothing
+    /// Show what `run` would do, without changing anything: configuration, facts, verdict, container
     Plan {
         /// Print JSON
         #[arg(long)]
@@ -55,7 +70,7 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Find out what is wrong and how to mend it: each check is OK, WARNING or ERROR, with a fix
+    /// Diagnose a VM, a KVM host or a template: OK, WARNING or ERROR for each check, with a fix
     Check {
         #[command(subcommand)]
         subject: check::Subject,
@@ -65,51 +80,51 @@ enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
-        /// Exit 0 only while the container runs, and print nothing then
+        /// Exit with 0 if the container runs and print nothing, else exit with 1
         #[arg(long, conflicts_with_all = ["json", "watch"])]
         ready: bool,
-        /// Show it until Ctrl-C: on a terminal in place, elsewhere each change
+        /// Refresh until interrupted; if the output is not a terminal, print each change
         #[arg(long)]
         watch: bool,
     },
-    /// Put the nvidia runtime into Docker's daemon.json, and nothing else
+    /// Add the nvidia runtime to Docker's daemon.json
     ConfigureRuntime,
-    /// Show the context variables
+    /// List the context variables
     Variables {
         /// Print JSON
         #[arg(long, conflicts_with = "format")]
         json: bool,
-        /// How the table looks
+        /// Format of the table
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
-    /// Print a shell's completion script; packaging/build-deb.sh puts it into the package
+    /// Print the completion script of a shell (for packaging/build-deb.sh)
     #[command(hide = true)]
     Completions {
         /// The shell
         shell: Shell,
     },
-    /// Ask NVML and print its answer: the child process of the agent
+    /// Query NVML once and print the answer (child process of the agent)
     #[command(name = crate::gpu::probe::SUBCOMMAND, hide = true)]
     NvmlProbe {
-        /// The library
+        /// The NVML library
         library: String,
     },
-    /// Watch GPUs and print what happens to them: the other child process of the agent
+    /// Monitor GPUs and print their events (child process of the agent)
     #[command(name = crate::supervisor::gpu_monitor::SUBCOMMAND, hide = true)]
     NvmlWatch {
-        /// Tell their figures as well
+        /// Print readings as well
         #[arg(long)]
         readings: bool,
-        /// The library
+        /// The NVML library
         library: String,
-        /// The UUIDs of GPUs and MIG instances
+        /// UUIDs of GPUs and MIG instances
         #[arg(required = true)]
         devices: Vec<String>,
     },
 }
 
-/// Why a command did not do its work: the exit code and the lines for stderr.
+/// A failed command: its exit code and the lines for stderr.
 struct Failure {
     code: u8,
     lines: Vec<String>,
@@ -124,25 +139,24 @@ impl Failure {
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         if error.kind() == io::ErrorKind::BrokenPipe {
-            // Who listened has heard enough.
+            // The reader has closed the pipe, which is no failure.
             return Self { code: 0, lines: Vec::new() };
         }
-        Self::new(EXIT_RETRY, format!("cannot write the answer: {error}"))
+        Self::new(EXIT_RETRY, format!("cannot write the output: {error}"))
     }
 }
 
-impl From<BootError> for Failure {
-    fn from(error: BootError) -> Self {
+impl From<DaemonError> for Failure {
+    fn from(error: DaemonError) -> Self {
         let lines = match &error {
-            BootError::Config(errors) => errors.0.clone(),
+            DaemonError::Config(errors) => errors.0.clone(),
             error => vec![error_chain(error)],
         };
         Self { code: error.exit_code(), lines }
     }
 }
 
-/// The command line as people see it, for the shell completions: without what the agent calls
-/// itself for.
+/// Returns the command line without hidden subcommands, for shell completions.
 pub fn visible_command() -> clap::Command {
     let whole = Cli::command();
     let visible: Vec<_> =
@@ -150,7 +164,7 @@ pub fn visible_command() -> clap::Command {
     clap::Command::new("supernode-agent").args(whole.get_arguments().cloned()).subcommands(visible)
 }
 
-/// Does what the command line says and answers with the exit code.
+/// Runs the command line and returns the exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let wants_json =
@@ -221,11 +235,14 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
         }
         Command::ConfigureRuntime => configure_runtime(&settings, out)?,
         Command::Gpu { json } => {
-            let (config, remarks) = configured(&settings)?;
+            let (_, config, diagnostics) = load_config(&settings)?;
             let detection = runtime.block_on(detect_gpus(&config, &settings, Duration::ZERO));
             let distribution = Distribution::read(&settings.machine.root);
-            let document = json!({"gpu": gpu_json(&detection, distribution), "warnings": remarks.warnings().collect::<Vec<_>>()});
             if json {
+                let document = json!({
+                    "gpu": gpu_json(&detection, distribution),
+                    "warnings": diagnostics.warnings().collect::<Vec<_>>(),
+                });
                 writeln!(out, "{document:#}")?
             } else {
                 write_gpu(out, &detection, distribution)?
@@ -233,10 +250,9 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             ExitCode::SUCCESS
         }
         Command::Plan { json } => {
-            let context = read_context(&settings.context.dir).map_err(BootError::from)?;
-            let (config, remarks) =
-                daemon::configure(&context, &settings).map_err(BootError::from)?;
-            let plan = runtime.block_on(Plan::make(config, remarks, &context, &settings));
+            let (context, config, diagnostics) = load_config(&settings)?;
+            let plan = Plan::new(config, diagnostics, &context, &settings);
+            let plan = runtime.block_on(plan)?;
             if json {
                 writeln!(out, "{:#}", plan.to_json())?
             } else {
@@ -250,25 +266,25 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
         | Command::NvmlWatch { .. }
         | Command::Variables { .. } => ExitCode::SUCCESS,
     };
-    // A probe that hangs in the driver must not keep the agent from ending.
+    // Without waiting for a probe that hangs in the driver.
     runtime.shutdown_background();
     Ok(code)
 }
 
 fn async_runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::new(EXIT_RETRY, format!("cannot start: {error}")))
+    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| {
+        Failure::new(EXIT_RETRY, format!("cannot start the async runtime: {error}"))
+    })
 }
 
-fn configured(settings: &Settings) -> Result<(Config, Diagnostics), BootError> {
-    let context: Context = read_context(&settings.context.dir)?;
-    Ok(daemon::configure(&context, settings)?)
+fn load_config(settings: &Settings) -> Result<(Context, Config, Diagnostics), DaemonError> {
+    let context = read_context(&settings.context.dir)?;
+    let (config, diagnostics) = Config::read(&context, &settings.container.prebaked_dir)?;
+    Ok((context, config, diagnostics))
 }
 
 fn configure_runtime(settings: &Settings, out: &mut dyn Write) -> Result<ExitCode, Failure> {
-    let (config, _) = configured(settings)?;
+    let (_, config, _) = load_config(settings)?;
     if !config.gpu_enabled {
         writeln!(out, "FL_GPU_ENABLED is not YES: nothing to do")?;
         return Ok(ExitCode::SUCCESS);
@@ -280,17 +296,25 @@ fn configure_runtime(settings: &Settings, out: &mut dyn Write) -> Result<ExitCod
     if written {
         writeln!(
             out,
-            "{file}: the nvidia runtime was added; Docker takes it up at its next start or reload"
+            "{file}: added the nvidia runtime; Docker uses it after its next start or reload"
         )?;
     } else {
-        writeln!(out, "{file}: the nvidia runtime is there, nothing was changed")?;
+        writeln!(out, "{file}: unchanged, the nvidia runtime exists")?;
     }
     if find_program(&docker.runtime_path).is_none() {
-        writeln!(
-            out,
-            "{} is not installed: Docker will not be able to use it",
-            docker.runtime_path
-        )?;
+        writeln!(out, "{} is not installed: Docker cannot use the runtime", docker.runtime_path)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn write_list<'a>(
+    out: &mut dyn Write,
+    title: &str,
+    lines: impl IntoIterator<Item = &'a String>,
+) -> io::Result<()> {
+    let mut lines = lines.into_iter().peekable();
+    if lines.peek().is_some() {
+        writeln!(out, "{title}")?;
+    }
+    lines.try_for_each(|line| writeln!(out, "  {line}"))
 }

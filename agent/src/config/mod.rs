@@ -526,6 +526,27 @@ fn idle_settings(config: &Config, found: &ParsedVariables) -> Vec<String> {
     idle
 }
 
+impl Config {
+    /// Validates all context variables, and the versions that are prebaked into the VM image.
+    ///
+    /// # Errors
+    /// All errors together.
+    pub fn read(
+        context: &Context,
+        prebaked_dir: &Path,
+    ) -> Result<(Self, Diagnostics), ConfigErrors> {
+        match Prebaked::read(prebaked_dir) {
+            Ok(prebaked) => Self::from_context(context, &prebaked),
+            Err(mut errors) => {
+                if let Err(more) = Self::from_context(context, &Prebaked::default()) {
+                    errors.0.extend(more.0);
+                }
+                Err(errors)
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,16 +1,14 @@
-//! Discovery: finds the SuperLink and the partition of this node, with the retries of
-//! `FL_EDGE_BACKOFF`.
+//! Discovery: finds the SuperLink and the partition of this node. `run` retries as
+//! `FL_EDGE_BACKOFF` says; `plan` tries once and changes nothing.
 
 use std::time::{Duration, SystemTime};
 
 use one_context::onegate::{OneGateError, Service};
 
-use super::gate_of;
+use super::desired_state::{DesiredState, availability};
 use crate::backoff::Backoff;
-use crate::config::Config;
 use crate::config::settings::Settings;
-use crate::logging;
-use crate::opennebula::onegate::OneGateUnavailable;
+use crate::logging::error_chain;
 use crate::opennebula::partition::{self, Partition, PartitionStore};
 use crate::opennebula::publisher::OneGateAccess;
 use crate::opennebula::superlink::{Discovery, SuperLink, SuperLinkError, find_superlink};
@@ -36,13 +34,15 @@ fn fixed_backoff() -> Backoff {
     Backoff::new(INITIAL_DELAY, INITIAL_DELAY).with_jitter(JITTER)
 }
 
-/// Looks for the SuperLink until it is found, as `FL_EDGE_BACKOFF` wants it.
+/// Finds the SuperLink, with retries, and takes a partition of the service.
+///
+/// # Errors
+/// If a retry is pointless, or the attempts of `FL_EDGE_BACKOFF=fixed` are exhausted.
 pub(super) async fn discover_superlink(
-    config: &Config,
-    settings: &Settings,
-    cloud: &Result<OneGateAccess, OneGateUnavailable>,
+    desired: &DesiredState,
     reporter: &Reporter,
 ) -> Result<SuperLink, SuperLinkError> {
+    let DesiredState { config, settings, onegate } = desired;
     let (mut backoff, max_attempts) = match config.edge_backoff {
         "fixed" => (fixed_backoff(), MAX_FIXED_ATTEMPTS),
         _ => (exponential_backoff(Duration::from_secs(config.edge_max_backoff)), u32::MAX),
@@ -50,100 +50,141 @@ pub(super) async fn discover_superlink(
     if config.superlink_address.is_none() {
         tokio::time::sleep(MAX_START_DELAY.mul_f64(fastrand::f64())).await;
     }
-    let mut told = String::new();
-    loop {
-        let error = match find_superlink(gate_of(cloud), config, SystemTime::now()).await {
-            Ok(found) => {
-                return Ok(with_partition(found, config, settings, cloud, backoff.attempts()).await);
-            }
+    let mut logged = String::new();
+    let Discovery { mut superlink, service, warnings } = loop {
+        let error = match find_superlink(availability(onegate), config, SystemTime::now()).await {
+            Ok(discovery) => break discovery,
             Err(error) if error.is_final() => return Err(error),
             Err(error) => error,
         };
-        let why = sanitize_line(&logging::error_chain(&error));
+        let cause = sanitize_line(&error_chain(&error));
         let delay = backoff.next_delay(fastrand::f64());
         if backoff.attempts() >= max_attempts {
-            return Err(SuperLinkError::AttemptsExhausted {
-                attempts: backoff.attempts(),
-                last: Box::new(error),
-            });
+            let attempts = backoff.attempts();
+            return Err(SuperLinkError::AttemptsExhausted { attempts, last: Box::new(error) });
         }
         let (attempt, seconds) = (backoff.attempts() + 1, delay.as_secs());
         reporter.waiting(&format!(
-            "waiting for the SuperLink (attempt {attempt}, next in {seconds} s): {why}"
+            "waiting for the SuperLink (attempt {attempt}, next in {seconds} s): {cause}"
         ));
-        // A night of this is one line, for as long as it is the same.
-        if why != told {
-            tracing::warn!("waiting for the SuperLink, asking again in {seconds} s: {why}");
-            told = why;
+        // The same cause is logged once, however many attempts fail because of it.
+        if cause != logged {
+            tracing::warn!(
+                attempt = backoff.attempts(),
+                "cannot find the SuperLink: {cause}; retrying in {seconds} s"
+            );
+            logged = cause;
         }
         tokio::time::sleep(delay).await;
+    };
+    log_discovery(&superlink, &warnings, backoff.attempts() + 1);
+    if config.node_config.is_none()
+        && let Ok(onegate) = onegate
+    {
+        superlink.partition = acquire_partition(onegate, service, settings).await;
     }
+    Ok(superlink)
 }
 
-/// Says what was found, and adds this node's share of the data.
-async fn with_partition(
-    found: Discovery,
-    config: &Config,
-    settings: &Settings,
-    cloud: &Result<OneGateAccess, OneGateUnavailable>,
-    tries: u32,
-) -> SuperLink {
-    let Discovery { mut superlink, service, warnings } = found;
-    for warning in &warnings {
+fn log_discovery(superlink: &SuperLink, warnings: &[String], attempt: u32) {
+    for warning in warnings {
         tracing::warn!("{warning}");
     }
     if let Some(vm_id) = superlink.vm_id {
-        let way = if superlink.ca.is_some() { "TLS" } else { "no TLS" };
+        let tls = if superlink.ca.is_some() { "TLS" } else { "no TLS" };
+        let address = &superlink.address;
         tracing::info!(
-            "found the SuperLink at {} (VM {vm_id}, {way}, attempt {})",
-            superlink.address,
-            tries + 1
+            superlink = %address,
+            attempt,
+            "found the SuperLink at {address} (VM {vm_id}, {tls}, attempt {attempt})"
         );
     }
-    if config.node_config.is_none()
-        && let Ok(cloud) = cloud
-    {
-        superlink.partition = partition_of(cloud, service, settings).await;
-    }
-    superlink
 }
 
-/// This node's share of the data. It is worth some seconds, and not the node.
-async fn partition_of(
-    cloud: &OneGateAccess,
+/// Takes a partition of the service. Returns `None` outside a service, and after a time limit: a
+/// node without a partition is worth more than none.
+async fn acquire_partition(
+    onegate: &OneGateAccess,
     mut service: Option<Service>,
     settings: &Settings,
 ) -> Option<Partition> {
-    const LIMIT: Duration = Duration::from_secs(15);
-    const PAUSE: Duration = Duration::from_secs(2);
-    let store = PartitionStore::of(settings, cloud.vm_id());
+    const TIMEOUT: Duration = Duration::from_secs(15);
+    const RETRY_DELAY: Duration = Duration::from_secs(2);
+    let store = PartitionStore::of(settings, onegate.vm_id());
     if let Some(partition) = store.of_this_boot() {
         return Some(partition);
     }
-    let mut why = format!("no answer within {} s", LIMIT.as_secs());
-    let take = async {
+    let mut cause = format!("no answer within {} s", TIMEOUT.as_secs());
+    let acquire = async {
         loop {
-            let taken = async {
+            let attempt = async {
                 let service = match service.take() {
                     Some(service) => service,
-                    None => cloud.gate().service().await?,
+                    None => onegate.gate().service().await?,
                 };
-                partition::acquire(cloud.gate(), &service, &store).await
+                partition::acquire(onegate.gate(), &service, &store).await
             };
-            match taken.await {
+            match attempt.await {
                 Ok(partition) => return partition,
                 Err(OneGateError::NotInService) => return None,
-                Err(error) => why = sanitize_line(&logging::error_chain(&error)),
+                Err(error) => cause = sanitize_line(&error_chain(&error)),
             }
-            tokio::time::sleep(PAUSE).await;
+            tokio::time::sleep(RETRY_DELAY).await;
         }
     };
-    tokio::time::timeout(LIMIT, take).await.unwrap_or_else(|_| {
+    tokio::time::timeout(TIMEOUT, acquire).await.unwrap_or_else(|_| {
         tracing::warn!(
-            "OneGate does not tell which share of the data is this node's, FL_NODE_CONFIG stays empty: {why}"
+            "cannot get a partition from OneGate: {cause}; starting without --node-config"
         );
         None
     })
+}
+
+/// What discovery finds without retrying, publishing or storing anything.
+#[derive(Debug, Default)]
+pub(crate) struct DiscoveryPreview {
+    /// The SuperLink, with the partition if it is known already.
+    pub superlink: Option<SuperLink>,
+    /// What `run` would do differently, and what the operator should know.
+    pub notes: Vec<String>,
+}
+
+/// Runs one attempt for `plan`.
+pub(crate) async fn preview_superlink(desired: &DesiredState) -> DiscoveryPreview {
+    let DesiredState { config, settings, onegate } = desired;
+    let Discovery { mut superlink, service, warnings: mut notes } =
+        match find_superlink(availability(onegate), config, SystemTime::now()).await {
+            Ok(discovery) => discovery,
+            Err(error) => {
+                let outcome = if error.is_final() {
+                    "the node would not start"
+                } else {
+                    "the node would wait for the SuperLink"
+                };
+                let note = format!("{outcome}: {}", sanitize_line(&error_chain(&error)));
+                return DiscoveryPreview { superlink: None, notes: vec![note] };
+            }
+        };
+    if let (None, Ok(onegate)) = (&config.node_config, onegate) {
+        let store = PartitionStore::of(settings, onegate.vm_id());
+        let service = match service {
+            Some(service) => Ok(service),
+            None => onegate.gate().service().await,
+        };
+        superlink.partition =
+            store.of_this_boot().or_else(|| partition::known(service.as_ref().ok()?, &store));
+        match service {
+            Ok(_) if superlink.partition.is_none() => notes.push(
+                "the node would take a partition that no other node of the service has".into(),
+            ),
+            Ok(_) | Err(OneGateError::NotInService) => {}
+            Err(error) => notes.push(format!(
+                "cannot determine the partition: {}",
+                sanitize_line(&error_chain(&error))
+            )),
+        }
+    }
+    DiscoveryPreview { superlink: Some(superlink), notes }
 }
 
 #[cfg(test)]

@@ -1,90 +1,126 @@
-//! The story of `run`, from the context to the supervised container.
+//! The `run` command: startup, reload and shutdown of the node.
+//!
+//! # Startup
+//! 1. [`run`] acquires the lock, reads the context and initialises logging.
+//! 2. [`DesiredState::new`] validates the context variables.
+//! 3. [`preflight_and_discovery`] detects the GPU, prepares its injection, resolves the image and,
+//!    at the same time, finds the SuperLink.
+//! 4. [`run_node`] removes orphans and starts the supervisor, which adopts or replaces the
+//!    container, and the DCGM exporter next to it.
+//!
+//! # Reload (SIGHUP, `systemctl reload`)
+//! 1. [`Signals::next`] returns [`SignalEvent::Reload`] to [`serve_until_signal`]. The service
+//!    manager is notified (`RELOADING=1`).
+//! 2. [`DesiredState::reload`] reads agent.toml and the context again and validates both. Meanwhile
+//!    the container keeps running, but no watcher event is handled.
+//! 3. If nothing has changed, or the new configuration is invalid, the node continues with the old
+//!    state. The service manager is notified (`READY=1`) if the node was ready before.
+//! 4. Otherwise the old run is stopped: `drop(node)` cancels its supervisor, watchers, discovery,
+//!    exporter and metrics endpoint wherever they are. Nothing else stops it. The container is left
+//!    alone.
+//! 5. A new run begins with the new state at startup step 3. Its supervisor adopts the container if
+//!    the container's specification is unchanged, and replaces it otherwise.
+//! 6. The service manager is notified (`READY=1`) once the container runs, or only the SuperLink is
+//!    missing.
+//!
+//! A node that asks for a restart from detection ([`RestartRequested`]) takes steps 4 to 6 with the
+//! old state.
+//!
+//! # Shutdown
+//! - SIGTERM, SIGINT: the run is dropped as in step 4, then [`stop_containers`] stops the container
+//!   with its grace period. A second signal ends the wait. The last status is published to OneGate.
+//! - SIGUSR1 (upgrade of the package): the run is dropped and the container keeps running for the
+//!   next agent.
+//! - An error: the container keeps running, except if a GPU is required and none is usable.
 
+mod desired_state;
 pub mod discovery;
+mod image;
+mod shutdown;
+mod signals;
+mod startup;
 
+use std::ops::ControlFlow;
 use std::path::Path;
-use std::pin::pin;
 use std::process::ExitCode;
 use std::rc::Rc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use one_context::Context;
-use one_context::source::{SourceError, read_context};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use one_context::source::SourceError;
 
 use crate::config::settings::{Settings, SettingsError};
-use crate::config::{self, Config, ConfigErrors, Diagnostics, LogLevel, Prebaked};
-use crate::container::image::{FrameworkImage, flower_version, prebaked_image, wanted_image};
-use crate::docker::client::{Client, EngineError, EngineInfo, Image};
-use crate::docker::nvidia_runtime::{GpuInjection, choose_access, ensure_runtime};
-use crate::flower::release;
-use crate::gpu::detect_gpus;
-use crate::gpu::verdict::Verdict;
+use crate::config::{self, ConfigErrors, LogLevel};
+use crate::docker::client::{Client, EngineError};
 use crate::logging;
-use crate::opennebula::onegate::{OneGateAvailability, OneGateUnavailable};
 use crate::opennebula::publisher::OneGateAccess;
-use crate::opennebula::superlink::{self, SuperLinkError};
+use crate::opennebula::superlink::SuperLinkError;
 use crate::report::Reporter;
 use crate::report::metrics_server;
-use crate::supervisor::exporter::{self, Exporter};
-use crate::supervisor::{LaunchError, NodeSpec, RestartRequested, report_fallback};
-use crate::system::info::SystemInfo;
+use crate::supervisor::exporter::Exporter;
+use crate::supervisor::{LaunchError, NodeSpec, RestartRequested};
+use crate::system::blocking::run_blocking;
 use crate::system::lock::{Lock, LockError};
-use crate::system::os_release::Distribution;
 use crate::system::systemd::{TimeoutExtension, Watchdog};
-use crate::values::{ImageRef, Version};
-use discovery::discover_superlink;
+pub(crate) use desired_state::DesiredState;
+use desired_state::read_context_file;
+pub(crate) use discovery::{DiscoveryPreview, preview_superlink};
+use image::ImageError;
 
-/// Exit code: a failure that a retry may cure.
-pub const EXIT_RETRY: u8 = 1;
-/// Exit code: the agent was asked to leave the container to the next one (sysexits.h, EX_TEMPFAIL).
-pub const EXIT_HANDED_OVER: u8 = 75;
-/// Exit code: an invalid configuration (sysexits.h, EX_CONFIG); systemd is told not to retry it.
-pub const EXIT_CONFIG: u8 = 78;
+use shutdown::{Shutdown, StopError, stop_containers};
+use signals::{SignalEvent, Signals};
+use startup::preflight_and_discovery;
+pub(crate) use startup::{Preflight, StartupOps, preflight};
 
-/// Why the node does not run.
+/// Exit code: failure that a retry may fix.
+pub(crate) const EXIT_RETRY: u8 = 1;
+/// Exit code: handed over to the next agent, the container keeps running (sysexits.h, EX_TEMPFAIL).
+pub(crate) const EXIT_HANDED_OVER: u8 = 75;
+/// Exit code: invalid configuration (sysexits.h, EX_CONFIG). systemd does not restart the unit.
+pub(crate) const EXIT_CONFIG: u8 = 78;
+
+/// Why the daemon exits with an error.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum BootError {
-    /// The context.
+pub(crate) enum DaemonError {
+    /// The context cannot be read.
     #[error(transparent)]
     Context(#[from] SourceError),
-    /// agent.toml, at a reload.
+    /// agent.toml is invalid.
     #[error(transparent)]
     Settings(#[from] SettingsError),
-    /// The variables.
+    /// Context variables are invalid.
     #[error(transparent)]
     Config(#[from] ConfigErrors),
-    /// The SuperLink.
+    /// There is no SuperLink to connect to.
     #[error(transparent)]
     SuperLink(#[from] SuperLinkError),
-    /// The engine.
+    /// The Docker engine failed.
     #[error(transparent)]
-    Client(#[from] EngineError),
-    /// The container.
+    Engine(#[from] EngineError),
+    /// The container cannot be started.
     #[error(transparent)]
     Launch(#[from] LaunchError),
-    /// No image.
-    #[error("{0}")]
-    Image(String),
-    /// There is another agent, or it cannot be told.
+    /// No framework image is available.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// Another agent runs, or the lock cannot be acquired.
     #[error(transparent)]
     Lock(#[from] LockError),
-    /// The container still runs.
-    #[error("the container {name} could not be stopped: {why}")]
-    NotStopped {
+    /// The container may still run.
+    #[error("cannot stop the container {name}")]
+    Stop {
         /// Its name.
         name: String,
-        /// Why.
-        why: String,
+        /// The cause.
+        source: StopError,
     },
-    /// Signals.
+    /// No signal handlers.
     #[error("cannot listen for signals")]
     Signals(#[source] std::io::Error),
 }
 
-impl BootError {
-    /// 78 where only the operator can mend it, a machine without the GPU that it must have among
-    /// that, else 1.
+impl DaemonError {
+    /// Returns [`EXIT_CONFIG`] if only the operator can fix the error, else [`EXIT_RETRY`].
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Context(error) if error.is_invalid() => EXIT_CONFIG,
@@ -96,19 +132,20 @@ impl BootError {
     }
 }
 
-/// The daemon, from start to end. A reload reads `settings_file` again.
-pub async fn run(settings: Settings, settings_file: Option<&Path>) -> ExitCode {
-    let lock = Lock::take(&settings.state.dir);
-    // The status file is that of the agent that has the lock.
+/// Runs the daemon until a signal or an error ends it. A reload reads `settings_file` again.
+pub(crate) async fn run(settings: Settings, settings_file: Option<&Path>) -> ExitCode {
+    let state_dir = settings.state.dir.clone();
+    let lock = run_blocking(move || Lock::acquire(&state_dir)).await;
+    // Only the agent that holds the lock writes the status file.
     let reporter = Rc::new(Reporter::new(lock.is_ok().then_some(settings.state.dir.as_path())));
     let watchdog = Watchdog::wanted();
-    let result = match read_context(&settings.context.dir) {
+    let result = match read_context_file(&settings).await {
         Ok(context) => {
             let (level, as_json) = config::log_settings(&context);
             logging::init(level, as_json);
-            // Before anything can fail: what an earlier boot has published is not true any more.
+            // Before anything can fail, because the attributes of an earlier boot are outdated.
             reporter.publish_by(OneGateAccess::of(&context, &settings).ok().as_ref());
-            run_until_signal(&context, settings, settings_file, lock, &reporter, &watchdog).await
+            run_until_shutdown(&context, settings, settings_file, lock, &reporter, &watchdog).await
         }
         Err(error) => {
             logging::init(LogLevel::Info, false);
@@ -121,148 +158,108 @@ pub async fn run(settings: Settings, settings_file: Option<&Path>) -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Ok(Shutdown::HandOver) => {
-            reporter.stopping("Left; the container runs on for the next agent");
+            reporter.stopping("Handed over; the container keeps running");
             return ExitCode::from(EXIT_HANDED_OVER);
         }
         Err(error) => error,
     };
     log_error(&error);
-    reporter.stopping(&failure_line(&error));
+    reporter.stopping(&status_line(&error));
     reporter.finish().await;
     ExitCode::from(error.exit_code())
 }
 
-/// One entry for each thing that is wrong.
-fn log_error(error: &BootError) {
+/// Logs an error: one entry for each invalid variable.
+fn log_error(error: &DaemonError) {
     match error {
-        BootError::Config(errors) => errors.0.iter().for_each(|line| tracing::error!("{line}")),
+        DaemonError::Config(errors) => errors.0.iter().for_each(|line| tracing::error!("{line}")),
         error => tracing::error!("{}", logging::error_chain(error)),
     }
 }
 
-/// The line for `systemctl status`.
-fn failure_line(error: &BootError) -> String {
+/// Returns the status line of a failed daemon.
+fn status_line(error: &DaemonError) -> String {
     match error {
-        BootError::Config(errors) => format!("Invalid configuration: {}", errors.0.join("; ")),
+        DaemonError::Config(errors) => format!("Invalid configuration: {}", errors.0.join("; ")),
         error => format!("Failed: {}", logging::error_chain(error)),
     }
 }
 
-/// What the operator wants, whole: what a reload compares.
-#[derive(Debug, Clone, PartialEq)]
-struct DesiredState {
-    config: Config,
-    settings: Settings,
-    /// The way to OneGate, or why there is none.
-    cloud: Result<OneGateAccess, OneGateUnavailable>,
-}
-
-impl DesiredState {
-    fn read(context: &Context, settings: Settings) -> Result<Self, BootError> {
-        let (config, remarks) = configure(context, &settings)?;
-        log_remarks(&remarks);
-        let cloud = OneGateAccess::of(context, &settings);
-        superlink::check_config(gate_of(&cloud), &config, SystemTime::now())?;
-        Ok(Self { config, settings, cloud })
-    }
-
-    /// Reads everything again. `None` where nothing has changed, or what is there now cannot be
-    /// used.
-    fn reload(&self, settings_file: Option<&Path>) -> Option<Self> {
-        let read = || {
-            let settings = Settings::load(settings_file)?;
-            let context = read_context(&settings.context.dir)?;
-            Self::read(&context, settings)
-        };
-        match read() {
-            Ok(new) if new == *self => {
-                tracing::info!("reload: nothing has changed");
-                None
-            }
-            Ok(new) => {
-                tracing::info!("reload: the configuration has changed");
-                Some(new)
-            }
-            Err(error) => {
-                log_error(&error);
-                tracing::error!(
-                    "reload: the new configuration cannot be used, the node goes on with the old one"
-                );
-                None
-            }
-        }
-    }
-}
-
-async fn run_until_signal(
+/// Runs the node until a signal or an error, then stops the container if that is due.
+async fn run_until_shutdown(
     context: &Context,
     settings: Settings,
     settings_file: Option<&Path>,
     lock: Result<Lock, LockError>,
     reporter: &Rc<Reporter>,
     watchdog: &Watchdog,
-) -> Result<Shutdown, BootError> {
-    let mut desired = DesiredState::read(context, settings)?;
+) -> Result<Shutdown, DaemonError> {
+    let mut desired = DesiredState::new(context, settings)?;
     let _lock = lock?;
     let mut signals = Signals::listen()?;
     let outcome =
         serve_until_signal(&mut desired, settings_file, &mut signals, reporter, watchdog).await;
-    // A node that must have a GPU does not go on without: neither does a container of before.
-    let stops =
-        matches!(outcome, Ok(Shutdown::Stop) | Err(BootError::Launch(LaunchError::GpuRequired)));
-    if !stops {
+    // If a GPU is required and none is usable, a container of an earlier run must not run either.
+    let stops_container =
+        matches!(outcome, Ok(Shutdown::Stop) | Err(DaemonError::Launch(LaunchError::GpuRequired)));
+    if !stops_container {
         return outcome;
     }
     reporter.stopping("Stopping the container");
     let _extension = TimeoutExtension::begin();
     let stop = async {
         tokio::select! {
-            ended = async { tokio::join!(stop_containers(&desired.settings), reporter.finish()) } => ended,
-            name = signals.end() => (Err(format!("{name} came again and ended the wait for it")), ()),
+            (stopped, ()) = async {
+                tokio::join!(stop_containers(&desired.settings), reporter.finish())
+            } => stopped,
+            signal = signals.next_stop() => Err(StopError::Interrupted(signal)),
         }
     };
-    let (stopped, ()) = watchdog.guard(Duration::MAX, stop).await;
+    let stopped = watchdog.guard(Duration::MAX, stop).await;
     let name = desired.settings.container.name;
     match (outcome, stopped) {
         (outcome, Ok(())) => outcome,
-        (Ok(_), Err(why)) => Err(BootError::NotStopped { name, why }),
-        (Err(error), Err(why)) => {
-            tracing::warn!("the container {name} could not be stopped: {why}");
+        (Ok(_), Err(source)) => Err(DaemonError::Stop { name, source }),
+        (Err(error), Err(source)) => {
+            tracing::warn!(container = name, "cannot stop the container {name}: {source}");
             Err(error)
         }
     }
 }
 
-/// Keeps the node up, as the operator wants it by now, until a signal ends it.
+/// Runs the node with the current desired state until a signal ends it; see the module's
+/// documentation for the steps of a reload.
 async fn serve_until_signal(
     desired: &mut DesiredState,
     settings_file: Option<&Path>,
     signals: &mut Signals,
     reporter: &Rc<Reporter>,
     watchdog: &Watchdog,
-) -> Result<Shutdown, BootError> {
+) -> Result<Shutdown, DaemonError> {
     loop {
-        let mut life = pin!(run_with_metrics(desired.clone(), Rc::clone(reporter), watchdog));
-        let new = loop {
+        let mut node = Box::pin(run_with_metrics(desired.clone(), Rc::clone(reporter), watchdog));
+        let next = loop {
             tokio::select! {
-                outcome = &mut life => {
+                outcome = &mut node => {
                     let RestartRequested = outcome?;
-                    break desired.clone();
+                    break ControlFlow::Continue(desired.clone());
                 }
                 signal = signals.next() => match signal {
                     SignalEvent::Stop(name) => {
-                        tracing::info!("received {name}");
-                        return Ok(Shutdown::Stop);
+                        tracing::info!("received {name}; stopping the container");
+                        break ControlFlow::Break(Shutdown::Stop);
                     }
                     SignalEvent::HandOver => {
-                        tracing::info!("received SIGUSR1: the container is left to the next agent");
-                        return Ok(Shutdown::HandOver);
+                        tracing::info!(
+                            "received SIGUSR1; exiting without stopping the container"
+                        );
+                        break ControlFlow::Break(Shutdown::HandOver);
                     }
                     SignalEvent::Reload => {
                         let was_ready = reporter.reloading();
-                        match desired.reload(settings_file) {
-                            // It is ready once that runs.
-                            Some(new) => break new,
+                        match desired.reload(settings_file).await {
+                            // The reload ends once the new run is ready.
+                            Some(new) => break ControlFlow::Continue(new),
                             None if was_ready => reporter.ready_as_before(),
                             None => {}
                         }
@@ -270,363 +267,90 @@ async fn serve_until_signal(
                 },
             }
         };
-        *desired = new;
+        // Stops the run: dropping the future cancels the supervisor and everything next to it. The
+        // container keeps running: the next run adopts or replaces it, or the shutdown stops it.
+        drop(node);
+        match next {
+            ControlFlow::Continue(new) => *desired = new,
+            ControlFlow::Break(shutdown) => return Ok(shutdown),
+        }
     }
 }
 
-fn gate_of(cloud: &Result<OneGateAccess, OneGateUnavailable>) -> OneGateAvailability<'_> {
-    cloud.as_ref().map(OneGateAccess::gate)
-}
-
-/// The node's life, with the page of its metrics beside it.
+/// Runs the node and, if configured, the metrics endpoint.
 async fn run_with_metrics(
     desired: DesiredState,
     reporter: Rc<Reporter>,
     watchdog: &Watchdog,
-) -> Result<RestartRequested, BootError> {
+) -> Result<RestartRequested, DaemonError> {
     let Some(address) = desired.settings.metrics.address() else {
         return run_node(desired, reporter, watchdog).await;
     };
-    let page = Rc::clone(&reporter);
+    let metrics = Rc::clone(&reporter);
     tokio::select! {
         outcome = run_node(desired, reporter, watchdog) => outcome,
-        never = metrics_server::serve(address, || page.page()) => match never {},
+        never = metrics_server::serve(address, || metrics.page()) => match never {},
     }
 }
 
-/// Brings the node up and keeps it up, until something new asks for the story from its beginning.
+/// Starts the container and supervises it until the node must restart from detection.
 async fn run_node(
     desired: DesiredState,
     reporter: Rc<Reporter>,
     watchdog: &Watchdog,
-) -> Result<RestartRequested, BootError> {
-    let DesiredState { config, settings, cloud } = desired;
+) -> Result<RestartRequested, DaemonError> {
     let starting = TimeoutExtension::begin();
-    reporter.publish_by(cloud.as_ref().ok());
+    reporter.publish_by(desired.onegate.as_ref().ok());
     reporter.connected(false);
     reporter.news(|news| {
-        (news.version, news.framework) = (config.version.to_string(), config.framework.to_string())
+        news.version = desired.config.version.to_string();
+        news.framework = desired.config.framework.to_string();
     });
     reporter.doing("Looking for the GPU and the Docker engine");
-    let find = async {
-        // The SuperLink is looked for meanwhile. It may come last by hours, which is no reason to
-        // keep the machine's boot.
-        let mut preparing = pin!(preflight(&config, &settings, &reporter));
-        let mut searching = pin!(discover_superlink(&config, &settings, &cloud, &reporter));
-        let mut early = None;
-        let prepared = loop {
-            tokio::select! {
-                prepared = &mut preparing => break prepared?,
-                found = &mut searching, if early.is_none() => early = Some(found?),
-            }
-        };
-        let superlink = match early {
-            Some(superlink) => superlink,
-            None => {
-                reporter.rest_is_ready();
-                searching.await?
-            }
-        };
-        reporter.waited();
-        Ok::<_, BootError>((prepared, superlink))
-    };
-    // For as long as it takes: each of its steps has a limit of its own, but a SuperLink may be
-    // waited for without end.
-    let (prepared, superlink) = watchdog.guard(Duration::MAX, find).await?;
-    let Preflight { engine, distribution, verdict, access, image } = prepared;
-    warn_of_release(&config, &image.reference, superlink.version.as_ref());
-    let system = SystemInfo::read();
+    // Without a limit: every step has its own, and discovery may wait for the SuperLink forever.
+    let startup = preflight_and_discovery(&desired, &reporter);
+    let (preflight, superlink) = watchdog.guard(Duration::MAX, startup).await?;
     reporter.doing("Starting the container");
+    let DesiredState { config, settings, onegate } = desired;
+    let Preflight { docker, detection, distribution, injection, image, system } = preflight;
+    let engine = docker.client;
+    remove_orphans(&engine, &settings).await?;
     let exporter = Exporter {
         config: config.clone(),
         settings: settings.clone(),
-        access: access.clone(),
+        access: injection.clone(),
         system,
         reporter: Rc::clone(&reporter),
     };
-    remove_orphans(&engine, &settings).await?;
-    let cloud = cloud.ok();
     let node = NodeSpec {
         config,
         settings,
-        onegate: cloud,
+        onegate: onegate.ok(),
         superlink,
         image,
         system,
         distribution,
-        injection: access,
+        injection,
         reporter,
     };
     tokio::select! {
-        outcome = node.supervise(verdict, engine, starting, watchdog) => Ok(outcome?),
+        outcome = node.supervise(detection.verdict, engine, starting, watchdog) => Ok(outcome?),
         never = exporter.keep() => match never {},
     }
 }
 
-/// What the container needs beside the SuperLink.
-struct Preflight {
-    engine: Client,
-    distribution: Distribution,
-    verdict: Verdict,
-    access: GpuInjection,
-    image: FrameworkImage,
-}
-
-async fn preflight(
-    config: &Config,
-    settings: &Settings,
-    reporter: &Reporter,
-) -> Result<Preflight, BootError> {
-    let (engine, detection) = tokio::join!(
-        reach_docker(config.gpu_enabled, settings),
-        detect_gpus(config, settings, settings.gpu.wait),
-    );
-    let verdict = detection.verdict;
-    let distribution = Distribution::read(&settings.machine.root);
-    // The GPU's finding comes first: where a GPU is required, an absent engine must not hide that
-    // there is none.
-    if let Some(finding) = verdict.finding() {
-        report_fallback(config, finding, distribution)?;
-    }
-    let (engine, facts) = engine?;
-    let (verdict, access) =
-        prepare_gpu_access(config, verdict, &engine, facts, settings, distribution).await?;
-    let (reference, found) =
-        resolve_image(config, &engine, &settings.container.name, reporter).await?;
-    let image = FrameworkImage { reference, python_path: found.variable("PYTHONPATH") };
-    Ok(Preflight { engine, distribution, verdict, access, image })
-}
-
-/// The engine, and where a GPU is wanted what it says of itself: that takes Docker 10 ms, while
-/// NVML is asked.
-async fn reach_docker(
-    wants_gpu: bool,
-    settings: &Settings,
-) -> Result<(Client, Option<Result<EngineInfo, EngineError>>), EngineError> {
-    let engine =
-        Client::wait_until_ready(&settings.docker.socket, settings.docker.ready_timeout).await?;
-    let facts = if wants_gpu { Some(engine.info().await) } else { None };
-    Ok((engine, facts))
-}
-
-/// A release that the agent does not know, or that differs from the SuperLink's, is told before the
-/// launch. That of an operator's own image is not known.
-fn warn_of_release(config: &Config, image: &ImageRef, superlink: Option<&Version>) {
-    if config.image.is_some() {
-        return;
-    }
-    let version = flower_version(config, image);
-    let other = superlink.and_then(|superlink| release::compatibility(version, superlink));
-    for warning in release::too_old(version).into_iter().chain(other) {
-        tracing::warn!("{warning}");
-    }
-}
-
-/// Reads and checks every variable.
-///
-/// # Errors
-/// All that is wrong.
-pub fn configure(
-    context: &Context,
-    settings: &Settings,
-) -> Result<(Config, Diagnostics), ConfigErrors> {
-    match Prebaked::read(&settings.container.prebaked_dir) {
-        Ok(prebaked) => Config::from_context(context, &prebaked),
-        Err(mut errors) => {
-            // What is wrong with the variables is told in the same run.
-            if let Err(more) = Config::from_context(context, &Prebaked::default()) {
-                errors.0.extend(more.0);
-            }
-            Err(errors)
-        }
-    }
-}
-
-fn log_remarks(remarks: &Diagnostics) {
-    for line in remarks.warnings() {
-        tracing::warn!("{line}");
-    }
-    for line in remarks.idle.iter().chain(&remarks.notes) {
-        tracing::info!("{line}");
-    }
-}
-
-/// Chooses the way for the GPU and prepares it; a way that is barred makes the verdict CPU.
-async fn prepare_gpu_access(
-    config: &Config,
-    verdict: Verdict,
-    engine: &Client,
-    facts: Option<Result<EngineInfo, EngineError>>,
-    settings: &Settings,
-    distribution: Distribution,
-) -> Result<(Verdict, GpuInjection), BootError> {
-    let (Verdict::Gpu { devices, missing }, Some(facts)) = (&verdict, facts) else {
-        return Ok((verdict, GpuInjection::Runtime));
-    };
-    let facts = facts?;
-    let access = choose_access(settings.gpu.injection, devices, Some(&facts));
-    if access == GpuInjection::Runtime
-        && let Err(finding) = ensure_runtime(engine, &facts, &settings.docker).await
-    {
-        report_fallback(config, &finding, distribution)?;
-        return Ok((Verdict::cpu(finding), access));
-    }
-    if !missing.is_empty() {
-        tracing::warn!("not every GPU is used: {}", missing.join("; "));
-    }
-    Ok((verdict, access))
-}
-
-/// The image that is wanted, else the one that is on the machine since it was built.
-async fn resolve_image(
-    config: &Config,
-    engine: &Client,
-    container: &str,
-    reporter: &Reporter,
-) -> Result<(ImageRef, Image), BootError> {
-    let wanted = wanted_image(config);
-    if let Some(found) = engine.find_image(wanted.as_str()).await? {
-        return Ok((wanted, found));
-    }
-    // The name was taken off the image, and a container that was made from it goes on.
-    if let Some(running) = engine.inspect_container(container).await?.filter(|found| found.running)
-        && running.image == wanted.as_str()
-        && let Some(found) = engine.find_image(&running.image_id).await?
-    {
-        return Ok((wanted, found));
-    }
-    reporter.doing(&format!("Pulling {wanted}"));
-    tracing::info!("pulling {wanted}");
-    let pulled =
-        engine.pull(&wanted, |step| reporter.progress(&format!("Pulling {wanted}: {step}"))).await;
-    let error = match pulled {
-        Ok(()) => match engine.find_image(wanted.as_str()).await? {
-            Some(found) => return Ok((wanted, found)),
-            None => "it was pulled and is not there".to_owned(),
-        },
-        Err(error) => error.to_string(),
-    };
-    let Some(prebaked) = prebaked_image(config).filter(|prebaked| *prebaked != wanted) else {
-        return Err(BootError::Image(format!("the image {wanted} is not to be had: {error}")));
-    };
-    let Some(found) = engine.find_image(prebaked.as_str()).await? else {
-        return Err(BootError::Image(format!(
-            "neither the image {wanted} nor the prebaked {prebaked} is to be had: {error}"
-        )));
-    };
-    tracing::warn!(
-        "the image {wanted} is not to be had, the prebaked {prebaked} is used instead: {error}"
-    );
-    Ok((prebaked, found))
-}
-
-/// Takes away what runs of ours under another name, because somebody gave it one or
-/// `container.name` was changed: it would train beside the node, on the same GPU.
+/// Removes containers of this node under another name: one that was renamed, or created before
+/// `container.name` changed. An orphan would train next to the node, on the same GPU.
 async fn remove_orphans(engine: &Client, settings: &Settings) -> Result<(), EngineError> {
     for name in engine.find_orphans(settings).await? {
         tracing::warn!(
-            "the container {name} is this node's, under another name: it is stopped and removed"
+            container = name,
+            "found the orphan container {name} of this node; stopping and removing it"
         );
-        if let Some(stray) = engine.inspect_container(&name).await? {
-            engine.stop(&stray.id, settings.container.stop_timeout).await?;
-            engine.remove(&stray).await?;
+        if let Some(orphan) = engine.inspect_container(&name).await? {
+            engine.stop(&orphan.id, settings.container.stop_timeout).await?;
+            engine.remove(&orphan).await?;
         }
     }
     Ok(())
-}
-
-/// Stops the container, with its grace, and the DCGM exporter; an engine that hangs does not keep
-/// the agent.
-async fn stop_containers(settings: &Settings) -> Result<(), String> {
-    const MORE_THAN_GRACE: Duration = Duration::from_secs(10);
-    let (name, grace) = (&settings.container.name, settings.container.stop_timeout);
-    let exporter = exporter::name_of(settings);
-    let stop = async {
-        let engine = Client::connect(&settings.docker.socket).await?;
-        let (node, exporter) = tokio::join!(
-            stop_container(&engine, name, grace),
-            stop_container(&engine, &exporter, exporter::GRACE)
-        );
-        if let Err(error) = exporter {
-            tracing::warn!("the DCGM exporter could not be stopped: {error}");
-        }
-        node
-    };
-    match tokio::time::timeout(grace + MORE_THAN_GRACE, stop).await {
-        // Without an engine there is, as far as can be told, no container.
-        Ok(Err(error @ EngineError::Unreachable { .. })) => {
-            tracing::warn!("{error}");
-            Ok(())
-        }
-        Ok(stopped) => stopped.map_err(|error| error.to_string()),
-        Err(_) => {
-            Err(format!("Docker gave no answer within {} s", (grace + MORE_THAN_GRACE).as_secs()))
-        }
-    }
-}
-
-/// Stops a container of ours, where it runs.
-async fn stop_container(engine: &Client, name: &str, grace: Duration) -> Result<(), EngineError> {
-    match engine.inspect_container(name).await? {
-        Some(container) if container.running && container.spec_hash().is_some() => {
-            tracing::info!("stopping the container {name}");
-            engine.stop(&container.id, grace).await
-        }
-        _ => Ok(()),
-    }
-}
-
-/// How a node's agent ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Shutdown {
-    /// With its container.
-    Stop,
-    /// Alone.
-    HandOver,
-}
-
-/// What a signal asks for.
-enum SignalEvent {
-    /// SIGTERM (systemctl stop) or SIGINT (a terminal).
-    Stop(&'static str),
-    /// SIGHUP (systemctl reload).
-    Reload,
-    /// SIGUSR1 (an upgrade of the package).
-    HandOver,
-}
-
-struct Signals {
-    term: Signal,
-    interrupt: Signal,
-    hangup: Signal,
-    leave: Signal,
-}
-
-impl Signals {
-    fn listen() -> Result<Self, BootError> {
-        let listen = |kind| signal(kind).map_err(BootError::Signals);
-        Ok(Self {
-            term: listen(SignalKind::terminate())?,
-            interrupt: listen(SignalKind::interrupt())?,
-            hangup: listen(SignalKind::hangup())?,
-            leave: listen(SignalKind::user_defined1())?,
-        })
-    }
-
-    async fn next(&mut self) -> SignalEvent {
-        tokio::select! {
-            _ = self.term.recv() => SignalEvent::Stop("SIGTERM"),
-            _ = self.interrupt.recv() => SignalEvent::Stop("SIGINT"),
-            _ = self.hangup.recv() => SignalEvent::Reload,
-            _ = self.leave.recv() => SignalEvent::HandOver,
-        }
-    }
-
-    async fn end(&mut self) -> &'static str {
-        loop {
-            if let SignalEvent::Stop(name) = self.next().await {
-                return name;
-            }
-        }
-    }
 }

@@ -15,6 +15,7 @@ use crate::docker::daemon_json::{self, Merged, RUNTIME_NAME, Refused};
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::GpuDevice;
 use crate::system::atomic_file;
+use crate::system::blocking::run_blocking;
 use crate::system::programs::find_program;
 
 /// A daemon.json above this size is none.
@@ -229,7 +230,9 @@ pub async fn ensure_runtime(
         ));
     }
     let not_configured = |what: String| Finding::new(Reason::RuntimeNotConfigured, what);
-    let written = configure_daemon_json(&settings.daemon_json, &settings.runtime_path)
+    let (path, runtime_path) = (settings.daemon_json.clone(), settings.runtime_path.clone());
+    let written = run_blocking(move || configure_daemon_json(&path, &runtime_path))
+        .await
         .map_err(|error| not_configured(error.to_string()))?;
     let file = settings.daemon_json.display();
     if written {

@@ -1,5 +1,4 @@
-//! Replacing a file so that a reader, or a kill at any moment, finds the old content or the new,
-//! and nothing else.
+//! Atomic file replacement: a reader, or a crash at any moment, sees the old content or the new one.
 
 use std::ffi::OsString;
 use std::fs::{File, Permissions};
@@ -7,40 +6,40 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-/// New content that lies beside its target and is not yet in its place.
+/// New content in a temporary file next to its target.
 #[derive(Debug)]
-pub struct PendingFile {
+pub(crate) struct PendingFile {
     file: PathBuf,
     target: PathBuf,
     durable: bool,
 }
 
-/// Writes `bytes` beside `target`, on the disk, with the mode and the owner of the file that is
-/// there now, else with mode 0644.
+/// Writes `bytes` to a temporary file next to `target`, with the mode and owner of `target`, or with
+/// mode 0644 if `target` does not exist.
 ///
 /// # Errors
-/// When the folder or the file cannot be written. Nothing is left behind then.
-pub fn prepare(target: &Path, bytes: &[u8]) -> io::Result<PendingFile> {
-    prepare_for(target, bytes, true)
+/// If the directory or the file cannot be written. No temporary file is left behind.
+pub(crate) fn prepare(target: &Path, bytes: &[u8]) -> io::Result<PendingFile> {
+    prepare_with(target, bytes, true)
 }
 
-fn prepare_for(target: &Path, bytes: &[u8], durable: bool) -> io::Result<PendingFile> {
-    let folder = folder_of(target);
-    std::fs::create_dir_all(folder)?;
+fn prepare_with(target: &Path, bytes: &[u8], durable: bool) -> io::Result<PendingFile> {
+    let directory = directory_of(target);
+    std::fs::create_dir_all(directory)?;
     let mut name = OsString::from(".");
     name.push(target.file_name().unwrap_or_default());
     name.push(".supernode-agent");
-    // One fixed name: what a killed run left behind is taken away by the next.
-    let prepared = PendingFile { file: folder.join(name), target: target.into(), durable };
-    match std::fs::remove_file(&prepared.file) {
+    // A fixed name, so that the next run removes what a killed one left behind.
+    let pending = PendingFile { file: directory.join(name), target: target.into(), durable };
+    match std::fs::remove_file(&pending.file) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let mut file = File::options().write(true).create_new(true).mode(0o600).open(&prepared.file)?;
+    let mut file = File::options().write(true).create_new(true).mode(0o600).open(&pending.file)?;
     match fill(&mut file, target, bytes, durable) {
-        Ok(()) => Ok(prepared),
+        Ok(()) => Ok(pending),
         Err(error) => {
-            prepared.discard();
+            pending.discard();
             Err(error)
         }
     }
@@ -53,8 +52,8 @@ fn fill(file: &mut File, target: &Path, bytes: &[u8], durable: bool) -> io::Resu
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(error),
     };
-    // The mode first: that of a file which is somebody else's is changed by CAP_FOWNER alone, which
-    // the units do not have.
+    // The mode before the owner: changing the mode of another user's file requires CAP_FOWNER,
+    // which the units do not have.
     let mode = old.as_ref().map_or(0o644, |old| old.mode() & 0o7777);
     file.set_permissions(Permissions::from_mode(mode))?;
     if let Some(old) = old {
@@ -64,51 +63,51 @@ fn fill(file: &mut File, target: &Path, bytes: &[u8], durable: bool) -> io::Resu
 }
 
 impl PendingFile {
-    /// Puts the content in its place.
+    /// Replaces the target with the temporary file.
     ///
     /// # Errors
-    /// When the target cannot be replaced; it is what it was then.
-    pub fn commit(self) -> io::Result<()> {
+    /// If the target cannot be replaced. It is unchanged then.
+    pub(crate) fn commit(self) -> io::Result<()> {
         if let Err(error) = std::fs::rename(&self.file, &self.target) {
             self.discard();
             return Err(error);
         }
-        if self.durable { File::open(folder_of(&self.target))?.sync_all() } else { Ok(()) }
+        if self.durable { File::open(directory_of(&self.target))?.sync_all() } else { Ok(()) }
     }
 
-    /// Takes the content away again.
-    pub fn discard(self) {
+    /// Removes the temporary file.
+    pub(crate) fn discard(self) {
         let _ = std::fs::remove_file(&self.file);
     }
 }
 
-/// Replaces `target` by `bytes`, unless that is its content already.
+/// Replaces `target` with `bytes`, unless that is its content already.
 ///
 /// # Errors
-/// When it cannot be written; it is what it was then.
-pub fn replace(target: &Path, bytes: &[u8]) -> io::Result<()> {
-    replace_for(target, bytes, true)
+/// If the file cannot be written. It is unchanged then.
+pub(crate) fn replace(target: &Path, bytes: &[u8]) -> io::Result<()> {
+    replace_with(target, bytes, true)
 }
 
-/// The same for a file that is written anew after a reboot: it does not wait for the disk, which
-/// takes milliseconds where the folder is not in memory.
+/// Like [`replace`], but does not wait for the disk: for a file that is rewritten after a reboot.
+/// The wait takes milliseconds if the directory is not in memory.
 ///
 /// # Errors
-/// When it cannot be written; it is what it was then.
-pub fn replace_volatile(target: &Path, bytes: &[u8]) -> io::Result<()> {
-    replace_for(target, bytes, false)
+/// If the file cannot be written. It is unchanged then.
+pub(crate) fn replace_volatile(target: &Path, bytes: &[u8]) -> io::Result<()> {
+    replace_with(target, bytes, false)
 }
 
-fn replace_for(target: &Path, bytes: &[u8], durable: bool) -> io::Result<()> {
+fn replace_with(target: &Path, bytes: &[u8], durable: bool) -> io::Result<()> {
     if std::fs::read(target).is_ok_and(|present| present == bytes) {
         return Ok(());
     }
-    prepare_for(target, bytes, durable)?.commit()
+    prepare_with(target, bytes, durable)?.commit()
 }
 
-fn folder_of(target: &Path) -> &Path {
+fn directory_of(target: &Path) -> &Path {
     match target.parent() {
-        Some(folder) if folder != Path::new("") => folder,
+        Some(directory) if directory != Path::new("") => directory,
         _ => Path::new("."),
     }
 }

@@ -1,4 +1,4 @@
-//! One agent a machine: two would replace each other's container for ever.
+//! Lock that allows one agent per VM: two would replace each other's container forever.
 
 use std::fs::{File, Permissions, TryLockError};
 use std::io;
@@ -6,42 +6,45 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Held until the process ends, however it ends.
+/// The lock. The kernel releases it when the process exits, however it exits.
 #[derive(Debug)]
-pub struct Lock(#[expect(dead_code, reason = "the lock lives as long as the file is open")] File);
+pub(crate) struct Lock(
+    #[expect(dead_code, reason = "the lock is held as long as the file is open")] File,
+);
 
-/// Why there is no lock.
+/// Why the lock cannot be acquired.
 #[derive(Debug, thiserror::Error)]
-pub enum LockError {
-    /// Somebody else has it.
+pub(crate) enum LockError {
+    /// Another process holds it.
     #[error("another supernode-agent runs already: it holds the lock {path}")]
-    AnotherRuns {
-        /// The file.
+    Held {
+        /// The lock file.
         path: PathBuf,
     },
-    /// The file cannot be made or locked.
+    /// The file cannot be created or locked.
     #[error("cannot lock {path}")]
-    Failed {
-        /// The file.
+    Io {
+        /// The lock file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
 }
 
 impl Lock {
-    /// Takes the lock in `state_dir`. Who only looks whether it is taken ([`is_held`]) has it for a
-    /// moment: that is waited for.
+    /// Acquires the lock in `state_dir`. Blocks for up to 250 ms while another process tests
+    /// whether it is held ([`is_held`]).
     ///
     /// # Errors
-    /// When another agent runs, or the file cannot be locked.
-    pub fn take(state_dir: &Path) -> Result<Self, LockError> {
-        const TRIES: usize = 5;
-        const PAUSE: Duration = Duration::from_millis(50);
+    /// If another agent runs, or the file cannot be locked.
+    pub(crate) fn acquire(state_dir: &Path) -> Result<Self, LockError> {
+        const MAX_ATTEMPTS: usize = 5;
+        const RETRY_DELAY: Duration = Duration::from_millis(50);
         let path = path_in(state_dir);
-        let failed = |source| LockError::Failed { path: path.clone(), source };
+        let failed = |source| LockError::Io { path: path.clone(), source };
         std::fs::create_dir_all(state_dir).map_err(failed)?;
-        // Whoever can open a file can lock it: a user who could would keep the node from starting.
+        // Not readable by others: any user who can open the file can lock it, and would keep the
+        // node from starting.
         let mut options = File::options();
         let file = options
             .write(true)
@@ -51,19 +54,19 @@ impl Lock {
             .open(&path)
             .map_err(failed)?;
         file.set_permissions(Permissions::from_mode(0o600)).map_err(failed)?;
-        for _ in 0..TRIES {
+        for _ in 0..MAX_ATTEMPTS {
             match file.try_lock() {
                 Ok(()) => return Ok(Self(file)),
-                Err(TryLockError::WouldBlock) => std::thread::sleep(PAUSE),
+                Err(TryLockError::WouldBlock) => std::thread::sleep(RETRY_DELAY),
                 Err(TryLockError::Error(source)) => return Err(failed(source)),
             }
         }
-        Err(LockError::AnotherRuns { path })
+        Err(LockError::Held { path })
     }
 }
 
-/// Whether an agent runs.
-pub fn is_held(state_dir: &Path) -> bool {
+/// Returns whether an agent holds the lock.
+pub(crate) fn is_held(state_dir: &Path) -> bool {
     let path = path_in(state_dir);
     match File::open(&path) {
         Ok(file) => matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)),
@@ -72,15 +75,15 @@ pub fn is_held(state_dir: &Path) -> bool {
     }
 }
 
-/// Whether somebody has locked this file, as the kernel tells everybody: the sixth word of a line
-/// of /proc/locks is device and inode (proc_locks(5)).
+/// Returns whether `/proc/locks`, which every user can read, lists a lock on this file. The sixth
+/// word of a line is device and inode (proc_locks(5)).
 fn is_listed(path: &Path) -> bool {
     let (Ok(file), Ok(locks)) = (path.metadata(), std::fs::read_to_string("/proc/locks")) else {
         return false;
     };
     let (major, minor) = (rustix::fs::major(file.dev()), rustix::fs::minor(file.dev()));
-    let place = format!("{major:02x}:{minor:02x}:{}", file.ino());
-    locks.lines().any(|line| line.split_ascii_whitespace().nth(5) == Some(place.as_str()))
+    let id = format!("{major:02x}:{minor:02x}:{}", file.ino());
+    locks.lines().any(|line| line.split_ascii_whitespace().nth(5) == Some(id.as_str()))
 }
 
 fn path_in(state_dir: &Path) -> PathBuf {
@@ -92,18 +95,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nobody_else_can_take_the_lock_and_everybody_sees_it() {
-        let folder = std::env::temp_dir().join(format!("supernode-lock-{}", std::process::id()));
-        let lock = Lock::take(&folder).unwrap();
-        let path = path_in(&folder);
+    fn lock_is_exclusive_and_visible() {
+        let directory = std::env::temp_dir().join(format!("supernode-lock-{}", std::process::id()));
+        let lock = Lock::acquire(&directory).unwrap();
+        let path = path_in(&directory);
         assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o600);
-        assert!(is_held(&folder) && is_listed(&path));
+        assert!(is_held(&directory) && is_listed(&path));
+        assert!(matches!(Lock::acquire(&directory), Err(LockError::Held { .. })));
         drop(lock);
-        assert!(!is_held(&folder) && !is_listed(&path));
-        // As an agent of before has left it.
+        assert!(!is_held(&directory) && !is_listed(&path));
+        std::fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[test]
+    fn mode_of_an_existing_lock_file_is_restricted() {
+        let directory =
+            std::env::temp_dir().join(format!("supernode-lock-mode-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let path = path_in(&directory);
+        std::fs::write(&path, "").unwrap();
         std::fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
-        let _lock = Lock::take(&folder).unwrap();
+        let _lock = Lock::acquire(&directory).unwrap();
         assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o600);
-        std::fs::remove_dir_all(folder).unwrap();
+        std::fs::remove_dir_all(directory).unwrap();
     }
 }

@@ -1,9 +1,10 @@
-//! The machine that the agent runs on: files, locks, systemd and facts.
+//! The VM that the agent runs on: files, locks, programs, the operating system, systemd.
 
-pub mod atomic_file;
+pub(crate) mod atomic_file;
+pub(crate) mod blocking;
 pub mod facts;
 pub mod info;
 pub mod lock;
 pub mod os_release;
-pub mod programs;
+pub(crate) mod programs;
 pub mod systemd;

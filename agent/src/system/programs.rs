@@ -1,20 +1,17 @@
-//! Programs on this machine.
+//! Programs installed on this VM.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-/// The directories that services have in their PATH.
-pub const SERVICE_DIRS: [&str; 6] =
+/// Directories in the PATH of systemd services.
+pub(crate) const SERVICE_DIRS: [&str; 6] =
     ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
 
-/// The program that `name` leads to: a path, or a name in PATH and in the directories that services
-/// have in theirs.
-pub fn find_program(name: &str) -> Option<PathBuf> {
-    let is_program = |path: &Path| {
-        path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.mode() & 0o111 != 0)
-    };
+/// Returns the path of an executable. `name` is an absolute path, or a file name that is looked up
+/// in PATH and in [`SERVICE_DIRS`].
+pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
     if name.starts_with('/') {
-        return Some(PathBuf::from(name)).filter(|path| is_program(path));
+        return Some(PathBuf::from(name)).filter(|path| is_executable(path));
     }
     if name.is_empty() || name.contains('/') {
         return None;
@@ -22,8 +19,13 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .chain(SERVICE_DIRS.map(PathBuf::from))
-        .map(|folder| folder.join(name))
-        .find(|candidate| is_program(candidate))
+        .map(|directory| directory.join(name))
+        .find(|candidate| is_executable(candidate))
+}
+
+/// Returns whether a path is a regular file with an execute bit.
+pub(crate) fn is_executable(path: &Path) -> bool {
+    path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.mode() & 0o111 != 0)
 }
 
 #[cfg(test)]
@@ -31,8 +33,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_program_is_found_in_path_or_by_its_path_and_must_be_executable() {
+    fn program_is_found_by_name_or_path() {
         assert!(find_program("sh").is_some() && find_program("/bin/sh").is_some());
+    }
+
+    #[test]
+    fn relative_paths_and_other_files_are_not_programs() {
         for name in ["", "/etc/passwd", "/nowhere", "bin/sh", "no-such-program-anywhere", "/bin"] {
             assert_eq!(find_program(name), None, "{name}");
         }

@@ -11,7 +11,6 @@ use crate::check::read_pci;
 use crate::config::settings::{Injection, Settings};
 use crate::config::{Config, Diagnostics};
 use crate::container::image;
-use crate::daemon;
 use crate::docker::client::{Client, EngineError, EngineInfo};
 use crate::gpu::nvml_library;
 use crate::gpu::pci::PciFacts;
@@ -94,7 +93,7 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
             Err(Unconfigured::NoContext(format!("{}: it leads out of the root", link.display())))
         }
         None => match read_context(&settings.context.dir) {
-            Ok(context) => daemon::configure(&context, &settings)
+            Ok(context) => Config::read(&context, &settings.container.prebaked_dir)
                 .map_err(|errors| Unconfigured::Invalid(errors.0)),
             Err(error) => Err(Unconfigured::NoContext(error_chain(&error))),
         },
