@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# `make demo`: a SuperNode from an OpenNebula context, on this machine, with a real Docker engine and a real Flower on both
-# sides. Everything it starts it stops again; the machine's daemon.json stays what it is.
+# `make demo`: runs a SuperNode from an OpenNebula context on this machine, with a real Docker
+# engine and a real Flower on both sides. It stops everything it starts and leaves the machine's
+# daemon.json unchanged.
 set -euo pipefail
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -12,12 +13,14 @@ daemon_json=/etc/docker/daemon.json
 build() { (cd "$top" && cargo build --release --locked -p supernode-agent); }
 
 if [ "$(id -u)" != 0 ]; then
-    echo "The demo needs root for Docker and network namespaces: it installs and builds as you, and goes on by sudo."
+    echo "The demo needs root for Docker and network namespaces:" \
+        "it installs and builds as $(id -un), then continues with sudo."
     "$top/packaging/install-tools.sh" demo
-    mkdir -p "$cache" # by the user, who keeps other things there
+    mkdir -p "$cache" # owned by the user, not by root
     build
-    kept=PATH,HOME,XDG_CACHE_HOME,XDG_CONFIG_HOME,CARGO_TARGET_DIR,SSL_CERT_FILE,PIP_CERT,PIP_CONFIG_FILE,PIP_INDEX_URL
-    kept+=,PIP_EXTRA_INDEX_URL,http_proxy,https_proxy,no_proxy,HTTP_PROXY,HTTPS_PROXY,NO_PROXY
+    kept=PATH,HOME,XDG_CACHE_HOME,XDG_CONFIG_HOME,CARGO_TARGET_DIR,SSL_CERT_FILE,PIP_CERT
+    kept+=,PIP_CONFIG_FILE,PIP_INDEX_URL,PIP_EXTRA_INDEX_URL
+    kept+=,http_proxy,https_proxy,no_proxy,HTTP_PROXY,HTTPS_PROXY,NO_PROXY
     exec sudo --preserve-env="$kept" SUPERNODE_DEMO_BUILT="by $(id -un) in $SECONDS s" "$0" "$@"
 fi
 
@@ -48,77 +51,84 @@ show_logs() {
         tail -n 30 "$log"
     done
 }
-# wait_for SECONDS WHAT COMMAND…: until the command succeeds; not longer than what we started lives.
+# wait_for SECONDS ERROR COMMAND…: waits until the command succeeds. Fails with ERROR after SECONDS,
+# or when the agent or dockerd exits.
 wait_for() {
     local deadline=$((SECONDS + $1)) what=$2
     shift 2
     until "$@" >/dev/null 2>&1; do
-        [ -z "$agent_pid" ] || kill -0 "$agent_pid" 2>/dev/null || fail "$what: supernode-agent has ended"
-        [ -z "$dockerd_pid" ] || kill -0 "$dockerd_pid" 2>/dev/null || fail "$what: dockerd has ended"
+        [ -z "$agent_pid" ] || kill -0 "$agent_pid" 2>/dev/null ||
+            fail "$what: supernode-agent has exited"
+        [ -z "$dockerd_pid" ] || kill -0 "$dockerd_pid" 2>/dev/null ||
+            fail "$what: dockerd has exited"
         [ $SECONDS -lt $deadline ] || fail "$what"
         sleep 0.2
     done
 }
-# progress HOW_FAR INPUT COMMAND…: the command, with INPUT as its input and $work/progress.log for its words. Meanwhile HOW_FAR
-# says how far it is: in place on a terminal, elsewhere now and then.
+# progress PROGRESS INPUT COMMAND…: runs the command with INPUT as standard input and its output in
+# $work/progress.log. Prints the output of the function PROGRESS meanwhile: in place on a terminal,
+# otherwise every 15 s.
 progress() {
-    local how_far=$1 input=$2 told=$SECONDS pid
+    local progress_of=$1 input=$2 printed=$SECONDS pid
     shift 2
-    set -m # a process group of its own, which ends as a whole
+    set -m # a process group of its own, so that all of it can be killed
     "$@" <"$input" >"$work/progress.log" 2>&1 &
     pid=$!
     set +m
     worker=$pid
     while sleep 0.5 && kill -0 "$pid" 2>/dev/null; do
         if [ -t 1 ]; then
-            printf '\r\e[K      %.70s' "$("$how_far" "$pid")"
-        elif [ $((SECONDS - told)) -ge 15 ]; then
-            told=$SECONDS
-            "$how_far" "$pid" | show
+            printf '\r\e[K      %.70s' "$("$progress_of" "$pid")"
+        elif [ $((SECONDS - printed)) -ge 15 ]; then
+            printed=$SECONDS
+            "$progress_of" "$pid" | show
         fi
     done
     [ ! -t 1 ] || printf '\r\e[K'
     worker=''
     wait "$pid"
 }
-how_far_is_pull() {
+pull_progress() {
     local layers all
     all=$(grep -c 'Pulling fs layer' "$work/progress.log") || true
     layers=$(grep -c 'Pull complete' "$work/progress.log") || true
-    echo "pulling: $layers of $all layers are here"
+    echo "pulling: $layers of $all layers complete"
 }
-how_far_is_build() {
+build_progress() {
     local last
     last=$(tail -n 1 "$work/progress.log" | sed 's/^ *//')
-    echo "building, for $((SECONDS - step_began)) s${last:+: $last}"
+    echo "building for $((SECONDS - step_began)) s${last:+: $last}"
 }
-# Our file and the command's have one position.
-how_far_is_load() {
-    local position
+# The open file shares its position with the command.
+load_progress() {
+    local position size
     position=$(sed -n 's/^pos:[[:space:]]*//p' "/proc/$1/fdinfo/0" 2>/dev/null) || return 0
-    echo "loading: $((position * 100 / $(stat -c %s "$tar"))) % of $(($(stat -c %s "$tar") / 1024 / 1024)) MiB"
+    size=$(stat -c %s "$tar")
+    echo "loading: $((position * 100 / size)) % of $((size / 1024 / 1024)) MiB"
 }
 fingerprint() { sha256sum "$daemon_json" 2>/dev/null || echo "no $daemon_json"; }
 
 work=$(mktemp -d /tmp/supernode-demo.XXXXXX)
 agent_pid='' dockerd_pid='' worker='' namespace='' saved_daemon_json=''
-# What clean_up may remove. Empty until an engine is chosen: on the machine's own, flower-supernode is somebody's node.
+# Containers that clean_up may remove. Empty until an engine is chosen: in the machine's own engine,
+# flower-supernode may be a real node.
 containers=()
 name=flower-supernode
 superlink=supernode-demo-superlink
 docker_socket=/var/run/docker.sock
 docker() { command docker -H "unix://$docker_socket" "$@"; }
-# Puts the file of the machine's own engine back and has it read again.
+# Restores daemon.json of the machine's own engine and reloads the engine.
 restore_daemon_json() {
     [ -n "$saved_daemon_json" ] || return 0
     ! cmp -s "$saved_daemon_json" "$daemon_json" || return 0
     cat "$saved_daemon_json" >"$daemon_json"
-    "${reload_command[@]}" || say "demo: $daemon_json is put back, but '${reload_command[*]}' failed" >&2
+    "${reload_command[@]}" ||
+        say "demo: restored $daemon_json, but '${reload_command[*]}' failed" >&2
 }
 clean_up() {
     local code=$?
     trap - EXIT INT TERM
-    set +e # whatever fails here, the rest is cleaned up
+    set +e # clean up the rest even if one step fails
     [ "$code" = 0 ] || [ "$code" = 130 ] || show_logs >&2
     [ -z "$worker" ] || kill -- "-$worker" 2>/dev/null
     if [ -n "$agent_pid" ]; then
@@ -141,15 +151,15 @@ trap 'exit 130' INT TERM
 
 before=$(fingerprint)
 
-begin "what this machine lacks"
+begin "missing packages"
 "$top/packaging/install-tools.sh" demo | show
 finish "nothing else is installed"
 
-begin "the agent (cargo build --release)"
+begin "the agent: cargo build --release"
 built=${SUPERNODE_DEMO_BUILT:-}
-[ -n "$built" ] || progress how_far_is_build /dev/null build || fail "the agent was not built"
+[ -n "$built" ] || progress build_progress /dev/null build || fail "cannot build the agent"
 agent=${CARGO_TARGET_DIR:-$top/target}/release/supernode-agent
-agent_version=$("$agent" --version) || fail "$agent does not run"
+agent_version=$("$agent" --version) || fail "cannot run $agent"
 finish "$agent_version, $(($(stat -c %s "$agent") / 1024)) KiB${built:+, built $built}"
 
 begin "a Docker engine"
@@ -159,29 +169,32 @@ if docker info >/dev/null 2>&1; then
         reload_command=(kill -HUP "$(cat /var/run/docker.pid)")
     fi
     name=flower-supernode-demo
-    finish "the machine's own, $(docker version --format '{{.Server.Version}}'); the container is called $name there"
-    # On a machine with a GPU the agent adds the nvidia runtime; afterwards the file is put back.
+    engine_version=$(docker version --format '{{.Server.Version}}')
+    finish "the machine's own, $engine_version; container name $name"
+    # On a machine with a GPU the agent adds the nvidia runtime; the demo restores the file.
     if [ -e "$daemon_json" ]; then
         cp -p "$daemon_json" "$work/daemon.json.saved"
         saved_daemon_json=$work/daemon.json.saved
         settings_daemon_json=$daemon_json
     else
-        # Nothing to put back: the agent gets a file that the engine does not read.
+        # Nothing to restore: the agent gets a file that the engine does not read.
         settings_daemon_json=$work/daemon.json
     fi
 else
-    say "      none runs: starting one in $work, in a network namespace of its own"
+    say "      none is running: starting one in $work, in a network namespace of its own"
     namespace=supernode-demo-$$
     docker_socket=$work/docker.sock
     settings_daemon_json=$work/daemon.json
     echo '{}' >"$settings_daemon_json"
     ip netns add "$namespace"
     ip -n "$namespace" link set lo up
-    # Docker 20.10 keeps a key in /etc/docker, wherever its configuration is: what it writes to /etc goes to $work.
+    # Docker 20.10 writes a key to /etc/docker wherever its configuration is: an overlay redirects
+    # writes below /etc to $work.
     mkdir "$work/etc" "$work/etc-work"
     # shellcheck disable=SC2016
     nsenter --net="/run/netns/$namespace" unshare --mount sh -ec \
-        'mount -t overlay etc -o lowerdir=/etc,upperdir="$0/etc",workdir="$0/etc-work" /etc; exec dockerd "$@"' "$work" \
+        'mount -t overlay etc -o lowerdir=/etc,upperdir="$0/etc",workdir="$0/etc-work" /etc
+         exec dockerd "$@"' "$work" \
         --config-file "$settings_daemon_json" --data-root "$work/data" \
         --exec-root "$work/exec" --pidfile "$work/docker.pid" -H "unix://$docker_socket" \
         --containerd-namespace "$namespace" --containerd-plugins-namespace "$namespace-plugins" \
@@ -194,36 +207,39 @@ fi
 
 begin "the image $image, with a real Flower"
 if docker image inspect "$image" >/dev/null 2>&1; then
-    finish "the engine has it"
-elif [ -z "$namespace" ] && progress how_far_is_pull /dev/null timeout 120 docker pull "$image"; then
+    finish "present in the engine"
+elif [ -z "$namespace" ] && progress pull_progress /dev/null timeout 120 docker pull "$image"; then
     finish "pulled"
 else
-    say "      no registry: it is made of the distribution's packages and Python's (once, about two minutes)"
+    say "      no registry: building it from Debian and Python packages (once, about two minutes)"
     make_tar() { "$top/packaging/images/base-tar.sh" "$version" >"$work/tar"; }
-    progress how_far_is_build /dev/null make_tar || fail "the image was not built"
+    progress build_progress /dev/null make_tar || fail "cannot build the image"
     tar=$(cat "$work/tar")
     changes=()
-    while IFS= read -r change; do changes+=(--change "$change"); done < <("$top/packaging/images/build-base.sh" --changes)
-    progress how_far_is_load "$tar" docker import "${changes[@]}" - "$image" || fail "the image was not loaded"
+    while IFS= read -r change; do changes+=(--change "$change"); done \
+        < <("$top/packaging/images/build-base.sh" --changes)
+    progress load_progress "$tar" docker import "${changes[@]}" - "$image" ||
+        fail "cannot load the image"
     finish "$(($(stat -c %s "$tar") / 1024 / 1024)) MiB"
 fi
 
 begin "a SuperLink"
-# From here on both names are ours; a demo that was killed may have left them.
+# Both names belong to the demo; an earlier demo that was killed may have left the containers.
 containers=("$name" "$superlink")
 docker rm -f "${containers[@]}" >/dev/null 2>&1 || true
-docker run -d --name "$superlink" --entrypoint flower-superlink -e FLWR_TELEMETRY_ENABLED=0 "$image" \
-    --insecure --isolation subprocess >/dev/null
+docker run -d --name "$superlink" --entrypoint flower-superlink -e FLWR_TELEMETRY_ENABLED=0 \
+    "$image" --insecure --isolation subprocess >/dev/null
 superlink_log() { docker logs "$superlink" 2>&1; }
 superlink_is_up() { superlink_log | grep -q 'Fleet API'; }
-wait_for 120 "the SuperLink does not come up" superlink_is_up
-address=$(docker inspect --format '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' "$superlink")
+wait_for 120 "the SuperLink does not start" superlink_is_up
+address=$(docker inspect \
+    --format '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' "$superlink")
 finish "Flower $version at $address:9092"
 
-begin "the configuration, the facts, the verdict and the container: supernode-agent plan"
+begin "configuration, facts, verdict and container: supernode-agent plan"
 mkdir "$work/context"
-sed "s/^FL_SUPERLINK_ADDRESS=.*/FL_SUPERLINK_ADDRESS='$address:9092'/" "$top/packaging/examples/context.sh" \
-    >"$work/context/context.sh.network"
+sed "s/^FL_SUPERLINK_ADDRESS=.*/FL_SUPERLINK_ADDRESS='$address:9092'/" \
+    "$top/packaging/examples/context.sh" >"$work/context/context.sh.network"
 cat >"$work/agent.toml" <<SETTINGS
 [context]
 dir = "$work/context"
@@ -242,40 +258,46 @@ prebaked_dir = "$work"
 dir = "$work/state"
 SETTINGS
 "$agent" plan --settings "$work/agent.toml" | show
-finish "nothing was touched"
+finish "nothing was changed"
 
 begin "the node: supernode-agent run"
 "$agent" run --settings "$work/agent.toml" 2>"$work/agent.log" &
 agent_pid=$!
-agent_is_decided() { grep -Eq 'WARNING No usable GPU|started the container|ERROR' "$work/agent.log"; }
-wait_for 120 "the agent says nothing" agent_is_decided
+verdict_is_logged() {
+    grep -Eq 'WARNING No usable GPU|started the container|ERROR' "$work/agent.log"
+}
+wait_for 120 "the agent logs no verdict" verdict_is_logged
 node_runs() { [ "$(docker inspect --format '{{.State.Running}}' "$name" 2>&1)" = true ]; }
-wait_for 120 "the container does not run" node_runs
-container_is_told() { grep -q 'started the container' "$work/agent.log"; }
-wait_for 60 "the agent did not start the container" container_is_told
+wait_for 120 "the container is not running" node_runs
+start_is_logged() { grep -q 'started the container' "$work/agent.log"; }
+wait_for 60 "the agent does not log the start of the container" start_is_logged
 show <"$work/agent.log"
 docker ps --filter "name=^$name\$" --format 'container {{.Names}}: {{.Image}}, {{.Status}}' | show
-finish "$(docker inspect --format 'runtime {{.HostConfig.Runtime}}, verdict {{index .Config.Labels "supernode-agent.verdict"}} {{index .Config.Labels "supernode-agent.reason"}}' "$name")"
+format='runtime {{.HostConfig.Runtime}}, verdict {{index .Config.Labels "supernode-agent.verdict"}}'
+format+=' {{index .Config.Labels "supernode-agent.reason"}}'
+finish "$(docker inspect --format "$format" "$name")"
 
-begin "Flower's own word that it is connected, and supernode-agent status"
+begin "connection to the SuperLink: Flower's log and supernode-agent status"
 node_log() { docker logs "$name" 2>&1 | sed 's,\x1b\[[0-9;]*m,,g'; }
 node_is_connected() { node_log | grep -q 'SuperNode ID:'; }
 wait_for 120 "the SuperNode does not connect" node_is_connected
 node_log | grep -E 'SuperNode ID:|Starting Flower SuperNode' | show
 status() { "$agent" status --settings "$work/agent.toml"; }
-agent_is_told() { status | grep -q '^SuperLink .*, connected'; }
-wait_for 60 "supernode-agent status does not tell that it is connected" agent_is_told
+status_is_connected() { status | grep -q '^SuperLink .*, connected'; }
+wait_for 60 "supernode-agent status does not report the connection" status_is_connected
 status | show
 finish "connected"
 
-begin "the end: SIGTERM, as systemctl stop sends it"
+begin "shutdown: SIGTERM, as sent by systemctl stop"
 kill "$agent_pid"
-wait "$agent_pid" || fail "the agent ended with $?"
+wait "$agent_pid" || fail "the agent exited with $?"
 agent_pid=''
-docker inspect --format 'container {{.Name}}: running {{.State.Running}}, exit code {{.State.ExitCode}}' "$name" | show
-[ "$(docker inspect --format '{{.State.Running}}' "$name")" = false ] || fail "the container still runs"
+docker inspect "$name" --format \
+    'container {{.Name}}: running {{.State.Running}}, exit code {{.State.ExitCode}}' | show
+[ "$(docker inspect --format '{{.State.Running}}' "$name")" = false ] ||
+    fail "the container is still running"
 restore_daemon_json
-[ "$(fingerprint)" = "$before" ] || fail "$daemon_json is not what it was"
-finish "$daemon_json is as it was ($before)"
+[ "$(fingerprint)" = "$before" ] || fail "$daemon_json has changed"
+finish "$daemon_json is unchanged ($before)"
 
 printf '\ndemo: done in %d s\n' $((SECONDS - began))
