@@ -17,25 +17,16 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-use crate::config::LogLevel;
-use crate::gpu::reason::Finding;
-use crate::system::os_release::Distribution;
-
-const FALLBACK_TARGET: &str = "supernode_agent::fallback";
+/// Target of events that are logged at WARNING and above whatever the level: no node may train on
+/// the CPU unnoticed.
+pub(crate) const ALWAYS_LOGGED: &str = "supernode_agent::fallback";
 
 /// Sends what is logged from now on to the journal, where stderr leads there, else to stderr.
-pub fn init(level: LogLevel, as_json: bool) {
-    let level = match level {
-        LogLevel::Debug => LevelFilter::DEBUG,
-        LogLevel::Info => LevelFilter::INFO,
-        LogLevel::Warning => LevelFilter::WARN,
-        LogLevel::Error => LevelFilter::ERROR,
-    };
+pub(crate) fn init(level: LevelFilter, as_json: bool) {
     // Our words only: the libraries below have their own idea of what is worth a line.
     let ours = Targets::new()
         .with_target("supernode_agent", level)
-        // Whatever the level: nobody trains on the CPU unnoticed.
-        .with_target(FALLBACK_TARGET, level.max(LevelFilter::WARN));
+        .with_target(ALWAYS_LOGGED, level.max(LevelFilter::WARN));
     let on_journal = stderr_is_the_journal();
     if on_journal && let Ok(journal) = tracing_journald::layer() {
         let journal = journal
@@ -67,16 +58,8 @@ fn stderr_is_the_journal() -> bool {
         .is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
 }
 
-/// The time, as the log's lines have it.
-pub fn now() -> String {
-    let mut time = String::new();
-    // Into a text it always can be written.
-    let _ = SystemTime.format_time(&mut Writer::new(&mut time));
-    time
-}
-
 /// An error and its causes, in one line; a cause whose text is there already is not repeated.
-pub fn error_chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
@@ -87,84 +70,6 @@ pub fn error_chain(error: &dyn std::error::Error) -> String {
         cause = inner.source();
     }
     text
-}
-
-/// An entry about a finding: its level, the distribution that the fix is for, what becomes of the
-/// node, and in words.
-macro_rules! log_finding {
-    ($level:expr, $finding:expr, $distribution:expr, $status:literal, $text:literal) => {{
-        let fix = $finding.reason.fix($distribution);
-        tracing::event!(
-            target: FALLBACK_TARGET,
-            $level,
-            message_id = $finding.reason.entry().message_id,
-            fl_gpu_status = $status,
-            fl_gpu_reason = $finding.reason.code(),
-            fl_gpu_summary = $finding.summary,
-            fl_gpu_fix = fix,
-            pci_address = $finding.pci_address,
-            gpu_uuid = $finding.gpu_uuid,
-            concat!($text, " {}: {}. Fix: {}"),
-            $finding.reason,
-            $finding.summary,
-            fix,
-        )
-    }};
-}
-
-/// The one WARNING of a node that wanted a GPU and runs on the CPU.
-pub fn warn_fallback(finding: &Finding, distribution: Distribution) {
-    log_finding!(
-        Level::WARN,
-        finding,
-        distribution,
-        "cpu-fallback",
-        "No usable GPU, this node runs on the CPU."
-    );
-}
-
-/// The error of a node that must have a GPU and has none.
-pub fn error_required(finding: &Finding, distribution: Distribution) {
-    log_finding!(
-        Level::ERROR,
-        finding,
-        distribution,
-        "required",
-        "No usable GPU, and FL_GPU_REQUIRED is YES: this node does not start."
-    );
-}
-
-/// The error of a node that must have a GPU and has lost it while it ran.
-pub fn error_required_lost(finding: &Finding, distribution: Distribution) {
-    log_finding!(
-        Level::ERROR,
-        finding,
-        distribution,
-        "required",
-        "The GPU failed, and FL_GPU_REQUIRED is YES: this node stops."
-    );
-}
-
-/// The WARNING of a node whose GPU failed and is tried again.
-pub fn warn_tried_again(finding: &Finding, distribution: Distribution) {
-    log_finding!(
-        Level::WARN,
-        finding,
-        distribution,
-        "retry",
-        "The GPU failed and is tried again (gpu.on_failure is restart)."
-    );
-}
-
-/// The WARNING of a node whose GPU failed, and nothing is done about it.
-pub fn warn_ignored(finding: &Finding, distribution: Distribution) {
-    log_finding!(
-        Level::WARN,
-        finding,
-        distribution,
-        "ignored",
-        "The GPU failed, and the node goes on with it (gpu.on_failure is ignore)."
-    );
 }
 
 /// How a line on stderr looks.
@@ -204,7 +109,9 @@ where
             }
             Self::Json => {
                 let mut object = Map::new();
-                object.insert("timestamp".into(), now().into());
+                let mut time = String::new();
+                SystemTime.format_time(&mut Writer::new(&mut time))?;
+                object.insert("timestamp".into(), time.into());
                 object.insert("level".into(), name.into());
                 object.insert("message".into(), fields.message.into());
                 object.extend(fields.others);

@@ -366,14 +366,13 @@ fn unavailable_onegate_logs_one_warning() {
     onegate.clear_scripts();
     // The next regular attempt is up to 30 s away; a change triggers one at once.
     engine.docker(&["restart", "--time", "0", "flower-supernode"]).expect_success();
-    agent.wait_for_line("OneGate takes what the node publishes again", TIMEOUT);
+    agent.wait_for_line("published to OneGate again", TIMEOUT);
     wait_for_attribute(&onegate, "FL_NODE_READY", "YES");
     // The other update is of the restart.
     let attributes: Vec<_> =
         warnings(&agent).into_iter().filter(|line| line.contains("OneGate")).collect();
     assert!(
-        attributes.len() == 1
-            && attributes[0].contains("OneGate does not take what the node publishes"),
+        attributes.len() == 1 && attributes[0].contains("cannot publish to OneGate: "),
         "{attributes:#?}"
     );
 }

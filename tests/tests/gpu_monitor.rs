@@ -245,7 +245,7 @@ fn failed_gpu_is_retried_when_configured_then_given_up() {
     assert_ne!(node.id(), first);
     let warned = warnings(&node.agent);
     assert_eq!(warned.len(), 1, "{warned:?}");
-    assert!(warned[0].contains("is tried again") && warned[0].contains("XID 48: "), "{warned:?}");
+    assert!(warned[0].contains("is retried") && warned[0].contains("XID 48: "), "{warned:?}");
     // Now the GPU is unhealthy again.
     assert!(
         eventually(TIMEOUT, || node.calls().matches("nvmlEventSetCreate").count() >= 4),
@@ -285,7 +285,7 @@ fn ignored_gpu_failure_only_warns() {
     let warnings = warnings(&node.agent);
     assert_eq!(warnings.len(), 2, "{warnings:?}");
     assert!(
-        warnings[0].contains("gpu-failed") && warnings[0].contains("the node goes on with it"),
+        warnings[0].contains("gpu-failed") && warnings[0].contains("the node continues with it"),
         "{warnings:?}"
     );
 }

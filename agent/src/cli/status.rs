@@ -13,9 +13,10 @@ use crate::docker::client::{Client, Container, EngineError};
 use crate::docker::spec::{REASON_LABEL, SUMMARY_LABEL, VERDICT_LABEL};
 use crate::gpu::reason::Reason;
 use crate::opennebula::partition::Partition;
-use crate::report::Report;
+use crate::report::StatusReport;
 use crate::system::lock;
 use crate::system::os_release::Distribution;
+use crate::system::time::to_seconds;
 
 /// The node at this moment.
 pub(super) struct Status {
@@ -23,7 +24,7 @@ pub(super) struct Status {
     /// The container, or why it is not known whether there is one.
     container: Result<Option<Container>, String>,
     agent_runs: bool,
-    report: Option<Report>,
+    report: Option<StatusReport>,
     distribution: Distribution,
 }
 
@@ -45,7 +46,7 @@ impl Status {
             name,
             container,
             agent_runs: lock::is_held(state_dir),
-            report: Report::read(state_dir),
+            report: StatusReport::read(state_dir),
             distribution: Distribution::read(&settings.machine.root),
         }
     }
@@ -325,14 +326,6 @@ fn is_deserted() -> bool {
         && stdout[0].revents().intersects(PollFlags::ERR | PollFlags::HUP)
 }
 
-/// `2026-11-24T14:40:02.937353Z` without the fraction.
-fn to_seconds(time: &str) -> String {
-    match time.split_once('.') {
-        Some((seconds, _)) => format!("{seconds}Z"),
-        None => time.into(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -355,7 +348,7 @@ mod tests {
             ip_address: None,
             labels: labels.into(),
         };
-        let report = Report {
+        let report = StatusReport {
             version: "0.1.0".into(),
             pid: 812,
             status: words.into(),

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use one_context::Context;
 use serde_json::{Map, Value as Json, json};
+use tracing::level_filters::LevelFilter;
 
 use crate::values::PciAddress;
 use crate::values::ca_bundle::CaBundle;
@@ -61,6 +62,17 @@ pub enum LogLevel {
     Info,
     Warning,
     Error,
+}
+
+impl From<LogLevel> for LevelFilter {
+    fn from(level: LogLevel) -> Self {
+        match level {
+            LogLevel::Debug => Self::DEBUG,
+            LogLevel::Info => Self::INFO,
+            LogLevel::Warning => Self::WARN,
+            LogLevel::Error => Self::ERROR,
+        }
+    }
 }
 
 impl LogLevel {

@@ -64,9 +64,11 @@ pub(super) async fn discover_superlink(
             return Err(SuperLinkError::AttemptsExhausted { attempts, last: Box::new(error) });
         }
         let (attempt, seconds) = (backoff.attempts() + 1, delay.as_secs());
-        reporter.waiting(&format!(
-            "waiting for the SuperLink (attempt {attempt}, next in {seconds} s): {cause}"
-        ));
+        reporter.update(|status| {
+            status.set_superlink_wait(format!(
+                "waiting for the SuperLink (attempt {attempt}, next in {seconds} s): {cause}"
+            ));
+        });
         // The same cause is logged once, however many attempts fail because of it.
         if cause != logged {
             tracing::warn!(

@@ -100,8 +100,9 @@ async fn find_local(
 }
 
 async fn pull(engine: &Client, image: &ImageRef, reporter: &Reporter) -> Result<Image, PullError> {
-    reporter.doing(&format!("Pulling {image}"));
+    let step = format!("Pulling {image}");
+    reporter.set_step(&step);
     tracing::info!(image = %image, "pulling the image {image}");
-    engine.pull(image, |step| reporter.progress(&format!("Pulling {image}: {step}"))).await?;
+    engine.pull(image, |progress| reporter.set_progress(&step, &progress)).await?;
     engine.find_image(image.as_str()).await?.ok_or(PullError::NotListed)
 }

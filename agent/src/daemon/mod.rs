@@ -55,8 +55,7 @@ use crate::docker::client::{Client, EngineError};
 use crate::logging;
 use crate::opennebula::publisher::OneGateAccess;
 use crate::opennebula::superlink::SuperLinkError;
-use crate::report::Reporter;
-use crate::report::metrics_server;
+use crate::report::{NodeStatus, Reporter, metrics_server};
 use crate::supervisor::exporter::Exporter;
 use crate::supervisor::{LaunchError, NodeSpec, RestartRequested};
 use crate::system::blocking::run_blocking;
@@ -126,7 +125,7 @@ impl DaemonError {
             Self::Context(error) if error.is_invalid() => EXIT_CONFIG,
             Self::Settings(_) | Self::Config(_) => EXIT_CONFIG,
             Self::SuperLink(error) if error.is_final() => EXIT_CONFIG,
-            Self::Launch(LaunchError::GpuRequired) => EXIT_CONFIG,
+            Self::Launch(LaunchError::GpuRequired(_)) => EXIT_CONFIG,
             _ => EXIT_RETRY,
         }
     }
@@ -142,30 +141,32 @@ pub(crate) async fn run(settings: Settings, settings_file: Option<&Path>) -> Exi
     let result = match read_context_file(&settings).await {
         Ok(context) => {
             let (level, as_json) = config::log_settings(&context);
-            logging::init(level, as_json);
+            logging::init(level.into(), as_json);
             // Before anything can fail, because the attributes of an earlier boot are outdated.
-            reporter.publish_by(OneGateAccess::of(&context, &settings).ok().as_ref());
+            reporter.publish_through(OneGateAccess::of(&context, &settings).ok().as_ref());
             run_until_shutdown(&context, settings, settings_file, lock, &reporter, &watchdog).await
         }
         Err(error) => {
-            logging::init(LogLevel::Info, false);
+            logging::init(LogLevel::Info.into(), false);
             Err(error.into())
         }
     };
     let error = match result {
         Ok(Shutdown::Stop) => {
-            reporter.doing("Stopped");
+            reporter.set_step("Stopped");
             return ExitCode::SUCCESS;
         }
         Ok(Shutdown::HandOver) => {
-            reporter.stopping("Handed over; the container keeps running");
+            reporter.update(|status| {
+                status.begin_stop("Handed over; the container keeps running");
+            });
             return ExitCode::from(EXIT_HANDED_OVER);
         }
         Err(error) => error,
     };
     log_error(&error);
-    reporter.stopping(&status_line(&error));
-    reporter.finish().await;
+    reporter.update(|status| status.begin_stop(&status_line(&error)));
+    reporter.publish_offline().await;
     ExitCode::from(error.exit_code())
 }
 
@@ -200,17 +201,19 @@ async fn run_until_shutdown(
     let outcome =
         serve_until_signal(&mut desired, settings_file, &mut signals, reporter, watchdog).await;
     // If a GPU is required and none is usable, a container of an earlier run must not run either.
-    let stops_container =
-        matches!(outcome, Ok(Shutdown::Stop) | Err(DaemonError::Launch(LaunchError::GpuRequired)));
+    let stops_container = matches!(
+        outcome,
+        Ok(Shutdown::Stop) | Err(DaemonError::Launch(LaunchError::GpuRequired(_)))
+    );
     if !stops_container {
         return outcome;
     }
-    reporter.stopping("Stopping the container");
+    reporter.update(|status| status.begin_stop("Stopping the container"));
     let _extension = TimeoutExtension::begin();
     let stop = async {
         tokio::select! {
             (stopped, ()) = async {
-                tokio::join!(stop_containers(&desired.settings), reporter.finish())
+                tokio::join!(stop_containers(&desired.settings), reporter.publish_offline())
             } => stopped,
             signal = signals.next_stop() => Err(StopError::Interrupted(signal)),
         }
@@ -256,12 +259,14 @@ async fn serve_until_signal(
                         break ControlFlow::Break(Shutdown::HandOver);
                     }
                     SignalEvent::Reload => {
-                        let was_ready = reporter.reloading();
-                        match desired.reload(settings_file).await {
+                        let before = reporter.update(NodeStatus::begin_reload);
+                        match (desired.reload(settings_file).await, before) {
                             // The reload ends once the new run is ready.
-                            Some(new) => break ControlFlow::Continue(new),
-                            None if was_ready => reporter.ready_as_before(),
-                            None => {}
+                            (Some(new), _) => break ControlFlow::Continue(new),
+                            (None, Some(before)) => {
+                                reporter.update(|status| status.cancel_reload(before));
+                            }
+                            (None, None) => {}
                         }
                     }
                 },
@@ -289,7 +294,7 @@ async fn run_with_metrics(
     let metrics = Rc::clone(&reporter);
     tokio::select! {
         outcome = run_node(desired, reporter, watchdog) => outcome,
-        never = metrics_server::serve(address, || metrics.page()) => match never {},
+        never = metrics_server::serve(address, || metrics.render_metrics()) => match never {},
     }
 }
 
@@ -300,17 +305,16 @@ async fn run_node(
     watchdog: &Watchdog,
 ) -> Result<RestartRequested, DaemonError> {
     let starting = TimeoutExtension::begin();
-    reporter.publish_by(desired.onegate.as_ref().ok());
-    reporter.connected(false);
-    reporter.news(|news| {
-        news.version = desired.config.version.to_string();
-        news.framework = desired.config.framework.to_string();
+    reporter.publish_through(desired.onegate.as_ref().ok());
+    reporter.update(|status| {
+        let DesiredState { config, settings, .. } = &desired;
+        status.begin_run(&settings.container.name, &config.version, config.framework);
+        status.set_step("Looking for the GPU and the Docker engine");
     });
-    reporter.doing("Looking for the GPU and the Docker engine");
     // Without a limit: every step has its own, and discovery may wait for the SuperLink forever.
     let startup = preflight_and_discovery(&desired, &reporter);
     let (preflight, superlink) = watchdog.guard(Duration::MAX, startup).await?;
-    reporter.doing("Starting the container");
+    reporter.set_step("Starting the container");
     let DesiredState { config, settings, onegate } = desired;
     let Preflight { docker, detection, distribution, injection, image, system } = preflight;
     let engine = docker.client;

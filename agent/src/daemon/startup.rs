@@ -27,8 +27,8 @@ use crate::gpu::reason::Finding;
 use crate::gpu::verdict::Verdict;
 use crate::gpu::{Detection, detect_gpus};
 use crate::opennebula::superlink::SuperLink;
-use crate::report::Reporter;
-use crate::supervisor::report_fallback;
+use crate::report::{NodeStatus, Reporter, fallback};
+use crate::supervisor::LaunchError;
 use crate::system::info::SystemInfo;
 use crate::system::os_release::Distribution;
 
@@ -157,11 +157,11 @@ pub(super) async fn preflight_and_discovery(
     let superlink = match superlink {
         Some(superlink) => superlink,
         None => {
-            reporter.rest_is_ready();
+            reporter.update(NodeStatus::mark_prepared);
             discovery.await?
         }
     };
-    reporter.waited();
+    reporter.update(NodeStatus::superlink_found);
     warn_unsupported_version(config, &preflight.image, &superlink);
     Ok((preflight, superlink))
 }
@@ -221,7 +221,7 @@ impl StartupOps for LiveOps<'_> {
         finding: &Finding,
         distribution: Distribution,
     ) -> Result<(), DaemonError> {
-        Ok(report_fallback(self.config, finding, distribution)?)
+        Ok(fallback::report(self.config, finding, distribution).map_err(LaunchError::from)?)
     }
 
     fn report_unused_gpus(&self, unused: &[String]) {

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use one_context::onegate::{OneGate, OneGateError};
+use one_context::onegate::OneGate;
 use one_context::{Context, Secret, read_token};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -18,7 +18,6 @@ use crate::backoff::Backoff;
 use crate::config::settings::Settings;
 use crate::logging::error_chain;
 use crate::opennebula::onegate::OneGateUnavailable;
-use crate::opennebula::partition;
 use crate::values::parse_yes_no;
 use crate::values::sanitize_line;
 
@@ -100,71 +99,58 @@ impl OneGateAccess {
     }
 }
 
-/// What a node publishes.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct NodeAttributes {
-    /// Release of Flower.
-    pub version: String,
-    /// Framework.
-    pub framework: String,
-    /// Names of the GPUs in use.
-    pub gpus: Vec<String>,
-    /// `gpu`, `cpu-fallback`, `cpu`; empty until it is decided, and after the end.
-    pub gpu_status: &'static str,
-    /// The reason's code, on a fallback.
-    pub fallback_reason: &'static str,
-    /// The share of the data.
-    pub partition: Option<u64>,
-    /// Whether the node is connected to its SuperLink.
-    pub ready: bool,
+/// What the attributes say about this VM beside the node's status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct VmIdentity {
+    pub id: u64,
+    /// Whether OneFlow waits for `READY=YES` (`REPORT_READY`).
+    pub report_ready: bool,
 }
 
-/// Publishes the node's news.
+/// Names and values of one update.
+pub(crate) type Attributes = Vec<(&'static str, String)>;
+
+/// Publishes attributes in the background.
 #[derive(Debug)]
-pub struct Publisher {
-    cloud: OneGateAccess,
-    wanted: watch::Sender<Option<NodeAttributes>>,
+pub(crate) struct Publisher {
+    onegate: OneGateAccess,
+    vm: VmIdentity,
+    wanted: watch::Sender<Attributes>,
     task: JoinHandle<()>,
 }
 
 impl Publisher {
-    /// Publishes by this way from now on.
-    pub fn new(cloud: OneGateAccess) -> Self {
-        let (wanted, receiver) = watch::channel(None);
-        let task = tokio::spawn(publish_changes(cloud.clone(), receiver));
-        Self { cloud, wanted, task }
+    pub(crate) fn new(onegate: OneGateAccess) -> Self {
+        let (wanted, receiver) = watch::channel(Attributes::new());
+        let vm = VmIdentity { id: onegate.vm_id(), report_ready: onegate.access.report_ready };
+        let task = tokio::spawn(publish_changes(onegate.clone(), receiver));
+        Self { onegate, vm, wanted, task }
     }
 
-    /// Whether it publishes by this way.
-    pub fn is_by(&self, cloud: &OneGateAccess) -> bool {
-        self.cloud == *cloud
+    /// Whether it publishes through `onegate`.
+    pub(crate) fn uses(&self, onegate: &OneGateAccess) -> bool {
+        self.onegate == *onegate
     }
 
-    /// What is true from now on.
-    pub fn publish(&self, news: &NodeAttributes) {
+    pub(crate) fn vm(&self) -> &VmIdentity {
+        &self.vm
+    }
+
+    /// Publishes `attributes` if they differ from the last ones.
+    pub(crate) fn publish(&self, attributes: Attributes) {
         self.wanted.send_if_modified(|wanted| {
-            let changed = wanted.as_ref() != Some(news);
-            if changed {
-                *wanted = Some(news.clone());
-            }
+            let changed = *wanted != attributes;
+            *wanted = attributes;
             changed
         });
     }
 
-    /// The last words, as far as OneGate takes them in time: nothing is ready here any more.
-    pub async fn finish(self) {
+    /// Publishes `attributes` in one attempt and ends.
+    pub(crate) async fn publish_last(self, attributes: Attributes) {
         self.task.abort();
-        let last = self.wanted.borrow().clone().unwrap_or_default();
-        let news = NodeAttributes {
-            gpus: Vec::new(),
-            gpu_status: "",
-            fallback_reason: "",
-            ready: false,
-            ..last
-        };
-        if let Err(error) = send(&self.cloud, &news).await {
+        if let Err(error) = self.onegate.gate.publish(&attributes).await {
             tracing::info!(
-                "OneGate was not told of the end: {}",
+                "cannot publish the end of the node to OneGate: {}",
                 sanitize_line(&error_chain(&error))
             );
         }
@@ -177,130 +163,34 @@ impl Drop for Publisher {
     }
 }
 
-async fn send(cloud: &OneGateAccess, news: &NodeAttributes) -> Result<(), OneGateError> {
-    cloud.gate.publish(&attributes(&cloud.access, news)).await
-}
-
-/// One PUT for each change; what changes while one is on its way, or failed, goes with the next.
-async fn publish_changes(
-    cloud: OneGateAccess,
-    mut wanted: watch::Receiver<Option<NodeAttributes>>,
-) {
+/// Sends one PUT for each change. Changes during a PUT or after a failed one go with the next.
+async fn publish_changes(onegate: OneGateAccess, mut wanted: watch::Receiver<Attributes>) {
     const INITIAL_DELAY: Duration = Duration::from_secs(10);
     const MAX_DELAY: Duration = Duration::from_secs(300);
-    /// Nodes that start together, or lose one SuperLink, do not all write at once.
+    /// Spreads the updates of nodes that start together or lose the same SuperLink.
     const SPREAD: Duration = Duration::from_secs(2);
     while wanted.changed().await.is_ok() {
         tokio::time::sleep(SPREAD.mul_f64(fastrand::f64())).await;
         let mut backoff = Backoff::new(INITIAL_DELAY, MAX_DELAY).with_jitter(0.5);
         loop {
-            let Some(news) = wanted.borrow_and_update().clone() else {
-                break;
-            };
-            let Err(error) = send(&cloud, &news).await else {
+            let attributes = wanted.borrow_and_update().clone();
+            let Err(error) = onegate.gate.publish(&attributes).await else {
                 if backoff.attempts() > 0 {
-                    tracing::info!("OneGate takes what the node publishes again");
+                    tracing::info!("published to OneGate again");
                 }
                 break;
             };
             if backoff.attempts() == 0 {
                 tracing::warn!(
-                    "OneGate does not take what the node publishes, which goes on without; it is tried again in silence: {}",
+                    "cannot publish to OneGate: {}; retrying in the background",
                     sanitize_line(&error_chain(&error))
                 );
             }
-            // Something new is worth a try before its time.
+            // A change is worth an attempt before the delay is over.
             tokio::select! {
                 () = tokio::time::sleep(backoff.next_delay(fastrand::f64())) => {}
                 changed = wanted.changed() => if changed.is_err() { return },
             }
         }
-    }
-}
-
-/// The attributes, all of them each time: what an earlier boot left is overwritten. A value that is
-/// empty erases.
-fn attributes(access: &Access, news: &NodeAttributes) -> Vec<(&'static str, String)> {
-    let yes_no = |yes: bool| if yes { "YES" } else { "NO" }.to_owned();
-    let on_gpu = news.gpu_status == "gpu";
-    let mut attributes = vec![
-        ("FL_NODE_READY", yes_no(news.ready)),
-        (partition::OWNER_ATTRIBUTE, access.vm_id.clone()),
-        ("FL_VERSION", news.version.clone()),
-        ("FL_FRAMEWORK", news.framework.clone()),
-        ("FL_GPU_AVAILABLE", yes_no(on_gpu)),
-        ("FL_GPU_STATUS", news.gpu_status.into()),
-        ("FL_GPU_FALLBACK_REASON", news.fallback_reason.into()),
-        (
-            "FL_GPU_COUNT",
-            if news.gpu_status.is_empty() { String::new() } else { news.gpus.len().to_string() },
-        ),
-        ("FL_GPU_NAME", news.gpus.join("; ")),
-    ];
-    if let Some(id) = news.partition {
-        attributes.push((partition::ATTRIBUTE, id.to_string()));
-    }
-    if access.report_ready {
-        attributes.push(("READY", yes_no(news.ready)));
-    }
-    attributes
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn access(report_ready: bool) -> Access {
-        Access {
-            endpoint: "http://h".into(),
-            vm_id: "101".into(),
-            token: Secret::new("t"),
-            report_ready,
-        }
-    }
-
-    fn text(access: &Access, news: &NodeAttributes) -> String {
-        let lines: Vec<String> = attributes(access, news)
-            .iter()
-            .map(|(name, value)| format!("{name}={value}"))
-            .collect();
-        lines.join("\n")
-    }
-
-    #[test]
-    fn ready_is_told_only_while_it_is_true_and_only_where_the_cloud_waits_for_it() {
-        let mut news = NodeAttributes {
-            gpu_status: "gpu",
-            gpus: vec!["NVIDIA A100".into()],
-            ..NodeAttributes::default()
-        };
-        assert!(!text(&access(true), &news).contains("READY=YES"));
-        news.ready = true;
-        let all = text(&access(true), &news);
-        assert!(all.contains("FL_NODE_READY=YES") && all.ends_with("\nREADY=YES"), "{all}");
-        assert!(!text(&access(false), &news).contains("\nREADY="));
-    }
-
-    #[test]
-    fn what_an_earlier_boot_left_is_overwritten() {
-        let before = text(&access(false), &NodeAttributes::default());
-        for line in [
-            "FL_GPU_AVAILABLE=NO",
-            "FL_GPU_STATUS=",
-            "FL_GPU_FALLBACK_REASON=",
-            "FL_GPU_COUNT=",
-            "FL_GPU_NAME=",
-        ] {
-            assert!(before.lines().any(|found| found == line), "{line}: {before}");
-        }
-        let news = NodeAttributes {
-            gpu_status: "cpu-fallback",
-            fallback_reason: "gpu-not-present",
-            ..NodeAttributes::default()
-        };
-        let fallback = text(&access(false), &news);
-        assert!(fallback.contains(
-            "FL_GPU_AVAILABLE=NO\nFL_GPU_STATUS=cpu-fallback\nFL_GPU_FALLBACK_REASON=gpu-not-present\nFL_GPU_COUNT=0"
-        ));
     }
 }

@@ -29,7 +29,7 @@ const PAUSE_AFTER_ACCEPT: Duration = Duration::from_secs(1);
 
 /// Serves what `page` gives at `address`, for as long as this is polled. An address that cannot be
 /// had gets one WARNING, and is tried again.
-pub async fn serve(address: SocketAddr, page: impl Fn() -> String) -> Infallible {
+pub(crate) async fn serve(address: SocketAddr, page: impl Fn() -> String) -> Infallible {
     let mut told = false;
     let listener = loop {
         match TcpListener::bind(address).await {

@@ -28,7 +28,7 @@ use crate::logging::error_chain;
 use crate::report::Reporter;
 use crate::supervisor::gpu_presence;
 use crate::system::info::SystemInfo;
-use crate::values::ImageRef;
+use crate::values::{ImageRef, sanitize_line};
 
 /// The port on which the exporter listens by default (NVIDIA/dcgm-exporter, pkg/cmd/app.go).
 const PORT: u16 = 9400;
@@ -147,6 +147,10 @@ impl Exporter {
         }
     }
 
+    fn report(&self, state: Option<String>) {
+        self.reporter.update(|status| status.exporter = state.map(|text| sanitize_line(&text)));
+    }
+
     async fn keep_up(&self, spec: &ContainerSpec, devices: &[GpuDevice]) -> Infallible {
         let name = &spec.name;
         let (mut backoff, mut told) = (Backoff::new(INITIAL_DELAY, MAX_DELAY), false);
@@ -159,7 +163,7 @@ impl Exporter {
             }
             let delay = backoff.next_delay(0.0);
             let why = error_chain(&error);
-            self.reporter.exporter(Some(format!("does not run: {why}")));
+            self.report(Some(format!("does not run: {why}")));
             match error {
                 // Of an engine that is away the node's supervisor tells, and one that somebody has
                 // removed is made anew.
@@ -187,7 +191,7 @@ impl Exporter {
         let engine = Client::connect(&self.settings.docker.socket).await?;
         let container = bring_up(&engine, spec, devices).await?;
         *up_since = Some(Instant::now());
-        self.reporter.exporter(Some(format!("{} at {}", spec.image, self.settings.dcgm.listen)));
+        self.report(Some(format!("{} at {}", spec.image, self.settings.dcgm.listen)));
         let by_hook = self.access == GpuInjection::Runtime;
         tokio::select! {
             end = engine.wait(&container.id) => Err(Trouble::Ended(end)),
@@ -200,7 +204,7 @@ impl Exporter {
 
     /// Removes the container, where there is one of ours.
     async fn keep_away(&self, why: &str) -> Infallible {
-        self.reporter.exporter(None);
+        self.report(None);
         let mut backoff = Backoff::new(INITIAL_DELAY, MAX_DELAY);
         while let Err(error) = self.take_away(why).await {
             tracing::debug!("the DCGM exporter cannot be removed: {}", error_chain(&error));

@@ -248,7 +248,7 @@ impl GpuMonitor {
             // The end follows.
             MonitorMessage::Heartbeat | MonitorMessage::Failed { .. } => None,
             MonitorMessage::Reading { uuid, reading } => {
-                self.reporter.metrics(|values| values.read(&uuid, reading));
+                self.reporter.update(|status| status.record_reading(&uuid, reading));
                 None
             }
             MonitorMessage::Event { uuid, xid, count } => {
@@ -277,7 +277,7 @@ impl GpuMonitor {
         devices: &[GpuDevice],
     ) -> Option<Finding> {
         if let Some(xid) = xid {
-            self.reporter.metrics(|values| values.count_xid(&uuid, xid, times));
+            self.reporter.update(|status| status.count_xid(&uuid, xid, times));
         }
         let (class, text) = match xid.map(Xid) {
             Some(xid) => (xid.class(), xid.to_string()),

@@ -70,7 +70,8 @@ use crate::gpu::{self, detect_gpus};
 use crate::logging;
 use crate::opennebula::publisher::OneGateAccess;
 use crate::opennebula::superlink::{Discovery, SuperLink};
-use crate::report::Reporter;
+use crate::report::fallback::{self, GpuRequired};
+use crate::report::{NodeStatus, Reporter};
 use crate::supervisor::gpu_monitor::GpuMonitor;
 use crate::supervisor::gpu_presence::find_missing_devices;
 use crate::system::atomic_file;
@@ -108,8 +109,8 @@ pub(crate) struct RestartRequested;
 pub(crate) enum LaunchError {
     #[error(transparent)]
     Client(#[from] EngineError),
-    #[error("FL_GPU_REQUIRED is YES and no GPU is usable")]
-    GpuRequired,
+    #[error(transparent)]
+    GpuRequired(#[from] GpuRequired),
     #[error(
         "{summary}; cannot remove that container: end the process that hangs \
          (ps -C nvidia-container-runtime), or restart Docker"
@@ -273,7 +274,7 @@ impl Supervisor<'_> {
         loop {
             let event = match command {
                 Command::Exit(ExitReason::RestartRequested) => return Ok(RestartRequested),
-                Command::Exit(ExitReason::GpuRequired) => return Err(LaunchError::GpuRequired),
+                Command::Exit(ExitReason::GpuRequired) => return Err(GpuRequired.into()),
                 Command::Exit(ExitReason::LaunchFailed) => {
                     return Err(self.launch_error.take().unwrap_or(LaunchError::UnexpectedEvent));
                 }
@@ -343,7 +344,7 @@ impl Supervisor<'_> {
     }
 
     async fn inspect(&mut self) -> Result<Event, LaunchError> {
-        self.node.reporter.down();
+        self.node.reporter.update(NodeStatus::container_stopped);
         self.node.prepare_mounts()?;
         let spec = self.container_spec();
         self.container = self.engine.inspect_container(&spec.name).await?;
@@ -561,7 +562,7 @@ impl Supervisor<'_> {
             "container {name} lost its GPU; recreating it: {}",
             finding.summary
         );
-        self.node.reporter.doing("Container lost its GPU, recreating it");
+        self.node.reporter.set_step("Container lost its GPU, recreating it");
         ContainerEvent::GpuLost
     }
 
@@ -581,7 +582,7 @@ impl Supervisor<'_> {
             container = %name,
             "Flower is unresponsive; restarting container {name}: {failure}"
         );
-        self.node.reporter.doing("Flower is unresponsive, restarting the container");
+        self.node.reporter.set_step("Flower is unresponsive, restarting the container");
         Some(ContainerEvent::Unresponsive)
     }
 
@@ -745,15 +746,19 @@ impl Supervisor<'_> {
                 "replacing the running container {name}: {}",
                 finding.summary
             ),
-            Notification::CpuFallback(finding) => log_cpu_fallback(config, &finding, *distribution),
-            Notification::GpuRequired(finding) => logging::error_required(&finding, *distribution),
+            Notification::CpuFallback(finding) => {
+                fallback::warn_cpu_fallback(config, &finding, *distribution);
+            }
+            Notification::GpuRequired(finding) => {
+                fallback::error_gpu_required(&finding, *distribution);
+            }
             Notification::RequiredGpuLost(finding) => {
-                logging::error_required_lost(&finding, *distribution)
+                fallback::error_required_gpu_failed(&finding, *distribution)
             }
             Notification::MovingToCpu => {
                 self.status_note = None;
                 self.gpu_monitor.reset();
-                reporter.doing("The GPU failed, moving to the CPU");
+                reporter.set_step("The GPU failed, moving to the CPU");
             }
             Notification::LaunchFailed => {
                 let error = logging::error_chain(
@@ -765,20 +770,20 @@ impl Supervisor<'_> {
             Notification::EngineUnavailable => {
                 let socket = settings.docker.socket.display();
                 tracing::warn!("Docker engine at {socket} does not answer; waiting for it");
-                reporter.doing("Waiting for the Docker engine");
+                reporter.set_step("Waiting for the Docker engine");
             }
             Notification::EngineAvailable => tracing::info!("Docker engine answers again"),
             Notification::GpuFaultIgnored(finding) => {
-                logging::warn_ignored(&finding, *distribution);
+                fallback::warn_gpu_fault_ignored(&finding, *distribution);
                 self.status_note =
                     Some(format!("GPU failure ignored (gpu.on_failure): {}", finding.summary));
             }
             Notification::GpuRetry(finding) => {
                 self.status_note = None;
-                logging::warn_tried_again(&finding, *distribution);
-                reporter.down();
-                reporter.uses(&[]);
-                reporter.doing(&format!("The GPU failed, retrying it: {}", finding.summary));
+                fallback::warn_gpu_retry(&finding, *distribution);
+                reporter.update(NodeStatus::container_stopped);
+                reporter.update(|status| status.gpus_released = true);
+                reporter.set_step(&format!("The GPU failed, retrying it: {}", finding.summary));
             }
             Notification::GpuProbeScheduled(delay) => {
                 tracing::info!(container = %name, "probing the failed GPU in {} s", delay.as_secs())
@@ -808,39 +813,23 @@ impl Supervisor<'_> {
             RestartReason::LaunchFailed => "did not start".into(),
         };
         let seconds = delay.as_secs();
-        reporter.down();
+        reporter.update(NodeStatus::container_stopped);
         tracing::warn!(container = %name, "container {name} {what}; restarting it in {seconds} s");
-        reporter.doing(&format!("The container {what}, restarting it in {seconds} s"));
+        reporter.set_step(&format!("The container {what}, restarting it in {seconds} s"));
     }
 
-    /// Reports that the container runs, and on what.
+    /// Reports that the container runs, on what, and whether it is connected.
     fn report_running(&self, container: &Container, run: &ContainerRun) {
         let NodeSpec { distribution, superlink, reporter, .. } = &self.node;
-        let verdict = self.state_machine.verdict();
-        reporter.up(container);
-        reporter.decided(verdict, *distribution, superlink);
-        reporter.news(|news| {
-            news.gpus = verdict.devices().iter().filter_map(|device| device.name.clone()).collect();
-            (news.gpu_status, news.fallback_reason) = match verdict {
-                Verdict::Gpu { .. } => ("gpu", ""),
-                Verdict::Cpu { finding: Some(finding) } => ("cpu-fallback", finding.reason.code()),
-                Verdict::Cpu { finding: None } => ("cpu", ""),
-            };
-            news.partition = superlink.partition.map(|partition| partition.id);
+        reporter.update(|status| {
+            status.container_runs(container.started(), run.paused);
+            status.set_verdict(self.state_machine.verdict(), *distribution);
+            status.superlink = Some(superlink.address.clone());
+            status.partition = superlink.partition;
+            status.set_connected(is_connected(&self.node, run));
+            status.note = self.status_note.clone();
+            status.set_ready();
         });
-        let is_connected = is_connected(&self.node, run);
-        reporter.connected(is_connected);
-        let connected = if is_connected { "connected to" } else { "not connected to" };
-        let mut status = format!("{}; {connected} {}", runs_on(verdict), superlink.address);
-        if run.paused {
-            status.push_str("; paused: docker unpause ");
-            status.push_str(&self.node.settings.container.name);
-        }
-        if let Some(status_note) = &self.status_note {
-            status.push_str("; ");
-            status.push_str(status_note);
-        }
-        reporter.ready(&status);
     }
 }
 
@@ -853,43 +842,8 @@ fn is_connected(node: &NodeSpec, run: &ContainerRun) -> bool {
     connected && !run.paused
 }
 
-fn runs_on(verdict: &Verdict) -> String {
-    match verdict {
-        Verdict::Gpu { devices, .. } => format!("Running on {}", list_devices(devices)),
-        Verdict::Cpu { finding: None } => "Running on the CPU (FL_GPU_ENABLED is not YES)".into(),
-        Verdict::Cpu { finding: Some(finding) } => {
-            format!("Running on the CPU: {}: {}", finding.reason, finding.summary)
-        }
-    }
-}
-
 fn list_devices(devices: &[GpuDevice]) -> String {
     devices.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-}
-
-/// Says why there is no GPU, and what helps on this distribution: the WARNING of the fallback, or
-/// the error where a GPU is required.
-///
-/// # Errors
-/// When there must be a GPU.
-pub(crate) fn report_fallback(
-    config: &Config,
-    finding: &Finding,
-    distribution: Distribution,
-) -> Result<(), LaunchError> {
-    if config.gpu_required {
-        logging::error_required(finding, distribution);
-        return Err(LaunchError::GpuRequired);
-    }
-    log_cpu_fallback(config, finding, distribution);
-    Ok(())
-}
-
-fn log_cpu_fallback(config: &Config, finding: &Finding, distribution: Distribution) {
-    logging::warn_fallback(finding, distribution);
-    if let Some(fraction) = &config.memory_fraction {
-        tracing::info!("FL_GPU_MEMORY_FRACTION={fraction} is idle: this node runs on the CPU");
-    }
 }
 
 /// Returns, from the container's labels, why it runs on the CPU instead of as `wanted` on the GPU;

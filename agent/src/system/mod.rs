@@ -8,3 +8,4 @@ pub mod lock;
 pub mod os_release;
 pub(crate) mod programs;
 pub mod systemd;
+pub mod time;
