@@ -17,7 +17,8 @@ use supernode_agent::config::variables::VARIABLES;
 use supernode_agent::gpu::reason::CATALOGUE;
 use supernode_agent::gpu::xid::{Class, XIDS};
 use supernode_agent::opennebula::templates::{
-    Node, Release, appliance_markdown, appliance_params, appliance_template, service, vm_template,
+    NodeKind, OpenNebulaRelease, appliance_markdown, appliance_params, appliance_template, service,
+    vm_template,
 };
 
 fn in_tree(relative: &str) -> PathBuf {
@@ -119,17 +120,13 @@ fn manual_lists_every_variable_and_reason() {
     let variables: String = VARIABLES
         .iter()
         .map(|variable| {
-            let names: Vec<String> = std::iter::once(&variable.name)
-                .chain(variable.also)
-                .map(|n| n.to_string())
-                .collect();
-            let (about, values, unset) = (variable.about, variable.kind.values(), variable.unset);
+            let names: Vec<&str> = variable.base_names().collect();
             format!(
                 ".TP\n.B {}\n{}{}{}",
                 names.join(", "),
-                roff_prose(&format!("{about}.")),
-                roff_prose(&format!("Values: {values}.")),
-                roff_prose(&format!("Unset: {unset}."))
+                roff_prose(&format!("{}.", variable.description)),
+                roff_prose(&format!("Values: {}.", variable.kind.values())),
+                roff_prose(&format!("Default: {}.", variable.default))
             )
         })
         .collect();
@@ -183,10 +180,10 @@ fn settings_manual_matches_example_file() {
 #[test]
 fn vm_templates_have_every_variable_and_pass_check() {
     for (node, file) in [
-        (Node::Gpu, "packaging/opennebula/supernode-gpu-6.10.tmpl"),
-        (Node::Gpu, "packaging/opennebula/supernode-gpu-7.tmpl"),
-        (Node::Cpu, "packaging/opennebula/supernode-cpu-6.10.tmpl"),
-        (Node::Cpu, "packaging/opennebula/supernode-cpu-7.tmpl"),
+        (NodeKind::Gpu, "packaging/opennebula/supernode-gpu-6.10.tmpl"),
+        (NodeKind::Gpu, "packaging/opennebula/supernode-gpu-7.tmpl"),
+        (NodeKind::Cpu, "packaging/opennebula/supernode-cpu-6.10.tmpl"),
+        (NodeKind::Cpu, "packaging/opennebula/supernode-cpu-7.tmpl"),
     ] {
         let text =
             replace_part(&read(file), "# from the table of variables", "# end", &vm_template(node));
@@ -198,8 +195,8 @@ fn vm_templates_have_every_variable_and_pass_check() {
 #[test]
 fn services_have_every_variable_and_pass_check() {
     for (release, file) in [
-        (Release::V6, "packaging/opennebula/service-6.10.json"),
-        (Release::V7, "packaging/opennebula/service-7.json"),
+        (OpenNebulaRelease::V6, "packaging/opennebula/service-6.10.json"),
+        (OpenNebulaRelease::V7, "packaging/opennebula/service-7.json"),
     ] {
         let text = format!("{:#}\n", service(release));
         assert_or_update(file, &text);

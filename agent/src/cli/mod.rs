@@ -149,7 +149,7 @@ impl From<io::Error> for Failure {
 impl From<DaemonError> for Failure {
     fn from(error: DaemonError) -> Self {
         let lines = match &error {
-            DaemonError::Config(errors) => errors.0.clone(),
+            DaemonError::Config(errors) => errors.lines().collect(),
             error => vec![error_chain(error)],
         };
         Self { code: error.exit_code(), lines }
@@ -285,7 +285,7 @@ fn load_config(settings: &Settings) -> Result<(Context, Config, Diagnostics), Da
 
 fn configure_runtime(settings: &Settings, out: &mut dyn Write) -> Result<ExitCode, Failure> {
     let (_, config, _) = load_config(settings)?;
-    if !config.gpu_enabled {
+    if !config.gpu.enabled {
         writeln!(out, "FL_GPU_ENABLED is not YES: nothing to do")?;
         return Ok(ExitCode::SUCCESS);
     }

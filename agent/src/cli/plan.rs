@@ -80,7 +80,7 @@ impl Plan {
         json!({
             "config": self.config.resolved(),
             "warnings": self.diagnostics.warnings().collect::<Vec<_>>(),
-            "idle": self.diagnostics.idle,
+            "ineffective": self.diagnostics.ineffective,
             "gpu": gpu_json(detection, *distribution),
             "superlink": self.superlink.as_ref().map(superlink_json),
             "container": self.container,
@@ -114,7 +114,7 @@ impl Plan {
             }
         }
         write_list(out, "Warnings", self.diagnostics.warnings())?;
-        write_list(out, "Variables without effect", &self.diagnostics.idle)
+        write_list(out, "Variables without effect", &self.diagnostics.ineffective)
     }
 
     fn write_superlink(&self, out: &mut dyn Write) -> io::Result<()> {

@@ -1,11 +1,11 @@
-//! The table of variables, as JSON, text and Markdown; what OpenNebula takes is made by
-//! [`crate::opennebula::templates`].
+//! `variables`: the table of context variables as JSON, text or Markdown, and as the user inputs of
+//! an OpenNebula template.
 
 use clap::ValueEnum;
 use serde_json::{Value as Json, json};
 
 use crate::config::variables::{VARIABLES, Variable};
-use crate::opennebula::templates::{self, Node};
+use crate::opennebula::templates::{self, NodeKind};
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
 pub(super) enum Format {
@@ -14,7 +14,7 @@ pub(super) enum Format {
     Table,
     /// For a document
     Markdown,
-    /// The CONTEXT and the USER_INPUTS of an OpenNebula template
+    /// CONTEXT and USER_INPUTS of an OpenNebula template
     UserInputs,
 }
 
@@ -24,49 +24,48 @@ pub(super) fn as_json() -> Json {
         .map(|variable| {
             json!({
                 "name": variable.name,
+                "aliases": variable.aliases,
                 "names": variable.names().collect::<Vec<_>>(),
                 "values": variable.kind.values(),
-                "unset": variable.unset,
-                "goes_to": variable.goes_to,
-                "about": variable.about,
+                "default": variable.default,
+                "maps_to": variable.maps_to,
+                "description": variable.description,
             })
         })
         .collect()
 }
 
 pub(super) fn as_text(format: Format) -> String {
-    let rows = VARIABLES.iter();
     match format {
         Format::Table => {
-            rows.map(|variable| {
-                let Variable { name, about, unset, goes_to, .. } = variable;
-                let also = match variable.also {
-                    [] => String::new(),
-                    others => format!(" (also {})", others.join(", ")),
-                };
-                format!(
-                    "{name}{also}\n    {about}.\n    values: {}\n    unset:  {unset}\n    goes to {goes_to}\n",
-                    variable.kind.values()
-                )
-            })
-            .collect::<String>()
-                + "Each is also read with ONEAPP_ before its name.\n"
+            let rows: String = VARIABLES.iter().map(as_rows).collect();
+            format!("{rows}Each variable is also read with the prefix ONEAPP_.\n")
         }
         Format::Markdown => as_markdown(),
-        Format::UserInputs => templates::vm_template(Node::Gpu),
+        Format::UserInputs => templates::vm_template(NodeKind::Gpu),
     }
 }
 
-/// The table of the variables for a document.
+fn as_rows(variable: &Variable) -> String {
+    let Variable { name, aliases, kind, default, maps_to, description, .. } = variable;
+    let aliases = match aliases {
+        [] => String::new(),
+        aliases => format!(" (also {})", aliases.join(", ")),
+    };
+    format!(
+        "{name}{aliases}\n    {description}.\n    values:  {}\n    default: {default}\n    \
+         maps to: {maps_to}\n",
+        kind.values()
+    )
+}
+
+/// Renders the table of variables for a document.
 pub fn as_markdown() -> String {
     let mut text =
-        String::from("| variable | values | unset means | goes to |\n| --- | --- | --- | --- |\n");
+        String::from("| variable | values | default | maps to |\n| --- | --- | --- | --- |\n");
     for variable in VARIABLES {
-        let names: Vec<String> = std::iter::once(&variable.name)
-            .chain(variable.also)
-            .map(|name| format!("`{name}`"))
-            .collect();
-        let cells = [&variable.kind.values(), variable.unset, variable.goes_to]
+        let names: Vec<String> = variable.base_names().map(|name| format!("`{name}`")).collect();
+        let cells = [&variable.kind.values(), variable.default, variable.maps_to]
             .map(|cell| cell.replace('|', "\\|"));
         text.push_str(&format!("| {} | {} |\n", names.join(", "), cells.join(" | ")));
     }

@@ -1,363 +1,392 @@
-//! The one table of context variables: what exists, what each accepts, what it means when unset,
-//! and where it goes. The parser, the `variables` command, the README and the tests come from it.
+//! The table of context variables. Parsing, `--help`, `variables`, the README, the man page, the
+//! OpenNebula templates and `check template` are all derived from it.
+//!
+//! To add a variable:
+//! 1. Add a field to `Config` in `fields.rs`, of a type that implements `FieldValue` (`kind.rs`).
+//! 2. Add a row to [`VARIABLES`] that names the field; `default` is applied if it is a valid value.
+//! 3. Use the field, for example in `container::plan`.
+//! 4. Run `UPDATE_DOCUMENTS=1 cargo test -p supernode-agent --test documents`.
 
-use crate::values::ca_bundle::CaBundle;
-use crate::values::{
-    DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, ValidationError, Version, escape,
-    parse_count, parse_yes_no,
-};
+use serde_json::{Map, Value as Json};
 
-/// What a variable accepts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// A switch.
-    YesNo,
-    /// One of these words, in any case.
-    Choice(&'static [&'static str]),
-    /// A whole number that is at least this.
-    Count(u64),
-    /// A number greater than 0, at most 1.
-    Fraction,
-    /// A Flower release.
-    Version,
-    /// An image reference.
-    Image,
-    /// A host and a port.
-    HostPort,
-    /// A list of GPUs.
-    Devices,
-    /// Flower's node configuration.
-    NodeConfig,
-    /// A certificate.
-    CaBundle,
-}
-
-/// A value that was checked against its [`Kind`].
-#[derive(Debug, Clone, PartialEq)]
-#[expect(missing_docs, reason = "each variant is named after the kind it was read by")]
-pub enum Value {
-    YesNo(bool),
-    /// The word as the table has it.
-    Choice(&'static str),
-    Count(u64),
-    Fraction(Fraction),
-    Version(Version),
-    Image(ImageRef),
-    HostPort(HostPort),
-    Devices(DeviceSelection),
-    NodeConfig(NodeConfig),
-    CaBundle(CaBundle),
-}
-
-impl Kind {
-    /// Reads `text`, which has no blanks at its ends and is not empty.
-    ///
-    /// # Errors
-    /// What is accepted.
-    pub fn parse(self, text: &str) -> Result<Value, ValidationError> {
-        match self {
-            Self::YesNo => parse_yes_no(text).map(Value::YesNo),
-            Self::Choice(words) => words
-                .iter()
-                .find(|word| word.eq_ignore_ascii_case(text))
-                .map(|word| Value::Choice(word))
-                .ok_or_else(|| {
-                    ValidationError::new(format!("must be one of {}", words.join(", ")))
-                }),
-            Self::Count(least) => parse_count(text, least).map(Value::Count),
-            Self::Fraction => Fraction::parse(text).map(Value::Fraction),
-            Self::Version => Version::parse(text).map(Value::Version),
-            Self::Image => ImageRef::parse(text).map(Value::Image),
-            Self::HostPort => HostPort::parse(text).map(Value::HostPort),
-            Self::Devices => DeviceSelection::parse(text).map(Value::Devices),
-            Self::NodeConfig => NodeConfig::parse(text).map(Value::NodeConfig),
-            Self::CaBundle => CaBundle::parse(text).map(Value::CaBundle),
-        }
-    }
-
-    /// How the value of this kind may be shown in an error: in full, in part, or not at all.
-    pub fn quote(self, text: &str) -> String {
-        let hidden = match self {
-            Self::CaBundle => true,
-            Self::NodeConfig => NodeConfig::may_hold_secret(text),
-            // No address and no image has a user and a password; where somebody wrote them, they
-            // stand before an `@`.
-            Self::HostPort => text.contains('@'),
-            Self::Image => text.split_once('@').is_some_and(|(_, host_on)| host_on.contains('/')),
-            _ => false,
-        };
-        if hidden {
-            return format!("({} characters, not shown)", text.chars().count());
-        }
-        format!("'{}'", escape(text))
-    }
-
-    /// The accepted values, for people.
-    pub fn values(self) -> String {
-        match self {
-            Self::YesNo => "YES, NO (also TRUE/FALSE, ON/OFF, 1/0)".into(),
-            Self::Choice(words) => words.join(", "),
-            Self::Count(0) => "whole number >= 0".into(),
-            Self::Count(_) => "whole number > 0".into(),
-            Self::Fraction => "number, 0 < f <= 1".into(),
-            Self::Version => "X.Y.Z".into(),
-            Self::Image => "image reference".into(),
-            Self::HostPort => "host:port, [IPv6]:port".into(),
-            Self::Devices => {
-                "all; none; comma list of indices, GPU-UUIDs (a unique beginning is enough), MIG-UUIDs, PCI addresses"
-                    .into()
-            }
-            Self::NodeConfig => "space-separated key=value, values TOML scalars".into(),
-            Self::CaBundle => "base64 of a CA's PEM certificate, or of several".into(),
-        }
-    }
-}
+use super::choices::{EdgeBackoff, Framework, Isolation, LogFormat, LogLevel};
+use super::fields::Config;
+use super::kind::{FieldValue, Kind, Value};
 
 /// A context variable.
 #[derive(Debug)]
 pub struct Variable {
-    /// Its name.
+    /// Name.
     pub name: &'static str,
-    /// Other names it goes by.
-    pub also: &'static [&'static str],
+    /// Alternative names.
+    pub aliases: &'static [&'static str],
     /// What it accepts.
     pub kind: Kind,
-    /// What it means when it is not set.
-    pub unset: &'static str,
-    /// Where its value goes.
-    pub goes_to: &'static str,
-    /// What it is for, in one line.
-    pub about: &'static str,
+    /// The value that applies when the variable is unset, or a description of it.
+    pub default: &'static str,
+    /// The flag, environment variable or component that the value goes to.
+    pub maps_to: &'static str,
+    /// Purpose, in one line.
+    pub description: &'static str,
+    /// When the variable has an effect.
+    pub effective: Effective,
+    pub(super) field: Field,
 }
 
-impl Variable {
-    /// Every name under which it is read: its own, the others, and each with `ONEAPP_` before it.
-    pub fn names(&self) -> impl Iterator<Item = String> {
-        std::iter::once(self.name)
-            .chain(self.also.iter().copied())
-            .flat_map(|name| [name.to_owned(), format!("ONEAPP_{name}")])
+/// When a variable has an effect; otherwise it is reported at INFO.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effective {
+    /// Always.
+    Always,
+    /// With `FL_GPU_ENABLED=YES`.
+    GpuEnabled,
+    /// Without `FL_SUPERNODE_IMAGE`.
+    NoOwnImage,
+    /// Unless `FL_TLS_ENABLED` is NO.
+    TlsNotDisabled,
+    /// When the SuperLink is discovered.
+    Discovery,
+    /// When the SuperLink is discovered and the delay between attempts grows.
+    ExponentialDiscovery,
+}
+
+impl Effective {
+    /// Why the variable has no effect with this configuration; `None` if it has.
+    pub(super) fn unmet(self, config: &Config) -> Option<&'static str> {
+        let reason = |is_unmet: bool, reason| is_unmet.then_some(reason);
+        match self {
+            Self::Always => None,
+            Self::GpuEnabled => reason(!config.gpu.enabled, "FL_GPU_ENABLED is not YES"),
+            Self::NoOwnImage => reason(config.image.is_some(), "FL_SUPERNODE_IMAGE is set"),
+            Self::TlsNotDisabled => reason(config.tls == Some(false), "FL_TLS_ENABLED is NO"),
+            Self::Discovery => reason(
+                config.superlink_address.is_some(),
+                "FL_SUPERLINK_ADDRESS is set, so that nothing is discovered",
+            ),
+            Self::ExponentialDiscovery => Self::Discovery.unmet(config).or_else(|| {
+                reason(config.edge_backoff == EdgeBackoff::Fixed, "FL_EDGE_BACKOFF is fixed")
+            }),
+        }
     }
 }
 
-/// Frameworks, as [`super::Framework`] reads them.
-pub const FRAMEWORKS: &[&str] = &["pytorch", "tensorflow", "sklearn", "base"];
+/// Accessors of the [`Config`] field that a variable fills.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Field {
+    /// Stores a parsed value.
+    pub(super) set: fn(&mut Config, &Value),
+    /// Returns the field for `plan`, with secrets hidden.
+    pub(super) get: fn(&Config) -> Json,
+}
 
-/// The variables that do nothing unless `FL_GPU_ENABLED` is YES.
-pub const GPU_ONLY: &[&str] =
-    &["FL_GPU_REQUIRED", "FL_CUDA_VISIBLE_DEVICES", "FL_GPU_MEMORY_FRACTION", "FL_DCGM_ENABLED"];
+/// The [`Field`] at this path in [`Config`].
+macro_rules! field {
+    ($($path:ident).+) => {
+        Field {
+            set: |config, value| store(&mut config.$($path).+, value),
+            get: |config| config.$($path).+.to_json(),
+        }
+    };
+}
 
-/// Every variable the agent knows, in the order of the manual.
+fn store<T: FieldValue>(field: &mut T, value: &Value) {
+    if let Some(value) = T::from_value(value) {
+        *field = value;
+    }
+}
+
+impl Variable {
+    /// Every name under which the variable is read: its name and aliases, each also with `ONEAPP_`.
+    pub fn names(&self) -> impl Iterator<Item = String> {
+        self.base_names().flat_map(|name| [name.to_owned(), format!("ONEAPP_{name}")])
+    }
+
+    /// Its name and its aliases.
+    pub fn base_names(&self) -> impl Iterator<Item = &'static str> {
+        std::iter::once(self.name).chain(self.aliases.iter().copied())
+    }
+}
+
+/// Every variable, in the order of the documentation.
 pub const VARIABLES: &[Variable] = &[
     Variable {
         name: "FL_GPU_ENABLED",
-        also: &[],
+        aliases: &[],
         kind: Kind::YesNo,
-        unset: "NO",
-        goes_to: "the master switch",
-        about: "Use the passed-through GPU",
+        default: "NO",
+        maps_to: "the master switch",
+        description: "Use the assigned GPU",
+        effective: Effective::Always,
+        field: field!(gpu.enabled),
     },
     Variable {
         name: "FL_GPU_REQUIRED",
-        also: &[],
+        aliases: &[],
         kind: Kind::YesNo,
-        unset: "NO",
-        goes_to: "YES: without a usable GPU the node does not start",
-        about: "Fail instead of falling back to the CPU",
+        default: "NO",
+        maps_to: "YES: the node does not start without a usable GPU",
+        description: "Fail instead of falling back to the CPU",
+        effective: Effective::GpuEnabled,
+        field: field!(gpu.required),
     },
     Variable {
         name: "FL_CUDA_VISIBLE_DEVICES",
-        also: &[],
+        aliases: &[],
         kind: Kind::Devices,
-        unset: "all",
-        goes_to: "which GPUs the container gets",
-        about: "GPUs for the node",
+        default: "all",
+        maps_to: "the GPUs that the container gets",
+        description: "GPUs for the node",
+        effective: Effective::GpuEnabled,
+        field: field!(gpu.selection),
     },
     Variable {
         name: "FL_GPU_MEMORY_FRACTION",
-        also: &[],
+        aliases: &[],
         kind: Kind::Fraction,
-        unset: "frameworks grow on demand",
-        goes_to: "the framework's memory limit",
-        about: "Share of the GPU's memory that the framework may take",
+        default: "frameworks grow on demand",
+        maps_to: "the framework's memory limit",
+        description: "Fraction of the GPU's memory that the framework may use",
+        effective: Effective::GpuEnabled,
+        field: field!(memory_fraction),
     },
     Variable {
         name: "FL_DCGM_ENABLED",
-        also: &[],
+        aliases: &[],
         kind: Kind::YesNo,
-        unset: "NO",
-        goes_to: "the DCGM exporter beside the node",
-        about: "Export GPU metrics",
+        default: "NO",
+        maps_to: "the DCGM exporter beside the node",
+        description: "Export GPU metrics",
+        effective: Effective::GpuEnabled,
+        field: field!(dcgm_enabled),
     },
     Variable {
         name: "FLOWER_VERSION",
-        also: &[],
+        aliases: &[],
         kind: Kind::Version,
-        unset: "the prebaked version",
-        goes_to: "the image's tag",
-        about: "Release of Flower",
+        default: "the prebaked version",
+        maps_to: "the image's tag",
+        description: "Flower release",
+        effective: Effective::NoOwnImage,
+        field: field!(version),
     },
     Variable {
         name: "ML_FRAMEWORK",
-        also: &["FL_FRAMEWORK", "FL_ML_FRAMEWORK"],
-        kind: Kind::Choice(FRAMEWORKS),
-        unset: "the prebaked framework, else pytorch",
-        goes_to: "the image's name",
-        about: "Machine-learning framework",
+        aliases: &["FL_FRAMEWORK", "FL_ML_FRAMEWORK"],
+        kind: Kind::Choice(Framework::WORDS),
+        default: "the prebaked framework, else pytorch",
+        maps_to: "the image's name",
+        description: "Machine-learning framework",
+        effective: Effective::Always,
+        field: field!(framework),
     },
     Variable {
         name: "FL_SUPERNODE_IMAGE",
-        also: &[],
+        aliases: &[],
         kind: Kind::Image,
-        unset: "from the two above",
-        goes_to: "the image",
-        about: "Image of the operator's own",
+        default: "from the two above",
+        maps_to: "the image",
+        description: "The operator's own image",
+        effective: Effective::Always,
+        field: field!(image),
     },
     Variable {
         name: "FL_SUPERLINK_ADDRESS",
-        also: &[],
+        aliases: &[],
         kind: Kind::HostPort,
-        unset: "OneGate discovery",
-        goes_to: "--superlink",
-        about: "Address of the SuperLink",
+        default: "OneGate discovery",
+        maps_to: "--superlink",
+        description: "Address of the SuperLink",
+        effective: Effective::Always,
+        field: field!(superlink_address),
     },
     Variable {
         name: "FL_NODE_CONFIG",
-        also: &[],
+        aliases: &[],
         kind: Kind::NodeConfig,
-        unset: "partition from OneGate when in a service, else none",
-        goes_to: "--node-config",
-        about: "Configuration of the node for its ClientApp",
+        default: "partition from OneGate when in a service, else none",
+        maps_to: "--node-config",
+        description: "Node configuration for the ClientApp",
+        effective: Effective::Always,
+        field: field!(node_config),
     },
     Variable {
         name: "FL_MAX_RETRIES",
-        also: &[],
+        aliases: &[],
         kind: Kind::Count(0),
-        unset: "0 = unlimited",
-        goes_to: "--max-retries, omitted when 0",
-        about: "Attempts to connect to the SuperLink",
+        default: "0 = unlimited",
+        maps_to: "--max-retries, omitted when 0",
+        description: "Attempts to connect to the SuperLink",
+        effective: Effective::Always,
+        field: field!(max_retries),
     },
     Variable {
         name: "FL_MAX_WAIT_TIME",
-        also: &[],
+        aliases: &[],
         kind: Kind::Count(0),
-        unset: "0 = unlimited",
-        goes_to: "--max-wait-time, omitted when 0",
-        about: "Seconds of attempts to connect to the SuperLink",
+        default: "0 = unlimited",
+        maps_to: "--max-wait-time, omitted when 0",
+        description: "Seconds to keep trying to connect to the SuperLink",
+        effective: Effective::Always,
+        field: field!(max_wait_time),
     },
     Variable {
         name: "FL_ISOLATION",
-        also: &[],
-        kind: Kind::Choice(&["subprocess", "process"]),
-        unset: "subprocess",
-        goes_to: "--isolation",
-        about: "Where the ClientApp runs",
+        aliases: &[],
+        kind: Kind::Choice(Isolation::WORDS),
+        default: "subprocess",
+        maps_to: "--isolation",
+        description: "Where the ClientApp runs",
+        effective: Effective::Always,
+        field: field!(isolation),
     },
     Variable {
         name: "FL_LOG_LEVEL",
-        also: &[],
-        kind: Kind::Choice(&["DEBUG", "INFO", "WARNING", "ERROR"]),
-        unset: "INFO",
-        goes_to: "FLWR_LOG_LEVEL, and the agent's own level",
-        about: "Least severity that is logged",
+        aliases: &[],
+        kind: Kind::Choice(LogLevel::WORDS),
+        default: "INFO",
+        maps_to: "FLWR_LOG_LEVEL, and the agent's own level",
+        description: "Lowest severity that is logged",
+        effective: Effective::Always,
+        field: field!(log_level),
     },
     Variable {
         name: "FL_LOG_FORMAT",
-        also: &[],
-        kind: Kind::Choice(&["text", "json"]),
-        unset: "text",
-        goes_to: "the agent's output when it is not on the journal",
-        about: "Format of the agent's log",
+        aliases: &[],
+        kind: Kind::Choice(LogFormat::WORDS),
+        default: "text",
+        maps_to: "the agent's output outside the journal",
+        description: "Format of the agent's log",
+        effective: Effective::Always,
+        field: field!(log_format),
     },
     Variable {
         name: "FL_TLS_ENABLED",
-        also: &[],
+        aliases: &[],
         kind: Kind::YesNo,
-        unset: "what the SuperLink publishes through OneGate; with FL_SUPERLINK_ADDRESS: NO (plaintext)",
-        goes_to: "--root-certificates or --insecure",
-        about: "Speak TLS with the SuperLink",
+        default: "what the SuperLink publishes through OneGate; with FL_SUPERLINK_ADDRESS: NO \
+                  (plaintext)",
+        maps_to: "--root-certificates or --insecure",
+        description: "Connect to the SuperLink with TLS",
+        effective: Effective::Always,
+        field: field!(tls),
     },
     Variable {
         name: "FL_SSL_CA_CERTFILE",
-        also: &[],
+        aliases: &[],
         kind: Kind::CaBundle,
-        unset: "from OneGate",
-        goes_to: "the CA file",
-        about: "Certificate of the SuperLink's CA",
+        default: "from OneGate",
+        maps_to: "the CA file",
+        description: "Certificate of the SuperLink's CA",
+        effective: Effective::TlsNotDisabled,
+        field: field!(ca_certificate),
     },
     Variable {
         name: "FL_GRPC_KEEPALIVE_TIME",
-        also: &[],
+        aliases: &[],
         kind: Kind::Count(1),
-        unset: "60",
-        goes_to: "container environment",
-        about: "Seconds between gRPC keepalive pings",
+        default: "60",
+        maps_to: "container environment",
+        description: "Seconds between gRPC keepalive pings",
+        effective: Effective::Always,
+        field: field!(keepalive_time),
     },
     Variable {
         name: "FL_GRPC_KEEPALIVE_TIMEOUT",
-        also: &[],
+        aliases: &[],
         kind: Kind::Count(1),
-        unset: "20",
-        goes_to: "container environment",
-        about: "Seconds to wait for a ping's answer; less than the time between pings",
+        default: "20",
+        maps_to: "container environment",
+        description: "Seconds to wait for the answer to a ping; less than the time between pings",
+        effective: Effective::Always,
+        field: field!(keepalive_timeout),
     },
     Variable {
         name: "FL_EDGE_BACKOFF",
-        also: &[],
-        kind: Kind::Choice(&["exponential", "fixed"]),
-        unset: "exponential",
-        goes_to: "discovery retry: 10 s doubling to the cap without end, or 30 tries of 10 s",
-        about: "How discovery is tried again",
+        aliases: &[],
+        kind: Kind::Choice(EdgeBackoff::WORDS),
+        default: "exponential",
+        maps_to: "discovery retry: 10 s, doubling up to the maximum, without end; or 30 attempts, 10 s apart",
+        description: "Backoff of the discovery",
+        effective: Effective::Discovery,
+        field: field!(edge_backoff),
     },
     Variable {
         name: "FL_EDGE_MAX_BACKOFF",
-        also: &[],
+        aliases: &[],
         kind: Kind::Count(1),
-        unset: "300",
-        goes_to: "the cap",
-        about: "Longest pause of the discovery in seconds",
+        default: "300",
+        maps_to: "the maximum delay",
+        description: "Maximum delay between discovery attempts, in seconds",
+        effective: Effective::ExponentialDiscovery,
+        field: field!(edge_max_backoff),
     },
 ];
 
-/// The variable that goes by `name`, in any of its forms.
+/// Sets every field whose default in the table is a value, not a description.
+pub(super) fn apply_defaults(config: &mut Config) {
+    for variable in VARIABLES {
+        if let Ok(default) = variable.kind.parse(variable.default) {
+            (variable.field.set)(config, &default);
+        }
+    }
+}
+
+impl Config {
+    /// The resolved values by variable name, with secrets hidden.
+    pub fn resolved(&self) -> Map<String, Json> {
+        let variables =
+            VARIABLES.iter().map(|variable| (variable.name.to_owned(), (variable.field.get)(self)));
+        let assigned = self
+            .gpu
+            .assigned
+            .iter()
+            .map(|device| (device.variable.clone(), device.written.clone().into()));
+        variables.chain(assigned).collect()
+    }
+}
+
+/// The variable that has `name` among its names.
 pub fn find(name: &str) -> Option<&'static Variable> {
     VARIABLES.iter().find(|variable| variable.names().any(|known| known == name))
 }
 
-/// The known name nearest to `name`, where one is near enough to be meant: at most two slips apart,
-/// or a word more or less, or words cut short (`MEM`, `ADDR`). The answer has the `ONEAPP_` of
-/// `name`, so that it can be pasted.
+/// The known name that `name` was probably meant to be: at most two typing errors away, one word
+/// more or fewer, or with abbreviated words (`MEM`, `ADDR`). It keeps the `ONEAPP_` prefix of `name`,
+/// so that it can be pasted.
 pub fn nearest(name: &str) -> Option<String> {
-    const MAX_SLIPS: usize = 2;
-    // Twice as long as any known name: it is nobody's slip, and comparing takes its time.
-    const LONGEST: usize = 80;
-    if name.len() > LONGEST {
+    const MAX_DISTANCE: usize = 2;
+    // Twice the length of the longest known name. Longer names are no typing errors, and comparing
+    // them is slow.
+    const MAX_LENGTH: usize = 80;
+    if name.len() > MAX_LENGTH {
         return None;
     }
     VARIABLES
         .iter()
         .flat_map(Variable::names)
         .map(|known| (strsim::osa_distance(name, &known), known))
-        .filter(|(distance, known)| *distance <= MAX_SLIPS || is_one_word_apart(name, known))
+        .filter(|(distance, known)| *distance <= MAX_DISTANCE || is_one_word_apart(name, known))
         .min_by_key(|(distance, known)| (*distance, known.len()))
         .map(|(_, known)| known)
 }
 
-/// `FL_CUDA_DEVICES` and `FL_CUDA_VISIBLE_DEVICES`: the one is the other without one of its words,
-/// whatever prefix they have. A word cut short is still that word.
+/// Whether one name is the other without one of its words, prefixes ignored, such as
+/// `FL_CUDA_DEVICES` and `FL_CUDA_VISIBLE_DEVICES`. An abbreviated word counts as the word.
 fn is_one_word_apart(a: &str, b: &str) -> bool {
     fn words(name: &str) -> Vec<&str> {
         name.trim_start_matches("ONEAPP_").trim_start_matches("FL_").split('_').collect()
     }
-    fn same(a: &str, b: &str) -> bool {
-        const SHORTEST: usize = 3;
-        a == b || (a.len().min(b.len()) >= SHORTEST && (a.starts_with(b) || b.starts_with(a)))
+    fn is_same(a: &str, b: &str) -> bool {
+        const MIN_LENGTH: usize = 3;
+        a == b || (a.len().min(b.len()) >= MIN_LENGTH && (a.starts_with(b) || b.starts_with(a)))
     }
     let (short, long) = match (words(a), words(b)) {
         (a, b) if a.len() <= b.len() => (a, b),
         (a, b) => (b, a),
     };
     let mut of_long = long.iter();
-    long.len() - short.len() <= 1 && short.iter().all(|word| of_long.any(|other| same(other, word)))
+    long.len() - short.len() <= 1
+        && short.iter().all(|word| of_long.any(|other| is_same(other, word)))
 }
 
 #[cfg(test)]
@@ -365,7 +394,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_with_slips_or_with_a_word_too_few_or_too_many_is_known_again() {
+    fn nearest_name_allows_typos_and_one_word_of_difference() {
         for (name, known) in [
             ("FL_GPU_ENABLE", "FL_GPU_ENABLED"),
             ("FL_GPU", "FL_GPU_ENABLED"),
@@ -398,40 +427,35 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_may_be_secret_is_not_shown() {
-        for (kind, shown, hidden) in [
-            (Kind::NodeConfig, "a=1", "token=1"),
-            (Kind::HostPort, "h:1", "u:p@h:1"),
-            (Kind::Image, "own/node:1@sha256:0", "u:p@own/node:1"),
-        ] {
-            assert_eq!(kind.quote(shown), format!("'{shown}'"));
-            assert_eq!(kind.quote(hidden), format!("({} characters, not shown)", hidden.len()));
-        }
-        assert_eq!(Kind::CaBundle.quote("é"), "(1 characters, not shown)");
-        assert_eq!(Kind::YesNo.quote("maybe\n"), "'maybe\\n'");
-    }
-
-    #[test]
-    fn what_is_accepted_is_told_in_words() {
-        let told = [
-            (Kind::YesNo, "YES, NO (also TRUE/FALSE, ON/OFF, 1/0)"),
-            (Kind::Choice(&["a", "b"]), "a, b"),
-            (Kind::Count(0), "whole number >= 0"),
-            (Kind::Count(1), "whole number > 0"),
-            (Kind::HostPort, "host:port, [IPv6]:port"),
-        ];
-        for (kind, values) in told {
-            assert_eq!(kind.values(), values);
-        }
-    }
-
-    #[test]
-    fn a_variable_is_found_by_each_of_its_names_and_by_no_other() {
+    fn variable_is_found_by_each_of_its_names() {
         for variable in VARIABLES {
             for name in variable.names() {
                 assert_eq!(find(&name).map(|found| found.name), Some(variable.name));
             }
         }
         assert!(find("FL_GPU").is_none());
+    }
+
+    #[test]
+    fn every_field_accepts_the_kind_of_its_variable() {
+        for variable in VARIABLES {
+            let text = match variable.kind {
+                Kind::YesNo => "YES",
+                Kind::Choice(words) => words.last().unwrap(),
+                Kind::Count(_) => "25",
+                Kind::Fraction => "0.25",
+                Kind::Version => "1.25.0",
+                Kind::Image => "own/image:1",
+                Kind::HostPort => "h:25",
+                Kind::Devices => "25",
+                Kind::NodeConfig => "k=25",
+                Kind::CaBundle => include_str!("../../tests/ca.crt"),
+            };
+            let mut config = Config::default();
+            apply_defaults(&mut config);
+            let before = (variable.field.get)(&config);
+            (variable.field.set)(&mut config, &variable.kind.parse(text).unwrap());
+            assert_ne!((variable.field.get)(&config), before, "{}", variable.name);
+        }
     }
 }

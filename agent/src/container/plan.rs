@@ -103,7 +103,7 @@ fn supernode_args(inputs: &ContainerInputs<'_>) -> Vec<String> {
             None => add(&["--insecure"]),
         }
     }
-    add(&["--isolation", config.isolation]);
+    add(&["--isolation", config.isolation.name()]);
     let partition = superlink.and_then(|superlink| superlink.partition);
     match (&config.node_config, partition) {
         (Some(node_config), _) => add(&["--node-config", node_config.as_str()]),

@@ -78,7 +78,7 @@ fn log_diagnostics(diagnostics: &Diagnostics) {
     for line in diagnostics.warnings() {
         tracing::warn!("{line}");
     }
-    for line in diagnostics.idle.iter().chain(&diagnostics.notes) {
+    for line in diagnostics.ineffective.iter().chain(&diagnostics.notes) {
         tracing::info!("{line}");
     }
 }

@@ -7,6 +7,7 @@ use one_context::onegate::{OneGateError, Service};
 
 use super::desired_state::{DesiredState, availability};
 use crate::backoff::Backoff;
+use crate::config::EdgeBackoff;
 use crate::config::settings::Settings;
 use crate::logging::error_chain;
 use crate::opennebula::partition::{self, Partition, PartitionStore};
@@ -44,8 +45,8 @@ pub(super) async fn discover_superlink(
 ) -> Result<SuperLink, SuperLinkError> {
     let DesiredState { config, settings, onegate } = desired;
     let (mut backoff, max_attempts) = match config.edge_backoff {
-        "fixed" => (fixed_backoff(), MAX_FIXED_ATTEMPTS),
-        _ => (exponential_backoff(Duration::from_secs(config.edge_max_backoff)), u32::MAX),
+        EdgeBackoff::Fixed => (fixed_backoff(), MAX_FIXED_ATTEMPTS),
+        EdgeBackoff::Exponential => (exponential_backoff(config.edge_max_backoff), u32::MAX),
     };
     if config.superlink_address.is_none() {
         tokio::time::sleep(MAX_START_DELAY.mul_f64(fastrand::f64())).await;

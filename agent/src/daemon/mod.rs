@@ -50,7 +50,7 @@ use one_context::Context;
 use one_context::source::SourceError;
 
 use crate::config::settings::{Settings, SettingsError};
-use crate::config::{self, ConfigErrors, LogLevel};
+use crate::config::{self, ConfigErrors, LogFormat, LogLevel};
 use crate::docker::client::{Client, EngineError};
 use crate::logging;
 use crate::opennebula::publisher::OneGateAccess;
@@ -140,8 +140,8 @@ pub(crate) async fn run(settings: Settings, settings_file: Option<&Path>) -> Exi
     let watchdog = Watchdog::wanted();
     let result = match read_context_file(&settings).await {
         Ok(context) => {
-            let (level, as_json) = config::log_settings(&context);
-            logging::init(level.into(), as_json);
+            let (level, format) = config::log_settings(&context);
+            logging::init(level.into(), format == LogFormat::Json);
             // Before anything can fail, because the attributes of an earlier boot are outdated.
             reporter.publish_through(OneGateAccess::of(&context, &settings).ok().as_ref());
             run_until_shutdown(&context, settings, settings_file, lock, &reporter, &watchdog).await
@@ -181,7 +181,9 @@ fn log_error(error: &DaemonError) {
 /// Returns the status line of a failed daemon.
 fn status_line(error: &DaemonError) -> String {
     match error {
-        DaemonError::Config(errors) => format!("Invalid configuration: {}", errors.0.join("; ")),
+        DaemonError::Config(errors) => {
+            format!("Invalid configuration: {}", errors.lines().collect::<Vec<_>>().join("; "))
+        }
         error => format!("Failed: {}", logging::error_chain(error)),
     }
 }

@@ -205,7 +205,7 @@ impl StartupOps for LiveOps<'_> {
     async fn connect_docker(&self) -> Result<DockerConnection, DaemonError> {
         let docker = &self.settings.docker;
         let client = Client::wait_until_ready(&docker.socket, docker.ready_timeout).await?;
-        let info = if self.config.gpu_enabled { Some(client.info().await) } else { None };
+        let info = if self.config.gpu.enabled { Some(client.info().await) } else { None };
         Ok(DockerConnection { client, info })
     }
 

@@ -41,7 +41,7 @@ pub fn decide_gpu_or_cpu(config: &Config, facts: &PciFacts, probe: &ProbeOutcome
 /// be probed. This is the first part of [`decide_gpu_or_cpu`], on its own because NVML must not be
 /// called where it is not needed: called as root it creates device nodes.
 pub fn decide_without_probe(config: &Config, facts: &PciFacts) -> Option<Verdict> {
-    if !config.gpu_enabled {
+    if !config.gpu.enabled {
         return Some(Verdict::gpu_not_enabled());
     }
     let finding = if config.framework == Framework::Sklearn {
@@ -49,7 +49,7 @@ pub fn decide_without_probe(config: &Config, facts: &PciFacts) -> Option<Verdict
             Reason::FrameworkWithoutGpu,
             "scikit-learn (ML_FRAMEWORK=sklearn) has no GPU support",
         ))
-    } else if config.devices == DeviceSelection::None {
+    } else if config.gpu.selection == DeviceSelection::None {
         Some(Finding::new(
             Reason::DeviceSelectionEmpty,
             format!("FL_CUDA_VISIBLE_DEVICES='none' selects no GPU; {}", list_present_gpus(facts)),
@@ -75,6 +75,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::config::GpuRequest;
     use crate::gpu::nvml_error::{Fault, FaultKind};
     use crate::gpu::nvml_library::LibraryFile;
     use crate::gpu::probe_child::ProbedGpu;
@@ -214,7 +215,8 @@ mod tests {
     #[test]
     fn gpu_not_enabled_is_no_finding() {
         let config = config(&[]);
-        let disabled = Config { gpu_enabled: false, ..config };
+        let gpu = GpuRequest { enabled: false, ..config.gpu };
+        let disabled = Config { gpu, ..config };
         assert_eq!(
             decide_without_probe(&disabled, &two_gpus().0),
             Some(Verdict::Cpu { finding: None })

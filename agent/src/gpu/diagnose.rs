@@ -22,6 +22,7 @@ pub(super) struct UnusableAssignment {
 /// Returns the assigned devices that are absent or not an NVIDIA GPU.
 pub(super) fn unusable_assignments(config: &Config, facts: &PciFacts) -> Vec<UnusableAssignment> {
     config
+        .gpu
         .assigned
         .iter()
         .filter_map(|assigned| {

@@ -24,7 +24,7 @@ pub(super) fn select_devices(
 ) -> Result<Selection, Finding> {
     let mut devices: Vec<GpuDevice> = Vec::new();
     let (mut unusable, mut not_found) = (Vec::new(), Vec::new());
-    for selected in resolve_selection(&config.devices, facts, report) {
+    for selected in resolve_selection(&config.gpu.selection, facts, report) {
         match selected {
             Resolved::Listed(gpu, instance) => match health_finding(gpu) {
                 Some(finding) => unusable.push(finding),
@@ -44,8 +44,10 @@ pub(super) fn select_devices(
         return Err(unusable
             .into_iter()
             .next()
-            .or_else(|| unidentified_gpu_finding(&config.devices, report))
-            .unwrap_or_else(|| nothing_selected(&config.devices, &not_found, facts, report)));
+            .or_else(|| unidentified_gpu_finding(&config.gpu.selection, report))
+            .unwrap_or_else(|| {
+                nothing_selected(&config.gpu.selection, &not_found, facts, report)
+            }));
     }
     // Other functions of a GPU are assigned with it, and not every assigned device is a GPU.
     let mut missing: Vec<String> = unusable_assignments(config, facts)

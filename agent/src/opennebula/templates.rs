@@ -1,35 +1,38 @@
-//! The table of variables as OpenNebula takes it: CONTEXT and USER_INPUTS of a VM template, a
-//! OneFlow service, the parameters of a marketplace appliance. What is below packaging/ is made
-//! from it; the facts are from OpenNebula/one.
+//! Renders the table of variables for OpenNebula: CONTEXT and USER_INPUTS of a VM template, a OneFlow
+//! service, the parameters of a marketplace appliance. The files in packaging/ are generated from it;
+//! the formats are those of OpenNebula/one.
 
 use serde_json::{Map, Value as Json, json};
 
-use crate::check::template::READY_SCRIPT;
-use crate::config::variables::{GPU_ONLY, Kind, VARIABLES, Variable};
+use crate::config::Kind;
+use crate::config::variables::{Effective, VARIABLES, Variable};
 
-/// What a VM template is for.
+/// Path of the packaged script that reports whether the node is ready.
+pub const READY_SCRIPT: &str = "/opt/flower/scripts/health-check.sh";
+
+/// Device that the nodes of a VM template train on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Node {
-    /// A VM with a passed-through GPU.
+pub enum NodeKind {
+    /// A VM with an assigned GPU.
     Gpu,
-    /// A VM without.
+    /// A VM without a GPU.
     Cpu,
 }
 
-/// The releases of OpenNebula that take different service templates.
+/// OpenNebula release, as far as the format of service templates depends on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Release {
+pub enum OpenNebulaRelease {
     /// 6.10: `vm_template_contents` is text, in which OneFlow replaces `$KEY`.
     V6,
-    /// 7: `template_contents` is an object, and OneFlow adds every input to it and to its CONTEXT.
+    /// 7: `template_contents` is an object. OneFlow adds every input to it and to its CONTEXT.
     V7,
 }
 
-/// The switch is no input: OneFlow neither asks for the inputs of a VM template nor knows their
-/// defaults, so that a node of a service would leave its GPU alone. The template says it, and who
-/// chooses the template has chosen.
-const SWITCH: &str = "FL_GPU_ENABLED";
-/// What every node needs of OpenNebula.
+/// The variable that is fixed in the template and is not a user input. OneFlow neither asks for the
+/// inputs of a VM template nor knows their defaults, so that a node of a service would not use its
+/// GPU. Choosing the template decides instead.
+const FIXED: &str = "FL_GPU_ENABLED";
+/// Attributes of CONTEXT that every node needs.
 const CONTEXT: &[(&str, &str)] = &[
     ("NETWORK", "YES"),
     ("SSH_PUBLIC_KEY", "$USER[SSH_PUBLIC_KEY]"),
@@ -38,15 +41,14 @@ const CONTEXT: &[(&str, &str)] = &[
     ("READY_SCRIPT_PATH", READY_SCRIPT),
 ];
 
-/// CONTEXT, USER_INPUTS and INPUTS_ORDER of a VM template.
-pub fn vm_template(node: Node) -> String {
-    let inputs =
-        || inputs().filter(|variable| node == Node::Gpu || !GPU_ONLY.contains(&variable.name));
-    let switch = if node == Node::Gpu { "YES" } else { "NO" };
+/// Renders CONTEXT, USER_INPUTS and INPUTS_ORDER of a VM template.
+pub fn vm_template(kind: NodeKind) -> String {
+    let inputs = || inputs().filter(|variable| is_for(variable, kind));
+    let gpu_enabled = if kind == NodeKind::Gpu { "YES" } else { "NO" };
     let fixed = CONTEXT
         .iter()
         .copied()
-        .chain([(SWITCH, switch)])
+        .chain([(FIXED, gpu_enabled)])
         .map(|(name, value)| format!("  {name}=\"{value}\""));
     let context: Vec<String> = fixed
         .chain(inputs().map(|Variable { name, .. }| format!("  {name}=\"${name}\"")))
@@ -59,18 +61,23 @@ pub fn vm_template(node: Node) -> String {
     format!("CONTEXT=[\n{context} ]\nUSER_INPUTS=[\n{asked} ]\nINPUTS_ORDER=\"{order}\"\n")
 }
 
-/// The OneFlow service as `oneflow-template create` takes it: a SuperLink, and from one SuperNode
-/// on. The ids of the VM templates are -1 and -2, which no template has: whoever forgets to fill
-/// them in is told so.
-pub fn service(release: Release) -> Json {
+/// Whether a variable belongs in the template of this kind of node.
+fn is_for(variable: &Variable, kind: NodeKind) -> bool {
+    kind == NodeKind::Gpu || variable.effective != Effective::GpuEnabled
+}
+
+/// Renders the OneFlow service for `oneflow-template create`: a SuperLink and one or more SuperNodes.
+/// The ids of the VM templates are -1 and -2, which OpenNebula rejects until the operator replaces
+/// them.
+pub fn service(release: OpenNebulaRelease) -> Json {
     let asked: Map<String, Json> =
         inputs().map(|input| (input.name.into(), user_input(input).into())).collect();
-    // By the names of the marketplace's SuperLink.
+    // The names that the SuperLink of the marketplace reads.
     let superlink = [
         ("ONEAPP_FLOWER_VERSION", "$FLOWER_VERSION"),
         ("ONEAPP_FL_TLS_ENABLED", "$FL_TLS_ENABLED"),
     ];
-    let head = json!({
+    let common = json!({
         "name": "flower",
         "description": "A Flower SuperLink, and SuperNodes that find it through OneGate",
         "deployment": "straight",
@@ -78,18 +85,19 @@ pub fn service(release: Release) -> Json {
         "shutdown_action": "terminate",
         "networks": {"private": "M|network|Network of the SuperLink and the SuperNodes| |id:"},
     });
-    let body = match release {
-        Release::V6 => {
+    let specific = match release {
+        OpenNebulaRelease::V6 => {
             let mut references: Vec<(&str, String)> =
                 inputs().map(|Variable { name, .. }| (*name, format!("${name}"))).collect();
-            // The text is replaced from its top: $FL_GRPC_KEEPALIVE_TIMEOUT must have gone before
-            // $FL_GRPC_KEEPALIVE_TIME is replaced, wherever it stands.
+            // OneFlow replaces each $KEY in the order of the text, everywhere in it. The longer
+            // $FL_GRPC_KEEPALIVE_TIMEOUT must come before its prefix $FL_GRPC_KEEPALIVE_TIME.
             references.sort_by(|(a, _), (b, _)| b.cmp(a));
             let supernode: Vec<(&str, &str)> =
                 references.iter().map(|(name, value)| (*name, value.as_str())).collect();
-            // An input without a value would stay in the text as $KEY, and reach the VM so.
-            let values: Map<String, Json> =
-                inputs().map(|input| (input.name.into(), form(input).default.into())).collect();
+            // An input without a value would reach the VM as the text $KEY.
+            let values: Map<String, Json> = inputs()
+                .map(|input| (input.name.into(), input_form(input).default.into()))
+                .collect();
             json!({
                 "custom_attrs": asked,
                 "custom_attrs_values": values,
@@ -101,7 +109,7 @@ pub fn service(release: Release) -> Json {
                 ],
             })
         }
-        Release::V7 => {
+        OpenNebulaRelease::V7 => {
             let nic = json!([{"NETWORK_ID": "$private"}]);
             let context: Map<String, Json> =
                 superlink.map(|(name, value)| (name.into(), value.into())).into_iter().collect();
@@ -116,7 +124,7 @@ pub fn service(release: Release) -> Json {
             })
         }
     };
-    [head, body]
+    [common, specific]
         .into_iter()
         .filter_map(|part| part.as_object().cloned())
         .flatten()
@@ -124,25 +132,27 @@ pub fn service(release: Release) -> Json {
         .into()
 }
 
-/// The text of `vm_template_contents`.
+/// Renders the text of `vm_template_contents`.
 fn contents(attributes: &[(&str, &str)]) -> String {
     let lines = attributes.iter().map(|(name, value)| format!("{name}=\"{value}\"\n"));
     format!("NIC=[NETWORK_ID=\"$private\"]\n{}", lines.collect::<String>())
 }
 
-/// `ONE_SERVICE_PARAMS` of an appliance of OpenNebula/one-apps: name, stage, description, input.
+/// Renders `ONE_SERVICE_PARAMS` of an appliance of OpenNebula/one-apps: name, stage, description,
+/// input.
 pub fn appliance_params() -> String {
     let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
     let line = |variable: &Variable| {
         let fields =
-            [&appliance_name(variable), "configure", variable.about, &user_input(variable)]
+            [&appliance_name(variable), "configure", variable.description, &user_input(variable)]
                 .map(quoted);
         format!("    {}\n", fields.join(" "))
     };
     format!("ONE_SERVICE_PARAMS=(\n{})\n", VARIABLES.iter().map(line).collect::<String>())
 }
 
-/// `context`, `inputs_order` and `user_inputs` of an appliance's description in the marketplace.
+/// Renders `context`, `inputs_order` and `user_inputs` of an appliance description in the
+/// marketplace.
 pub fn appliance_template() -> String {
     let mut text = String::from("  context:\n");
     let fixed = CONTEXT.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
@@ -158,107 +168,109 @@ pub fn appliance_template() -> String {
     text
 }
 
-/// The table of an appliance's parameters for its README.
+/// Renders the table of an appliance's parameters for its README.
 pub fn appliance_markdown() -> String {
-    let mut text =
-        String::from("| parameter | values | unset means | |\n| --- | --- | --- | --- |\n");
+    let mut text = String::from("| parameter | values | default | |\n| --- | --- | --- | --- |\n");
     for variable in VARIABLES {
-        let cells = [&variable.kind.values(), variable.unset, variable.about]
+        let cells = [&variable.kind.values(), variable.default, variable.description]
             .map(|cell| cell.replace('|', "\\|"));
         text.push_str(&format!("| `{}` | {} |\n", appliance_name(variable), cells.join(" | ")));
     }
     text
 }
 
-/// The name in the marketplace, where every parameter of Flower begins with `ONEAPP_FL`.
+/// The name in the marketplace, where every parameter of Flower starts with `ONEAPP_FL`.
 fn appliance_name(variable: &Variable) -> String {
-    let names = std::iter::once(variable.name).chain(variable.also.iter().copied());
-    let name = names.into_iter().find(|name| name.starts_with("FL")).unwrap_or(variable.name);
+    let name = variable.base_names().find(|name| name.starts_with("FL")).unwrap_or(variable.name);
     format!("ONEAPP_{name}")
 }
 
+/// The variables that are user inputs.
 fn inputs() -> impl Iterator<Item = &'static Variable> {
-    VARIABLES.iter().filter(|variable| variable.name != SWITCH)
+    VARIABLES.iter().filter(|variable| variable.name != FIXED)
 }
 
-/// How OpenNebula asks for a variable.
-struct Form {
-    kind: &'static str,
+/// Fields of a user input.
+struct InputForm {
+    input_type: &'static str,
     parameters: String,
     default: &'static str,
 }
 
-fn form(variable: &Variable) -> Form {
-    let plain = |kind, default| Form { kind, parameters: " ".into(), default };
+fn input_form(variable: &Variable) -> InputForm {
+    let plain = |input_type, default| InputForm { input_type, parameters: " ".into(), default };
+    let list = |parameters, default| InputForm { input_type: "list", parameters, default };
     match variable.kind {
-        Kind::YesNo if variable.unset == "NO" => plain("boolean", "NO"),
-        // Where being unset means something of its own, it must be possible to stay unset.
-        Kind::YesNo => Form { kind: "list", parameters: ",YES,NO".into(), default: "" },
-        Kind::Choice(words) if words.contains(&variable.unset) => {
-            Form { kind: "list", parameters: words.join(","), default: variable.unset }
+        Kind::YesNo if variable.default == "NO" => plain("boolean", "NO"),
+        // The empty option keeps a variable unset whose default is neither YES nor NO.
+        Kind::YesNo => list(",YES,NO".into(), ""),
+        Kind::Choice(words) if words.contains(&variable.default) => {
+            list(words.join(","), variable.default)
         }
-        Kind::Choice(words) => {
-            Form { kind: "list", parameters: format!(",{}", words.join(",")), default: "" }
-        }
-        Kind::Count(_) => plain("number", variable.unset.split(' ').next().unwrap_or_default()),
+        Kind::Choice(words) => list(format!(",{}", words.join(",")), ""),
+        Kind::Count(_) => plain("number", variable.default.split(' ').next().unwrap_or_default()),
         Kind::Fraction => plain("number-float", ""),
         Kind::CaBundle => plain("text64", ""),
         _ => plain("text", ""),
     }
 }
 
-/// `O|type|description|parameters|default`. Always five fields: with three, OpenNebula's command
-/// line has no default to take for an empty answer, asks for a number for ever and dies of a text64
+/// Renders `O|type|description|parameters|default`. The form with three fields has no default: the
+/// OpenNebula command line then asks for a number forever and crashes on an empty text64
 /// (src/cli/one_helper.rb).
 fn user_input(variable: &Variable) -> String {
-    let Form { kind, parameters, default } = form(variable);
-    format!("O|{kind}|{}|{parameters}|{default}", variable.about)
+    let InputForm { input_type, parameters, default } = input_form(variable);
+    format!("O|{input_type}|{}|{parameters}|{default}", variable.description)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::template::{Attribute, Pair, parse};
 
-    fn pairs(text: &str, vector: &str) -> Vec<Pair> {
-        let found = parse(text).unwrap().into_iter().find_map(|attribute| match attribute {
-            Attribute::Vector(found) if found.name == vector => Some(found.pairs),
-            _ => None,
-        });
-        found.unwrap()
-    }
-
-    fn names(text: &str, vector: &str) -> Vec<String> {
-        pairs(text, vector).into_iter().map(|pair| pair.name).collect()
+    /// The names in the vector `NAME=[ … ]` of a template that [`vm_template`] rendered, with their
+    /// values.
+    fn pairs<'t>(template: &'t str, vector: &str) -> Vec<(&'t str, &'t str)> {
+        let (_, rest) = template.split_once(&format!("{vector}=[\n")).unwrap();
+        let (inside, _) = rest.split_once(" ]").unwrap();
+        inside
+            .lines()
+            .map(|line| line.trim().trim_end_matches(',').split_once('=').unwrap())
+            .map(|(name, value)| (name, value.trim_matches('"')))
+            .collect()
     }
 
     #[test]
-    fn a_vm_template_has_every_variable_of_the_table_and_no_other() {
-        for (node, switch) in [(Node::Gpu, "YES"), (Node::Cpu, "NO")] {
-            let text = vm_template(node);
-            let wanted: Vec<_> = VARIABLES
+    fn vm_template_has_exactly_the_variables_of_the_table() {
+        for (kind, gpu_enabled) in [(NodeKind::Gpu, "YES"), (NodeKind::Cpu, "NO")] {
+            let text = vm_template(kind);
+            let names = |vector| -> Vec<&str> {
+                pairs(&text, vector).into_iter().map(|(name, _)| name).collect()
+            };
+            let expected: Vec<_> = VARIABLES
                 .iter()
+                .filter(|variable| is_for(variable, kind))
                 .map(|variable| variable.name)
-                .filter(|name| node == Node::Gpu || !GPU_ONLY.contains(name))
                 .collect();
-            assert_eq!(names(&text, "CONTEXT")[CONTEXT.len()..], wanted);
-            assert_eq!(names(&text, "USER_INPUTS"), wanted[1..]);
-            assert!(text.ends_with(&format!("INPUTS_ORDER=\"{}\"\n", wanted[1..].join(","))));
-            let switched = pairs(&text, "CONTEXT").into_iter().find(|pair| pair.name == SWITCH);
-            assert_eq!(switched.unwrap().value, switch);
+            assert_eq!(names("CONTEXT")[CONTEXT.len()..], expected);
+            assert_eq!(names("USER_INPUTS"), expected[1..]);
+            assert!(text.ends_with(&format!("INPUTS_ORDER=\"{}\"\n", expected[1..].join(","))));
+            assert!(pairs(&text, "CONTEXT").contains(&(FIXED, gpu_enabled)));
         }
+        let in_cpu_template = |name| vm_template(NodeKind::Cpu).contains(name);
+        assert!(!in_cpu_template("FL_GPU_REQUIRED") && !in_cpu_template("FL_DCGM_ENABLED"));
+        assert!(in_cpu_template("FL_TLS_ENABLED"));
     }
 
     #[test]
-    fn every_input_of_a_service_reaches_the_node_as_it_was_given() {
+    fn every_input_of_a_service_reaches_the_node() {
         let inputs: Vec<&str> = inputs().map(|variable| variable.name).collect();
-        let seven = service(Release::V7);
+        let seven = service(OpenNebulaRelease::V7);
         assert_eq!(seven["user_inputs"].as_object().unwrap().keys().collect::<Vec<_>>(), inputs);
-        let six = service(Release::V6);
+        let six = service(OpenNebulaRelease::V6);
         for list in ["custom_attrs", "custom_attrs_values"] {
             assert_eq!(six[list].as_object().unwrap().keys().collect::<Vec<_>>(), inputs, "{list}");
         }
-        // As OneFlow 6.10 does it: each $KEY in the order of the text, and then wherever it stands.
+        // As OneFlow 6.10 does it: each $KEY in the order of the text, everywhere in it.
         let mut contents = six["roles"][1]["vm_template_contents"].as_str().unwrap().to_owned();
         let in_order: Vec<String> = contents
             .split('$')
@@ -275,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn an_appliance_has_every_variable_by_a_name_that_the_agent_knows() {
+    fn appliance_has_every_variable_under_a_known_name() {
         for variable in VARIABLES {
             let name = appliance_name(variable);
             assert!(
@@ -284,6 +296,6 @@ mod tests {
             );
         }
         assert_eq!(appliance_params().lines().count(), VARIABLES.len() + 2);
-        assert!(appliance_params().contains("'Share of the GPU'\\''s memory"));
+        assert!(appliance_params().contains("'Fraction of the GPU'\\''s memory"));
     }
 }

@@ -50,7 +50,7 @@ pub(crate) fn report(
     finding: &Finding,
     distribution: Distribution,
 ) -> Result<(), GpuRequired> {
-    if config.gpu_required {
+    if config.gpu.required {
         error_gpu_required(finding, distribution);
         return Err(GpuRequired);
     }

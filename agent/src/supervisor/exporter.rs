@@ -61,7 +61,7 @@ pub(crate) fn plan_exporter(
     if !config.dcgm_enabled {
         return Err("FL_DCGM_ENABLED is not YES");
     }
-    if !config.gpu_enabled {
+    if !config.gpu.enabled {
         return Err("FL_GPU_ENABLED is not YES");
     }
     if devices.is_empty() {
@@ -217,8 +217,8 @@ impl Exporter {
         let engine = Client::connect(&self.settings.docker.socket).await?;
         let found = engine.inspect_container(&name_of(&self.settings)).await?;
         let Some(ours) = found.filter(|container| container.spec_hash().is_some()) else {
-            if self.config.dcgm_enabled && self.config.gpu_enabled {
-                tracing::info!("FL_DCGM_ENABLED is idle: {why}");
+            if self.config.dcgm_enabled && self.config.gpu.enabled {
+                tracing::info!("FL_DCGM_ENABLED has no effect: {why}");
             }
             return Ok(());
         };

@@ -200,7 +200,7 @@ impl NodeSpec {
         watchdog: &Watchdog,
     ) -> Result<RestartRequested, LaunchError> {
         let policy = Policy {
-            gpu_required: self.config.gpu_required,
+            gpu_required: self.config.gpu.required,
             on_failure: self.settings.gpu.on_failure,
             on_late: self.settings.gpu.on_late,
         };

@@ -161,7 +161,7 @@ impl SuperLinkWatcher {
             let changed = std::future::pending().boxed_local();
             return Self { connected: watch::Sender::new(false), changed };
         };
-        let max_delay = Duration::from_secs(config.edge_max_backoff);
+        let max_delay = config.edge_max_backoff;
         let (config, known) = (config.clone(), known.clone());
         Self::with(max_delay, async move || {
             match find_superlink(Ok(onegate.gate()), &config, SystemTime::now()).await {

@@ -5,9 +5,10 @@ use super::pci_address::PciAddress;
 use super::text::escape;
 
 /// The GPUs that the operator selected.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum DeviceSelection {
     /// Every usable GPU.
+    #[default]
     All,
     /// No GPU.
     None,

@@ -42,6 +42,13 @@ impl Version {
     }
 }
 
+/// The release that the appliance in OpenNebula's marketplace ships.
+impl Default for Version {
+    fn default() -> Self {
+        Self::new(1, 31, 0)
+    }
+}
+
 impl PartialEq for Version {
     fn eq(&self, other: &Self) -> bool {
         self.numbers == other.numbers

@@ -13,11 +13,11 @@ fuzz_target!(|text: &[u8]| {
         Ok((config, remarks)) => {
             remarks
                 .warnings()
-                .chain(&remarks.idle)
+                .chain(&remarks.ineffective)
                 .chain(&remarks.notes)
                 .for_each(|line| assert_shown(line));
             assert!(!config.resolved().is_empty());
         }
-        Err(errors) => errors.0.iter().for_each(|line| assert_shown(line)),
+        Err(errors) => errors.lines().for_each(|line| assert_shown(&line)),
     }
 });

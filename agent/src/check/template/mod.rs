@@ -9,12 +9,12 @@ mod service;
 pub use parse::{Attribute, Pair, Place, SyntaxError, Vector, parse};
 
 use super::{Check, Level};
-use crate::config::variables::{self, Kind};
+use crate::config::Kind;
+use crate::config::variables;
+use crate::opennebula::templates::READY_SCRIPT;
 use crate::values::PciAddress;
 use crate::values::{escape, parse_yes_no};
 
-/// Where the package puts what says whether the node is ready.
-pub const READY_SCRIPT: &str = "/opt/flower/scripts/health-check.sh";
 /// What OVMF_UEFIS of OpenNebula 6.10 has by default.
 const UEFI_PATH: &str = "/usr/share/OVMF/OVMF_CODE.fd";
 /// The types of user inputs (src/cli/one_helper.rb of OpenNebula/one).
@@ -738,7 +738,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::opennebula::templates::{Node, vm_template};
+    use crate::opennebula::templates::{NodeKind, vm_template};
 
     const GOOD: &str = r#"# A SuperNode on one GPU
 NAME="supernode"
@@ -962,8 +962,8 @@ INPUTS_ORDER="FL_GPU_ENABLED"
 
     #[test]
     fn what_the_agent_prints_for_a_template_is_right() {
-        for node in [Node::Gpu, Node::Cpu] {
-            let found = bad(&vm_template(node));
+        for kind in [NodeKind::Gpu, NodeKind::Cpu] {
+            let found = bad(&vm_template(kind));
             let wrong = found
                 .iter()
                 .filter(|(_, id, ..)| !matches!(*id, "machine" | "firmware" | "cpu-model" | "pci"));

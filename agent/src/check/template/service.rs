@@ -189,7 +189,7 @@ fn strings(of: &Json) -> impl Iterator<Item = &str> {
 mod tests {
     use super::*;
     use crate::check::Level;
-    use crate::opennebula::templates::{Release, service};
+    use crate::opennebula::templates::{OpenNebulaRelease, service};
 
     fn bad(service: &Json) -> Vec<(Level, &'static str, String)> {
         let checks =
@@ -199,7 +199,13 @@ mod tests {
 
     /// Our service after this change has exactly one finding, of this kind.
     #[track_caller]
-    fn one(release: Release, change: impl FnOnce(&mut Json), level: Level, id: &str, words: &str) {
+    fn one(
+        release: OpenNebulaRelease,
+        change: impl FnOnce(&mut Json),
+        level: Level,
+        id: &str,
+        words: &str,
+    ) {
         let mut service = service(release);
         assert_eq!(bad(&service), []);
         change(&mut service);
@@ -212,7 +218,7 @@ mod tests {
     #[test]
     fn each_fault_of_a_service_has_its_check() {
         use Level::{Error, Warning};
-        for release in [Release::V6, Release::V7] {
+        for release in [OpenNebulaRelease::V6, OpenNebulaRelease::V7] {
             one(
                 release,
                 |it| it["roles"][1]["name"] = "node".into(),
@@ -251,14 +257,14 @@ mod tests {
             );
         }
         one(
-            Release::V7,
+            OpenNebulaRelease::V7,
             |it| it["user_inputs"]["FL_TLS_ENABLED"] = "O|bool|x".into(),
             Error,
             "user-input",
             "no type",
         );
         one(
-            Release::V7,
+            OpenNebulaRelease::V7,
             |it| it["user_inputs"]["FL_TSL_ENABLED"] = "O|text|x| |".into(),
             Warning,
             "variable",
@@ -277,7 +283,7 @@ mod tests {
         let contents = "A=\"$FL_GRPC_KEEPALIVE_TIME\"\nB=\"$FL_GRPC_KEEPALIVE_TIMEOUT\"\n";
         let change = |it: &mut Json| it["roles"][1]["vm_template_contents"] = contents.into();
         one(
-            Release::V6,
+            OpenNebulaRelease::V6,
             change,
             Level::Error,
             REFERENCES,
@@ -287,7 +293,7 @@ mod tests {
             it["custom_attrs_values"].as_object_mut().map(|values| values.remove("FL_NODE_CONFIG"));
         };
         one(
-            Release::V6,
+            OpenNebulaRelease::V6,
             change,
             Level::Warning,
             REFERENCES,

@@ -94,7 +94,7 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
         }
         None => match read_context(&settings.context.dir) {
             Ok(context) => Config::read(&context, &settings.container.prebaked_dir)
-                .map_err(|errors| Unconfigured::Invalid(errors.0)),
+                .map_err(|errors| Unconfigured::Invalid(errors.lines().collect())),
             Err(error) => Err(Unconfigured::NoContext(error_chain(&error))),
         },
     };

@@ -8,13 +8,12 @@ use serde_json::Value as Json;
 
 use super::{Check, Level};
 use crate::config::settings::Injection;
-use crate::config::{Config, Framework, Prebaked};
+use crate::config::{Config, Framework, GpuRequest, Prebaked};
 use crate::docker::daemon_json::RUNTIME_NAME;
 use crate::gpu::decide::decide_gpu_or_cpu;
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::Verdict;
 use crate::system::os_release::Distribution;
-use crate::values::DeviceSelection;
 use crate::values::PciAddress;
 
 pub use facts::{Unconfigured, VmFacts, read};
@@ -65,7 +64,7 @@ impl Vm<'_> {
     /// Whether the operator wants the GPU; where that is not known, the GPU is what the check is
     /// about.
     fn is_wanted(&self) -> bool {
-        self.config().is_none_or(|config| config.gpu_enabled)
+        self.config().is_none_or(|config| config.gpu.enabled)
     }
 
     /// What keeps a wanted GPU from being used is an ERROR.
@@ -133,7 +132,7 @@ impl Vm<'_> {
             None => {
                 Check::unknown(ID, "the configuration is not valid", "mend configuration first")
             }
-            Some(config) if config.gpu_enabled => Check::ok(ID, "FL_GPU_ENABLED is YES"),
+            Some(config) if config.gpu.enabled => Check::ok(ID, "FL_GPU_ENABLED is YES"),
             Some(_) if is_there => Check::warning(
                 ID,
                 "this VM has a GPU, and FL_GPU_ENABLED is not YES: the node runs on the CPU",
@@ -147,7 +146,8 @@ impl Vm<'_> {
 
     fn assigned(&self) -> Vec<Check> {
         const ID: &str = "gpu-assigned";
-        let assigned = self.config().map(|config| config.assigned.as_slice()).unwrap_or_default();
+        let assigned =
+            self.config().map(|config| config.gpu.assigned.as_slice()).unwrap_or_default();
         assigned
             .iter()
             .map(|assigned| {
@@ -202,7 +202,7 @@ impl Vm<'_> {
             pci.unreadable.iter().map(|why| Check::unknown("gpu-present", why, AS_ROOT)).collect();
         if pci.gpus().next().is_none() && pci.unreadable.is_empty() {
             let finding = "there is no NVIDIA GPU on the PCI bus (vendor 10de, class 03xx)";
-            let is_promised = self.config().is_some_and(|config| !config.assigned.is_empty());
+            let is_promised = self.config().is_some_and(|config| !config.gpu.assigned.is_empty());
             let reason =
                 if is_promised { Reason::GpuNotPassedThrough } else { Reason::GpuNotPresent };
             checks.push(if self.is_wanted() {
@@ -262,10 +262,8 @@ impl Vm<'_> {
             None => Config::from_context(&Context::parse(b"").ok()?, &Prebaked::default()).ok()?.0,
         };
         Some(Config {
-            gpu_enabled: true,
-            devices: DeviceSelection::All,
+            gpu: GpuRequest { enabled: true, ..GpuRequest::default() },
             framework: Framework::PyTorch,
-            assigned: Vec::new(),
             ..config
         })
     }
@@ -323,7 +321,7 @@ impl Vm<'_> {
     /// What the operator's variables make of the GPUs that work.
     fn selection(&self) -> Option<Check> {
         const ID: &str = "gpu-selection";
-        let config = self.config().filter(|config| config.gpu_enabled)?;
+        let config = self.config().filter(|config| config.gpu.enabled)?;
         let outcome = self.facts.nvml.as_ref().ok()?;
         let all = decide_gpu_or_cpu(&self.asking_for_all()?, &self.facts.pci, outcome);
         if all.devices().is_empty() {
@@ -334,7 +332,7 @@ impl Vm<'_> {
             (Some(finding), _) => self.of_finding(ID, finding),
             (None, count) => Check::ok(
                 ID,
-                format!("FL_CUDA_VISIBLE_DEVICES={}: {count} for the node", config.devices),
+                format!("FL_CUDA_VISIBLE_DEVICES={}: {count} for the node", config.gpu.selection),
             ),
         })
     }
@@ -689,7 +687,7 @@ impl Vm<'_> {
         };
         let uses_gpu = self
             .config()
-            .is_none_or(|config| config.gpu_enabled && config.framework != Framework::Base);
+            .is_none_or(|config| config.gpu.enabled && config.framework != Framework::Base);
         // A VM has a little less than its template says.
         if uses_gpu && mib < COMFORTABLE_MIB / 10 * 9 {
             let finding =
@@ -720,7 +718,7 @@ mod tests {
     fn config(context: &str) -> Result<(Config, Diagnostics), Unconfigured> {
         let context = Context::parse(context.as_bytes()).unwrap();
         Config::from_context(&context, &Prebaked::default())
-            .map_err(|errors| Unconfigured::Invalid(errors.0))
+            .map_err(|errors| Unconfigured::Invalid(errors.lines().collect()))
     }
 
     fn device(address: &str, ids: (u32, u32), class: u32, driver: &str) -> PciDevice {

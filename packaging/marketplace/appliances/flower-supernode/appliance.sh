@@ -17,27 +17,27 @@ ONE_SERVICE_RECONFIGURABLE=true
 
 # from the table of variables, agent/src/config/variables.rs
 ONE_SERVICE_PARAMS=(
-    'ONEAPP_FL_GPU_ENABLED' 'configure' 'Use the passed-through GPU' 'O|boolean|Use the passed-through GPU| |NO'
+    'ONEAPP_FL_GPU_ENABLED' 'configure' 'Use the assigned GPU' 'O|boolean|Use the assigned GPU| |NO'
     'ONEAPP_FL_GPU_REQUIRED' 'configure' 'Fail instead of falling back to the CPU' 'O|boolean|Fail instead of falling back to the CPU| |NO'
     'ONEAPP_FL_CUDA_VISIBLE_DEVICES' 'configure' 'GPUs for the node' 'O|text|GPUs for the node| |'
-    'ONEAPP_FL_GPU_MEMORY_FRACTION' 'configure' 'Share of the GPU'\''s memory that the framework may take' 'O|number-float|Share of the GPU'\''s memory that the framework may take| |'
+    'ONEAPP_FL_GPU_MEMORY_FRACTION' 'configure' 'Fraction of the GPU'\''s memory that the framework may use' 'O|number-float|Fraction of the GPU'\''s memory that the framework may use| |'
     'ONEAPP_FL_DCGM_ENABLED' 'configure' 'Export GPU metrics' 'O|boolean|Export GPU metrics| |NO'
-    'ONEAPP_FLOWER_VERSION' 'configure' 'Release of Flower' 'O|text|Release of Flower| |'
+    'ONEAPP_FLOWER_VERSION' 'configure' 'Flower release' 'O|text|Flower release| |'
     'ONEAPP_FL_FRAMEWORK' 'configure' 'Machine-learning framework' 'O|list|Machine-learning framework|,pytorch,tensorflow,sklearn,base|'
-    'ONEAPP_FL_SUPERNODE_IMAGE' 'configure' 'Image of the operator'\''s own' 'O|text|Image of the operator'\''s own| |'
+    'ONEAPP_FL_SUPERNODE_IMAGE' 'configure' 'The operator'\''s own image' 'O|text|The operator'\''s own image| |'
     'ONEAPP_FL_SUPERLINK_ADDRESS' 'configure' 'Address of the SuperLink' 'O|text|Address of the SuperLink| |'
-    'ONEAPP_FL_NODE_CONFIG' 'configure' 'Configuration of the node for its ClientApp' 'O|text|Configuration of the node for its ClientApp| |'
+    'ONEAPP_FL_NODE_CONFIG' 'configure' 'Node configuration for the ClientApp' 'O|text|Node configuration for the ClientApp| |'
     'ONEAPP_FL_MAX_RETRIES' 'configure' 'Attempts to connect to the SuperLink' 'O|number|Attempts to connect to the SuperLink| |0'
-    'ONEAPP_FL_MAX_WAIT_TIME' 'configure' 'Seconds of attempts to connect to the SuperLink' 'O|number|Seconds of attempts to connect to the SuperLink| |0'
+    'ONEAPP_FL_MAX_WAIT_TIME' 'configure' 'Seconds to keep trying to connect to the SuperLink' 'O|number|Seconds to keep trying to connect to the SuperLink| |0'
     'ONEAPP_FL_ISOLATION' 'configure' 'Where the ClientApp runs' 'O|list|Where the ClientApp runs|subprocess,process|subprocess'
-    'ONEAPP_FL_LOG_LEVEL' 'configure' 'Least severity that is logged' 'O|list|Least severity that is logged|DEBUG,INFO,WARNING,ERROR|INFO'
+    'ONEAPP_FL_LOG_LEVEL' 'configure' 'Lowest severity that is logged' 'O|list|Lowest severity that is logged|DEBUG,INFO,WARNING,ERROR|INFO'
     'ONEAPP_FL_LOG_FORMAT' 'configure' 'Format of the agent'\''s log' 'O|list|Format of the agent'\''s log|text,json|text'
-    'ONEAPP_FL_TLS_ENABLED' 'configure' 'Speak TLS with the SuperLink' 'O|list|Speak TLS with the SuperLink|,YES,NO|'
+    'ONEAPP_FL_TLS_ENABLED' 'configure' 'Connect to the SuperLink with TLS' 'O|list|Connect to the SuperLink with TLS|,YES,NO|'
     'ONEAPP_FL_SSL_CA_CERTFILE' 'configure' 'Certificate of the SuperLink'\''s CA' 'O|text64|Certificate of the SuperLink'\''s CA| |'
     'ONEAPP_FL_GRPC_KEEPALIVE_TIME' 'configure' 'Seconds between gRPC keepalive pings' 'O|number|Seconds between gRPC keepalive pings| |60'
-    'ONEAPP_FL_GRPC_KEEPALIVE_TIMEOUT' 'configure' 'Seconds to wait for a ping'\''s answer; less than the time between pings' 'O|number|Seconds to wait for a ping'\''s answer; less than the time between pings| |20'
-    'ONEAPP_FL_EDGE_BACKOFF' 'configure' 'How discovery is tried again' 'O|list|How discovery is tried again|exponential,fixed|exponential'
-    'ONEAPP_FL_EDGE_MAX_BACKOFF' 'configure' 'Longest pause of the discovery in seconds' 'O|number|Longest pause of the discovery in seconds| |300'
+    'ONEAPP_FL_GRPC_KEEPALIVE_TIMEOUT' 'configure' 'Seconds to wait for the answer to a ping; less than the time between pings' 'O|number|Seconds to wait for the answer to a ping; less than the time between pings| |20'
+    'ONEAPP_FL_EDGE_BACKOFF' 'configure' 'Backoff of the discovery' 'O|list|Backoff of the discovery|exponential,fixed|exponential'
+    'ONEAPP_FL_EDGE_MAX_BACKOFF' 'configure' 'Maximum delay between discovery attempts, in seconds' 'O|number|Maximum delay between discovery attempts, in seconds| |300'
 )
 # end
 
