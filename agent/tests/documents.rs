@@ -108,7 +108,8 @@ fn journal_catalog_explains_every_reason() {
             .collect();
         let fix = fixes.join("\n");
         catalog.push_str(&format!(
-            "\n-- {id}\nSubject: No usable GPU: {code}\nDefined-By: supernode-agent\nDocumentation: man:supernode-agent(8)\n\n\
+            "\n-- {id}\nSubject: No usable GPU: {code}\nDefined-By: supernode-agent\n\
+             Documentation: man:supernode-agent(8)\n\n\
              {meaning}\n\nFound on this machine: @FL_GPU_SUMMARY@\n\n{fix}\n"
         ));
     }

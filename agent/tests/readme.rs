@@ -44,7 +44,8 @@ const NOT_RUN: [(&str, &str); 12] = [
     ("onevm updateconf", NO_FRONT_END),
     ("onehost sync -f", NO_FRONT_END),
     (
-        "oneimage create --name supernode --path supernode-base.qcow2 --format qcow2 --prefix vd --datastore default",
+        "oneimage create --name supernode --path supernode-base.qcow2 --format qcow2 --prefix vd \
+         --datastore default",
         NO_FRONT_END,
     ),
     ("onetemplate create packaging/opennebula/supernode-gpu-7.tmpl", NO_FRONT_END),

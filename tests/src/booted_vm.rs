@@ -96,7 +96,8 @@ impl BootedVm {
                 json!({"mode": "ok", "nvml": "/simulator/nvml.json"}).to_string(),
             )
             .settings(
-                "[gpu]\nsysfs = \"/simulator/sys\"\nnvml_library = \"/simulator/libnvidia-ml.so.1\"\n",
+                "[gpu]\nsysfs = \"/simulator/sys\"\n\
+                 nvml_library = \"/simulator/libnvidia-ml.so.1\"\n",
             )
             .file(
                 "etc/systemd/system/flower-supernode.service.d/simulator.conf",
@@ -242,7 +243,11 @@ fn layers() -> Result<String, String> {
     ))?;
     let key = expect(run(
         Command::new("sh")
-            .args(["-ec", "find \"$1\" -type f -print0 | sort -z | xargs -0 cat -- \"$0\" | sha256sum | cut -c1-16"])
+            .args([
+                "-ec",
+                "find \"$1\" -type f -print0 | sort -z | xargs -0 cat -- \"$0\" | \
+                 sha256sum | cut -c1-16",
+            ])
             .arg(&package)
             .arg(directory()),
         Duration::from_secs(60),

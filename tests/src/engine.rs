@@ -32,7 +32,8 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Runs dockerd in its own mount namespace, where writes to /etc go to the engine's directory,
 /// `$0`. Docker 20.10 keeps a key in /etc/docker regardless of its configuration.
-const OWN_ETC: &str = r#"mount -t overlay etc -o lowerdir=/etc,upperdir="$0/etc",workdir="$0/etc-work" /etc
+const OWN_ETC: &str = r#"
+mount -t overlay etc -o lowerdir=/etc,upperdir="$0/etc",workdir="$0/etc-work" /etc
 exec dockerd "$@""#;
 
 /// Options of an engine; created by [`Engine::builder`].

@@ -32,15 +32,16 @@ key='-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -noenc'
 openssl req -x509 $key -days 3 -subj '/CN=CA of a test' -keyout ca.key -out ca.crt
 openssl req $key -subj /CN=superlink -keyout superlink.key -out superlink.csr
 echo "subjectAltName=IP:$1,IP:127.0.0.1" >names
-openssl x509 -req -in superlink.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 3 -extfile names -out superlink.crt
+openssl x509 -req -in superlink.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 3 \
+    -extfile names -out superlink.crt
 "#;
 
 /// Runs a command in the root file system `$0`, with the mounts that a program needs and without
 /// this machine's environment.
 const INSIDE: &str = r#"mount -t proc proc "$0/proc"
 mount --rbind /dev "$0/dev"
-exec chroot "$0" /usr/bin/env -i PATH=/opt/flower/bin:/usr/bin:/bin HOME=/root FLWR_HOME=/root/.flwr \
-    FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 "$@""#;
+exec chroot "$0" /usr/bin/env -i PATH=/opt/flower/bin:/usr/bin:/bin HOME=/root \
+    FLWR_HOME=/root/.flwr FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 "$@""#;
 
 /// A Flower release on this machine: the root file system of its image.
 #[derive(Debug)]
@@ -172,7 +173,8 @@ impl SuperLink {
             (9092, 9093, "Starting Fleet API")
         };
         let connection = format!(
-            "[superlink]\ndefault = \"test\"\n[superlink.test]\naddress = \"{}\"\nroot-certificates = \"/tls/ca.crt\"\n",
+            "[superlink]\ndefault = \"test\"\n[superlink.test]\n\
+             address = \"{}\"\nroot-certificates = \"/tls/ca.crt\"\n",
             SocketAddr::new(address, control)
         );
         sandbox.write("root/root/.flwr/config.toml", connection);
@@ -235,7 +237,8 @@ impl SuperLink {
     /// Runs `flwr run` on the two nodes to its end and returns the rounds.
     ///
     /// # Errors
-    /// The output, if the command failed or timed out. On timeout the command is killed and the SuperLink continues the run.
+    /// The output, if the command failed or timed out. On timeout the command is killed and the
+    /// SuperLink continues the run.
     ///
     /// # Panics
     /// If the command cannot be started.

@@ -108,7 +108,8 @@ fn build() -> PathBuf {
     // reader sees a partial file.
     let directory = std::env::current_exe().expect("the path of this test").with_file_name("");
     let tar = directory.join("supernode-tests-image.tar");
-    let script = "chmod 755 bin/busybox usr/bin/flower-supernode; chmod 1777 tmp; chown -R 49999:49999 app; \
+    let script = "chmod 755 bin/busybox usr/bin/flower-supernode; chmod 1777 tmp; \
+                  chown -R 49999:49999 app; \
                   tar -cf \"$0.$$\" . && mv \"$0.$$\" \"$0\"";
     let mut command = Command::new("sh");
     command.arg("-ec").arg(script).arg(&tar).current_dir(root.path());

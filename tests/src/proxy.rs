@@ -236,7 +236,8 @@ fn refuse(mut client: &UnixStream) -> io::Result<()> {
     let length = message.len();
     write!(
         client,
-        "HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\
+        "HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\n\
+         Content-Length: {length}\r\n\
          Connection: close\r\n\r\n{message}"
     )
 }

@@ -83,12 +83,16 @@ fn content() -> Content {
     let config = json!({
         "architecture": "amd64",
         "os": "linux",
-        "config": {"Entrypoint": ["/usr/bin/flower-supernode"], "Env": ["PATH=/usr/bin:/bin"], "User": "49999:49999"},
+        "config": {"Entrypoint": ["/usr/bin/flower-supernode"], "Env": ["PATH=/usr/bin:/bin"],
+            "User": "49999:49999"},
         "rootfs": {"type": "layers", "diff_ids": [layer.0]},
     });
     let config = config.to_string().into_bytes();
     let config = (digest(&config), config);
-    let part = |kind: &str, part: &(String, Vec<u8>)| json!({"mediaType": kind, "size": part.1.len(), "digest": part.0});
+    let part = |kind: &str, part: &(String, Vec<u8>)| {
+        json!({"mediaType": kind,
+            "size": part.1.len(), "digest": part.0})
+    };
     let manifest = json!({
         "schemaVersion": 2,
         "mediaType": MANIFEST_TYPE,
@@ -127,7 +131,8 @@ fn answer(mut caller: &TcpStream, content: &Content, gate: &Gate) {
     let length = body.len();
     let _ = write!(
         caller,
-        "HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close\r\n\
+        "HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\
+         Connection: close\r\n\
          Docker-Distribution-API-Version: registry/2.0\r\n\r\n"
     );
     if method == "HEAD" {

@@ -93,7 +93,7 @@ impl Appliance {
             .arg(directory().join("appliance.sh"));
         let output = run(command.arg(stage).envs(environment.iter().copied()), TIMEOUT);
         if output.stderr.contains("unshare failed") || output.stderr.contains("permission denied") {
-            println!("SKIPPED: no mount namespace of one's own here: {}", output.stderr.trim());
+            println!("SKIPPED: cannot create a mount namespace: {}", output.stderr.trim());
             return None;
         }
         Some(output)
@@ -181,7 +181,8 @@ fn bootstrap_waits_for_the_node_and_writes_the_report() {
     assert_eq!(ready, 2, "must be asked again after a delay");
     assert_eq!(
         appliance.read("config"),
-        "[Flower SuperNode]\nunit = active\nagent = supernode-agent 1.2.3\nContainer  flower-supernode runs\n"
+        "[Flower SuperNode]\nunit = active\nagent = supernode-agent 1.2.3\n\
+         Container  flower-supernode runs\n"
     );
     assert_eq!(
         fs::metadata(appliance.0.join("config")).unwrap().permissions().mode() & 0o777,
@@ -222,21 +223,27 @@ require "yaml"
 directory = ARGV.fetch(0)
 yaml = Dir["#{directory}/*.yaml"].to_h { |file| [File.basename(file), YAML.load_file(file)] }
 tests = yaml.fetch("tests.yaml")
-abort "tests.yaml is not the list of tests/" unless tests.sort == Dir.children("#{directory}/tests").sort
-tests.each { |test| abort "#{test}: bad Ruby" unless system("ruby", "-c", "#{directory}/tests/#{test}", out: File::NULL) }
+found = Dir.children("#{directory}/tests").sort
+abort "tests.yaml does not list the files of tests/" unless tests.sort == found
+tests.each do |test|
+  valid = system("ruby", "-c", "#{directory}/tests/#{test}", out: File::NULL)
+  abort "#{test}: invalid Ruby" unless valid
+end
 app = yaml.fetch("metadata.yaml").fetch(:app)
-abort "another name" unless app.fetch(:name) == File.basename(File.realpath(directory))
+name = File.basename(File.realpath(directory))
+abort "name differs from the directory" unless app.fetch(:name) == name
 description = yaml.find { |name, _| name =~ /\A\h{8}(-\h{4}){3}-\h{12}\.yaml\z/ }.last
 template = description.fetch("opennebula_template")
 inputs = template.fetch("user_inputs")
 abort "INPUTS_ORDER" unless template["inputs_order"].downcase.split(",") == inputs.keys
 abort "five fields" unless inputs.values.all? { |input| input.split("|", -1).size == 5 }
 abort "context" unless inputs.keys.all? { |name| template["context"][name] == "$#{name.upcase}" }
-abort "test parameters" unless app[:context][:params].keys.all? { |name| inputs.key?("oneapp_#{name}".downcase) }
+params = app[:context][:params].keys.map { |name| "oneapp_#{name}".downcase }
+abort "test parameters" unless params.all? { |name| inputs.key?(name) }
 abort "logo" unless File.exist?("#{directory}/../../logos/#{description["logo"]}")
 "##;
     if Command::new("ruby").arg("--version").output().is_err() {
-        println!("SKIPPED: there is no ruby, which the marketplace's tests are written in");
+        println!("SKIPPED: Ruby is not installed (language of the marketplace's tests)");
         return;
     }
     run(Command::new("ruby").args(["-e", READ]).arg(directory()), TIMEOUT).expect_success();

@@ -14,7 +14,8 @@ use supernode_tests::{Boot, BootedVm};
 
 const UNIT: &str = "flower-supernode.service";
 const FALLBACK: &str = "No usable GPU, this node runs on the CPU.";
-const CONTAINER: &str = "docker inspect --format 'runs {{.State.Running}} on {{.HostConfig.Runtime}}' flower-supernode\n";
+const CONTAINER: &str = "docker inspect flower-supernode \
+    --format 'runs {{.State.Running}} on {{.HostConfig.Runtime}}'\n";
 
 /// Journal entries of a boot that contain this text.
 fn entries<'b>(boot: &'b Boot, text: &str) -> Vec<&'b Value> {
@@ -26,7 +27,7 @@ fn entries<'b>(boot: &'b Boot, text: &str) -> Vec<&'b Value> {
 
 /// Asserts that the output contains these texts.
 #[track_caller]
-fn says(boot: &Boot, words: &[&str]) {
+fn assert_output(boot: &Boot, words: &[&str]) {
     for words in words {
         assert!(boot.output.contains(words), "{words}: {}", boot.transcript());
     }
@@ -47,7 +48,8 @@ fn boot_without_gpu_logs_one_warning_and_runs_on_cpu() {
          supernode-agent plan
          supernode-agent check vm || true
          journalctl --no-pager --output cat MESSAGE_ID=1066eaea8fabf0f00ff7b11691329178
-         wait_for sh -c 'journalctl --no-pager --all CONTAINER_NAME=flower-supernode | grep \"SuperNode ID: 1\"'
+         wait_for sh -c 'journalctl --no-pager --all CONTAINER_NAME=flower-supernode | grep \
+         \"SuperNode ID: 1\"'
          cat /run/onegate-updated
          wait_for sh -c 'supernode-agent status | grep \"10.9.8.7:9092, connected\"'
          supernode-agent status
@@ -65,10 +67,11 @@ fn boot_without_gpu_logs_one_warning_and_runs_on_cpu() {
     ] {
         assert_eq!(warnings[0][field], value, "{}", boot.transcript());
     }
-    says(
+    assert_output(
         &boot,
         &[
-            "Status: \"Running on the CPU: gpu-not-passed-through: OpenNebula assigned 0000:01:00.0",
+            "Status: \"Running on the CPU: gpu-not-passed-through: OpenNebula assigned \
+             0000:01:00.0",
             "runs true on runc",
             "Subject: No usable GPU: gpu-not-passed-through",
             "Found on this machine: OpenNebula assigned 0000:01:00.0",
@@ -90,12 +93,13 @@ fn installed_units_are_valid_sandboxed_and_documented() {
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     // `security` prints tenths; `verify` exits with 0 whatever it finds.
     let boot = vm.boot(
-        "test -z \"$(systemd-analyze verify --man=yes flower-supernode.service flower-supernode-runtime.service default.target 2>&1)\"
+        "test -z \"$(systemd-analyze verify --man=yes flower-supernode.service \
+         flower-supernode-runtime.service default.target 2>&1)\"
          systemd-analyze security --no-pager --threshold=28 flower-supernode.service | tail -n 1
          man --where supernode-agent agent.toml flower-supernode.service
          bash -n /usr/share/bash-completion/completions/supernode-agent",
     );
-    says(&boot, &["Overall exposure level for flower-supernode.service: 2."]);
+    assert_output(&boot, &["Overall exposure level for flower-supernode.service: 2."]);
     assert_eq!(boot.warnings_of(UNIT), Vec::<&Value>::new(), "{}", boot.transcript());
 }
 
@@ -107,7 +111,7 @@ fn boot_with_gpu_does_not_restart_or_reload_docker() {
         "{CONTAINER} systemctl status flower-supernode\n cat /etc/docker/daemon.json"
     ));
     assert_eq!(boot.warnings_of(UNIT), Vec::<&Value>::new(), "{}", boot.transcript());
-    says(
+    assert_output(
         &boot,
         &[
             "runs true on nvidia",
@@ -133,7 +137,8 @@ fn daemon_reload_removes_gpu_injected_only_by_hook() {
     let boot = vm.boot(&format!(
         "systemctl daemon-reload
          wait_for sh -c 'journalctl --no-pager --unit flower-supernode | grep \"{lost}\"'
-         wait_for sh -c 'test \"$(journalctl --no-pager --unit flower-supernode | grep -c \"started the container\")\" = 2'
+         wait_for sh -c 'test \"$(journalctl --no-pager --unit flower-supernode | grep -c \
+         \"started the container\")\" = 2'
          {CONTAINER} systemctl status flower-supernode"
     ));
     let warnings = boot.warnings_of(UNIT);
@@ -144,7 +149,7 @@ fn daemon_reload_removes_gpu_injected_only_by_hook() {
         "{}",
         boot.transcript()
     );
-    says(&boot, &["runs true on nvidia", "Status: \"Running on NVIDIA A100"]);
+    assert_output(&boot, &["runs true on nvidia", "Status: \"Running on NVIDIA A100"]);
 }
 
 #[test]
@@ -161,7 +166,7 @@ fn missing_required_gpu_fails_the_unit_without_ready() {
          test ! -e /run/onegate-updated
          ! docker inspect flower-supernode",
     );
-    says(
+    assert_output(
         &boot,
         &["ActiveState=failed", "NRestarts=0", "FL_GPU_REQUIRED is YES and no GPU is usable"],
     );
@@ -185,7 +190,10 @@ fn invalid_context_logs_each_error_once_without_restart() {
         "systemctl show --property ActiveState,NRestarts,StatusText flower-supernode
          systemctl is-active docker",
     );
-    says(&boot, &["ActiveState=failed", "NRestarts=0", "StatusText=Invalid configuration: "]);
+    assert_output(
+        &boot,
+        &["ActiveState=failed", "NRestarts=0", "StatusText=Invalid configuration: "],
+    );
     for error in
         ["FL_SUPERLINK_ADDRESS='nowhere': ", "FL_GPU_ENABLED='maybe': ", "FL_LOG_LEVEL='loud': "]
     {
@@ -224,7 +232,8 @@ fn broken_daemon_json_is_logged_and_left_unchanged() {
     vm.context(&wanted(&[])).file("etc/docker/daemon.json", broken);
     vm.settings("[docker]\nready_timeout_seconds = 2\n");
     let boot = vm.boot(
-        "wait_for systemctl is-failed docker\n journalctl -u docker\n cat /etc/docker/daemon.json\n ls -A /etc/docker",
+        "wait_for systemctl is-failed docker\n journalctl -u docker\n \
+         cat /etc/docker/daemon.json\n ls -A /etc/docker",
     );
     assert_eq!(std::fs::read_to_string(vm.path("etc/docker/daemon.json")).unwrap(), broken);
     assert!(!entries(&boot, "docker.sock does not answer").is_empty(), "{}", boot.transcript());
@@ -239,7 +248,7 @@ fn node_starts_after_reboot_with_one_warning() {
     for boot in ["first", "second"] {
         let boot_of =
             vm.boot(&format!("{CONTAINER} docker ps --all --format '{{{{.Names}}}}' | wc -l"));
-        says(&boot_of, &["runs true on runc"]);
+        assert_output(&boot_of, &["runs true on runc"]);
         assert_eq!(
             boot_of.output.trim_end().lines().last(),
             Some("1"),
@@ -261,7 +270,7 @@ fn vm_boots_after_power_loss_during_first_boot() {
         std::fs::read_dir(&containers).is_ok_and(|mut found| found.next().is_some())
     });
     let boot = vm.boot(&format!("{CONTAINER} docker ps --all --format '{{{{.Names}}}}' | wc -l"));
-    says(&boot, &["runs true on nvidia"]);
+    assert_output(&boot, &["runs true on nvidia"]);
     assert_eq!(boot.output.trim_end().lines().last(), Some("1"), "{}", boot.transcript());
     let written = std::fs::read(&daemon_json).unwrap();
     serde_json::from_slice::<Value>(&written).expect("daemon.json is whole");
@@ -301,7 +310,8 @@ fn systemctl_reload_returns_after_the_reload() {
         "change() {
              sed -i \"$1\" /run/one-context/context.sh.*
              systemctl reload flower-supernode
-             wait_for sh -c 'test \"$(systemctl show --property ActiveState,SubState --value flower-supernode | xargs)\" = \"active running\"'
+             wait_for sh -c 'test \"$(systemctl show --property ActiveState,SubState --value \
+             flower-supernode | xargs)\" = \"active running\"'
          }
          facts() { docker inspect --format '{{.Id}} {{.State.StartedAt}}' flower-supernode; }
          first=$(facts)
@@ -314,7 +324,7 @@ fn systemctl_reload_returns_after_the_reload() {
          docker inspect flower-supernode | grep 10.9.8.7:9999
          systemctl show --property NRestarts flower-supernode",
     );
-    says(&boot, &["NRestarts=0"]);
+    assert_output(&boot, &["NRestarts=0"]);
     assert_eq!(entries(&boot, "started the container").len(), 2, "{}", boot.transcript());
 }
 
@@ -326,21 +336,23 @@ fn watchdog_restarts_frozen_agent_which_adopts_container() {
         "[Service]\nWatchdogSec=10\nRestartSec=1\n",
     );
     let boot = vm.boot(
-        "facts() { docker inspect --format '{{.Id}} {{.State.Pid}} {{.State.StartedAt}}' flower-supernode; }
+        "facts() { docker inspect --format '{{.Id}} {{.State.Pid}} {{.State.StartedAt}}' \
+         flower-supernode; }
          agent() { systemctl show --property MainPID --value flower-supernode; }
          container=$(facts) old=$(agent)
          # With notifications, it keeps running.
          sleep 25
          test \"$(agent)\" = \"$old\"
          kill -STOP \"$old\"
-         adopted() { journalctl --no-pager --unit flower-supernode --grep 'adopted the running container'; }
+         adopted() { journalctl --no-pager --unit flower-supernode --grep 'adopted the running \
+         container'; }
          wait_for adopted
          wait_for systemctl is-active flower-supernode
          test \"$(agent)\" != \"$old\"
          test \"$(facts)\" = \"$container\"
          systemctl show --property NRestarts flower-supernode",
     );
-    says(&boot, &["NRestarts=1"]);
+    assert_output(&boot, &["NRestarts=1"]);
     assert_eq!(entries(&boot, "Watchdog timeout").len(), 1, "{}", boot.transcript());
     assert_eq!(entries(&boot, "started the container").len(), 1, "{}", boot.transcript());
 }
@@ -357,7 +369,8 @@ fn upgrade_keeps_container_and_purge_removes_everything() {
          dpkg-deb --build /tmp/next /tmp/next.deb
          container=$(pid) old=$(agent)
          dpkg --install /tmp/next.deb
-         adopted() { journalctl --no-pager --unit flower-supernode --grep 'adopted the running container'; }
+         adopted() { journalctl --no-pager --unit flower-supernode --grep 'adopted the running \
+         container'; }
          wait_for adopted
          wait_for systemctl is-active flower-supernode
          test \"$(agent)\" != \"$old\"
@@ -369,7 +382,8 @@ fn upgrade_keeps_container_and_purge_removes_everything() {
          ! docker inspect flower-supernode
          dpkg --purge supernode-agent
          rm -rf /tmp/next /tmp/next.deb
-         find / -xdev \\( -name '*supernode*' -o -path '/opt/flower*' \\) -not -path '/harness/*' -not -path '/proc/*' \
+         find / -xdev \\( -name '*supernode*' -o -path '/opt/flower*' \\) -not -path '/harness/*' \
+         -not -path '/proc/*' \
              -not -path '/usr/share/doc/*' -not -path '/var/log/*' -printf 'left %p\\n'",
     );
     let left: Vec<&str> = boot.output.lines().filter(|line| line.starts_with("left ")).collect();
@@ -389,7 +403,7 @@ fn drop_in_orders_start_script_before_the_node() {
          systemctl restart flower-supernode
          {CONTAINER}"
     ));
-    says(&boot, &["runs true on runc"]);
+    assert_output(&boot, &["runs true on runc"]);
     let place = |text: &str| {
         boot.journal.iter().position(|entry| {
             entry["MESSAGE"].as_str().is_some_and(|message| message.starts_with(text))
@@ -448,7 +462,8 @@ fn record_timeline(boot: &Boot) {
     let (mark, rest) = rest.split_once('\n').expect("a line after the mark");
     let (_, after) = rest.split_once("<!-- end -->").expect("an end mark");
     let page = format!(
-        "{before}{MARK}{mark}\n| event | starts | done |\n| --- | --- | --- |\n{rows}<!-- end -->{after}"
+        "{before}{MARK}{mark}\n| event | starts | done |\n| --- | --- | --- |\n\
+         {rows}<!-- end -->{after}"
     );
     std::fs::write(file, page).expect(file);
 }
@@ -464,7 +479,7 @@ fn emulated_vm_boots_and_agent_takes_one_percent_of_it() {
         ("READY_SCRIPT_PATH", "/opt/flower/scripts/health-check.sh"),
     ]));
     let boot = vm.boot_in_qemu(&format!("{CONTAINER} ip route\n cat /run/onegate-updated"));
-    says(&boot, &["runs true on runc", "default via 10.0.2.2", "READY=YES"]);
+    assert_output(&boot, &["runs true on runc", "default via 10.0.2.2", "READY=YES"]);
     assert_eq!(boot.warnings_of(UNIT).len(), 1, "{}", boot.transcript());
     assert!(entries(&boot, "ordering cycle").is_empty(), "{}", boot.transcript());
     if std::env::var_os("UPDATE_BOOT_TIMELINE").is_some() {
@@ -486,8 +501,8 @@ fn emulated_vm_boots_and_agent_takes_one_percent_of_it() {
     let own = (started - first).saturating_sub(docker);
     let share = own as f64 * 100.0 / started as f64;
     report(&format!(
-        "MEASURED: from power-on to the container {:.1} s; from the agent's first line on {:.3} s, of it Docker's calls \
-         {:.3} s and the agent's own {:.3} s: {share:.2} % of the boot",
+        "MEASURED power-on to running container: {:.1} s; from the agent's first log line: \
+         {:.3} s, of which Docker calls {:.3} s and the agent {:.3} s ({share:.2} % of the boot)",
         started as f64 / 1e6,
         (started - first) as f64 / 1e6,
         docker as f64 / 1e6,
@@ -558,7 +573,8 @@ const WITHOUT: [Step; 10] = [
 fn every_unit_capability_is_needed_and_its_loss_is_logged() {
     let Some(vm) = BootedVm::new() else { return };
     vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu()).settings(
-        "[gpu]\nsysfs = \"/simulator/sys\"\nnvml_library = \"/simulator/libnvidia-ml.so.1\"\nwait_seconds = 1\n\
+        "[gpu]\nsysfs = \"/simulator/sys\"\n\
+         nvml_library = \"/simulator/libnvidia-ml.so.1\"\nwait_seconds = 1\n\
          probe_timeout_seconds = 20\n[container]\ndata_dir = \"/srv/theirs/data\"\n",
     );
     let nvidias = nvidia_library();
@@ -570,11 +586,12 @@ fn every_unit_capability_is_needed_and_its_loss_is_logged() {
              for unit in flower-supernode flower-supernode-runtime; do
                  mkdir -p /run/systemd/system/$unit.service.d
                  echo "[Service]" >/run/systemd/system/$unit.service.d/without.conf
-                 [ "$1" = NONE ] || echo "CapabilityBoundingSet=~CAP_$1" >>/run/systemd/system/$unit.service.d/without.conf
+                 [ "$1" = NONE ] || echo "CapabilityBoundingSet=~CAP_$1" \
+                     >>/run/systemd/system/$unit.service.d/without.conf
              done
              systemctl daemon-reload
          }
-         # An operator's daemon.json from which Docker gets no runtime, and a data directory of another user.
+         # An operator's daemon.json without the runtime, and a data directory of another user.
          begin() {
              without "${1%%-*}"
              systemctl stop flower-supernode
@@ -594,14 +611,16 @@ fn every_unit_capability_is_needed_and_its_loss_is_logged() {
              {
                  set +ex
                  journalctl --no-pager --output cat --unit flower-supernode --after-cursor "$cursor"
-                 docker inspect --format 'runs {{.State.Running}} on {{.HostConfig.Runtime}}' flower-supernode
+                 docker inspect flower-supernode \
+                     --format 'runs {{.State.Running}} on {{.HostConfig.Runtime}}'
                  stat --format '%n %u:%g %a' /etc/docker/daemon.json
                  find /srv/theirs/data /dev/nvidia* -maxdepth 0
              } 2>&1 | sed "s/^/$1: /"
          }
          step() {
              begin "$1"
-             # On a busy machine systemd may find the unit's control group gone under its hands: that is no word of the agent.
+             # On a loaded machine systemd may report that the unit's cgroup has disappeared
+             # (result "resources"), which is not a failure of the agent.
              systemctl restart flower-supernode ||
                  [ "$(systemctl show --property Result --value flower-supernode)" != resources ] ||
                  systemctl restart flower-supernode || true
@@ -610,7 +629,8 @@ fn every_unit_capability_is_needed_and_its_loss_is_logged() {
          early() {
              begin "$1"
              systemctl start flower-supernode-runtime
-             echo "$1: exit code $(systemctl show --property ExecMainStatus --value flower-supernode-runtime)"
+             echo "$1: exit code $(systemctl show flower-supernode-runtime \
+                 --property ExecMainStatus --value)"
              end "$1"
          }
          step NONE

@@ -189,7 +189,8 @@ fn sysfs_causes() -> Vec<Cause> {
                  but no module built for kernel 6.1.0-38-amd64; the headers"],
             |_, vm| {
                 vm.sysfs(&Sysfs::new().gpu(GPU).secure_boot(false));
-                let built = "var/lib/dkms/nvidia-current/535.261.03/6.1.0-37-amd64/x86_64/module/nvidia-current.ko.xz";
+                let built = "var/lib/dkms/nvidia-current/535.261.03/6.1.0-37-amd64/x86_64/module/\
+                             nvidia-current.ko.xz";
                 vm.kernel("6.1.0-38-amd64", &[(built, ""), ("etc/debian_version", "12.11\n")]);
             },
         ),
@@ -479,7 +480,8 @@ fn launch_causes() -> Vec<Cause> {
         refuses("runtime finds no driver", "initialization error: nvml error: driver not loaded"),
         refuses(
             "runtime finds the driver too old for the image",
-            "requirement error: unsatisfied condition: cuda>=12.8, please update your driver to a newer version",
+            "requirement error: unsatisfied condition: cuda>=12.8, please update your driver to a \
+             newer version",
         ),
         refuses("runtime does not find the GPU", "device error: GPU-x: unknown device"),
         Cause::new(

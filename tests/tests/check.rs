@@ -121,7 +121,8 @@ impl Root {
         // An absolute symlink, as on every system; it must be resolved inside the root.
         symlink("/run", self.0.join("var/run")).unwrap();
         let listener = UnixListener::bind(self.0.join("run/docker.sock")).unwrap();
-        let info = json!({"ServerVersion": "26.1.5", "Runtimes": runtimes, "DockerRootDir": "/var/lib/docker"});
+        let info = json!({"ServerVersion": "26.1.5", "Runtimes": runtimes,
+            "DockerRootDir": "/var/lib/docker"});
         thread::spawn(move || {
             for mut stream in listener.incoming().map_while(Result::ok) {
                 let mut request = [0; 4096];
@@ -135,7 +136,8 @@ impl Root {
                     _ => ("404 Not Found", json!({"message": "no such thing"})),
                 };
                 let body = body.to_string();
-                let head = "Content-Type: application/json\r\nApi-Version: 1.45\r\nConnection: close\r\nContent-Length";
+                let head = "Content-Type: application/json\r\nApi-Version: 1.45\r\n\
+                 Connection: close\r\nContent-Length";
                 let _ = write!(stream, "HTTP/1.1 {status}\r\n{head}: {}\r\n\r\n{body}", body.len());
             }
         });
@@ -429,7 +431,10 @@ fn every_host_fault_is_found_by_its_check() {
     sound(&root);
     let text = root.run("host", &[]).stdout;
     assert!(
-        text.contains("0000:e1:00.1 (sound, 10de:20f1, class 0403) is on the driver snd_hda_intel, not on vfio-pci"),
+        text.contains(
+            "0000:e1:00.1 (sound, 10de:20f1, class 0403) is on the driver \
+             snd_hda_intel, not on vfio-pci"
+        ),
         "{text}"
     );
     assert!(

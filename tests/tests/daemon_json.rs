@@ -206,7 +206,8 @@ fn docker_accepts_the_written_file() {
     vm.engine(&engine).context(&wanted(&[]));
     for text in [
         "{}",
-        "{\n\t\"log-opts\": {\"max-size\": \"10m\"},\n\t\"runtimes\": {\"other\": {\"path\": \"runc\"}}\n}",
+        "{\n\t\"log-opts\": {\"max-size\": \"10m\"},\n\t\"runtimes\": {\"other\": {\"path\": \
+         \"runc\"}}\n}",
         "{\"max-concurrent-downloads\": 3, \"runtimes\": null}",
         "{\r\n  \"labels\": [\"a=\\u00e9\"],\r\n  \"runtimes\": {}\r\n}",
     ] {

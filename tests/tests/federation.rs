@@ -80,7 +80,7 @@ fn flower_1_41_nodes_train_again_after_superlink_restart() {
 /// | 1.41.0 | memory | 50; nodes exit (0) | 12 to 21; nodes exit (0 or 130) |
 /// | 1.41.0 | database | 42; nodes wait | 9 |
 #[test]
-#[ignore = "ten minutes of figures: what each release does by itself, for either memory of the SuperLink"]
+#[ignore = "ten minutes of measurements: each release unmonitored, with both SuperLink states"]
 fn unmonitored_recovery_time_after_superlink_restart() {
     for (release, state) in [
         ("1.31.0", State::Memory),

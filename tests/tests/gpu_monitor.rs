@@ -49,7 +49,10 @@ impl MonitoredNode {
         let directory = Sandbox::new("watch");
         let events: Vec<Value> = xids
             .iter()
-            .map(|xid| json!({"type": "xid", "data": xid, "when_file": directory.join(format!("xid-{xid}"))}))
+            .map(|xid| {
+                json!({"type": "xid", "data": xid,
+                    "when_file": directory.join(format!("xid-{xid}"))})
+            })
             .collect();
         Self::with_events(script, directory, &json!(events), settings, context)
     }
@@ -556,7 +559,10 @@ fn container_losing_gpu_to_daemon_reload_is_recreated_once() {
         r#"#!/bin/sh
 case "$*" in
 *UnitsLoadTimestampMonotonic*) echo "UnitsLoadTimestampMonotonic=$(cat {0}/reloaded)" ;;
-*docker-"$(cat {0}/first)".scope) printf '%s\n' LoadState=loaded ActiveEnterTimestampMonotonic=5000 DevicePolicy=strict "DeviceAllow=/dev/char/1:3 rwm" ;;
+*docker-"$(cat {0}/first)".scope)
+    printf '%s\n' LoadState=loaded ActiveEnterTimestampMonotonic=5000 DevicePolicy=strict \
+        "DeviceAllow=/dev/char/1:3 rwm"
+    ;;
 *) printf '%s\n' LoadState=loaded ActiveEnterTimestampMonotonic=9500 DevicePolicy=strict ;;
 esac
 "#,

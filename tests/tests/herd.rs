@@ -17,8 +17,9 @@ fn five_hundred_simultaneous_nodes_discover_superlink() {
     let Herd { took, at_first_attempt, discovery, requests, peak_requests_per_second } =
         start_together(AGENTS);
     report(&format!(
-        "MEASURED {AGENTS} agents that started together all found their SuperLink within {:.1} s ({at_first_attempt} at the \
-         first attempt): {discovery} requests of discovery, {requests} in all, {peak_requests_per_second} a second at the peak",
+        "MEASURED {AGENTS} simultaneous agents discovered their SuperLink within {:.1} s, \
+         {at_first_attempt} at the first attempt: {discovery} discovery requests, {requests} in \
+         total, at most {peak_requests_per_second} per second",
         took.as_secs_f64(),
     ));
     // Two each, and more only if the machine is too loaded to answer in time.

@@ -108,7 +108,8 @@ fn gpu_is_retried_when_cpu_launch_is_refused_too() {
     vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
     let broken = vm.path("runc-is-broken");
     let script = format!(
-        "#!/bin/sh\ncase \" $* \" in *\" create \"*) [ -e {} ] && exit 1 ;; esac\nPATH=$(echo \"$PATH\" | cut -d: -f2-) exec runc \"$@\"\n",
+        "#!/bin/sh\ncase \" $* \" in *\" create \"*) [ -e {} ] && exit 1 ;; esac\n\
+         PATH=$(echo \"$PATH\" | cut -d: -f2-) exec runc \"$@\"\n",
         broken.display()
     );
     let runc = engine.bin_dir().join("runc");

@@ -63,7 +63,10 @@ fn measured_gpu(directory: &Sandbox, xids: &[u64]) -> Value {
     let gpu = &mut script["gpus"][0];
     (gpu["utilization"], gpu["power_mw"], gpu["memory_used_mib"]) =
         (json!(25), json!(70_500), json!(1024));
-    let event = |xid: &u64| json!({"type": "xid", "data": xid, "when_file": directory.join(format!("xid-{xid}"))});
+    let event = |xid: &u64| {
+        json!({"type": "xid", "data": xid,
+            "when_file": directory.join(format!("xid-{xid}"))})
+    };
     script["events"] = xids.iter().map(event).collect();
     script["log"] = json!(directory.join("calls"));
     script

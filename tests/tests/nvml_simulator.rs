@@ -167,7 +167,8 @@ fn hang(nvml: Nvml) {
 #[test]
 fn reports_the_scripted_gpus() {
     let driver = SimulatedDriver::new(&json!({"driver_version": "535.1", "gpus": [
-        {"uuid": "GPU-a", "name": "NVIDIA L4", "memory_mib": 23034, "pci_address": "0000:21:00.0", "minor": 1},
+        {"uuid": "GPU-a", "name": "NVIDIA L4", "memory_mib": 23034,
+            "pci_address": "0000:21:00.0", "minor": 1},
         {"uuid": "GPU-b", "pci_address": "0001:c1:1f.0"},
     ]}));
     let expected = [
@@ -181,7 +182,8 @@ fn reports_the_scripted_gpus() {
 #[test]
 fn missing_feature_returns_not_supported() {
     let driver = SimulatedDriver::new(&json!({"gpus": [
-        {"uuid": "GPU-a", "ecc_uncorrected": 3, "remap_failed": true, "temperature": 41, "power_mw": 52000},
+        {"uuid": "GPU-a", "ecc_uncorrected": 3, "remap_failed": true, "temperature": 41,
+            "power_mw": 52000},
         {"uuid": "GPU-b"},
     ]}));
     let none = "Err(NotSupported)";

@@ -18,7 +18,14 @@ use supernode_tests::{
     onegate::{Reply, Shape},
 };
 
-const SERVICE_JSON: &str = r#"{"SERVICE":{"name":"flower","id":"7","state":2,"roles":[{"name":"superlink","cardinality":1,"state":2,"nodes":[{"deploy_id":100,"running":null,"vm_info":{"VM":{"ID":"100","UID":"2","GID":"1","UNAME":"alice","GNAME":"users","NAME":"superlink_0"}}}]},{"name":"supernode","cardinality":1,"state":2,"nodes":[{"deploy_id":101,"running":null,"vm_info":{"VM":{"ID":"101","UID":"2","GID":"1","UNAME":"alice","GNAME":"users","NAME":"supernode_0_(service_7)"}}}]}]}}"#;
+const SERVICE_JSON: &str = concat!(
+    r#"{"SERVICE":{"name":"flower","id":"7","state":2,"roles":[{"name":"superlink","#,
+    r#""cardinality":1,"state":2,"nodes":[{"deploy_id":100,"running":null,"vm_info":{"VM":{"#,
+    r#""ID":"100","UID":"2","GID":"1","UNAME":"alice","GNAME":"users","#,
+    r#""NAME":"superlink_0"}}}]},{"name":"supernode","cardinality":1,"state":2,"nodes":[{"#,
+    r#""deploy_id":101,"running":null,"vm_info":{"VM":{"ID":"101","UID":"2","GID":"1","#,
+    r#""UNAME":"alice","GNAME":"users","NAME":"supernode_0_(service_7)"}}}]}]}}"#,
+);
 
 /// Service 7: the SuperLink 100 with an endpoint and a NIC, the SuperNode 101. VM 102 is in no
 /// service, 103 in service 8.
@@ -48,7 +55,8 @@ fn exchange(onegate: &OneGateSimulator, bytes: &str) -> String {
 
 fn head(method: &str, target: &str, vm: u32) -> String {
     format!(
-        "{method} {target} HTTP/1.1\r\nHost: onegate\r\nX-ONEGATE-TOKEN: token-of-{vm}\r\nX-ONEGATE-VMID: {vm}\r\n"
+        "{method} {target} HTTP/1.1\r\nHost: onegate\r\n\
+         X-ONEGATE-TOKEN: token-of-{vm}\r\nX-ONEGATE-VMID: {vm}\r\n"
     )
 }
 
@@ -88,9 +96,11 @@ fn vm_reads_itself_its_service_and_its_peers() {
     assert_eq!(get(&onegate, "/service", 101), text(200, SERVICE_JSON));
     let superlink = json!({"VM": {
         "NAME": "superlink_0", "ID": "100", "STATE": "3", "LCM_STATE": "3",
-        "USER_TEMPLATE": {"FL_ENDPOINT": "10.77.0.1:9092", "ROLE_NAME": "superlink", "SERVICE_ID": "7"},
+        "USER_TEMPLATE": {"FL_ENDPOINT": "10.77.0.1:9092", "ROLE_NAME": "superlink",
+            "SERVICE_ID": "7"},
         "TEMPLATE": {
-            "NIC": [{"IP": "10.77.0.1", "MAC": "02:00:0a:4d:00:00", "NAME": "NIC0", "NETWORK": "private"}],
+            "NIC": [{"IP": "10.77.0.1", "MAC": "02:00:0a:4d:00:00", "NAME": "NIC0",
+                "NETWORK": "private"}],
             "NIC_ALIAS": [],
         },
     }});

@@ -120,7 +120,8 @@ fn pull_progress_is_reported_in_percent() {
 fn status_watch_prints_changes_once_until_interrupted() {
     let vm = TestVm::new();
     let report = |words: &str| {
-        let report = json!({"version": "0.1.0", "pid": 1, "status": words, "since": "", "verdict": null, "superlink": null});
+        let report = json!({"version": "0.1.0", "pid": 1, "status": words, "since": "",
+            "verdict": null, "superlink": null});
         std::fs::write(vm.path("state/status.json"), report.to_string()).unwrap();
     };
     let watch = |arguments: &[&str]| {

@@ -55,7 +55,8 @@ fn plan_matches_the_contract_format() {
     assert_eq!(plan["config"]["FL_GPU_ENABLED"], true);
     assert_eq!(
         plan["gpu"]["verdict"]["devices"][1],
-        json!({"index": 1, "uuid": GPU_B, "name": "NVIDIA L4", "pci_address": "0000:21:00.0", "memory_mib": 23034})
+        json!({"index": 1, "uuid": GPU_B, "name": "NVIDIA L4", "pci_address": "0000:21:00.0",
+            "memory_mib": 23034})
     );
     let container = &plan["container"];
     assert_eq!(container["name"], "flower-supernode");

@@ -21,7 +21,8 @@ use supernode_tests::{
 const SECONDS: Duration = Duration::from_secs(10);
 
 fn two_gpus() -> Value {
-    json!({"gpus": [{"uuid": "GPU-a", "minor": 0}, {"uuid": "GPU-b", "minor": 3, "mig": [{"uuid": "MIG-b1"}]}]})
+    json!({"gpus": [{"uuid": "GPU-a", "minor": 0}, {"uuid": "GPU-b", "minor": 3,
+        "mig": [{"uuid": "MIG-b1"}]}]})
 }
 
 /// An engine with NVIDIA's runtime, the test image and two GPUs.

@@ -1,4 +1,4 @@
-//! Between a program and Docker: what is asked for, and how long Docker takes.
+//! Recording proxy between a program and Docker: the calls and the time that Docker takes for them.
 
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
@@ -8,18 +8,18 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// A call that went through a [`Recorder`].
+/// A call recorded by a [`Recorder`].
 #[derive(Debug)]
 pub(crate) struct Call {
     connection: usize,
     sent: Instant,
-    /// Until its answer began; nothing where there was none yet.
+    /// Time until the answer began; `None` without an answer.
     took: Option<Duration>,
     text: Vec<u8>,
 }
 
 impl Call {
-    /// Whether it is this one: `POST`, and how its path ends, without the query.
+    /// Whether this is a call with this method whose path, without the query, ends with `end`.
     pub(crate) fn is(&self, method: &str, end: &str) -> bool {
         let text = String::from_utf8_lossy(&self.text);
         let mut words = text.split(' ');
@@ -29,14 +29,14 @@ impl Call {
                 .is_some_and(|path| path.split('?').next().is_some_and(|path| path.ends_with(end)))
     }
 
-    /// What it sent after its head.
+    /// Body of the request.
     pub(crate) fn body(&self) -> String {
         let text = String::from_utf8_lossy(&self.text);
         text.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default()
     }
 }
 
-/// A socket before the engine's, which notes what is sent to it and how long the engine takes.
+/// A socket in front of the engine's that records the requests and the engine's response times.
 #[derive(Debug)]
 pub(crate) struct Recorder {
     socket: PathBuf,
@@ -44,7 +44,7 @@ pub(crate) struct Recorder {
 }
 
 impl Recorder {
-    /// Listens on `socket` and passes on to `engine`.
+    /// Listens on `socket` and forwards to `engine`.
     pub(crate) fn start(socket: PathBuf, engine: &Path) -> Self {
         let listener = UnixListener::bind(&socket)
             .unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
@@ -66,29 +66,29 @@ impl Recorder {
         Self { socket, calls }
     }
 
-    /// Its socket.
+    /// Path of the socket.
     pub(crate) fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// The calls since this was asked last, in their order.
+    /// Returns the calls since the previous `take`, in order.
     pub(crate) fn take(&self) -> Vec<Call> {
         std::mem::take(&mut *self.calls.lock().unwrap())
     }
 }
 
-/// What no launch can do without, as the engine took it: create, start, and the look at what was
-/// started.
+/// Engine time of the calls that every launch needs: create, start, and the inspect after the
+/// start.
 pub(crate) fn needed(calls: &[Call]) -> Duration {
-    let started = calls.iter().position(|call| call.is("POST", "/start")).expect("it was started");
+    let started = calls.iter().position(|call| call.is("POST", "/start")).expect("a start call");
     let create =
-        calls.iter().find(|call| call.is("POST", "/containers/create")).expect("it was created");
+        calls.iter().find(|call| call.is("POST", "/containers/create")).expect("a create call");
     let look =
-        calls[started..].iter().find(|call| call.is("GET", "/json")).expect("it was looked at");
+        calls[started..].iter().find(|call| call.is("GET", "/json")).expect("an inspect call");
     [create, &calls[started], look].iter().map(|call| call.took.expect("an answer")).sum()
 }
 
-/// A request begins with its method; what does not is more of the one before.
+/// A request starts with its method; other data continues the previous request.
 fn note_request(calls: &Mutex<Vec<Call>>, connection: usize, bytes: &[u8]) {
     let mut calls = calls.lock().unwrap();
     let begins = ["GET ", "HEAD ", "POST ", "DELETE "]

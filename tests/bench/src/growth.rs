@@ -1,5 +1,5 @@
-//! Nodes that boot together: real ones against one OneGate, and more than one machine can start by
-//! a simulation of the same backoff code.
+//! Nodes that boot at the same time: real agents against one OneGate, and larger numbers in a
+//! simulation with the agent's backoff code.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -14,23 +14,24 @@ use supernode_tests::herd::start_together;
 use crate::report::Report;
 
 pub(crate) fn measure(report: &mut Report, together: &[u32], simulated: &[u32]) {
-    report.part("agents that start in the same moment, against one OneGate simulator");
+    report.part("simultaneous agents, one OneGate simulator");
     for agents in together {
         let herd = start_together(*agents);
         let figure = format!("{} requests/s", herd.peak_requests_per_second);
         let all_found = format!(
-            "all found within {:.1} s, {} requests",
+            "all discovered within {:.1} s, {} requests",
             herd.took.as_secs_f64(),
             herd.requests
         );
-        report.row(&format!("{agents} agents, at the peak"), &figure, &all_found);
+        report.row(&format!("{agents} agents, peak"), &figure, &all_found);
         let raw = json!({
-            "seconds": herd.took.as_secs_f64(), "at_first_attempt": herd.at_first_attempt, "discovery": herd.discovery,
-            "requests": herd.requests, "peak_requests_per_second": herd.peak_requests_per_second,
+            "seconds": herd.took.as_secs_f64(), "at_first_attempt": herd.at_first_attempt,
+            "discovery": herd.discovery, "requests": herd.requests,
+            "peak_requests_per_second": herd.peak_requests_per_second,
         });
         report.keep(&format!("{agents} agents together"), raw);
     }
-    report.part("by simulation of the same backoff code, discovery alone");
+    report.part("simulation with the agent's backoff code, discovery only");
     for scene in SCENES {
         for &nodes in simulated {
             for chance in [true, false] {
@@ -39,38 +40,42 @@ pub(crate) fn measure(report: &mut Report, together: &[u32], simulated: &[u32]) 
                 let what = format!("{nodes} nodes, {}, {jitter}", scene.words);
                 let figure = format!("{} requests/s", end.peak);
                 let all_found = match end.last {
-                    Some(last) => format!("the last has found it after {last:.0} s"),
-                    None => format!("not all have found it within {:.0} h", TIMEOUT / 3600.0),
+                    Some(last) => format!("last discovery after {last:.0} s"),
+                    None => format!("not all discovered within {:.0} h", TIMEOUT / 3600.0),
                 };
                 report.row(&what, &figure, &all_found);
-                let raw = json!({"peak_requests_per_second": end.peak, "last_seconds": end.last, "requests": end.requests});
+                let raw = json!({
+                    "peak_requests_per_second": end.peak,
+                    "last_seconds": end.last,
+                    "requests": end.requests,
+                });
                 report.keep(&format!("simulation: {what}"), raw);
             }
         }
     }
 }
 
-/// The longest time that is simulated, in seconds.
+/// Duration of a simulation, in seconds.
 const TIMEOUT: f64 = 6.0 * 3600.0;
 
-/// How nodes boot.
+/// Boot scenario.
 #[derive(Debug, Clone, Copy)]
 struct Scene {
     words: &'static str,
-    /// They boot within so many seconds.
+    /// Nodes boot within this many seconds.
     window: f64,
-    /// Their SuperLink runs after so many seconds.
+    /// The SuperLink starts after this many seconds.
     superlink: f64,
-    /// The requests that OneGate answers in a second; more wait.
+    /// Requests per second that OneGate answers; more are queued.
     capacity: f64,
 }
 
-/// No OneGate is as fast as the first; the others are what one process of it may do.
+/// The first OneGate has unlimited capacity; the others have the capacity of one process.
 const SCENES: &[Scene] = &[
     Scene { words: "booting in one minute", window: 60.0, superlink: 0.0, capacity: 1e9 },
     Scene { words: "SuperLink 10 min late", window: 60.0, superlink: 600.0, capacity: 1e9 },
     Scene {
-        words: "in one instant, SuperLink 10 min late",
+        words: "simultaneous, SuperLink 10 min late",
         window: 0.0,
         superlink: 600.0,
         capacity: 1e9,
@@ -78,27 +83,27 @@ const SCENES: &[Scene] = &[
     Scene { words: "in one minute, OneGate 300/s", window: 60.0, superlink: 0.0, capacity: 300.0 },
 ];
 
-/// How a scene ends.
+/// Result of a scenario.
 struct End {
-    /// The most requests that were sent within one second of the clock.
+    /// Highest number of requests sent within one second.
     peak: u32,
-    /// When the last node had found its SuperLink, in seconds; `None` where one had not after
+    /// Time at which the last node found its SuperLink, in seconds; `None` if one had not after
     /// [`TIMEOUT`].
     last: Option<f64>,
     requests: u64,
 }
 
-/// A try is two requests, for the service and for the SuperLink's VM, as `superlink.rs` has it;
-/// OneGate answers in the order in which it is asked, also to who has stopped to wait. The pauses
+/// An attempt is two requests, for the service and for the SuperLink's VM, as in `superlink.rs`.
+/// OneGate answers in order of arrival, including requests whose client has timed out. The delays
 /// are the agent's.
 fn simulate(scene: &Scene, nodes: u32, chance: bool) -> End {
-    /// What one request may take (`onegate.timeout_seconds`).
+    /// Time limit of one request (`onegate.timeout_seconds`).
     const LIMIT: f64 = 10.0;
     const CAP: Duration = Duration::from_secs(300);
     let mut rng = Rng::with_seed(7);
     let draw = |rng: &mut Rng| if chance { rng.f64() } else { 0.0 };
     let mut backoffs: Vec<Backoff> = (0..nodes).map(|_| exponential_backoff(CAP)).collect();
-    // In microseconds: whole numbers have an order.
+    // In microseconds, because integers have a total order.
     let micros = |seconds: f64| (seconds * 1e6) as u64;
     let mut coming: BinaryHeap<Reverse<(u64, u32, bool)>> = (0..nodes)
         .map(|node| {

@@ -1,5 +1,5 @@
-//! From the start of a program to the container running: the agent, the floor below any program
-//! (the same calls, raw), and the shell way (`shell-way.sh`).
+//! Time from the start of a program to the running container: the agent, the baseline (the same
+//! calls without a program), and the shell script (`shell-launch.sh`).
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
@@ -15,26 +15,25 @@ use supernode_tests::{
 use crate::docker::{Recorder, needed};
 use crate::report::{Report, median, milliseconds, rounded, with_quartiles};
 
-/// The name of the container.
+/// Name of the container.
 const NAME: &str = "flower-supernode";
 const UUID: &str = "GPU-aaaa1111-0000-0000-0000-000000000001";
-/// NVML takes its time to come up: some tenths of a second on a machine without the persistence
-/// daemon.
+/// Duration of NVML's initialisation: some tenths of a second without the persistence daemon.
 const NVML_INIT_MS: u32 = 100;
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A machine with its own engine, on which each contender launches the same container.
-pub(crate) struct Ground {
+/// A VM with its own engine on which every contender launches the same container.
+pub(crate) struct BenchVm {
     pub(crate) engine: Engine,
     pub(crate) vm: TestVm,
-    /// What the contenders reach the engine by.
+    /// Recording proxy through which the contenders reach the engine.
     recorder: Recorder,
 }
 
-/// A started agent; killed with this value.
+/// A started agent; killed on drop.
 pub(crate) struct Started {
     child: Child,
-    /// From its start to `READY=1`.
+    /// Time from its start to `READY=1`.
     pub(crate) took: Duration,
 }
 
@@ -51,17 +50,20 @@ impl Drop for Started {
     }
 }
 
-impl Ground {
+impl BenchVm {
     pub(crate) fn new(with_gpu: bool) -> Self {
         let machine = json!({
             "gpus": [
-                {"uuid": UUID, "name": "NVIDIA A100", "memory_mib": 40960, "pci_address": "0000:01:00.0", "minor": 0}
+                {
+                    "uuid": UUID, "name": "NVIDIA A100", "memory_mib": 40960,
+                    "pci_address": "0000:01:00.0", "minor": 0,
+                }
             ],
             "delay_ms": {"nvmlInit_v2": NVML_INIT_MS},
         });
-        // The runtime is registered: what an image has that was built for GPUs, and any node from
-        // its second boot on.
-        let daemon_json = json!({"runtimes": {"nvidia": {"path": "nvidia-container-runtime", "runtimeArgs": []}}});
+        // The runtime is registered, as in a GPU image and on any node from its second boot on.
+        let runtime = json!({"path": "nvidia-container-runtime", "runtimeArgs": []});
+        let daemon_json = json!({"runtimes": {"nvidia": runtime}});
         let engine =
             Engine::builder().with_nvidia_runtime().daemon_json(format!("{daemon_json}\n")).start();
         let engine = engine.expect("a Docker engine");
@@ -74,7 +76,7 @@ impl Ground {
             vm.nvml(&machine)
                 .sysfs(&Sysfs::new().gpu("0000:01:00.0").driver("nvidia").module("550.54.15"));
             variables.extend([("FL_GPU_ENABLED", "YES"), ("PCI0_ADDRESS", "01:00.0")]);
-            // What the shell asks.
+            // Output and duration of nvidia-smi.
             let (csv, seconds) =
                 (format!("0, {UUID}, NVIDIA A100, 40960"), f64::from(NVML_INIT_MS) / 1e3);
             let program =
@@ -88,7 +90,7 @@ impl Ground {
         Self { engine, vm, recorder }
     }
 
-    /// A machine on which nothing was launched yet.
+    /// Removes what was launched.
     pub(crate) fn clear(&self) {
         let there = self.engine.get(&format!("/containers/{NAME}/json")).is_ok();
         if there {
@@ -99,7 +101,7 @@ impl Ground {
         fs::create_dir(&state).unwrap();
     }
 
-    /// A command with what systemd would give it, and nothing else.
+    /// Returns a command with only the environment that systemd provides.
     fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new(program.as_ref());
         let path = format!(
@@ -112,7 +114,7 @@ impl Ground {
         command
     }
 
-    /// Starts a command that becomes the agent, and waits until it is ready.
+    /// Starts a command that becomes the agent and waits until it is ready.
     fn start(&self, mut command: Command) -> Started {
         let socket = self.vm.path("bench.sock");
         let _ = fs::remove_file(&socket);
@@ -129,7 +131,7 @@ impl Ground {
         let mut buffer = [0; 4096];
         while !String::from_utf8_lossy(&buffer).contains("READY=1") {
             buffer.fill(0);
-            systemd.recv(&mut buffer).expect("the agent is ready in time");
+            systemd.recv(&mut buffer).expect("the agent did not become ready in time");
         }
         started.took = since.elapsed();
         started
@@ -142,7 +144,7 @@ impl Ground {
     fn shell(&self) -> Command {
         let mut command = self.command("bash");
         command
-            .arg("tests/bench/shell-way.sh")
+            .arg("tests/bench/shell-launch.sh")
             .arg(self.vm.path("context/context.sh.online"))
             .arg(self.recorder.socket())
             .arg(self.engine.daemon_json())
@@ -157,7 +159,7 @@ impl Ground {
         since.elapsed()
     }
 
-    /// What the agent asks Docker to create.
+    /// Returns the body of the agent's create call.
     fn wanted(&self) -> String {
         self.recorder.take();
         drop(self.agent());
@@ -167,13 +169,13 @@ impl Ground {
         created.expect("it was created").body()
     }
 
-    /// What a launch took beyond the calls that it cannot do without.
+    /// Returns the duration of a launch minus the engine time of the calls that every launch needs.
     fn beyond(&self, took: Duration) -> Duration {
         took.saturating_sub(needed(&self.recorder.take()))
     }
 
-    /// The same container by raw calls.
-    fn floor(&self, body: &str) -> Duration {
+    /// Launches the same container with raw API calls.
+    fn baseline(&self, body: &str) -> Duration {
         let since = Instant::now();
         let created =
             self.engine.call("POST", &format!("/containers/create?name={NAME}"), body).unwrap();
@@ -185,7 +187,7 @@ impl Ground {
         since.elapsed()
     }
 
-    /// How long the child process takes that asks NVML.
+    /// Measures the child process that queries NVML.
     fn probe_takes(&self) -> Duration {
         let mut command = self.command(agent_binary());
         command.args(["nvml-probe", "--"]).arg(nvml_library());
@@ -194,11 +196,11 @@ impl Ground {
         since.elapsed()
     }
 
-    /// The programs that were started, by the kernel's own account, until `launch` is over.
+    /// Counts the programs that are started during `launch`, with strace.
     fn programs(&self, launch: impl FnOnce(Command)) -> usize {
         let trace = self.vm.path("trace");
         let mut command = self.command("strace");
-        // -D: the tracer is beside the program and not between us and it.
+        // -D: strace runs as a grandchild, so that the program remains a direct child.
         command.args(["-D", "-f", "-e", "trace=execve", "-o"]).arg(&trace);
         launch(command);
         let text = || fs::read_to_string(&trace).unwrap_or_default();
@@ -211,7 +213,7 @@ impl Ground {
     }
 }
 
-/// The command that `strace` is to run.
+/// Returns the strace command that runs `command`.
 fn traced(mut strace: Command, command: &Command) -> Command {
     strace.arg(command.get_program()).args(command.get_args());
     strace
@@ -219,79 +221,68 @@ fn traced(mut strace: Command, command: &Command) -> Command {
 
 pub(crate) fn measure(report: &mut Report, launches: usize) {
     for with_gpu in [false, true] {
-        let ground = Ground::new(with_gpu);
-        let words = if with_gpu { "with a GPU (simulators)" } else { "without a GPU" };
+        let bench_vm = BenchVm::new(with_gpu);
+        let words = if with_gpu { "with a simulated GPU" } else { "without a GPU" };
         report.part(&format!(
-            "a launch {words}: start of the program to the container running, median of {launches}"
+            "launch {words}: program start to running container, median of {launches}"
         ));
-        let body = ground.wanted();
+        let body = bench_vm.wanted();
         let (mut taken, mut probe) = ([Vec::new(), Vec::new(), Vec::new()], Vec::new());
-        // The first round is for the caches. Each is the first, the second and the third in its
-        // turn.
+        // The first round only warms the caches. The order of the contenders rotates.
         for round in 0..=launches {
             for turn in 0..taken.len() {
-                ground.clear();
-                ground.recorder.take();
+                bench_vm.clear();
+                bench_vm.recorder.take();
                 let contender = (round + turn) % taken.len();
                 let took = match contender {
-                    0 => ground.floor(&body),
-                    1 => ground.beyond(ground.agent().took),
-                    _ => ground.beyond(ground.shell_takes()),
+                    0 => bench_vm.baseline(&body),
+                    1 => bench_vm.beyond(bench_vm.agent().took),
+                    _ => bench_vm.beyond(bench_vm.shell_takes()),
                 };
                 if round > 0 {
                     taken[contender].push(milliseconds(took));
                 }
             }
             if with_gpu && round > 0 {
-                probe.push(milliseconds(ground.probe_takes()));
+                probe.push(milliseconds(bench_vm.probe_takes()));
             }
         }
-        ground.clear();
-        let [floor, agent, shell] = taken;
-        report.row("the floor: create, start, inspect, raw", &with_quartiles(&floor), "");
+        bench_vm.clear();
+        let [baseline, agent, shell] = taken;
+        report.row("baseline: raw create, start, inspect", &with_quartiles(&baseline), "");
         let nvml = if with_gpu { median(&probe) } else { 0.0 };
         if with_gpu {
-            report.row(
-                "one NVML initialisation, in a process of its own",
-                &with_quartiles(&probe),
-                "",
-            );
+            report.row("one NVML initialisation in a child process", &with_quartiles(&probe), "");
         }
         report.row(
-            "the agent, over the floor",
+            "agent, above the baseline",
             &with_quartiles(&agent),
             &format!("at most {:.1}", 8.0 + nvml),
         );
-        report.row("the shell way, over the floor", &with_quartiles(&shell), "");
-        // Both wait for NVML.
+        report.row("shell script, above the baseline", &with_quartiles(&shell), "");
+        // Both include one NVML initialisation.
         let times = format!("{:.1}", (median(&shell) - nvml) / (median(&agent) - nvml));
-        let what = if with_gpu {
-            "the same without NVML's, by the agent's"
-        } else {
-            "the shell way's overhead by the agent's"
-        };
+        let what =
+            if with_gpu { "ratio of both, minus NVML initialisation" } else { "ratio of both" };
         report.row(what, &times, "at least 15");
         let key = |what: &str| format!("launch {words}, {what}, ms");
         for (what, figures) in
-            [("floor", &floor), ("agent", &agent), ("shell", &shell), ("probe", &probe)]
+            [("baseline", &baseline), ("agent", &agent), ("shell", &shell), ("probe", &probe)]
         {
             report.keep(&key(what), rounded(figures));
         }
-        let children = ground
-            .programs(|strace| drop(ground.start(traced(strace, &ground.command(agent_binary())))));
-        ground.clear();
-        let shell_programs = ground.programs(|strace| {
-            assert!(traced(strace, &ground.shell()).status().unwrap().success())
+        let children = bench_vm.programs(|strace| {
+            drop(bench_vm.start(traced(strace, &bench_vm.command(agent_binary()))))
         });
-        ground.clear();
-        // The program itself is not its own child.
+        bench_vm.clear();
+        let shell_programs = bench_vm.programs(|strace| {
+            assert!(traced(strace, &bench_vm.shell()).status().unwrap().success())
+        });
+        bench_vm.clear();
+        // The program itself is not counted.
         let aim = if with_gpu { "1" } else { "0" };
-        report.row(
-            "programs that the agent starts until it is ready",
-            &(children - 1).to_string(),
-            aim,
-        );
-        report.row("programs that the shell way starts", &(shell_programs - 1).to_string(), "");
+        report.row("programs started by the agent until ready", &(children - 1).to_string(), aim);
+        report.row("programs started by the shell script", &(shell_programs - 1).to_string(), "");
         report.keep(&key("programs"), json!({"agent": children - 1, "shell": shell_programs - 1}));
     }
 }

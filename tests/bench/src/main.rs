@@ -1,12 +1,12 @@
-//! `make bench`: what the agent costs, beside what a user would pick instead, in one run and one
-//! table. The contenders take turns, so that whatever else the machine does falls on all of them;
-//! figures are medians. README.md beside this tells what each row means and what was decided by it.
+//! `make bench`: measures the agent next to alternatives in one run and prints one table. The
+//! contenders take turns, so that other load on the machine affects all of them; figures are
+//! medians. README.md in this directory explains the rows.
 #![allow(
     clippy::expect_used,
     clippy::panic,
     clippy::print_stdout,
     clippy::unwrap_used,
-    reason = "a benchmark that cannot be taken is a failure of the whole, and its table goes to standard output"
+    reason = "a failed measurement fails the benchmark, and the table is printed on standard output"
 )]
 
 mod boot;
@@ -22,16 +22,16 @@ use std::path::PathBuf;
 
 use report::Report;
 
-/// How much is measured.
+/// Extent of the measurements.
 #[derive(Debug, Clone, Copy)]
 struct Extent {
-    /// Launches by each contender.
+    /// Launches per contender.
     launches: usize,
-    /// Seconds for which a node at rest is watched, minutes after its start.
+    /// Seconds during which an idle node's wake-ups are counted, minutes after its start.
     rest_seconds: Option<u64>,
-    /// Agents that start together.
+    /// Numbers of simultaneous agents.
     together: &'static [u32],
-    /// Nodes that are simulated.
+    /// Numbers of simulated nodes.
     simulated: &'static [u32],
 }
 
@@ -41,8 +41,7 @@ const WHOLE: Extent = Extent {
     together: &[1, 10, 100, 500],
     simulated: &[10_000, 100_000],
 };
-/// What CI runs: from fewer runs, and without the wake-ups, which the federation's test counts with
-/// a real Flower.
+/// The extent in CI: fewer runs and no wake-ups, which the federation test counts with real Flower.
 const SHORT: Extent =
     Extent { launches: 5, rest_seconds: None, together: &[1, 10, 100], simulated: &[10_000] };
 
@@ -53,7 +52,7 @@ fn main() {
         match argument.as_str() {
             "--short" => extent = SHORT,
             "--package" => package = arguments.next().map(PathBuf::from),
-            other => panic!("{other}: what is known is --short and --package FILE.deb"),
+            other => panic!("unknown argument {other}; usage: [--short] [--package FILE.deb]"),
         }
     }
     let mut report = Report::default();

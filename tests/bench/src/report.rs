@@ -1,4 +1,4 @@
-//! The table, and the raw figures behind it.
+//! The table and the raw figures.
 
 use std::fs;
 use std::path::Path;
@@ -6,38 +6,38 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-/// What has been measured so far. Each row is printed as soon as it is there.
+/// Measurements so far. Each row is printed at once.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
     raw: Map<String, Value>,
 }
 
 impl Report {
-    /// Begins a part of the table.
+    /// Starts a section of the table.
     pub(crate) fn part(&self, title: &str) {
         println!("\n== {title}");
     }
 
-    /// One row; `aim` is what was wished for, or empty.
+    /// Prints a row; `aim` is the target, or empty.
     pub(crate) fn row(&self, what: &str, figure: &str, aim: &str) {
         println!("   {what:<50} {figure:>26}  {aim}");
     }
 
-    /// Keeps the figures that a row was made from.
+    /// Stores the raw figures of a row.
     pub(crate) fn keep(&mut self, name: &str, figures: impl Into<Value>) {
         self.raw.insert(name.to_owned(), figures.into());
     }
 
-    /// Writes the raw figures down.
+    /// Writes the raw figures to a file.
     pub(crate) fn finish(self) {
         let file = Path::new("target/bench.json");
         let text = format!("{:#}\n", Value::from(self.raw));
         fs::write(file, text).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
-        println!("\n   the raw figures: {}", file.display());
+        println!("\n   raw figures: {}", file.display());
     }
 }
 
-/// The middle one; of an even number the mean of the two.
+/// Median; for an even number of figures the mean of the middle two.
 pub(crate) fn median(figures: &[f64]) -> f64 {
     let mut sorted = figures.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -49,7 +49,7 @@ pub(crate) fn median(figures: &[f64]) -> f64 {
     }
 }
 
-/// The median of milliseconds, and the half of them that is nearest to it: `6.4 ms (5.9 to 7.2)`.
+/// Median and quartiles of milliseconds: `6.4 ms (5.9 to 7.2)`.
 pub(crate) fn with_quartiles(figures: &[f64]) -> String {
     let mut sorted = figures.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -57,12 +57,12 @@ pub(crate) fn with_quartiles(figures: &[f64]) -> String {
     format!("{:.1} ms ({:.1} to {:.1})", median(&sorted), median(lower), median(upper))
 }
 
-/// In milliseconds.
+/// Converts to milliseconds.
 pub(crate) fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// The figures as they are written down: microseconds are enough.
+/// Rounds figures to microseconds.
 pub(crate) fn rounded(figures: &[f64]) -> Value {
     figures.iter().map(|figure| json!((figure * 1e3).round() / 1e3)).collect()
 }

@@ -1,4 +1,4 @@
-//! A node at rest: what its agent takes of the machine.
+//! Resource usage of an idle node's agent.
 
 use std::fs;
 use std::thread;
@@ -6,18 +6,20 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::launch::Ground;
+use crate::launch::BenchVm;
 use crate::report::Report;
 
-/// A container that has run for so long is asked for its health in the pace of a long life
-/// (`health.rs`).
+/// After this time the liveness probe runs at its regular interval (`liveness.rs`).
 const SETTLED: Duration = Duration::from_secs(130);
 
-/// Both nodes at once, in the same minute; `wake_ups` for so many seconds.
+/// Measures nodes with and without a GPU in parallel; counts wake-ups for `wake_ups` seconds.
 pub(crate) fn measure(report: &mut Report, wake_ups: Option<u64>) {
-    report.part("at rest");
-    let nodes: Vec<_> =
-        [false, true].map(Ground::new).into_iter().map(|ground| (ground.agent(), ground)).collect();
+    report.part("idle node");
+    let nodes: Vec<_> = [false, true]
+        .map(BenchVm::new)
+        .into_iter()
+        .map(|bench_vm| (bench_vm.agent(), bench_vm))
+        .collect();
     let slept = || nodes.iter().map(|(agent, _)| times_slept(agent.pid())).collect::<Vec<_>>();
     let a_minute = wake_ups.map(|seconds| {
         thread::sleep(SETTLED);
@@ -36,24 +38,29 @@ pub(crate) fn measure(report: &mut Report, wake_ups: Option<u64>) {
         let mib = format!("{:.1} MiB", (own + theirs) as f64 / 1024.0);
         let who = if with_gpu { "with a GPU" } else { "without a GPU" };
         if with_gpu {
-            report.row("memory (PSS), the agent and the watcher of its GPU", &mib, "at most 6");
+            report.row("memory (PSS), agent with GPU monitor", &mib, "at most 6");
         } else {
-            report.row("memory (PSS), the agent alone", &mib, "at most 3.5");
+            report.row("memory (PSS), agent without a GPU", &mib, "at most 3.5");
         }
         let a_minute = a_minute.as_ref().map(|figures| figures[number]);
         if let Some(a_minute) = a_minute {
             report.row(
-                &format!("wake-ups a minute, the agent {who}"),
+                &format!("wake-ups per minute, agent {who}"),
                 &format!("{a_minute:.0}"),
                 "less than 10",
             );
         }
-        let raw = json!({"pss_kib": own, "pss_of_children_kib": theirs, "children": children.len(), "wake_ups_a_minute": a_minute});
-        report.keep(&format!("at rest, {who}"), raw);
+        let raw = json!({
+            "pss_kib": own,
+            "pss_of_children_kib": theirs,
+            "children": children.len(),
+            "wake_ups_per_minute": a_minute,
+        });
+        report.keep(&format!("idle, {who}"), raw);
     }
 }
 
-/// How often its threads have gone to sleep so far.
+/// Voluntary context switches of all threads so far.
 fn times_slept(pid: u32) -> u64 {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("a process");
     let status =
@@ -66,7 +73,7 @@ fn children(pid: u32) -> Vec<u32> {
     text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
 }
 
-/// Its share of the memory: what it has in common with others counts by parts.
+/// Proportional set size: shared pages count in part.
 fn pss_kib(pid: u32) -> u64 {
     number_after(
         &fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("a process"),

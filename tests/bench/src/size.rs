@@ -1,4 +1,4 @@
-//! What is shipped.
+//! Size of the binary, the package and the dependency tree.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,15 +11,15 @@ use supernode_tests::agent_binary;
 use crate::report::Report;
 
 pub(crate) fn measure(report: &mut Report, package: Option<&Path>) {
-    report.part("what is shipped");
+    report.part("size");
     let bytes = |path: &Path| {
         fs::metadata(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).len()
     };
     let mib = |bytes: u64| format!("{:.2} MiB", bytes as f64 / (1 << 20) as f64);
-    report.row("the binary", &mib(bytes(&agent_binary())), "at most 3");
+    report.row("binary", &mib(bytes(&agent_binary())), "at most 3");
     report.keep("binary, bytes", bytes(&agent_binary()));
     if let Some(package) = package {
-        report.row("the package", &mib(bytes(package)), "at most 1.2");
+        report.row("package", &mib(bytes(package)), "at most 1.2");
         report.keep("package, bytes", bytes(package));
     }
     let names = |depth: &[&str]| {
@@ -39,12 +39,12 @@ pub(crate) fn measure(report: &mut Report, package: Option<&Path>) {
         let output = cargo.output().expect("cargo tree");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let text = String::from_utf8(output.stdout).unwrap();
-        // "name v1.2.3", and what cargo adds; one release of a crate counts once.
+        // "name v1.2.3" and cargo's annotations; each release of a crate counts once.
         text.lines().map(|line| line.split(' ').take(2).collect()).collect::<BTreeSet<String>>()
     };
-    // The agent is no dependency of itself.
+    // The agent is not its own dependency.
     let (all, direct) = (names(&[]).len() - 1, names(&["--depth", "1"]).len() - 1);
-    report.row("crates in the tree", &all.to_string(), "less than 140");
-    report.row("crates that the agent names itself", &direct.to_string(), "each with its reason");
+    report.row("crates in the dependency tree", &all.to_string(), "less than 140");
+    report.row("direct dependencies of the agent", &direct.to_string(), "");
     report.keep("crates", json!({"all": all, "direct": direct}));
 }

@@ -1,1 +1,1 @@
-"""A federation that is small enough for a test and real enough to learn something."""
+"""A minimal federated learning app for tests that really learns."""

@@ -1,4 +1,4 @@
-"""What a node does: it trains on its share, which the node configuration names."""
+"""The ClientApp: trains on the partition that the node configuration names."""
 
 from flwr.app import ArrayRecord, MetricRecord, Message, RecordDict
 from flwr.clientapp import ClientApp

@@ -1,4 +1,4 @@
-"""Logistic regression in numpy, on data that every side makes for itself out of the same seed."""
+"""Logistic regression in numpy on synthetic data that every process generates from one seed."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ FEATURES = 20
 
 
 def examples(seed, count=2000):
-    """Points on both sides of a plane, some of them on the wrong one."""
+    """Returns points labelled by the side of a plane, with noise."""
     plane = np.random.default_rng(7).normal(size=FEATURES)
     random = np.random.default_rng(seed)
     points = random.normal(size=(count, FEATURES))
@@ -15,13 +15,13 @@ def examples(seed, count=2000):
 
 
 def share(partition, partitions):
-    """The examples of one node: every one of `partitions` has its own."""
+    """Returns the examples of one of `partitions` disjoint partitions."""
     points, labels = examples(seed=1)
     return points[partition::partitions], labels[partition::partitions]
 
 
 def train(weights, points, labels, epochs=20, rate=1.0):
-    """Gradient descent from these weights; gives new ones."""
+    """Returns the weights after gradient descent from these weights."""
     for _ in range(epochs):
         likely = 1 / (1 + np.exp(-points @ weights))
         weights = weights - rate * points.T @ (likely - labels) / len(labels)
@@ -29,6 +29,6 @@ def train(weights, points, labels, epochs=20, rate=1.0):
 
 
 def accuracy(weights):
-    """The share of right answers on examples that no node has."""
+    """Returns the accuracy on examples that no node has."""
     points, labels = examples(seed=2)
     return float(np.mean((points @ weights > 0) == labels))

@@ -1,9 +1,9 @@
-//! What the targets have in common.
+//! Helpers shared by the targets.
 
-/// Checks a text that people see: one line, in which nothing acts upon a terminal.
+/// Checks a displayed text: one line without control characters.
 ///
 /// # Panics
-/// Where it is not.
+/// If it is not.
 pub fn assert_shown(text: &str) {
     assert!(!text.contains(char::is_control), "{text:?} has a control character");
 }

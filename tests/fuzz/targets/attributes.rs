@@ -1,5 +1,5 @@
-//! What is published: a line for each attribute, whatever the values are, and nothing that opens
-//! OneFlow's gate. Names and values take turns, parted by NUL.
+//! Published attributes: one line per attribute for any value, and nothing that opens OneFlow's
+//! ready gate. Names and values alternate, separated by NUL.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

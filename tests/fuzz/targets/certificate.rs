@@ -1,5 +1,5 @@
-//! A CA, as text, as the base64 of the bytes, and as PEM of them: what is accepted is accepted
-//! again, with the same result.
+//! A CA as text, as base64 of the bytes, and as PEM: what is accepted is accepted again with the
+//! same result.
 #![no_main]
 
 use std::time::{Duration, SystemTime};

@@ -1,4 +1,4 @@
-//! The edit of daemon.json: every byte but those of our entry stays, and the second edit changes
+//! Editing daemon.json: all bytes except our entry are preserved, and the second edit changes
 //! nothing.
 #![no_main]
 
@@ -8,7 +8,7 @@ use supernode_agent::docker::daemon_json::{Merged, merge};
 
 const PATH: &str = "nvidia-container-runtime";
 
-/// What of `old` is not in `new` any more, where one of them is the other with one piece replaced.
+/// Returns the part of `old` that is missing in `new`, assuming that one piece was replaced.
 fn removed<'t>(old: &'t str, new: &str) -> &'t str {
     let same = |pair: &(u8, u8)| pair.0 == pair.1;
     let before = old.bytes().zip(new.bytes()).take_while(same).count();

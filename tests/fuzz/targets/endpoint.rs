@@ -1,4 +1,4 @@
-//! `ONEGATE_ENDPOINT`, `VMID` and the token, a line each: no error shows a password.
+//! `ONEGATE_ENDPOINT`, `VMID` and the token, one per line: no error message contains a password.
 #![no_main]
 
 use std::path::Path;
@@ -12,11 +12,11 @@ fuzz_target!(|text: &str| {
     let mut lines = text.splitn(3, '\n');
     let mut next = || lines.next().unwrap_or("7");
     let (endpoint, vm_id, token) = (next(), next(), next());
-    // A directory: no CA is looked for on this machine.
+    // A directory, so that this machine's CAs are not read.
     let ca_file = Some(Path::new("/"));
     match OneGate::new(endpoint, vm_id, Secret::new(token), ca_file, Duration::from_secs(1)) {
         Ok(gate) => {
-            // A path may have an @ in it.
+            // A path may contain an @.
             let authority = endpoint.split('/').nth(2).unwrap_or_default();
             assert!(!authority.contains('@') && !endpoint.contains(['?', '#']), "{gate:?}");
             assert!(vm_id.bytes().all(|byte| byte.is_ascii_digit()));

@@ -1,5 +1,5 @@
-//! A line of the container's log, in which a ClientApp may print what it likes: only what stands
-//! behind a level counts, and colours change nothing.
+//! A line of the container's log, in which a ClientApp may print anything: only text after a log
+//! level is interpreted, and colours make no difference.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! `FL_NODE_CONFIG`: what is accepted is accepted again, and so is what people see of it; a refusal
-//! shows nothing of a text that may hold a secret.
+//! `FL_NODE_CONFIG`: what is accepted is accepted again, also in its displayed form; an error
+//! message does not contain the text, which may hold a secret.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! The token of `one_env`, a file into which the operator's values are written without escaping:
-//! what is taken for the token can be sent in a header, and stands on one of the first three lines.
+//! The token of `one_env`, a file with unescaped operator values: an accepted token is valid in a
+//! header and comes from one of the first three lines.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

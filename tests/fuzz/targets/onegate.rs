@@ -1,5 +1,5 @@
-//! OneGate's JSON, and what is made of a VM whose attributes any peer may have written: an operator
-//! who wants TLS gets a CA or no connection.
+//! OneGate's JSON, and the SuperLink derived from a VM whose attributes any peer may have written:
+//! an operator who requires TLS gets a CA or no connection.
 #![no_main]
 
 use std::cell::LazyCell;
@@ -8,9 +8,9 @@ use std::time::{Duration, SystemTime};
 use libfuzzer_sys::fuzz_target;
 use one_context::Context;
 use one_context::onegate::reply;
-use supernode_agent::values::HostPort;
 use supernode_agent::config::{Config, Prebaked};
 use supernode_agent::opennebula::superlink::resolve_published;
+use supernode_agent::values::HostPort;
 use supernode_fuzz::assert_shown;
 
 thread_local! {

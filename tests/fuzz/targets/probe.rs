@@ -1,5 +1,5 @@
-//! Output of the child processes, in which NVIDIA's code runs: any output leads to a GPU that can be
-//! named to Docker, or to a readable reason.
+//! Output of the child processes that run NVIDIA's code: any output yields a GPU that can be named
+//! to Docker, or a readable reason.
 #![no_main]
 
 use std::cell::LazyCell;
@@ -9,19 +9,22 @@ use libfuzzer_sys::fuzz_target;
 use one_context::Context;
 use serde::{Serialize, de::DeserializeOwned};
 use supernode_agent::config::{Config, Prebaked};
-use supernode_agent::system::os_release::Distribution;
+use supernode_agent::gpu::decide::decide_gpu_or_cpu;
 use supernode_agent::gpu::monitor_child::MonitorMessage;
-use supernode_agent::gpu::probe_child::ProbeAnswer;
 use supernode_agent::gpu::pci::{PciDevice, PciFacts};
 use supernode_agent::gpu::probe::ProbeOutcome;
-use supernode_agent::gpu::decide::decide_gpu_or_cpu;
+use supernode_agent::gpu::probe_child::ProbeAnswer;
+use supernode_agent::system::os_release::Distribution;
 use supernode_agent::values::PciAddress;
 use supernode_fuzz::assert_shown;
 
 thread_local! {
     static CONFIGS: LazyCell<Vec<Config>> = LazyCell::new(|| {
         let configs = ["all", "1", "GPU-4", "0000:01:00.0,MIG-1"].iter().map(|devices| {
-            let text = format!("FL_GPU_ENABLED='YES'\nFL_CUDA_VISIBLE_DEVICES='{devices}'\nPCI0_ADDRESS='01:00.0'\n");
+            let text = format!(
+                "FL_GPU_ENABLED='YES'\nFL_CUDA_VISIBLE_DEVICES='{devices}'\n\
+                 PCI0_ADDRESS='01:00.0'\n"
+            );
             let context = Context::parse(text.as_bytes()).expect("a context");
             Config::from_context(&context, &Prebaked::default()).expect("a configuration").0
         });

@@ -1,5 +1,5 @@
-//! A template of OpenNebula, or a service of OneFlow: each finding is one line, and names a line
-//! that is there.
+//! An OpenNebula template or a OneFlow service: each finding is one line and refers to an existing
+//! line.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! Single values: what is accepted is accepted again as it is shown, and is the same then.
+//! Single values: an accepted value is accepted again in its displayed form and is equal.
 #![no_main]
 
 use std::fmt::{Debug, Display};
@@ -6,8 +6,7 @@ use std::fmt::{Debug, Display};
 use libfuzzer_sys::fuzz_target;
 use supernode_agent::values::{
     DeviceSelection, Fraction, HostPort, ImageRef, MAX_COUNT, PciAddress, ValidationError, Version,
-    parse_count,
-    parse_yes_no,
+    parse_count, parse_yes_no,
 };
 use supernode_fuzz::assert_shown;
 
@@ -20,7 +19,7 @@ fn assert_stable<T: PartialEq + Debug + Display>(
             let shown = value.to_string();
             assert_shown(&shown);
             assert_eq!(parse(&shown), Ok(value));
-            // It becomes an argument, and must not be taken for an option.
+            // It is passed as an argument and must not look like an option.
             assert!(!shown.starts_with('-'), "{shown}");
         }
         Err(error) => assert_shown(&error.to_string()),

@@ -1,5 +1,4 @@
-//! A whole context to a configuration: everything that is said of it is one line a problem, and no
-//! secret is in it.
+//! From a context to a configuration: each diagnostic is one line, and none contains a secret.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

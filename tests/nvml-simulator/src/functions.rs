@@ -160,7 +160,10 @@ fn fixed<const N: usize>(text: &str) -> [c_char; N] {
 /// Defines functions that pass [`dispatch`]. The body gets the call (script and handles) and
 /// returns a code or nothing.
 macro_rules! exported {
-    ($($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),*) |$call:ident| $body:block)*) => {
+    ($(
+        $(#[$doc:meta])*
+        fn $name:ident($($argument:ident: $type:ty),*) |$call:ident| $body:block
+    )*) => {
         const EXPORTED: &[&str] = &[$(stringify!($name)),*];
         $(
             $(#[$doc])*
@@ -265,7 +268,8 @@ exported! {
         if (*memory).version != MemoryV2::VERSION {
             return Err(ARGUMENT_VERSION_MISMATCH);
         }
-        put(memory, MemoryV2 { version: MemoryV2::VERSION, total, reserved: 0, free: total - used, used })
+        let free = total - used;
+        put(memory, MemoryV2 { version: MemoryV2::VERSION, total, reserved: 0, free, used })
     }
 
     /// Number of the device node, `/dev/nvidia<minor>`.
@@ -299,7 +303,8 @@ exported! {
 
     /// Remapped rows of memory.
     fn nvmlDeviceGetRemappedRows(
-        device: Handle, corrected: *mut c_uint, uncorrected: *mut c_uint, pending: *mut c_uint, failed: *mut c_uint
+        device: Handle, corrected: *mut c_uint, uncorrected: *mut c_uint, pending: *mut c_uint,
+        failed: *mut c_uint
     ) |call| {
         let device = call.device(device)?;
         let gpu = device.whole()?;

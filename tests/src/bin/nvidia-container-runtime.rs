@@ -187,11 +187,13 @@ fn prepare(bundle: &Path, id: &str) -> Result<(), String> {
     let env = container_env(&config);
     let outcome = decide(&control, &machine, &env);
 
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let gpus = outcome.as_deref().unwrap_or_default();
     let record = json!({
-        "time_ms": SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
+        "time_ms": now.as_millis() as u64,
         "id": id,
         "env": env,
-        "gpus": outcome.as_deref().unwrap_or_default().iter().map(|gpu| &gpu.uuid).collect::<Vec<_>>(),
+        "gpus": gpus.iter().map(|gpu| &gpu.uuid).collect::<Vec<_>>(),
         "refused": outcome.as_ref().err(),
     });
     append(&control_path.with_file_name("record.jsonl"), &record)?;
@@ -268,7 +270,8 @@ fn select(machine: &DriverScript, wanted: &str) -> Result<Vec<Selected>, String>
 /// Formats the failure of NVIDIA's prestart hook as runc reports it.
 fn hook_failed(message: &str) -> String {
     format!(
-        "runc create failed: unable to start container process: error during container init: error running hook #0: \
+        "runc create failed: unable to start container process: error during container init: \
+         error running hook #0: \
          error running hook: exit status 1, stdout: , stderr: Auto-detected mode as 'legacy'\n\
          nvidia-container-cli: {message}"
     )
@@ -289,7 +292,8 @@ fn add_devices(config: &mut Value, selected: &[Selected], allow: bool) -> Option
     let linux = config.get_mut("linux")?.as_object_mut()?;
     for (path, major, minor) in &nodes {
         let device = json!({
-            "path": path, "type": "c", "major": major, "minor": minor, "fileMode": 0o666, "uid": 0, "gid": 0,
+            "path": path, "type": "c", "major": major, "minor": minor, "fileMode": 0o666,
+            "uid": 0, "gid": 0,
         });
         list(linux, "devices")?.push(device);
         if !allow {

@@ -51,7 +51,8 @@ impl Vm {
     pub fn nic(&mut self, ip: &str) -> &mut Self {
         let number = self.nics.len();
         self.nics.push(json!({
-            "IP": ip, "MAC": format!("02:00:0a:4d:00:{number:02x}"), "NAME": format!("NIC{number}"), "NETWORK": "private",
+            "IP": ip, "MAC": format!("02:00:0a:4d:00:{number:02x}"),
+            "NAME": format!("NIC{number}"), "NETWORK": "private",
         }));
         self
     }
@@ -229,7 +230,8 @@ impl State {
             ("USER_TEMPLATE", user_template.into()),
             (
                 "TEMPLATE",
-                json!({"NIC": self.list(&vm.nics, one_nic_is_an_object), "NIC_ALIAS": self.list(&[], false)}),
+                json!({"NIC": self.list(&vm.nics, one_nic_is_an_object),
+                    "NIC_ALIAS": self.list(&[], false)}),
             ),
         ];
         fields.map(|(name, value)| (name.to_owned(), value)).into_iter().collect()
@@ -254,7 +256,8 @@ impl State {
         };
         let role = |(name, nodes): &(String, Vec<u32>)| {
             let list: Vec<Value> = nodes.iter().map(node).collect();
-            json!({"name": name, "cardinality": nodes.len(), "state": 2, "nodes": self.list(&list, false)})
+            json!({"name": name, "cardinality": nodes.len(), "state": 2,
+                "nodes": self.list(&list, false)})
         };
         let roles: Vec<Value> = self.services[&id].roles.iter().map(role).collect();
         json!({"SERVICE": {"name": "flower", "id": self.number(id), "state": 2, "roles": roles}})

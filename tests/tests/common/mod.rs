@@ -21,14 +21,17 @@ pub(crate) const GPU_B: &str = "GPU-bbbb2222-0000-0000-0000-000000000002";
 
 /// NVML script with one GPU.
 pub(crate) fn one_gpu() -> Value {
-    json!({"gpus": [{"uuid": GPU_A, "name": "NVIDIA A100", "memory_mib": 40960, "pci_address": "0000:01:00.0", "minor": 0}]})
+    json!({"gpus": [{"uuid": GPU_A, "name": "NVIDIA A100", "memory_mib": 40960,
+        "pci_address": "0000:01:00.0", "minor": 0}]})
 }
 
 /// NVML script with two GPUs.
 pub(crate) fn two_gpus() -> Value {
     json!({"gpus": [
-        {"uuid": GPU_A, "name": "NVIDIA A100", "memory_mib": 40960, "pci_address": "0000:01:00.0", "minor": 0},
-        {"uuid": GPU_B, "name": "NVIDIA L4", "memory_mib": 23034, "pci_address": "0000:21:00.0", "minor": 1},
+        {"uuid": GPU_A, "name": "NVIDIA A100", "memory_mib": 40960,
+            "pci_address": "0000:01:00.0", "minor": 0},
+        {"uuid": GPU_B, "name": "NVIDIA L4", "memory_mib": 23034, "pci_address": "0000:21:00.0",
+            "minor": 1},
     ]})
 }
 

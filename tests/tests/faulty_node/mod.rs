@@ -15,9 +15,11 @@ use supernode_tests::{
 use crate::common::{TIMEOUT, one_gpu, report, sysfs_of_one, wanted};
 
 /// An operator's daemon.json.
-const OPERATOR_CONFIG: &str = "{\n  \"log-level\": \"info\",\n  \"max-concurrent-downloads\": 7,\n  \"labels\": [\"rack=12\"]\n}\n";
+const OPERATOR_CONFIG: &str = "{\n  \"log-level\": \"info\",\n  \"max-concurrent-downloads\": \
+ 7,\n  \"labels\": [\"rack=12\"]\n}\n";
 /// Its end after the runtime was registered; every other byte is unchanged.
-const RUNTIME_ENTRY: &str = ",\n  \"runtimes\": {\n    \"nvidia\": {\n      \"path\": \"nvidia-container-runtime\"\n    }\n  }\n}\n";
+const RUNTIME_ENTRY: &str = ",\n  \"runtimes\": {\n    \"nvidia\": {\n      \"path\": \
+ \"nvidia-container-runtime\"\n    }\n  }\n}\n";
 
 /// Must not appear in any output, as OneGate's token must not.
 const PASSWORD: &str = "kxq7-zulu-9134";
@@ -288,7 +290,8 @@ impl FaultyNode {
 
     /// Runs of the agent's containers in the engine's event history.
     fn runs(&self) -> Vec<Run> {
-        let format = "{{.TimeNano}} {{.Action}} {{.Actor.ID}} {{index .Actor.Attributes \"supernode-agent.verdict\"}}";
+        let format = "{{.TimeNano}} {{.Action}} {{.Actor.ID}} {{index .Actor.Attributes \
+         \"supernode-agent.verdict\"}}";
         let events = self.engine.docker(&[
             "events",
             "--since",
@@ -483,7 +486,8 @@ impl Table {
             .to_string_lossy();
         let peak = PEAK_KIB.load(Ordering::Relaxed) as f64 / 1024.0;
         report(&format!(
-            "MEASURED peak memory of the agent during the faults so far: {peak:.1} MiB ({build} build)"
+            "MEASURED peak memory of the agent during the faults so far: {peak:.1} MiB ({build} \
+             build)"
         ));
         assert!(self.failed.is_empty(), "{:#?}", self.failed);
     }

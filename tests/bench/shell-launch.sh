@@ -3,7 +3,7 @@
 # nvidia-smi, jq and curl. Steps and container are the agent's. What the agent does beyond that
 # (adoption, supervision, diagnosis) is left out, in favour of the script.
 #
-#   shell-way.sh CONTEXT SOCKET DAEMON_JSON DATA_DIRECTORY
+#   shell-launch.sh CONTEXT SOCKET DAEMON_JSON DATA_DIRECTORY
 set -euo pipefail
 
 context=$1 socket=$2 daemon_json=$3 data=$4
