@@ -530,7 +530,7 @@ const WITHOUT: [Step; 10] = [
         "CHOWN",
         &[
             "No usable GPU, this node runs on the CPU. runtime-not-configured",
-            "/etc/docker/daemon.json: cannot write it: Operation not permitted",
+            "cannot write /etc/docker/daemon.json: Operation not permitted",
             "runs true on runc",
             "daemon.json 1000:1000 600",
         ],
@@ -540,7 +540,7 @@ const WITHOUT: [Step; 10] = [
         "DAC_OVERRIDE",
         &[
             "No usable GPU, this node runs on the CPU. runtime-not-configured",
-            "/etc/docker/daemon.json: cannot read it: Permission denied",
+            "cannot read /etc/docker/daemon.json: Permission denied",
             "cannot write /srv/theirs/data: Permission denied",
         ],
         &["started the container"],

@@ -453,7 +453,7 @@ fn docker_causes() -> Vec<Cause> {
             "Docker cannot be reloaded",
             "{}",
             &["false"],
-            &["daemon.json", "could not be reloaded"],
+            &["daemon.json", "cannot reload Docker"],
         ),
         reload_cause(
             "Docker does not register the runtime",
@@ -506,7 +506,7 @@ fn launch_causes() -> Vec<Cause> {
         Cause::new(
             "runtime-missing",
             "Docker's runtime entry names a missing program",
-            &["nvidia-container-runtime", "no such program"],
+            &["nvidia-container-runtime", "does not exist"],
             |engine, vm| {
                 fs::remove_file(engine.runtime_path()).unwrap();
                 vm.set("docker.runtime_path", "nvidia-container-runtime-is-not-here");

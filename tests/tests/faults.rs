@@ -141,7 +141,7 @@ fn docker_call_never_answered() {
     let starts_again: Recovery = FaultyNode::start_with_one_restart;
     let falls_back_to_cpu: Recovery = |node| {
         node.start();
-        node.agent().wait_for_line("it had not started within 120 s", 3 * TIMEOUT);
+        node.agent().wait_for_line("the container did not start within 120 s", 3 * TIMEOUT);
         node.proxy.clear_faults();
         node.agent().wait_for_notify("READY=1", TIMEOUT);
     };

@@ -291,7 +291,7 @@ fn configure_runtime(settings: &Settings, out: &mut dyn Write) -> Result<ExitCod
     }
     let docker = &settings.docker;
     let written = configure_daemon_json(&docker.daemon_json, &docker.runtime_path)
-        .map_err(|error| Failure::new(EXIT_RETRY, error))?;
+        .map_err(|error| Failure::new(EXIT_RETRY, error_chain(&error)))?;
     let file = docker.daemon_json.display();
     if written {
         writeln!(

@@ -21,7 +21,7 @@ use crate::config::settings::Settings;
 use crate::container::image::{FrameworkImage, flower_version};
 use crate::container::plan::ContainerInputs;
 use crate::docker::client::{Client, EngineError, EngineInfo};
-use crate::docker::nvidia_runtime::{GpuInjection, choose_access, ensure_runtime};
+use crate::docker::nvidia_runtime::{GpuInjection, choose_injection, ensure_runtime};
 use crate::flower::release;
 use crate::gpu::reason::Finding;
 use crate::gpu::verdict::Verdict;
@@ -119,7 +119,7 @@ pub(crate) async fn preflight<O: StartupOps>(
     let mut injection = GpuInjection::Runtime;
     if let Verdict::Gpu { devices, missing } = &detection.verdict {
         let info = ops.take_engine_info(&mut docker)?;
-        injection = choose_access(settings.gpu.injection, devices, info.as_ref());
+        injection = choose_injection(settings.gpu.injection, devices, info.as_ref());
         let prepared = match injection {
             GpuInjection::Runtime => ops.ensure_runtime(&docker, info.as_ref()).await,
             GpuInjection::Cdi(_) => Ok(()),

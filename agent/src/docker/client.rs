@@ -1,5 +1,5 @@
-//! Our words over bollard: what the agent asks of a container engine, and answers instead of status
-//! codes.
+//! Thin Docker client on top of bollard: the calls that the agent needs, with time limits, and
+//! answers in place of HTTP status codes.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -32,64 +32,65 @@ use crate::logging::error_chain;
 use crate::values::ImageRef;
 use crate::values::sanitize_line;
 
-/// How long one call may take as a whole, unless it waits for something by its nature.
-const CALL_LIMIT: Duration = Duration::from_secs(60);
-/// A start has more time: the first one with a GPU initialises the driver.
-const START_LIMIT: Duration = Duration::from_secs(120);
-/// A pull that says nothing for so long has come to a standstill.
-const PULL_SILENCE: Duration = Duration::from_secs(300);
-/// A container may say nothing for ever.
-const LOG_SILENCE: Duration = Duration::from_secs(u32::MAX as u64);
-const PAUSE: Duration = Duration::from_millis(250);
+/// Time limit of one call, unless the call waits for an event.
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time limit of a container start, which initialises the driver if it is the first with a GPU.
+const START_TIMEOUT: Duration = Duration::from_secs(120);
+/// Time without any progress after which a pull has failed.
+const PULL_STALL_TIMEOUT: Duration = Duration::from_secs(300);
+/// Time limit for streams, which may be silent for as long as the container runs.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(u32::MAX as u64);
+/// Delay between attempts to connect to an engine that is starting.
+const CONNECT_RETRY_DELAY: Duration = Duration::from_millis(250);
 
-/// An engine that has answered.
+/// A connection to an engine that has answered a ping.
 #[derive(Debug, Clone)]
 pub struct Client {
     docker: Docker,
 }
 
-/// What went wrong with the engine.
+/// Why a call to the engine failed.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
-    /// It does not answer.
+    /// No response to a ping.
     #[error("the Docker engine at {socket} does not answer: {message}")]
     Unreachable {
-        /// Its socket.
+        /// Path of the socket.
         socket: String,
-        /// Why.
+        /// Why the ping failed, sanitised.
         message: String,
     },
-    /// It refused a call.
+    /// Docker answered with an error status.
     #[error("Docker refused to {operation} (HTTP {status}): {message}")]
     Refused {
-        /// What was asked.
+        /// The failed operation.
         operation: &'static str,
-        /// The HTTP status.
+        /// HTTP status.
         status: u16,
-        /// Docker's own text.
+        /// Docker's message, sanitised.
         message: String,
     },
-    /// The call failed on the way.
-    #[error("could not {operation}: {message}")]
+    /// The call failed without an HTTP status.
+    #[error("cannot {operation}: {message}")]
     Failed {
-        /// What was asked.
+        /// The failed operation.
         operation: &'static str,
-        /// Why.
+        /// Why it failed, sanitised.
         message: String,
     },
-    /// The call was not answered in time.
-    #[error("could not {operation}: Docker gave no answer within {} s", .limit.as_secs())]
+    /// No response in time.
+    #[error("cannot {operation}: no response from Docker within {} s", .timeout.as_secs())]
     TimedOut {
-        /// What was asked.
+        /// The failed operation.
         operation: &'static str,
-        /// How long it was waited for.
-        limit: Duration,
+        /// Time limit of the call.
+        timeout: Duration,
     },
 }
 
-/// What Docker says when it is not the GPU that keeps a container from its start (texts of moby and
-/// containerd).
-const TROUBLES_OF_ANY_CONTAINER: &[&str] = &[
+/// Parts of messages of moby and containerd about failed starts that have nothing to do with the
+/// GPU.
+const FAILURES_WITHOUT_GPU: &[&str] = &[
     "already in use",
     "bind source path does not exist",
     "cannot allocate memory",
@@ -120,184 +121,187 @@ impl EngineError {
         }
     }
 
-    fn is_status(&self, wanted: u16) -> bool {
-        matches!(self, Self::Refused { status, .. } if *status == wanted)
+    fn has_status(&self, expected: u16) -> bool {
+        matches!(self, Self::Refused { status, .. } if *status == expected)
     }
 
-    /// Docker's reason, where this is an answer to a launch with a GPU that it may owe to the GPU;
-    /// `None` where any other container would have met with the same.
-    pub fn gpu_start_failure(&self) -> Option<String> {
+    /// Returns Docker's message if the GPU may be the cause of a failed start; `None` if a
+    /// container without a GPU would have failed as well.
+    pub(crate) fn gpu_start_failure(&self) -> Option<String> {
         match self {
-            // 404 and 409: the container or its image are gone, or its name is taken.
+            // 404 and 409: the container or its image is gone, or the name is in use.
             Self::Refused { status: 400 | 500, message, .. } => {
-                let words = message.to_lowercase();
-                let of_any =
-                    TROUBLES_OF_ANY_CONTAINER.iter().any(|trouble| words.contains(trouble));
-                (!of_any).then(|| message.clone())
+                let text = message.to_lowercase();
+                let without_gpu = FAILURES_WITHOUT_GPU.iter().any(|part| text.contains(part));
+                (!without_gpu).then(|| message.clone())
             }
-            Self::TimedOut { limit, .. } => {
-                Some(format!("it had not started within {} s", limit.as_secs()))
+            Self::TimedOut { timeout, .. } => {
+                Some(format!("the container did not start within {} s", timeout.as_secs()))
             }
             _ => None,
         }
     }
 }
 
-/// One call, with a limit for all of it: the client's own limit ends with the head of the answer.
-async fn limited<T>(
+/// Runs one call with a time limit that includes the body of the response. bollard's own limit ends
+/// with the response headers.
+async fn with_timeout<T>(
     operation: &'static str,
-    limit: Duration,
+    timeout: Duration,
     call: impl Future<Output = Result<T, ApiError>>,
 ) -> Result<T, EngineError> {
-    let since = Instant::now();
-    let answer = tokio::time::timeout(limit, call).await;
-    tracing::debug!("Docker took {} µs to {operation}", since.elapsed().as_micros());
-    match answer {
-        Ok(answer) => answer.map_err(EngineError::new(operation)),
-        Err(_) => Err(EngineError::TimedOut { operation, limit }),
+    let start = Instant::now();
+    let result = tokio::time::timeout(timeout, call).await;
+    tracing::debug!("Docker took {} µs to {operation}", start.elapsed().as_micros());
+    match result {
+        Ok(result) => result.map_err(EngineError::new(operation)),
+        Err(_) => Err(EngineError::TimedOut { operation, timeout }),
     }
 }
 
-/// What the engine says of itself.
+/// Properties of the engine.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EngineInfo {
-    /// Its release.
+    /// Version of Docker.
     pub version: String,
-    /// Its runtimes: name and path, which is empty for a containerd shim.
+    /// Path of each runtime by name; empty for a containerd shim.
     pub runtimes: BTreeMap<String, String>,
-    /// The CDI devices that it has discovered (Docker 28 and later report them).
+    /// CDI devices that it has discovered (reported by Docker 28 and later).
     pub cdi_devices: Vec<String>,
-    /// Where it keeps its images.
+    /// Directory of its images.
     pub data_root: Option<String>,
 }
 
-/// An image that the engine has.
+/// A local image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Image {
-    /// Its id.
+pub(crate) struct Image {
+    /// Image ID.
     pub id: String,
     env: Vec<String>,
 }
 
 impl Image {
-    /// What it sets the variable `name` to, where it sets it.
-    pub fn variable(&self, name: &str) -> Option<String> {
+    /// Returns the value of an environment variable of the image.
+    pub(crate) fn variable(&self, name: &str) -> Option<String> {
         let mut variables = self.env.iter().filter_map(|line| line.split_once('='));
         variables.find(|(variable, _)| *variable == name).map(|(_, value)| value.to_owned())
     }
 }
 
-/// A container as the engine sees it.
+/// State of a container as the engine reports it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Container {
-    /// Its id.
+    /// Container ID.
     pub id: String,
-    /// Whether it runs; a paused one does.
+    /// Whether it is running; also true while it is paused.
     pub running: bool,
-    /// Whether somebody has paused it.
+    /// Whether it is paused.
     pub paused: bool,
-    /// The process id of its first process, on the host; 0 where none runs.
+    /// Process ID of its init process on the host; 0 if it is not running.
     pub pid: u32,
-    /// When it was started last (RFC 3339, UTC).
+    /// Time of the last start (RFC 3339, UTC).
     pub started_at: String,
-    /// The exit code of the last run.
+    /// Exit code of the last run.
     pub exit_code: i64,
-    /// The name of the image that it was made from.
+    /// Name of its image.
     pub image: String,
-    /// The id of that image; the name may mean another one by now.
+    /// ID of its image; the name may refer to another image by now.
     pub image_id: String,
-    /// Its labels.
+    /// Labels.
     pub labels: HashMap<String, String>,
-    /// Its address in a network of Docker; none where it has the host's network, or has ended.
+    /// Address in a Docker network; `None` with the host's network, or if it is not running.
     pub ip_address: Option<IpAddr>,
 }
 
 impl Container {
-    /// When it was started last.
-    pub fn started(&self) -> Option<SystemTime> {
+    /// Returns the time of the last start.
+    pub(crate) fn started(&self) -> Option<SystemTime> {
         let (second, rest) = self.started_at.split_at_checked(19)?;
         let second = DateTime::from_str(&format!("{second}Z")).ok()?;
-        // The fraction of the second has as many digits as Docker likes.
+        // Docker omits trailing zeros of the fraction.
         let digits: String =
             rest.chars().skip(1).take_while(char::is_ascii_digit).take(9).collect();
         let nanoseconds = format!("{digits:0<9}").parse().ok()?;
         Some(second.to_system_time() + Duration::from_nanos(nanoseconds))
     }
 
-    /// For how long it has been running since it was started last; zero where that cannot be told.
-    pub fn running_for(&self) -> Duration {
+    /// Returns the time since the last start; zero if it is unknown.
+    pub(crate) fn running_for(&self) -> Duration {
         let since = self.started().and_then(|started| started.elapsed().ok());
         since.unwrap_or_default()
     }
 
-    /// The hash of the specification that it was made from, where it is ours.
-    pub fn spec_hash(&self) -> Option<&str> {
+    /// Returns the hash of the container spec; `None` if the agent did not create the container.
+    pub(crate) fn spec_hash(&self) -> Option<&str> {
         self.labels.get(SPEC_HASH_LABEL).map(String::as_str)
     }
 
-    /// Whether it was made from this specification, its labels included: an old verdict in them
-    /// would not be true any more.
-    pub fn is_made_from(&self, spec: &ContainerSpec) -> bool {
+    /// Whether it was created from `spec`, including all labels: an outdated verdict in a label
+    /// would be wrong.
+    pub(crate) fn is_made_from(&self, spec: &ContainerSpec) -> bool {
         let same = |(name, value): (&String, &String)| self.labels.get(name) == Some(value);
         self.spec_hash() == Some(&spec.hash()) && spec.labels.iter().all(same)
     }
 }
 
 impl Client {
-    /// Connects once.
+    /// Connects to the engine, without retries.
     ///
     /// # Errors
-    /// When the engine does not answer.
-    pub async fn connect(socket: &Path) -> Result<Self, EngineError> {
+    /// If the engine does not answer.
+    pub(crate) async fn connect(socket: &Path) -> Result<Self, EngineError> {
         let unreachable = |message: String| EngineError::Unreachable {
             socket: socket.display().to_string(),
             message,
         };
-        let since = Instant::now();
-        let answer = tokio::time::timeout(CALL_LIMIT, api_version(socket)).await;
-        tracing::debug!("Docker took {} µs to answer a ping", since.elapsed().as_micros());
-        let version = answer
-            .map_err(|_| unreachable(format!("no answer within {} s", CALL_LIMIT.as_secs())))?
+        let start = Instant::now();
+        let result = tokio::time::timeout(CALL_TIMEOUT, api_version(socket)).await;
+        tracing::debug!("Docker took {} µs to answer a ping", start.elapsed().as_micros());
+        let version = result
+            .map_err(|_| unreachable(format!("no response within {} s", CALL_TIMEOUT.as_secs())))?
             .map_err(|error| unreachable(sanitize_line(&error_chain(&error))))?;
         let docker =
-            Docker::connect_with_unix(&socket.to_string_lossy(), CALL_LIMIT.as_secs(), &version)
+            Docker::connect_with_unix(&socket.to_string_lossy(), CALL_TIMEOUT.as_secs(), &version)
                 .map_err(|error| unreachable(sanitize_line(&error_chain(&error))))?;
         Ok(Self { docker })
     }
 
-    /// Waits for an engine that is still starting, for at most `limit`.
+    /// Waits at most `timeout` for an engine that is still starting.
     ///
     /// # Errors
-    /// The last failure, when the time is over.
-    pub async fn wait_until_ready(socket: &Path, limit: Duration) -> Result<Self, EngineError> {
-        let deadline = Instant::now() + limit;
+    /// The last error, after the timeout.
+    pub(crate) async fn wait_until_ready(
+        socket: &Path,
+        timeout: Duration,
+    ) -> Result<Self, EngineError> {
+        let deadline = Instant::now() + timeout;
         loop {
             let attempt = tokio::time::timeout_at(
-                deadline.max(Instant::now() + PAUSE),
+                deadline.max(Instant::now() + CONNECT_RETRY_DELAY),
                 Self::connect(socket),
             )
             .await;
             let error = match attempt {
-                Ok(Ok(engine)) => return Ok(engine),
+                Ok(Ok(client)) => return Ok(client),
                 Ok(Err(error)) => error,
                 Err(_) => EngineError::Unreachable {
                     socket: socket.display().to_string(),
-                    message: format!("no answer within {} s", limit.as_secs()),
+                    message: format!("no response within {} s", timeout.as_secs()),
                 },
             };
-            if Instant::now() + PAUSE >= deadline {
+            if Instant::now() + CONNECT_RETRY_DELAY >= deadline {
                 return Err(error);
             }
-            tokio::time::sleep(PAUSE).await;
+            tokio::time::sleep(CONNECT_RETRY_DELAY).await;
         }
     }
 
-    /// What the engine says of itself.
+    /// Returns the properties of the engine.
     ///
     /// # Errors
-    /// When the call fails.
-    pub async fn info(&self) -> Result<EngineInfo, EngineError> {
-        let info = limited("describe itself", CALL_LIMIT, self.docker.info()).await?;
+    /// If the call fails.
+    pub(crate) async fn info(&self) -> Result<EngineInfo, EngineError> {
+        let info = with_timeout("report its properties", CALL_TIMEOUT, self.docker.info()).await?;
         Ok(EngineInfo {
             version: info.server_version.unwrap_or_default(),
             data_root: info.docker_root_dir,
@@ -317,201 +321,210 @@ impl Client {
         })
     }
 
-    /// The image `name`, where the engine has it. An id is as good as a name.
+    /// Returns the local image with this name or ID.
     ///
     /// # Errors
-    /// When the call fails.
-    pub async fn find_image(&self, name: &str) -> Result<Option<Image>, EngineError> {
-        match limited("look for the image", CALL_LIMIT, self.docker.inspect_image(name)).await {
-            Ok(found) => Ok(Some(Image {
-                id: found.id.unwrap_or_default(),
-                env: found.config.and_then(|config| config.env).unwrap_or_default(),
+    /// If the call fails.
+    pub(crate) async fn find_image(&self, name: &str) -> Result<Option<Image>, EngineError> {
+        match with_timeout("inspect the image", CALL_TIMEOUT, self.docker.inspect_image(name)).await
+        {
+            Ok(image) => Ok(Some(Image {
+                id: image.id.unwrap_or_default(),
+                env: image.config.and_then(|config| config.env).unwrap_or_default(),
             })),
-            Err(error) if error.is_status(404) => Ok(None),
+            Err(error) if error.has_status(404) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Pulls `image`; `progress` hears of it, in a few words, as often as the engine has something
-    /// to say.
+    /// Pulls `image` and passes each change of the progress to `on_progress`.
     ///
     /// # Errors
-    /// When the image is not to be had.
-    pub async fn pull(
+    /// If the image cannot be pulled, or the pull stalls.
+    pub(crate) async fn pull(
         &self,
         image: &ImageRef,
-        mut progress: impl FnMut(String),
+        mut on_progress: impl FnMut(String),
     ) -> Result<(), EngineError> {
-        const DOING: &str = "pull the image";
+        const OPERATION: &str = "pull the image";
         let options = CreateImageOptionsBuilder::default().from_image(image.as_str()).build();
-        let mut steps = self.docker.create_image(Some(options), None, None);
-        let mut pull = PullProgress::default();
+        let mut messages = self.docker.create_image(Some(options), None, None);
+        let mut progress = PullProgress::default();
         loop {
-            let step = tokio::time::timeout(PULL_SILENCE, steps.next()).await;
-            let Some(step) =
-                step.map_err(|_| EngineError::TimedOut { operation: DOING, limit: PULL_SILENCE })?
-            else {
+            let next = tokio::time::timeout(PULL_STALL_TIMEOUT, messages.next()).await;
+            let timeout = PULL_STALL_TIMEOUT;
+            let next = next.map_err(|_| EngineError::TimedOut { operation: OPERATION, timeout })?;
+            let Some(message) = next else {
                 return Ok(());
             };
-            let step = step.map_err(EngineError::new(DOING))?;
-            if let Some(error) = step.error_detail.and_then(|detail| detail.message) {
-                return Err(EngineError::Failed { operation: DOING, message: error });
+            let message = message.map_err(EngineError::new(OPERATION))?;
+            if let Some(error) = message.error_detail.and_then(|detail| detail.message) {
+                return Err(EngineError::Failed { operation: OPERATION, message: error });
             }
-            let bytes = step.progress_detail.and_then(|detail| {
+            let bytes = message.progress_detail.and_then(|detail| {
                 Some((u64::try_from(detail.current?).ok()?, u64::try_from(detail.total?).ok()?))
             });
-            pull.take(
-                step.id.as_deref().unwrap_or_default(),
-                step.status.as_deref().unwrap_or_default(),
+            progress.update(
+                message.id.as_deref().unwrap_or_default(),
+                message.status.as_deref().unwrap_or_default(),
                 bytes,
             );
-            if let Some(words) = pull.progress() {
-                progress(words);
+            if let Some(summary) = progress.summary() {
+                on_progress(summary);
             }
         }
     }
 
-    /// The container `name`, where there is one. An id is as good as a name.
+    /// Returns the container with this name or ID.
     ///
     /// # Errors
-    /// When the call fails.
-    pub async fn inspect_container(&self, name: &str) -> Result<Option<Container>, EngineError> {
+    /// If the call fails.
+    pub(crate) async fn inspect_container(
+        &self,
+        name: &str,
+    ) -> Result<Option<Container>, EngineError> {
         let call = self.docker.inspect_container(name, None::<InspectContainerOptions>);
-        match limited("look at the container", CALL_LIMIT, call).await {
-            Ok(found) => {
-                let state = found.state.unwrap_or_default();
-                let config = found.config.unwrap_or_default();
+        match with_timeout("inspect the container", CALL_TIMEOUT, call).await {
+            Ok(container) => {
+                let state = container.state.unwrap_or_default();
+                let config = container.config.unwrap_or_default();
                 Ok(Some(Container {
-                    id: found.id.unwrap_or_default(),
+                    id: container.id.unwrap_or_default(),
                     running: state.running.unwrap_or(false),
                     pid: state.pid.and_then(|pid| pid.try_into().ok()).unwrap_or(0),
                     paused: state.paused.unwrap_or(false),
                     started_at: state.started_at.unwrap_or_default(),
                     exit_code: state.exit_code.unwrap_or(0),
                     image: config.image.unwrap_or_default(),
-                    image_id: found.image.unwrap_or_default(),
+                    image_id: container.image.unwrap_or_default(),
                     labels: config.labels.unwrap_or_default(),
-                    ip_address: found.network_settings.and_then(ip_address_in),
+                    ip_address: container.network_settings.and_then(ip_address_in),
                 }))
             }
-            Err(error) if error.is_status(404) => Ok(None),
+            Err(error) if error.has_status(404) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// The names of this node's containers that run under another name than the settings give it.
+    /// Returns the names of the running containers of this node that have a name other than
+    /// `container.name`.
     ///
     /// # Errors
-    /// When the call fails.
-    pub async fn find_orphans(&self, settings: &Settings) -> Result<Vec<String>, EngineError> {
-        let ours = HashMap::from([(
+    /// If the call fails.
+    pub(crate) async fn find_orphans(
+        &self,
+        settings: &Settings,
+    ) -> Result<Vec<String>, EngineError> {
+        let filters = HashMap::from([(
             "label",
             vec![format!("{STATE_DIR_LABEL}={}", settings.state.dir.display())],
         )]);
-        let options = ListContainersOptionsBuilder::default().filters(&ours).build();
+        let options = ListContainersOptionsBuilder::default().filters(&filters).build();
         let call = self.docker.list_containers(Some(options));
-        let found = limited("look for other containers of the node", CALL_LIMIT, call).await?;
-        // Docker puts a slash before names.
-        let names = found.into_iter().filter_map(|container| container.names?.into_iter().next());
+        let containers =
+            with_timeout("list the containers of the node", CALL_TIMEOUT, call).await?;
+        // Docker prefixes names with a slash.
+        let names =
+            containers.into_iter().filter_map(|container| container.names?.into_iter().next());
         let names = names.map(|name| name.trim_start_matches('/').to_owned());
         Ok(names.filter(|name| *name != settings.container.name).collect())
     }
 
-    /// Makes the container and answers with its id.
+    /// Creates the container and returns its ID.
     ///
     /// # Errors
-    /// When Docker refuses the specification, or the call fails.
-    pub async fn create(&self, spec: &ContainerSpec) -> Result<String, EngineError> {
+    /// If Docker rejects the container spec, or the call fails.
+    pub(crate) async fn create(&self, spec: &ContainerSpec) -> Result<String, EngineError> {
         let options = CreateContainerOptionsBuilder::default().name(&spec.name).build();
-        let call = self.docker.create_container(Some(options), body_of(spec));
-        limited("create the container", CALL_LIMIT, call).await.map(|created| created.id)
+        let call = self.docker.create_container(Some(options), create_body(spec));
+        with_timeout("create the container", CALL_TIMEOUT, call).await.map(|created| created.id)
     }
 
-    /// Starts the container; one that runs already is fine.
+    /// Starts the container, unless it is running already.
     ///
     /// # Errors
-    /// When Docker refuses to start it, or the call fails.
-    pub async fn start(&self, id: &str) -> Result<(), EngineError> {
-        // The client's own limit would come first.
-        let patient = self.docker.clone().with_timeout(START_LIMIT * 2);
-        let call = patient.start_container(id, None::<StartContainerOptions>);
-        match limited("start the container", START_LIMIT, call).await {
-            Err(error) if !error.is_status(304) => Err(error),
+    /// If Docker cannot start it, or the call fails.
+    pub(crate) async fn start(&self, id: &str) -> Result<(), EngineError> {
+        // bollard's own limit must not expire first.
+        let docker = self.docker.clone().with_timeout(START_TIMEOUT * 2);
+        let call = docker.start_container(id, None::<StartContainerOptions>);
+        match with_timeout("start the container", START_TIMEOUT, call).await {
+            Err(error) if !error.has_status(304) => Err(error),
             _ => Ok(()),
         }
     }
 
-    /// Stops the container, with `grace` between SIGTERM and SIGKILL; one that does not run, or is
-    /// gone, is fine.
+    /// Stops the container, with `grace` between SIGTERM and SIGKILL. A container that is not
+    /// running or does not exist is no error.
     ///
     /// # Errors
-    /// When the call fails.
-    pub async fn stop(&self, id: &str, grace: Duration) -> Result<(), EngineError> {
+    /// If the call fails.
+    pub(crate) async fn stop(&self, id: &str, grace: Duration) -> Result<(), EngineError> {
         let seconds = i32::try_from(grace.as_secs()).unwrap_or(i32::MAX);
         let options = StopContainerOptionsBuilder::default().t(seconds).build();
-        // The answer comes after the grace: the call has this much more time than others.
-        let limit = CALL_LIMIT + grace;
-        let patient = self.docker.clone().with_timeout(limit * 2);
-        match limited("stop the container", limit, patient.stop_container(id, Some(options))).await
+        // Docker answers only after the container has exited.
+        let timeout = CALL_TIMEOUT + grace;
+        let docker = self.docker.clone().with_timeout(timeout * 2);
+        match with_timeout("stop the container", timeout, docker.stop_container(id, Some(options)))
+            .await
         {
-            Err(error) if !error.is_status(304) && !error.is_status(404) => Err(error),
+            Err(error) if !error.has_status(304) && !error.has_status(404) => Err(error),
             _ => Ok(()),
         }
     }
 
-    /// Removes the container, running or not; one that is gone is fine. What somebody else's
-    /// container kept in volumes without a name stays.
+    /// Removes the container, running or not. A container that does not exist is no error. The
+    /// anonymous volumes of a container that the agent did not create are kept.
     ///
     /// # Errors
-    /// When the call fails.
-    pub async fn remove(&self, container: &Container) -> Result<(), EngineError> {
-        let ours = container.spec_hash().is_some();
-        let options = RemoveContainerOptionsBuilder::default().force(true).v(ours).build();
+    /// If the call fails.
+    pub(crate) async fn remove(&self, container: &Container) -> Result<(), EngineError> {
+        let is_ours = container.spec_hash().is_some();
+        let options = RemoveContainerOptionsBuilder::default().force(true).v(is_ours).build();
         let call = self.docker.remove_container(&container.id, Some(options));
-        match limited("remove the container", CALL_LIMIT, call).await {
-            Err(error) if !error.is_status(404) => Err(error),
+        match with_timeout("remove the container", CALL_TIMEOUT, call).await {
+            Err(error) if !error.has_status(404) => Err(error),
             _ => Ok(()),
         }
     }
 
-    /// Waits until somebody has paused the container, or (`wanted` is false) lets it go on. Never,
-    /// where it cannot be told.
-    pub async fn wait_for_pause(&self, id: &str, wanted: bool) {
+    /// Waits until the container is paused, or, if `paused` is false, unpaused. Pending forever if
+    /// the events cannot be read.
+    pub(crate) async fn wait_for_pause(&self, id: &str, paused: bool) {
         let filters = HashMap::from([("container", vec![id]), ("event", vec!["pause", "unpause"])]);
-        // What happens between the look and the listening is among the events since then.
+        // The events since now include those between the inspect and the subscription.
         let since =
             SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs().to_string();
-        if matches!(self.inspect_container(id).await, Ok(Some(found)) if found.running && found.paused == wanted)
-        {
+        let container = self.inspect_container(id).await.ok().flatten();
+        if container.is_some_and(|container| container.running && container.paused == paused) {
             return;
         }
         let options = EventsOptionsBuilder::default().since(&since).filters(&filters).build();
-        let mut events = self.docker.clone().with_timeout(LOG_SILENCE).events(Some(options));
+        let mut events = self.docker.clone().with_timeout(STREAM_TIMEOUT).events(Some(options));
         while let Some(Ok(event)) = events.next().await {
-            if event.action.as_deref() == Some(if wanted { "pause" } else { "unpause" }) {
+            if event.action.as_deref() == Some(if paused { "pause" } else { "unpause" }) {
                 return;
             }
         }
         std::future::pending().await
     }
 
-    /// Waits until the container does not run any more and answers with its exit code; `None` when
-    /// the engine went away or the container with it.
-    pub async fn wait(&self, id: &str) -> Option<i64> {
+    /// Waits until the container exits and returns its exit code; `None` if the engine or the
+    /// container is gone.
+    pub(crate) async fn wait(&self, id: &str) -> Option<i64> {
         match self.docker.wait_container(id, None::<WaitContainerOptions>).next().await {
-            Some(Ok(end)) => Some(end.status_code),
-            // bollard makes an error of every code but 0.
+            Some(Ok(exit)) => Some(exit.status_code),
+            // bollard reports every exit code except 0 as an error.
             Some(Err(ApiError::DockerContainerWaitError { code, .. })) => Some(code),
             Some(Err(_)) | None => None,
         }
     }
 
-    /// Follows what the container writes, from its last start on: what it wrote in an earlier life
-    /// is left out. Docker reads its own log back, whichever driver keeps it, as long as that
-    /// driver can be read.
-    pub fn log(&self, container: &Container) -> Log {
-        // Docker counts in seconds here: the last words of a life that ended in this very second
-        // would be among them, were it not for the pause before a start.
+    /// Follows the container's log from its last start; output of earlier runs is omitted. Works
+    /// with every log driver that Docker can read.
+    pub(crate) fn log(&self, container: &Container) -> Log {
+        // Docker counts in seconds here. Output of a run that ended in the same second would be
+        // included, but the agent delays every restart.
         let since = container
             .started()
             .and_then(|started| started.duration_since(SystemTime::UNIX_EPOCH).ok());
@@ -521,15 +534,15 @@ impl Client {
             .stderr(true)
             .since(since.and_then(|since| since.as_secs().try_into().ok()).unwrap_or(0))
             .build();
-        // Engines before 27 begin their answer with the first line, which may be long in coming.
-        let patient = self.docker.clone().with_timeout(LOG_SILENCE);
+        // Docker before 27 sends the response headers only with the first line.
+        let docker = self.docker.clone().with_timeout(STREAM_TIMEOUT);
         let id = container.id.clone();
-        Log::new(move || patient.logs(&id, Some(options.clone())))
+        Log::new(move || docker.logs(&id, Some(options.clone())))
     }
 }
 
 fn ip_address_in(settings: NetworkSettings) -> Option<IpAddr> {
-    // In the order of their names: the same one every time.
+    // Sorted by name, so that the result is always the same.
     let networks: BTreeMap<String, _> = settings.networks?.into_iter().collect();
     let addresses = networks
         .into_values()
@@ -537,7 +550,7 @@ fn ip_address_in(settings: NetworkSettings) -> Option<IpAddr> {
     addresses.flatten().find_map(|address| address.parse().ok())
 }
 
-fn body_of(spec: &ContainerSpec) -> ContainerCreateBody {
+fn create_body(spec: &ContainerSpec) -> ContainerCreateBody {
     let mount = |mount: &MountSpec| Mount {
         target: Some(mount.target.clone()),
         source: Some(mount.source.clone()),
@@ -545,7 +558,7 @@ fn body_of(spec: &ContainerSpec) -> ContainerCreateBody {
         read_only: Some(mount.read_only),
         ..Mount::default()
     };
-    let name_of_port = |port: &PortSpec| format!("{}/tcp", port.port);
+    let port_key = |port: &PortSpec| format!("{}/tcp", port.port);
     let binding = |port: &PortSpec| PortBinding {
         host_ip: Some(port.listen.ip().to_string()),
         host_port: Some(port.listen.port().to_string()),
@@ -556,8 +569,8 @@ fn body_of(spec: &ContainerSpec) -> ContainerCreateBody {
         env: Some(spec.env.iter().map(|(name, value)| format!("{name}={value}")).collect()),
         labels: Some(spec.labels.clone().into_iter().collect()),
         user: Some(spec.user.clone()),
-        exposed_ports: Some(spec.ports.iter().map(name_of_port).collect()),
-        // PID 1 of the container is Docker's init: the signal goes through it.
+        exposed_ports: Some(spec.ports.iter().map(port_key).collect()),
+        // PID 1 of the container is Docker's init, which forwards the signal.
         stop_signal: Some("SIGTERM".into()),
         host_config: Some(HostConfig {
             runtime: Some(spec.runtime.clone()),
@@ -569,10 +582,7 @@ fn body_of(spec: &ContainerSpec) -> ContainerCreateBody {
                 }]
             }),
             port_bindings: Some(
-                spec.ports
-                    .iter()
-                    .map(|port| (name_of_port(port), Some(vec![binding(port)])))
-                    .collect(),
+                spec.ports.iter().map(|port| (port_key(port), Some(vec![binding(port)]))).collect(),
             ),
             mounts: Some(spec.mounts.iter().map(mount).collect()),
             tmpfs: Some(spec.tmpfs.clone().into_iter().collect()),
@@ -602,7 +612,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_container_has_run_since_its_last_start() {
+    fn parses_start_time_and_running_time() {
         let container =
             |started_at: &str| Container { started_at: started_at.into(), ..Container::default() };
         let started = |text| {
@@ -617,7 +627,7 @@ mod tests {
             Some(Duration::new(1_795_709_473, 500_000_000))
         );
         assert_eq!(started("2026-11-26T16:11:13Z"), Some(Duration::from_secs(1_795_709_473)));
-        // One that was never started.
+        // A container that was never started.
         assert_eq!(started("0001-01-01T00:00:00Z"), None);
         assert_eq!(started(""), None);
         assert!(container("2024-01-01T00:00:00Z").running_for() > Duration::from_secs(86_400));
@@ -625,7 +635,7 @@ mod tests {
     }
 
     #[test]
-    fn the_address_is_that_in_the_first_network_that_gives_one() {
+    fn address_is_from_first_network_that_has_one() {
         let network = |v4: &str, v6: &str| EndpointSettings {
             ip_address: Some(v4.into()),
             global_ipv6_address: Some(v6.into()),

@@ -1,58 +1,57 @@
-//! The `nvidia` entry in Docker's daemon.json: a pure edit of the text.
+//! Merges the `nvidia` runtime into the text of Docker's daemon.json. Pure.
 //!
-//! The text is never written anew: the entry is put in at its place, and every other byte (the
-//! order of keys, the digits of numbers, the indentation) stays what the operator wrote.
+//! The entry is inserted into the text; the file is not serialised again. Every other byte (order
+//! of keys, digits of numbers, indentation) stays as the operator wrote it.
 
 use std::fmt;
 
 use serde::de::{Deserializer as _, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// The name of the runtime in daemon.json and in a container's `HostConfig.Runtime`.
+/// Name of the runtime in daemon.json and in a container's `HostConfig.Runtime`.
 pub const RUNTIME_NAME: &str = "nvidia";
 
-/// What became of the text.
+/// Result of a merge.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Merged {
-    /// It has a working entry: nothing to write.
+    /// The text has a working entry already.
     Unchanged,
     /// The new text.
     Changed(String),
 }
 
-/// Why a daemon.json is not touched.
+/// Why a daemon.json cannot be merged.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}, column {column}: {message}")]
-pub struct Refused {
-    /// Line of the trouble, from 1.
+pub struct InvalidDaemonJson {
+    /// Line of the error, from 1.
     pub line: usize,
-    /// Column of the trouble, in characters, from 1.
+    /// Column of the error, in characters, from 1.
     pub column: usize,
-    /// What is wrong there, and what is accepted.
+    /// Description of the error.
     pub message: String,
 }
 
-/// Puts the runtime `nvidia` with `runtime_path` into `text`, which is the content of a
-/// daemon.json. An entry that is there is the operator's and stays; one that names no program at
-/// all gets the path.
+/// Adds the runtime `nvidia` with `runtime_path` to `text`, the content of a daemon.json. An
+/// existing entry is kept; if it has neither a path nor a type, the path is added.
 ///
 /// # Errors
-/// When `text` is not exactly one JSON object, or one whose `runtimes` Docker itself would refuse.
-pub fn merge(text: &str, runtime_path: &str) -> Result<Merged, Refused> {
+/// If `text` is not exactly one JSON object, or Docker would reject its `runtimes`.
+pub fn merge(text: &str, runtime_path: &str) -> Result<Merged, InvalidDaemonJson> {
     let document = Object::parse(text, text)?;
     let Some(runtimes) = document.member("runtimes", text)? else {
         return Ok(Merged::Changed(document.with_member(
             text,
             "runtimes",
-            &runtimes_of(runtime_path),
+            &runtimes_json(runtime_path),
         )));
     };
-    // Docker 20.10 dies of a null here when it reloads.
+    // Docker 20.10 crashes on a null here when it reloads.
     if runtimes.get() == "null" {
-        return Ok(Merged::Changed(replaced(
+        return Ok(Merged::Changed(replace(
             text,
             runtimes,
-            &runtimes_of(runtime_path).render(&document.style(text)),
+            &runtimes_json(runtime_path).render(&document.style(text)),
         )));
     }
     let runtimes = Object::parse(runtimes.get(), text)?;
@@ -60,36 +59,35 @@ pub fn merge(text: &str, runtime_path: &str) -> Result<Merged, Refused> {
         return Ok(Merged::Changed(runtimes.with_member(
             text,
             RUNTIME_NAME,
-            &entry_of(runtime_path),
+            &entry_json(runtime_path),
         )));
     };
     if entry.get() == "null" {
-        return Ok(Merged::Changed(replaced(
+        return Ok(Merged::Changed(replace(
             text,
             entry,
-            &entry_of(runtime_path).render(&runtimes.style(text)),
+            &entry_json(runtime_path).render(&runtimes.style(text)),
         )));
     }
     let fields = Object::parse(entry.get(), text)?;
-    // Docker takes these in any case: `Path` is an operator's path as well.
+    // Docker ignores the case of these keys: `Path` is a path as well.
     let (shim, path) = (fields.field("runtimeType", text)?, fields.field("path", text)?);
-    // An entry for containerd's shims (Docker 23 and later) has a type and no path.
-    if names_something(shim, "runtimeType", text)? || names_something(path, "path", text)? {
+    // An entry for a containerd shim (Docker 23 and later) has a type and no path.
+    if is_set(shim, "runtimeType", text)? || is_set(path, "path", text)? {
         return Ok(Merged::Unchanged);
     }
     Ok(Merged::Changed(match path {
-        Some(path) => replaced(text, path, &quoted(runtime_path)),
+        Some(path) => replace(text, path, &quoted(runtime_path)),
         None => fields.with_member(text, "path", &Insert::Text(quoted(runtime_path))),
     }))
 }
 
-/// Whether a member is there and names something: to Docker, null and an empty string are the same
-/// as nothing.
-fn names_something(value: Option<&RawValue>, key: &str, text: &str) -> Result<bool, Refused> {
+/// Whether a string member is set. Docker treats null and an empty string as unset.
+fn is_set(value: Option<&RawValue>, key: &str, text: &str) -> Result<bool, InvalidDaemonJson> {
     let Some(value) = value else { return Ok(false) };
     match serde_json::from_str::<Option<String>>(value.get()) {
         Ok(name) => Ok(name.is_some_and(|name| !name.is_empty())),
-        Err(_) => Err(refused_at(
+        Err(_) => Err(error_at(
             text,
             value.get(),
             &format!("the {key} of the nvidia runtime must be a string"),
@@ -97,19 +95,19 @@ fn names_something(value: Option<&RawValue>, key: &str, text: &str) -> Result<bo
     }
 }
 
-/// The text of a daemon.json that has nothing but the entry.
+/// Returns a daemon.json with nothing but the entry.
 pub fn fresh(runtime_path: &str) -> String {
     let mut text =
-        Insert::Object("runtimes", Box::new(runtimes_of(runtime_path))).render(&Style::default());
+        Insert::Object("runtimes", Box::new(runtimes_json(runtime_path))).render(&Style::default());
     text.push('\n');
     text
 }
 
-fn runtimes_of(runtime_path: &str) -> Insert {
-    Insert::Object(RUNTIME_NAME, Box::new(entry_of(runtime_path)))
+fn runtimes_json(runtime_path: &str) -> Insert {
+    Insert::Object(RUNTIME_NAME, Box::new(entry_json(runtime_path)))
 }
 
-fn entry_of(runtime_path: &str) -> Insert {
+fn entry_json(runtime_path: &str) -> Insert {
     Insert::Object("path", Box::new(Insert::Text(quoted(runtime_path))))
 }
 
@@ -117,36 +115,35 @@ fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
-/// JSON to be put in: objects of one member, down to a text.
+/// JSON to insert: nested objects with one member each, and a string.
 enum Insert {
     Text(String),
     Object(&'static str, Box<Insert>),
 }
 
-/// How the text around an insertion is laid out.
+/// Layout of the text around an insertion.
 struct Style {
-    /// One member a line, or all in one line.
-    lines: bool,
-    /// Indentation of the members beside the insertion.
+    /// Whether each member is on its own line.
+    multiline: bool,
+    /// Indentation of the members next to the insertion.
     indent: String,
-    /// What a deeper level adds.
+    /// Additional indentation of each nested level.
     step: String,
-    /// The line break.
     newline: &'static str,
 }
 
 impl Default for Style {
     fn default() -> Self {
-        Self { lines: true, indent: String::new(), step: "    ".into(), newline: "\n" }
+        Self { multiline: true, indent: String::new(), step: "    ".into(), newline: "\n" }
     }
 }
 
 impl Insert {
-    /// The JSON of an insertion that stands at `style.indent`.
+    /// Returns the JSON text for an insertion at `style.indent`.
     fn render(&self, style: &Style) -> String {
         match self {
             Self::Text(text) => text.clone(),
-            Self::Object(key, value) if style.lines => {
+            Self::Object(key, value) if style.multiline => {
                 let inner = Style {
                     indent: format!("{}{}", style.indent, style.step),
                     step: style.step.clone(),
@@ -165,23 +162,26 @@ impl Insert {
     }
 }
 
-/// An object in the text: its members, duplicates included, as the slices they are.
+/// A JSON object as a slice of the text, with its members as slices, including duplicates.
 struct Object<'t> {
     raw: &'t str,
     members: Vec<(String, &'t RawValue)>,
 }
 
 impl<'t> Object<'t> {
-    /// Reads `raw`, a slice of `text`; places in errors are places in `text`.
-    fn parse(raw: &'t str, text: &str) -> Result<Self, Refused> {
-        if !raw.trim_start_matches(JSON_BLANKS).starts_with('{') {
-            let what =
-                if raw.trim_matches(JSON_BLANKS).is_empty() { "nothing" } else { "something else" };
-            let place = raw.trim_start_matches(JSON_BLANKS);
-            return Err(refused_at(
+    /// Parses `raw`, a slice of `text`. Positions in errors refer to `text`.
+    fn parse(raw: &'t str, text: &str) -> Result<Self, InvalidDaemonJson> {
+        if !raw.trim_start_matches(JSON_WHITESPACE).starts_with('{') {
+            let found = if raw.trim_matches(JSON_WHITESPACE).is_empty() {
+                "nothing"
+            } else {
+                "another value"
+            };
+            let position = raw.trim_start_matches(JSON_WHITESPACE);
+            return Err(error_at(
                 text,
-                place,
-                &format!("one JSON object is expected here and {what} is found"),
+                position,
+                &format!("expected one JSON object, found {found}"),
             ));
         }
         let mut json = serde_json::Deserializer::from_str(raw);
@@ -191,36 +191,34 @@ impl<'t> Object<'t> {
             let message = error.to_string();
             let message =
                 message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
-            refused_at(text, &raw[offset_of(&error, raw)..], message)
+            error_at(text, &raw[offset_of(&error, raw)..], message)
         })
     }
 
-    fn member(&self, key: &str, text: &str) -> Result<Option<&'t RawValue>, Refused> {
-        self.only(key, |name| name == key, text)
+    fn member(&self, key: &str, text: &str) -> Result<Option<&'t RawValue>, InvalidDaemonJson> {
+        self.unique(key, |name| name == key, text)
     }
 
-    fn field(&self, key: &str, text: &str) -> Result<Option<&'t RawValue>, Refused> {
-        self.only(key, |name| name.eq_ignore_ascii_case(key), text)
+    fn field(&self, key: &str, text: &str) -> Result<Option<&'t RawValue>, InvalidDaemonJson> {
+        self.unique(key, |name| name.eq_ignore_ascii_case(key), text)
     }
 
-    fn only(
+    fn unique(
         &self,
         key: &str,
-        is_it: impl Fn(&str) -> bool,
+        matches: impl Fn(&str) -> bool,
         text: &str,
-    ) -> Result<Option<&'t RawValue>, Refused> {
-        let mut found =
-            self.members.iter().filter(|(name, _)| is_it(name)).map(|(_, value)| *value);
-        let first = found.next();
-        match found.next() {
-            Some(second) => {
-                Err(refused_at(text, second.get(), &format!("the key {key:?} is there twice")))
-            }
+    ) -> Result<Option<&'t RawValue>, InvalidDaemonJson> {
+        let mut values =
+            self.members.iter().filter(|(name, _)| matches(name)).map(|(_, value)| *value);
+        let first = values.next();
+        match values.next() {
+            Some(second) => Err(error_at(text, second.get(), &format!("duplicate key {key:?}"))),
             None => Ok(first),
         }
     }
 
-    /// `text` with one more member at the end of this object.
+    /// Returns `text` with a member appended to this object.
     fn with_member(&self, text: &str, key: &str, value: &Insert) -> String {
         let style = self.style(text);
         let member = format!("{}: {}", quoted(key), value.render(&style));
@@ -229,14 +227,13 @@ impl<'t> Object<'t> {
             None => offset_in(text, self.raw) + self.raw.find('{').map_or(0, |brace| brace + 1),
         };
         let (before, after) = text.split_at(at);
-        match (self.members.is_empty(), style.lines) {
+        match (self.members.is_empty(), style.multiline) {
             (false, true) => format!("{before},{}{}{member}{after}", style.newline, style.indent),
             (false, false) => format!("{before}, {member}{after}"),
             (true, true) => {
-                // Whatever blanks stood between the braces give way to a member on a line of its
-                // own.
+                // The member on its own line replaces the whitespace between the braces.
                 let outer = style.indent.strip_suffix(style.step.as_str()).unwrap_or_default();
-                let rest = after.trim_start_matches(JSON_BLANKS);
+                let rest = after.trim_start_matches(JSON_WHITESPACE);
                 format!(
                     "{before}{}{}{member}{}{outer}{rest}",
                     style.newline, style.indent, style.newline
@@ -246,19 +243,19 @@ impl<'t> Object<'t> {
         }
     }
 
-    /// The layout of this object's members.
+    /// Returns the layout of this object's members.
     fn style(&self, text: &str) -> Style {
         let newline = if text.contains("\r\n") { "\r\n" } else { "\n" };
         let start = offset_in(text, self.raw) + self.raw.find('{').unwrap_or(0);
         let outer = indent_of_line(text, start);
-        let sanitize_line = !self.raw.trim_matches(JSON_BLANKS).contains('\n');
+        let multiline = self.raw.trim_matches(JSON_WHITESPACE).contains('\n');
         if self.members.is_empty() {
-            // An empty object says nothing of its own: the text around it does.
+            // An empty object has no layout; use that of the surrounding text.
             let whole_document =
-                text.trim_matches(JSON_BLANKS) == self.raw.trim_matches(JSON_BLANKS);
+                text.trim_matches(JSON_WHITESPACE) == self.raw.trim_matches(JSON_WHITESPACE);
             let step = if whole_document { "    ".to_owned() } else { step_of(text) };
             return Style {
-                lines: whole_document || text.trim_matches(JSON_BLANKS).contains('\n'),
+                multiline: whole_document || text.trim_matches(JSON_WHITESPACE).contains('\n'),
                 indent: format!("{outer}{step}"),
                 step,
                 newline,
@@ -270,13 +267,13 @@ impl<'t> Object<'t> {
             .strip_prefix(outer)
             .filter(|step| !step.is_empty())
             .map_or_else(|| step_of(text), String::from);
-        Style { lines: !sanitize_line, indent: indent.into(), step, newline }
+        Style { multiline, indent: indent.into(), step, newline }
     }
 }
 
-const JSON_BLANKS: [char; 4] = [' ', '\t', '\n', '\r'];
+const JSON_WHITESPACE: [char; 4] = [' ', '\t', '\n', '\r'];
 
-/// The first indentation in the text, as the step of all.
+/// Returns the first indentation in the text as the step of every level.
 fn step_of(text: &str) -> String {
     text.lines()
         .map(|line| &line[..line.len() - line.trim_start_matches([' ', '\t']).len()])
@@ -285,24 +282,24 @@ fn step_of(text: &str) -> String {
         .into()
 }
 
-/// The blanks at the beginning of the line in which `offset` is.
+/// Returns the indentation of the line that contains `offset`.
 fn indent_of_line(text: &str, offset: usize) -> &str {
     let line = &text[text[..offset].rfind('\n').map_or(0, |at| at + 1)..];
     &line[..line.len() - line.trim_start_matches([' ', '\t']).len()]
 }
 
-/// Where `slice`, which is a part of `text`, begins in it.
+/// Returns the offset of `slice` in `text`, of which it is a part.
 fn offset_in(text: &str, slice: &str) -> usize {
     slice.as_ptr().addr() - text.as_ptr().addr()
 }
 
-fn replaced(text: &str, old: &RawValue, new: &str) -> String {
+fn replace(text: &str, old: &RawValue, new: &str) -> String {
     let at = offset_in(text, old.get());
     format!("{}{new}{}", &text[..at], &text[at + old.get().len()..])
 }
 
-/// The byte of `text` at which it goes wrong. serde_json counts in bytes, and gives the character
-/// at which it stopped or the one before.
+/// Returns the byte offset of the error in `text`. serde_json counts columns in bytes and reports
+/// the character at which it stopped, or the one before.
 fn offset_of(error: &serde_json::Error, text: &str) -> usize {
     if error.is_eof() {
         return text.len();
@@ -312,7 +309,7 @@ fn offset_of(error: &serde_json::Error, text: &str) -> usize {
         .take(error.line().saturating_sub(1))
         .map(str::len)
         .sum::<usize>();
-    // Column 0 is the line break before.
+    // Column 0 is the preceding line break.
     let mut offset = (line_start + error.column()).saturating_sub(1).min(text.len());
     while !text.is_char_boundary(offset) {
         offset -= 1;
@@ -323,12 +320,12 @@ fn offset_of(error: &serde_json::Error, text: &str) -> usize {
     offset
 }
 
-fn refused_at(text: &str, slice: &str, message: &str) -> Refused {
-    let (line, column) = place_of(text, offset_in(text, slice));
-    Refused { line, column, message: message.into() }
+fn error_at(text: &str, slice: &str, message: &str) -> InvalidDaemonJson {
+    let (line, column) = position_of(text, offset_in(text, slice));
+    InvalidDaemonJson { line, column, message: message.into() }
 }
 
-fn place_of(text: &str, offset: usize) -> (usize, usize) {
+fn position_of(text: &str, offset: usize) -> (usize, usize) {
     let before = &text[..offset];
     let line_start = before.rfind('\n').map_or(0, |at| at + 1);
     (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
@@ -359,16 +356,12 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::Value;
 
-    const PATH: &str = "nvidia-container-runtime";
+    const PATH: &str = "runtime";
 
     fn merged(text: &str) -> String {
-        match merge(text, PATH).unwrap_or_else(|refused| panic!("{text}: {refused}")) {
+        match merge(text, PATH).unwrap_or_else(|error| panic!("{text}: {error}")) {
             Merged::Changed(new) => {
-                assert_eq!(
-                    merge(&new, PATH),
-                    Ok(Merged::Unchanged),
-                    "the second run changes {new}"
-                );
+                assert_eq!(merge(&new, PATH), Ok(Merged::Unchanged), "second merge changed {new}");
                 new
             }
             Merged::Unchanged => text.into(),
@@ -376,48 +369,60 @@ mod tests {
     }
 
     #[test]
-    fn the_entry_is_put_in_and_every_other_byte_stays() {
-        let entry = r#""nvidia": {"path": "nvidia-container-runtime"}"#;
+    fn entry_is_added_and_every_other_byte_is_kept() {
+        let entry = r#""nvidia": {"path": "runtime"}"#;
         let runtimes = format!(r#""runtimes": {{{entry}}}"#);
-        let lines = "\"runtimes\": {\n        \"nvidia\": {\n            \"path\": \"nvidia-container-runtime\"\n        }\n    }";
+        let lines = "\"runtimes\": {\n        \"nvidia\": {\n            \"path\": \
+                     \"runtime\"\n        }\n    }";
         for (old, new) in [
             ("{}", format!("{{\n    {lines}\n}}")),
             (" \n{ \n }\n\n", format!(" \n{{\n    {lines}\n}}\n\n")),
             (r#"{"debug":true}"#, format!(r#"{{"debug":true, {runtimes}}}"#)),
-            ("{\n    \"b\": 1,\n    \"a\": 2\n}\n", format!("{{\n    \"b\": 1,\n    \"a\": 2,\n    {lines}\n}}\n")),
-            // Digits are not rounded, forms of numbers and escapes are not changed, and duplicates
-            // are not ours to judge.
             (
-                r#"{"n":12345678901234567890123,"f":1.50E+3,"s":"\u00e9\/","n":1}"#,
-                format!(r#"{{"n":12345678901234567890123,"f":1.50E+3,"s":"\u00e9\/","n":1, {runtimes}}}"#),
+                "{\n    \"b\": 1,\n    \"a\": 2\n}\n",
+                format!("{{\n    \"b\": 1,\n    \"a\": 2,\n    {lines}\n}}\n"),
+            ),
+            // Numbers are not rounded, notation and escapes are kept, and duplicate keys are
+            // accepted.
+            (
+                r#"{"n":1234567890123456789012,"f":1.50E+3,"s":"\u00e9\/","n":1}"#,
+                format!(
+                    r#"{{"n":1234567890123456789012,"f":1.50E+3,"s":"\u00e9\/","n":1, {runtimes}}}"#
+                ),
             ),
             (r#"{"runtimes":null,"z":[]}"#, format!(r#"{{"runtimes":{{{entry}}},"z":[]}}"#)),
             (r#"{"runtimes":{},"z":0}"#, format!(r#"{{"runtimes":{{{entry}}},"z":0}}"#)),
-            (r#"{"runtimes":{"kata":{"path":"k"}}}"#, format!(r#"{{"runtimes":{{"kata":{{"path":"k"}}, {entry}}}}}"#)),
+            (
+                r#"{"runtimes":{"kata":{"path":"k"}}}"#,
+                format!(r#"{{"runtimes":{{"kata":{{"path":"k"}}, {entry}}}}}"#),
+            ),
             (
                 r#"{"runtimes":{"nvidia":null}}"#,
-                r#"{"runtimes":{"nvidia":{"path": "nvidia-container-runtime"}}}"#.into(),
+                r#"{"runtimes":{"nvidia":{"path": "runtime"}}}"#.into(),
             ),
-            (r#"{"runtimes":{"nvidia":{}}}"#, r#"{"runtimes":{"nvidia":{"path": "nvidia-container-runtime"}}}"#.into()),
+            (
+                r#"{"runtimes":{"nvidia":{}}}"#,
+                r#"{"runtimes":{"nvidia":{"path": "runtime"}}}"#.into(),
+            ),
             (
                 r#"{"runtimes":{"nvidia":{"runtimeArgs":["a"]}}}"#,
-                r#"{"runtimes":{"nvidia":{"runtimeArgs":["a"], "path": "nvidia-container-runtime"}}}"#.into(),
+                r#"{"runtimes":{"nvidia":{"runtimeArgs":["a"], "path": "runtime"}}}"#.into(),
             ),
             (
                 r#"{"runtimes":{"nvidia":{"path":"","runtimeArgs":["a"]}}}"#,
-                r#"{"runtimes":{"nvidia":{"path":"nvidia-container-runtime","runtimeArgs":["a"]}}}"#.into(),
+                r#"{"runtimes":{"nvidia":{"path":"runtime","runtimeArgs":["a"]}}}"#.into(),
             ),
             (
                 r#"{"runtimes":{"nvidia":{"path": null,"runtimeType":""}}}"#,
-                r#"{"runtimes":{"nvidia":{"path": "nvidia-container-runtime","runtimeType":""}}}"#.into(),
+                r#"{"runtimes":{"nvidia":{"path": "runtime","runtimeType":""}}}"#.into(),
             ),
             (
                 r#"{"runtimes":{"nvidia":{"runtimeType":null}}}"#,
-                r#"{"runtimes":{"nvidia":{"runtimeType":null, "path": "nvidia-container-runtime"}}}"#.into(),
+                r#"{"runtimes":{"nvidia":{"runtimeType":null, "path": "runtime"}}}"#.into(),
             ),
             (
                 r#"{"runtimes":{"nvidia":{"Path":""}}}"#,
-                r#"{"runtimes":{"nvidia":{"Path":"nvidia-container-runtime"}}}"#.into(),
+                r#"{"runtimes":{"nvidia":{"Path":"runtime"}}}"#.into(),
             ),
         ] {
             assert_eq!(merged(old), new);
@@ -425,32 +430,35 @@ mod tests {
     }
 
     #[test]
-    fn the_layout_of_the_text_is_kept() {
+    fn layout_of_the_text_is_kept() {
         assert_eq!(
             merged("{\r\n\t\"a\": 1\r\n}\r\n"),
-            "{\r\n\t\"a\": 1,\r\n\t\"runtimes\": {\r\n\t\t\"nvidia\": {\r\n\t\t\t\"path\": \"nvidia-container-runtime\"\r\n\t\t}\r\n\t}\r\n}\r\n"
+            "{\r\n\t\"a\": 1,\r\n\t\"runtimes\": {\r\n\t\t\"nvidia\": {\
+             \r\n\t\t\t\"path\": \"runtime\"\r\n\t\t}\r\n\t}\r\n}\r\n"
         );
         assert_eq!(
             merged("{\n  \"runtimes\": {\n    \"kata\": {}\n  }\n}"),
-            "{\n  \"runtimes\": {\n    \"kata\": {},\n    \"nvidia\": {\n      \"path\": \"nvidia-container-runtime\"\n    }\n  }\n}"
+            "{\n  \"runtimes\": {\n    \"kata\": {},\n    \"nvidia\": {\
+             \n      \"path\": \"runtime\"\n    }\n  }\n}"
         );
-        // The step of the object itself, where it is another than that of the text.
+        // The indentation step of the object differs from that of the text.
         assert_eq!(
             merged("{\n  \"runtimes\": {\n      \"kata\": {}\n  }\n}"),
-            "{\n  \"runtimes\": {\n      \"kata\": {},\n      \"nvidia\": {\n          \"path\": \"nvidia-container-runtime\"\n      }\n  }\n}"
+            "{\n  \"runtimes\": {\n      \"kata\": {},\n      \"nvidia\": {\
+             \n          \"path\": \"runtime\"\n      }\n  }\n}"
         );
         assert_eq!(
             merged("{\n  \"runtimes\": {}\n}"),
-            "{\n  \"runtimes\": {\n    \"nvidia\": {\n      \"path\": \"nvidia-container-runtime\"\n    }\n  }\n}"
+            "{\n  \"runtimes\": {\n    \"nvidia\": {\n      \"path\": \"runtime\"\n    }\n  }\n}"
         );
     }
 
     #[test]
-    fn an_operators_entry_stays() {
+    fn operators_entry_is_kept() {
         for text in [
             r#"{"runtimes":{"nvidia":{"path":"/usr/bin/there","runtimeArgs":["--debug"]}}}"#,
-            r#"{"runtimes":{"nvidia":{"path":"nvidia-container-runtime"}},"default-runtime":"nvidia"}"#,
-            r#"{"runtimes":{"nvidia":{"runtimeType":"io.containerd.runc.v2","options":{"BinaryName":"x"}}}}"#,
+            r#"{"runtimes":{"nvidia":{"path":"runtime"}},"default-runtime":"nvidia"}"#,
+            r#"{"runtimes":{"nvidia":{"runtimeType":"io.containerd.v2","options":{"Root":"x"}}}}"#,
             r#"{"runtimes":{"nvidia":{"runtimeType":"io.containerd.runc.v2","path":null}}}"#,
             r#"{"runtimes":{"nvidia":{"runtimeType":null,"path":"/usr/bin/there"}}}"#,
             r#"{"runtimes":{"nvidia":{"Path":"/usr/bin/there","runtimeArgs":["--debug"]}}}"#,
@@ -461,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_one_json_object_is_refused_with_its_place() {
+    fn invalid_text_is_rejected_with_line_and_column() {
         for (text, line, column) in [
             ("", 1, 1),
             (" \n ", 2, 2),
@@ -501,19 +509,19 @@ mod tests {
             ("{\"runtimes\": {\"nvidia\": {\"path\": \"a\", \"Path\": \"b\"}}}", 1, 47),
             ("{\"ü\": 1,\n \"runtimes\": {\"nvidia\": {}, \"nvidia\": {}}}", 2, 39),
         ] {
-            let refused = merge(text, PATH).expect_err(text);
-            assert_eq!((refused.line, refused.column), (line, column), "{text:?}: {refused}");
-            assert!(!refused.message.contains("line"), "the place is said twice: {refused}");
+            let error = merge(text, PATH).expect_err(text);
+            assert_eq!((error.line, error.column), (line, column), "{text:?}: {error}");
+            assert!(!error.message.contains("line"), "position is duplicated: {error}");
         }
     }
 
     #[test]
-    fn a_fresh_file_is_what_a_merge_into_an_empty_object_gives() {
+    fn fresh_file_equals_merge_into_empty_object() {
         assert_eq!(fresh(PATH), format!("{}\n", merged("{}")));
     }
 
     #[test]
-    fn a_path_with_quotes_and_backslashes_stays_one_text() {
+    fn path_with_quotes_and_backslashes_is_escaped() {
         let Ok(Merged::Changed(new)) = merge("{}", r#"/a"b\c"#) else { panic!("unchanged") };
         let value: Value = serde_json::from_str(&new).unwrap();
         assert_eq!(value["runtimes"]["nvidia"]["path"], r#"/a"b\c"#);
@@ -544,20 +552,24 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_the_object_only_the_entry_is_added(value in json(), pretty in any::<bool>()) {
+        fn merge_adds_only_the_entry(value in json(), pretty in any::<bool>()) {
             let text = if pretty { format!("{value:#}") } else { value.to_string() };
             match merge(&text, PATH) {
                 Ok(Merged::Changed(new)) => {
                     prop_assert_eq!(merge(&new, PATH), Ok(Merged::Unchanged));
                     let mut without: Value = serde_json::from_str(&new).unwrap();
                     let mut expected = value.clone();
-                    // Take the entry out of both: the rest, in its order, must be the same.
+                    // Without the entry, both must be equal, in the same order.
                     for document in [&mut without, &mut expected] {
                         let object = document.as_object_mut().unwrap();
-                        if let Some(runtimes) = object.get_mut("runtimes").and_then(Value::as_object_mut) {
+                        let runtimes = object.get_mut("runtimes").and_then(Value::as_object_mut);
+                        if let Some(runtimes) = runtimes {
                             runtimes.shift_remove("nvidia");
                         }
-                        object.retain(|key, value| key != "runtimes" || value.as_object().is_some_and(|left| !left.is_empty()));
+                        object.retain(|key, value| {
+                            let is_empty = value.as_object().is_none_or(|object| object.is_empty());
+                            key != "runtimes" || !is_empty
+                        });
                     }
                     prop_assert_eq!(without.to_string(), expected.to_string());
                 }
@@ -567,7 +579,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_makes_the_merge_panic(text in "[{}\\[\\]\":,a0 \n\\\\é]{0,30}") {
+        fn merge_never_panics(text in "[{}\\[\\]\":,a0 \n\\\\é]{0,30}") {
             let _ = merge(&text, PATH);
         }
     }

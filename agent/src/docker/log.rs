@@ -1,4 +1,4 @@
-//! A container's log, line by line, in bounded memory.
+//! The container's log as lines, in bounded memory.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -13,27 +13,26 @@ use tokio::time::Instant;
 
 use crate::backoff::Backoff;
 
-/// What is kept of a line; the rest is passed over.
+/// Length at which a line is truncated.
 const MAX_BYTES: usize = 1024;
-/// The pause before a log that cannot be read is read again: the first, and the longest. There are
-/// drivers that never can.
+/// Delays before a log that cannot be read is opened again. Some log drivers can never be read.
 const INITIAL_DELAY: Duration = Duration::from_secs(1);
 const MAX_DELAY: Duration = Duration::from_secs(60);
 
 type Frames = Pin<Box<dyn Stream<Item = Result<LogOutput, ApiError>> + Send>>;
 
-/// The lines of a container, as they are written.
-pub struct Log {
+/// Lines of a container's log, as they are written.
+pub(crate) struct Log {
     open: Box<dyn Fn() -> Frames + Send>,
     frames: Frames,
-    /// When it is to be opened again, where it could not be read.
-    again_at: Option<Instant>,
+    /// When to open the log again after an error.
+    reopen_at: Option<Instant>,
     backoff: Backoff,
-    /// What of the last frame was not looked at yet.
+    /// Unprocessed part of the last frame.
     rest: Bytes,
-    of_stderr: bool,
-    out: Line,
-    err: Line,
+    is_stderr: bool,
+    stdout: Line,
+    stderr: Line,
 }
 
 impl fmt::Debug for Log {
@@ -43,7 +42,7 @@ impl fmt::Debug for Log {
 }
 
 impl Log {
-    /// The lines in the frames that are there when it is opened.
+    /// Creates a log that calls `open` for the frames, now and on every [`reopen`](Self::reopen).
     pub(crate) fn new<F>(open: impl Fn() -> F + Send + 'static) -> Self
     where
         F: Stream<Item = Result<LogOutput, ApiError>> + Send + 'static,
@@ -52,75 +51,76 @@ impl Log {
         Self {
             frames: open(),
             open,
-            again_at: None,
+            reopen_at: None,
             backoff: Backoff::new(INITIAL_DELAY, MAX_DELAY),
             rest: Bytes::new(),
-            of_stderr: false,
-            out: Line::default(),
-            err: Line::default(),
+            is_stderr: false,
+            stdout: Line::default(),
+            stderr: Line::default(),
         }
     }
 
-    /// The next line, without its end; of a long one the first kibibyte. `None` once the log has
-    /// ended. One that cannot be read is opened again after a pause, and its lines come again from
-    /// the first. A call that is given up loses nothing.
-    pub async fn next_line(&mut self) -> Option<Cow<'_, str>> {
+    /// Returns the next line without its line break, truncated to one KiB; `None` at the end of the
+    /// log. After an error, the log is opened again with backoff and read from the beginning.
+    /// Cancel safe.
+    pub(crate) async fn next_line(&mut self) -> Option<Cow<'_, str>> {
         loop {
-            let line = if self.of_stderr { &mut self.err } else { &mut self.out };
-            if line.take(&mut self.rest) {
-                // The borrow of a line that is returned would last for the whole loop.
-                let line = if self.of_stderr { &self.err } else { &self.out };
-                return Some(String::from_utf8_lossy(&line.kept));
+            let line = if self.is_stderr { &mut self.stderr } else { &mut self.stdout };
+            if line.append(&mut self.rest) {
+                // Borrowed again, because returning the first borrow would extend it over the loop.
+                let line = if self.is_stderr { &self.stderr } else { &self.stdout };
+                return Some(String::from_utf8_lossy(&line.bytes));
             }
-            if let Some(again_at) = self.again_at {
-                tokio::time::sleep_until(again_at).await;
+            if let Some(reopen_at) = self.reopen_at {
+                tokio::time::sleep_until(reopen_at).await;
                 self.reopen();
             }
             match self.frames.next().await? {
                 Ok(frame) => {
                     self.backoff.reset();
-                    self.of_stderr = matches!(frame, LogOutput::StdErr { .. });
+                    self.is_stderr = matches!(frame, LogOutput::StdErr { .. });
                     self.rest = frame.into_bytes();
                 }
                 Err(error) => {
-                    tracing::debug!("the container's log cannot be read: {error}");
-                    self.again_at = Some(Instant::now() + self.backoff.next_delay(0.0));
+                    tracing::debug!("cannot read the container's log: {error}; retrying");
+                    self.reopen_at = Some(Instant::now() + self.backoff.next_delay(0.0));
                 }
             }
         }
     }
 
-    /// Opens it again; its lines come again from the first.
-    pub fn reopen(&mut self) {
-        self.again_at = None;
-        (self.out, self.err, self.rest) = Default::default();
+    /// Opens the log again from the beginning.
+    pub(crate) fn reopen(&mut self) {
+        self.reopen_at = None;
+        (self.stdout, self.stderr, self.rest) = Default::default();
         self.frames = (self.open)();
     }
 }
 
-/// A line, in the making or made.
+/// A line, possibly incomplete.
 #[derive(Debug, Default)]
 struct Line {
-    kept: Vec<u8>,
-    is_whole: bool,
+    bytes: Vec<u8>,
+    is_complete: bool,
 }
 
 impl Line {
-    /// Takes what belongs to this line; whether it is whole now.
-    fn take(&mut self, bytes: &mut Bytes) -> bool {
-        if std::mem::take(&mut self.is_whole) {
-            self.kept.clear();
+    /// Moves the bytes of this line out of `input` and returns whether the line is complete. Starts
+    /// a new line after a complete one.
+    fn append(&mut self, input: &mut Bytes) -> bool {
+        if std::mem::take(&mut self.is_complete) {
+            self.bytes.clear();
         }
-        let end = bytes.iter().position(|byte| *byte == b'\n');
-        let part = &bytes[..end.unwrap_or(bytes.len())];
-        let room = MAX_BYTES - self.kept.len();
-        self.kept.extend_from_slice(&part[..part.len().min(room)]);
+        let end = input.iter().position(|byte| *byte == b'\n');
+        let part = &input[..end.unwrap_or(input.len())];
+        let remaining = MAX_BYTES - self.bytes.len();
+        self.bytes.extend_from_slice(&part[..part.len().min(remaining)]);
         match end {
-            Some(end) => bytes.advance(end + 1),
-            None => bytes.clear(),
+            Some(end) => input.advance(end + 1),
+            None => input.clear(),
         }
-        self.is_whole = end.is_some();
-        self.is_whole
+        self.is_complete = end.is_some();
+        self.is_complete
     }
 }
 
@@ -139,11 +139,11 @@ mod tests {
     }
 
     async fn lines(frames: Vec<Result<LogOutput, ApiError>>) -> Vec<String> {
-        lines_of_each(vec![frames]).await
+        lines_of_openings(vec![frames]).await
     }
 
-    /// Of a log that has these frames each time it is opened.
-    async fn lines_of_each(openings: Vec<Vec<Result<LogOutput, ApiError>>>) -> Vec<String> {
+    /// Reads all lines of a log that yields the next of these lists each time it is opened.
+    async fn lines_of_openings(openings: Vec<Vec<Result<LogOutput, ApiError>>>) -> Vec<String> {
         let openings = std::sync::Mutex::new(openings.into_iter());
         let mut log = Log::new(move || stream::iter(openings.lock().unwrap().next().unwrap()));
         let mut lines = Vec::new();
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lines_are_joined_across_frames_each_stream_for_itself() {
+    async fn joins_lines_across_frames_for_each_stream() {
         let frames = vec![
             out(b"a\nb"),
             err(b"x"),
@@ -168,27 +168,27 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_line_without_end_costs_a_kibibyte() {
+    async fn long_line_is_truncated_to_one_kibibyte() {
         let mut frames: Vec<_> = (0..1000).map(|_| out(&[b'x'; 16384])).collect();
         frames.push(out(b"\nnext\n"));
         let lines = lines(frames).await;
         assert_eq!((lines[0].len(), lines[1].as_str()), (MAX_BYTES, "next"));
         let mut line = Line::default();
-        assert!(!line.take(&mut Bytes::from_static(&[b'x'; 16384])));
-        assert!(line.kept.capacity() <= 2 * MAX_BYTES);
+        assert!(!line.append(&mut Bytes::from_static(&[b'x'; 16384])));
+        assert!(line.bytes.capacity() <= 2 * MAX_BYTES);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_log_that_cannot_be_read_is_read_again_from_its_beginning() {
-        let bad = || Err(ApiError::RequestTimeoutError);
-        let openings = vec![vec![out(b"a\nhalf"), bad()], vec![bad()], vec![out(b"a\nb\n")]];
+    async fn unreadable_log_is_reopened_from_the_beginning() {
+        let failed = || Err(ApiError::RequestTimeoutError);
+        let openings = vec![vec![out(b"a\nhalf"), failed()], vec![failed()], vec![out(b"a\nb\n")]];
         let since = Instant::now();
-        assert_eq!(lines_of_each(openings).await, ["a", "a", "b"]);
+        assert_eq!(lines_of_openings(openings).await, ["a", "a", "b"]);
         assert_eq!(since.elapsed(), 3 * INITIAL_DELAY);
     }
 
     #[tokio::test]
-    async fn a_call_that_is_given_up_loses_nothing() {
+    async fn next_line_is_cancel_safe() {
         let slow = || {
             stream::iter([out(b"a"), out(b"b\n")]).then(|frame| async {
                 tokio::task::yield_now().await;
@@ -196,7 +196,7 @@ mod tests {
             })
         };
         let mut log = Log::new(slow);
-        // Polled once, and dropped: the line is half there.
+        // Polled once and dropped, with half of the line read.
         for _ in 0..2 {
             assert_eq!(futures_util::FutureExt::now_or_never(log.next_line()), None);
         }

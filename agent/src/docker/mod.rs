@@ -1,9 +1,9 @@
-//! Docker: our words over its API, and the nvidia runtime in its configuration.
+//! Docker: API client, container log, pull progress and the nvidia runtime in daemon.json.
 
 pub mod client;
 pub mod daemon_json;
-pub mod log;
+pub(crate) mod log;
 pub mod nvidia_runtime;
-pub mod ping;
-pub mod pull_progress;
+pub(crate) mod ping;
+pub(crate) mod pull_progress;
 pub mod spec;

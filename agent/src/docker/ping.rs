@@ -1,4 +1,4 @@
-//! Whether an engine answers, and which version of its API it speaks.
+//! Ping of the engine and negotiation of the API version.
 
 use std::io;
 use std::path::Path;
@@ -14,49 +14,49 @@ use tokio::net::UnixStream;
 
 /// Why a ping failed.
 #[derive(Debug, thiserror::Error)]
-pub enum PingError {
-    /// Nobody is at the socket.
+pub(crate) enum PingError {
+    /// Cannot connect to the socket.
     #[error(transparent)]
     Unreachable(#[from] io::Error),
-    /// What is there does not speak HTTP.
+    /// The response is not HTTP.
     #[error(transparent)]
-    Broken(#[from] hyper::Error),
-    /// The request cannot be made.
+    Protocol(#[from] hyper::Error),
+    /// The request is invalid.
     #[error(transparent)]
     Request(#[from] hyper::http::Error),
-    /// It has trouble of its own.
-    #[error("it answers a ping with HTTP {0}")]
-    Unwell(StatusCode),
+    /// The engine answered with an error.
+    #[error("ping failed with HTTP {0}")]
+    Status(StatusCode),
 }
 
-/// Asks the engine at `socket` for the version to speak with it: its own, and at most the client's.
-/// A ping has it in its head and costs the engine nothing; `/version`, which bollard would ask for,
-/// takes Docker 20.10 some 10 ms.
+/// Pings the engine at `socket` and returns the API version to use: the lower one of the engine's
+/// and the client's. A ping returns the version in a header at no cost; `/version`, which bollard
+/// would call, takes Docker 20.10 about 10 ms.
 ///
 /// # Errors
-/// When it does not answer, or not that it is well.
-pub async fn api_version(socket: &Path) -> Result<ClientVersion, PingError> {
+/// If the engine does not answer, or answers with an error.
+pub(crate) async fn api_version(socket: &Path) -> Result<ClientVersion, PingError> {
     let stream = UnixStream::connect(socket).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     let request =
         Request::get("/_ping").header(header::HOST, "docker").body(Empty::<Bytes>::new())?;
-    let mut answer = pin!(sender.send_request(request));
-    let answer = tokio::select! {
-        answer = &mut answer => answer,
-        _ = connection => answer.await,
+    let mut response = pin!(sender.send_request(request));
+    let response = tokio::select! {
+        response = &mut response => response,
+        _ = connection => response.await,
     }?;
-    match answer.status() {
-        status if status.is_success() => Ok(version_in(answer.headers())),
-        status => Err(PingError::Unwell(status)),
+    match response.status() {
+        status if status.is_success() => Ok(negotiate(response.headers())),
+        status => Err(PingError::Status(status)),
     }
 }
 
-/// The version that both know; the client's, where the engine does not say.
-fn version_in(headers: &HeaderMap) -> ClientVersion {
+/// Returns the lower version; the client's if the engine does not report one.
+fn negotiate(headers: &HeaderMap) -> ClientVersion {
     let ours = ClientVersion { ..*API_DEFAULT_VERSION };
-    let said =
+    let reported =
         headers.get("Api-Version").and_then(|version| version.to_str().ok()?.split_once('.'));
-    match said.map(|(major, minor)| (major.parse::<usize>(), minor.parse::<usize>())) {
+    match reported.map(|(major, minor)| (major.parse::<usize>(), minor.parse::<usize>())) {
         Some((Ok(major), Ok(minor)))
             if (major, minor) < (ours.major_version, ours.minor_version) =>
         {
@@ -71,10 +71,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_lower_version_is_spoken_and_ours_where_the_engine_does_not_say() {
+    fn lower_version_wins_and_client_version_is_default() {
         let ours =
             format!("{}.{}", API_DEFAULT_VERSION.major_version, API_DEFAULT_VERSION.minor_version);
-        for (said, spoken) in [
+        for (reported, expected) in [
             (Some("1.41"), "1.41"),
             (Some("1.9"), "1.9"),
             (Some("0.99"), "0.99"),
@@ -85,14 +85,14 @@ mod tests {
             (None, &ours),
         ] {
             let mut headers = HeaderMap::new();
-            if let Some(said) = said {
-                headers.insert("api-version", said.parse().unwrap());
+            if let Some(reported) = reported {
+                headers.insert("api-version", reported.parse().unwrap());
             }
-            let version = version_in(&headers);
+            let version = negotiate(&headers);
             assert_eq!(
                 format!("{}.{}", version.major_version, version.minor_version),
-                spoken,
-                "{said:?}"
+                expected,
+                "{reported:?}"
             );
         }
     }

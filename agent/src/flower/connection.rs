@@ -35,7 +35,7 @@ pub(crate) enum Connection {
     },
     /// The node is not connected; Flower retries or is about to exit.
     Lost {
-        /// SuperNode ID of the connection that Flower tries to restore.
+        /// SuperNode ID of the connection that Flower is restoring.
         node_id: Option<u64>,
         /// When the agent read the line.
         since: SystemTime,

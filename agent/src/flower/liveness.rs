@@ -162,8 +162,8 @@ pub(crate) struct Liveness {
 
 impl Liveness {
     /// Checks `container` until the failure threshold is reached. `connected` is whether it is
-    /// connected to its SuperLink. Pending forever if the container has no address. Cancel safe: the
-    /// next call continues the check in progress.
+    /// connected to its SuperLink. Pending forever if the container has no address. Cancel safe:
+    /// the next call continues the check in progress.
     pub(crate) async fn wait_until_unresponsive(
         &mut self,
         container: &Container,
@@ -399,7 +399,7 @@ mod tests {
         let liveness = &mut Liveness::default();
         assert_eq!(seconds_to_failure(liveness, &started(LONG_AGO), &[refused]).await, Some(10));
         assert_eq!(seconds_to_failure(liveness, &started(JUST_NOW), &[refused]).await, None);
-        // A container with a health service clears the suspicion.
+        // A container with a health service resets the suspicion.
         assert_eq!(
             seconds_to_failure(liveness, &started("9998-01-01T00:00:00Z"), &[HEALTHY, refused])
                 .await,

@@ -69,7 +69,7 @@ mod tests {
     fn quick_restart_of_the_superlink_ends_the_node() {
         let v1_31 = "\
 \x1b[92mINFO \x1b[0m:      Starting Flower SuperNode
-\x1b[93mWARNING \x1b[0m:   Option `--insecure` was set. Starting insecure HTTP channel to 127.0.0.1:9092.
+\x1b[93mWARNING \x1b[0m:   Option `--insecure` was set. Starting insecure HTTP channel to h:9.
 \x1b[92mINFO \x1b[0m:      Flower Deployment Runtime: Starting ClientAppIo API on 0.0.0.0:9094
 \x1b[92mINFO \x1b[0m:      Starting gRPC health server on 0.0.0.0:9099
 \x1b[92mINFO \x1b[0m:      SuperNode ID: 7848334859123487554

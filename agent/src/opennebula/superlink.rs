@@ -249,7 +249,7 @@ fn published_ca(
 /// `superlink`. OneGate is queried only for what the variables leave open.
 ///
 /// # Errors
-/// Why there is no SuperLink; [`SuperLinkError::is_final`] tells whether a retry is pointless.
+/// Why there is no SuperLink; see [`SuperLinkError::is_final`] for whether to retry.
 pub(crate) async fn find_superlink(
     onegate: OneGateAvailability<'_>,
     config: &Config,
