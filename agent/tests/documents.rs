@@ -254,6 +254,27 @@ fn data_flow_diagram_names_existing_types() {
     }
 }
 
+#[test]
+fn contributing_names_existing_code() {
+    let text = read("CONTRIBUTING.md");
+    let mut references = 0;
+    for span in text.split('`').skip(1).step_by(2).filter(|span| !span.contains(' ')) {
+        let (path, name) = span.split_once("::").unwrap_or((span, ""));
+        if !path.ends_with(".rs") {
+            continue;
+        }
+        let in_agent = format!("agent/src/{path}");
+        let file = if in_tree(&in_agent).exists() { in_agent } else { path.to_owned() };
+        assert!(in_tree(&file).exists(), "CONTRIBUTING.md: {path} does not exist");
+        let code = read(&file);
+        let mut words = code.split(|c: char| !c.is_alphanumeric() && c != '_');
+        let is_defined = name.is_empty() || words.any(|word| word == name);
+        assert!(is_defined, "CONTRIBUTING.md: {file} has no {name}");
+        references += 1;
+    }
+    assert!(references > 30, "{references}");
+}
+
 /// Wraps to a width that fits a terminal next to journalctl's margin.
 fn wrapped(text: &str) -> String {
     const COLUMNS: usize = 76;
