@@ -195,7 +195,7 @@ impl Exporter {
         let by_hook = self.access == GpuInjection::Runtime;
         tokio::select! {
             end = engine.wait(&container.id) => Err(Trouble::Ended(end)),
-            finding = gpu_presence::until_lost(&container, devices, by_hook) => {
+            finding = gpu_presence::wait_until_lost(&container, devices, by_hook) => {
                 engine.remove(&container).await?;
                 Err(Trouble::Lost(finding.summary))
             }

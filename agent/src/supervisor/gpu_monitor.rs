@@ -1,12 +1,16 @@
-//! The watcher, from outside: a child process of the same binary that watches the GPUs in use, see
-//! [`crate::gpu::monitor_child`].
+//! Parent side of the GPU monitor: runs the child process that waits for NVML events, and turns its
+//! messages into failures of the GPUs in use. The child side is [`crate::gpu::monitor_child`].
 //!
 //! ```text
-//!            ┌── died, or could not be started ──> pause ──> probe: the GPU is well ──┐
-//! start ──> reading ──fatal XID, fault, library gone──> failed                        └──> start
-//!            │                                            ^        │
-//!            └── no heartbeat: killed ────────────────────┴── probe: it is not
+//! Idle ──started──> Running ──fatal XID, fault, driver removed──> failure
+//!  ^                   ├──no heartbeat: child killed────────────> failure, then Idle
+//!  │                   └──child exited──> BackingOff ──> Probing ──GPU unusable──> failure
+//!  │                                                        │ GPU usable
+//!  └────────────────────────────────────────────────────────┘
 //! ```
+//!
+//! XIDs are classified in [`crate::gpu::xid`]; what a failure leads to is decided by the state
+//! machine of the supervisor.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -22,6 +26,7 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
 use tokio::time::{Instant, timeout_at};
 
+use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::config::settings::Settings;
 use crate::gpu::detect_gpus;
@@ -32,35 +37,35 @@ use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::gpu::xid::{Class, Xid};
 use crate::report::Reporter;
 
-/// The hidden subcommand that the child runs.
+/// The hidden subcommand of the child.
 pub(crate) const SUBCOMMAND: &str = "nvml-watch";
 
-/// More than a line of the child ever has.
+/// Longest line that the child may print.
 const MAX_LINE_BYTES: usize = 1 << 16;
-/// Two of these without a word, and it hangs. Not one of the double length: a VM that was suspended
-/// finds its first limit over before the child could speak.
-const SILENCE: Duration = Duration::from_secs(8);
-const MAX_SILENCES: u32 = 2;
-/// The pause before a child that has died is started again: the first and the longest. With each
-/// comes a probe, which finds a GPU that is lost, within half a minute even where it takes all of
-/// its time: so it is a short one.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const MAX_PAUSE: Duration = Duration::from_secs(8);
-/// A life of this length makes the next pause the first again.
+/// Time without a message of the child, and how often in a row it may elapse. Not once with twice
+/// the time: after the VM was suspended, the first one has elapsed before the child can run.
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(8);
+const MAX_MISSED_HEARTBEATS: u32 = 2;
+/// Delays between an exit of the child and the probe: the first and the longest. The probe detects
+/// a lost GPU, even if it takes all of its time, within half a minute; hence the short delays.
+const INITIAL_DELAY: Duration = Duration::from_secs(1);
+const MAX_DELAY: Duration = Duration::from_secs(8);
+/// A child that ran for this long resets the delay.
 const HEALTHY_AFTER: Duration = Duration::from_secs(600);
-/// So many deaths in a row are told.
-const DEATHS_TOLD: u32 = 3;
+/// Exits in a row that are logged, the last one as a WARNING.
+const MAX_LOGGED_EXITS: u32 = 3;
 
-/// What was told already is not told again: the device and what it is about.
-type Told = BTreeSet<(String, About)>;
+/// What was logged or reported already: the UUID of the GPU, and the kind of event.
+type Reported = BTreeSet<(String, EventKind)>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum About {
+enum EventKind {
+    /// `None`: a double-bit ECC error without an XID.
     Xid(Option<u64>),
     Health,
-    Library,
-    Silence,
-    Death,
+    LibraryRemoved,
+    Unresponsive,
+    UnusableAfterExit,
 }
 
 /// Monitors the GPUs of a node through one child process, which is killed when this value is
@@ -71,29 +76,27 @@ pub(crate) struct GpuMonitor {
     /// Receives readings and counts of XIDs.
     reporter: Rc<Reporter>,
     phase: Phase,
-    /// The UUIDs of the GPUs that the phase is about.
+    /// The UUIDs of the monitored GPUs.
     uuids: Vec<String>,
-    pause: Duration,
-    /// Exits in a row without a run of [`HEALTHY_AFTER`].
-    deaths: u32,
+    /// Counts the exits of the child since it last ran for [`HEALTHY_AFTER`].
+    backoff: Backoff,
     /// Events without consequences that were logged.
-    told: Told,
+    logged_events: Reported,
     /// Failures that were reported for this container.
-    failures: Told,
+    reported_failures: Reported,
 }
 
 /// What the monitor does now. It is kept while the caller handles other events.
 enum Phase {
-    /// No child runs; the next call starts one.
     Idle,
     Running(Box<MonitorProcess>),
-    /// The child exited, `how` is the end of a sentence; the probe follows at `until`.
+    /// The child exited; the probe follows at `until`.
     BackingOff {
-        how: String,
+        exit: String,
         until: Instant,
     },
     Probing {
-        how: String,
+        exit: String,
         verdict: LocalBoxFuture<'static, Verdict>,
     },
 }
@@ -107,17 +110,16 @@ impl GpuMonitor {
             reporter,
             phase: Phase::Idle,
             uuids: Vec::new(),
-            pause: FIRST_PAUSE,
-            deaths: 0,
-            told: Told::new(),
-            failures: Told::new(),
+            backoff: Backoff::new(INITIAL_DELAY, MAX_DELAY),
+            logged_events: Reported::new(),
+            reported_failures: Reported::new(),
         }
     }
 
     /// Kills the child, until it is needed again, and forgets the reported failures: in another
     /// container, or after a retry, a failure counts again.
     pub(crate) fn reset(&mut self) {
-        self.failures.clear();
+        self.reported_failures.clear();
         self.phase = Phase::Idle;
     }
 
@@ -135,7 +137,7 @@ impl GpuMonitor {
                 Phase::Idle => {
                     match MonitorProcess::start(&self.settings, &self.uuids) {
                         Ok(process) => self.phase = Phase::Running(Box::new(process)),
-                        Err(error) => self.back_off(format!("could not be started: {error}")),
+                        Err(error) => self.back_off(format!("failed to start: {error}")),
                     }
                     None
                 }
@@ -143,17 +145,17 @@ impl GpuMonitor {
                     let event = process.next_event().await;
                     self.on_event(event, devices)
                 }
-                Phase::BackingOff { how, until } => {
+                Phase::BackingOff { exit, until } => {
                     tokio::time::sleep_until(*until).await;
-                    let how = std::mem::take(how);
-                    self.phase = Phase::Probing { how, verdict: self.probe() };
+                    let exit = std::mem::take(exit);
+                    self.phase = Phase::Probing { exit, verdict: self.probe() };
                     None
                 }
-                Phase::Probing { how, verdict } => {
+                Phase::Probing { exit, verdict } => {
                     let verdict = verdict.await;
-                    let how = std::mem::take(how);
+                    let exit = std::mem::take(exit);
                     self.phase = Phase::Idle;
-                    self.judge_probe(&how, &verdict, devices)
+                    self.on_probed(&exit, &verdict, devices)
                 }
             };
             if let Some(finding) = failure {
@@ -162,51 +164,54 @@ impl GpuMonitor {
         }
     }
 
-    fn on_event(&mut self, event: MonitorEvent, devices: &[GpuDevice]) -> Option<Finding> {
-        if let MonitorEvent::Message(message) = event {
-            return self.judge(message, devices);
-        }
-        if let Phase::Running(process) = &self.phase
-            && process.since.elapsed() >= HEALTHY_AFTER
-        {
-            (self.pause, self.deaths) = (FIRST_PAUSE, 0);
-        }
-        self.phase = Phase::Idle;
-        let how = match event {
-            MonitorEvent::Message(_) => return None,
-            MonitorEvent::Silence(length) => {
-                let seconds = length.as_secs();
+    fn on_event(&mut self, event: ProcessEvent, devices: &[GpuDevice]) -> Option<Finding> {
+        match event {
+            ProcessEvent::Message(message) => self.on_message(message, devices),
+            ProcessEvent::Unresponsive(silence) => {
+                self.end_process();
                 let what = format!(
-                    "NVIDIA's driver does not answer: the watcher gave no sign of life for {seconds} s and was killed"
+                    "NVIDIA's driver does not answer: the GPU monitor sent no heartbeat for {} s \
+                     and was killed",
+                    silence.as_secs()
                 );
-                let failure = self.failed(devices, None, About::Silence, what);
-                if failure.is_some() {
-                    return failure;
+                let failure = self.new_failure(devices, None, EventKind::Unresponsive, what);
+                if failure.is_none() {
+                    self.back_off("was unresponsive and was killed".into());
                 }
-                "hung and was killed".to_owned()
+                failure
             }
-            MonitorEvent::Exited(how) => how,
-        };
-        self.back_off(how);
-        None
+            ProcessEvent::Exited(how) => {
+                self.end_process();
+                self.back_off(how);
+                None
+            }
+        }
     }
 
-    /// Delays the probe that follows an exit of the child.
-    fn back_off(&mut self, how: String) {
-        self.deaths += 1;
-        let seconds = self.pause.as_secs();
-        let text =
-            format!("the GPU watcher {how}; starting it again in {seconds} s if the GPU is well");
-        match self.deaths {
-            ..DEATHS_TOLD => tracing::info!("{text}"),
-            DEATHS_TOLD => tracing::warn!(
-                "{text}; it has not lived long {DEATHS_TOLD} times: faults are noticed only by a probe every {} s",
-                MAX_PAUSE.as_secs()
-            ),
-            _ => tracing::debug!("{text}"),
+    fn end_process(&mut self) {
+        if let Phase::Running(process) = &self.phase
+            && process.started_at.elapsed() >= HEALTHY_AFTER
+        {
+            self.backoff.reset();
         }
-        self.phase = Phase::BackingOff { how, until: Instant::now() + self.pause };
-        self.pause = (self.pause * 2).min(MAX_PAUSE);
+        self.phase = Phase::Idle;
+    }
+
+    /// Schedules the probe that follows an exit of the child. `exit` completes "the GPU monitor …".
+    fn back_off(&mut self, exit: String) {
+        let delay = self.backoff.next_delay(0.0);
+        let seconds = delay.as_secs();
+        match self.backoff.attempts() {
+            ..MAX_LOGGED_EXITS => tracing::info!(
+                "GPU monitor {exit}; restarting it in {seconds} s if a probe finds the GPU usable"
+            ),
+            MAX_LOGGED_EXITS => tracing::warn!(
+                "GPU monitor {exit}; it keeps exiting, falling back to a probe every {} s",
+                MAX_DELAY.as_secs()
+            ),
+            _ => tracing::debug!("GPU monitor {exit}; restarting it in {seconds} s"),
+        }
+        self.phase = Phase::BackingOff { exit, until: Instant::now() + delay };
     }
 
     fn probe(&self) -> LocalBoxFuture<'static, Verdict> {
@@ -215,144 +220,156 @@ impl GpuMonitor {
         probe.boxed_local()
     }
 
-    /// Returns the failure of a GPU that the probe after an exit of the child does not find.
-    fn judge_probe(
+    /// Returns a failure if the probe after an exit of the child does not find a GPU.
+    fn on_probed(
         &mut self,
-        how: &str,
+        exit: &str,
         verdict: &Verdict,
         devices: &[GpuDevice],
     ) -> Option<Finding> {
-        let lost = devices
+        let unusable = devices
             .iter()
             .find(|device| !verdict.devices().iter().any(|found| found.uuid == device.uuid))?;
         let why = match verdict.finding() {
             Some(finding) => format!("{}: {}", finding.reason, finding.summary),
-            None => "the driver does not list it as usable any more".into(),
+            None => "the driver no longer lists it as usable".into(),
         };
-        let what = format!("the GPU watcher {how}, and a probe says: {why}");
-        self.failed(devices, Some(&lost.uuid), About::Death, what)
+        let what = format!("the GPU monitor {exit}, and a probe reports: {why}");
+        self.new_failure(devices, Some(&unusable.uuid), EventKind::UnusableAfterExit, what)
     }
 
-    /// What follows from what the child said.
-    fn judge(&mut self, notice: MonitorMessage, devices: &[GpuDevice]) -> Option<Finding> {
-        match notice {
+    fn on_message(&mut self, message: MonitorMessage, devices: &[GpuDevice]) -> Option<Finding> {
+        match message {
             MonitorMessage::Started { unsupported } => {
-                if !unsupported.is_empty() && self.deaths == 0 {
+                if !unsupported.is_empty() && self.backoff.attempts() == 0 {
                     tracing::info!(
-                        "no events are to be had of {}: its health alone is looked after",
+                        "NVML events unsupported for {}; polling health only",
                         unsupported.join(", ")
                     );
                 }
                 None
             }
-            // The end follows.
-            MonitorMessage::Heartbeat | MonitorMessage::Failed { .. } => None,
+            // The exit follows.
+            MonitorMessage::Failed { .. } | MonitorMessage::Heartbeat => None,
             MonitorMessage::Reading { uuid, reading } => {
                 self.reporter.update(|status| status.record_reading(&uuid, reading));
                 None
             }
-            MonitorMessage::Event { uuid, xid, count } => {
-                self.judge_event(uuid, xid, count, devices)
-            }
+            MonitorMessage::Event { uuid, xid, count } => self.on_xid(uuid, xid, count, devices),
             MonitorMessage::Fault { uuid, fault } => {
-                self.failed(devices, Some(&uuid), About::Health, fault.describe())
+                self.new_failure(devices, Some(&uuid), EventKind::Health, fault.describe())
             }
             MonitorMessage::Unhealthy { uuid, health_issues } => {
-                self.failed(devices, Some(&uuid), About::Health, health_issues.join("; "))
+                let what = health_issues.join("; ");
+                self.new_failure(devices, Some(&uuid), EventKind::Health, what)
             }
             MonitorMessage::LibraryRemoved { path } => {
                 let what = format!(
-                    "libnvidia-ml has gone from {path}: the driver was removed under the node"
+                    "libnvidia-ml was removed from {path}: the driver was uninstalled while the \
+                     node ran"
                 );
-                self.failed(devices, None, About::Library, what)
+                self.new_failure(devices, None, EventKind::LibraryRemoved, what)
             }
         }
     }
 
-    fn judge_event(
+    /// Returns a failure for a fatal event, and logs any other, once.
+    fn on_xid(
         &mut self,
         uuid: String,
         xid: Option<u64>,
-        times: u64,
+        count: u64,
         devices: &[GpuDevice],
     ) -> Option<Finding> {
         if let Some(xid) = xid {
-            self.reporter.update(|status| status.count_xid(&uuid, xid, times));
+            self.reporter.update(|status| status.count_xid(&uuid, xid, count));
         }
         let (class, text) = match xid.map(Xid) {
             Some(xid) => (xid.class(), xid.to_string()),
-            None => (
-                Class::FatalForWorkload,
-                "a double-bit ECC error, which cannot be corrected".into(),
-            ),
+            None => (Class::FatalForWorkload, "an uncorrectable double-bit ECC error".into()),
         };
+        let kind = EventKind::Xid(xid);
         if class.is_fatal() {
-            return self.failed(devices, Some(&uuid), About::Xid(xid), text);
+            return self.new_failure(devices, Some(&uuid), kind, text);
         }
-        let title = devices
-            .iter()
-            .find(|device| device.uuid == uuid)
-            .map_or_else(|| uuid.clone(), ToString::to_string);
-        if !self.told.insert((uuid, About::Xid(xid))) {
-            tracing::debug!("{title}: {text}, {times} times more");
+        let device = devices.iter().find(|device| device.uuid == uuid);
+        let name = device.map_or_else(|| uuid.clone(), ToString::to_string);
+        let pci_address = device.map(|device| device.pci_address.to_string());
+        macro_rules! log_event {
+            ($level:ident, $consequence:expr) => {
+                tracing::$level!(
+                    xid,
+                    gpu_uuid = uuid,
+                    pci_address,
+                    "{name}: {text}; {}",
+                    $consequence
+                )
+            };
+        }
+        let consequence = "the node continues, and further events of this kind are not logged";
+        if self.logged_events.contains(&(uuid.clone(), kind)) {
+            log_event!(debug, format_args!("{count} more"));
         } else if class == Class::Application {
-            tracing::warn!("{title}: {text}; the node goes on, and the next ones are not told");
+            log_event!(warn, consequence);
         } else {
-            tracing::info!("{title}: {text}; the node goes on, and the next ones are not told");
+            log_event!(info, consequence);
         }
+        self.logged_events.insert((uuid, kind));
         None
     }
 
-    /// The finding about a failure of one device, or of all; `None` where it was told already.
-    fn failed(
+    /// Returns the finding about a failure of one GPU, or of all if `uuid` is `None`; `None` if it
+    /// was reported already.
+    fn new_failure(
         &mut self,
         devices: &[GpuDevice],
         uuid: Option<&str>,
-        about: About,
+        kind: EventKind,
         what: String,
     ) -> Option<Finding> {
         let device = devices.iter().find(|device| uuid.is_none_or(|uuid| device.uuid == uuid));
-        let whose = device
+        let failed_uuid = device
             .map_or_else(|| uuid.unwrap_or_default().to_owned(), |device| device.uuid.clone());
-        if !self.failures.insert((whose, about)) {
-            tracing::debug!("once more: {what}");
+        if !self.reported_failures.insert((failed_uuid, kind)) {
+            tracing::debug!("GPU failure reported before: {what}");
             return None;
         }
-        let titles: Vec<String> = match (uuid, device) {
+        let names: Vec<String> = match (uuid, device) {
             (Some(_), Some(device)) => vec![device.to_string()],
             _ => devices.iter().map(ToString::to_string).collect(),
         };
         Some(Finding {
             gpu_uuid: device.map(|device| device.uuid.clone()),
             pci_address: device.map(|device| device.pci_address.clone()),
-            ..Finding::new(Reason::GpuFailed, format!("{}: {what}", titles.join(", ")))
+            ..Finding::new(Reason::GpuFailed, format!("{}: {what}", names.join(", ")))
         })
     }
 }
 
-enum MonitorEvent {
+enum ProcessEvent {
     Message(MonitorMessage),
-    /// The child was silent for this long.
-    Silence(Duration),
-    /// The child exited: how, as the end of a sentence.
+    /// The child sent nothing for this long.
+    Unresponsive(Duration),
+    /// The child exited, or is of no use; the text completes "the GPU monitor …".
     Exited(String),
 }
 
 /// The child process. Dropping it kills the child.
 struct MonitorProcess {
     child: Child,
-    group: Option<Pid>,
-    out: BufReader<ChildStdout>,
+    process_group: Option<Pid>,
+    stdout: BufReader<ChildStdout>,
     /// The part of a line that was read.
     line: Vec<u8>,
-    since: Instant,
-    /// How long the child may be silent: [`MAX_SILENCES`] times in a row.
-    timeout: Duration,
-    silent_until: Instant,
-    silences: u32,
-    last_words: Option<String>,
-    /// How long the child has to exit after it closed its output.
-    exits_until: Option<Instant>,
+    started_at: Instant,
+    /// The child is unresponsive after [`MAX_MISSED_HEARTBEATS`] of these.
+    heartbeat_timeout: Duration,
+    heartbeat_due: Instant,
+    missed_heartbeats: u32,
+    /// Why the child is about to exit, by its own account.
+    failure: Option<String>,
+    /// How long the child may take to exit after it closed its output.
+    exit_due: Option<Instant>,
 }
 
 impl MonitorProcess {
@@ -368,53 +385,55 @@ impl MonitorProcess {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
-            // Its own process group: what the library starts is killed with the child.
+            // A process group of its own, so that what the library starts is killed with the child.
             .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
-        let out =
-            child.stdout.take().ok_or_else(|| io::Error::other("it has no standard output"))?;
-        let since = Instant::now();
-        // The child starts with the same calls as the probe.
-        let timeout = (settings.gpu.probe_timeout / MAX_SILENCES).max(SILENCE);
+        let stdout = child.stdout.take().ok_or_else(|| io::Error::other("no standard output"))?;
+        let started_at = Instant::now();
+        // The child starts with the same NVML calls as the probe.
+        let heartbeat_timeout =
+            (settings.gpu.probe_timeout / MAX_MISSED_HEARTBEATS).max(HEARTBEAT_TIMEOUT);
         Ok(Self {
-            group: child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw),
+            process_group: child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw),
             child,
-            out: BufReader::new(out),
+            stdout: BufReader::new(stdout),
             line: Vec::new(),
-            since,
-            timeout,
-            silent_until: since + timeout,
-            silences: 0,
-            last_words: None,
-            exits_until: None,
+            started_at,
+            heartbeat_timeout,
+            heartbeat_due: started_at + heartbeat_timeout,
+            missed_heartbeats: 0,
+            failure: None,
+            exit_due: None,
         })
     }
 
     /// Waits for the next event. Cancel safe.
-    async fn next_event(&mut self) -> MonitorEvent {
+    async fn next_event(&mut self) -> ProcessEvent {
         loop {
-            let line = match timeout_at(self.silent_until, self.next_line()).await {
+            let line = match timeout_at(self.heartbeat_due, self.next_line()).await {
                 Ok(Ok(Some(line))) => line,
-                Ok(Ok(None)) => return MonitorEvent::Exited(self.exit().await),
+                Ok(Ok(None)) => return ProcessEvent::Exited(self.exit().await),
                 Ok(Err(error)) => {
-                    return MonitorEvent::Exited(format!("could not be read: {error}"));
+                    return ProcessEvent::Exited(format!("sent unreadable output: {error}"));
                 }
                 Err(_) => {
-                    self.silences += 1;
-                    if self.silences == MAX_SILENCES {
-                        return MonitorEvent::Silence(self.timeout * MAX_SILENCES);
+                    self.missed_heartbeats += 1;
+                    if self.missed_heartbeats == MAX_MISSED_HEARTBEATS {
+                        let silence = self.heartbeat_timeout * MAX_MISSED_HEARTBEATS;
+                        return ProcessEvent::Unresponsive(silence);
                     }
-                    self.silent_until = Instant::now() + self.timeout;
+                    self.heartbeat_due = Instant::now() + self.heartbeat_timeout;
                     continue;
                 }
             };
-            self.timeout = SILENCE;
-            (self.silences, self.silent_until) = (0, Instant::now() + SILENCE);
+            self.heartbeat_timeout = HEARTBEAT_TIMEOUT;
+            self.heartbeat_due = Instant::now() + HEARTBEAT_TIMEOUT;
+            self.missed_heartbeats = 0;
             match serde_json::from_slice(&line) {
-                Ok(MonitorMessage::Failed { fault }) => self.last_words = Some(fault.describe()),
-                Ok(notice) => return MonitorEvent::Message(notice),
-                Err(_) => return MonitorEvent::Exited("said what is not understood".into()),
+                Ok(MonitorMessage::Failed { fault }) => self.failure = Some(fault.describe()),
+                Ok(message) => return ProcessEvent::Message(message),
+                Err(_) => return ProcessEvent::Exited("sent an invalid message".into()),
             }
         }
     }
@@ -422,17 +441,17 @@ impl MonitorProcess {
     /// Returns the next line; `None` at the end of the output. Cancel safe.
     async fn next_line(&mut self) -> io::Result<Option<Vec<u8>>> {
         loop {
-            let chunk = self.out.fill_buf().await?;
+            let chunk = self.stdout.fill_buf().await?;
             if chunk.is_empty() {
                 return Ok(None);
             }
             let end = chunk.iter().position(|byte| *byte == b'\n');
             let length = end.map_or(chunk.len(), |end| end + 1);
             if self.line.len() + length > MAX_LINE_BYTES {
-                return Err(io::Error::other("it talks without end"));
+                return Err(io::Error::other("line too long"));
             }
             self.line.extend_from_slice(&chunk[..length]);
-            self.out.consume(length);
+            self.stdout.consume(length);
             if end.is_some() {
                 return Ok(Some(std::mem::take(&mut self.line)));
             }
@@ -442,17 +461,16 @@ impl MonitorProcess {
     /// Waits until the child, which has closed its output, exits; returns how. Cancel safe.
     async fn exit(&mut self) -> String {
         const TIMEOUT: Duration = Duration::from_secs(1);
-        let until = *self.exits_until.get_or_insert_with(|| Instant::now() + TIMEOUT);
-        let status = timeout_at(until, self.child.wait()).await;
-        let how = match status {
+        let due = *self.exit_due.get_or_insert_with(|| Instant::now() + TIMEOUT);
+        let how = match timeout_at(due, self.child.wait()).await {
             Ok(Ok(status)) => match status.signal() {
-                Some(signal) => format!("died by signal {signal}{}", signal_name(signal)),
-                None => format!("ended ({status})"),
+                Some(signal) => format!("was killed by signal {signal}{}", signal_name(signal)),
+                None => format!("exited ({status})"),
             },
             _ => "closed its output".into(),
         };
-        match self.last_words.take() {
-            Some(words) => format!("{how}: {words}"),
+        match self.failure.take() {
+            Some(failure) => format!("{how}: {failure}"),
             None => how,
         }
     }
@@ -460,9 +478,9 @@ impl MonitorProcess {
 
 impl Drop for MonitorProcess {
     fn drop(&mut self) {
-        // A process that hangs inside the driver may not even die of SIGKILL: it is not waited for.
-        if let Some(group) = self.group {
-            let _ = kill_process_group(group, Signal::KILL);
+        // Does not wait: a process that hangs inside the driver may survive SIGKILL for long.
+        if let Some(process_group) = self.process_group {
+            let _ = kill_process_group(process_group, Signal::KILL);
         }
     }
 }
@@ -474,7 +492,7 @@ mod tests {
     use super::*;
     use crate::config::Prebaked;
 
-    fn watch() -> GpuMonitor {
+    fn monitor() -> GpuMonitor {
         let context = Context::parse(b"FL_GPU_ENABLED='YES'\n").unwrap();
         let (config, _) = Config::from_context(&context, &Prebaked::default()).unwrap();
         GpuMonitor::new(&config, &Settings::default(), Rc::new(Reporter::new(None)))
@@ -499,9 +517,9 @@ mod tests {
     }
 
     #[test]
-    fn a_fatal_xid_is_a_failure_with_number_meaning_and_device_and_is_told_once() {
-        let (mut watch, devices) = (watch(), devices());
-        let finding = watch.judge(event("GPU-b", Some(79)), &devices).unwrap();
+    fn fatal_xid_is_one_failure_naming_device_and_xid() {
+        let (mut monitor, devices) = (monitor(), devices());
+        let finding = monitor.on_message(event("GPU-b", Some(79)), &devices).unwrap();
         assert_eq!(finding.reason, Reason::GpuFailed);
         assert!(
             finding.summary.contains("NVIDIA L4 (GPU-b, ") && finding.summary.contains("XID 79: "),
@@ -509,27 +527,26 @@ mod tests {
         );
         assert_eq!(finding.gpu_uuid.as_deref(), Some("GPU-b"));
         assert_eq!(finding.pci_address.as_deref(), Some("0000:01:00.5"));
-        assert_eq!(watch.judge(event("GPU-b", Some(79)), &devices), None);
-        assert!(watch.judge(event("GPU-a", Some(79)), &devices).is_some(), "another device");
-        assert!(watch.judge(event("GPU-b", None), &devices).is_some(), "another fault");
-        watch.reset();
-        assert!(watch.judge(event("GPU-b", Some(79)), &devices).is_some());
+        assert_eq!(monitor.on_message(event("GPU-b", Some(79)), &devices), None);
+        assert!(monitor.on_message(event("GPU-a", Some(79)), &devices).is_some(), "other device");
+        assert!(monitor.on_message(event("GPU-b", None), &devices).is_some(), "other event");
+        monitor.reset();
+        assert!(monitor.on_message(event("GPU-b", Some(79)), &devices).is_some());
     }
 
     #[test]
-    fn an_applications_xid_is_no_failure() {
-        let mut watch = watch();
+    fn application_xid_is_no_failure() {
+        let mut monitor = monitor();
         for xid in [8, 13, 31, 43, 45, 63, 94, 154] {
-            assert_eq!(watch.judge(event("GPU-a", Some(xid)), &devices()), None, "{xid}");
+            assert_eq!(monitor.on_message(event("GPU-a", Some(xid)), &devices()), None, "{xid}");
         }
     }
 
     #[test]
-    fn what_concerns_the_driver_names_every_device() {
-        let mut watch = watch();
-        let finding = watch
-            .judge(MonitorMessage::LibraryRemoved { path: "/lib/x".into() }, &devices())
-            .unwrap();
+    fn driver_failure_names_every_device() {
+        let mut monitor = monitor();
+        let removed = MonitorMessage::LibraryRemoved { path: "/lib/x".into() };
+        let finding = monitor.on_message(removed, &devices()).unwrap();
         assert!(
             finding.summary.contains("GPU-a") && finding.summary.contains("GPU-b"),
             "{finding:?}"

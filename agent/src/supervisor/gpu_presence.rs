@@ -1,5 +1,5 @@
-//! Whether a running container still has its GPU, while the machine has it: the device nodes, and
-//! the rules of its device cgroup. Looked at from outside; nothing is needed in the image.
+//! Checks whether a running container still has its GPUs: its device nodes, and the rules of its
+//! device cgroup. Works from outside; the image needs no tool for it.
 
 use std::io;
 use std::os::unix::fs::FileTypeExt as _;
@@ -13,16 +13,17 @@ use crate::docker::client::Container;
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::GpuDevice;
 
-/// How often the device nodes are looked at.
-const LOOK: Duration = Duration::from_secs(5);
-/// At every so many looks systemd is asked, too: that costs a process.
-const LOOKS_A_QUESTION: u32 = 3;
-const SYSTEMCTL_LIMIT: Duration = Duration::from_secs(5);
+/// Interval of the check of device nodes.
+const NODE_CHECK_INTERVAL: Duration = Duration::from_secs(5);
+/// Number of checks of device nodes per check of the device rules, which costs a process.
+const NODE_CHECKS_PER_RULE_CHECK: u32 = 3;
+const SYSTEMCTL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Looks whether the device nodes of `devices` are in the container; `None` where all are there.
+/// Returns a finding about those of `devices` whose device node the container does not have; `None`
+/// if it has all.
 ///
 /// # Errors
-/// When it cannot be told: the process has ended, or must not be looked at.
+/// If the container's process exited or its file system cannot be read.
 pub(crate) fn find_missing_devices(
     container: &Container,
     devices: &[GpuDevice],
@@ -30,9 +31,9 @@ pub(crate) fn find_missing_devices(
     if devices.is_empty() || container.pid == 0 {
         return Ok(None);
     }
-    let dev = format!("/proc/{}/root/dev", container.pid);
-    let nodes = gpu_nodes(Path::new(&dev))
-        .map_err(|error| io::Error::new(error.kind(), format!("{dev}: {error}")))?;
+    let dev_dir = format!("/proc/{}/root/dev", container.pid);
+    let nodes = gpu_nodes(Path::new(&dev_dir))
+        .map_err(|error| io::Error::new(error.kind(), format!("{dev_dir}: {error}")))?;
     let is_missing = |device: &&GpuDevice| match device.minor {
         Some(minor) => !nodes.contains(&format!("/dev/nvidia{minor}")),
         None => nodes.is_empty(),
@@ -41,11 +42,11 @@ pub(crate) fn find_missing_devices(
     let Some(first) = missing.first() else {
         return Ok(None);
     };
-    let there = if nodes.is_empty() { "no /dev/nvidia<n>".into() } else { nodes.join(", ") };
-    let titles: Vec<String> = missing.iter().map(ToString::to_string).collect();
+    let present = if nodes.is_empty() { "no /dev/nvidia<n>".into() } else { nodes.join(", ") };
+    let names: Vec<String> = missing.iter().map(ToString::to_string).collect();
     Ok(Some(not_visible(
         first,
-        format!("the container runs, and {} is not in it (it has {there})", titles.join(", ")),
+        format!("the container runs without {} (it has {present})", names.join(", ")),
     )))
 }
 
@@ -57,8 +58,8 @@ fn not_visible(device: &GpuDevice, summary: String) -> Finding {
     }
 }
 
-/// The `/dev/nvidia<n>` among the character devices of a /dev. The driver gives a GPU the number of
-/// its minor.
+/// Returns the `/dev/nvidia<n>` character devices in a `/dev` directory. The number is the minor of
+/// the GPU.
 fn gpu_nodes(dev: &Path) -> io::Result<Vec<String>> {
     let mut nodes = Vec::new();
     for entry in std::fs::read_dir(dev)?.flatten() {
@@ -74,53 +75,55 @@ fn gpu_nodes(dev: &Path) -> io::Result<Vec<String>> {
     Ok(nodes)
 }
 
-/// Waits until the container has lost one of `devices`, at least one. `by_hook`: they came through
-/// NVIDIA's runtime, whose hook changes the device cgroup behind systemd's back.
-pub(crate) async fn until_lost(
+/// Waits until the container loses one of `devices`, at least one. `by_hook`: NVIDIA's runtime hook
+/// injected them; it changes the device cgroup without systemd knowing.
+pub(crate) async fn wait_until_lost(
     container: &Container,
     devices: &[GpuDevice],
     by_hook: bool,
 ) -> Finding {
-    let mut systemd = Systemd::default();
+    let mut rules = DeviceRules::default();
     loop {
-        for _ in 0..LOOKS_A_QUESTION {
-            tokio::time::sleep(LOOK).await;
+        for _ in 0..NODE_CHECKS_PER_RULE_CHECK {
+            tokio::time::sleep(NODE_CHECK_INTERVAL).await;
             match find_missing_devices(container, devices) {
                 Ok(None) => {}
                 Ok(Some(finding)) => return finding,
                 Err(error) => {
-                    tracing::debug!("cannot see whether the GPU is in the container: {error}")
+                    tracing::debug!("cannot check whether the container has its GPU: {error}")
                 }
             }
         }
         if by_hook
             && let Some(first) = devices.first()
-            && systemd.has_taken_gpu_from(&container.id).await
+            && rules.exclude_gpu(&container.id).await
         {
             return not_visible(
                 first,
-                "systemctl daemon-reload took the GPU from the container: systemd applied its own device rules again, in \
-                 which NVIDIA's runtime hook has no part (nvidia-container-toolkit, issue 48); with CDI that does not happen"
+                "systemctl daemon-reload removed the GPU from the container: systemd applied its own \
+                 device rules, without those of NVIDIA's runtime hook (nvidia-container-toolkit, \
+                 issue 48); CDI is not affected"
                     .into(),
             );
         }
     }
 }
 
-/// What systemd was heard to say last.
+/// The device rules that systemd applied to the container's scope.
 #[derive(Default)]
-struct Systemd {
+struct DeviceRules {
+    /// The state of the manager at the last check.
     manager: String,
 }
 
-impl Systemd {
-    /// Where Docker leaves cgroups to itself there is no such scope; without systemd there is
-    /// nobody to ask.
-    async fn has_taken_gpu_from(&mut self, container: &str) -> bool {
+impl DeviceRules {
+    /// Whether systemd excluded the GPUs after the container started. `false` without systemd, and
+    /// if Docker does not use systemd for cgroups, so that the scope does not exist.
+    async fn exclude_gpu(&mut self, container: &str) -> bool {
         let Some(manager) = systemctl_show("UnitsLoadTimestampMonotonic", None).await else {
             return false;
         };
-        // It has loaded nothing since: the answer is that of before.
+        // No reload since the last check.
         if manager == self.manager {
             return false;
         }
@@ -130,53 +133,53 @@ impl Systemd {
             return false;
         };
         self.manager = manager;
-        gpu_is_taken(&self.manager, &scope)
+        gpu_is_excluded(&self.manager, &scope)
     }
 }
 
 async fn systemctl_show(properties: &str, unit: Option<&str>) -> Option<String> {
-    let shown = Command::new("systemctl")
+    let command = Command::new("systemctl")
         .args(["show", "--property", properties])
         .args(unit.map(|unit| ["--", unit]).into_iter().flatten())
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .kill_on_drop(true)
         .output();
-    let output = tokio::time::timeout(SYSTEMCTL_LIMIT, shown).await.ok()?.ok()?;
+    let output = tokio::time::timeout(SYSTEMCTL_TIMEOUT, command).await.ok()?.ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Whether systemd, which has loaded its units again after the container's start, has applied
-/// device rules to the container's scope that leave out NVIDIA's devices: from what `systemctl
-/// show` says of the manager and of the scope (org.freedesktop.systemd1(5); how runc writes the
-/// rules: opencontainers/cgroups, devices/systemd.go).
-fn gpu_is_taken(manager: &str, scope: &str) -> bool {
+/// Whether systemd reloaded its units after the container started, and applied device rules to the
+/// container's scope that exclude NVIDIA's devices. Takes the output of `systemctl show` for the
+/// manager and for the scope (org.freedesktop.systemd1(5); runc writes the rules as in
+/// opencontainers/cgroups, devices/systemd.go).
+fn gpu_is_excluded(manager: &str, scope: &str) -> bool {
     let values = |text: &str, name: &str| -> Vec<String> {
         let lines = text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('='));
         lines.map(str::to_owned).collect()
     };
-    let moment = |text: &str, name: &str| {
-        values(text, name).first()?.parse::<u64>().ok().filter(|moment| *moment > 0)
+    let timestamp = |text: &str, name: &str| {
+        values(text, name).first()?.parse::<u64>().ok().filter(|timestamp| *timestamp > 0)
     };
     let (Some(loaded), Some(started)) = (
-        moment(manager, "UnitsLoadTimestampMonotonic"),
-        moment(scope, "ActiveEnterTimestampMonotonic"),
+        timestamp(manager, "UnitsLoadTimestampMonotonic"),
+        timestamp(scope, "ActiveEnterTimestampMonotonic"),
     ) else {
         return false;
     };
     let is_loaded = values(scope, "LoadState") == ["loaded"];
-    // With `auto` and an empty list everything is allowed.
-    let is_closed = values(scope, "DevicePolicy").iter().any(|policy| policy != "auto");
-    // Every container may make nodes of any device (`char-* m`), which opens none of them.
-    let opens_gpu = |rule: &String| {
+    // `auto` with an empty list allows every device.
+    let is_restricted = values(scope, "DevicePolicy").iter().any(|policy| policy != "auto");
+    // Every container may create nodes of any device (`char-* m`), but that does not allow access.
+    let allows_gpu = |rule: &String| {
         let (devices, access) = rule.split_once(' ').unwrap_or((rule, "rwm"));
-        let names_gpu = ["/dev/char/195:", "/dev/nvidia", "char-195", "char-nvidia", "char-*"];
-        access.contains(['r', 'w']) && names_gpu.iter().any(|begin| devices.starts_with(begin))
+        let gpu_prefixes = ["/dev/char/195:", "/dev/nvidia", "char-195", "char-nvidia", "char-*"];
+        access.contains(['r', 'w']) && gpu_prefixes.iter().any(|prefix| devices.starts_with(prefix))
     };
     is_loaded
-        && is_closed
+        && is_restricted
         && loaded > started
-        && !values(scope, "DeviceAllow").iter().any(opens_gpu)
+        && !values(scope, "DeviceAllow").iter().any(allows_gpu)
 }
 
 #[cfg(test)]
@@ -184,29 +187,32 @@ mod tests {
     use super::*;
 
     const RELOADED: &str = "UnitsLoadTimestampMonotonic=900000000\n";
-    /// As systemd 257 shows the scope of a container of Docker 26.
-    const HOOK: &str = "DevicePolicy=strict\nDeviceAllow=char-pts rwm\nDeviceAllow=/dev/char/1:3 rwm\n\
+    /// Scope of a container of Docker 26, as shown by systemd 257.
+    const SCOPE: &str = "DevicePolicy=strict\nDeviceAllow=char-pts rwm\nDeviceAllow=/dev/char/1:3 rwm\n\
                         DeviceAllow=char-* m\nDeviceAllow=block-* m\nLoadState=loaded\n\
                         ActiveEnterTimestampMonotonic=500000000\n";
 
     #[test]
-    fn a_reload_after_the_start_takes_the_gpu_from_a_scope_whose_rules_have_none() {
-        assert!(gpu_is_taken(RELOADED, HOOK));
+    fn reload_after_start_excludes_gpu_of_hook() {
+        assert!(gpu_is_excluded(RELOADED, SCOPE));
     }
 
     #[test]
-    fn nothing_is_taken_where_one_thing_is_otherwise() {
+    fn gpu_is_not_excluded_if_one_condition_fails() {
         assert!(
-            !gpu_is_taken("UnitsLoadTimestampMonotonic=400000000\n", HOOK),
-            "the reload came before"
+            !gpu_is_excluded("UnitsLoadTimestampMonotonic=400000000\n", SCOPE),
+            "reload before the start"
         );
-        assert!(!gpu_is_taken("UnitsLoadTimestampMonotonic=0\n", HOOK), "no reload since the boot");
         assert!(
-            !gpu_is_taken("UnitsLoadTimestampMonotonic=\n", HOOK),
-            "a systemd that does not tell"
+            !gpu_is_excluded("UnitsLoadTimestampMonotonic=0\n", SCOPE),
+            "no reload since the boot"
         );
-        assert!(!gpu_is_taken("", HOOK));
-        assert!(!gpu_is_taken(RELOADED, ""));
+        assert!(
+            !gpu_is_excluded("UnitsLoadTimestampMonotonic=\n", SCOPE),
+            "unknown time of the reload"
+        );
+        assert!(!gpu_is_excluded("", SCOPE));
+        assert!(!gpu_is_excluded(RELOADED, ""));
         for rule in [
             "/dev/char/195:0 rwm",
             "/dev/nvidia0 rw",
@@ -214,15 +220,15 @@ mod tests {
             "char-195 rw",
             "char-* rwm",
         ] {
-            assert!(!gpu_is_taken(RELOADED, &format!("{HOOK}DeviceAllow={rule}\n")), "{rule}");
+            assert!(!gpu_is_excluded(RELOADED, &format!("{SCOPE}DeviceAllow={rule}\n")), "{rule}");
         }
-        for (this, that) in [
+        for (from, to) in [
             ("LoadState=loaded", "LoadState=not-found"),
             ("DevicePolicy=strict", "DevicePolicy=auto"),
             ("=500000000", "=0"),
             ("=500000000", "=950000000"),
         ] {
-            assert!(!gpu_is_taken(RELOADED, &HOOK.replace(this, that)), "{that}");
+            assert!(!gpu_is_excluded(RELOADED, &SCOPE.replace(from, to)), "{to}");
         }
     }
 }

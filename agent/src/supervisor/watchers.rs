@@ -113,7 +113,9 @@ impl ContainerWatchers {
         if !devices.is_empty() {
             let (container, devices) = (container.clone(), devices.to_vec());
             let presence = async move {
-                WatchEvent::GpuLost(gpu_presence::until_lost(&container, &devices, by_hook).await)
+                WatchEvent::GpuLost(
+                    gpu_presence::wait_until_lost(&container, &devices, by_hook).await,
+                )
             };
             watchers.push(stream::once(presence).boxed_local());
         }
