@@ -498,7 +498,7 @@ fn launch_causes() -> Vec<Cause> {
         Cause::new(
             "gpu-not-visible",
             "runtime starts the container without the device",
-            &[GPU_A, "is not in it"],
+            &[GPU_A, "the container runs without"],
             |engine, _| {
                 engine.nvidia_runtime(RuntimeMode::NoDevice, &one_gpu());
             },

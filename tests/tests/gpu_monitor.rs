@@ -78,12 +78,12 @@ impl MonitoredNode {
         }
         let agent = up(&vm);
         let node = Self { engine, vm, directory, script, agent };
-        node.wait_for_watcher();
+        node.wait_for_monitor();
         Some(node)
     }
 
     /// Waits until a monitor waits for events.
-    fn wait_for_watcher(&self) {
+    fn wait_for_monitor(&self) {
         assert!(
             eventually(TIMEOUT, || self.calls().contains("nvmlEventSetWait_v2")),
             "{:#?}",
@@ -129,8 +129,8 @@ impl MonitoredNode {
     }
 
     /// PID of the GPU monitor.
-    fn watcher(&self) -> Option<u32> {
-        watcher_of(self.agent.pid())
+    fn monitor_pid(&self) -> Option<u32> {
+        monitor_of(self.agent.pid())
     }
 
     /// Waits for the WARNING of a failure that was just triggered and adds it to the table; `how`
@@ -164,13 +164,13 @@ impl MonitoredNode {
             "gpu-failed"
         );
         assert!(
-            eventually(TIMEOUT, || self.watcher().is_none()),
+            eventually(TIMEOUT, || self.monitor_pid().is_none()),
             "there must be no monitor on the CPU"
         );
     }
 }
 
-fn watcher_of(agent: u32) -> Option<u32> {
+fn monitor_of(agent: u32) -> Option<u32> {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).find(|pid: &u32| {
         let read =
@@ -349,35 +349,35 @@ fn missing_nvml_library_means_lost_gpu() {
     vm.set("gpu.nvml_library", library.to_string_lossy().into_owned());
     let agent = up(&vm);
     let node = MonitoredNode { engine, vm, directory, script, agent };
-    node.wait_for_watcher();
+    node.wait_for_monitor();
     let begun = Instant::now();
     fs::remove_file(&library).unwrap();
     node.wait_for_failure(begun, "while running: the library is removed");
-    node.assert_fell_back(&["libnvidia-ml has gone"]);
+    node.assert_fell_back(&["libnvidia-ml was removed"]);
 }
 
 #[test]
 fn hung_monitor_means_lost_gpu() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
-    let watcher = node.watcher().unwrap();
+    let monitor = node.monitor_pid().unwrap();
     let begun = Instant::now();
     node.now("hang", json!(["nvmlEventSetWait_v2"]));
     node.wait_for_failure(begun, "while running: the driver hangs");
     node.assert_fell_back(&["driver does not answer", "was killed"]);
-    assert!(!Path::new(&format!("/proc/{watcher}")).exists());
+    assert!(!Path::new(&format!("/proc/{monitor}")).exists());
 }
 
 #[test]
 fn killed_monitor_is_respawned_without_effect() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[79], &[], &[]) else { return };
-    let (before, first) = (node.id(), node.watcher().unwrap());
+    let (before, first) = (node.id(), node.monitor_pid().unwrap());
     kill(first);
-    node.agent.wait_for_line("the GPU watcher died by signal 9", TIMEOUT);
-    assert!(eventually(TIMEOUT, || node.watcher().is_some_and(|watcher| watcher != first)));
+    node.agent.wait_for_line("GPU monitor was killed by signal 9", TIMEOUT);
+    assert!(eventually(TIMEOUT, || node.monitor_pid().is_some_and(|pid| pid != first)));
     assert_eq!(node.id(), before);
     assert_eq!(warnings(&node.agent), Vec::<String>::new());
     // It ends with the agent, however the agent ends.
-    let second = node.watcher().unwrap();
+    let second = node.monitor_pid().unwrap();
     node.agent.kill();
     assert!(eventually(TIMEOUT, || !Path::new(&format!("/proc/{second}")).exists()));
     assert_eq!(node.id(), before);
@@ -388,9 +388,9 @@ fn monitor_that_cannot_restart_means_lost_gpu() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
     node.now("fail", json!({"nvmlInit_v2": 9}));
     let begun = Instant::now();
-    kill(node.watcher().unwrap());
+    kill(node.monitor_pid().unwrap());
     node.wait_for_failure(begun, "while running: monitor exits and the driver is gone");
-    node.assert_fell_back(&["died by signal 9 (SIGKILL)", "driver-not-loaded"]);
+    node.assert_fell_back(&["was killed by signal 9 (SIGKILL)", "driver-not-loaded"]);
 }
 
 #[test]
@@ -405,8 +405,8 @@ fn event_flood_is_bounded_in_journal_and_memory() {
     let Some(node) = MonitoredNode::with_events(one_gpu(), directory, &events, &[], debug) else {
         return;
     };
-    let watcher = node.watcher().unwrap();
-    let (agent_before, watcher_before) = (peak_kib(node.agent.pid()), peak_kib(watcher));
+    let monitor = node.monitor_pid().unwrap();
+    let (agent_before, monitor_before) = (peak_kib(node.agent.pid()), peak_kib(monitor));
     node.fire(13);
     node.agent.wait_for_line("XID 13: ", TIMEOUT);
     let is_flood = || node.calls().matches("nvmlEventSetWait_v2").count() > 40_000;
@@ -414,7 +414,7 @@ fn event_flood_is_bounded_in_journal_and_memory() {
     let lines = node.agent.lines().iter().filter(|line| line.contains("XID 13")).count();
     assert!(lines <= 3, "{lines}: {:#?}", node.agent.lines());
     for (what, pid, before) in
-        [("agent", node.agent.pid(), agent_before), ("watcher", watcher, watcher_before)]
+        [("agent", node.agent.pid(), agent_before), ("monitor", monitor, monitor_before)]
     {
         let grown = peak_kib(pid).saturating_sub(before);
         assert!(grown < 2048, "the {what} has grown by {grown} KiB");
@@ -498,7 +498,7 @@ fn flapping_connection_does_not_hide_lost_device() {
 fn flapping_connection_does_not_hide_frozen_monitor() {
     let Some(node) = flapping_node() else { return };
     let begun = Instant::now();
-    stop(node.watcher().unwrap());
+    stop(node.monitor_pid().unwrap());
     node.agent.wait_for_line("gpu-failed", TIMEOUT);
     assert_flapped(&node.agent, begun);
     report_cause(
@@ -515,7 +515,7 @@ fn flapping_connection_does_not_skip_monitor_backoff() {
     let begun = Instant::now();
     let mut killed = Vec::new();
     while begun.elapsed() < Duration::from_secs(12) {
-        match node.watcher().filter(|pid| !killed.contains(pid)) {
+        match node.monitor_pid().filter(|pid| !killed.contains(pid)) {
             Some(pid) => {
                 kill(pid);
                 killed.push(pid);

@@ -265,7 +265,7 @@ fn missing_exporter_image_warns_once_and_node_runs() {
     let Some((engine, mut vm)) = with_exporter(&one_gpu(), &[]) else { return };
     vm.set("dcgm.image", "127.0.0.1:9/exporter:1");
     let agent = up(&vm);
-    let line = agent.wait_for_line("the DCGM exporter flower-supernode-dcgm does not run", TIMEOUT);
+    let line = agent.wait_for_line("DCGM exporter flower-supernode-dcgm does not run", TIMEOUT);
     assert!(line.contains(" WARNING ") && line.contains("the node goes on without"), "{line}");
     let status = json_of(&vm.run_command("status", &["--json"]));
     assert!(status["dcgm"].as_str().unwrap().starts_with("does not run: "), "{status}");
@@ -291,7 +291,7 @@ fn exited_exporter_is_restarted_with_one_warning() {
     wait_for_exporter(&engine, &agent, RUNS, "true");
     let warnings = warnings(&agent);
     assert!(
-        warnings.len() == 1 && warnings[0].contains("it ended with exit code 137"),
+        warnings.len() == 1 && warnings[0].contains("the container exited with code 137"),
         "{warnings:?}"
     );
     assert_eq!(inspect(&engine, "{{.Id}} {{.State.Pid}}"), node);

@@ -26,7 +26,7 @@ use crate::gpu::reason::Finding;
 use crate::logging::error_chain;
 use crate::opennebula::publisher::OneGateAccess;
 use crate::opennebula::superlink::SuperLink;
-use crate::supervisor::exporter::plan_exporter;
+use crate::supervisor::exporter::{NotWanted, plan_exporter};
 use crate::system::os_release::Distribution;
 use crate::system::programs::find_program;
 
@@ -38,7 +38,7 @@ pub(super) struct Plan {
     superlink: Option<SuperLink>,
     container: ContainerSpec,
     /// The DCGM exporter, or why there is none.
-    exporter: Result<ContainerSpec, &'static str>,
+    exporter: Result<ContainerSpec, NotWanted>,
     /// Non-canonical values, what `run` would do differently, and what is unknown.
     notes: Vec<String>,
 }
@@ -86,7 +86,7 @@ impl Plan {
             "container": self.container,
             "dcgm": {
                 "container": self.exporter.as_ref().ok(),
-                "reason": self.exporter.as_ref().err(),
+                "reason": self.exporter.as_ref().err().map(ToString::to_string),
             },
             "notes": self.notes,
         })

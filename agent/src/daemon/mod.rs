@@ -324,7 +324,7 @@ async fn run_node(
     let exporter = Exporter {
         config: config.clone(),
         settings: settings.clone(),
-        access: injection.clone(),
+        injection: injection.clone(),
         system,
         reporter: Rc::clone(&reporter),
     };
@@ -341,7 +341,7 @@ async fn run_node(
     };
     tokio::select! {
         outcome = node.supervise(detection.verdict, engine, starting, watchdog) => Ok(outcome?),
-        never = exporter.keep() => match never {},
+        never = exporter.run() => match never {},
     }
 }
 

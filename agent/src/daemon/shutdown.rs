@@ -37,12 +37,12 @@ pub(super) async fn stop_containers(settings: &Settings) -> Result<(), StopError
     /// Time for the calls around the grace period.
     const CALLS: Duration = Duration::from_secs(10);
     let (name, grace) = (&settings.container.name, settings.container.stop_timeout);
-    let exporter = exporter::name_of(settings);
+    let exporter = exporter::container_name(settings);
     let stop = async {
         let engine = Client::connect(&settings.docker.socket).await?;
         let (node, exporter) = tokio::join!(
             stop_container(&engine, name, grace),
-            stop_container(&engine, &exporter, exporter::GRACE)
+            stop_container(&engine, &exporter, exporter::STOP_TIMEOUT)
         );
         if let Err(error) = exporter {
             tracing::warn!("cannot stop the DCGM exporter: {error}");

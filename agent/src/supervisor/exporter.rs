@@ -1,12 +1,11 @@
-//! NVIDIA's DCGM exporter beside the node (`FL_DCGM_ENABLED`): a container of its own on the GPUs
-//! that the node uses. It is adopted, replaced and stopped as the node's is, and never the node's
-//! affair: what goes wrong is a WARNING, and tried again.
+//! NVIDIA's DCGM exporter (`FL_DCGM_ENABLED`): a second container on the GPUs that the node uses.
+//! Runs next to the supervisor; its failure never stops the node.
 //!
 //! ```text
-//! no GPU in use ──> remove
-//! GPUs in use ────> adopt, or replace ──> runs ──ended, or its GPU lost──┐
-//!                     ^      └──refused, no image──> WARNING, once <─────┘
-//!                     └─────────── pause, longer each time ──┘
+//! no GPU in use ──> remove the container
+//! GPUs in use ────> adopt or replace ──> running ──exited, or lost its GPU──┐
+//!                      ^     └──refused, no image──> WARNING, once <────────┘
+//!                      └──────────── exponential backoff ──┘
 //! ```
 
 use std::collections::BTreeMap;
@@ -28,57 +27,68 @@ use crate::logging::error_chain;
 use crate::report::Reporter;
 use crate::supervisor::gpu_presence;
 use crate::system::info::SystemInfo;
-use crate::values::{ImageRef, sanitize_line};
+use crate::values::{ImageRef, ValidationError, sanitize_line};
 
 /// The port on which the exporter listens by default (NVIDIA/dcgm-exporter, pkg/cmd/app.go).
 const PORT: u16 = 9400;
 const PIDS_LIMIT: i64 = 512;
 const SHM_SIZE_MIB: u64 = 64;
-/// Between SIGTERM and SIGKILL: it has nothing to finish.
-pub(crate) const GRACE: Duration = Duration::from_secs(5);
-/// The pauses before it is tried again: the first, and the longest.
+/// Time between SIGTERM and SIGKILL: the exporter has nothing to finish.
+pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// Retry delays: the first and the longest.
 const INITIAL_DELAY: Duration = Duration::from_secs(5);
 const MAX_DELAY: Duration = Duration::from_secs(600);
-/// A run of this length makes the next pause the first again, and the next failure a WARNING.
+/// A run of this length resets the delay, and the next failure is a WARNING again.
 const HEALTHY_AFTER: Duration = Duration::from_secs(600);
 
-/// The name of its container.
-pub(crate) fn name_of(settings: &Settings) -> String {
+/// Returns the name of the exporter's container.
+pub(crate) fn container_name(settings: &Settings) -> String {
     format!("{}-dcgm", settings.container.name)
 }
 
-/// What its container will be; or why there is none.
+/// Why the node has no DCGM exporter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum NotWanted {
+    #[error("FL_DCGM_ENABLED is not YES")]
+    DcgmNotEnabled,
+    #[error("FL_GPU_ENABLED is not YES")]
+    GpuNotEnabled,
+    #[error("no GPU is in use")]
+    NoGpuInUse,
+}
+
+/// Returns the spec of the exporter's container.
 ///
 /// # Errors
-/// What keeps it from being wanted.
+/// If the node has no exporter.
 pub(crate) fn plan_exporter(
     config: &Config,
     devices: &[GpuDevice],
-    access: &GpuInjection,
+    injection: &GpuInjection,
     settings: &Settings,
     system: &SystemInfo,
-) -> Result<ContainerSpec, &'static str> {
+) -> Result<ContainerSpec, NotWanted> {
     if !config.dcgm_enabled {
-        return Err("FL_DCGM_ENABLED is not YES");
+        return Err(NotWanted::DcgmNotEnabled);
     }
     if !config.gpu.enabled {
-        return Err("FL_GPU_ENABLED is not YES");
+        return Err(NotWanted::GpuNotEnabled);
     }
     if devices.is_empty() {
-        return Err("no GPU is in use");
+        return Err(NotWanted::NoGpuInUse);
     }
-    let (runtime, cdi_devices) = plan::runtime_and_devices(devices, access);
+    let (runtime, cdi_devices) = plan::runtime_and_devices(devices, injection);
     let (log_driver, log_options) = plan::log_driver(settings, system);
     let listen = format!(":{PORT}");
     let env = [
         ("DCGM_EXPORTER_LISTEN", listen.as_str()),
         ("NVIDIA_DRIVER_CAPABILITIES", plan::DRIVER_CAPABILITIES),
-        ("NVIDIA_VISIBLE_DEVICES", &plan::visible_devices(devices, access)),
+        ("NVIDIA_VISIBLE_DEVICES", &plan::visible_devices(devices, injection)),
     ];
     let mut spec = ContainerSpec {
-        name: name_of(settings),
+        name: container_name(settings),
         image: settings.dcgm.image.clone(),
-        // The image's own: the default counters.
+        // Those of the image: the default counters.
         args: Vec::new(),
         env: env.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
         runtime: runtime.into(),
@@ -88,8 +98,7 @@ pub(crate) fn plan_exporter(
         ca_digest: None,
         tmpfs: BTreeMap::new(),
         // Neither root nor SYS_ADMIN: only DCGM_FI_PROF_* need them (NVIDIA/dcgm-exporter,
-        // docker/Dockerfile and deployment/values.yaml), and a container with SYS_ADMIN is no
-        // container.
+        // docker/Dockerfile and deployment/values.yaml), and SYS_ADMIN defeats the isolation.
         user: plan::USER.into(),
         pids_limit: PIDS_LIMIT,
         shm_size_mib: SHM_SIZE_MIB,
@@ -107,41 +116,43 @@ pub(crate) fn plan_exporter(
     Ok(spec)
 }
 
-/// The exporter of a node that is up.
+/// Runs the exporter of a node.
 #[derive(Debug)]
 pub(crate) struct Exporter {
-    /// What the operator wants.
     pub(crate) config: Config,
-    /// Where things are.
     pub(crate) settings: Settings,
-    /// How the GPU gets in.
-    pub(crate) access: GpuInjection,
-    /// Memory and logging of the VM.
+    pub(crate) injection: GpuInjection,
     pub(crate) system: SystemInfo,
-    /// Who tells which GPUs are in use, and is told.
+    /// Announces the GPUs in use, and receives the exporter's status.
     pub(crate) reporter: Rc<Reporter>,
 }
 
 impl Exporter {
-    /// Keeps the exporter as it is wanted, for as long as this is polled.
-    pub(crate) async fn keep(self) -> Infallible {
+    /// Keeps the exporter's container in the desired state. Dropping the future ends the supervision
+    /// and leaves the container running.
+    pub(crate) async fn run(self) -> Infallible {
         let mut in_use = self.reporter.gpus_in_use();
         loop {
             let Some(devices) = in_use.borrow_and_update().clone() else {
                 let _ = in_use.changed().await;
                 continue;
             };
-            let wanted =
-                plan_exporter(&self.config, &devices, &self.access, &self.settings, &self.system);
-            let keep = async {
+            let wanted = plan_exporter(
+                &self.config,
+                &devices,
+                &self.injection,
+                &self.settings,
+                &self.system,
+            );
+            let reconcile = async {
                 match wanted {
-                    Ok(spec) => self.keep_up(&spec, &devices).await,
-                    Err(why) => self.keep_away(why).await,
+                    Ok(spec) => self.supervise(&spec, &devices).await,
+                    Err(why) => self.ensure_absent(why).await,
                 }
             };
             tokio::select! {
-                never = keep => match never {},
-                // It never closes: the reporter that sends is ours as well.
+                never = reconcile => match never {},
+                // Never closed: the reporter is the sender.
                 _ = in_use.changed() => {}
             }
         }
@@ -151,130 +162,145 @@ impl Exporter {
         self.reporter.update(|status| status.exporter = state.map(|text| sanitize_line(&text)));
     }
 
-    async fn keep_up(&self, spec: &ContainerSpec, devices: &[GpuDevice]) -> Infallible {
+    /// Runs the container, and runs it again with backoff whenever it fails.
+    async fn supervise(&self, spec: &ContainerSpec, devices: &[GpuDevice]) -> Infallible {
         let name = &spec.name;
-        let (mut backoff, mut told) = (Backoff::new(INITIAL_DELAY, MAX_DELAY), false);
+        let (mut backoff, mut warned) = (Backoff::new(INITIAL_DELAY, MAX_DELAY), false);
         loop {
-            let mut up_since = None;
-            let Err(error) = self.live(spec, devices, &mut up_since).await;
-            if up_since.is_some_and(|since: Instant| since.elapsed() >= HEALTHY_AFTER) {
+            let mut running_since = None;
+            let Err(error) = self.run_once(spec, devices, &mut running_since).await;
+            if running_since.is_some_and(|since: Instant| since.elapsed() >= HEALTHY_AFTER) {
                 backoff.reset();
-                told = false;
+                warned = false;
             }
-            let delay = backoff.next_delay(0.0);
             let why = error_chain(&error);
             self.report(Some(format!("does not run: {why}")));
+            let delay = backoff.next_delay(0.0);
             match error {
-                // Of an engine that is away the node's supervisor tells, and one that somebody has
-                // removed is made anew.
-                Trouble::Engine(EngineError::Unreachable { .. }) | Trouble::Ended(None) => {}
-                _ if told => tracing::debug!("the DCGM exporter {name} does not run: {why}"),
+                // The node's supervisor logs an engine that does not answer; a container that the
+                // operator removed is created again.
+                ExporterError::Engine(EngineError::Unreachable { .. })
+                | ExporterError::Exited(None) => {}
+                _ if warned => {
+                    tracing::debug!(container = %name, "DCGM exporter {name} does not run: {why}")
+                }
                 _ => {
                     tracing::warn!(
-                        "the DCGM exporter {name} does not run, the node goes on without: {why}; trying again in {} s, then more rarely",
+                        container = %name,
+                        image = %spec.image,
+                        "DCGM exporter {name} does not run: {why}; the node continues without it, \
+                         retrying in {} s, then with backoff",
                         delay.as_secs()
                     );
-                    told = true;
+                    warned = true;
                 }
             }
             tokio::time::sleep(delay).await;
         }
     }
 
-    /// Brings it up and stays with it until it does not run any more.
-    async fn live(
+    /// Launches the container and waits until it no longer runs.
+    async fn run_once(
         &self,
         spec: &ContainerSpec,
         devices: &[GpuDevice],
-        up_since: &mut Option<Instant>,
-    ) -> Result<Infallible, Trouble> {
+        running_since: &mut Option<Instant>,
+    ) -> Result<Infallible, ExporterError> {
         let engine = Client::connect(&self.settings.docker.socket).await?;
-        let container = bring_up(&engine, spec, devices).await?;
-        *up_since = Some(Instant::now());
+        let container = launch(&engine, spec, devices).await?;
+        *running_since = Some(Instant::now());
         self.report(Some(format!("{} at {}", spec.image, self.settings.dcgm.listen)));
-        let by_hook = self.access == GpuInjection::Runtime;
+        let by_hook = self.injection == GpuInjection::Runtime;
         tokio::select! {
-            end = engine.wait(&container.id) => Err(Trouble::Ended(end)),
+            code = engine.wait(&container.id) => Err(ExporterError::Exited(code)),
             finding = gpu_presence::wait_until_lost(&container, devices, by_hook) => {
                 engine.remove(&container).await?;
-                Err(Trouble::Lost(finding.summary))
+                Err(ExporterError::GpuLost(finding.summary))
             }
         }
     }
 
-    /// Removes the container, where there is one of ours.
-    async fn keep_away(&self, why: &str) -> Infallible {
+    /// Removes the container if there is one.
+    async fn ensure_absent(&self, why: NotWanted) -> Infallible {
         self.report(None);
         let mut backoff = Backoff::new(INITIAL_DELAY, MAX_DELAY);
-        while let Err(error) = self.take_away(why).await {
-            tracing::debug!("the DCGM exporter cannot be removed: {}", error_chain(&error));
+        while let Err(error) = self.remove(why).await {
+            tracing::debug!("cannot remove the DCGM exporter: {}", error_chain(&error));
             tokio::time::sleep(backoff.next_delay(0.0)).await;
         }
         std::future::pending().await
     }
 
-    async fn take_away(&self, why: &str) -> Result<(), EngineError> {
+    async fn remove(&self, why: NotWanted) -> Result<(), EngineError> {
+        let name = container_name(&self.settings);
         let engine = Client::connect(&self.settings.docker.socket).await?;
-        let found = engine.inspect_container(&name_of(&self.settings)).await?;
+        let found = engine.inspect_container(&name).await?;
         let Some(ours) = found.filter(|container| container.spec_hash().is_some()) else {
             if self.config.dcgm_enabled && self.config.gpu.enabled {
                 tracing::info!("FL_DCGM_ENABLED has no effect: {why}");
             }
             return Ok(());
         };
-        tracing::info!("removing the DCGM exporter: {why}");
-        engine.stop(&ours.id, GRACE).await?;
+        tracing::info!(container = %name, "removing the DCGM exporter: {why}");
+        engine.stop(&ours.id, STOP_TIMEOUT).await?;
         engine.remove(&ours).await
     }
 }
 
-/// Adopts the running container of this very specification, or replaces whatever has its name.
-async fn bring_up(
+/// Adopts the running container if it matches the spec, or replaces the container with its name.
+async fn launch(
     engine: &Client,
     spec: &ContainerSpec,
     devices: &[GpuDevice],
-) -> Result<Container, Trouble> {
+) -> Result<Container, ExporterError> {
     let name = &spec.name;
-    let found = engine.inspect_container(name).await?;
+    let existing = engine.inspect_container(name).await?;
     let has_gpus = |container: &Container| {
         !matches!(gpu_presence::find_missing_devices(container, devices), Ok(Some(_)))
     };
-    if let Some(running) = &found
+    if let Some(running) = &existing
         && running.running
         && running.spec_hash() == Some(&spec.hash())
         && has_gpus(running)
     {
-        tracing::info!("adopted the running DCGM exporter {name}");
+        tracing::info!(container = %name, "adopted the running DCGM exporter {name}");
         return Ok(running.clone());
     }
     if engine.find_image(&spec.image).await?.is_none() {
-        let image =
-            ImageRef::parse(&spec.image).map_err(|refusal| Trouble::Image(refusal.to_string()))?;
-        tracing::info!("pulling {image}");
+        let image = ImageRef::parse(&spec.image).map_err(ExporterError::Image)?;
+        tracing::info!(image = %image, "pulling {image}");
         engine.pull(&image, |_| {}).await?;
     }
-    if let Some(old) = found {
-        engine.stop(&old.id, GRACE).await?;
-        engine.remove(&old).await?;
+    if let Some(existing) = existing {
+        engine.stop(&existing.id, STOP_TIMEOUT).await?;
+        engine.remove(&existing).await?;
     }
     let id = engine.create(spec).await?;
     engine.start(&id).await?;
-    let started = engine.inspect_container(&id).await?.ok_or(Trouble::Ended(None))?;
-    tracing::info!("started the DCGM exporter {name} from {}", spec.image);
+    let started = engine.inspect_container(&id).await?.ok_or(ExporterError::Exited(None))?;
+    tracing::info!(
+        container = %name,
+        image = %spec.image,
+        "started the DCGM exporter {name} from {}",
+        spec.image
+    );
     Ok(started)
 }
 
 /// Why the exporter does not run.
 #[derive(Debug, thiserror::Error)]
-enum Trouble {
+enum ExporterError {
     #[error(transparent)]
     Engine(#[from] EngineError),
-    #[error("dcgm.image {0}")]
-    Image(String),
-    #[error("it {}", .0.map_or_else(|| "is gone".into(), |code| format!("ended with exit code {code}")))]
-    Ended(Option<i64>),
-    #[error("it has lost its GPU: {0}")]
-    Lost(String),
+    #[error("invalid setting dcgm.image")]
+    Image(#[source] ValidationError),
+    #[error(
+        "the container {}",
+        .0.map_or_else(|| "is gone".into(), |code| format!("exited with code {code}"))
+    )]
+    Exited(Option<i64>),
+    #[error("the container lost its GPU: {0}")]
+    GpuLost(String),
 }
 
 #[cfg(test)]
@@ -287,8 +313,8 @@ mod tests {
     fn plan(
         context: &str,
         gpus: usize,
-        access: &GpuInjection,
-    ) -> Result<ContainerSpec, &'static str> {
+        injection: &GpuInjection,
+    ) -> Result<ContainerSpec, NotWanted> {
         let context = Context::parse(context.as_bytes()).unwrap();
         let (config, _) = Config::from_context(&context, &Prebaked::default()).unwrap();
         let device = |index: usize| GpuDevice {
@@ -300,23 +326,23 @@ mod tests {
             minor: None,
         };
         let devices: Vec<_> = (0..gpus).map(device).collect();
-        plan_exporter(&config, &devices, access, &Settings::default(), &SystemInfo::default())
+        plan_exporter(&config, &devices, injection, &Settings::default(), &SystemInfo::default())
     }
 
     #[test]
-    fn it_is_wanted_only_where_it_is_asked_for_and_a_gpu_is_in_use() {
+    fn exporter_is_planned_only_if_enabled_with_gpu_in_use() {
         let runtime = &GpuInjection::Runtime;
-        assert_eq!(plan("FL_GPU_ENABLED='YES'\n", 1, runtime), Err("FL_DCGM_ENABLED is not YES"));
-        assert_eq!(plan("FL_DCGM_ENABLED='YES'\n", 1, runtime), Err("FL_GPU_ENABLED is not YES"));
+        assert_eq!(plan("FL_GPU_ENABLED='YES'\n", 1, runtime), Err(NotWanted::DcgmNotEnabled));
+        assert_eq!(plan("FL_DCGM_ENABLED='YES'\n", 1, runtime), Err(NotWanted::GpuNotEnabled));
         assert_eq!(
             plan("FL_DCGM_ENABLED='YES'\nFL_GPU_ENABLED='YES'\n", 0, runtime),
-            Err("no GPU is in use")
+            Err(NotWanted::NoGpuInUse)
         );
         assert!(plan("FL_DCGM_ENABLED='YES'\nFL_GPU_ENABLED='YES'\n", 1, runtime).is_ok());
     }
 
     #[test]
-    fn it_has_the_nodes_gpus_by_the_nodes_way() {
+    fn exporter_gets_gpus_by_the_nodes_injection() {
         let context = "FL_DCGM_ENABLED='YES'\nFL_GPU_ENABLED='YES'\n";
         let by_runtime = plan(context, 2, &GpuInjection::Runtime).unwrap();
         assert_eq!(
