@@ -24,7 +24,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::unwrap_used,
-    reason = "this crate is only ever part of a test, and a panic is how a test fails"
+    reason = "this crate is only used by tests, which fail by panicking"
 )]
 
 mod booted_vm;

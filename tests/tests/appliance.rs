@@ -5,7 +5,7 @@
     clippy::expect_used,
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "a test fails by a panic, and says what it skips"
+    reason = "tests fail by panicking and print what they skip"
 )]
 
 mod common;
@@ -146,11 +146,13 @@ fn nvidia_is_installed_on_request() {
             .ends_with(&format!("Components: {components}"))
     );
     assert!(appliance.read("apt/sources.list").ends_with(&format!(" trixie {components}")));
-    // As in the agent's fix.
+    // The same source as in the agent's fix, which the journal catalog contains.
     let list = appliance.read("apt/sources.list.d/nvidia-container-toolkit.list");
-    let catalogue =
-        fs::read_to_string(directory().join("../../../../agent/src/gpu/reason.rs")).unwrap();
-    assert!(list.starts_with("deb ") && catalogue.contains(list.trim()), "{list}");
+    let catalog =
+        fs::read_to_string(directory().join("../../../../systemd/supernode-agent.catalog"))
+            .unwrap()
+            .replace('\n', " ");
+    assert!(list.starts_with("deb ") && catalog.contains(list.trim()), "{list}");
     assert_eq!(appliance.read("apt/keyrings/nvidia-container-toolkit.asc"), "key\n");
 }
 
@@ -160,9 +162,7 @@ fn build_without_the_package_fails_first() {
     let Some(output) = appliance.run("install", &[]) else { return };
     assert_eq!(output.code, Some(1));
     assert!(
-        output
-            .stdout
-            .contains("error: there is no package at /opt/one-appliance/supernode-agent.deb"),
+        output.stdout.contains("error: no package at /opt/one-appliance/supernode-agent.deb"),
         "{output:?}"
     );
     assert_eq!(appliance.calls(), Vec::<String>::new());

@@ -5,7 +5,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::unwrap_used,
-    reason = "a test fails by a panic"
+    reason = "tests fail by panicking"
 )]
 
 mod common;
@@ -587,8 +587,8 @@ fn assert_all_announced(engine: &Engine, causes: &[Cause]) {
         let seconds = began.elapsed().as_secs_f64();
         agent.wait_for_notify("READY=1", TIMEOUT);
         let context = fs::read_to_string(vm.path("context/context.sh.network")).unwrap();
-        let tells_all = !context.contains("FL_LOG_LEVEL='ERROR'");
-        if tells_all {
+        let logs_all = !context.contains("FL_LOG_LEVEL='ERROR'");
+        if logs_all {
             agent.wait_for_line("started the container", TIMEOUT);
         }
         let entries = entries(&agent);
@@ -603,7 +603,7 @@ fn assert_all_announced(engine: &Engine, causes: &[Cause]) {
                 .as_str()
                 .is_some_and(|message| message.starts_with("started the container"))
         };
-        if tells_all {
+        if logs_all {
             let started = place(&started).unwrap_or_else(|| panic!("{}: {entries:#?}", cause.how));
             assert!(
                 place(&|entry| entry["level"] == "WARNING") < Some(started),
@@ -1052,12 +1052,15 @@ fn nvidia_library_reports_no_driver_and_needs_a_gpu_to_load() {
         let records = fs::read_dir(vm.path("")).unwrap().flatten().map(|entry| entry.path());
         let records: Vec<PathBuf> =
             records.filter(|path| path.to_string_lossy().contains("/loader.")).collect();
-        assert!(!records.is_empty(), "the loader kept no record");
+        assert!(!records.is_empty(), "the loader wrote no record");
         records
             .iter()
             .any(|path| String::from_utf8_lossy(&fs::read(path).unwrap()).contains("libnvidia-ml"))
     };
-    assert!(loaded(&sysfs_of_one(), "driver-not-loaded"), "this record would not have shown it");
+    assert!(
+        loaded(&sysfs_of_one(), "driver-not-loaded"),
+        "the record must show the library when a GPU is present"
+    );
     drop(node);
     assert!(
         !loaded(&Sysfs::new(), "gpu-not-passed-through"),

@@ -4,7 +4,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::unwrap_used,
-    reason = "a test fails by a panic"
+    reason = "tests fail by panicking"
 )]
 
 mod common;
@@ -479,7 +479,7 @@ fn template_check_reports_faults_by_line() {
     ] {
         assert!(lines.contains(words), "{words}: {}", found.stdout);
     }
-    assert!(!found.stdout.contains('\x1b'), "coloured although it is no terminal");
+    assert!(!found.stdout.contains('\x1b'), "colours without a terminal");
     let syntax = template("OS=[ MACHINE=\"q35\"\n", &[]);
     assert!(
         syntax.stdout.contains("ERROR    syntax  line 1: column 4: the bracket of OS"),

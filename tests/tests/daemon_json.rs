@@ -4,7 +4,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::unwrap_used,
-    reason = "a test fails by a panic"
+    reason = "tests fail by panicking"
 )]
 
 mod common;
@@ -53,7 +53,7 @@ fn creates_missing_file_and_second_run_is_a_no_op() {
     assert_eq!(
         fs::read_dir(file.parent().unwrap()).unwrap().count(),
         1,
-        "something is left beside it"
+        "a temporary file remains"
     );
 }
 
@@ -137,11 +137,11 @@ fn kill_at_any_time_leaves_the_old_or_the_new_file() {
     configure(&vm).expect_success();
     let new = fs::read_to_string(&file).unwrap();
     let settings = vm.settings_file();
-    let (mut olds, mut news) = (0, 0);
+    let (mut old_count, mut new_count) = (0, 0);
     let mut delay = Duration::ZERO;
     // Kill times range from the start of a run to well after its end, however long a run takes on
     // this machine.
-    while olds < 20 || news < 20 {
+    while old_count < 20 || new_count < 20 {
         fs::write(&file, &old).unwrap();
         let mut agent = Command::new(supernode_tests::agent_binary())
             .args(["configure-runtime", "--settings"])
@@ -153,15 +153,18 @@ fn kill_at_any_time_leaves_the_old_or_the_new_file() {
         agent.kill().unwrap();
         agent.wait().unwrap();
         match fs::read_to_string(&file).unwrap() {
-            text if text == old => olds += 1,
-            text if text == new => news += 1,
+            text if text == old => old_count += 1,
+            text if text == new => new_count += 1,
             text => panic!(
                 "killed after {delay:?}: neither the old nor the new file: {} bytes",
                 text.len()
             ),
         }
-        delay = if news < 20 { delay + Duration::from_micros(100) } else { Duration::ZERO };
-        assert!(delay < Duration::from_secs(20), "no run came to its end: {olds} old, {news} new");
+        delay = if new_count < 20 { delay + Duration::from_micros(100) } else { Duration::ZERO };
+        assert!(
+            delay < Duration::from_secs(20),
+            "no run completed: {old_count} old, {new_count} new"
+        );
     }
     // A file left by a killed run does not affect the next run, which removes it.
     fs::write(vm.path(".daemon.json.supernode-agent"), "{ half").unwrap();

@@ -5,7 +5,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::unwrap_used,
-    reason = "a test fails by a panic"
+    reason = "tests fail by panicking"
 )]
 
 mod common;
@@ -87,7 +87,7 @@ fn service_node_discovers_superlink_address() {
     let plan = json_of(&vm.run_command("plan", &["--json"]));
     assert_eq!(plan["superlink"]["address"], "10.9.8.7:9092");
     assert_eq!(plan["superlink"]["vm_id"], SUPERLINK);
-    assert_eq!(updates(&onegate), Vec::<String>::new(), "plan publishes nothing");
+    assert_eq!(updates(&onegate), Vec::<String>::new(), "plan must not publish");
     vm.set("container.stop_timeout_seconds", 5);
     let agent = up(&vm);
     assert_eq!(warnings(&agent), Vec::<String>::new());
@@ -115,7 +115,7 @@ fn falls_back_to_first_nic_and_release_port() {
     let launched =
         agent.lines().iter().position(|line| line.contains("started the container")).unwrap();
     let warned = agent.lines().iter().position(|line| line.contains("1.41.0")).unwrap();
-    assert!(warned < launched, "the warning comes first: {:#?}", agent.lines());
+    assert!(warned < launched, "the warning must precede the launch: {:#?}", agent.lines());
 }
 
 #[test]
@@ -129,7 +129,7 @@ fn unit_is_ready_while_waiting_for_superlink() {
     assert_eq!(
         engine.docker(&["ps", "-aq"]).expect_success(),
         "",
-        "no container before there is a SuperLink"
+        "there must be no container before discovery"
     );
     let status = vm.run_command("status", &[]);
     assert!(status.stdout.contains("waiting for the SuperLink (attempt "), "{status:?}");
@@ -138,7 +138,7 @@ fn unit_is_ready_while_waiting_for_superlink() {
     agent.wait_for_line("started the container", TIMEOUT);
     let waiting =
         warnings(&agent).into_iter().filter(|line| line.contains("VM 100 is not running")).count();
-    assert_eq!(waiting, 1, "a night of waiting is one line: {:#?}", warnings(&agent));
+    assert_eq!(waiting, 1, "waiting must be logged once: {:#?}", warnings(&agent));
 }
 
 #[test]
@@ -230,7 +230,7 @@ fn fixed_backoff_gives_up_after_thirty_attempts() {
     let vm = service_vm(&onegate, &[("FL_EDGE_BACKOFF", "fixed")]);
     let mut agent = vm.start();
     agent.wait_for_line("; retrying in 1", TIMEOUT);
-    assert_eq!(agent.wait_exit(TIMEOUT), 1, "there is no Docker either");
+    assert_eq!(agent.wait_exit(TIMEOUT), 1, "Docker is missing too");
 }
 
 const CA: &str = include_str!("../../agent/tests/ca.crt");
@@ -403,7 +403,7 @@ fn partition_survives_restarts_and_peer_changes() {
     agent.kill();
     let agent = up(&vm);
     agent.wait_for_line("adopted the running container", TIMEOUT);
-    assert_eq!(inspect(&engine, "{{.Id}}"), container, "nothing has changed for it");
+    assert_eq!(inspect(&engine, "{{.Id}}"), container, "the container must not be replaced");
     drop(agent);
     // A reboot: /run is empty and the boot ID differs.
     engine.docker(&["stop", "flower-supernode"]).expect_success();

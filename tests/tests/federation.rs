@@ -5,7 +5,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::unwrap_used,
-    reason = "a test fails by a panic"
+    reason = "tests fail by panicking"
 )]
 
 mod common;
@@ -88,7 +88,7 @@ fn unmonitored_recovery_time_after_superlink_restart() {
         ("1.41.0", State::Memory),
         ("1.41.0", State::Database),
     ] {
-        report(&format!("MEASURED Flower {release}, the SuperLink's state in {state:?}:"));
+        report(&format!("MEASURED Flower {release}, SuperLink state {state:?}:"));
         let Some(mut federation) = Federation::start(release, state, NO_HEALTH_CHECK) else {
             return;
         };
@@ -144,7 +144,7 @@ impl Federation {
             SuperLink::start(&flower, network.network_namespace(), network.address(), state)
         });
         report(&format!(
-            "MEASURED Flower {release}: engines, images and SuperLink in {:.1} s",
+            "MEASURED Flower {release}: engines, images and SuperLink started in {:.1} s",
             begun.elapsed().as_secs_f64()
         ));
 
@@ -189,7 +189,7 @@ impl Federation {
         thread::sleep(Duration::from_secs(60));
         let a_minute: Vec<u64> =
             wake_ups().iter().zip(&before).map(|(after, before)| after - before).collect();
-        report(&format!("MEASURED wake-ups a minute of two agents at rest: {a_minute:?}"));
+        report(&format!("MEASURED wake-ups per minute of two idle agents: {a_minute:?}"));
         assert!(a_minute.iter().all(|wake_ups| *wake_ups < 15), "{a_minute:?}");
     }
 
@@ -219,14 +219,12 @@ impl Federation {
         let killed = SystemTime::now();
         self.superlink.restart(outage);
         let rounds = self.superlink.run_app(3, within).inspect_err(|_| {
-            report(&format!("{what}: no three rounds within {} s", within.as_secs()));
+            report(&format!("{what}: not three rounds within {} s", within.as_secs()));
         })?;
         assert_learned(&rounds);
         let back = rounds[0].at.duration_since(killed).unwrap();
         let seconds = back.as_secs_f64();
-        report(&format!(
-            "{what}: both nodes have trained again {seconds:.1} s after it was killed"
-        ));
+        report(&format!("{what}: both nodes trained again {seconds:.1} s after the kill"));
         Ok(back)
     }
 }

@@ -3,7 +3,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::unwrap_used,
-    reason = "a test fails by a panic"
+    reason = "tests fail by panicking"
 )]
 
 mod common;
@@ -312,7 +312,7 @@ fn application_xid_is_logged_once_without_action() {
     }
     let count = node.agent.lines().iter().filter(|line| line.contains("XID ")).count();
     assert_eq!(count, 3, "{:#?}", node.agent.lines());
-    assert_eq!(warnings(&node.agent).len(), 2, "the last one is for information");
+    assert_eq!(warnings(&node.agent).len(), 2, "the last XID is informational");
     assert_eq!(node.id(), before);
 }
 
@@ -333,7 +333,7 @@ fn unresponsive_gpu_is_lost_within_30_seconds() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
     let begun = Instant::now();
     node.now("fail", json!({"nvmlDeviceGetHandleByUUID": 15, "nvmlEventSetWait_v2": 15}));
-    node.wait_for_failure(begun, "while running: NVML answers 15");
+    node.wait_for_failure(begun, "while running: NVML returns 15");
     node.assert_fell_back(&["NVML error 15"]);
 }
 

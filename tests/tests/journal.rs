@@ -3,7 +3,7 @@
     clippy::expect_used,
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "a test fails by a panic, and says what it skips"
+    reason = "tests fail by panicking and print what they skip"
 )]
 
 mod common;
@@ -43,13 +43,13 @@ fn fallback_is_one_journal_entry_with_message_id_and_fields() {
         .arg(vm.settings_file());
     let output = run(&mut command, Duration::from_secs(60));
     if output.stderr.contains("unshare failed") || output.stderr.contains("permission denied") {
-        println!("SKIPPED: no mount namespace of one's own here: {}", output.stderr.trim());
+        println!("SKIPPED: cannot create a mount namespace: {}", output.stderr.trim());
         return;
     }
     assert_eq!(
         (output.code, output.stderr.as_str()),
         (Some(1), ""),
-        "what is on the journal is not on stderr"
+        "journal entries must not be printed on stderr too"
     );
     let mut entries = Vec::new();
     let mut buffer = [0; 65536];

@@ -4,7 +4,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::unwrap_used,
-    reason = "a test fails by a panic"
+    reason = "tests fail by panicking"
 )]
 
 mod common;
@@ -458,7 +458,7 @@ fn changed_ca_replaces_container() {
             inspect(&engine, "{{.Id}}")
         })
         .collect();
-    assert_eq!(ids[0], ids[1], "the same certificate in another form");
+    assert_eq!(ids[0], ids[1], "the same certificate in another encoding");
     assert_ne!(ids[1], ids[2]);
     let inside = engine.docker(&["exec", "flower-supernode", "cat", "/app/ca.crt"]).stdout;
     assert_eq!(inside.matches("BEGIN CERTIFICATE").count(), 2);

@@ -6,7 +6,7 @@
 #![allow(
     clippy::print_stdout,
     clippy::unwrap_used,
-    reason = "a test fails by a panic, and its child answers by printing"
+    reason = "tests fail by panicking, and the child process prints its answers"
 )]
 
 use std::{
@@ -66,7 +66,7 @@ fn report(answer: &str) {
 }
 
 #[test]
-#[ignore = "is started by the tests of this file"]
+#[ignore = "started by the tests of this file"]
 fn child() {
     let Ok(question) = env::var(QUESTION) else {
         return;

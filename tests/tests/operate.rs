@@ -3,7 +3,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::unwrap_used,
-    reason = "a test fails by a panic"
+    reason = "tests fail by panicking"
 )]
 
 mod common;
@@ -37,7 +37,7 @@ fn node_is_ready_only_while_container_runs() {
     assert_eq!(ready(&vm), Some(0));
     assert_eq!(status(&vm)["agent"]["running"], false);
     engine.docker(&["pause", "flower-supernode"]).expect_success();
-    assert_eq!(ready(&vm), Some(1), "a paused container trains nothing");
+    assert_eq!(ready(&vm), Some(1), "a paused container is not ready");
     engine.docker(&["unpause", "flower-supernode"]).expect_success();
     let mut agent = up(&vm);
     assert_eq!(agent.terminate(), 0);
@@ -158,7 +158,7 @@ fn status_watch_prints_changes_once_until_interrupted() {
             .starts_with("Agent      not running; its last words, : Pulling it: 2 %")
     );
     report("Stopped");
-    assert_eq!(lines.next().unwrap(), "", "a block for each change");
+    assert_eq!(lines.next().unwrap(), "", "one block per change");
     assert!(lines.next().unwrap().starts_with("Container  "));
     let interrupt = format!("kill -INT {}", watcher.id());
     run(Command::new("sh").args(["-c", &interrupt]), TIMEOUT).expect_success();
@@ -230,7 +230,7 @@ fn reload_start_and_end_are_notified_to_systemd() {
         ["READY=1\nSTATUS=Running on the CPU (FL_GPU_ENABLED is not YES); not connected to h:1\n"];
     assert_eq!(reload("READY=1"), as_before, "nothing has changed");
     vm.context(&[("FL_SUPERLINK_ADDRESS", "nowhere")]);
-    assert_eq!(reload("READY=1"), as_before, "what is there now is invalid");
+    assert_eq!(reload("READY=1"), as_before, "the current context is invalid");
     agent.wait_for_line("FL_SUPERLINK_ADDRESS='nowhere': must be", TIMEOUT);
     assert_eq!(run(), first);
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:2"), ("FL_NODE_CONFIG", "test-never-connects=true")]);

@@ -4,7 +4,7 @@
     clippy::panic,
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "a test fails by a panic, and says what it skips"
+    reason = "tests fail by panicking and print what they skip"
 )]
 
 mod common;
@@ -189,7 +189,7 @@ fn invalid_input_exits_with_code_and_position() {
 
     let mut vm = TestVm::new();
     vm.set("context.dir", "/nowhere/at/all");
-    assert_eq!(vm.run_command("run", &[]).code, Some(1), "a context may still come");
+    assert_eq!(vm.run_command("run", &[]).code, Some(1), "the context may still appear");
     assert_eq!(vm.run_command("no-such-command", &[]).code, Some(2));
 }
 
@@ -335,7 +335,7 @@ fn nvml_is_not_called_without_a_device() {
     assert!(!log.exists(), "NVML was called");
     vm.sysfs(&sysfs_of_one());
     assert_eq!(verdict(&vm)["device"], "cuda");
-    assert!(log.exists(), "this log would not have shown a call");
+    assert!(log.exists(), "the log must show calls when there is a device");
 }
 
 #[test]

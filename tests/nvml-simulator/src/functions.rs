@@ -1,5 +1,5 @@
 //! The exported functions, with the names, arguments and structs of nvml.h.
-#![allow(non_snake_case, reason = "the names are NVIDIA's")]
+#![allow(non_snake_case, reason = "names defined by nvml.h")]
 
 use std::{
     ffi::{CStr, c_char, c_int, c_longlong, c_uint, c_ulonglong},
@@ -171,7 +171,7 @@ macro_rules! exported {
             /// # Safety
             /// Pointers are null or valid, as nvml.h requires.
             #[unsafe(no_mangle)]
-            #[allow(unused_unsafe, reason = "some bodies write nothing")]
+            #[allow(unused_unsafe, reason = "some bodies contain no unsafe operation")]
             unsafe extern "C" fn $name($($argument: $type),*) -> c_uint {
                 // SAFETY: the body uses only pointers that the caller guarantees.
                 dispatch(stringify!($name), |$call| unsafe { $body })

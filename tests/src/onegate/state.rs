@@ -188,7 +188,7 @@ impl State {
 
     fn update(&mut self, id: u32, request: &Request) -> Result<String, Refusal> {
         let (Some(text), Some("1")) = (request.update(), request.form("type").as_deref()) else {
-            return Err((400, "The simulator takes data=...&type=1 alone".to_owned()));
+            return Err((400, "The simulator accepts only data=...&type=1".to_owned()));
         };
         let attributes = attributes(&text).map_err(|line| {
             (500, format!("[one.vm.update] Error updating [{id}]. syntax error: {line}"))

@@ -2,7 +2,7 @@
 #![allow(
     clippy::panic,
     dead_code,
-    reason = "a test fails by a panic; each test file uses its own part"
+    reason = "tests fail by panicking; each test file uses a part of this module"
 )]
 
 use std::io::Write as _;
