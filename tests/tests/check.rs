@@ -211,7 +211,7 @@ fn healthy_vm_passes_every_check() {
         [
             "settings",
             "configuration",
-            "gpu-wanted",
+            "gpu-enabled",
             "gpu-assigned",
             "gpu-present",
             "gpu-driver",
@@ -260,7 +260,7 @@ fn every_vm_fault_is_found_by_its_check() {
         (&["memory"], &["WARNING memory"]),
         (&["assigned"], &["ERROR gpu-assigned"]),
         (&["variable"], &["WARNING configuration"]),
-        (&["off"], &["WARNING gpu-wanted"]),
+        (&["off"], &["WARNING gpu-enabled"]),
         (&["settings"], &["ERROR settings"]),
         (&["module"], &["ERROR kernel-module"]),
     ] {
@@ -316,11 +316,7 @@ fn vm_check_without_docker_reports_unknowns() {
     assert_eq!(levels("gpu")["level"], "OK");
     for id in ["nvidia-runtime", "image"] {
         assert_eq!(levels(id)["level"], "WARNING");
-        assert!(
-            levels(id)["finding"].as_str().unwrap().starts_with("not known: "),
-            "{}",
-            levels(id)
-        );
+        assert!(levels(id)["finding"].as_str().unwrap().starts_with("unknown: "), "{}", levels(id));
     }
     let without_runtime = Root::vm().with_docker(&json!({"runc": {"path": "runc"}}));
     let found: Vec<_> =
@@ -380,7 +376,7 @@ fn healthy_host_passes_every_check() {
             "gpu-present",
             "vfio-binding",
             "vfio-binding",
-            "iommu-group-mates",
+            "iommu-group-isolation",
             "driver-override",
             "vfio-udev",
             "pci-filter",
@@ -405,7 +401,10 @@ fn every_host_fault_is_found_by_its_check() {
         root.remove("sys/kernel/iommu_groups");
     };
     assert_eq!(host_after(off), ["ERROR iommu-kernel", "ERROR iommu-groups"]);
-    assert_eq!(host_after(|root| root.in_group("9", "0000:f1:00.0")), ["ERROR iommu-group-mates"]);
+    assert_eq!(
+        host_after(|root| root.in_group("9", "0000:f1:00.0")),
+        ["ERROR iommu-group-isolation"]
+    );
     assert_eq!(
         host_after(|root| root.remove(&format!("etc/driverctl.d/{HOST_SOUND}"))),
         ["WARNING driver-override"]
@@ -432,8 +431,8 @@ fn every_host_fault_is_found_by_its_check() {
     let text = root.run("host", &[]).stdout;
     assert!(
         text.contains(
-            "0000:e1:00.1 (sound, 10de:20f1, class 0403) is on the driver \
-             snd_hda_intel, not on vfio-pci"
+            "0000:e1:00.1 (audio, 10de:20f1, class 0403) is bound to the driver snd_hda_intel, \
+             not to vfio-pci"
         ),
         "{text}"
     );

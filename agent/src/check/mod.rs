@@ -1,5 +1,9 @@
-//! Diagnosis as a list of small checks: each has a stable id, a level, what was found, and a fix.
-//! Facts are read at the edge (`read`), what they mean is judged by pure functions (`judge`).
+//! `check`: diagnoses a VM, a KVM host or a template. The result is a list of checks, each with a
+//! stable id, a level, a finding and a fix. `read` reads the facts; `judge` evaluates them and is
+//! pure.
+//!
+//! To add a check: read its facts in the `facts.rs` or `read` of its subject, add a function that
+//! returns a [`Check`], and call it in `judge`. The id is part of the `--json` contract.
 
 pub mod host;
 pub mod template;
@@ -16,20 +20,20 @@ use crate::gpu::pci::{self, PciFacts};
 use crate::system::facts::Root;
 use crate::values::sanitize_line;
 
-/// How bad it is.
+/// Severity of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Level {
-    /// As it should be.
+    /// No problem found.
     Ok,
-    /// The node works, or may work, with less than it could have; or it could not be learned.
+    /// The node may work, but not as well as it could; or the facts are unknown.
     Warning,
-    /// The GPU or the node does not work like this.
+    /// The GPU or the node does not work.
     Error,
 }
 
 impl Level {
-    fn word(self) -> &'static str {
+    fn name(self) -> &'static str {
         match self {
             Self::Ok => "OK",
             Self::Warning => "WARNING",
@@ -37,36 +41,35 @@ impl Level {
         }
     }
 
-    /// A word in its colour on a terminal (ECMA-48).
-    pub(crate) fn coloured(self, word: &str) -> String {
+    /// Colours `text` for a terminal (ECMA-48).
+    pub(crate) fn coloured(self, text: &str) -> String {
         let colour = match self {
             Self::Ok => 32,
             Self::Warning => 33,
             Self::Error => 31,
         };
-        format!("\x1b[{colour}m{word}\x1b[0m")
+        format!("\x1b[{colour}m{text}\x1b[0m")
     }
 }
 
-/// One check and what came of it.
+/// Result of a check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// Its stable id. Where there are several things of a kind (GPUs, attributes), there is a check
-    /// for each, with one id.
+    /// Stable id. Checks of several objects of one kind (GPUs, attributes) share it.
     pub id: &'static str,
-    /// How bad it is.
+    /// Severity.
     pub level: Level,
-    /// What was found, with the particulars.
+    /// What was found, with details.
     pub finding: String,
-    /// A command or a template attribute that mends it.
+    /// A command or a template attribute that fixes the problem.
     pub fix: Option<String>,
-    /// The line of the checked file, where it is about one.
+    /// Line of the checked file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub line: Option<usize>,
 }
 
 impl Check {
-    /// All is well.
+    /// Returns a check without a problem.
     pub fn ok(id: &'static str, finding: impl Into<String>) -> Self {
         Self {
             id,
@@ -77,8 +80,8 @@ impl Check {
         }
     }
 
-    /// Something is wrong, and this mends it.
-    pub fn bad(
+    /// Returns a check of this level with a fix.
+    pub fn problem(
         id: &'static str,
         level: Level,
         finding: impl Into<String>,
@@ -93,36 +96,36 @@ impl Check {
         }
     }
 
-    /// Something that an operator should know.
+    /// Returns a WARNING.
     pub fn warning(id: &'static str, finding: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self::bad(id, Level::Warning, finding, fix)
+        Self::problem(id, Level::Warning, finding, fix)
     }
 
-    /// Something that must be mended.
+    /// Returns an ERROR.
     pub fn error(id: &'static str, finding: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self::bad(id, Level::Error, finding, fix)
+        Self::problem(id, Level::Error, finding, fix)
     }
 
-    /// What could not be learned, and why: nothing is guessed in its place.
+    /// Returns a WARNING that the facts are unknown, for this reason.
     pub fn unknown(id: &'static str, why: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self::warning(id, format!("not known: {}", why.into()), fix)
+        Self::warning(id, format!("unknown: {}", why.into()), fix)
     }
 
-    /// The same, about this line.
+    /// Sets the line.
     #[must_use]
     pub fn at(self, line: usize) -> Self {
         Self { line: Some(line), ..self }
     }
 }
 
-/// All checks of one subject.
+/// The checks of one target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Diagnosis {
-    /// What was checked: `vm`, `host`, `template`.
+    /// What was checked: `vm`, `host` or `template`.
     pub subject: &'static str,
-    /// Where: the root folder, or the file.
-    pub place: String,
-    /// The checks, in the order in which one is best mended.
+    /// The root directory or the file.
+    pub target: String,
+    /// The checks, in the order in which problems should be fixed.
     pub checks: Vec<Check>,
 }
 
@@ -131,64 +134,64 @@ impl Diagnosis {
         self.checks.iter().filter(|check| check.level == level).count()
     }
 
-    /// Whether an ERROR was found.
+    /// Returns whether a check has the level ERROR.
     pub fn has_error(&self) -> bool {
         self.count(Level::Error) > 0
     }
 
-    /// The form of `--json`.
+    /// Returns the JSON of `--json`.
     pub fn to_json(&self) -> Json {
         json!({
             "subject": self.subject,
-            "place": self.place,
+            "target": self.target,
             "errors": self.count(Level::Error),
             "warnings": self.count(Level::Warning),
             "checks": self.checks,
         })
     }
 
-    /// The table for a person.
+    /// Writes the table.
     ///
     /// # Errors
-    /// When `out` cannot be written.
+    /// Returns the error of writing to `out`.
     pub fn write(&self, out: &mut dyn Write, coloured: bool) -> io::Result<()> {
         let width = self.checks.iter().map(|check| check.id.len()).max().unwrap_or(0);
         for Check { id, level, finding, fix, line } in &self.checks {
-            let word = format!("{:<7}", level.word());
-            let word = if coloured { level.coloured(&word) } else { word };
-            let place = line.map_or(String::new(), |line| format!("line {line}: "));
-            writeln!(out, "{word}  {id:<width$}  {place}{finding}")?;
+            let level_column = format!("{:<7}", level.name());
+            let level_column = if coloured { level.coloured(&level_column) } else { level_column };
+            let line = line.map_or(String::new(), |line| format!("line {line}: "));
+            writeln!(out, "{level_column}  {id:<width$}  {line}{finding}")?;
             if let Some(fix) = fix {
                 writeln!(out, "         {:width$}  fix: {fix}", "")?;
             }
         }
-        let number = |level, word: &str| match self.count(level) {
-            1 => format!("1 {word}"),
-            count => format!("{count} {word}s"),
+        let count = |level, noun: &str| match self.count(level) {
+            1 => format!("1 {noun}"),
+            number => format!("{number} {noun}s"),
         };
         writeln!(
             out,
             "{} {}: {}, {}",
             self.subject,
-            self.place,
-            number(Level::Error, "error"),
-            number(Level::Warning, "warning")
+            self.target,
+            count(Level::Error, "error"),
+            count(Level::Warning, "warning")
         )
     }
 }
 
-/// The PCI facts of the machine at `root`, whose sysfs is `sysfs`.
+/// Reads the PCI facts of the machine at `root`, whose sysfs is at `sysfs`.
 fn read_pci(root: &Root, sysfs: &str) -> PciFacts {
     let unreadable = |why: String| PciFacts { unreadable: vec![why], ..PciFacts::default() };
-    let folder = match root.resolve(sysfs) {
-        Ok(folder) => folder,
+    let dir = match root.resolve(sysfs) {
+        Ok(dir) => dir,
         Err(error) => return unreadable(format!("{sysfs}: {error}")),
     };
-    match root.escape(&folder.join("bus/pci/devices")) {
+    match root.escape(&dir.join("bus/pci/devices")) {
         Some(link) => {
-            unreadable(format!("{}: it leads out of {}", link.display(), root.path().display()))
+            unreadable(format!("{}: a link out of {}", link.display(), root.path().display()))
         }
-        None => pci::read_facts(&folder, || {
+        None => pci::read_facts(&dir, || {
             KernelFacts::read(Path::new(sysfs), |path| root.at(Path::new("/").join(path)))
         }),
     }
@@ -199,15 +202,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_table_has_the_word_the_id_the_line_and_the_fix() {
-        let checks =
-            vec![Check::ok("a", "fine"), Check::error("bcd", "not\nfine", "mend it").at(7)];
-        let diagnosis = Diagnosis { subject: "template", place: "file".into(), checks };
+    fn table_has_level_id_line_and_fix() {
+        let checks = vec![Check::ok("a", "fine"), Check::error("bcd", "not\nfine", "fix it").at(7)];
+        let diagnosis = Diagnosis { subject: "template", target: "file".into(), checks };
         let mut text = Vec::new();
         diagnosis.write(&mut text, false).unwrap();
         assert_eq!(
             String::from_utf8(text).unwrap(),
-            "OK       a    fine\nERROR    bcd  line 7: not fine\n              fix: mend it\n\
+            "OK       a    fine\nERROR    bcd  line 7: not fine\n              fix: fix it\n\
              template file: 1 error, 0 warnings\n"
         );
         assert!(diagnosis.has_error());
@@ -219,17 +221,17 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_of_a_root_is_not_that_of_this_machine() {
-        let folder = std::env::temp_dir()
+    fn kernel_facts_are_those_of_the_root() {
+        let dir = std::env::temp_dir()
             .join(format!("supernode-agent-kernel-of-root-{}", std::process::id()));
-        let gpu = folder.join("sys/bus/pci/devices/0000:01:00.0");
+        let gpu = dir.join("sys/bus/pci/devices/0000:01:00.0");
         std::fs::create_dir_all(&gpu).unwrap();
         for (name, value) in [("vendor", "0x10de"), ("class", "0x030200"), ("device", "0x20f1")] {
             std::fs::write(gpu.join(name), value).unwrap();
         }
-        std::os::unix::fs::symlink("/proc", folder.join("proc")).unwrap();
-        let facts = read_pci(&Root::new(&folder), "/sys");
-        std::fs::remove_dir_all(folder).unwrap();
+        std::os::unix::fs::symlink("/proc", dir.join("proc")).unwrap();
+        let facts = read_pci(&Root::new(&dir), "/sys");
+        std::fs::remove_dir_all(dir).unwrap();
         assert_eq!(
             (facts.gpus().count(), facts.kernel),
             (1, KernelFacts::default()),

@@ -1,5 +1,4 @@
-//! `check vm | host | template FILE`: the facts of the machine or the file, judged, as a table or
-//! as JSON.
+//! `check vm | host | template FILE`: prints the checks as a table or as JSON.
 
 use std::io::{IsTerminal as _, Write};
 use std::path::{Path, PathBuf};
@@ -14,18 +13,18 @@ use crate::logging::error_chain;
 use crate::system::facts::Root;
 use crate::system::os_release::Distribution;
 
-/// Wrong usage, as clap has it.
+/// Usage error, as in clap.
 const EXIT_USAGE: u8 = 2;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Subject {
-    /// This VM: GPU, driver, Docker, image, and what its template could give it
-    Vm(Machine),
-    /// This KVM host: IOMMU, vfio, and what OpenNebula is told of its GPUs
-    Host(Machine),
-    /// An OpenNebula template: what GPU passthrough and the node need
+    /// Diagnose this VM: GPU, driver, Docker, image, template
+    Vm(TargetArgs),
+    /// Diagnose this KVM host: IOMMU, VFIO, the GPUs that OpenNebula sees
+    Host(TargetArgs),
+    /// Diagnose a template: what GPU passthrough and the node require
     Template {
-        /// The VM template in OpenNebula's text form, or the service template in JSON
+        /// VM template in OpenNebula's text format, or service template in JSON
         file: PathBuf,
         /// Print JSON
         #[arg(long)]
@@ -34,44 +33,40 @@ pub(super) enum Subject {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct Machine {
+pub(super) struct TargetArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
-    /// Check the machine whose root folder is DIR, and look at nothing outside of it
+    /// Check the machine whose root directory is DIR; nothing outside of it is read
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
 }
 
-impl Machine {
+impl TargetArgs {
     fn root(&self) -> Result<Root, Failure> {
-        let folder = &self.root;
-        // By its real path, so that nothing depends on the folder that somebody started the agent
-        // in.
-        let real = folder.canonicalize().ok().filter(|real| real.is_dir());
+        let root = &self.root;
+        // The absolute path, so that nothing depends on the working directory.
+        let real = root.canonicalize().ok().filter(|real| real.is_dir());
         real.map(Root::new).ok_or_else(|| {
-            Failure::new(
-                EXIT_USAGE,
-                format!("--root {}: there is no such folder", folder.display()),
-            )
+            Failure::new(EXIT_USAGE, format!("--root {}: no such directory", root.display()))
         })
     }
 }
 
-/// Checks the subject and answers with the exit code: 1 where an ERROR was found.
+/// Runs the checks and returns the exit code: 1 if a check has the level ERROR.
 pub(super) fn check(
     subject: &Subject,
     settings: Option<&Path>,
     out: &mut dyn Write,
 ) -> Result<ExitCode, Failure> {
     let (diagnosis, json) = match subject {
-        Subject::Vm(machine) => (check_vm(&machine.root()?, settings)?, machine.json),
-        Subject::Host(machine) => {
-            let root = machine.root()?;
+        Subject::Vm(target) => (check_vm(&target.root()?, settings)?, target.json),
+        Subject::Host(target) => {
+            let root = target.root()?;
             let checks = host::judge(&host::read(&root), distribution(&root));
             (
-                Diagnosis { subject: "host", place: root.path().display().to_string(), checks },
-                machine.json,
+                Diagnosis { subject: "host", target: root.path().display().to_string(), checks },
+                target.json,
             )
         }
         Subject::Template { file, json } => (check_template(file), *json),
@@ -90,19 +85,19 @@ fn distribution(root: &Root) -> Distribution {
 }
 
 fn check_vm(root: &Root, settings: Option<&Path>) -> Result<Diagnosis, Failure> {
-    let own = Some(root.at(DEFAULT_PATH)).filter(|path| !root.is_own() && path.exists());
-    let file = settings.or(own.as_deref());
+    let root_file = Some(root.at(DEFAULT_PATH)).filter(|path| !root.is_own() && path.exists());
+    let file = settings.or(root_file.as_deref());
     let settings = match file {
-        // The default path of this machine is not the root's.
+        // The default path refers to this machine, not to the root.
         None if !root.is_own() => Ok(Settings::default()),
         file => Settings::load(file).map_err(|error| error_chain(&error)),
     };
     let runtime = super::async_runtime()?;
     let facts = runtime.block_on(vm::read(root, settings));
-    // A probe that hangs in the driver must not keep the agent from ending.
+    // A probe that hangs in the driver must not block the exit.
     runtime.shutdown_background();
     let checks = vm::judge(&facts, distribution(root));
-    Ok(Diagnosis { subject: "vm", place: root.path().display().to_string(), checks })
+    Ok(Diagnosis { subject: "vm", target: root.path().display().to_string(), checks })
 }
 
 fn check_template(file: &Path) -> Diagnosis {
@@ -112,9 +107,10 @@ fn check_template(file: &Path) -> Diagnosis {
             Err(error) => vec![Check::error("file", error.to_string(), "save it as UTF-8")],
         },
         Err(error) => {
-            let fix = "name a file that can be read; onetemplate show ID prints the template of OpenNebula below TEMPLATE CONTENTS";
-            vec![Check::error("file", format!("it cannot be read: {error}"), fix)]
+            let fix = "name a readable file; onetemplate show ID prints a template below \
+                       TEMPLATE CONTENTS";
+            vec![Check::error("file", format!("cannot read the file: {error}"), fix)]
         }
     };
-    Diagnosis { subject: "template", place: file.display().to_string(), checks }
+    Diagnosis { subject: "template", target: file.display().to_string(), checks }
 }

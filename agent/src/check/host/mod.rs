@@ -1,6 +1,6 @@
-//! `check host`: whether this KVM host can hand its NVIDIA GPUs to VMs, and whether OpenNebula
-//! offers them. Facts of the field: Linux, Documentation/driver-api/vfio.rst; OpenNebula's manual,
-//! PCI Passthrough.
+//! `check host`: diagnoses whether this KVM host can pass its NVIDIA GPUs through to VMs, and
+//! whether OpenNebula offers them. Sources: Linux, Documentation/driver-api/vfio.rst; OpenNebula's
+//! manual, PCI Passthrough.
 
 use std::collections::BTreeMap;
 
@@ -10,52 +10,53 @@ use crate::system::facts::Root;
 use crate::system::os_release::Distribution;
 use crate::values::PciAddress;
 
-/// Where OpenNebula's probe on the host reads which devices it reports.
+/// Filter that OpenNebula's monitoring probe reads on the host.
 const HOST_FILTER: &str = "/var/tmp/one/etc/im/kvm-probes.d/pci.conf";
-/// Where the front-end keeps it, from where `onehost sync` copies it to the hosts.
+/// The same file on the front-end, which `onehost sync` copies to the hosts.
 const FRONT_END_FILTER: &str = "/var/lib/one/remotes/etc/im/kvm-probes.d/pci.conf";
-/// Where udev looks for rules (udev(7)).
-const RULE_FOLDERS: [&str; 4] = [
+/// Directories of udev rules (udev(7)).
+const RULE_DIRS: [&str; 4] = [
     "/etc/udev/rules.d",
     "/run/udev/rules.d",
     "/usr/local/lib/udev/rules.d",
     "/usr/lib/udev/rules.d",
 ];
-/// PCI classes of bridges to host and PCI: vfio leaves them to their drivers.
-const BRIDGES: [u32; 2] = [0x0600, 0x0604];
+const RUN_AS_ROOT: &str = "run it as root, on the host itself";
+/// PCI classes of host and PCI bridges, which VFIO leaves to their drivers.
+const BRIDGE_CLASSES: [u32; 2] = [0x0600, 0x0604];
 
-/// What was read.
+/// Facts about a host.
 #[derive(Debug, Clone, Default)]
 pub struct HostFacts {
-    /// /proc/cmdline.
+    /// Kernel command line.
     pub cmdline: Option<String>,
-    /// `vendor_id` of /proc/cpuinfo.
+    /// `vendor_id` in /proc/cpuinfo.
     pub cpu_vendor: Option<String>,
     /// The PCI bus.
     pub pci: PciFacts,
-    /// The IOMMU group of each device that is in one.
+    /// IOMMU group of each device in a group.
     pub groups: BTreeMap<PciAddress, String>,
-    /// Whether the driver vfio-pci is there.
+    /// Whether the vfio-pci driver is loaded.
     pub has_vfio_pci: bool,
-    /// /etc/driverctl.d: device and driver.
+    /// Overrides of driverctl: device and driver.
     pub overrides: BTreeMap<String, String>,
-    /// The udev rule for the vfio group devices: file and line.
+    /// The udev rule for VFIO group devices: file and rule.
     pub udev_rule: Option<String>,
-    /// pci.conf on the host.
+    /// Content of pci.conf on the host.
     pub host_filter: Option<String>,
-    /// pci.conf on the front-end.
+    /// Content of pci.conf on the front-end.
     pub front_end_filter: Option<String>,
-    /// What could not be read, by the id of the check that needs it.
-    pub unread: Vec<(&'static str, String)>,
+    /// Errors of failed reads, with the id of the check that needs the fact.
+    pub unreadable: Vec<(&'static str, String)>,
 }
 
 /// Reads the facts of the host at `root`.
 pub fn read(root: &Root) -> HostFacts {
     let mut facts = HostFacts { pci: crate::check::read_pci(root, "/sys"), ..HostFacts::default() };
-    let mut unread = Vec::new();
+    let mut unreadable = Vec::new();
     let mut text = |id, path: &str| {
         root.read(path).unwrap_or_else(|why| {
-            unread.push((id, why));
+            unreadable.push((id, why));
             None
         })
     };
@@ -68,7 +69,7 @@ pub fn read(root: &Root) -> HostFacts {
     facts.front_end_filter = text("pci-filter", FRONT_END_FILTER);
     let mut list = |id, path: &str| {
         root.list(path).unwrap_or_else(|why| {
-            unread.push((id, why));
+            unreadable.push((id, why));
             Vec::new()
         })
     };
@@ -86,68 +87,68 @@ pub fn read(root: &Root) -> HostFacts {
             Ok(driver) => {
                 facts.overrides.insert(name, driver.unwrap_or_default().trim().to_owned());
             }
-            Err(why) => unread.push(("driver-override", why)),
+            Err(why) => unreadable.push(("driver-override", why)),
         }
     }
-    for folder in RULE_FOLDERS {
-        let names = match root.list(folder) {
+    for dir in RULE_DIRS {
+        let names = match root.list(dir) {
             Ok(names) => names,
             Err(why) => {
-                unread.push(("vfio-udev", why));
+                unreadable.push(("vfio-udev", why));
                 continue;
             }
         };
-        for path in names
-            .iter()
-            .filter(|name| name.ends_with(".rules"))
-            .map(|name| format!("{folder}/{name}"))
+        for path in
+            names.iter().filter(|name| name.ends_with(".rules")).map(|name| format!("{dir}/{name}"))
         {
             match root.read(&path) {
                 Ok(text) => {
-                    let rule =
-                        text.as_deref().and_then(vfio_rule).map(|rule| format!("{path}: {rule}"));
+                    let rule = text
+                        .as_deref()
+                        .and_then(find_vfio_rule)
+                        .map(|rule| format!("{path}: {rule}"));
                     facts.udev_rule = facts.udev_rule.take().or(rule);
                 }
-                Err(why) => unread.push(("vfio-udev", why)),
+                Err(why) => unreadable.push(("vfio-udev", why)),
             }
         }
     }
-    facts.unread = unread;
+    facts.unreadable = unreadable;
     facts
 }
 
-/// The rule that gives the group devices of vfio to somebody: they have SUBSYSTEM vfio.
-fn vfio_rule(text: &str) -> Option<&str> {
+/// Returns the rule that sets group or mode of the VFIO group devices (SUBSYSTEM vfio).
+fn find_vfio_rule(text: &str) -> Option<&str> {
     text.lines().map(str::trim).find(|line| {
-        let dense: String = line.chars().filter(|c| !c.is_whitespace()).collect();
-        // The rule that systemd ships is for /dev/vfio/vfio alone (50-udev-default.rules:
+        let compact: String = line.chars().filter(|c| !c.is_whitespace()).collect();
+        // The rule of systemd matches only /dev/vfio/vfio (50-udev-default.rules:
         // KERNEL=="vfio/vfio").
-        dense.contains("SUBSYSTEM==\"vfio\"")
-            && (dense.contains("GROUP=") || dense.contains("MODE="))
-            && !dense.starts_with('#')
+        compact.contains("SUBSYSTEM==\"vfio\"")
+            && (compact.contains("GROUP=") || compact.contains("MODE="))
+            && !compact.starts_with('#')
     })
 }
 
-/// What the facts mean.
+/// Evaluates the facts.
 pub fn judge(facts: &HostFacts, distribution: Distribution) -> Vec<Check> {
     let mut checks = Vec::new();
     for why in &facts.pci.unreadable {
-        checks.push(Check::unknown("pci", why, "run it as root"));
+        checks.push(Check::unknown("pci", why, RUN_AS_ROOT));
     }
-    for (id, why) in &facts.unread {
-        checks.push(Check::unknown(id, why, "run it as root"));
+    for (id, why) in &facts.unreadable {
+        checks.push(Check::unknown(id, why, RUN_AS_ROOT));
     }
     let mut judged = vec![iommu_kernel(facts, distribution), iommu_groups(facts), vfio_pci(facts)];
-    judged.extend(functions(facts, distribution));
-    judged.extend(group_mates(facts));
+    judged.extend(gpu_functions(facts, distribution));
+    judged.extend(group_isolation(facts));
     judged.extend(driver_overrides(facts));
-    judged.push(udev(facts));
-    judged.extend(filter(facts));
-    // What was not read is no finding: that it is not known has been said.
+    judged.push(udev_rule(facts));
+    judged.extend(pci_filter(facts));
+    // A fact that could not be read is reported as unknown above and is no problem in itself.
     let is_known = |check: &Check| {
-        let is_unread = facts.unread.iter().any(|(id, _)| *id == check.id);
+        let is_unreadable = facts.unreadable.iter().any(|(id, _)| *id == check.id);
         check.level == Level::Ok
-            || !(is_unread || (check.id == "gpu-present" && !facts.pci.unreadable.is_empty()))
+            || !(is_unreadable || (check.id == "gpu-present" && !facts.pci.unreadable.is_empty()))
     };
     checks.extend(judged.into_iter().filter(is_known));
     checks
@@ -156,12 +157,12 @@ pub fn judge(facts: &HostFacts, distribution: Distribution) -> Vec<Check> {
 fn vfio_pci(facts: &HostFacts) -> Check {
     const FIX: &str = "modprobe vfio-pci; echo vfio-pci > /etc/modules-load.d/vfio-pci.conf";
     match facts.has_vfio_pci {
-        true => Check::ok("vfio-pci", "the driver vfio-pci is there"),
-        false => Check::error("vfio-pci", "the driver vfio-pci is not loaded", FIX),
+        true => Check::ok("vfio-pci", "the vfio-pci driver is loaded"),
+        false => Check::error("vfio-pci", "the vfio-pci driver is not loaded", FIX),
     }
 }
 
-/// The command that adds to the kernel's command line.
+/// Returns how to add an argument to the kernel command line.
 fn kernel_argument(distribution: Distribution, argument: &str) -> String {
     const GRUB: &str = "add it to GRUB_CMDLINE_LINUX in /etc/default/grub and run update-grub";
     match distribution {
@@ -172,7 +173,8 @@ fn kernel_argument(distribution: Distribution, argument: &str) -> String {
             format!("{argument}: {GRUB}, then reboot the host")
         }
         Distribution::Other => format!(
-            "{argument}: {GRUB} (RHEL, AlmaLinux: grubby --update-kernel=ALL --args=\"{argument}\"), then reboot the host"
+            "{argument}: {GRUB} (RHEL, AlmaLinux: grubby --update-kernel=ALL \
+             --args=\"{argument}\"), then reboot the host"
         ),
     }
 }
@@ -180,11 +182,7 @@ fn kernel_argument(distribution: Distribution, argument: &str) -> String {
 fn iommu_kernel(facts: &HostFacts, distribution: Distribution) -> Check {
     const ID: &str = "iommu-kernel";
     let Some(cmdline) = &facts.cmdline else {
-        return Check::unknown(
-            ID,
-            "there is no kernel command line in /proc/cmdline",
-            "run it on the host itself",
-        );
+        return Check::unknown(ID, "/proc/cmdline is absent", RUN_AS_ROOT);
     };
     let arguments: Vec<&str> = cmdline.split_whitespace().collect();
     let has = |wanted: &str| {
@@ -200,68 +198,74 @@ fn iommu_kernel(facts: &HostFacts, distribution: Distribution) -> Check {
     match (facts.cpu_vendor.as_deref(), off) {
         (_, Some(off)) => Check::error(
             ID,
-            format!("the kernel was started with {off}"),
-            "take it off the kernel's command line and reboot the host",
+            format!("the kernel command line has {off}"),
+            "remove it from the kernel command line and reboot the host",
         ),
         (Some("GenuineIntel"), None) if has("intel_iommu=on") => {
             let pt = if has("iommu=pt") {
                 " iommu=pt"
             } else {
-                "; iommu=pt would spare the host's own devices the translation"
+                "; iommu=pt would avoid the translation for the host's own devices"
             };
             Check::ok(ID, format!("intel_iommu=on{pt}"))
         }
-        // CONFIG_INTEL_IOMMU_DEFAULT_ON is a choice of the distribution's kernel: groups prove it.
+        // Kernels with CONFIG_INTEL_IOMMU_DEFAULT_ON enable it; the groups prove that.
         (Some("GenuineIntel"), None) if !facts.groups.is_empty() => Check::ok(
             ID,
-            "the kernel command line has no intel_iommu=on, and this kernel has the IOMMU on all the same",
+            "the kernel command line has no intel_iommu=on, but this kernel enables the IOMMU by \
+             default",
         ),
         (Some("GenuineIntel"), None) => {
             let fix = kernel_argument(distribution, "intel_iommu=on iommu=pt");
-            Check::error(ID, "an Intel CPU, and the kernel command line has no intel_iommu=on", fix)
+            Check::error(
+                ID,
+                "the CPU is from Intel, and the kernel command line has no intel_iommu=on",
+                fix,
+            )
         }
-        (Some("AuthenticAMD"), None) => Check::ok(ID, "an AMD CPU: its IOMMU is on by default"),
+        (Some("AuthenticAMD"), None) => Check::ok(ID, "AMD CPU: the IOMMU is enabled by default"),
         (Some(vendor), None) => Check::ok(
             ID,
-            format!("a CPU of {vendor}: nothing is switched off on the kernel command line"),
+            format!("{vendor} CPU: the kernel command line does not disable the IOMMU"),
         ),
         (None, None) => Check::unknown(
             ID,
-            "/proc/cpuinfo names no vendor of the CPU",
-            "look at iommu-groups: groups are the proof",
+            "/proc/cpuinfo has no CPU vendor",
+            "see iommu-groups: if there are groups, the IOMMU is enabled",
         ),
     }
 }
 
 fn iommu_groups(facts: &HostFacts) -> Check {
     const ID: &str = "iommu-groups";
-    const FIX: &str = "switch on VT-d or AMD-Vi (IOMMU) in the firmware of the host, then reboot; dmesg | grep -e DMAR -e AMD-Vi tells more";
+    const FIX: &str = "enable VT-d or AMD-Vi (IOMMU) in the firmware of the host, then reboot; \
+                       dmesg | grep -e DMAR -e AMD-Vi shows errors";
     if facts.groups.is_empty() {
         return Check::error(
             ID,
-            "/sys/kernel/iommu_groups is empty: no device can be given to a VM",
+            "/sys/kernel/iommu_groups is empty: no device can be passed through to a VM",
             FIX,
         );
     }
-    let number = facts.groups.values().collect::<std::collections::BTreeSet<_>>().len();
+    let groups = facts.groups.values().collect::<std::collections::BTreeSet<_>>().len();
     let devices = facts.groups.len();
     match facts.pci.gpus().find(|gpu| !facts.groups.contains_key(&gpu.address)) {
-        Some(gpu) => Check::error(ID, format!("the GPU {} is in no IOMMU group", gpu.address), FIX),
-        None => Check::ok(ID, format!("{number} groups with {devices} devices")),
+        Some(gpu) => Check::error(ID, format!("GPU {} is in no IOMMU group", gpu.address), FIX),
+        None => Check::ok(ID, format!("{groups} groups with {devices} devices")),
     }
 }
 
-/// The functions of the cards that have a GPU: display, sound, USB, UCSI.
+/// Returns all functions of the cards with a GPU: display, audio, USB, UCSI.
 fn card_functions(facts: &PciFacts) -> impl Iterator<Item = &PciDevice> {
-    let is_of_a_card =
+    let is_gpu_function =
         |device: &&PciDevice| facts.gpus().any(|gpu| gpu.address.is_same_card(device.address));
-    facts.devices.iter().filter(is_of_a_card)
+    facts.devices.iter().filter(is_gpu_function)
 }
 
 fn class_name(device: &PciDevice) -> &'static str {
     match device.class >> 8 {
         0x0300 | 0x0302 | 0x0380 => "GPU",
-        0x0403 => "sound",
+        0x0403 => "audio",
         0x0c03 => "USB",
         0x0c80 => "serial bus (USB-C)",
         0x0600 | 0x0604 => "bridge",
@@ -269,16 +273,16 @@ fn class_name(device: &PciDevice) -> &'static str {
     }
 }
 
-fn functions(facts: &HostFacts, distribution: Distribution) -> Vec<Check> {
+fn gpu_functions(facts: &HostFacts, distribution: Distribution) -> Vec<Check> {
     const ID: &str = "vfio-binding";
     let install = distribution.install("driverctl", "driverctl");
     if facts.pci.gpus().next().is_none() {
-        let finding =
-            "there is no NVIDIA GPU on the PCI bus of this host (vendor 10de, class 03xx)";
+        let finding = "no NVIDIA GPU on the PCI bus of this host (vendor 10de, class 03xx)";
         return vec![Check::error(
             "gpu-present",
             finding,
-            "look at lspci -d 10de: and at the card's seat, power and slot settings",
+            "check lspci -d 10de:, the seating and power of the card, and the slot settings in the \
+             firmware",
         )];
     }
     let gpus: Vec<String> =
@@ -287,13 +291,16 @@ fn functions(facts: &HostFacts, distribution: Distribution) -> Vec<Check> {
     for function in card_functions(&facts.pci) {
         let (address, ids, what) = (function.address, function.ids(), class_name(function));
         checks.push(match function.driver.as_deref() {
-            Some("vfio-pci") => Check::ok(ID, format!("{address} ({what}, {ids}) is on vfio-pci")),
+            Some("vfio-pci") => {
+                Check::ok(ID, format!("{address} ({what}, {ids}) is bound to vfio-pci"))
+            }
             driver => {
                 let driver =
                     driver.map_or("no driver".into(), |driver| format!("the driver {driver}"));
-                let finding = format!("{address} ({what}, {ids}) is on {driver}, not on vfio-pci");
+                let finding =
+                    format!("{address} ({what}, {ids}) is bound to {driver}, not to vfio-pci");
                 let vgpu = if function.driver.as_deref() == Some("nvidia") {
-                    "; a card that is shared as vGPUs (PCI=[…,PROFILE=…]) stays on nvidia"
+                    "; a card that is shared as vGPUs (PCI=[…,PROFILE=…]) stays bound to nvidia"
                 } else {
                     ""
                 };
@@ -308,123 +315,136 @@ fn functions(facts: &HostFacts, distribution: Distribution) -> Vec<Check> {
     checks
 }
 
-/// What shares an IOMMU group with a GPU goes to the VM with it, or keeps it from going.
-fn group_mates(facts: &HostFacts) -> Vec<Check> {
-    const ID: &str = "iommu-group-mates";
+/// Every other device in the IOMMU group of a GPU is passed through with it, or prevents it.
+fn group_isolation(facts: &HostFacts) -> Vec<Check> {
+    const ID: &str = "iommu-group-isolation";
     const FIX: &str =
-        "move one of the two cards to another slot, or switch on ACS in the firmware of the host";
+        "move one of the two cards to another slot, or enable ACS in the firmware of the host";
     let mut checks = Vec::new();
     for gpu in facts.pci.gpus() {
         let Some(group) = facts.groups.get(&gpu.address) else { continue };
-        let mates = facts
+        let others = facts
             .groups
             .iter()
             .filter(|(address, other)| *other == group && !address.is_same_card(gpu.address));
-        let mut foreign = 0;
-        for (address, _) in mates {
-            let Some(mate) = facts.pci.at(*address) else { continue };
-            if BRIDGES.contains(&(mate.class >> 8)) {
+        let mut others_in_group = 0;
+        for (address, _) in others {
+            let Some(device) = facts.pci.at(*address) else { continue };
+            if BRIDGE_CLASSES.contains(&(device.class >> 8)) {
                 continue;
             }
-            foreign += 1;
-            let (ids, what) = (mate.ids(), class_name(mate));
-            let driver = mate.driver.as_deref().unwrap_or("no driver");
+            others_in_group += 1;
+            let (ids, what) = (device.ids(), class_name(device));
+            let driver = device.driver.as_deref().unwrap_or("no driver");
             let finding = format!(
-                "group {group} of the GPU {} also has {address} ({what}, {ids}), which is on {driver}",
+                "IOMMU group {group} of GPU {} also has {address} ({what}, {ids}), bound to \
+                 {driver}",
                 gpu.address
             );
-            checks.push(if mate.driver.as_deref() == Some("vfio-pci") {
-                Check::warning(ID, format!("{finding}: both can only go to one VM, together"), FIX)
+            checks.push(if device.driver.as_deref() == Some("vfio-pci") {
+                Check::warning(
+                    ID,
+                    format!("{finding}: both can only be passed through to the same VM"),
+                    FIX,
+                )
             } else {
-                Check::error(ID, format!("{finding}: the GPU cannot be given to a VM"), FIX)
+                Check::error(
+                    ID,
+                    format!("{finding}: the GPU cannot be passed through to a VM"),
+                    FIX,
+                )
             });
         }
-        if foreign == 0 {
+        if others_in_group == 0 {
             checks.push(Check::ok(
                 ID,
-                format!(
-                    "group {group} of the GPU {} has nothing but the card and bridges",
-                    gpu.address
-                ),
+                format!("IOMMU group {group} of GPU {} has only the card and bridges", gpu.address),
             ));
         }
     }
     checks
 }
 
-/// Without an override the next boot gives the card to whatever driver comes first.
+/// Without an override the first matching driver binds the card at the next boot.
 fn driver_overrides(facts: &HostFacts) -> Option<Check> {
     const ID: &str = "driver-override";
     facts.pci.gpus().next()?;
-    let is_set_otherwise =
+    let is_set_by_kernel =
         facts.cmdline.as_ref().is_some_and(|cmdline| cmdline.contains("vfio-pci.ids="));
     let missing: Vec<String> = card_functions(&facts.pci)
         .map(|function| function.address.to_string())
-        // driverctl names the file by the address, or by bus and address (`pci-0000:e1:00.0`).
+        // driverctl names the file after the address, with or without the bus
+        // (`pci-0000:e1:00.0`).
         .filter(|address| {
             let set =
                 facts.overrides.iter().find(|(name, _)| name.trim_start_matches("pci-") == address);
             set.is_none_or(|(_, driver)| driver != "vfio-pci")
         })
         .collect();
-    if missing.is_empty() || is_set_otherwise {
-        let how =
-            if is_set_otherwise { "vfio-pci.ids on the kernel command line" } else { "driverctl" };
-        return Some(Check::ok(ID, format!("{how} binds the cards to vfio-pci at every boot")));
+    if missing.is_empty() || is_set_by_kernel {
+        let source =
+            if is_set_by_kernel { "vfio-pci.ids on the kernel command line" } else { "driverctl" };
+        return Some(Check::ok(ID, format!("{source} binds the cards to vfio-pci at every boot")));
     }
     let fix: Vec<String> = missing
         .iter()
         .map(|address| format!("driverctl set-override {address} vfio-pci"))
         .collect();
     let finding = format!(
-        "driverctl has no override to vfio-pci for {}: unless something else binds them, they are lost to VMs after a reboot",
+        "driverctl has no override to vfio-pci for {}: after a reboot they may be unavailable to \
+         VMs",
         missing.join(", ")
     );
     Some(Check::warning(ID, finding, fix.join("; ")))
 }
 
-fn udev(facts: &HostFacts) -> Check {
+fn udev_rule(facts: &HostFacts) -> Check {
     const ID: &str = "vfio-udev";
-    const FIX: &str = "echo 'SUBSYSTEM==\"vfio\", GROUP=\"kvm\", MODE=\"0666\"' > /etc/udev/rules.d/99-vfio.rules; udevadm control --reload; udevadm trigger --subsystem-match=vfio";
+    const FIX: &str = "echo 'SUBSYSTEM==\"vfio\", GROUP=\"kvm\", MODE=\"0666\"' > \
+                       /etc/udev/rules.d/99-vfio.rules; udevadm control --reload; \
+                       udevadm trigger --subsystem-match=vfio";
     match &facts.udev_rule {
         Some(rule) => Check::ok(ID, rule),
         None => Check::error(
             ID,
-            "no udev rule for SUBSYSTEM vfio: QEMU, which runs as oneadmin, may not open /dev/vfio/*",
+            "no udev rule for SUBSYSTEM vfio: QEMU, which runs as oneadmin, cannot open \
+             /dev/vfio/*",
             FIX,
         ),
     }
 }
 
-fn filter(facts: &HostFacts) -> Vec<Check> {
+fn pci_filter(facts: &HostFacts) -> Vec<Check> {
     const ID: &str = "pci-filter";
     const SYNC: &str =
         "on the front-end as oneadmin: onehost sync -f, then onehost forceupdate HOST";
-    let mend = format!(
-        ":filter: '10de:*' in {FRONT_END_FILTER} on the front-end, then as oneadmin onehost sync -f and onehost forceupdate HOST"
+    let fix = format!(
+        ":filter: '10de:*' in {FRONT_END_FILTER} on the front-end, then as oneadmin \
+         onehost sync -f and onehost forceupdate HOST"
     );
     let gpus: Vec<&PciDevice> = facts.pci.gpus().collect();
-    let judged = |path: &str, text: &str, level: Level| {
+    let judge_filter = |path: &str, text: &str, level: Level| {
         let config = PciConf::parse(text);
         let hidden: Vec<String> = gpus
             .iter()
-            .filter(|gpu| !config.shows(gpu))
+            .filter(|gpu| !config.includes(gpu))
             .map(|gpu| gpu.address.to_string())
             .collect();
         let filter = config.filter.join(", ");
         if gpus.is_empty() || hidden.is_empty() {
-            let shown = if gpus.is_empty() {
+            let coverage = if gpus.is_empty() {
                 "there is no GPU to match"
             } else {
                 "it matches every GPU of this host"
             };
-            let finding = format!("{path}: :filter: {filter}: {shown}");
+            let finding = format!("{path}: :filter: {filter}: {coverage}");
             if let [_, ..] = config.device_name.as_slice() {
                 let names = config.device_name.join(", ");
-                let fix = "onehost show HOST lists what OpenNebula was told; :device_name: [] hides nothing";
+                let fix = "onehost show HOST lists the devices that OpenNebula sees; :device_name: \
+                           [] hides nothing";
                 return Check::warning(
                     ID,
-                    format!("{finding}; whether :device_name: {names} hides one is not known"),
+                    format!("{finding}; unknown whether :device_name: {names} hides one"),
                     fix,
                 );
             }
@@ -437,44 +457,43 @@ fn filter(facts: &HostFacts) -> Vec<Check> {
         } else {
             format!(":filter: {filter}")
         };
-        Check::bad(
+        Check::problem(
             ID,
             level,
-            format!("{path} has {by}: OpenNebula is not told of {}", hidden.join(", ")),
-            &mend,
+            format!("{path} has {by}: OpenNebula does not see {}", hidden.join(", ")),
+            &fix,
         )
     };
     match (&facts.host_filter, &facts.front_end_filter) {
         (None, None) => {
             let finding =
-                format!("there is no {HOST_FILTER}: OpenNebula has never monitored this host");
+                format!("{HOST_FILTER} is absent: OpenNebula has never monitored this host");
             vec![Check::error(ID, finding, SYNC)]
         }
-        (Some(host), None) => vec![judged(HOST_FILTER, host, Level::Error)],
-        (None, Some(front_end)) => vec![judged(FRONT_END_FILTER, front_end, Level::Error)],
+        (Some(host), None) => vec![judge_filter(HOST_FILTER, host, Level::Error)],
+        (None, Some(front_end)) => vec![judge_filter(FRONT_END_FILTER, front_end, Level::Error)],
         (Some(host), Some(front_end)) => {
-            // What the host has is in force; what the front-end has comes with the next sync.
+            // The file on the host is in effect; that of the front-end is, after the next sync.
             vec![
-                judged(HOST_FILTER, host, Level::Error),
-                judged(FRONT_END_FILTER, front_end, Level::Warning),
+                judge_filter(HOST_FILTER, host, Level::Error),
+                judge_filter(FRONT_END_FILTER, front_end, Level::Warning),
             ]
         }
     }
 }
 
-/// What pci.conf says, as far as it decides whether a GPU is reported
+/// The settings in pci.conf that decide whether a GPU is reported
 /// (src/im_mad/remotes/node-probes.d/pci.rb of OpenNebula/one).
 #[derive(Debug, Default, PartialEq, Eq)]
 struct PciConf {
     filter: Vec<String>,
     short_address: Vec<String>,
-    /// Patterns for the names of pci.ids, which are not known here.
+    /// Patterns for the names in pci.ids, which are not evaluated here.
     device_name: Vec<String>,
 }
 
 impl PciConf {
-    /// Reads the YAML that pci.conf is: `:key: value`, `:key: [a, b]`, or a list of `- value`
-    /// lines.
+    /// Parses the YAML of pci.conf: `:key: value`, `:key: [a, b]`, or a list of `- value` lines.
     fn parse(text: &str) -> Self {
         let mut conf = Self::default();
         let mut key = "";
@@ -496,7 +515,7 @@ impl PciConf {
             } else if let Some(item) = line.strip_prefix('-') {
                 item
             } else {
-                // `filter:` without its first colon is another key for Ruby.
+                // `filter:` without the leading colon is a different key in Ruby.
                 key = "";
                 continue;
             };
@@ -514,8 +533,8 @@ impl PciConf {
         conf
     }
 
-    fn shows(&self, gpu: &PciDevice) -> bool {
-        // The probe compares the texts, and lspci writes no domain.
+    fn includes(&self, gpu: &PciDevice) -> bool {
+        // The probe compares strings, and lspci writes no domain.
         let address = gpu.address.to_string();
         let short = address.strip_prefix("0000:").unwrap_or(&address);
         let by_address = self.short_address.is_empty()
@@ -524,7 +543,8 @@ impl PciConf {
     }
 }
 
-/// Whether an lspci(8) filter, `vendor:device:class`, matches; an empty part and `*` mean any.
+/// Returns whether an lspci(8) filter, `vendor:device:class`, matches; an empty part and `*` match
+/// anything.
 fn matches(filter: &str, device: &PciDevice) -> bool {
     let mut parts = filter.split(':');
     let facts = [Some(device.vendor), device.device, Some(device.class >> 8)];
@@ -549,7 +569,7 @@ mod tests {
         }
     }
 
-    fn good() -> HostFacts {
+    fn healthy_host() -> HostFacts {
         let devices = vec![
             device("0000:e0:01.0", 0x8086, 0x060400, "pcieport"),
             device("0000:e1:00.0", 0x10de, 0x030000, "vfio-pci"),
@@ -572,12 +592,14 @@ mod tests {
             udev_rule: Some("99-vfio.rules: SUBSYSTEM==\"vfio\"".into()),
             host_filter: Some(":filter: '10de:*'\n".into()),
             front_end_filter: None,
-            unread: Vec::new(),
+            unreadable: Vec::new(),
         }
     }
 
-    fn bad(change: impl FnOnce(&mut HostFacts)) -> Vec<(Level, &'static str, String, String)> {
-        let mut facts = good();
+    fn problems_after(
+        change: impl FnOnce(&mut HostFacts),
+    ) -> Vec<(Level, &'static str, String, String)> {
+        let mut facts = healthy_host();
         change(&mut facts);
         let checks = judge(&facts, Distribution::Debian)
             .into_iter()
@@ -589,16 +611,16 @@ mod tests {
 
     #[track_caller]
     fn one(change: impl FnOnce(&mut HostFacts), level: Level, id: &str, finding: &str, fix: &str) {
-        let found = bad(change);
-        assert_eq!(found.len(), 1, "{found:#?}");
-        assert_eq!((found[0].0, found[0].1), (level, id), "{found:#?}");
-        assert!(found[0].2.contains(finding) && found[0].3.contains(fix), "{found:#?}");
+        let problems = problems_after(change);
+        assert_eq!(problems.len(), 1, "{problems:#?}");
+        assert_eq!((problems[0].0, problems[0].1), (level, id), "{problems:#?}");
+        assert!(problems[0].2.contains(finding) && problems[0].3.contains(fix), "{problems:#?}");
     }
 
     #[test]
-    fn a_good_host_has_no_finding_and_neither_has_one_with_an_amd_cpu() {
-        assert_eq!(bad(|_| ()), []);
-        let amd = bad(|facts| {
+    fn healthy_host_has_no_problem() {
+        assert_eq!(problems_after(|_| ()), []);
+        let amd = problems_after(|facts| {
             facts.cpu_vendor = Some("AuthenticAMD".into());
             facts.cmdline = Some("quiet".into());
         });
@@ -606,9 +628,9 @@ mod tests {
     }
 
     #[test]
-    fn each_fault_of_a_host_is_named_with_its_fix() {
+    fn each_host_fault_has_its_fix() {
         use Level::{Error, Warning};
-        let no_groups = bad(|facts| {
+        let no_groups = problems_after(|facts| {
             facts.cmdline = Some("quiet".into());
             facts.groups.clear();
         });
@@ -622,20 +644,20 @@ mod tests {
             "off",
             "reboot",
         );
-        let only_pt = bad(|facts| {
+        let only_pt = problems_after(|facts| {
             facts.cmdline = Some("quiet iommu=pt intel_iommu=sm_on".into());
             facts.groups.clear();
         });
         assert_eq!(only_pt[0].1, "iommu-kernel", "{only_pt:?}");
-        let by_default = bad(|facts| facts.cmdline = Some("quiet".into()));
-        assert_eq!(by_default, [], "groups are the proof, whatever the command line says");
-        one(|facts| facts.cmdline = None, Warning, "iommu-kernel", "not known", "host");
+        let by_default = problems_after(|facts| facts.cmdline = Some("quiet".into()));
+        assert_eq!(by_default, [], "groups prove that the IOMMU is enabled");
+        one(|facts| facts.cmdline = None, Warning, "iommu-kernel", "unknown", "host");
         one(|facts| facts.has_vfio_pci = false, Error, "vfio-pci", "not loaded", "modprobe");
         one(
             |facts| facts.pci.devices[2].driver = Some("snd_hda_intel".into()),
             Error,
             "vfio-binding",
-            "0000:e1:00.1 (sound, 10de:20f1, class 0403) is on the driver snd_hda_intel",
+            "0000:e1:00.1 (audio, 10de:20f1, class 0403) is bound to the driver snd_hda_intel",
             "driverctl set-override 0000:e1:00.1 vfio-pci",
         );
         one(
@@ -648,15 +670,15 @@ mod tests {
         let in_group = |facts: &mut HostFacts| {
             facts.groups.insert(PciAddress::parse("f1:00.0").unwrap(), "9".into());
         };
-        one(in_group, Error, "iommu-group-mates", "0000:f1:00.0", "slot");
+        one(in_group, Error, "iommu-group-isolation", "0000:f1:00.0", "slot");
         one(
             |facts| {
                 in_group(facts);
                 facts.pci.devices[3].driver = Some("vfio-pci".into());
             },
             Warning,
-            "iommu-group-mates",
-            "together",
+            "iommu-group-isolation",
+            "the same VM",
             "slot",
         );
         one(
@@ -667,11 +689,11 @@ mod tests {
             "set-override 0000:e1:00.1",
         );
         one(|facts| facts.udev_rule = None, Error, "vfio-udev", "no udev rule", "GROUP=\"kvm\"");
-        let unread = |facts: &mut HostFacts| {
+        let unreadable = |facts: &mut HostFacts| {
             facts.udev_rule = None;
-            facts.unread = vec![("vfio-udev", "x: denied".into())];
+            facts.unreadable = vec![("vfio-udev", "x: denied".into())];
         };
-        one(unread, Warning, "vfio-udev", "not known: x: denied", "root");
+        one(unreadable, Warning, "vfio-udev", "unknown: x: denied", "root");
         one(
             |facts| facts.host_filter = None,
             Error,
@@ -709,7 +731,7 @@ mod tests {
             "L4 hides",
             "onehost show",
         );
-        let none = bad(|facts| facts.pci.devices.truncate(1));
+        let none = problems_after(|facts| facts.pci.devices.truncate(1));
         assert!(
             none.iter().any(|(level, id, ..)| (*level, *id) == (Error, "gpu-present")),
             "{none:?}"
@@ -717,14 +739,15 @@ mod tests {
     }
 
     #[test]
-    fn pci_conf_is_read_in_each_of_its_forms() {
+    fn pci_conf_is_parsed_in_each_notation() {
         let gpu = device("e1:00.0", 0x10de, 0x030200, "");
-        for (text, shows) in [
+        for (text, is_included) in [
             (":filter: '10de:*'", true),
             (":filter: \"10DE:20f1\"  # the A100", true),
             ("# x\n:filter:\n  - '8086::0c03'\n  - '10de::0302'\n\n:short_address: []\n", true),
             (
-                ":filter: [ '8086:*', '*:*' ]\n:short_address:\n- 'e1:00.0'\n:device_name:\n  - 'x'",
+                ":filter: [ '8086:*', '*:*' ]\n:short_address:\n- 'e1:00.0'\n:device_name:\n  - \
+                 'x'",
                 true,
             ),
             (":filter: '8086:*,10de:*'", true),
@@ -736,19 +759,21 @@ mod tests {
             (":filter: '10de:*'\n:short_address:\n  - '0000:e1:00.0'\n", false),
             ("", false),
         ] {
-            assert_eq!(PciConf::parse(text).shows(&gpu), shows, "{text}");
+            assert_eq!(PciConf::parse(text).includes(&gpu), is_included, "{text}");
         }
     }
 
     #[test]
-    fn the_udev_rule_is_told_from_a_comment_and_from_another_rule() {
-        assert!(vfio_rule("# x\nSUBSYSTEM == \"vfio\", GROUP=\"kvm\", MODE=\"0666\"\n").is_some());
+    fn udev_rule_is_not_a_comment_or_another_rule() {
         assert!(
-            vfio_rule(
+            find_vfio_rule("# x\nSUBSYSTEM == \"vfio\", GROUP=\"kvm\", MODE=\"0666\"\n").is_some()
+        );
+        assert!(
+            find_vfio_rule(
                 "# SUBSYSTEM==\"vfio\", GROUP=\"kvm\"\nSUBSYSTEM==\"block\", GROUP=\"disk\"\n"
             )
             .is_none()
         );
-        assert!(vfio_rule("SUBSYSTEM==\"vfio\"\n").is_none());
+        assert!(find_vfio_rule("SUBSYSTEM==\"vfio\"\n").is_none());
     }
 }

@@ -159,11 +159,11 @@ impl Template {
             Some(pair) => {
                 let finding =
                     format!("MACHINE=\"{}\" is not q35: the GPU gets no PCI Express slot", escape(pair.value.trim()));
-                Check::bad("machine", bad, finding, FIX).at(pair.place.line)
+                Check::problem("machine", bad, finding, FIX).at(pair.place.line)
             }
             None => {
                 let finding = "OS has no MACHINE: the VM becomes an i440fx, where the GPU gets no PCI Express slot";
-                Check::bad("machine", bad, finding, FIX).at(self.line_of("OS"))
+                Check::problem("machine", bad, finding, FIX).at(self.line_of("OS"))
             }
         });
         checks
@@ -175,7 +175,7 @@ impl Template {
         );
         let Some(pair) = self.pair("OS", "FIRMWARE") else {
             let finding = "OS has no FIRMWARE: the VM boots by BIOS, which cannot map the memory of large GPUs, nor boot our image";
-            return Check::bad("firmware", bad, finding, fix).at(self.line_of("OS"));
+            return Check::problem("firmware", bad, finding, fix).at(self.line_of("OS"));
         };
         let value = pair.value.trim();
         let check = match value {
@@ -197,7 +197,7 @@ impl Template {
                 format!("FIRMWARE=\"{}\" must be written in capitals", escape(other)),
                 fix,
             ),
-            other => Check::bad(
+            other => Check::problem(
                 "firmware",
                 bad,
                 format!("FIRMWARE=\"{}\" is not UEFI", escape(other)),
@@ -263,7 +263,7 @@ impl Template {
         if devices.is_empty() {
             let finding = "there is no PCI attribute: this VM gets no GPU";
             let level = if self.wants_gpu() { Level::Error } else { Level::Warning };
-            return vec![Check::bad("pci", level, finding, FIX)];
+            return vec![Check::problem("pci", level, finding, FIX)];
         }
         devices.into_iter().map(|pci| judge_pci(pci, FIX).at(pci.place.line)).collect()
     }
@@ -346,7 +346,7 @@ impl Template {
     fn large_bars(&self) -> Check {
         match self.pair("FEATURES", "PCIHOLE64") {
             None => Check::ok(
-                "large-bars",
+                "pci-hole64",
                 "no PCIHOLE64; a GPU with a very large BAR (H100, H200, B200) may need FEATURES=[PCIHOLE64=\"1073741824\"] (in KiB, OpenNebula 7.2 and later)",
             ),
             Some(pair) => {
@@ -355,7 +355,7 @@ impl Template {
                     Ok(kib @ 1..) => {
                         let gib = kib >> 20;
                         Check::ok(
-                            "large-bars",
+                            "pci-hole64",
                             format!("PCIHOLE64 is {gib} GiB (read by OpenNebula 7.2 and later)"),
                         )
                         .at(line)
@@ -365,7 +365,7 @@ impl Template {
                             "PCIHOLE64=\"{}\" must be a number of KiB",
                             escape(&pair.value)
                         );
-                        Check::error("large-bars", finding, "FEATURES=[PCIHOLE64=\"1073741824\"]")
+                        Check::error("pci-hole64", finding, "FEATURES=[PCIHOLE64=\"1073741824\"]")
                             .at(line)
                     }
                 }
@@ -396,7 +396,7 @@ impl Template {
         } else {
             let finding = "CONTEXT has no TOKEN=\"YES\": OneGate refuses this VM, so the SuperLink is not discovered and nothing is published";
             let level = if has_address { Level::Warning } else { Level::Error };
-            Check::bad("context-token", level, finding, "CONTEXT=[TOKEN=\"YES\"]").at(line)
+            Check::problem("context-token", level, finding, "CONTEXT=[TOKEN=\"YES\"]").at(line)
         });
         let ready = context.pair("READY_SCRIPT_PATH").filter(|pair| !pair.value.trim().is_empty());
         checks.push(match (is_yes("REPORT_READY"), ready) {
@@ -852,7 +852,7 @@ INPUTS_ORDER="FL_GPU_ENABLED"
             8,
             "not a vector",
         );
-        one("TOPOLOGY", "FEATURES=[PCIHOLE64=\"1T\"]\nTOPOLOGY", Error, "large-bars", 9, "KiB");
+        one("TOPOLOGY", "FEATURES=[PCIHOLE64=\"1T\"]\nTOPOLOGY", Error, "pci-hole64", 9, "KiB");
         one("\"CORE\", SOCKETS=\"1\"", "\"HARD\"", Error, "topology", 9, "must be one of");
         one(
             "PIN_POLICY=\"CORE\", SOCKETS=\"1\"",
@@ -1033,7 +1033,7 @@ INPUTS_ORDER="FL_GPU_ENABLED"
             ),
             (
                 None,
-                "large-bars: no PCIHOLE64; a GPU with a very large BAR (H100, H200, B200) may need FEATURES=[PCIHOLE64=\"1073741824\"] (in KiB, OpenNebula 7.2 and later)",
+                "pci-hole64: no PCIHOLE64; a GPU with a very large BAR (H100, H200, B200) may need FEATURES=[PCIHOLE64=\"1073741824\"] (in KiB, OpenNebula 7.2 and later)",
             ),
             (Some(10), "context-token: TOKEN=\"YES\""),
             (
@@ -1062,7 +1062,7 @@ INPUTS_ORDER="FL_GPU_ENABLED"
         assert!(
             with("CLASS=\"0302\"", "DEVICE=\"20b5\"", "pci").starts_with("the device 10de:20b5;")
         );
-        let bars = with("TOPOLOGY", "FEATURES=[PCIHOLE64=\"1073741824\"]\nTOPOLOGY", "large-bars");
+        let bars = with("TOPOLOGY", "FEATURES=[PCIHOLE64=\"1073741824\"]\nTOPOLOGY", "pci-hole64");
         assert_eq!(bars, "PCIHOLE64 is 1024 GiB (read by OpenNebula 7.2 and later)");
         assert_eq!(
             with("PIN_POLICY=\"CORE\", SOCKETS=\"1\"", "PIN_POLICY=\"\"", "topology"),

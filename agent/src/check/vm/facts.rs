@@ -1,5 +1,5 @@
-//! The facts of a VM, read at the edge: sysfs, procfs, NVML through its probe, Docker, the context.
-//! What cannot be read is told.
+//! Reads the facts of a VM: sysfs, procfs, the NVML probe, Docker, the context. Facts that cannot
+//! be read hold the error.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,56 +13,55 @@ use crate::config::{Config, Diagnostics};
 use crate::container::image;
 use crate::docker::client::{Client, EngineError, EngineInfo};
 use crate::gpu::nvml_library;
-use crate::gpu::pci::PciFacts;
+use crate::gpu::pci::{PciDevice, PciFacts};
 use crate::gpu::probe::{self, ProbeOutcome};
 use crate::logging::error_chain;
 use crate::system::facts::Root;
 use crate::values::PciAddress;
 
-/// Why there is no configuration.
+/// Why there is no valid configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Unconfigured {
-    /// There is no context, or it cannot be read.
+    /// There is no readable context.
     NoContext(String),
-    /// What is wrong with the variables, one line each.
+    /// The errors of the variables, one line each.
     Invalid(Vec<String>),
 }
 
-/// What was read.
+/// Facts about a VM.
 #[derive(Debug)]
 pub struct VmFacts {
-    /// Why the settings could not be used, where they could not.
+    /// Error of the settings; the defaults are used.
     pub settings_error: Option<String>,
-    /// Which way the GPU is to go into the container.
+    /// Injection method of the settings.
     pub injection: Injection,
-    /// The program of the nvidia runtime as the settings name it, and where it is.
+    /// The nvidia runtime program as named in the settings, and its path if it is installed.
     pub runtime: (String, Option<String>),
-    /// The configuration and its remarks, or what is wrong.
+    /// The configuration with its diagnostics.
     pub config: Result<(Config, Diagnostics), Unconfigured>,
     /// The PCI bus and the kernel module.
     pub pci: PciFacts,
-    /// What NVML said, or why it was not asked.
+    /// Result of the probe, or why NVML was not probed.
     pub nvml: Result<ProbeOutcome, String>,
-    /// Whether the firmware is UEFI.
+    /// Whether the VM booted with UEFI.
     pub is_uefi: Result<bool, String>,
-    /// DMI's product_name and product_version, where there are any.
-    pub machine: Result<Vec<String>, String>,
-    /// /proc/cpuinfo.
+    /// DMI's product_name and product_version, as far as they exist.
+    pub dmi_names: Result<Vec<String>, String>,
+    /// Content of /proc/cpuinfo.
     pub cpuinfo: Result<Option<String>, String>,
-    /// The NUMA nodes, each with its CPUs.
+    /// NUMA nodes, each with its CPUs.
     pub numa: Result<Vec<(String, String)>, String>,
-    /// The NUMA node of each GPU, as sysfs has it: -1 where it is not known.
+    /// NUMA node of each GPU from sysfs: -1 if unknown.
     pub gpu_nodes: Vec<(PciAddress, String)>,
-    /// What the engine says of itself.
+    /// Information from the Docker engine.
     pub engine: Result<EngineInfo, String>,
-    /// daemon.json, where there is one.
+    /// Content of daemon.json.
     pub daemon_json: Result<Option<String>, String>,
-    /// CDI specifications that are NVIDIA's.
+    /// Paths of NVIDIA's CDI specifications.
     pub cdi_specs: Result<Vec<String>, String>,
-    /// The images: name and whether the engine has it. The wanted one, then the one that the VM was
-    /// built with.
+    /// The wanted image, then the prebaked one: name and whether it is available locally.
     pub images: Vec<(String, Result<bool, String>)>,
-    /// Where Docker keeps images, and the bytes free there.
+    /// Docker's data directory and the free bytes in it.
     pub disk: (String, Result<u64, String>),
     /// Memory in MiB.
     pub memory_mib: Result<u64, String>,
@@ -90,7 +89,7 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
         .find_map(|dir| root.escape(dir));
     let config = match escape {
         Some(link) => {
-            Err(Unconfigured::NoContext(format!("{}: it leads out of the root", link.display())))
+            Err(Unconfigured::NoContext(format!("{}: a link out of the root", link.display())))
         }
         None => match read_context(&settings.context.dir) {
             Ok(context) => Config::read(&context, &settings.container.prebaked_dir)
@@ -99,11 +98,11 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
         },
     };
     let sysfs = settings.gpu.sysfs.clone();
-    let nvml = ask_nvml(root, &settings, &pci).await;
+    let nvml = probe_nvml(root, &settings, &pci).await;
     let (engine, images) =
-        look_at_docker(&settings, config.as_ref().ok().map(|(config, _)| config)).await;
+        read_docker(&settings, config.as_ref().ok().map(|(config, _)| config)).await;
     let daemon_json = root.read(&settings.docker.daemon_json.to_string_lossy());
-    let data_root = engine.as_ref().ok().and_then(|facts| facts.data_root.clone()).or_else(|| {
+    let data_root = engine.as_ref().ok().and_then(|info| info.data_root.clone()).or_else(|| {
         let daemon: Json = serde_json::from_str(daemon_json.as_ref().ok()?.as_deref()?).ok()?;
         Some(daemon.get("data-root")?.as_str()?.to_owned())
     });
@@ -128,11 +127,11 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
         pci,
         nvml,
         is_uefi: match sysfs.join("firmware/efi").try_exists() {
-            // A folder that has no firmware at all says nothing of the firmware.
-            Ok(false) if !sysfs.is_dir() => Err("there is no /sys".into()),
+            // Without sysfs the firmware is unknown.
+            Ok(false) if !sysfs.is_dir() => Err("no /sys".into()),
             answer => answer.map_err(|error| format!("/sys/firmware/efi: {error}")),
         },
-        machine: ["product_name", "product_version"]
+        dmi_names: ["product_name", "product_version"]
             .iter()
             .filter_map(|name| root.read(&format!("/sys/class/dmi/id/{name}")).transpose())
             .map(|text| text.map(|text| text.trim().to_owned()))
@@ -141,32 +140,32 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
         numa: numa_nodes(root),
         cdi_specs: cdi_specs(root),
         disk: (data_root.clone(), free_bytes(root, &data_root)),
-        memory_mib: memory(root),
+        memory_mib: read_memory_mib(root),
         engine,
         daemon_json,
         images,
     }
 }
 
-/// NVML is asked only where NVIDIA's driver drives a GPU: as root it creates device nodes.
-async fn ask_nvml(
+/// Probes NVML only if a GPU is bound to NVIDIA's driver: called as root it creates device nodes.
+async fn probe_nvml(
     root: &Root,
     settings: &Settings,
     pci: &PciFacts,
 ) -> Result<ProbeOutcome, String> {
-    if !pci.gpus().any(|gpu| gpu.driver.as_deref() == Some("nvidia")) {
+    if !pci.gpus().any(PciDevice::is_bound_to_nvidia) {
         return Err("no GPU is bound to the nvidia driver".into());
     }
     let name = &settings.gpu.nvml_library;
     let library = if root.is_own() {
         name.clone()
     } else {
-        // The loader would look on this machine.
+        // The loader would search this machine, not the root.
         let candidates = match name.starts_with('/') {
             true => vec![root.at(name)],
             false => nvml_library::LIBRARY_DIRS
                 .iter()
-                .map(|folder| root.at(Path::new(folder).join(name)))
+                .map(|dir| root.at(Path::new(dir).join(name)))
                 .collect(),
         };
         let first = candidates.first().map(|path| path.display().to_string()).unwrap_or_default();
@@ -180,7 +179,7 @@ async fn ask_nvml(
 
 type Images = Vec<(String, Result<bool, String>)>;
 
-async fn look_at_docker(
+async fn read_docker(
     settings: &Settings,
     config: Option<&Config>,
 ) -> (Result<EngineInfo, String>, Images) {
@@ -194,9 +193,9 @@ async fn look_at_docker(
                 .filter(|image| *image != names[0]),
         );
     }
-    let look = async {
+    let query = async {
         let engine = Client::connect(&settings.docker.socket).await?;
-        let facts = engine.info().await?;
+        let info = engine.info().await?;
         let mut images: Images = Vec::new();
         for name in &names {
             let found = engine.find_image(name).await;
@@ -205,26 +204,26 @@ async fn look_at_docker(
                 found.map(|image| image.is_some()).map_err(|error| error.to_string()),
             ));
         }
-        Ok::<_, EngineError>((facts, images))
+        Ok::<_, EngineError>((info, images))
     };
-    let why = match tokio::time::timeout(TIMEOUT, look).await {
-        Ok(Ok((facts, images))) => return (Ok(facts), images),
+    let why = match tokio::time::timeout(TIMEOUT, query).await {
+        Ok(Ok((info, images))) => return (Ok(info), images),
         Ok(Err(error)) => error.to_string(),
-        Err(_) => format!("the Docker engine gave no answer within {} s", TIMEOUT.as_secs()),
+        Err(_) => format!("the Docker engine did not respond within {} s", TIMEOUT.as_secs()),
     };
     let images = names.into_iter().map(|name| (name, Err(why.clone()))).collect();
     (Err(why), images)
 }
 
 fn numa_nodes(root: &Root) -> Result<Vec<(String, String)>, String> {
-    const FOLDER: &str = "/sys/devices/system/node";
+    const DIR: &str = "/sys/devices/system/node";
     let is_node = |name: &String| {
         name.strip_prefix("node").is_some_and(|number| number.parse::<u32>().is_ok())
     };
-    let nodes = root.list(FOLDER)?.into_iter().filter(is_node);
+    let nodes = root.list(DIR)?.into_iter().filter(is_node);
     nodes
         .map(|node| {
-            let cpus = root.read(&format!("{FOLDER}/{node}/cpulist"))?.unwrap_or_default();
+            let cpus = root.read(&format!("{DIR}/{node}/cpulist"))?.unwrap_or_default();
             Ok((node, cpus.trim().to_owned()))
         })
         .collect()
@@ -232,9 +231,9 @@ fn numa_nodes(root: &Root) -> Result<Vec<(String, String)>, String> {
 
 fn cdi_specs(root: &Root) -> Result<Vec<String>, String> {
     let mut specs = Vec::new();
-    for folder in ["/etc/cdi", "/var/run/cdi"] {
-        for name in root.list(folder)? {
-            let path = format!("{folder}/{name}");
+    for dir in ["/etc/cdi", "/var/run/cdi"] {
+        for name in root.list(dir)? {
+            let path = format!("{dir}/{name}");
             let is_spec = [".yaml", ".yml", ".json"].iter().any(|ending| name.ends_with(ending));
             if is_spec && root.read(&path)?.is_some_and(|text| text.contains("nvidia.com/gpu")) {
                 specs.push(path);
@@ -244,16 +243,16 @@ fn cdi_specs(root: &Root) -> Result<Vec<String>, String> {
     Ok(specs)
 }
 
-/// What is free for the folder, or for the nearest one above it that is there.
-fn free_bytes(root: &Root, folder: &str) -> Result<u64, String> {
-    let path = root.at(folder);
-    let there = path.ancestors().find(|path| path.exists()).unwrap_or(root.path());
-    let facts = rustix::fs::statvfs(there).map_err(|error| format!("{folder}: {error}"))?;
-    Ok(facts.f_bavail.saturating_mul(facts.f_frsize))
+/// Returns the free bytes of the directory, or of its nearest existing ancestor.
+fn free_bytes(root: &Root, dir: &str) -> Result<u64, String> {
+    let path = root.at(dir);
+    let existing = path.ancestors().find(|path| path.exists()).unwrap_or(root.path());
+    let stat = rustix::fs::statvfs(existing).map_err(|error| format!("{dir}: {error}"))?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-fn memory(root: &Root) -> Result<u64, String> {
-    let text = root.read("/proc/meminfo")?.ok_or("there is no /proc/meminfo")?;
+fn read_memory_mib(root: &Root) -> Result<u64, String> {
+    let text = root.read("/proc/meminfo")?.ok_or("no /proc/meminfo")?;
     let kib = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
     let kib = kib.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());
     kib.map(|kib| kib / 1024).ok_or_else(|| "/proc/meminfo has no MemTotal".into())
