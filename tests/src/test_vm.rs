@@ -83,9 +83,9 @@ impl TestVm {
             ("container.data_dir", "data"),
             ("container.certs_dir", "certs"),
             ("container.prebaked_dir", "prebaked"),
-            ("machine.root", "root"),
+            ("system.root", "root"),
             ("state.dir", "state"),
-            ("state.lasting_dir", "lasting"),
+            ("state.persistent_dir", "persistent"),
         ] {
             let path = vm.path(directory);
             vm.set(key, path.to_string_lossy().into_owned());

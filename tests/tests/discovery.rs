@@ -443,7 +443,7 @@ fn static_address_uses_onegate_only_for_partition() {
         "{first}"
     );
     drop(agent);
-    let _ = fs::remove_dir_all(vm.path("lasting"));
+    let _ = fs::remove_dir_all(vm.path("persistent"));
     onegate.change(|state| state.oneflow_down = true);
     let agent = up(&vm);
     assert!(!arguments(&engine).contains("partition-id"), "{}", arguments(&engine));

@@ -508,8 +508,11 @@ fn disk_faults() {
     node.onegate.change(|state| {
         state.join(7, "supernode", VM);
     });
-    let directories =
-        [("state", &[][..], 4), ("certs", &tls, 0), ("lasting", &[("FL_LOG_LEVEL", "DEBUG")], 2)];
+    let directories = [
+        ("state", &[][..], 4),
+        ("certs", &tls, 0),
+        ("persistent", &[("FL_LOG_LEVEL", "DEBUG")], 2),
+    ];
     for (directory, variables, max_pages) in directories {
         for pages in 0..=max_pages {
             let name = format!("disk of {directory} full except {pages} pages");

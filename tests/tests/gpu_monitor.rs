@@ -614,7 +614,7 @@ fn late_driver_is_announced_without_restart() {
 fn late_driver_is_used_when_configured() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let sysfs = Sysfs::new().gpu("0000:01:00.0");
-    vm.sysfs(&sysfs).context(&wanted(&[])).set("gpu.on_late", "restart");
+    vm.sysfs(&sysfs).context(&wanted(&[])).set("gpu.on_available", "restart");
     let agent = up(&vm);
     engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
     let _sysfs = sysfs.driver("nvidia").module("550.54.15");

@@ -237,7 +237,7 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
         Command::Gpu { json } => {
             let (_, config, diagnostics) = load_config(&settings)?;
             let detection = runtime.block_on(detect_gpus(&config, &settings, Duration::ZERO));
-            let distribution = Distribution::read(&settings.machine.root);
+            let distribution = Distribution::read(&settings.system.root);
             if json {
                 let document = json!({
                     "gpu": gpu_json(&detection, distribution),

@@ -47,7 +47,7 @@ impl Status {
             container,
             agent_runs: lock::is_held(state_dir),
             report: StatusReport::read(state_dir),
-            distribution: Distribution::read(&settings.machine.root),
+            distribution: Distribution::read(&settings.system.root),
         }
     }
 

@@ -109,7 +109,7 @@ pub(crate) async fn preflight<O: StartupOps>(
 ) -> Result<Preflight<O::Docker>, DaemonError> {
     let (docker, mut detection) =
         tokio::join!(ops.connect_docker(), detect_gpus(config, settings, ops.gpu_wait()));
-    let distribution = Distribution::read(&settings.machine.root);
+    let distribution = Distribution::read(&settings.system.root);
     // Before Docker's errors: if a GPU is required and missing, an unreachable engine must not hide
     // that.
     if let Some(finding) = detection.verdict.finding() {

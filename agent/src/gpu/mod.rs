@@ -99,7 +99,7 @@ pub async fn wait_until_available(config: &Config, settings: &Settings) {
 }
 
 async fn detect_once(config: &Config, settings: &Settings) -> Detection {
-    let (sysfs, root) = (&settings.gpu.sysfs, &settings.machine.root);
+    let (sysfs, root) = (&settings.gpu.sysfs, &settings.system.root);
     let facts = pci::read_facts(sysfs, || KernelFacts::read(sysfs, |path| root.join(path)));
     if let Some(verdict) = decide::decide_without_probe(config, &facts) {
         return Detection { facts, outcome: None, verdict };

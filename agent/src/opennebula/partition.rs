@@ -63,8 +63,8 @@ impl PartitionStore {
     /// Opens the store in the persistent directory for this VM and the current boot.
     pub(crate) fn of(settings: &Settings, vm_id: u64) -> Self {
         let boot_id =
-            std::fs::read_to_string(settings.machine.root.join("proc/sys/kernel/random/boot_id"));
-        Self::new(&settings.state.lasting_dir, vm_id, &boot_id.unwrap_or_default())
+            std::fs::read_to_string(settings.system.root.join("proc/sys/kernel/random/boot_id"));
+        Self::new(&settings.state.persistent_dir, vm_id, &boot_id.unwrap_or_default())
     }
 
     fn new(dir: &Path, vm_id: u64, boot_id: &str) -> Self {

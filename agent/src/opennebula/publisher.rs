@@ -75,13 +75,11 @@ impl OneGateAccess {
     /// file.
     pub fn of(context: &Context, settings: &Settings) -> Result<Self, OneGateUnavailable> {
         let access = Access::read(context, &settings.context.dir)?;
-        let ca_file =
-            Some(settings.onegate.ca_file.as_str()).filter(|file| !file.is_empty()).map(Path::new);
         let gate = OneGate::new(
             &access.endpoint,
             &access.vm_id,
             access.token.clone(),
-            ca_file,
+            settings.onegate.ca_file.as_deref(),
             settings.onegate.timeout,
         )
         .map_err(|error| OneGateUnavailable::Client(Arc::new(error)))?;

@@ -202,7 +202,7 @@ impl NodeSpec {
         let policy = Policy {
             gpu_required: self.config.gpu.required,
             on_failure: self.settings.gpu.on_failure,
-            on_late: self.settings.gpu.on_late,
+            on_available: self.settings.gpu.on_available,
         };
         let (state_machine, first_command) = StateMachine::new(policy, verdict);
         let reporter = Rc::clone(&self.reporter);
@@ -799,7 +799,7 @@ impl Supervisor<'_> {
             }
             Notification::GpuReclaimed => tracing::warn!(
                 container = %name,
-                "GPU is usable now and gpu.on_late is restart; replacing container {name}"
+                "GPU is usable now and gpu.on_available is restart; replacing container {name}"
             ),
         }
     }

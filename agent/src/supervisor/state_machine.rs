@@ -53,7 +53,7 @@
 //!                                                             CPU after the last attempt
 //! ```
 //!
-//! GPU available late, by `gpu.on_late`:
+//! GPU available late, by `gpu.on_available`:
 //!
 //! ```text
 //! Running ──GpuAvailable──┬──announce──> Running
@@ -67,7 +67,7 @@
 use std::time::Duration;
 
 use crate::backoff::Backoff;
-use crate::config::settings::{OnFailure, OnLate};
+use crate::config::settings::{OnAvailable, OnFailure};
 use crate::gpu;
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::Verdict;
@@ -92,8 +92,8 @@ pub(crate) struct Policy {
     pub(crate) gpu_required: bool,
     /// `gpu.on_failure`.
     pub(crate) on_failure: OnFailure,
-    /// `gpu.on_late`.
-    pub(crate) on_late: OnLate,
+    /// `gpu.on_available`.
+    pub(crate) on_available: OnAvailable,
 }
 
 /// The answer to a [`Command`].
@@ -538,7 +538,7 @@ impl StateMachine {
             ContainerEvent::GpuLost => self.schedule_stop(StopMode::Remove),
             ContainerEvent::Unresponsive => self.schedule_stop(StopMode::Stop),
             ContainerEvent::SuperLinkChanged => self.schedule_stop(StopMode::Replace),
-            ContainerEvent::GpuAvailable if self.policy.on_late == OnLate::Restart => {
+            ContainerEvent::GpuAvailable if self.policy.on_available == OnAvailable::Restart => {
                 notifications.push(Notification::GpuReclaimed);
                 self.terminate(ExitReason::RestartRequested)
             }

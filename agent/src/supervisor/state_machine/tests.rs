@@ -5,7 +5,7 @@ use super::*;
 use crate::gpu::verdict::GpuDevice;
 
 const DEFAULT_POLICY: Policy =
-    Policy { gpu_required: false, on_failure: OnFailure::Cpu, on_late: OnLate::Announce };
+    Policy { gpu_required: false, on_failure: OnFailure::Cpu, on_available: OnAvailable::Announce };
 
 fn on_gpu() -> Verdict {
     let device = GpuDevice {
@@ -237,15 +237,15 @@ impl Choices {
 
 fn simulation() -> impl Strategy<Value = Simulation> {
     let on_failure = select(vec![OnFailure::Cpu, OnFailure::Restart, OnFailure::Ignore]);
-    let on_late = select(vec![OnLate::Announce, OnLate::Restart]);
+    let on_available = select(vec![OnAvailable::Announce, OnAvailable::Restart]);
     let cpu =
         select(vec![Verdict::gpu_not_enabled(), Verdict::cpu(finding(Reason::DriverNotLoaded))]);
     let verdict = prop_oneof![3 => Just(on_gpu()), 1 => cpu];
-    (any::<bool>(), on_failure, on_late, verdict).prop_map(
-        |(required, on_failure, on_late, verdict)| {
+    (any::<bool>(), on_failure, on_available, verdict).prop_map(
+        |(required, on_failure, on_available, verdict)| {
             // The daemon exits before supervision if a required GPU is missing.
             let gpu_required = required && matches!(verdict, Verdict::Gpu { .. });
-            Simulation::new(Policy { gpu_required, on_failure, on_late }, verdict)
+            Simulation::new(Policy { gpu_required, on_failure, on_available }, verdict)
         },
     )
 }
@@ -422,7 +422,8 @@ fn late_gpu_is_announced_or_reclaimed() {
         simulation.command == Command::Monitor && !simulation.state_machine.awaits_gpu(),
         "{simulation:?}"
     );
-    let mut simulation = running(Policy { on_late: OnLate::Restart, ..DEFAULT_POLICY }, verdict());
+    let mut simulation =
+        running(Policy { on_available: OnAvailable::Restart, ..DEFAULT_POLICY }, verdict());
     simulation.apply(container(ContainerEvent::GpuAvailable));
     assert_eq!(simulation.command, Command::Exit(ExitReason::RestartRequested));
     assert!(!running(DEFAULT_POLICY, Verdict::gpu_not_enabled()).state_machine.awaits_gpu());
@@ -684,8 +685,9 @@ fn late_gpu_notification_matches_policy() {
     let notifications =
         running(DEFAULT_POLICY, verdict()).apply(container(ContainerEvent::GpuAvailable));
     assert!(matches!(notifications[..], [Notification::GpuAvailable]), "{notifications:?}");
-    let notifications = running(Policy { on_late: OnLate::Restart, ..DEFAULT_POLICY }, verdict())
-        .apply(container(ContainerEvent::GpuAvailable));
+    let notifications =
+        running(Policy { on_available: OnAvailable::Restart, ..DEFAULT_POLICY }, verdict())
+            .apply(container(ContainerEvent::GpuAvailable));
     assert!(matches!(notifications[..], [Notification::GpuReclaimed]), "{notifications:?}");
 }
 
