@@ -64,7 +64,8 @@ fn reasons() -> String {
     const COLUMNS: usize = 100;
     let mut sections = String::new();
     for entry in CATALOGUE {
-        sections.push_str(&format!("\n### {}\n\n{}\n\n", entry.code, entry.meaning));
+        let meaning = wrap(entry.meaning, COLUMNS).join("\n");
+        sections.push_str(&format!("\n### {}\n\n{meaning}\n\n", entry.code));
         for (target, fix) in entry.fix.all() {
             for (number, line) in wrap(&format!("{target}: {fix}"), COLUMNS - 2).iter().enumerate()
             {

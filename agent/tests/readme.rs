@@ -115,11 +115,17 @@ fn spans(text: &str) -> impl Iterator<Item = &str> {
 /// Returns each command with its place: the lines of code blocks without comments, and code spans
 /// in prose that start with the name of a program.
 fn commands() -> Vec<(String, String)> {
-    let mut commands = Vec::new();
+    let mut commands: Vec<(String, String)> = Vec::new();
     for Line { place, text, is_code } in lines() {
         if is_code {
             let command = text.split("  #").next().unwrap().trim();
-            commands.push((place, command.to_owned()));
+            match commands.last_mut() {
+                Some((_, first)) if first.ends_with(" \\") => {
+                    first.pop();
+                    first.push_str(command);
+                }
+                _ => commands.push((place, command.to_owned())),
+            }
             continue;
         }
         for span in spans(&text) {
