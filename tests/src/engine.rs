@@ -428,7 +428,7 @@ impl Engine {
 
     /// Kills what dockerd left behind: containerd, shims and container processes. Each has this
     /// engine's directory in its command line or the ID of one of its containers in its cgroup.
-    fn end_leftovers(&self) {
+    fn kill_leftovers(&self) {
         let containers = names(&self.sandbox.join("data/containers"));
         let directory = self.sandbox.path().to_string_lossy().into_owned();
         let ours = |pid: &u32| {
@@ -475,7 +475,7 @@ impl Drop for Engine {
     /// dockerd created is removed anyway.
     fn drop(&mut self) {
         self.kill();
-        self.end_leftovers();
+        self.kill_leftovers();
         self.unmount_leftovers();
         remove_namespace(&self.namespace);
     }

@@ -95,8 +95,8 @@ impl TestNetwork {
 
     #[track_caller]
     fn port(&self, engine: &Engine) -> String {
-        let place = self.engines.iter().position(|name| name == engine.network_namespace());
-        format!("engine{}", place.expect("an engine that is connected"))
+        let index = self.engines.iter().position(|name| name == engine.network_namespace());
+        format!("engine{}", index.expect("an engine that is connected"))
     }
 
     #[track_caller]
@@ -114,8 +114,8 @@ impl Default for TestNetwork {
 impl Drop for TestNetwork {
     fn drop(&mut self) {
         // The namespace persists while a process runs in it; the links are removed now.
-        for place in 0..self.engines.len() {
-            let _ = ip(&["-n", &self.namespace, "link", "del", &format!("engine{place}")]);
+        for index in 0..self.engines.len() {
+            let _ = ip(&["-n", &self.namespace, "link", "del", &format!("engine{index}")]);
         }
         remove_namespace(&self.namespace);
     }

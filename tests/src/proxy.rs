@@ -232,7 +232,7 @@ impl Shared {
 }
 
 fn refuse(mut client: &UnixStream) -> io::Result<()> {
-    let message = r#"{"message":"the engine has a bad day"}"#;
+    let message = r#"{"message":"injected fault"}"#;
     let length = message.len();
     write!(
         client,

@@ -8,7 +8,7 @@
 
 mod common;
 
-use common::{GPU_A, nvidia_library, one_gpu, report, sysfs_of_one, wanted};
+use common::{GPU_A, gpu_context, nvidia_library, one_gpu, report, sysfs_of_one};
 use serde_json::Value;
 use supernode_tests::{Boot, BootedVm};
 
@@ -27,16 +27,16 @@ fn entries<'b>(boot: &'b Boot, text: &str) -> Vec<&'b Value> {
 
 /// Asserts that the output contains these texts.
 #[track_caller]
-fn assert_output(boot: &Boot, words: &[&str]) {
-    for words in words {
-        assert!(boot.output.contains(words), "{words}: {}", boot.transcript());
+fn assert_output(boot: &Boot, texts: &[&str]) {
+    for text in texts {
+        assert!(boot.output.contains(text), "{text}: {}", boot.transcript());
     }
 }
 
 #[test]
 fn boot_without_gpu_logs_one_warning_and_runs_on_cpu() {
     let Some(vm) = BootedVm::new() else { return };
-    vm.context(&wanted(&[
+    vm.context(&gpu_context(&[
         ("REPORT_READY", "YES"),
         ("READY_SCRIPT_PATH", "/opt/flower/scripts/health-check.sh"),
     ]));
@@ -106,7 +106,7 @@ fn installed_units_are_valid_sandboxed_and_documented() {
 #[test]
 fn boot_with_gpu_does_not_restart_or_reload_docker() {
     let Some(vm) = BootedVm::new() else { return };
-    vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
+    vm.context(&gpu_context(&[])).gpu(&sysfs_of_one(), &one_gpu());
     let boot = vm.boot(&format!(
         "{CONTAINER} systemctl status flower-supernode\n cat /etc/docker/daemon.json"
     ));
@@ -131,7 +131,7 @@ fn boot_with_gpu_does_not_restart_or_reload_docker() {
 fn daemon_reload_removes_gpu_injected_only_by_hook() {
     let lost = "lost its GPU; recreating it";
     let Some(vm) = BootedVm::new() else { return };
-    vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
+    vm.context(&gpu_context(&[])).gpu(&sysfs_of_one(), &one_gpu());
     // The unit detects the loss from inside its sandbox, from systemd's unit properties.
     vm.file("simulator/runtime.json", r#"{"mode": "hook", "nvml": "/simulator/nvml.json"}"#);
     let boot = vm.boot(&format!(
@@ -155,7 +155,7 @@ fn daemon_reload_removes_gpu_injected_only_by_hook() {
 #[test]
 fn missing_required_gpu_fails_the_unit_without_ready() {
     let Some(vm) = BootedVm::new() else { return };
-    vm.context(&wanted(&[
+    vm.context(&gpu_context(&[
         ("FL_GPU_REQUIRED", "YES"),
         ("REPORT_READY", "YES"),
         ("READY_SCRIPT_PATH", "/opt/flower/scripts/health-check.sh"),
@@ -206,7 +206,7 @@ fn invalid_context_logs_each_error_once_without_restart() {
 fn hostile_context_values_are_passed_verbatim_not_executed() {
     let Some(vm) = BootedVm::new() else { return };
     let hostile = "a='x\"; touch /pwned; \"' b=\"$(touch /pwned)`touch /pwned`\"";
-    vm.context(&wanted(&[
+    vm.context(&gpu_context(&[
         ("FL_NODE_CONFIG", hostile),
         ("ETH0_DNS", "x\"; touch /pwned; \""),
         ("MOTD", "x\"\nexport FL_GPU_ENABLED=\"NO\"\nexport TOKENTXT=\"$(touch /pwned)\nx"),
@@ -229,7 +229,7 @@ fn hostile_context_values_are_passed_verbatim_not_executed() {
 fn broken_daemon_json_is_logged_and_left_unchanged() {
     let Some(vm) = BootedVm::new() else { return };
     let broken = "{\"debug\": true,\n";
-    vm.context(&wanted(&[])).file("etc/docker/daemon.json", broken);
+    vm.context(&gpu_context(&[])).file("etc/docker/daemon.json", broken);
     vm.settings("[docker]\nready_timeout_seconds = 2\n");
     let boot = vm.boot(
         "wait_for systemctl is-failed docker\n journalctl -u docker\n \
@@ -244,7 +244,7 @@ fn broken_daemon_json_is_logged_and_left_unchanged() {
 #[test]
 fn node_starts_after_reboot_with_one_warning() {
     let Some(vm) = BootedVm::new() else { return };
-    vm.context(&wanted(&[]));
+    vm.context(&gpu_context(&[]));
     for boot in ["first", "second"] {
         let boot_of =
             vm.boot(&format!("{CONTAINER} docker ps --all --format '{{{{.Names}}}}' | wc -l"));
@@ -262,7 +262,7 @@ fn node_starts_after_reboot_with_one_warning() {
 #[test]
 fn vm_boots_after_power_loss_during_first_boot() {
     let Some(vm) = BootedVm::new() else { return };
-    vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu());
+    vm.context(&gpu_context(&[])).gpu(&sysfs_of_one(), &one_gpu());
     let daemon_json = vm.path("etc/docker/daemon.json");
     vm.cut_power_when(|| daemon_json.exists());
     let containers = vm.path("../docker/containers");
@@ -279,7 +279,7 @@ fn vm_boots_after_power_loss_during_first_boot() {
 #[test]
 fn context_update_replaces_container_only_on_change() {
     let Some(vm) = BootedVm::new() else { return };
-    vm.context(&wanted(&[("ETH0_DNS", "1.1.1.1")]));
+    vm.context(&gpu_context(&[("ETH0_DNS", "1.1.1.1")]));
     let boot = vm.boot(
         "id() { docker inspect --format '{{.Id}}' flower-supernode; }
          logged() { journalctl --no-pager --unit flower-supernode --grep \"$1\"; }
@@ -305,7 +305,7 @@ fn context_update_replaces_container_only_on_change() {
 #[test]
 fn systemctl_reload_returns_after_the_reload() {
     let Some(vm) = BootedVm::new() else { return };
-    vm.context(&wanted(&[]));
+    vm.context(&gpu_context(&[]));
     let boot = vm.boot(
         "change() {
              sed -i \"$1\" /run/one-context/context.sh.*
@@ -331,7 +331,7 @@ fn systemctl_reload_returns_after_the_reload() {
 #[test]
 fn watchdog_restarts_frozen_agent_which_adopts_container() {
     let Some(vm) = BootedVm::new() else { return };
-    vm.context(&wanted(&[])).settings("[gpu]\nwait_seconds = 1\n").file(
+    vm.context(&gpu_context(&[])).settings("[gpu]\nwait_seconds = 1\n").file(
         "etc/systemd/system/flower-supernode.service.d/watchdog.conf",
         "[Service]\nWatchdogSec=10\nRestartSec=1\n",
     );
@@ -360,7 +360,7 @@ fn watchdog_restarts_frozen_agent_which_adopts_container() {
 #[test]
 fn upgrade_keeps_container_and_purge_removes_everything() {
     let Some(vm) = BootedVm::new() else { return };
-    vm.context(&wanted(&[])).settings("[gpu]\nwait_seconds = 1\n");
+    vm.context(&gpu_context(&[])).settings("[gpu]\nwait_seconds = 1\n");
     let boot = vm.boot(
         "pid() { docker inspect --format '{{.State.Pid}}' flower-supernode; }
          agent() { systemctl show --property MainPID --value flower-supernode; }
@@ -393,7 +393,7 @@ fn upgrade_keeps_container_and_purge_removes_everything() {
 #[test]
 fn drop_in_orders_start_script_before_the_node() {
     let Some(vm) = BootedVm::new() else { return };
-    vm.context(&wanted(&[("START_SCRIPT", "cut -d' ' -f1 /proc/uptime >/run/start-script")]));
+    vm.context(&gpu_context(&[("START_SCRIPT", "cut -d' ' -f1 /proc/uptime >/run/start-script")]));
     let drop_in = include_str!("../../systemd/start-script-first.conf");
     vm.boot("test -e /run/start-script");
     vm.file("etc/systemd/system/flower-supernode.service.d/start-script-first.conf", drop_in);
@@ -404,13 +404,13 @@ fn drop_in_orders_start_script_before_the_node() {
          {CONTAINER}"
     ));
     assert_output(&boot, &["runs true on runc"]);
-    let place = |text: &str| {
+    let position = |text: &str| {
         boot.journal.iter().position(|entry| {
             entry["MESSAGE"].as_str().is_some_and(|message| message.starts_with(text))
         })
     };
     let (script, node) =
-        (place("Finished one-context.service"), place("Starting flower-supernode.service"));
+        (position("Finished one-context.service"), position("Starting flower-supernode.service"));
     assert!(script.is_some() && script < node, "{script:?}, {node:?}: {}", boot.transcript());
 }
 
@@ -471,7 +471,7 @@ fn record_timeline(boot: &Boot) {
 #[test]
 fn emulated_vm_boots_and_agent_takes_one_percent_of_it() {
     let Some(vm) = BootedVm::new() else { return };
-    vm.context(&wanted(&[
+    vm.context(&gpu_context(&[
         ("ETH0_IP", "10.0.2.15"),
         ("ETH0_GATEWAY", "10.0.2.2"),
         ("FL_LOG_LEVEL", "DEBUG"),
@@ -572,13 +572,13 @@ const WITHOUT: [Step; 10] = [
 #[test]
 fn every_unit_capability_is_needed_and_its_loss_is_logged() {
     let Some(vm) = BootedVm::new() else { return };
-    vm.context(&wanted(&[])).gpu(&sysfs_of_one(), &one_gpu()).settings(
+    vm.context(&gpu_context(&[])).gpu(&sysfs_of_one(), &one_gpu()).settings(
         "[gpu]\nsysfs = \"/simulator/sys\"\n\
          nvml_library = \"/simulator/libnvidia-ml.so.1\"\nwait_seconds = 1\n\
          probe_timeout_seconds = 20\n[container]\ndata_dir = \"/srv/theirs/data\"\n",
     );
-    let nvidias = nvidia_library();
-    if let Some(library) = &nvidias {
+    let original_library = nvidia_library();
+    if let Some(library) = &original_library {
         vm.copy(&library.canonicalize().unwrap(), "simulator/nvidias.so");
     }
     let boot = vm.boot(
@@ -650,7 +650,7 @@ fn every_unit_capability_is_needed_and_its_loss_is_logged() {
          fi"#,
     );
     for (step, wanted, unwanted) in WITHOUT {
-        if nvidias.is_none() && ["MKNOD", "NONE-NVIDIAS"].contains(&step) {
+        if original_library.is_none() && ["MKNOD", "NONE-NVIDIAS"].contains(&step) {
             continue;
         }
         let prefix = format!("{step}: ");

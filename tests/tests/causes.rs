@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use common::{
-    GPU_A, TIMEOUT, engine_with, inspect, json_of, nvidia_library, one_gpu, report, report_cause,
-    sysfs_of_one, two_gpus, up, wanted, warnings,
+    GPU_A, TIMEOUT, engine_with, gpu_context, inspect, json_of, nvidia_library, one_gpu, report,
+    report_cause, start_ready, sysfs_of_one, two_gpus, warnings,
 };
 use serde_json::{Value, json};
 use supernode_tests::{Agent, Engine, RuntimeMode, Sysfs, TestVm, nvml_library};
@@ -94,7 +94,7 @@ impl Cause {
 
 /// Context of a node that wants the GPU and logs JSON.
 fn json_log_context<'a>(more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
-    wanted(&[&[("FL_LOG_FORMAT", "json")], more].concat())
+    gpu_context(&[&[("FL_LOG_FORMAT", "json")], more].concat())
 }
 
 const GPU: &str = "0000:01:00.0";
@@ -592,7 +592,7 @@ fn assert_all_announced(engine: &Engine, causes: &[Cause]) {
             agent.wait_for_line("started the container", TIMEOUT);
         }
         let entries = entries(&agent);
-        let place = |wanted: &dyn Fn(&Value) -> bool| entries.iter().position(wanted);
+        let position = |wanted: &dyn Fn(&Value) -> bool| entries.iter().position(wanted);
         let warnings: Vec<&Value> =
             entries.iter().filter(|entry| entry["level"] == "WARNING").collect();
         assert_eq!(warnings.len(), 1, "{}: {entries:#?}", cause.how);
@@ -604,9 +604,10 @@ fn assert_all_announced(engine: &Engine, causes: &[Cause]) {
                 .is_some_and(|message| message.starts_with("started the container"))
         };
         if logs_all {
-            let started = place(&started).unwrap_or_else(|| panic!("{}: {entries:#?}", cause.how));
+            let started =
+                position(&started).unwrap_or_else(|| panic!("{}: {entries:#?}", cause.how));
             assert!(
-                place(&|entry| entry["level"] == "WARNING") < Some(started),
+                position(&|entry| entry["level"] == "WARNING") < Some(started),
                 "{}: {entries:#?}",
                 cause.how
             );
@@ -830,9 +831,9 @@ fn fix_matches_the_distribution() {
 fn status_shows_same_fix_with_and_without_agent_report() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&Sysfs::new().gpu(GPU))
-        .context(&wanted(&[]))
+        .context(&gpu_context(&[]))
         .os_release("ID=ubuntu\nID_LIKE=debian\n");
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     agent.kill();
     for _ in ["from the agent's report", "from the container's labels"] {
         let status = json_of(&vm.run_command("status", &["--json"]));
@@ -849,8 +850,8 @@ fn status_shows_same_fix_with_and_without_agent_report() {
 #[test]
 fn unassigned_present_gpu_is_used_without_warning() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[("PCI0_ADDRESS", "")]));
-    let agent = up(&vm);
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[("PCI0_ADDRESS", "")]));
+    let agent = start_ready(&vm);
     assert_eq!(warnings(&agent), Vec::<String>::new());
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
 }
@@ -858,8 +859,8 @@ fn unassigned_present_gpu_is_used_without_warning() {
 #[test]
 fn present_assigned_gpu_is_used_and_missing_one_warned() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[("PCI1_ADDRESS", "21:00.0")]));
-    let agent = up(&vm);
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[("PCI1_ADDRESS", "21:00.0")]));
+    let agent = start_ready(&vm);
     let warnings = warnings(&agent);
     assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
     for words in [
@@ -870,8 +871,8 @@ fn present_assigned_gpu_is_used_and_missing_one_warned() {
         assert!(warnings[0].contains(words), "{warnings:?}");
     }
     let lines = agent.lines();
-    let place = |text: &str| lines.iter().position(|line| line.contains(text)).unwrap();
-    assert!(place(" WARNING ") < place("started the container"), "{lines:#?}");
+    let position = |text: &str| lines.iter().position(|line| line.contains(text)).unwrap();
+    assert!(position(" WARNING ") < position("started the container"), "{lines:#?}");
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
     assert_eq!(engine.records().last().unwrap().gpus, [GPU_A]);
 }
@@ -885,8 +886,8 @@ fn gpu_without_driver_is_skipped_with_warning() {
         .gpu(GPU)
         .driver("nvidia")
         .module("550.54.15");
-    vm.sysfs(&sysfs).nvml(&one_gpu()).context(&wanted(&[("PCI1_ADDRESS", "21:00.0")]));
-    let agent = up(&vm);
+    vm.sysfs(&sysfs).nvml(&one_gpu()).context(&gpu_context(&[("PCI1_ADDRESS", "21:00.0")]));
+    let agent = start_ready(&vm);
     let warnings = warnings(&agent);
     assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
     assert!(
@@ -904,7 +905,7 @@ fn assigned_gpu_without_driver_blames_the_driver() {
     ] {
         let mut vm = TestVm::new();
         for address in ["01:00.0", ""] {
-            vm.sysfs(&sysfs).context(&wanted(&[("PCI0_ADDRESS", address)]));
+            vm.sysfs(&sysfs).context(&gpu_context(&[("PCI0_ADDRESS", address)]));
             assert_eq!(
                 json_of(&vm.run_command("gpu", &["--json"]))["gpu"]["verdict"]["reason"],
                 expected
@@ -924,8 +925,8 @@ fn assert_cpu_for(reason: &str, agent: &Agent, engine: &Engine) {
     assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
     assert!(warnings[0].contains(reason) && warnings[0].contains("Fix: "), "{warnings:?}");
     let lines = agent.lines();
-    let place = |text: &str| lines.iter().position(|line| line.contains(text)).unwrap();
-    assert!(place(" WARNING ") < place("started the container"), "{lines:#?}");
+    let position = |text: &str| lines.iter().position(|line| line.contains(text)).unwrap();
+    assert!(position(" WARNING ") < position("started the container"), "{lines:#?}");
     assert_on_cpu_for(reason, agent, engine);
 }
 
@@ -933,8 +934,8 @@ fn assert_cpu_for(reason: &str, agent: &Agent, engine: &Engine) {
 fn fallback_warning_ignores_log_level_and_has_json_fields() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&Sysfs::new())
-        .context(&wanted(&[("FL_LOG_LEVEL", "ERROR"), ("FL_LOG_FORMAT", "json")]));
-    let agent = up(&vm);
+        .context(&gpu_context(&[("FL_LOG_LEVEL", "ERROR"), ("FL_LOG_FORMAT", "json")]));
+    let agent = start_ready(&vm);
     let lines = agent.lines();
     assert_eq!(lines.len(), 1, "{lines:#?}");
     let entry: Value = serde_json::from_str(&lines[0]).unwrap();
@@ -950,20 +951,20 @@ fn fallback_warning_ignores_log_level_and_has_json_fields() {
 fn missing_runtime_is_named() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.sysfs(&sysfs_of_one())
-        .context(&wanted(&[]))
+        .context(&gpu_context(&[]))
         .set("docker.runtime_path", "nvidia-container-runtime-is-not-here");
-    assert_cpu_for("runtime-missing", &up(&vm), &engine);
+    assert_cpu_for("runtime-missing", &start_ready(&vm), &engine);
     assert_eq!(fs::read_to_string(engine.daemon_json()).unwrap().trim(), "{}");
 }
 
 #[test]
 fn runtime_entry_with_missing_program_is_named() {
     let Some((mut engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[]));
     let text = r#"{"runtimes": {"nvidia": {"path": "/nowhere/nvidia-container-runtime"}}}"#;
     fs::write(engine.daemon_json(), text).unwrap();
     for _ in ["registered by the reload", "registered at Docker's start"] {
-        let mut agent = up(&vm);
+        let mut agent = start_ready(&vm);
         assert_cpu_for("runtime-missing", &agent, &engine);
         assert!(
             warnings(&agent)[0].contains("/nowhere/nvidia-container-runtime"),
@@ -980,9 +981,9 @@ fn runtime_entry_with_missing_program_is_named() {
 #[test]
 fn refused_gpu_launch_runs_on_cpu_and_is_adopted() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[]));
     engine.nvidia_runtime(RuntimeMode::Fail, &one_gpu());
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     assert_cpu_for("runtime-start-failed", &agent, &engine);
     assert!(
         warnings(&agent)[0].contains("nvidia-container-cli"),
@@ -995,7 +996,7 @@ fn refused_gpu_launch_runs_on_cpu_and_is_adopted() {
     // leaves the container alone.
     let pid = inspect(&engine, "{{.State.Pid}}");
     agent.kill();
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     assert_eq!(inspect(&engine, "{{.State.Pid}}"), pid);
     assert_eq!(warnings(&agent).len(), 1);
     assert!(warnings(&agent)[0].contains("runtime-start-failed"));
@@ -1003,7 +1004,7 @@ fn refused_gpu_launch_runs_on_cpu_and_is_adopted() {
     // Repaired and restarted, the node uses the GPU.
     engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
     engine.docker(&["stop", "flower-supernode"]);
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     assert_eq!(warnings(&agent), Vec::<String>::new());
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
 }
@@ -1041,7 +1042,7 @@ fn nvidia_library_reports_no_driver_and_needs_a_gpu_to_load() {
     // The dynamic loader's record of the libraries opened by the agent and the probe.
     let loaded = |sysfs: &Sysfs, expected: &str| {
         let mut vm = TestVm::new();
-        vm.sysfs(sysfs).context(&wanted(&[])).set("gpu.nvml_library", at.as_str());
+        vm.sysfs(sysfs).context(&gpu_context(&[])).set("gpu.nvml_library", at.as_str());
         let record = vm.path("loader");
         vm.env("LD_DEBUG", "files").env("LD_DEBUG_OUTPUT", record);
         vm.set("docker.ready_timeout_seconds", 0).set("gpu.wait_seconds", 0);

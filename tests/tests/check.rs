@@ -17,7 +17,7 @@ use std::path::Path;
 use std::process::Command;
 use std::thread;
 
-use common::{TIMEOUT, engine_with, json_of, one_gpu, sysfs_of_one, wanted};
+use common::{TIMEOUT, engine_with, gpu_context, json_of, one_gpu, sysfs_of_one};
 use serde_json::{Value, json};
 use supernode_tests::{Output, Sandbox, Sysfs, agent_binary, nvml_library, run};
 
@@ -173,12 +173,13 @@ impl Root {
 
     /// Results that are not OK, as `LEVEL id`.
     #[track_caller]
-    fn bad(&self, subject: &str) -> Vec<String> {
-        let bad = self.checks(subject).into_iter().filter(|check| check["level"] != "OK");
-        bad.map(|check| {
-            format!("{} {}", check["level"].as_str().unwrap(), check["id"].as_str().unwrap())
-        })
-        .collect()
+    fn findings(&self, subject: &str) -> Vec<String> {
+        let findings = self.checks(subject).into_iter().filter(|check| check["level"] != "OK");
+        findings
+            .map(|check| {
+                format!("{} {}", check["level"].as_str().unwrap(), check["id"].as_str().unwrap())
+            })
+            .collect()
     }
 }
 
@@ -191,14 +192,14 @@ fn runtimes() -> Value {
 fn vm_after(change: impl FnOnce(&Root)) -> Vec<String> {
     let root = Root::vm().with_docker(&runtimes());
     change(&root);
-    root.bad("vm")
+    root.findings("vm")
 }
 
 #[track_caller]
 fn host_after(change: impl FnOnce(&Root)) -> Vec<String> {
     let root = Root::host();
     change(&root);
-    root.bad("host")
+    root.findings("host")
 }
 
 #[test]
@@ -295,9 +296,12 @@ fn every_vm_fault_is_found_by_its_check() {
 #[test]
 fn absent_gpu_or_wrong_driver_fails_before_nvml() {
     let absent = Root::vm_with(&Sysfs::new()).with_docker(&runtimes());
-    assert_eq!(absent.bad("vm")[..2], ["ERROR gpu-assigned", "ERROR gpu-present"]);
+    assert_eq!(absent.findings("vm")[..2], ["ERROR gpu-assigned", "ERROR gpu-present"]);
     let nouveau = Root::vm_with(&Sysfs::new().gpu(GPU).driver("nouveau")).with_docker(&runtimes());
-    assert_eq!(nouveau.bad("vm")[..3], ["ERROR gpu-driver", "ERROR kernel-module", "WARNING nvml"]);
+    assert_eq!(
+        nouveau.findings("vm")[..3],
+        ["ERROR gpu-driver", "ERROR kernel-module", "WARNING nvml"]
+    );
     let fix =
         nouveau.checks("vm").into_iter().find(|check| check["id"] == "gpu-driver").unwrap()["fix"]
             .to_string();
@@ -319,15 +323,18 @@ fn vm_check_without_docker_reports_unknowns() {
         assert!(levels(id)["finding"].as_str().unwrap().starts_with("unknown: "), "{}", levels(id));
     }
     let without_runtime = Root::vm().with_docker(&json!({"runc": {"path": "runc"}}));
-    let found: Vec<_> =
-        without_runtime.bad("vm").into_iter().filter(|found| found != "WARNING disk").collect();
+    let found: Vec<_> = without_runtime
+        .findings("vm")
+        .into_iter()
+        .filter(|found| found != "WARNING disk")
+        .collect();
     assert_eq!(found, ["WARNING nvidia-runtime"]);
 }
 
 #[test]
 fn vm_check_queries_runtimes_and_images_of_engine() {
     let Some((_engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[]));
     let document = json_of(&vm.run_command("check", &["vm", "--json"]));
     let checks = document["checks"].as_array().unwrap();
     let of = |id: &str| checks.iter().find(|check| check["id"] == id).unwrap();
@@ -355,7 +362,7 @@ fn root_option_isolates_the_check_from_this_system() {
         assert!(text.stdout.contains(words), "{words}: {}", text.stdout);
     }
     assert!(!text.stdout.contains("MiB"), "{}", text.stdout);
-    let found = root.bad("host");
+    let found = root.findings("host");
     assert!(
         found.contains(&"WARNING iommu-kernel".into())
             && found.contains(&"WARNING iommu-groups".into()),

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::wanted;
+use common::gpu_context;
 use serde_json::Value;
 use supernode_tests::{Engine, Output, TestVm};
 
@@ -24,7 +24,7 @@ fn vm() -> TestVm {
     let mut vm = TestVm::new();
     let runtime = vm.write("bin/nvidia-container-runtime", "#!/bin/sh\n");
     fs::set_permissions(runtime, fs::Permissions::from_mode(0o755)).unwrap();
-    vm.context(&wanted(&[]));
+    vm.context(&gpu_context(&[]));
     vm
 }
 
@@ -206,7 +206,7 @@ fn concurrent_runs_do_not_interfere() {
 fn docker_accepts_the_written_file() {
     let Some(mut engine) = Engine::start() else { return };
     let mut vm = TestVm::new();
-    vm.engine(&engine).context(&wanted(&[]));
+    vm.engine(&engine).context(&gpu_context(&[]));
     for text in [
         "{}",
         "{\n\t\"log-opts\": {\"max-size\": \"10m\"},\n\t\"runtimes\": {\"other\": {\"path\": \

@@ -14,7 +14,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
 
-use common::{TIMEOUT, base64, inspect, json_of, up, warnings};
+use common::{TIMEOUT, base64, inspect, json_of, start_ready, warnings};
 use supernode_tests::onegate::{Reply, Request};
 use supernode_tests::{Agent, Engine, OneGateSimulator, TestVm, eventually, image};
 
@@ -89,7 +89,7 @@ fn service_node_discovers_superlink_address() {
     assert_eq!(plan["superlink"]["vm_id"], SUPERLINK);
     assert_eq!(updates(&onegate), Vec::<String>::new(), "plan must not publish");
     vm.set("container.stop_timeout_seconds", 5);
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     assert_eq!(warnings(&agent), Vec::<String>::new());
     let arguments = arguments(&engine);
     assert!(arguments.contains("--superlink 10.9.8.7:9092 --insecure"), "{arguments}");
@@ -105,7 +105,7 @@ fn falls_back_to_first_nic_and_release_port() {
         vm.attribute("FL_VERSION", "1.41.0");
     });
     let Some((engine, vm)) = vm_with_engine(&onegate, &[]) else { return };
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     assert!(arguments(&engine).contains("--superlink 10.0.0.5:8000"), "{}", arguments(&engine));
     let warnings = warnings(&agent);
     assert!(
@@ -277,7 +277,7 @@ fn peer_cannot_downgrade_configured_tls() {
     });
     let own = [("FL_TLS_ENABLED", "YES"), ("FL_SSL_CA_CERTFILE", &base64(CA))];
     let Some((engine, vm)) = vm_with_engine(&onegate, &own) else { return };
-    let _agent = up(&vm);
+    let _agent = start_ready(&vm);
     assert!(
         arguments(&engine).contains("--root-certificates /app/ca.crt"),
         "{}",
@@ -299,7 +299,7 @@ fn ready_is_published_on_connection_and_reset_on_stop() {
     });
     let variables = [("REPORT_READY", "YES"), ("FL_NODE_CONFIG", "test-never-connects=true")];
     let Some((engine, mut vm)) = vm_with_engine(&onegate, &variables) else { return };
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     wait_for_attribute(&onegate, "FL_GPU_STATUS", "cpu");
     for (name, value) in
         [("READY", "NO"), ("FL_NODE_READY", "NO"), ("FL_GPU_NAME", ""), ("FL_NODE_ID", "101")]
@@ -312,7 +312,7 @@ fn ready_is_published_on_connection_and_reset_on_stop() {
     engine.docker(&["rm", "-f", "flower-supernode"]).expect_success();
 
     vm.context(&[FAST, ("REPORT_READY", "YES")]);
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     connected(&agent);
     wait_for_attribute(&onegate, "READY", "YES");
     let last = updates(&onegate).pop().unwrap();
@@ -360,7 +360,7 @@ fn unavailable_onegate_logs_one_warning() {
     let onegate = service();
     let Some((engine, vm)) = vm_with_engine(&onegate, &[]) else { return };
     onegate.script("PUT /vm", std::iter::repeat_n(Reply::Status(500, "rejected".into()), 1000));
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     connected(&agent);
     assert!(eventually(TIMEOUT, || updates(&onegate).len() > 1), "{:#?}", updates(&onegate));
     onegate.clear_scripts();
@@ -386,7 +386,7 @@ fn partition_survives_restarts_and_peer_changes() {
         state.join(SERVICE, "supernode", NODE);
     });
     let Some((engine, vm)) = vm_with_engine(&onegate, &[]) else { return };
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     assert!(
         arguments(&engine).contains("partition-id=1 num-partitions=2"),
         "{}",
@@ -401,14 +401,14 @@ fn partition_survives_restarts_and_peer_changes() {
     });
     let container = inspect(&engine, "{{.Id}}");
     agent.kill();
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     agent.wait_for_line("adopted the running container", TIMEOUT);
     assert_eq!(inspect(&engine, "{{.Id}}"), container, "the container must not be replaced");
     drop(agent);
     // A reboot: /run is empty and the boot ID differs.
     engine.docker(&["stop", "flower-supernode"]).expect_success();
     vm.write("root/proc/sys/kernel/random/boot_id", "another\n");
-    let _agent = up(&vm);
+    let _agent = start_ready(&vm);
     assert!(
         arguments(&engine).contains("partition-id=1 num-partitions=2"),
         "{}",
@@ -421,7 +421,7 @@ fn partition_survives_restarts_and_peer_changes() {
     let Some(engine) = Engine::start() else { return };
     engine.import_image(&[image::PYTORCH]);
     other.engine(&engine);
-    let _other = up(&other);
+    let _other = start_ready(&other);
     assert!(
         arguments(&engine).contains("partition-id=0 num-partitions=2"),
         "{}",
@@ -435,7 +435,7 @@ fn static_address_uses_onegate_only_for_partition() {
     let onegate = service();
     let address = [("FL_SUPERLINK_ADDRESS", "192.0.2.1:9092")];
     let Some((engine, vm)) = vm_with_engine(&onegate, &address) else { return };
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     let first = arguments(&engine);
     assert!(
         first.contains("--superlink 192.0.2.1:9092")
@@ -445,7 +445,7 @@ fn static_address_uses_onegate_only_for_partition() {
     drop(agent);
     let _ = fs::remove_dir_all(vm.path("persistent"));
     onegate.change(|state| state.oneflow_down = true);
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     assert!(!arguments(&engine).contains("partition-id"), "{}", arguments(&engine));
     assert!(
         warnings(&agent).iter().any(|line| line.contains("FL_NODE_CONFIG stays empty")),
@@ -462,7 +462,7 @@ fn follows_moved_superlink_while_disconnected() {
     else {
         return;
     };
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     let before = inspect(&engine, "{{.Id}}");
     onegate.change(|state| {
         state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_ENDPOINT", "10.9.8.8:9092");
@@ -482,7 +482,7 @@ fn flapping_connection_does_not_hide_moved_superlink() {
     else {
         return;
     };
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     agent.wait_for_line("not connected to the SuperLink", TIMEOUT);
     let begun = Instant::now();
     onegate.change(|state| {

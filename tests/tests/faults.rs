@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{TIMEOUT, base64, report, sysfs_of_one, wanted};
+use common::{TIMEOUT, base64, gpu_context, report, sysfs_of_one};
 use faulty_node::{FaultyNode, Table, VM};
 use supernode_tests::{Fault, FaultyMount, Sysfs, agent_binary, eventually, image};
 
@@ -83,7 +83,7 @@ fn every_docker_call_delayed_with_sigterm() {
     for (number, call, before) in docker_calls_of_a_boot(&mut node) {
         // The number of calls after the start depends on when Flower connects: a boot may have
         // fewer.
-        let hangs = |node: &mut FaultyNode| {
+        let hang = |node: &mut FaultyNode| {
             for _ in 0..3 {
                 before(node);
                 node.proxy.fault_at(number, Fault::Hang);
@@ -112,7 +112,7 @@ fn every_docker_call_delayed_with_sigterm() {
             &format!("delayed answer to call {number}, {call}"),
             "ready once it is answered",
             |node| {
-                hangs(node);
+                hang(node);
                 let since = Instant::now();
                 node.proxy.clear_faults();
                 node.agent().wait_for_notify("READY=1", TIMEOUT);
@@ -125,7 +125,7 @@ fn every_docker_call_delayed_with_sigterm() {
             &format!("SIGTERM during call {number}, {call}"),
             "agent exits, container stopped",
             |node| {
-                hangs(node);
+                hang(node);
                 let since = Instant::now();
                 node.terminate();
                 since
@@ -518,7 +518,7 @@ fn disk_faults() {
             let name = format!("disk of {directory} full except {pages} pages");
             table.fault(&mut node, &name, READY_AFTER_RESTART, |node| {
                 node.clear();
-                node.vm.context(&wanted(variables));
+                node.vm.context(&gpu_context(variables));
                 let _ = fs::remove_dir_all(node.vm.path(directory));
                 fs::create_dir_all(node.vm.path(directory)).unwrap();
                 let disk = FaultyMount::with_free_pages(pages, &node.vm.path(directory));

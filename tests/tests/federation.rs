@@ -14,7 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use common::{TIMEOUT, base64, report, up};
+use common::{TIMEOUT, base64, report, start_ready};
 use supernode_tests::{
     Agent, Engine, Flower, OneGateSimulator, Round, State, SuperLink, TestNetwork, TestVm,
     eventually,
@@ -243,7 +243,7 @@ impl FederatedNode {
         vm.env("WATCHDOG_USEC", "120000000");
         vm.context(&[("FLOWER_VERSION", release), ("ML_FRAMEWORK", "base")])
             .onegate(onegate, vm_id);
-        Self { agent: up(&vm), _case: vm, engine }
+        Self { agent: start_ready(&vm), _case: vm, engine }
     }
 
     /// Asserts that a container that was restarted without having exited was logged as

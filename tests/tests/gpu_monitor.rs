@@ -15,8 +15,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{
-    GPU_A, GPU_B, TIMEOUT, engine_with, inspect, json_of, one_gpu, report_cause, sysfs_of_one,
-    sysfs_of_two, two_gpus, up, wanted, warnings,
+    GPU_A, GPU_B, TIMEOUT, engine_with, gpu_context, inspect, json_of, one_gpu, report_cause,
+    start_ready, sysfs_of_one, sysfs_of_two, two_gpus, warnings,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -46,7 +46,7 @@ impl MonitoredNode {
         settings: &[(&str, &str)],
         context: &[(&str, &str)],
     ) -> Option<Self> {
-        let directory = Sandbox::new("watch");
+        let directory = Sandbox::new("monitor");
         let events: Vec<Value> = xids
             .iter()
             .map(|xid| {
@@ -72,11 +72,11 @@ impl MonitoredNode {
         } else {
             sysfs_of_one()
         };
-        vm.sysfs(&sysfs).context(&wanted(context));
+        vm.sysfs(&sysfs).context(&gpu_context(context));
         for (key, value) in settings {
             vm.set(key, *value);
         }
-        let agent = up(&vm);
+        let agent = start_ready(&vm);
         let node = Self { engine, vm, directory, script, agent };
         node.wait_for_monitor();
         Some(node)
@@ -95,7 +95,7 @@ impl MonitoredNode {
         fs::read_to_string(self.directory.join("calls")).unwrap_or_default()
     }
 
-    fn fire(&self, xid: u64) {
+    fn trigger(&self, xid: u64) {
         self.directory.write(format!("xid-{xid}"), "");
     }
 
@@ -203,13 +203,13 @@ fn peak_kib(pid: u32) -> u64 {
 fn fatal_xid_warns_with_meaning_and_falls_back_to_cpu() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[79], &[], &[]) else { return };
     let begun = Instant::now();
-    node.fire(79);
+    node.trigger(79);
     node.wait_for_failure(begun, "while running: XID 79");
     node.assert_fell_back(&["XID 79: GPU has fallen off the bus", "NVIDIA A100"]);
     // After the agent is killed, the next one leaves the node as it is and gives the reason.
     let before = node.id();
     node.agent.kill();
-    let agent = up(&node.vm);
+    let agent = start_ready(&node.vm);
     assert_eq!(node.id(), before);
     assert!(
         warnings(&agent).iter().any(|line| line.contains("gpu-failed")),
@@ -224,7 +224,7 @@ fn container_killed_by_gpu_fault_restarts_without_that_gpu() {
     // The driver reports the fault after the container has exited.
     node.engine.docker(&["kill", "flower-supernode"]).expect_success();
     node.agent.wait_for_line("exited with code 137", TIMEOUT);
-    node.fire(79);
+    node.trigger(79);
     node.wait_for_runtime("runc");
     let line = node.agent.wait_for_line("gpu-failed", TIMEOUT);
     assert!(line.contains("XID 79: "), "{line}");
@@ -238,7 +238,7 @@ fn failed_gpu_is_retried_when_configured_then_given_up() {
     let settings = &[("gpu.on_failure", "restart")];
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[48, 119], settings, &[]) else { return };
     let first = node.id();
-    node.fire(48);
+    node.trigger(48);
     node.agent.wait_for_line("probe finds the GPU usable", TIMEOUT);
     assert!(eventually(TIMEOUT, || {
         node.agent.lines().iter().filter(|line| line.contains("started the container")).count() == 2
@@ -260,7 +260,7 @@ fn failed_gpu_is_retried_when_configured_then_given_up() {
         "{}",
         node.calls()
     );
-    node.fire(119);
+    node.trigger(119);
     node.agent.wait_for_line("XID 119: ", TIMEOUT);
     node.now("fail", json!({"nvmlInit_v2": 999}));
     node.agent.wait_for_line("No usable GPU, this node runs on the CPU. gpu-failed", TIMEOUT);
@@ -280,7 +280,7 @@ fn ignored_gpu_failure_only_warns() {
     };
     let before = node.id();
     for xid in [79, 48] {
-        node.fire(xid);
+        node.trigger(xid);
         node.agent.wait_for_line(&format!("XID {xid}: "), TIMEOUT);
     }
     node.wait_for_status("GPU failure ignored");
@@ -295,7 +295,7 @@ fn ignored_gpu_failure_only_warns() {
 
 #[test]
 fn application_xid_is_logged_once_without_action() {
-    let directory = Sandbox::new("watch");
+    let directory = Sandbox::new("monitor");
     let event = |xid: u64, gpu: u32| {
         let file = directory.join(format!("xid-{xid}"));
         json!({"type": "xid", "data": xid, "gpu": gpu, "when_file": file, "per_second": 50})
@@ -306,7 +306,7 @@ fn application_xid_is_logged_once_without_action() {
     };
     let before = node.id();
     for (xid, uuid) in [(13, GPU_A), (31, GPU_B), (45, GPU_A)] {
-        node.fire(xid);
+        node.trigger(xid);
         let line = node.agent.wait_for_line(&format!("XID {xid}: "), TIMEOUT);
         assert!(line.contains(uuid), "{line}");
     }
@@ -322,7 +322,7 @@ fn parent_gpu_of_mig_instance_is_monitored() {
     script["gpus"][0]["mig"] = json!([{"uuid": "MIG-aaaa"}, {"uuid": "MIG-bbbb"}]);
     let context = &[("FL_CUDA_VISIBLE_DEVICES", "MIG-bbbb")];
     let Some(node) = MonitoredNode::with(script, &[79], &[], context) else { return };
-    node.fire(79);
+    node.trigger(79);
     let line = node.agent.wait_for_line("gpu-failed", TIMEOUT);
     assert!(line.contains("MIG-bbbb") && line.contains("0000:01:00.0"), "{line}");
     node.wait_for_runtime("runc");
@@ -340,14 +340,14 @@ fn unresponsive_gpu_is_lost_within_30_seconds() {
 #[test]
 fn missing_nvml_library_means_lost_gpu() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    let directory = Sandbox::new("watch");
+    let directory = Sandbox::new("monitor");
     let library = vm.path("libnvidia-ml.so.1");
     symlink(nvml_library(), &library).unwrap();
     let mut script = one_gpu();
     script["log"] = json!(directory.join("calls"));
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[])).nvml(&script);
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[])).nvml(&script);
     vm.set("gpu.nvml_library", library.to_string_lossy().into_owned());
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     let node = MonitoredNode { engine, vm, directory, script, agent };
     node.wait_for_monitor();
     let begun = Instant::now();
@@ -395,7 +395,7 @@ fn monitor_that_cannot_restart_means_lost_gpu() {
 
 #[test]
 fn event_flood_is_bounded_in_journal_and_memory() {
-    let directory = Sandbox::new("watch");
+    let directory = Sandbox::new("monitor");
     let event = |xid: u64, per_second: u32| {
         let file = directory.join(format!("xid-{xid}"));
         json!({"type": "xid", "data": xid, "when_file": file, "per_second": per_second})
@@ -407,7 +407,7 @@ fn event_flood_is_bounded_in_journal_and_memory() {
     };
     let monitor = node.monitor_pid().unwrap();
     let (agent_before, monitor_before) = (peak_kib(node.agent.pid()), peak_kib(monitor));
-    node.fire(13);
+    node.trigger(13);
     node.agent.wait_for_line("XID 13: ", TIMEOUT);
     let is_flood = || node.calls().matches("nvmlEventSetWait_v2").count() > 40_000;
     assert!(eventually(TIMEOUT, is_flood), "no flood");
@@ -420,7 +420,7 @@ fn event_flood_is_bounded_in_journal_and_memory() {
         assert!(grown < 2048, "the {what} has grown by {grown} KiB");
     }
     // The fatal event is not lost in the flood.
-    node.fire(79);
+    node.trigger(79);
     node.agent.wait_for_line("XID 79: ", TIMEOUT);
     node.wait_for_runtime("runc");
 }
@@ -431,7 +431,7 @@ fn failed_required_gpu_stops_container_with_error() {
     else {
         return;
     };
-    node.fire(79);
+    node.trigger(79);
     assert_eq!(node.agent.wait_exit(TIMEOUT), 78);
     let line =
         node.agent.wait_for_line(" ERROR The GPU failed, and FL_GPU_REQUIRED is YES", TIMEOUT);
@@ -534,8 +534,8 @@ fn flapping_connection_does_not_skip_monitor_backoff() {
 fn flapping_connection_does_not_hide_late_driver() {
     let Some((_engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let sysfs = Sysfs::new().gpu("0000:01:00.0");
-    vm.sysfs(&sysfs).context(&wanted(FLAPPING));
-    let agent = up(&vm);
+    vm.sysfs(&sysfs).context(&gpu_context(FLAPPING));
+    let agent = start_ready(&vm);
     agent.wait_for_line("not connected to the SuperLink", TIMEOUT);
     let begun = Instant::now();
     let _sysfs = sysfs.driver("nvidia").module("550.54.15");
@@ -552,7 +552,7 @@ fn flapping_connection_does_not_hide_late_driver() {
 #[test]
 fn container_losing_gpu_to_daemon_reload_is_recreated_once() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    let directory = Sandbox::new("watch");
+    let directory = Sandbox::new("monitor");
     // The engine of a test does not use systemd scopes, so this systemctl simulates one. A later
     // container's scope has a later start time.
     let systemctl = format!(
@@ -573,8 +573,8 @@ esac
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     let mut script = one_gpu();
     script["log"] = json!(directory.join("calls"));
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[])).nvml(&script);
-    let agent = up(&vm);
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[])).nvml(&script);
+    let agent = start_ready(&vm);
     let node = MonitoredNode { engine, vm, directory, script, agent };
     let before = node.id();
     node.directory.write("first", inspect(&node.engine, "{{.Id}}"));
@@ -594,8 +594,8 @@ esac
 fn late_driver_is_announced_without_restart() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let sysfs = Sysfs::new().gpu("0000:01:00.0");
-    vm.sysfs(&sysfs).context(&wanted(&[]));
-    let agent = up(&vm);
+    vm.sysfs(&sysfs).context(&gpu_context(&[]));
+    let agent = start_ready(&vm);
     let before = inspect(&engine, "{{.Id}} {{.State.Pid}}");
     let _sysfs = sysfs.driver("nvidia").module("550.54.15");
     let line =
@@ -614,8 +614,8 @@ fn late_driver_is_announced_without_restart() {
 fn late_driver_is_used_when_configured() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let sysfs = Sysfs::new().gpu("0000:01:00.0");
-    vm.sysfs(&sysfs).context(&wanted(&[])).set("gpu.on_available", "restart");
-    let agent = up(&vm);
+    vm.sysfs(&sysfs).context(&gpu_context(&[])).set("gpu.on_available", "restart");
+    let agent = start_ready(&vm);
     engine.nvidia_runtime(RuntimeMode::Ok, &one_gpu());
     let _sysfs = sysfs.driver("nvidia").module("550.54.15");
     let line = agent.wait_for_line("GPU is usable now", TIMEOUT);

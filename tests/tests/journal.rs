@@ -14,7 +14,7 @@ use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 use std::time::Duration;
 
-use common::wanted;
+use common::gpu_context;
 use supernode_tests::{TestVm, agent_binary, run};
 
 /// Runs the agent (`$2`, settings `$3`) with the directory `$1` as `/run/systemd/journal` and
@@ -30,7 +30,7 @@ JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec "$2" run --settings "$3"
 #[test]
 fn fallback_is_one_journal_entry_with_message_id_and_fields() {
     let mut vm = TestVm::new();
-    vm.context(&wanted(&[])).set("docker.ready_timeout_seconds", 0);
+    vm.context(&gpu_context(&[])).set("docker.ready_timeout_seconds", 0);
     let directory = vm.path("journal");
     fs::create_dir(&directory).unwrap();
     let journal = UnixDatagram::bind(directory.join("socket")).unwrap();

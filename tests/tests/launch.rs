@@ -15,8 +15,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::{
-    GPU_A, GPU_B, TIMEOUT, engine_with, inspect, json_of, one_gpu, sysfs_of_one, sysfs_of_two,
-    two_gpus, up, wanted, warnings,
+    GPU_A, GPU_B, TIMEOUT, engine_with, gpu_context, inspect, json_of, one_gpu, start_ready,
+    sysfs_of_one, sysfs_of_two, two_gpus, warnings,
 };
 use serde_json::{Value, json};
 use supernode_tests::{RuntimeMode, Sysfs, TestVm, eventually, image, run};
@@ -25,8 +25,8 @@ use supernode_tests::{RuntimeMode, Sysfs, TestVm, eventually, image, run};
 fn healthy_gpu_is_in_container_without_warning() {
     let Some((engine, mut vm)) = engine_with(&two_gpus()) else { return };
     fs::write(engine.daemon_json(), "{\n  \"log-level\": \"info\"\n}\n").unwrap();
-    vm.sysfs(&sysfs_of_two()).context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", "GPU-bbbb")]));
-    let mut agent = up(&vm);
+    vm.sysfs(&sysfs_of_two()).context(&gpu_context(&[("FL_CUDA_VISIBLE_DEVICES", "GPU-bbbb")]));
+    let mut agent = start_ready(&vm);
     assert_eq!(warnings(&agent), Vec::<String>::new());
     assert_eq!(engine.records().last().unwrap().gpus, [GPU_B]);
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
@@ -46,14 +46,14 @@ fn healthy_gpu_is_in_container_without_warning() {
 #[test]
 fn container_survives_killed_agent_and_is_adopted() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    for context in [wanted(&[]), vec![("FL_SUPERLINK_ADDRESS", "h:1")]] {
+    for context in [gpu_context(&[]), vec![("FL_SUPERLINK_ADDRESS", "h:1")]] {
         vm.sysfs(&sysfs_of_one()).context(&context);
-        let mut agent = up(&vm);
+        let mut agent = start_ready(&vm);
         let facts = "{{.State.Pid}} {{.Id}}";
         let before = inspect(&engine, facts);
         agent.kill();
         assert_eq!(inspect(&engine, facts), before);
-        let agent = up(&vm);
+        let agent = start_ready(&vm);
         agent.wait_for_line("adopted the running container", TIMEOUT);
         assert_eq!(inspect(&engine, facts), before);
     }
@@ -62,13 +62,13 @@ fn container_survives_killed_agent_and_is_adopted() {
 #[test]
 fn handover_signal_leaves_container_for_next_agent() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    let mut agent = up(&vm);
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[]));
+    let mut agent = start_ready(&vm);
     let facts = "{{.State.Pid}} {{.Id}}";
     let before = inspect(&engine, facts);
     assert_eq!(agent.hand_over(), 75);
     assert_eq!(inspect(&engine, facts), before);
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     agent.wait_for_line("adopted the running container", TIMEOUT);
     assert_eq!(inspect(&engine, facts), before);
 }
@@ -76,12 +76,12 @@ fn handover_signal_leaves_container_for_next_agent() {
 #[test]
 fn running_container_without_its_gpu_is_recreated() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    up(&vm).kill();
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[]));
+    start_ready(&vm).kill();
     let before = inspect(&engine, "{{.Id}}");
     fs::remove_file(format!("/proc/{}/root/dev/nvidia0", inspect(&engine, "{{.State.Pid}}")))
         .unwrap();
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     assert_ne!(inspect(&engine, "{{.Id}}"), before);
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
     assert!(
@@ -94,7 +94,7 @@ fn running_container_without_its_gpu_is_recreated() {
 #[test]
 fn unrelated_start_failure_is_not_blamed_on_gpu() {
     let Some((_engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[]));
     vm.set("container.log_driver", "no-such-driver");
     let mut agent = vm.start();
     assert_eq!(agent.wait_exit(TIMEOUT), 1);
@@ -105,7 +105,7 @@ fn unrelated_start_failure_is_not_blamed_on_gpu() {
 #[test]
 fn gpu_is_retried_when_cpu_launch_is_refused_too() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[]));
     let broken = vm.path("runc-is-broken");
     let script = format!(
         "#!/bin/sh\ncase \" $* \" in *\" create \"*) [ -e {} ] && exit 1 ;; esac\n\
@@ -115,7 +115,7 @@ fn gpu_is_retried_when_cpu_launch_is_refused_too() {
     let runc = engine.bin_dir().join("runc");
     fs::write(&runc, script).unwrap();
     fs::set_permissions(&runc, fs::Permissions::from_mode(0o755)).unwrap();
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     fs::write(&broken, "").unwrap();
     engine.docker(&["kill", "flower-supernode"]).expect_success();
     // Two rounds: the WARNING is not repeated for each attempt.
@@ -137,15 +137,15 @@ fn gpu_is_retried_when_cpu_launch_is_refused_too() {
 #[test]
 fn unstartable_container_is_recreated_before_gpu_verdict() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    let mut agent = up(&vm);
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[]));
+    let mut agent = start_ready(&vm);
     let before = inspect(&engine, "{{.Id}}");
     assert_eq!(agent.terminate(), 0);
     // Its layer is corrupted.
     let layer = inspect(&engine, "{{.GraphDriver.Data.UpperDir}}");
     assert!(layer.ends_with("/diff"), "{layer}");
     fs::remove_dir_all(&layer).unwrap();
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     assert_eq!(warnings(&agent), Vec::<String>::new());
     assert_ne!(inspect(&engine, "{{.Id}}"), before);
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
@@ -155,15 +155,15 @@ fn unstartable_container_is_recreated_before_gpu_verdict() {
 fn retagged_image_is_used_only_at_next_start() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     let facts = "{{.Id}} {{.Image}}";
     let before = inspect(&engine, facts);
     engine.import_image_with(&[image::PYTORCH], &["ENV RELEASE=2"]);
     agent.kill();
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     assert_eq!(inspect(&engine, facts), before);
     assert_eq!(agent.terminate(), 0);
-    let _agent = up(&vm);
+    let _agent = start_ready(&vm);
     assert_ne!(inspect(&engine, facts), before);
     assert!(inspect(&engine, "{{.Config.Env}}").contains("RELEASE=2"));
 }
@@ -172,10 +172,10 @@ fn retagged_image_is_used_only_at_next_start() {
 fn running_container_with_untagged_image_is_adopted() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    up(&vm).kill();
+    start_ready(&vm).kill();
     let before = inspect(&engine, "{{.Id}}");
     engine.docker(&["rmi", "-f", image::PYTORCH]).expect_success();
-    up(&vm);
+    start_ready(&vm);
     assert_eq!(inspect(&engine, "{{.Id}}"), before);
 }
 
@@ -183,9 +183,9 @@ fn running_container_with_untagged_image_is_adopted() {
 fn paused_container_is_adopted_with_warning_and_fix() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    up(&vm).kill();
+    start_ready(&vm).kill();
     engine.docker(&["pause", "flower-supernode"]).expect_success();
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     assert!(
         warnings(&agent)[0].contains("docker unpause flower-supernode"),
         "{:#?}",
@@ -204,7 +204,7 @@ fn foreign_container_is_replaced_and_its_volumes_kept() {
     let volumes = || engine.docker(&["volume", "ls", "-q"]).expect_success().to_owned();
     let before = volumes();
     assert!(!before.is_empty());
-    let _agent = up(&vm);
+    let _agent = start_ready(&vm);
     assert!(!inspect(&engine, "{{index .Config.Labels \"supernode-agent.spec-hash\"}}").is_empty());
     assert_eq!(volumes(), before);
 }
@@ -213,7 +213,7 @@ fn foreign_container_is_replaced_and_its_volumes_kept() {
 fn second_agent_does_not_take_over_container() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    let first = up(&vm);
+    let first = start_ready(&vm);
     let before = inspect(&engine, "{{.Id}}");
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
     let second = vm.run_command("run", &[]);
@@ -227,7 +227,7 @@ fn second_agent_does_not_take_over_container() {
 fn hung_engine_does_not_block_shutdown() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("container.stop_timeout_seconds", 1);
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     let freeze = |signal: &str| {
         run(Command::new("kill").args([signal, &engine.pid().to_string()]), TIMEOUT)
             .expect_success();
@@ -239,7 +239,7 @@ fn hung_engine_does_not_block_shutdown() {
         TIMEOUT,
     );
     freeze("-CONT");
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     freeze("-STOP");
     agent.interrupt();
     agent.wait_for_line("received SIGINT", TIMEOUT);
@@ -252,7 +252,7 @@ fn hung_engine_does_not_block_shutdown() {
 fn engine_restart_does_not_increase_restart_delay() {
     let Some((mut engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     for round in 1..=3 {
         engine.restart();
         assert!(eventually(TIMEOUT, || {
@@ -269,10 +269,10 @@ fn engine_restart_does_not_increase_restart_delay() {
 fn changed_spec_replaces_container_once() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    up(&vm).kill();
+    start_ready(&vm).kill();
     let before = inspect(&engine, "{{.Id}}");
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     assert_ne!(inspect(&engine, "{{.Id}}"), before);
     assert!(inspect(&engine, "{{.Args}}").contains("h:2"));
     assert_eq!(engine.docker(&["ps", "-aq"]).stdout.lines().count(), 1);
@@ -285,7 +285,7 @@ fn any_exit_code_restarts_with_increasing_delay() {
     for code in [0, 3] {
         let node_config = format!("test-exit={code}");
         vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", &node_config)]);
-        let mut agent = up(&vm);
+        let mut agent = start_ready(&vm);
         for delay in [1, 2, 4] {
             agent.wait_for_line(
                 &format!("exited with code {code}; restarting it in {delay} s"),
@@ -301,7 +301,7 @@ fn any_exit_code_restarts_with_increasing_delay() {
 fn manually_removed_container_is_recreated() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
-    let _agent = up(&vm);
+    let _agent = start_ready(&vm);
     engine.docker(&["rm", "-f", "flower-supernode"]).expect_success();
     assert!(eventually(TIMEOUT, || {
         engine
@@ -327,7 +327,7 @@ fn container_ignoring_sigterm_is_killed_after_timeout() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", "test-ignore-term=true")]);
     vm.set("container.stop_timeout_seconds", 1);
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     agent.wait_for_line("started the container", TIMEOUT);
     assert!(eventually(TIMEOUT, || engine
         .docker(&["logs", "flower-supernode"])
@@ -373,7 +373,7 @@ fn prebaked_image_replaces_unavailable_one() {
         ("FLOWER_VERSION", "9.9.9"),
         ("ML_FRAMEWORK", "pytorch"),
     ]);
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     let warning = &warnings(&agent)[0];
     assert!(
         warning.contains("flower-supernode-pytorch:9.9.9") && warning.contains("prebaked"),
@@ -398,7 +398,7 @@ fn hostile_values_are_passed_verbatim_not_executed() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let hostile = "x='\"; touch /pwned; \"' y=\"$(touch /pwned) `touch /pwned` \\\\ ü\"";
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", hostile)]);
-    let _agent = up(&vm);
+    let _agent = start_ready(&vm);
     let args: Vec<String> = serde_json::from_str(&inspect(&engine, "{{json .Args}}")).unwrap();
     assert!(args.iter().any(|argument| argument == hostile), "{args:?}");
     assert!(eventually(TIMEOUT, || {
@@ -418,7 +418,7 @@ fn container_has_contract_restrictions() {
         ("FL_TLS_ENABLED", "YES"),
         ("FL_SSL_CA_CERTFILE", pem),
     ]);
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     let host: Value = serde_json::from_str(&inspect(&engine, "{{json .HostConfig}}")).unwrap();
     assert_eq!(host["CapDrop"], json!(["ALL"]));
     assert_eq!(host["SecurityOpt"], json!(["no-new-privileges"]));
@@ -454,7 +454,7 @@ fn changed_ca_replaces_container() {
                 ("FL_TLS_ENABLED", "YES"),
                 ("FL_SSL_CA_CERTFILE", pem),
             ]);
-            up(&vm).kill();
+            start_ready(&vm).kill();
             inspect(&engine, "{{.Id}}")
         })
         .collect();
@@ -471,7 +471,7 @@ fn driver_appearing_within_wait_is_used() {
     let ready = vm.path("driver-is-ready");
     let mut script = one_gpu();
     script["ready_file"] = json!(ready);
-    vm.sysfs(&sysfs).nvml(&script).context(&wanted(&[])).set("gpu.wait_seconds", 60);
+    vm.sysfs(&sysfs).nvml(&script).context(&gpu_context(&[])).set("gpu.wait_seconds", 60);
     let agent = vm.start();
     agent.wait_for_notify("Looking for the GPU", TIMEOUT);
     let _bound = sysfs.driver("nvidia").module("550.54.15");
@@ -510,11 +510,11 @@ fn mig_instance_gets_device_nodes_of_parent_gpu() {
         (MIG_B, vec![MIG_B], "nvidia3 ", "4928"),
         ("MIG-aaaa", vec![MIG_A], "nvidia3 ", "2432"),
     ] {
-        vm.context(&wanted(&[
+        vm.context(&gpu_context(&[
             ("FL_CUDA_VISIBLE_DEVICES", selection),
             ("FL_GPU_MEMORY_FRACTION", "0.5"),
         ]));
-        let mut agent = up(&vm);
+        let mut agent = start_ready(&vm);
         assert_eq!(warnings(&agent), Vec::<String>::new());
         assert_eq!(engine.records().last().unwrap().gpus, expected, "{selection}");
         let env = inspect(&engine, "{{range .Config.Env}}{{println .}}{{end}}");
@@ -538,8 +538,8 @@ fn mig_instance_gets_device_nodes_of_parent_gpu() {
     wrong["gpus"][1]["minor"] = json!(0);
     engine.nvidia_runtime(RuntimeMode::Ok, &wrong);
     engine.docker(&["rm", "-f", "flower-supernode"]);
-    vm.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", MIG_B)]));
-    let agent = up(&vm);
+    vm.context(&gpu_context(&[("FL_CUDA_VISIBLE_DEVICES", MIG_B)]));
+    let agent = start_ready(&vm);
     let warnings = warnings(&agent);
     assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
     for words in ["gpu-not-visible", MIG_B, "it has /dev/nvidia0"] {
@@ -554,13 +554,13 @@ fn mig_container_uses_instance_memory_and_is_adopted() {
     let mut script = one_gpu();
     script["gpus"][0]["mig"] = json!([{"uuid": MIG_A, "memory_mib": 4864}]);
     let Some((engine, mut vm)) = engine_with(&script) else { return };
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[]));
     let plan = json_of(&vm.run_command("plan", &["--json"]));
     let devices = plan["gpu"]["verdict"]["devices"].as_array().unwrap();
     assert_eq!(devices.len(), 1);
     assert_eq!((&devices[0]["uuid"], &devices[0]["memory_mib"]), (&json!(MIG_A), &json!(4864)));
-    up(&vm).kill();
+    start_ready(&vm).kill();
     let before = inspect(&engine, "{{.Id}}");
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     assert_eq!((inspect(&engine, "{{.Id}}"), warnings(&agent)), (before, Vec::new()));
 }

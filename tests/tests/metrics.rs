@@ -14,7 +14,8 @@ use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 
 use common::{
-    GPU_A, TIMEOUT, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings,
+    GPU_A, TIMEOUT, engine_with, gpu_context, inspect, json_of, one_gpu, start_ready, sysfs_of_one,
+    warnings,
 };
 use serde_json::{Value, json};
 use supernode_tests::{Agent, Engine, Sandbox, TestVm, eventually, run};
@@ -78,8 +79,8 @@ fn metrics_follow_node_and_gpu_state() {
     let script = measured_gpu(&directory, &[31, 79]);
     let Some((engine, mut vm)) = engine_with(&script) else { return };
     let address = free_address();
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[])).set("metrics.listen", address.clone());
-    let agent = up(&vm);
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[])).set("metrics.listen", address.clone());
+    let agent = start_ready(&vm);
     let gpu = format!("{{uuid=\"{GPU_A}\",name=\"NVIDIA A100\"}}");
     let page = wait_for_page(
         &address,
@@ -134,8 +135,8 @@ fn metrics_follow_node_and_gpu_state() {
 fn gpu_is_not_sampled_without_metrics_endpoint() {
     let directory = Sandbox::new("metrics");
     let Some((_engine, mut vm)) = engine_with(&measured_gpu(&directory, &[])) else { return };
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    let _agent = up(&vm);
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[]));
+    let _agent = start_ready(&vm);
     let calls = || fs::read_to_string(directory.join("calls")).unwrap_or_default();
     assert!(eventually(TIMEOUT, || calls().contains("nvmlEventSetWait_v2")), "{}", calls());
     assert!(!calls().contains("nvmlDeviceGetPowerUsage"), "{}", calls());
@@ -147,7 +148,7 @@ fn occupied_address_warns_and_reload_changes_it() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]).set("metrics.listen", address.clone());
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     let warnings = warnings(&agent);
     assert!(
         warnings.len() == 1
@@ -176,7 +177,7 @@ fn with_exporter(script: &Value, more: &[(&str, &str)]) -> Option<(Engine, TestV
     let (engine, mut vm) = engine_with(script)?;
     engine.import_image_with(&[EXPORTER], &[SERVES]);
     let more = [&[("FL_DCGM_ENABLED", "YES")], more].concat();
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&more));
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&more));
     Some((engine, vm))
 }
 
@@ -195,7 +196,7 @@ fn wait_for_exporter(engine: &Engine, agent: &Agent, template: &str, expected: &
 }
 
 /// Fetches from this address in the engine's network namespace.
-fn fetched(engine: &Engine, address: &str) -> String {
+fn fetch(engine: &Engine, address: &str) -> String {
     let mut command = Command::new("nsenter");
     command.arg(format!("--net=/run/netns/{}", engine.network_namespace()));
     command.args(["busybox", "wget", "-q", "-O", "-", &format!("http://{address}/etc/passwd")]);
@@ -212,27 +213,27 @@ fn exporter_is_adopted_replaced_stopped_and_removed() {
         (&planned["container"]["image"], &planned["reason"]),
         (&json!(EXPORTER), &Value::Null)
     );
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     agent.wait_for_line("started the DCGM exporter", TIMEOUT);
     assert_eq!(
         exporter(&engine, "{{.HostConfig.Runtime}} {{.HostConfig.CapDrop}}"),
         "nvidia [ALL]"
     );
     assert_eq!(engine.records().last().unwrap().gpus, [GPU_A]);
-    assert!(eventually(TIMEOUT, || fetched(&engine, "127.0.0.1:9400").contains("49999")));
+    assert!(eventually(TIMEOUT, || fetch(&engine, "127.0.0.1:9400").contains("49999")));
     let status = vm.run_command("status", &[]).stdout;
     assert!(status.contains(&format!("DCGM       {EXPORTER} at 127.0.0.1:9400\n")), "{status}");
     // A killed agent leaves both containers, and the next one adopts both.
     let before = [inspect(&engine, "{{.Id}}"), exporter(&engine, "{{.Id}}")];
     agent.kill();
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     agent.wait_for_line("adopted the running DCGM exporter", TIMEOUT);
     assert_eq!([inspect(&engine, "{{.Id}}"), exporter(&engine, "{{.Id}}")], before);
     // Another address replaces the exporter but not the node.
     vm.set("dcgm.listen", "127.0.0.1:9555");
     reload(&vm, &agent);
     assert!(
-        eventually(TIMEOUT, || fetched(&engine, "127.0.0.1:9555").contains("49999")),
+        eventually(TIMEOUT, || fetch(&engine, "127.0.0.1:9555").contains("49999")),
         "{:#?}",
         agent.lines()
     );
@@ -242,10 +243,10 @@ fn exporter_is_adopted_replaced_stopped_and_removed() {
     assert_eq!(exporter(&engine, RUNS), "false");
     assert_eq!(warnings(&agent), Vec::<String>::new());
     // The exporter is disabled.
-    vm.context(&wanted(&[]));
+    vm.context(&gpu_context(&[]));
     let planned = &json_of(&vm.run_command("plan", &["--json"]))["dcgm"];
     assert_eq!(planned, &json!({"container": null, "reason": "FL_DCGM_ENABLED is not YES"}));
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     agent.wait_for_line("removing the DCGM exporter: FL_DCGM_ENABLED is not YES", TIMEOUT);
     wait_for_exporter(&engine, &agent, RUNS, "");
 }
@@ -254,8 +255,8 @@ fn exporter_is_adopted_replaced_stopped_and_removed() {
 fn foreign_container_is_kept_when_exporter_is_disabled() {
     let Some((engine, mut vm)) = with_exporter(&one_gpu(), &[]) else { return };
     engine.docker(&["run", "-d", "--name", "flower-supernode-dcgm", EXPORTER]).expect_success();
-    vm.context(&wanted(&[]));
-    let mut agent = up(&vm);
+    vm.context(&gpu_context(&[]));
+    let mut agent = start_ready(&vm);
     assert_eq!(agent.terminate(), 0);
     assert_eq!(exporter(&engine, RUNS), "true");
 }
@@ -264,7 +265,7 @@ fn foreign_container_is_kept_when_exporter_is_disabled() {
 fn missing_exporter_image_warns_once_and_node_runs() {
     let Some((engine, mut vm)) = with_exporter(&one_gpu(), &[]) else { return };
     vm.set("dcgm.image", "127.0.0.1:9/exporter:1");
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     let line = agent.wait_for_line("DCGM exporter flower-supernode-dcgm does not run", TIMEOUT);
     assert!(line.contains(" WARNING ") && line.contains("the node goes on without"), "{line}");
     let status = json_of(&vm.run_command("status", &["--json"]));
@@ -279,7 +280,7 @@ fn missing_exporter_image_warns_once_and_node_runs() {
 #[test]
 fn exited_exporter_is_restarted_with_one_warning() {
     let Some((engine, vm)) = with_exporter(&one_gpu(), &[]) else { return };
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     let node = inspect(&engine, "{{.Id}} {{.State.Pid}}");
     for round in 1..=2 {
         let started = || {
@@ -300,7 +301,7 @@ fn exited_exporter_is_restarted_with_one_warning() {
 #[test]
 fn exporter_restarts_silently_after_engine_crash() {
     let Some((mut engine, vm)) = with_exporter(&one_gpu(), &[]) else { return };
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     let started =
         || agent.lines().iter().filter(|line| line.contains("started the DCGM exporter")).count();
     assert!(eventually(TIMEOUT, || started() == 1), "{:#?}", agent.lines());
@@ -319,7 +320,7 @@ fn exporter_releases_failed_gpu_and_stops() {
         return;
     };
     vm.set("gpu.on_failure", "restart");
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     agent.wait_for_line("started the DCGM exporter", TIMEOUT);
     let first = exporter(&engine, "{{.Id}}");
     directory.write("xid-48", "");

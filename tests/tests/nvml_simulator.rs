@@ -43,7 +43,7 @@ impl SimulatedDriver {
     }
 
     /// Runs a query in a child process; its answers are the lines that start with `> `.
-    fn ask(&self, question: &str) -> (Vec<String>, Output) {
+    fn query(&self, question: &str) -> (Vec<String>, Output) {
         let mut command = Command::new(env::current_exe().unwrap());
         command
             .args(["--exact", "child", "--ignored", "--nocapture"])
@@ -55,7 +55,7 @@ impl SimulatedDriver {
     }
 
     fn answers(&self, question: &str) -> Vec<String> {
-        let (answers, output) = self.ask(question);
+        let (answers, output) = self.query(question);
         assert_eq!(output.code, Some(0), "{output:#?}");
         answers
     }
@@ -234,7 +234,7 @@ fn hung_call_does_not_block_others() {
 #[test]
 fn crash_is_a_segmentation_fault() {
     let driver = SimulatedDriver::new(&json!({"crash": ["nvmlDeviceGetCount_v2"]}));
-    let (_, output) = driver.ask("gpus");
+    let (_, output) = driver.query("gpus");
     assert_eq!((output.code, output.signal), (None, Some(11)), "{output:#?}");
 }
 
@@ -290,7 +290,7 @@ fn invalid_script_is_reported_on_stderr() {
         json!({"gpus": [{"uuid": "GPU-a", "pci_address": "01-00"}]}),
         json!({"events": [{"type": "xid"}]}),
     ] {
-        let (answers, output) = SimulatedDriver::new(&script).ask("gpus");
+        let (answers, output) = SimulatedDriver::new(&script).query("gpus");
         assert_eq!(answers, ["init Unknown"], "{script}");
         assert!(
             output.stderr.contains("nvml-simulator: nvmlInit_v2: "),

@@ -12,7 +12,8 @@ use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
 
 use common::{
-    GPU_A, TIMEOUT, engine_with, inspect, json_of, one_gpu, sysfs_of_one, up, wanted, warnings,
+    GPU_A, TIMEOUT, engine_with, gpu_context, inspect, json_of, one_gpu, start_ready, sysfs_of_one,
+    warnings,
 };
 use serde_json::{Value, json};
 use supernode_tests::{Engine, Registry, Sysfs, TestVm, eventually, run};
@@ -30,7 +31,7 @@ fn node_is_ready_only_while_container_runs() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1")]);
     assert_eq!(ready(&vm), Some(1), "before the first start");
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     assert_eq!(ready(&vm), Some(0));
     // The agent has been killed; the container still runs.
     agent.kill();
@@ -39,7 +40,7 @@ fn node_is_ready_only_while_container_runs() {
     engine.docker(&["pause", "flower-supernode"]).expect_success();
     assert_eq!(ready(&vm), Some(1), "a paused container is not ready");
     engine.docker(&["unpause", "flower-supernode"]).expect_success();
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     assert_eq!(agent.terminate(), 0);
     let refused = vm.run_command("status", &["--ready"]);
     assert_eq!(refused.code, Some(1));
@@ -68,8 +69,8 @@ fn status_without_engine_reports_unknowns() {
 #[test]
 fn status_shows_container_device_since_and_reason() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    let mut agent = up(&vm);
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[]));
+    let mut agent = start_ready(&vm);
     let document = status(&vm);
     assert_eq!(document["gpu"]["verdict"]["devices"][0]["uuid"], GPU_A);
     assert_eq!(document["superlink"], "10.9.8.7:9092");
@@ -82,7 +83,7 @@ fn status_shows_container_device_since_and_reason() {
     assert_eq!(agent.terminate(), 0);
 
     vm.sysfs(&Sysfs::new().gpu("0000:01:00.0").driver("nouveau"));
-    let _agent = up(&vm);
+    let _agent = start_ready(&vm);
     let text = vm.run_command("status", &[]).stdout;
     for words in [
         "Container  flower-supernode runs since 20",
@@ -169,7 +170,7 @@ fn status_watch_prints_changes_once_until_interrupted() {
 fn reload_replaces_container_only_on_change() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("ETH0_DNS", "1.1.1.1")]);
-    let mut agent = up(&vm);
+    let mut agent = start_ready(&vm);
     let id = || inspect(&engine, "{{.Id}}");
     let first = id();
     // A variable that is not ours.
@@ -208,7 +209,7 @@ fn reload_replaces_container_only_on_change() {
 fn reload_start_and_end_are_notified_to_systemd() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", "test-never-connects=true")]);
-    let agent = up(&vm);
+    let agent = start_ready(&vm);
     let run = || inspect(&engine, "{{.Id}} {{.State.StartedAt}}");
     let first = run();
     // From RELOADING=1 on, without the status messages in between.
@@ -246,9 +247,9 @@ fn reload_start_and_end_are_notified_to_systemd() {
 #[test]
 fn reload_disabling_gpu_access_warns_of_fallback() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
-    vm.sysfs(&sysfs_of_one()).context(&wanted(&[]));
-    let agent = up(&vm);
-    vm.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", "7")]));
+    vm.sysfs(&sysfs_of_one()).context(&gpu_context(&[]));
+    let agent = start_ready(&vm);
+    vm.context(&gpu_context(&[("FL_CUDA_VISIBLE_DEVICES", "7")]));
     agent.reload();
     agent.wait_for_line("device-selection-empty", TIMEOUT);
     assert!(eventually(TIMEOUT, || {

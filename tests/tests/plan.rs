@@ -15,14 +15,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::{GPU_A, GPU_B, json_of, one_gpu, sysfs_of_one, sysfs_of_two, two_gpus, wanted};
+use common::{GPU_A, GPU_B, gpu_context, json_of, one_gpu, sysfs_of_one, sysfs_of_two, two_gpus};
 use serde_json::{Value, json};
 use supernode_tests::{Sysfs, TestVm, eventually};
 
 /// A VM with this NVML script and sysfs, whose operator wants the GPU.
 fn vm(sysfs: &Sysfs, script: &Value, more: &[(&str, &str)]) -> TestVm {
     let mut vm = TestVm::new();
-    vm.sysfs(sysfs).nvml(script).context(&wanted(more));
+    vm.sysfs(sysfs).nvml(script).context(&gpu_context(more));
     vm
 }
 
@@ -348,7 +348,7 @@ fn selected_gpu_is_passed_by_uuid() {
         ("01:00.0", GPU_A),
         ("0000:21:00.0", GPU_B),
     ] {
-        vm.context(&wanted(&[("FL_CUDA_VISIBLE_DEVICES", selection)]));
+        vm.context(&gpu_context(&[("FL_CUDA_VISIBLE_DEVICES", selection)]));
         let plan = json_of(&vm.run_command("plan", &["--json"]));
         let env = &plan["container"]["env"];
         assert_eq!(env["NVIDIA_VISIBLE_DEVICES"], expected, "{selection}");

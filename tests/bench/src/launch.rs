@@ -152,7 +152,7 @@ impl BenchVm {
         command
     }
 
-    fn shell_takes(&self) -> Duration {
+    fn shell_duration(&self) -> Duration {
         let since = Instant::now();
         let status = self.shell().status().unwrap();
         assert!(status.success(), "{status}");
@@ -160,7 +160,7 @@ impl BenchVm {
     }
 
     /// Returns the body of the agent's create call.
-    fn wanted(&self) -> String {
+    fn create_body(&self) -> String {
         self.recorder.take();
         drop(self.agent());
         let created =
@@ -170,7 +170,7 @@ impl BenchVm {
     }
 
     /// Returns the duration of a launch minus the engine time of the calls that every launch needs.
-    fn beyond(&self, took: Duration) -> Duration {
+    fn above_baseline(&self, took: Duration) -> Duration {
         took.saturating_sub(needed(&self.recorder.take()))
     }
 
@@ -188,7 +188,7 @@ impl BenchVm {
     }
 
     /// Measures the child process that queries NVML.
-    fn probe_takes(&self) -> Duration {
+    fn probe_duration(&self) -> Duration {
         let mut command = self.command(agent_binary());
         command.args(["nvml-probe", "--"]).arg(nvml_library());
         let since = Instant::now();
@@ -226,7 +226,7 @@ pub(crate) fn measure(report: &mut Report, launches: usize) {
         report.part(&format!(
             "launch {words}: program start to running container, median of {launches}"
         ));
-        let body = bench_vm.wanted();
+        let body = bench_vm.create_body();
         let (mut taken, mut probe) = ([Vec::new(), Vec::new(), Vec::new()], Vec::new());
         // The first round only warms the caches. The order of the contenders rotates.
         for round in 0..=launches {
@@ -236,15 +236,15 @@ pub(crate) fn measure(report: &mut Report, launches: usize) {
                 let contender = (round + turn) % taken.len();
                 let took = match contender {
                     0 => bench_vm.baseline(&body),
-                    1 => bench_vm.beyond(bench_vm.agent().took),
-                    _ => bench_vm.beyond(bench_vm.shell_takes()),
+                    1 => bench_vm.above_baseline(bench_vm.agent().took),
+                    _ => bench_vm.above_baseline(bench_vm.shell_duration()),
                 };
                 if round > 0 {
                     taken[contender].push(milliseconds(took));
                 }
             }
             if with_gpu && round > 0 {
-                probe.push(milliseconds(bench_vm.probe_takes()));
+                probe.push(milliseconds(bench_vm.probe_duration()));
             }
         }
         bench_vm.clear();

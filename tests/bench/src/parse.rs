@@ -17,7 +17,7 @@ pub(crate) fn measure(report: &mut Report) {
     let mut speeds = Vec::new();
     for (size, words) in [(64 * KIB, "context of 64 KiB"), (KIB * KIB, "context of 1 MiB")] {
         let text = context(size);
-        let figures = megabytes_a_second(text.len(), || {
+        let figures = megabytes_per_second(text.len(), || {
             black_box(Context::parse(black_box(text.as_bytes())).unwrap());
         });
         speeds.push(median(&figures));
@@ -30,7 +30,7 @@ pub(crate) fn measure(report: &mut Report) {
         "",
     );
     let text = daemon_json(KIB * KIB);
-    let figures = megabytes_a_second(text.len(), || {
+    let figures = megabytes_per_second(text.len(), || {
         black_box(merge(black_box(&text), "nvidia-container-runtime").unwrap());
     });
     report.row(
@@ -41,7 +41,7 @@ pub(crate) fn measure(report: &mut Report) {
     report.keep("daemon.json of 1 MiB, MB/s", rounded(&figures));
 }
 
-fn megabytes_a_second(bytes: usize, mut read: impl FnMut()) -> Vec<f64> {
+fn megabytes_per_second(bytes: usize, mut read: impl FnMut()) -> Vec<f64> {
     (0..RUNS)
         .map(|_| {
             let since = Instant::now();

@@ -20,7 +20,7 @@ pub(crate) fn measure(report: &mut Report, wake_ups: Option<u64>) {
         .into_iter()
         .map(|bench_vm| (bench_vm.agent(), bench_vm))
         .collect();
-    let slept = || nodes.iter().map(|(agent, _)| times_slept(agent.pid())).collect::<Vec<_>>();
+    let slept = || nodes.iter().map(|(agent, _)| context_switches(agent.pid())).collect::<Vec<_>>();
     let a_minute = wake_ups.map(|seconds| {
         thread::sleep(SETTLED);
         let before = slept();
@@ -61,7 +61,7 @@ pub(crate) fn measure(report: &mut Report, wake_ups: Option<u64>) {
 }
 
 /// Voluntary context switches of all threads so far.
-fn times_slept(pid: u32) -> u64 {
+fn context_switches(pid: u32) -> u64 {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("a process");
     let status =
         |thread: fs::DirEntry| fs::read_to_string(thread.path().join("status")).unwrap_or_default();

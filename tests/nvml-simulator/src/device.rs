@@ -24,7 +24,7 @@ pub(crate) struct Device<'call> {
 
 impl Device<'_> {
     /// The GPU, for queries that MIG devices do not support.
-    pub(crate) fn whole(&self) -> Answer<&Gpu> {
+    pub(crate) fn physical(&self) -> Answer<&Gpu> {
         match self.mig {
             Some(_) => Err(NOT_SUPPORTED),
             None => Ok(self.gpu),

@@ -53,7 +53,7 @@ pub(crate) fn dispatch(name: &'static str, body: impl FnOnce(&Call) -> Answer) -
         State::Closed => return UNINITIALIZED.0,
         State::Broken => return UNKNOWN.0,
         State::Open { script, stamp, .. } => {
-            renew(script, stamp);
+            reload(script, stamp);
             Arc::clone(script)
         }
     };
@@ -62,7 +62,7 @@ pub(crate) fn dispatch(name: &'static str, body: impl FnOnce(&Call) -> Answer) -
 
 /// Loads a script that replaced the current file: the GPUs changed while the process runs. An
 /// invalid script is ignored.
-fn renew(script: &mut Arc<Script>, stamp: &mut Stamp) {
+fn reload(script: &mut Arc<Script>, stamp: &mut Stamp) {
     let now = stamp_of_script();
     if now.is_none() || now == *stamp {
         return;
@@ -148,7 +148,7 @@ fn pass(call: Call, body: impl FnOnce(&Call) -> Answer) -> Answer {
         raise(SIGSEGV);
     }
     if listed(&script.crash) {
-        die();
+        crash();
     }
     while listed(&script.hang) {
         thread::sleep(Duration::from_secs(3600));
@@ -185,7 +185,7 @@ unsafe extern "C" {
 
 /// Terminates by SIGSEGV. The first signal may only reach a handler that restores the default
 /// (Rust's handler for stack overflows).
-fn die() -> ! {
+fn crash() -> ! {
     loop {
         raise(SIGSEGV);
     }

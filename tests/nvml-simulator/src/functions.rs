@@ -275,7 +275,7 @@ exported! {
     /// Number of the device node, `/dev/nvidia<minor>`.
     fn nvmlDeviceGetMinorNumber(device: Handle, minor: *mut c_uint) |call| {
         let device = call.device(device)?;
-        put(minor, device.whole()?.minor.unwrap_or(device.index as c_uint))
+        put(minor, device.physical()?.minor.unwrap_or(device.index as c_uint))
     }
 
     /// Index; for a MIG device, the index within its GPU.
@@ -286,7 +286,7 @@ exported! {
 
     /// ECC mode: enabled if the GPU has ECC.
     fn nvmlDeviceGetEccMode(device: Handle, current: *mut c_uint, pending: *mut c_uint) |call| {
-        call.device(device)?.whole()?.ecc_uncorrected.ok_or(NOT_SUPPORTED)?;
+        call.device(device)?.physical()?.ecc_uncorrected.ok_or(NOT_SUPPORTED)?;
         put(current, 1)?;
         put(pending, 1)
     }
@@ -297,7 +297,7 @@ exported! {
         device: Handle, error_type: c_uint, _counter: c_uint, count: *mut c_ulonglong
     ) |call| {
         const UNCORRECTED: c_uint = 1;
-        let errors = call.device(device)?.whole()?.ecc_uncorrected.ok_or(NOT_SUPPORTED)?;
+        let errors = call.device(device)?.physical()?.ecc_uncorrected.ok_or(NOT_SUPPORTED)?;
         put(count, if error_type == UNCORRECTED { errors } else { 0 })
     }
 
@@ -307,7 +307,7 @@ exported! {
         failed: *mut c_uint
     ) |call| {
         let device = call.device(device)?;
-        let gpu = device.whole()?;
+        let gpu = device.physical()?;
         let remap_failed = gpu.remap_failed.ok_or(NOT_SUPPORTED)?;
         put(corrected, 0)?;
         put(uncorrected, c_uint::from(remap_failed))?;
@@ -319,7 +319,7 @@ exported! {
     fn nvmlDeviceGetFieldValues(device: Handle, count: c_int, values: *mut FieldValue) |call| {
         const UNSIGNED_INT: c_uint = 1;
         let device = call.device(device)?;
-        let gpu = device.whole()?;
+        let gpu = device.physical()?;
         let count = usize::try_from(count).map_err(|_| INVALID_ARGUMENT)?;
         if values.is_null() {
             return Err(INVALID_ARGUMENT);
@@ -341,7 +341,7 @@ exported! {
     /// Whether memory pages are pending retirement, which needs a reset.
     fn nvmlDeviceGetRetiredPagesPendingStatus(device: Handle, pending: *mut c_uint) |call| {
         let device = call.device(device)?;
-        let gpu = device.whole()?;
+        let gpu = device.physical()?;
         gpu.ecc_uncorrected.ok_or(NOT_SUPPORTED)?;
         put(pending, c_uint::from(gpu.remap_pending))
     }
@@ -349,7 +349,7 @@ exported! {
     /// MIG mode.
     fn nvmlDeviceGetMigMode(device: Handle, current: *mut c_uint, pending: *mut c_uint) |call| {
         let device = call.device(device)?;
-        let gpu = device.whole()?;
+        let gpu = device.physical()?;
         if gpu.mig.is_none() && !gpu.mig_capable {
             return Err(NOT_SUPPORTED);
         }
@@ -361,13 +361,13 @@ exported! {
     /// Maximum number of MIG devices; zero if MIG is disabled or unsupported.
     fn nvmlDeviceGetMaxMigDeviceCount(device: Handle, count: *mut c_uint) |call| {
         let device = call.device(device)?;
-        put(count, device.whole()?.mig.as_ref().map_or(0, |list| list.len().max(7)) as c_uint)
+        put(count, device.physical()?.mig.as_ref().map_or(0, |list| list.len().max(7)) as c_uint)
     }
 
     /// A MIG device by its index; indices may have gaps, which return NOT_FOUND.
     fn nvmlDeviceGetMigDeviceHandleByIndex(device: Handle, index: c_uint, mig: *mut Handle) |call| {
         let device = call.device(device)?;
-        let list = device.whole()?.mig.as_deref().ok_or(NOT_FOUND)?;
+        let list = device.physical()?.mig.as_deref().ok_or(NOT_FOUND)?;
         let index = index as usize;
         if index >= list.len() {
             return Err(NOT_FOUND);
@@ -387,18 +387,18 @@ exported! {
 
     /// GPU utilisation.
     fn nvmlDeviceGetUtilizationRates(device: Handle, utilization: *mut Utilization) |call| {
-        let gpu = call.device(device)?.whole()?.utilization.ok_or(NOT_SUPPORTED)?;
+        let gpu = call.device(device)?.physical()?.utilization.ok_or(NOT_SUPPORTED)?;
         put(utilization, Utilization { gpu, memory: gpu / 2 })
     }
 
     /// Temperature in degrees Celsius.
     fn nvmlDeviceGetTemperature(device: Handle, _sensor: c_uint, temperature: *mut c_uint) |call| {
-        put(temperature, call.device(device)?.whole()?.temperature.ok_or(NOT_SUPPORTED)?)
+        put(temperature, call.device(device)?.physical()?.temperature.ok_or(NOT_SUPPORTED)?)
     }
 
     /// Power in milliwatts.
     fn nvmlDeviceGetPowerUsage(device: Handle, power: *mut c_uint) |call| {
-        put(power, call.device(device)?.whole()?.power_mw.ok_or(NOT_SUPPORTED)?)
+        put(power, call.device(device)?.physical()?.power_mw.ok_or(NOT_SUPPORTED)?)
     }
 
     /// Creates an empty event set.

@@ -51,7 +51,7 @@ pub(crate) fn sysfs_of_one() -> Sysfs {
 }
 
 /// Minimal context of a node that wants the GPU, plus more variables.
-pub(crate) fn wanted<'a>(more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
+pub(crate) fn gpu_context<'a>(more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
     [
         ("FL_GPU_ENABLED", "YES"),
         ("FL_SUPERLINK_ADDRESS", "10.9.8.7:9092"),
@@ -75,7 +75,7 @@ pub(crate) fn engine_with(script: &Value) -> Option<(Engine, TestVm)> {
 
 /// Starts a node and waits until it is ready.
 #[track_caller]
-pub(crate) fn up(vm: &TestVm) -> Agent {
+pub(crate) fn start_ready(vm: &TestVm) -> Agent {
     let agent = vm.start();
     agent.wait_for_notify("READY=1", TIMEOUT);
     agent

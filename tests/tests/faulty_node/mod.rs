@@ -12,7 +12,7 @@ use supernode_tests::{
     image,
 };
 
-use crate::common::{TIMEOUT, one_gpu, report, sysfs_of_one, wanted};
+use crate::common::{TIMEOUT, gpu_context, one_gpu, report, sysfs_of_one};
 
 /// An operator's daemon.json.
 const OPERATOR_CONFIG: &str = "{\n  \"log-level\": \"info\",\n  \"max-concurrent-downloads\": \
@@ -84,7 +84,7 @@ impl FaultyNode {
     /// Sets its context, with this node configuration for the test image.
     pub(crate) fn context(&mut self, node_config: &str) {
         let config = format!("db-password=\"{PASSWORD}\" {node_config}");
-        self.vm.context(&wanted(&[
+        self.vm.context(&gpu_context(&[
             ("FL_NODE_CONFIG", config.trim()),
             ("FL_LOG_LEVEL", "DEBUG"),
             ("REPORT_READY", "YES"),
