@@ -472,9 +472,8 @@ mod tests {
         assert_eq!(config.ca_certificate.unwrap().pem(), CA);
         assert_eq!(
             diagnostics.misconfigured,
-            [
-                "FL_SSL_CA_CERTFILE: what is no CA is left out: CN=superlink.example, which is no CA (its basicConstraints do not say CA:TRUE)"
-            ]
+            ["FL_SSL_CA_CERTFILE: ignored because it is not a CA: CN=superlink.example, which is \
+                 not a CA (basicConstraints is not CA:TRUE)"]
         );
         assert_eq!(
             diagnostics.notes,

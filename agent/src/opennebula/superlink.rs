@@ -181,11 +181,11 @@ pub(crate) fn decide_trust(
             Ok(Trust { ca: None, warnings: plaintext_warning(config, published, advertised) })
         }
         (true, Some(ca), _) => {
-            let ValidBundle { certificate, warnings } =
+            let ValidBundle { bundle, warnings } =
                 ca.valid_at(now).map_err(SuperLinkError::InvalidCa)?;
             let warnings =
                 warnings.into_iter().map(|line| format!("FL_SSL_CA_CERTFILE: {line}")).collect();
-            Ok(Trust { ca: Some(certificate), warnings })
+            Ok(Trust { ca: Some(bundle), warnings })
         }
         (true, None, Some(vm)) => {
             let required_by = if config.tls == Some(true) {
@@ -242,7 +242,7 @@ fn published_ca(
         .chain(valid.warnings)
         .map(|line| format!("FL_CA_CERT of the SuperLink's VM {}: {line}", vm.id))
         .collect();
-    Ok(Trust { ca: Some(valid.certificate), warnings })
+    Ok(Trust { ca: Some(valid.bundle), warnings })
 }
 
 /// Runs one discovery attempt: the static address, else the first running VM of the role

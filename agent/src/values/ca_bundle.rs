@@ -1,5 +1,5 @@
-//! The CAs that vouch for the SuperLink: what an operator or a peer hands over, read as X.509 (RFC
-//! 5280). Pure: what time it is, the caller tells.
+//! CA certificates for the connection to the SuperLink, from the operator or a peer, parsed as X.509
+//! (RFC 5280). Pure: the caller passes the current time.
 
 use std::fmt::{self, Write as _};
 use std::time::SystemTime;
@@ -16,15 +16,14 @@ use super::error::ValidationError;
 use super::text::escape;
 
 const BEGIN: &str = "-----BEGIN ";
-const NOT_WHOLE: &str = "what it holds is not a certificate, or not a whole one";
-const PRIVATE_KEY: &str = "it holds a private key, which must not leave its owner";
-const REQUEST: &str = "a certificate request, which a CA has yet to sign";
+const MALFORMED: &str = "it does not contain a complete certificate";
+const PRIVATE_KEY: &str = "it contains a private key, which must stay with its owner";
+const REQUEST: &str = "a certificate request that no CA has signed yet";
 const PUBLIC_KEY: &str = "a public key";
-const PKCS7: &str = "PKCS#7 (openssl pkcs7 -print_certs -in FILE takes the certificates out)";
-const TRUSTED: &str =
-    "a certificate in OpenSSL's own form (openssl x509 -in FILE makes a plain one)";
+const PKCS7: &str = "PKCS#7 (extract the certificates: openssl pkcs7 -print_certs -in FILE)";
+const TRUSTED: &str = "a certificate in OpenSSL's trusted form (convert it: openssl x509 -in FILE)";
 
-/// Certificates of CAs, one or several: each once, in the order in which they came.
+/// One or more CA certificates without duplicates, in their original order.
 #[derive(Clone)]
 pub struct CaBundle {
     cas: Vec<Ca>,
@@ -33,7 +32,7 @@ pub struct CaBundle {
     ignored: Option<String>,
 }
 
-/// A certificate whose owner may sign others.
+/// A certificate that may sign others.
 #[derive(Clone)]
 struct Ca {
     der: Vec<u8>,
@@ -42,20 +41,20 @@ struct Ca {
     not_after: DateTime,
 }
 
-/// What a text holds besides what makes it useless.
+/// One element of a bundle.
 enum Piece {
     Ca(Ca),
-    /// Something else, in words.
+    /// Anything else that a bundle may contain, described for a message.
     Other(String),
 }
 
-/// What can be used of a [`CaBundle`] at a given time.
+/// The part of a [`CaBundle`] that is valid at a given time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ValidBundle {
     /// The CAs that have not expired.
-    pub certificate: CaBundle,
-    /// What is wrong with the validity of some, each a WARNING. Who asked adds where the
-    /// certificate comes from.
+    pub bundle: CaBundle,
+    /// Problems with the validity of some, each reported at WARNING. The caller adds the source of the
+    /// bundle.
     pub warnings: Vec<String>,
 }
 
@@ -65,7 +64,7 @@ impl fmt::Debug for CaBundle {
     }
 }
 
-/// The same CAs are the same certificate, in whatever form they came.
+/// Bundles with the same certificates are equal, whatever their original form.
 impl PartialEq for CaBundle {
     fn eq(&self, other: &Self) -> bool {
         self.pem == other.pem
@@ -75,15 +74,15 @@ impl PartialEq for CaBundle {
 impl Eq for CaBundle {}
 
 impl CaBundle {
-    /// Reads base64 (line breaks and blanks in it are dropped) of PEM text or of one certificate in
-    /// DER, or the PEM text itself. Text around the certificates and repetitions of one are
-    /// dropped; of what else is no CA, see [`Self::ignored`].
+    /// Parses base64 (whitespace is ignored) of PEM text or of one certificate in DER, or the PEM text
+    /// itself. Text around the certificates and duplicates are dropped; anything else that is not a
+    /// CA is described by [`Self::ignored`].
     ///
     /// # Errors
-    /// What is accepted, and what this is instead. The value is never repeated: it may be a private
-    /// key by mistake.
+    /// When there is no CA, or something is malformed. The error describes the value but never
+    /// repeats it, because it may be a private key by mistake.
     pub fn parse(text: &str) -> Result<Self, ValidationError> {
-        Self::read(text).map_err(|why| {
+        Self::parse_any_form(text).map_err(|why| {
             ValidationError::with_detail(
                 "must be the base64 of a CA's PEM certificate (base64 -w0 ca.crt)",
                 why,
@@ -91,7 +90,7 @@ impl CaBundle {
         })
     }
 
-    fn read(text: &str) -> Result<Self, String> {
+    fn parse_any_form(text: &str) -> Result<Self, String> {
         let was_raw_pem = text.contains(BEGIN);
         let bytes = if was_raw_pem {
             text.into()
@@ -108,43 +107,42 @@ impl CaBundle {
             }
         }
         if cas.is_empty() {
-            return Err(format!("this is {}", listed(&others)));
+            return Err(format!("this is {}", list(&others)));
         }
-        let ignored =
-            (!others.is_empty()).then(|| format!("what is no CA is left out: {}", listed(&others)));
-        Ok(Self::of(cas, was_raw_pem, ignored))
+        let ignored = (!others.is_empty())
+            .then(|| format!("ignored because it is not a CA: {}", list(&others)));
+        Ok(Self::new(cas, was_raw_pem, ignored))
     }
 
-    fn of(cas: Vec<Ca>, was_raw_pem: bool, ignored: Option<String>) -> Self {
+    fn new(cas: Vec<Ca>, was_raw_pem: bool, ignored: Option<String>) -> Self {
         let mut pem = String::new();
         cas.iter().for_each(|ca| push_pem(&mut pem, &ca.der));
         Self { cas, pem, was_raw_pem, ignored }
     }
 
-    /// The PEM text, as RFC 7468 wants it: gRPC's reader is stricter than people and their mail
-    /// programs are.
+    /// The PEM text in the strict form of RFC 7468, which gRPC requires.
     pub fn pem(&self) -> &str {
         &self.pem
     }
 
-    /// Whether it came as PEM text, without the base64 around it.
+    /// Whether the original form was PEM text instead of its base64.
     pub fn was_raw_pem(&self) -> bool {
         self.was_raw_pem
     }
 
-    /// What stood among the CAs and is none of them: a WARNING. Who asked adds where the
-    /// certificate comes from.
+    /// What was ignored because it is not a CA, reported at WARNING. The caller adds the source of the
+    /// bundle.
     pub fn ignored(&self) -> Option<&str> {
         self.ignored.as_deref()
     }
 
-    /// What can be used at `now`: an expired CA is left out, one that is not valid yet is kept, for
-    /// the clock of a VM may well be behind when it boots.
+    /// Returns the part that is usable at `now`. An expired CA is dropped; a CA that is not valid yet
+    /// is kept, because the clock of a VM may be behind at boot.
     ///
     /// # Errors
-    /// When all have expired: which, when, and what the clock says.
+    /// When all CAs have expired.
     pub fn valid_at(&self, now: SystemTime) -> Result<ValidBundle, ValidationError> {
-        let clock = format!("this machine's clock says {}", utc(now));
+        let clock = format!("the clock of this VM says {}", utc(now));
         let (expired, kept): (Vec<&Ca>, Vec<&Ca>) =
             self.cas.iter().partition(|ca| ca.not_after.to_system_time() < now);
         let ends: Vec<String> = expired
@@ -154,7 +152,7 @@ impl CaBundle {
         if kept.is_empty() {
             return Err(ValidationError::with_detail(
                 "must be a CA that has not expired",
-                format!("{}; {clock}", listed(&ends)),
+                format!("{}; {clock}", list(&ends)),
             ));
         }
         let starts: Vec<String> = kept
@@ -164,40 +162,40 @@ impl CaBundle {
             .collect();
         let mut warnings = Vec::new();
         if !ends.is_empty() {
-            warnings.push(format!("what has expired is left out: {}; {clock}", listed(&ends)));
+            warnings.push(format!("ignored because it has expired: {}; {clock}", list(&ends)));
         }
         if !starts.is_empty() {
-            warnings.push(format!("{}; {clock}, which may be wrong", listed(&starts)));
+            warnings.push(format!("{}; {clock}, which may be wrong", list(&starts)));
         }
         let kept = kept.into_iter().cloned().collect();
         Ok(ValidBundle {
-            certificate: Self::of(kept, self.was_raw_pem, self.ignored.clone()),
+            bundle: Self::new(kept, self.was_raw_pem, self.ignored.clone()),
             warnings,
         })
     }
 }
 
 fn read_pieces(bytes: &[u8]) -> Result<Vec<Piece>, String> {
-    // People write their names around a certificate in any encoding; what counts is ASCII.
+    // The text around a certificate may be in any encoding; the certificate itself is ASCII.
     let text = String::from_utf8_lossy(bytes);
     if text.contains("PRIVATE KEY") {
         Err(PRIVATE_KEY.into())
     } else if text.contains(BEGIN) {
         read_pem(&text)
-    } else if begins_as_der(bytes) {
+    } else if starts_as_der(bytes) {
         Ok(vec![read_der(bytes)?])
     } else if decode_base64(&text)
-        .is_some_and(|inner| inner.starts_with(BEGIN.as_bytes()) || begins_as_der(&inner))
+        .is_some_and(|inner| inner.starts_with(BEGIN.as_bytes()) || starts_as_der(&inner))
     {
-        Err("it is base64 of base64: encode it once (Sunstone encodes a text64 input by itself)"
+        Err("it is base64 of base64: encode it once (Sunstone itself encodes a text64 input)"
             .into())
     } else {
-        Err("what it encodes is neither PEM nor DER".into())
+        Err("the decoded bytes are neither PEM nor DER".into())
     }
 }
 
-/// With the tag of a sequence, as all that is taken for a certificate does.
-fn begins_as_der(bytes: &[u8]) -> bool {
+/// Whether `bytes` begins with the tag of a sequence, as every structure here does.
+fn starts_as_der(bytes: &[u8]) -> bool {
     bytes.first() == Some(&0x30)
 }
 
@@ -205,13 +203,13 @@ fn read_pem(text: &str) -> Result<Vec<Piece>, String> {
     let mut pieces = Vec::new();
     let mut rest = text;
     while let Some((_, after)) = rest.split_once(BEGIN) {
-        let (label, body) = after.split_once("-----").ok_or("its BEGIN line is cut off")?;
+        let (label, body) = after.split_once("-----").ok_or("its BEGIN line is incomplete")?;
         let (body, after) =
             body.split_once(&format!("-----END {label}-----")).ok_or("its END line is missing")?;
         rest = after;
         pieces.push(match label {
-            // The second is what it was called before RFC 7468 (section 5.1).
-            "CERTIFICATE" | "X509 CERTIFICATE" => read_der(&decode_base64(body).ok_or(NOT_WHOLE)?)?,
+            // The second is the label from before RFC 7468 (section 5.1).
+            "CERTIFICATE" | "X509 CERTIFICATE" => read_der(&decode_base64(body).ok_or(MALFORMED)?)?,
             "TRUSTED CERTIFICATE" => Piece::Other(TRUSTED.into()),
             "CERTIFICATE REQUEST" | "NEW CERTIFICATE REQUEST" => Piece::Other(REQUEST.into()),
             "PUBLIC KEY" | "RSA PUBLIC KEY" => Piece::Other(PUBLIC_KEY.into()),
@@ -223,33 +221,33 @@ fn read_pem(text: &str) -> Result<Vec<Piece>, String> {
 }
 
 fn read_der(der: &[u8]) -> Result<Piece, String> {
-    let mut reader = SliceReader::new(der).map_err(|_| NOT_WHOLE)?;
+    let mut reader = SliceReader::new(der).map_err(|_| MALFORMED)?;
     match reader.decode::<x509_cert::Certificate>() {
         Ok(_) if !reader.is_finished() => {
             Err("there are bytes after the end of the certificate".into())
         }
-        Ok(certificate) => judge(&certificate, der),
-        Err(_) => name_other(der),
+        Ok(certificate) => classify_certificate(&certificate, der),
+        Err(_) => classify_other(der),
     }
 }
 
-/// Whether a certificate is a CA's (RFC 5280, sections 4.2.1.3 and 4.2.1.9). gRPC 1.85 looks at
-/// keyUsage alone: there a server's own certificate would do as well, until the server has its next
-/// one.
-fn judge(certificate: &x509_cert::Certificate, der: &[u8]) -> Result<Piece, String> {
+/// Determines whether a certificate is a CA (RFC 5280, sections 4.2.1.3 and 4.2.1.9). gRPC 1.85
+/// checks keyUsage only, so that it would also accept the server's own certificate, until the server
+/// renews it.
+fn classify_certificate(certificate: &x509_cert::Certificate, der: &[u8]) -> Result<Piece, String> {
     let signed = &certificate.tbs_certificate;
     if signed.extensions.is_some() && signed.version != Version::V3 {
-        return Err(NOT_WHOLE.into());
+        return Err(MALFORMED.into());
     }
-    let constraints = signed.get::<BasicConstraints>().map_err(|_| NOT_WHOLE)?;
-    let usage = signed.get::<KeyUsage>().map_err(|_| NOT_WHOLE)?;
-    // X.509 v1 has no way to say it; OpenSSL and BoringSSL believe it when it is self-signed.
+    let constraints = signed.get::<BasicConstraints>().map_err(|_| MALFORMED)?;
+    let usage = signed.get::<KeyUsage>().map_err(|_| MALFORMED)?;
+    // X.509 v1 has no such extension; OpenSSL and BoringSSL accept a self-signed certificate as a CA.
     let is_v1_root = signed.version == Version::V1 && signed.subject == signed.issuer;
     let subject = subject(&signed.subject);
     let why_not = if !constraints.map_or(is_v1_root, |(_, constraints)| constraints.ca) {
-        "its basicConstraints do not say CA:TRUE"
+        "basicConstraints is not CA:TRUE"
     } else if usage.is_some_and(|(_, usage)| !usage.key_cert_sign()) {
-        "its keyUsage has no keyCertSign"
+        "keyUsage lacks keyCertSign"
     } else {
         return Ok(Piece::Ca(Ca {
             der: der.to_vec(),
@@ -258,17 +256,17 @@ fn judge(certificate: &x509_cert::Certificate, der: &[u8]) -> Result<Piece, Stri
             not_after: signed.validity.not_after.to_date_time(),
         }));
     };
-    Ok(Piece::Other(format!("{subject}, which is no CA ({why_not})")))
+    Ok(Piece::Other(format!("{subject}, which is not a CA ({why_not})")))
 }
 
-/// What `der` is when it is no certificate, by the shape of its outermost sequence.
-fn name_other(der: &[u8]) -> Result<Piece, String> {
-    let elements = Vec::<Any>::from_der(der).map_err(|_| NOT_WHOLE)?;
+/// Classifies DER that is not a certificate by its outermost sequence.
+fn classify_other(der: &[u8]) -> Result<Piece, String> {
+    let elements = Vec::<Any>::from_der(der).map_err(|_| MALFORMED)?;
     let tags: Vec<Tag> = elements.iter().map(|element| element.tag()).collect();
     let version = elements.first().map_or(&[][..], |first| first.value());
     let what = match (tags.as_slice(), version) {
         ([Tag::Integer, Tag::Sequence, ..], [3]) => {
-            return Err("it is PKCS#12, which is made for private keys".into());
+            return Err("it is PKCS#12, a format for private keys".into());
         }
         // PKCS#8, PKCS#1 and SEC 1 begin with their version.
         ([Tag::Integer, ..], [0 | 1]) => return Err(PRIVATE_KEY.into()),
@@ -277,18 +275,18 @@ fn name_other(der: &[u8]) -> Result<Piece, String> {
         ([Tag::Sequence, Tag::BitString] | [Tag::Integer, Tag::Integer], _) => PUBLIC_KEY,
         ([Tag::ObjectIdentifier, ..], _) => PKCS7,
         _ if CertReq::from_der(der).is_ok() => REQUEST,
-        _ => return Err(NOT_WHOLE.into()),
+        _ => return Err(MALFORMED.into()),
     };
     Ok(Piece::Other(what.into()))
 }
 
-/// The name of a certificate's owner as people write it (RFC 4514), fit to be shown.
+/// The subject in RFC 4514 notation, escaped.
 fn subject(name: &Name) -> String {
     let mut text = String::new();
-    // Not `to_string`, which would panic at a name that cannot be written.
+    // `to_string` would panic if the name cannot be formatted.
     match write!(text, "{name}") {
         Ok(()) if !text.is_empty() => escape(&text),
-        _ => "a certificate without a name".into(),
+        _ => "a certificate without a subject".into(),
     }
 }
 
@@ -298,17 +296,17 @@ fn utc(time: SystemTime) -> String {
         .map_or_else(|_| "a year before 1970 or after 9999".into(), |time| time.to_string())
 }
 
-/// The first few of `items`, and how many more there are: a peer may send thousands.
-fn listed(items: &[String]) -> String {
-    const MOST: usize = 4;
-    let mut list = items.iter().take(MOST).map(String::as_str).collect::<Vec<_>>().join("; ");
-    if items.len() > MOST {
-        list.push_str(&format!("; and {} more", items.len() - MOST));
+/// Joins the first few of `items` and counts the rest: a peer may send thousands.
+fn list(items: &[String]) -> String {
+    const MAX_ITEMS: usize = 4;
+    let mut text = items.iter().take(MAX_ITEMS).map(String::as_str).collect::<Vec<_>>().join("; ");
+    if items.len() > MAX_ITEMS {
+        text.push_str(&format!("; and {} more", items.len() - MAX_ITEMS));
     }
-    list
+    text
 }
 
-/// Adds a certificate to `pem`, in lines of 64 characters.
+/// Appends a certificate to `pem`, in lines of 64 characters.
 fn push_pem(pem: &mut String, der: &[u8]) {
     let base64 = base64::prelude::BASE64_STANDARD.encode(der);
     let mut rest = base64.as_str();
@@ -322,7 +320,7 @@ fn push_pem(pem: &mut String, der: &[u8]) {
     pem.push_str("-----END CERTIFICATE-----\n");
 }
 
-/// Standard base64 (RFC 4648, section 4), in lines or in one, padded or not.
+/// Decodes standard base64 (RFC 4648, section 4), with or without line breaks and padding.
 fn decode_base64(text: &str) -> Option<Vec<u8>> {
     use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
     const LENIENT: GeneralPurpose = GeneralPurpose::new(
@@ -374,17 +372,17 @@ mod tests {
         [&[tag, content.len() as u8], content].concat()
     }
 
-    /// The second half of the refusal, the one that says what the text is.
+    /// The second half of the error, which describes the text.
     #[track_caller]
     fn why(text: &str) -> String {
-        let refusal = CaBundle::parse(text).unwrap_err().to_string();
-        let (expected, why) = refusal.split_once("; ").unwrap();
+        let error = CaBundle::parse(text).unwrap_err().to_string();
+        let (expected, why) = error.split_once("; ").unwrap();
         assert_eq!(expected, "must be the base64 of a CA's PEM certificate (base64 -w0 ca.crt)");
         assert!(!why.contains('\n') && why.len() < 1000, "{why}");
         why.to_owned()
     }
 
-    /// The same in PEM, in the base64 of it and in that of its DER.
+    /// The same for PEM, base64 of PEM and base64 of DER.
     #[track_caller]
     fn why_in_any_form(pem: &str) -> String {
         let first = why(pem);
@@ -399,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ca_comes_as_base64_of_pem_or_of_der_or_as_pem() {
+    fn parses_pem_and_base64_of_pem_and_der() {
         let base64 = BASE64_STANDARD.encode(TEST_CA);
         let wrapped: String = base64
             .as_bytes()
@@ -415,16 +413,16 @@ mod tests {
             (&no_padding, false),
             (&der, false),
         ] {
-            let certificate = CaBundle::parse(text).expect(text);
-            assert_eq!((certificate.pem(), certificate.ignored()), (TEST_CA, None));
-            assert_eq!(certificate.was_raw_pem(), was_raw_pem, "{text}");
+            let bundle = CaBundle::parse(text).expect(text);
+            assert_eq!((bundle.pem(), bundle.ignored()), (TEST_CA, None));
+            assert_eq!(bundle.was_raw_pem(), was_raw_pem, "{text}");
         }
         assert_eq!(CaBundle::parse(TEST_CA), CaBundle::parse(&base64));
         assert_ne!(CaBundle::parse(TEST_CA), CaBundle::parse(HOSPITAL_CA));
     }
 
     #[test]
-    fn a_ca_is_kept_as_grpc_reads_it_whatever_stood_around_it() {
+    fn pem_is_normalised_for_grpc() {
         let in_one_line = TEST_CA.replace('\n', " ");
         let for_windows = format!("\u{feff}{}", TEST_CA.replace('\n', "\r\n"));
         let of_old = TEST_CA.replace("CERTIFICATE", "X509 CERTIFICATE");
@@ -436,22 +434,22 @@ mod tests {
     }
 
     #[test]
-    fn several_cas_are_kept_in_their_order_and_each_once() {
+    fn cas_keep_their_order_without_duplicates() {
         let bundle = format!("{HOSPITAL_CA}{TEST_CA}\n{HOSPITAL_CA}{V1_ROOT}");
-        let certificate = CaBundle::parse(&bundle).unwrap();
-        assert_eq!(certificate.pem(), format!("{HOSPITAL_CA}{TEST_CA}{V1_ROOT}"));
-        assert_eq!(certificate.ignored(), None);
+        let bundle = CaBundle::parse(&bundle).unwrap();
+        assert_eq!(bundle.pem(), format!("{HOSPITAL_CA}{TEST_CA}{V1_ROOT}"));
+        assert_eq!(bundle.ignored(), None);
     }
 
     #[test]
-    fn what_stands_among_cas_and_is_none_is_left_out_by_name() {
-        let certificate = CaBundle::parse(&format!("{LEAF}{REQUEST_PEM}{TEST_CA}")).unwrap();
-        assert_eq!(certificate.pem(), TEST_CA);
+    fn other_elements_are_ignored_and_described() {
+        let bundle = CaBundle::parse(&format!("{LEAF}{REQUEST_PEM}{TEST_CA}")).unwrap();
+        assert_eq!(bundle.pem(), TEST_CA);
         assert_eq!(
-            certificate.ignored(),
+            bundle.ignored(),
             Some(
-                "what is no CA is left out: CN=superlink.example, which is no CA (its basicConstraints do not say CA:TRUE); \
-                 a certificate request, which a CA has yet to sign"
+                "ignored because it is not a CA: CN=superlink.example, which is not a CA \
+                 (basicConstraints is not CA:TRUE); a certificate request that no CA has signed yet"
             )
         );
         let many = CaBundle::parse(&format!("{TEST_CA}{}", LEAF.repeat(1000))).unwrap();
@@ -460,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn a_private_key_is_refused_wherever_it_stands() {
+    fn private_key_is_rejected_anywhere() {
         let version = |number| short(0x02, &[number]);
         let octets = short(0x04, b"secret");
         let pkcs_8 = short(0x30, &[version(0), short(0x30, &[]), octets.clone()].concat());
@@ -481,19 +479,19 @@ mod tests {
         for text in texts {
             assert_eq!(
                 why(&text),
-                "it holds a private key, which must not leave its owner",
+                "it contains a private key, which must stay with its owner",
                 "{text}"
             );
         }
         let pkcs_12 = short(0x30, &[version(3), short(0x30, &[])].concat());
         assert_eq!(
             why(&BASE64_STANDARD.encode(pkcs_12)),
-            "it is PKCS#12, which is made for private keys"
+            "it is PKCS#12, a format for private keys"
         );
     }
 
     #[test]
-    fn what_is_no_certificate_is_told_by_what_it_is() {
+    fn text_without_certificate_is_described() {
         assert_eq!(why_in_any_form(REQUEST_PEM), format!("this is {REQUEST}"));
         assert_eq!(why_in_any_form(PUBLIC_PEM), "this is a public key");
         assert_eq!(why_in_any_form(CHAIN), format!("this is {PKCS7}"));
@@ -510,8 +508,8 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_that_is_no_cas_is_named() {
-        let no_constraints = "its basicConstraints do not say CA:TRUE";
+    fn certificate_that_is_not_a_ca_is_named() {
+        let no_constraints = "basicConstraints is not CA:TRUE";
         for (pem, subject, reason) in [
             (LEAF, "CN=superlink.example", no_constraints),
             (
@@ -523,12 +521,12 @@ mod tests {
             (
                 include_str!("../../tests/certificates/no-cert-sign.crt"),
                 "CN=no-cert-sign",
-                "its keyUsage has no keyCertSign",
+                "keyUsage lacks keyCertSign",
             ),
         ] {
             assert_eq!(
                 why_in_any_form(pem),
-                format!("this is {subject}, which is no CA ({reason})")
+                format!("this is {subject}, which is not a CA ({reason})")
             );
         }
         let hostile = why(HOSTILE_NAME);
@@ -539,12 +537,12 @@ mod tests {
     }
 
     #[test]
-    fn a_self_signed_certificate_of_x509_v1_is_a_ca() {
+    fn self_signed_x509_v1_certificate_is_a_ca() {
         assert_eq!(CaBundle::parse(V1_ROOT).unwrap().pem(), V1_ROOT);
     }
 
     #[test]
-    fn a_certificate_is_whole_to_its_last_byte() {
+    fn malformed_certificate_is_rejected() {
         let der = der_of(TEST_CA);
         let more = [&der[..], &[0]].concat();
         for text in [pem_of(&more), BASE64_STANDARD.encode(&more), pem_of(&der.repeat(2))] {
@@ -555,19 +553,19 @@ mod tests {
         for der in
             [&der[..der.len() - 1], &endless, &wrong_tag, &[], &[0x30], &element(0x30, &[0; 300])]
         {
-            assert_eq!(why(&pem_of(der)), NOT_WHOLE, "{der:02x?}");
+            assert_eq!(why(&pem_of(der)), MALFORMED, "{der:02x?}");
         }
         let end = TEST_CA.find("-----END").unwrap();
         assert_eq!(why(&TEST_CA[..end]), "its END line is missing");
-        assert_eq!(why("-----BEGIN CERT"), "its BEGIN line is cut off");
-        // One that cannot be read is no reason to guess at the others.
-        assert_eq!(why(&format!("{HOSPITAL_CA}{}", TEST_CA.replacen("MII", "MII!", 1))), NOT_WHOLE);
+        assert_eq!(why("-----BEGIN CERT"), "its BEGIN line is incomplete");
+        // One malformed certificate rejects the whole bundle.
+        assert_eq!(why(&format!("{HOSPITAL_CA}{}", TEST_CA.replacen("MII", "MII!", 1))), MALFORMED);
     }
 
     #[test]
-    fn what_is_neither_base64_nor_a_certificate_is_told() {
+    fn invalid_encoding_is_described() {
         assert_eq!(why("!!!"), "it is not base64");
-        assert_eq!(why("aGVsbG8="), "what it encodes is neither PEM nor DER");
+        assert_eq!(why("aGVsbG8="), "the decoded bytes are neither PEM nor DER");
         for once in [BASE64_STANDARD.encode(TEST_CA), BASE64_STANDARD.encode(der_of(TEST_CA))] {
             assert!(
                 why(&BASE64_STANDARD.encode(once))
@@ -577,21 +575,21 @@ mod tests {
     }
 
     #[test]
-    fn a_ca_that_is_valid_is_used_without_a_word() {
+    fn valid_ca_has_no_warning() {
         let ca = CaBundle::parse(TEST_CA).unwrap();
         assert_eq!(
             ca.valid_at(noon(2100)),
-            Ok(ValidBundle { certificate: ca.clone(), warnings: vec![] })
+            Ok(ValidBundle { bundle: ca.clone(), warnings: vec![] })
         );
     }
 
     #[test]
-    fn an_expired_ca_is_refused_with_its_date_and_the_clocks() {
+    fn expired_ca_is_rejected_with_both_dates() {
         let old = CaBundle::parse(OLD_CA).unwrap();
         assert_eq!(
             old.valid_at(noon(2026)).unwrap_err().to_string(),
             "must be a CA that has not expired; CN=old-ca expired at 2024-05-01T00:00:00Z; \
-             this machine's clock says 2026-01-01T12:00:00Z"
+             the clock of this VM says 2026-01-01T12:00:00Z"
         );
         // The last second is within (RFC 5280, section 4.1.2.5).
         let last = DateTime::new(2024, 5, 1, 0, 0, 0).unwrap().to_system_time();
@@ -599,34 +597,34 @@ mod tests {
     }
 
     #[test]
-    fn an_expired_ca_among_valid_ones_is_left_out_with_a_warning() {
+    fn expired_ca_in_a_bundle_is_ignored_with_warning() {
         let bundle = CaBundle::parse(&format!("{TEST_CA}{OLD_CA}{LEAF}")).unwrap();
         let valid = bundle.valid_at(noon(2100)).unwrap();
-        assert_eq!(valid.certificate.pem(), TEST_CA);
-        assert_eq!(valid.certificate.ignored(), bundle.ignored());
+        assert_eq!(valid.bundle.pem(), TEST_CA);
+        assert_eq!(valid.bundle.ignored(), bundle.ignored());
         assert_eq!(
             valid.warnings,
-            ["what has expired is left out: CN=old-ca expired at 2024-05-01T00:00:00Z; \
-              this machine's clock says 2100-01-01T12:00:00Z"]
+            ["ignored because it has expired: CN=old-ca expired at 2024-05-01T00:00:00Z; \
+              the clock of this VM says 2100-01-01T12:00:00Z"]
         );
     }
 
     #[test]
-    fn a_ca_that_is_not_valid_yet_is_kept_for_the_clock_may_be_wrong() {
+    fn ca_that_is_not_valid_yet_is_kept() {
         let ca = CaBundle::parse(HOSPITAL_CA).unwrap();
         for (now, clock) in [
             (noon(1970), "1970-01-01T12:00:00Z"),
             (UNIX_EPOCH - Duration::from_secs(1), "a year before 1970 or after 9999"),
         ] {
-            let ValidBundle { certificate, warnings } = ca.valid_at(now).unwrap();
-            assert_eq!(certificate, ca);
+            let ValidBundle { bundle, warnings } = ca.valid_at(now).unwrap();
+            assert_eq!(bundle, ca);
             assert_eq!(warnings.len(), 1);
             let (dates, doubt) = warnings[0].split_once("; ").unwrap();
             assert!(
                 dates.starts_with("CN=hospital-ca,O=Klinikum Süd is not valid before 2026-11-26T"),
                 "{dates}"
             );
-            assert_eq!(doubt, format!("this machine's clock says {clock}, which may be wrong"));
+            assert_eq!(doubt, format!("the clock of this VM says {clock}, which may be wrong"));
         }
     }
 
@@ -644,14 +642,14 @@ mod tests {
         ])
     }
 
-    /// What is accepted is accepted again from its own text, with the same result.
+    /// Asserts that an accepted bundle is accepted again from its own PEM, with the same result.
     fn is_stable(text: &str) -> Result<(), TestCaseError> {
-        if let Ok(certificate) = CaBundle::parse(text) {
-            let again = CaBundle::parse(certificate.pem())
+        if let Ok(bundle) = CaBundle::parse(text) {
+            let again = CaBundle::parse(bundle.pem())
                 .map_err(|error| TestCaseError::fail(error.to_string()))?;
-            prop_assert_eq!(&again, &certificate);
+            prop_assert_eq!(&again, &bundle);
             prop_assert_eq!(again.ignored(), None);
-            prop_assert_eq!(again.valid_at(noon(2030)), certificate.valid_at(noon(2030)));
+            prop_assert_eq!(again.valid_at(noon(2030)), bundle.valid_at(noon(2030)));
         }
         Ok(())
     }
@@ -687,13 +685,13 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_is_no_flood_in_the_log() {
+    fn debug_output_is_short() {
         let ca = CaBundle::parse(TEST_CA).unwrap();
         assert_eq!(format!("{ca:?}"), format!("CaBundle({} bytes)", TEST_CA.len()));
     }
 
     #[test]
-    fn a_ca_is_valid_from_its_first_second_on() {
+    fn ca_is_valid_from_its_first_second() {
         let ca = CaBundle::parse(HOSPITAL_CA).unwrap();
         let first = ca.cas[0].not_before.to_system_time();
         assert_eq!(ca.valid_at(first).unwrap().warnings, Vec::<String>::new());
@@ -701,15 +699,15 @@ mod tests {
     }
 
     #[test]
-    fn der_of_a_shape_that_nothing_has_is_no_certificate() {
-        assert_eq!(why(&pem_of(&short(0x30, &short(0x04, b"x")))), NOT_WHOLE);
+    fn unknown_der_structure_is_malformed() {
+        assert_eq!(why(&pem_of(&short(0x30, &short(0x04, b"x")))), MALFORMED);
     }
 
     #[test]
-    fn an_owner_without_a_name_is_called_that_and_a_long_list_is_cut() {
-        assert_eq!(subject(&Name::default()), "a certificate without a name");
+    fn empty_subject_and_long_list_are_handled() {
+        assert_eq!(subject(&Name::default()), "a certificate without a subject");
         let items = ["a", "b", "c", "d", "e"].map(String::from);
-        assert_eq!(listed(&items[..4]), "a; b; c; d");
-        assert_eq!(listed(&items), "a; b; c; d; and 1 more");
+        assert_eq!(list(&items[..4]), "a; b; c; d");
+        assert_eq!(list(&items), "a; b; c; d; and 1 more");
     }
 }
