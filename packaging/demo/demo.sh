@@ -264,7 +264,7 @@ begin "the node: supernode-agent run"
 "$agent" run --settings "$work/agent.toml" 2>"$work/agent.log" &
 agent_pid=$!
 verdict_is_logged() {
-    grep -Eq 'WARNING No usable GPU|started the container|ERROR' "$work/agent.log"
+    grep -Eq 'WARNING no usable GPU|started the container|ERROR' "$work/agent.log"
 }
 wait_for 120 "the agent logs no verdict" verdict_is_logged
 node_runs() { [ "$(docker inspect --format '{{.State.Running}}' "$name" 2>&1)" = true ]; }

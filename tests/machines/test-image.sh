@@ -94,7 +94,7 @@ expect() {
 expect '^booted under UEFI' "the unmodified image boots under UEFI"
 expect '^runs true on runc from flwr/supernode:' "the prebaked framework image runs on the CPU"
 expect 'Starting Flower SuperNode' "Flower starts"
-expect '^warning: No usable GPU.*gpu-not-passed-through' "the WARNING names the cause"
+expect '^warning: no usable GPU.*gpu-not-passed-through' "the WARNING names the cause"
 expect 'Status: "Running on the CPU: gpu-not-passed-through' \
     "systemctl status shows the device and the cause"
 expect 'READY=YES' "READY is reported once the container runs"

@@ -193,7 +193,7 @@ impl BootedVm {
 }
 
 impl Boot {
-    /// Journal entries of a unit's processes, each as priority and message: `4 No usable GPU…`.
+    /// Journal entries of a unit's processes, each as priority and message: `4 no usable GPU…`.
     #[must_use]
     pub fn messages_of(&self, unit: &str) -> Vec<String> {
         let of_unit = |entry: &&Value| entry["_SYSTEMD_UNIT"] == unit;

@@ -13,7 +13,7 @@ use serde_json::Value;
 use supernode_tests::{Boot, BootedVm};
 
 const UNIT: &str = "flower-supernode.service";
-const FALLBACK: &str = "No usable GPU, this node runs on the CPU.";
+const FALLBACK: &str = "no usable GPU; this node runs on the CPU:";
 const CONTAINER: &str = "docker inspect flower-supernode \
     --format 'runs {{.State.Running}} on {{.HostConfig.Runtime}}'\n";
 
@@ -524,12 +524,12 @@ const WITHOUT: [Step; 10] = [
             "daemon.json 1000:1000 600",
             "/srv/theirs/data",
         ],
-        &["No usable GPU"],
+        &["no usable GPU"],
     ),
     (
         "CHOWN",
         &[
-            "No usable GPU, this node runs on the CPU. runtime-not-configured",
+            "no usable GPU; this node runs on the CPU: runtime-not-configured",
             "cannot write /etc/docker/daemon.json: Operation not permitted",
             "runs true on runc",
             "daemon.json 1000:1000 600",
@@ -539,7 +539,7 @@ const WITHOUT: [Step; 10] = [
     (
         "DAC_OVERRIDE",
         &[
-            "No usable GPU, this node runs on the CPU. runtime-not-configured",
+            "no usable GPU; this node runs on the CPU: runtime-not-configured",
             "cannot read /etc/docker/daemon.json: Permission denied",
             "cannot write /srv/theirs/data: Permission denied",
         ],
@@ -552,7 +552,7 @@ const WITHOUT: [Step; 10] = [
     // NVIDIA's runtime does not inject the GPU.
     (
         "NONE-LEFT-OUT",
-        &["No usable GPU, this node runs on the CPU. gpu-not-visible", "runs true on runc"],
+        &["no usable GPU; this node runs on the CPU: gpu-not-visible", "runs true on runc"],
         &["cannot see"],
     ),
     (
@@ -562,7 +562,7 @@ const WITHOUT: [Step; 10] = [
             "/root/dev: Permission denied",
             "runs true on nvidia",
         ],
-        &["No usable GPU"],
+        &["no usable GPU"],
     ),
     // NVIDIA's own library without device nodes. There is no driver here in either case.
     ("MKNOD", &["driver-not-loaded"], &["/dev/nvidiactl"]),

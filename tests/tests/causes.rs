@@ -583,7 +583,7 @@ fn assert_all_announced(engine: &Engine, causes: &[Cause]) {
         let vm = faulty_vm(cause, engine);
         let began = Instant::now();
         let mut agent = vm.start();
-        agent.wait_for_line("No usable GPU, this node runs on the CPU.", TIMEOUT);
+        agent.wait_for_line("no usable GPU; this node runs on the CPU:", TIMEOUT);
         let seconds = began.elapsed().as_secs_f64();
         agent.wait_for_notify("READY=1", TIMEOUT);
         let context = fs::read_to_string(vm.path("context/context.sh.network")).unwrap();
@@ -775,7 +775,7 @@ fn required_gpu_turns_every_cause_into_an_error() {
             cause.how,
             agent.lines()
         );
-        agent.wait_for_line("No usable GPU, and FL_GPU_REQUIRED is YES", TIMEOUT);
+        agent.wait_for_line("no usable GPU and FL_GPU_REQUIRED is YES", TIMEOUT);
         let entries = entries(&agent);
         let entry = entries.iter().find(|entry| entry["fl_gpu_status"] == "required");
         let entry = entry.unwrap_or_else(|| panic!("{}: {entries:#?}", cause.how));
@@ -819,7 +819,7 @@ fn fix_matches_the_distribution() {
         }
         let mut agent = vm.start();
         assert_eq!(agent.wait_exit(TIMEOUT), 1);
-        agent.wait_for_line("No usable GPU", TIMEOUT);
+        agent.wait_for_line("no usable GPU", TIMEOUT);
         let warning =
             entries(&agent).into_iter().find(|entry| entry["level"] == "WARNING").unwrap();
         assert_own(warning["fl_gpu_fix"].as_str().unwrap());
@@ -923,7 +923,7 @@ fn assert_cpu_for(reason: &str, agent: &Agent, engine: &Engine) {
     agent.wait_for_line("started the container", TIMEOUT);
     let warnings = warnings(agent);
     assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
-    assert!(warnings[0].contains(reason) && warnings[0].contains("Fix: "), "{warnings:?}");
+    assert!(warnings[0].contains(reason) && warnings[0].contains("; fix: "), "{warnings:?}");
     let lines = agent.lines();
     let position = |text: &str| lines.iter().position(|line| line.contains(text)).unwrap();
     assert!(position(" WARNING ") < position("started the container"), "{lines:#?}");

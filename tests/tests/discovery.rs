@@ -448,7 +448,7 @@ fn static_address_uses_onegate_only_for_partition() {
     let agent = start_ready(&vm);
     assert!(!arguments(&engine).contains("partition-id"), "{}", arguments(&engine));
     assert!(
-        warnings(&agent).iter().any(|line| line.contains("FL_NODE_CONFIG stays empty")),
+        warnings(&agent).iter().any(|line| line.contains("starting without --node-config")),
         "{:#?}",
         warnings(&agent)
     );

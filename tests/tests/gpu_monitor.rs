@@ -150,7 +150,7 @@ impl MonitoredNode {
         self.wait_for_status("Running on the CPU: gpu-failed");
         let warnings = warnings(&self.agent);
         assert_eq!(warnings.len(), 1, "{:#?}", self.agent.lines());
-        for words in [&["gpu-failed", GPU_A, "0000:01:00.0", "Fix: "], words].concat() {
+        for words in [&["gpu-failed", GPU_A, "0000:01:00.0", "; fix: "], words].concat() {
             assert!(warnings[0].contains(words), "{words}: {warnings:?}");
         }
         let lines = self.agent.lines();
@@ -248,7 +248,10 @@ fn failed_gpu_is_retried_when_configured_then_given_up() {
     assert_ne!(node.id(), first);
     let warned = warnings(&node.agent);
     assert_eq!(warned.len(), 1, "{warned:?}");
-    assert!(warned[0].contains("is retried") && warned[0].contains("XID 48: "), "{warned:?}");
+    assert!(
+        warned[0].contains("GPU failed; retrying it") && warned[0].contains("XID 48: "),
+        "{warned:?}"
+    );
     // Now the GPU is unhealthy again.
     assert!(
         eventually(TIMEOUT, || node.calls().matches("nvmlEventSetCreate").count() >= 4),
@@ -263,7 +266,7 @@ fn failed_gpu_is_retried_when_configured_then_given_up() {
     node.trigger(119);
     node.agent.wait_for_line("XID 119: ", TIMEOUT);
     node.now("fail", json!({"nvmlInit_v2": 999}));
-    node.agent.wait_for_line("No usable GPU, this node runs on the CPU. gpu-failed", TIMEOUT);
+    node.agent.wait_for_line("no usable GPU; this node runs on the CPU: gpu-failed", TIMEOUT);
     node.wait_for_runtime("runc");
     let attempts =
         node.agent.lines().iter().filter(|line| line.contains("probing the failed GPU in")).count();
@@ -288,7 +291,8 @@ fn ignored_gpu_failure_only_warns() {
     let warnings = warnings(&node.agent);
     assert_eq!(warnings.len(), 2, "{warnings:?}");
     assert!(
-        warnings[0].contains("gpu-failed") && warnings[0].contains("the node continues with it"),
+        warnings[0].contains("gpu-failed")
+            && warnings[0].contains("GPU failed; continuing with it"),
         "{warnings:?}"
     );
 }
@@ -433,8 +437,7 @@ fn failed_required_gpu_stops_container_with_error() {
     };
     node.trigger(79);
     assert_eq!(node.agent.wait_exit(TIMEOUT), 78);
-    let line =
-        node.agent.wait_for_line(" ERROR The GPU failed, and FL_GPU_REQUIRED is YES", TIMEOUT);
+    let line = node.agent.wait_for_line(" ERROR GPU failed and FL_GPU_REQUIRED is YES", TIMEOUT);
     assert!(line.contains("gpu-failed") && line.contains("XID 79: "), "{line}");
     assert_eq!(inspect(&node.engine, "{{.State.Running}}"), "false");
 }

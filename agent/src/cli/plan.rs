@@ -24,7 +24,7 @@ use crate::docker::daemon_json::RUNTIME_NAME;
 use crate::docker::spec::ContainerSpec;
 use crate::gpu::reason::Finding;
 use crate::logging::error_chain;
-use crate::opennebula::publisher::OneGateAccess;
+use crate::opennebula::onegate::OneGateAccess;
 use crate::opennebula::superlink::SuperLink;
 use crate::supervisor::exporter::{NotWanted, plan_exporter};
 use crate::system::os_release::Distribution;
@@ -50,7 +50,7 @@ impl Plan {
         context: &Context,
         settings: &Settings,
     ) -> Result<Self, DaemonError> {
-        let onegate = OneGateAccess::of(context, settings);
+        let onegate = OneGateAccess::new(context, settings);
         let desired = DesiredState { config, settings: settings.clone(), onegate };
         let config = &desired.config;
         let ops = DryRunOps { config, settings, notes: RefCell::default() };

@@ -9,8 +9,7 @@ use one_context::source::{SourceError, read_context};
 use super::{DaemonError, log_error};
 use crate::config::settings::Settings;
 use crate::config::{Config, Diagnostics};
-use crate::opennebula::onegate::{OneGateAvailability, OneGateUnavailable};
-use crate::opennebula::publisher::OneGateAccess;
+use crate::opennebula::onegate::{OneGateAccess, OneGateAvailability, OneGateUnavailable};
 use crate::opennebula::superlink;
 use crate::system::blocking::run_blocking;
 
@@ -27,7 +26,7 @@ impl DesiredState {
     pub(super) fn new(context: &Context, settings: Settings) -> Result<Self, DaemonError> {
         let (config, diagnostics) = Config::read(context, &settings.container.prebaked_dir)?;
         log_diagnostics(&diagnostics);
-        let onegate = OneGateAccess::of(context, &settings);
+        let onegate = OneGateAccess::new(context, &settings);
         superlink::check_config(availability(&onegate), &config, SystemTime::now())?;
         Ok(Self { config, settings, onegate })
     }
@@ -71,7 +70,7 @@ pub(super) async fn read_context_file(settings: &Settings) -> Result<Context, So
 pub(super) fn availability(
     onegate: &Result<OneGateAccess, OneGateUnavailable>,
 ) -> OneGateAvailability<'_> {
-    onegate.as_ref().map(OneGateAccess::gate)
+    onegate.as_ref().map(OneGateAccess::client)
 }
 
 fn log_diagnostics(diagnostics: &Diagnostics) {

@@ -10,8 +10,8 @@ use crate::backoff::Backoff;
 use crate::config::EdgeBackoff;
 use crate::config::settings::Settings;
 use crate::logging::error_chain;
+use crate::opennebula::onegate::OneGateAccess;
 use crate::opennebula::partition::{self, Partition, PartitionStore};
-use crate::opennebula::publisher::OneGateAccess;
 use crate::opennebula::superlink::{Discovery, SuperLink, SuperLinkError, find_superlink};
 use crate::report::Reporter;
 use crate::values::sanitize_line;
@@ -123,9 +123,9 @@ async fn acquire_partition(
             let attempt = async {
                 let service = match service.take() {
                     Some(service) => service,
-                    None => onegate.gate().service().await?,
+                    None => onegate.client().service().await?,
                 };
-                partition::acquire(onegate.gate(), &service, &store).await
+                partition::acquire(onegate.client(), &service, &store).await
             };
             match attempt.await {
                 Ok(partition) => return partition,
@@ -172,7 +172,7 @@ pub(crate) async fn preview_superlink(desired: &DesiredState) -> DiscoveryPrevie
         let store = PartitionStore::of(settings, onegate.vm_id());
         let service = match service {
             Some(service) => Ok(service),
-            None => onegate.gate().service().await,
+            None => onegate.client().service().await,
         };
         superlink.partition =
             store.of_this_boot().or_else(|| partition::known(service.as_ref().ok()?, &store));

@@ -53,7 +53,7 @@ use crate::config::settings::{Settings, SettingsError};
 use crate::config::{self, ConfigErrors, LogFormat, LogLevel};
 use crate::docker::client::{Client, EngineError};
 use crate::logging;
-use crate::opennebula::publisher::OneGateAccess;
+use crate::opennebula::onegate::OneGateAccess;
 use crate::opennebula::superlink::SuperLinkError;
 use crate::report::{NodeStatus, Reporter, metrics_server};
 use crate::supervisor::exporter::Exporter;
@@ -143,7 +143,7 @@ pub(crate) async fn run(settings: Settings, settings_file: Option<&Path>) -> Exi
             let (level, format) = config::log_settings(&context);
             logging::init(level.into(), format == LogFormat::Json);
             // Before anything can fail, because the attributes of an earlier boot are outdated.
-            reporter.publish_through(OneGateAccess::of(&context, &settings).ok().as_ref());
+            reporter.publish_through(OneGateAccess::new(&context, &settings).ok().as_ref());
             run_until_shutdown(&context, settings, settings_file, lock, &reporter, &watchdog).await
         }
         Err(error) => {

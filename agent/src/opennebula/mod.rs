@@ -2,6 +2,6 @@
 
 pub(crate) mod onegate;
 pub(crate) mod partition;
-pub mod publisher;
+pub(crate) mod publisher;
 pub mod superlink;
 pub mod templates;

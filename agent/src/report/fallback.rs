@@ -32,7 +32,7 @@ macro_rules! log_finding {
             fl_gpu_fix = fix,
             pci_address = $finding.pci_address,
             gpu_uuid = $finding.gpu_uuid,
-            concat!($text, " {}: {}. Fix: {}"),
+            concat!($text, ": {}: {}; fix: {}"),
             $finding.reason,
             $finding.summary,
             fix,
@@ -65,7 +65,7 @@ pub(crate) fn warn_cpu_fallback(config: &Config, finding: &Finding, distribution
         finding,
         distribution,
         "cpu-fallback",
-        "No usable GPU, this node runs on the CPU."
+        "no usable GPU; this node runs on the CPU"
     );
     if let Some(fraction) = &config.memory_fraction {
         tracing::info!(
@@ -81,7 +81,7 @@ pub(crate) fn error_gpu_required(finding: &Finding, distribution: Distribution) 
         finding,
         distribution,
         "required",
-        "No usable GPU, and FL_GPU_REQUIRED is YES: this node does not start."
+        "no usable GPU and FL_GPU_REQUIRED is YES; this node does not start"
     );
 }
 
@@ -92,7 +92,7 @@ pub(crate) fn error_required_gpu_failed(finding: &Finding, distribution: Distrib
         finding,
         distribution,
         "required",
-        "The GPU failed, and FL_GPU_REQUIRED is YES: this node stops."
+        "GPU failed and FL_GPU_REQUIRED is YES; this node stops"
     );
 }
 
@@ -103,7 +103,7 @@ pub(crate) fn warn_gpu_retry(finding: &Finding, distribution: Distribution) {
         finding,
         distribution,
         "retry",
-        "The GPU failed and is retried (gpu.on_failure is restart)."
+        "GPU failed; retrying it (gpu.on_failure is restart)"
     );
 }
 
@@ -114,6 +114,6 @@ pub(crate) fn warn_gpu_fault_ignored(finding: &Finding, distribution: Distributi
         finding,
         distribution,
         "ignored",
-        "The GPU failed, and the node continues with it (gpu.on_failure is ignore)."
+        "GPU failed; continuing with it (gpu.on_failure is ignore)"
     );
 }

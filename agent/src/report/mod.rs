@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use crate::gpu::verdict::GpuDevice;
-use crate::opennebula::publisher::{OneGateAccess, Publisher};
+use crate::opennebula::onegate::OneGateAccess;
+use crate::opennebula::publisher::Publisher;
 use service_manager::ServiceManager;
 use status_file::StatusFile;
 

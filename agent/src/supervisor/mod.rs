@@ -68,7 +68,7 @@ use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::gpu::{self, detect_gpus};
 use crate::logging;
-use crate::opennebula::publisher::OneGateAccess;
+use crate::opennebula::onegate::OneGateAccess;
 use crate::opennebula::superlink::{Discovery, SuperLink};
 use crate::report::fallback::{self, GpuRequired};
 use crate::report::{NodeStatus, Reporter};

@@ -36,7 +36,7 @@ use crate::flower::liveness::LivenessFailure;
 use crate::gpu::reason::Finding;
 use crate::gpu::verdict::GpuDevice;
 use crate::logging::error_chain;
-use crate::opennebula::publisher::OneGateAccess;
+use crate::opennebula::onegate::OneGateAccess;
 use crate::opennebula::superlink::{Discovery, SuperLink, find_superlink};
 use crate::supervisor::gpu_presence;
 
@@ -166,7 +166,7 @@ impl SuperLinkWatcher {
         let max_delay = config.edge_max_backoff;
         let (config, known) = (config.clone(), known.clone());
         Self::with(max_delay, async move || {
-            match find_superlink(Ok(onegate.gate()), &config, SystemTime::now()).await {
+            match find_superlink(Ok(onegate.client()), &config, SystemTime::now()).await {
                 Ok(found) => {
                     let SuperLink { address, ca, .. } = &found.superlink;
                     (*address != known.address || *ca != known.ca).then_some(found)

@@ -252,6 +252,11 @@ impl OneGate {
         Ok(Self { endpoint, tls, vm_id, token, timeout })
     }
 
+    /// ID of the VM.
+    pub fn vm_id(&self) -> u64 {
+        self.vm_id
+    }
+
     /// Queries the service of this VM, without the attributes of its VMs.
     ///
     /// # Errors

@@ -35,7 +35,7 @@ describe 'supernode-agent' do
 
     it 'logs no GPU warning if the GPU is not enabled' do
         warnings = output_of('journalctl -b -u flower-supernode -p warning -o cat')
-        expect(warnings).not_to include('No usable GPU')
+        expect(warnings).not_to include('no usable GPU')
     end
 
     it 'finds no fault in configuration, Docker and image' do
