@@ -208,7 +208,7 @@ impl Vm<'_> {
                 }));
                 checks
             }
-            Verdict::Cpu { finding: Some(finding) } => vec![self.from_finding(ID, &finding)],
+            Verdict::Cpu { finding: Some(finding) } => vec![self.check_from_finding(ID, &finding)],
             Verdict::Cpu { finding: None } => vec![Check::ok(ID, outcome.summary())],
         }
     }
@@ -224,7 +224,7 @@ impl Vm<'_> {
         }
         let verdict = decide_gpu_or_cpu(config, &self.facts.pci, outcome);
         Some(match (verdict.finding(), verdict.devices().len()) {
-            (Some(finding), _) => self.from_finding(ID, finding),
+            (Some(finding), _) => self.check_from_finding(ID, finding),
             (None, count) => Check::ok(
                 ID,
                 format!("FL_CUDA_VISIBLE_DEVICES={}: {count} for the node", config.gpu.selection),
@@ -246,7 +246,7 @@ impl Vm<'_> {
         })
     }
 
-    fn from_finding(&self, id: &'static str, finding: &Finding) -> Check {
+    fn check_from_finding(&self, id: &'static str, finding: &Finding) -> Check {
         Check::problem(
             id,
             self.gpu_problem_level(),
