@@ -267,7 +267,7 @@ fn missing_exporter_image_warns_once_and_node_runs() {
     vm.set("dcgm.image", "127.0.0.1:9/exporter:1");
     let agent = start_ready(&vm);
     let line = agent.wait_for_line("DCGM exporter flower-supernode-dcgm does not run", TIMEOUT);
-    assert!(line.contains(" WARNING ") && line.contains("the node goes on without"), "{line}");
+    assert!(line.contains(" WARNING ") && line.contains("the node continues without it"), "{line}");
     let status = json_of(&vm.run_command("status", &["--json"]));
     assert!(status["dcgm"].as_str().unwrap().starts_with("does not run: "), "{status}");
     assert_eq!(inspect(&engine, RUNS), "true");

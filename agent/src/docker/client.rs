@@ -490,7 +490,7 @@ impl Client {
 
     /// Waits until the container is paused, or, if `paused` is false, unpaused. Pending forever if
     /// the events cannot be read.
-    pub(crate) async fn wait_for_pause(&self, id: &str, paused: bool) {
+    pub(crate) async fn wait_for_paused(&self, id: &str, paused: bool) {
         let filters = HashMap::from([("container", vec![id]), ("event", vec!["pause", "unpause"])]);
         // The events since now include those between the inspect and the subscription.
         let since =

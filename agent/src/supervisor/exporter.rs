@@ -128,8 +128,8 @@ pub(crate) struct Exporter {
 }
 
 impl Exporter {
-    /// Keeps the exporter's container in the desired state. Dropping the future ends the supervision
-    /// and leaves the container running.
+    /// Keeps the exporter's container in the desired state. Dropping the future ends the
+    /// supervision and leaves the container running.
     pub(crate) async fn run(self) -> Infallible {
         let mut in_use = self.reporter.gpus_in_use();
         loop {

@@ -100,9 +100,9 @@ pub(crate) async fn wait_until_lost(
         {
             return not_visible(
                 first,
-                "systemctl daemon-reload removed the GPU from the container: systemd applied its own \
-                 device rules, without those of NVIDIA's runtime hook (nvidia-container-toolkit, \
-                 issue 48); CDI is not affected"
+                "systemctl daemon-reload removed the GPU from the container: systemd applied its \
+                 own device rules, without those of NVIDIA's runtime hook \
+                 (nvidia-container-toolkit, issue 48); CDI is not affected"
                     .into(),
             );
         }
@@ -188,9 +188,10 @@ mod tests {
 
     const RELOADED: &str = "UnitsLoadTimestampMonotonic=900000000\n";
     /// Scope of a container of Docker 26, as shown by systemd 257.
-    const SCOPE: &str = "DevicePolicy=strict\nDeviceAllow=char-pts rwm\nDeviceAllow=/dev/char/1:3 rwm\n\
-                        DeviceAllow=char-* m\nDeviceAllow=block-* m\nLoadState=loaded\n\
-                        ActiveEnterTimestampMonotonic=500000000\n";
+    const SCOPE: &str = "DevicePolicy=strict\n\
+                         DeviceAllow=char-pts rwm\nDeviceAllow=/dev/char/1:3 rwm\n\
+                         DeviceAllow=char-* m\nDeviceAllow=block-* m\nLoadState=loaded\n\
+                         ActiveEnterTimestampMonotonic=500000000\n";
 
     #[test]
     fn reload_after_start_excludes_gpu_of_hook() {

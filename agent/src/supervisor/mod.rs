@@ -160,8 +160,8 @@ struct ContainerRun {
     /// does not report the connection.
     tcp_connected: bool,
     paused: bool,
-    /// Kept while the supervisor executes [`Command::Monitor`], one time after another; dropped, and
-    /// thereby ended, by any other command.
+    /// Kept while one [`Command::Monitor`] follows another. Any other command drops, and thereby
+    /// ends, the watchers.
     watchers: Option<ContainerWatchers>,
 }
 
@@ -504,12 +504,15 @@ impl Supervisor<'_> {
             let available = async move { gpu::wait_until_available(&config, &settings).await };
             self.gpu_available = Some(available.boxed_local());
         }
+        let unresponsive = self.liveness.wait_until_unresponsive(container, connected);
         tokio::select! {
             event = watchers.next() => event,
-            failure = self.liveness.wait_until_unresponsive(container, connected), if checks_health => {
+            failure = unresponsive, if checks_health => {
                 WatchEvent::Unresponsive(failure)
             }
-            found = self.superlink_watcher.changed() => WatchEvent::SuperLinkChanged(Box::new(found)),
+            found = self.superlink_watcher.changed() => {
+                WatchEvent::SuperLinkChanged(Box::new(found))
+            }
             finding = self.gpu_monitor.next_failure(devices), if !devices.is_empty() => {
                 WatchEvent::GpuFailed(finding)
             }
@@ -545,7 +548,7 @@ impl Supervisor<'_> {
                 run.tcp_connected = connected;
             }
             WatchEvent::Paused(paused) => {
-                self.log_pause(paused);
+                self.log_paused(paused);
                 run.paused = paused;
             }
         }
@@ -629,7 +632,7 @@ impl Supervisor<'_> {
         );
     }
 
-    fn log_pause(&self, paused: bool) {
+    fn log_paused(&self, paused: bool) {
         let name = &self.node.settings.container.name;
         if paused {
             tracing::warn!(
@@ -735,7 +738,7 @@ impl Supervisor<'_> {
                         short_id(&container.id)
                     );
                     if container.paused {
-                        self.log_pause(true);
+                        self.log_paused(true);
                     }
                 }
             }

@@ -49,8 +49,8 @@
 //!                                  └──restart──> StoppingForGpu ──Done──> GpuRetryPending
 //!                                                                                │ Done
 //!                  Inspecting <──healthy── Probing <─────────────────────────────┘
-//!                                             └──unhealthy──> GpuRetryPending, or Inspecting on the
-//!                                                             CPU after the last attempt
+//!                                             └──unhealthy──> GpuRetryPending; after the last
+//!                                                             attempt Inspecting (on the CPU)
 //! ```
 //!
 //! GPU available late, by `gpu.on_available`:
@@ -82,7 +82,7 @@ const HEALTHY_AFTER: Duration = Duration::from_secs(600);
 /// attempts.
 const GPU_RETRY_DELAYS: [Duration; 3] =
     [Duration::from_secs(5), Duration::from_secs(10), Duration::from_secs(20)];
-/// Interval at which the agent tries to reach an engine that does not answer.
+/// Interval of connection attempts to an engine that does not answer.
 const ENGINE_RETRY_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What the operator configured.

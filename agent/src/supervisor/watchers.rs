@@ -1,24 +1,28 @@
 //! What the supervisor waits for while the container runs.
 //!
-//! | watcher | reports | kept until |
-//! | --- | --- | --- |
-//! | container exit (`docker wait`) | the exit code | the container leaves the state `Running` |
-//! | Flower's log | connected, connection lost | the container leaves the state `Running` |
-//! | TCP connections, where the log does not report them | the same | the container leaves the state `Running` |
-//! | pause and unpause | the change | the container leaves the state `Running` |
-//! | [`gpu_presence`](super::gpu_presence) | a GPU is no longer in the container | the container leaves the state `Running` |
-//! | [`GpuMonitor`](super::gpu_monitor::GpuMonitor) | a GPU failed | the container no longer uses the GPU |
-//! | [`Liveness`](crate::flower::liveness::Liveness) | Flower is unresponsive | the agent exits |
-//! | [`SuperLinkWatcher`] | the service has another SuperLink | the agent exits |
-//! | [`gpu::wait_until_available`](crate::gpu::wait_until_available) | a GPU became available | the agent exits |
+//! [`ContainerWatchers`] belong to one run of the container:
+//!
+//! - its exit (`docker wait`);
+//! - the connection to the SuperLink, from Flower's log or, where the log does not report it, from
+//!   the container's TCP connections;
+//! - being paused and unpaused (`docker events`);
+//! - the GPUs in the container ([`gpu_presence`](super::gpu_presence)).
+//!
+//! The others belong to the supervisor and outlive a run of the container:
+//!
+//! - failures of the GPUs in use ([`GpuMonitor`](super::gpu_monitor::GpuMonitor));
+//! - Flower's health ([`Liveness`](crate::flower::liveness::Liveness));
+//! - the SuperLink of the service ([`SuperLinkWatcher`]);
+//! - a GPU that becomes available
+//!   ([`wait_until_available`](crate::gpu::wait_until_available)).
 //!
 //! Each watcher keeps its deadlines, its backoff and the call that is under way across events: an
 //! event of one watcher never restarts another. Otherwise a connection that flaps every second
 //! would hide a lost GPU, because no other watcher would ever reach its next deadline.
 //!
 //! No watcher spawns a task. A watcher ends by being dropped, and the calls it has under way end
-//! with it: [`ContainerWatchers`] when the supervisor executes any command but `Monitor`, the others
-//! with the supervisor.
+//! with it: [`ContainerWatchers`] when the supervisor executes any command but `Monitor`, the
+//! others with the supervisor.
 
 use std::time::{Duration, SystemTime};
 
@@ -82,7 +86,7 @@ pub(super) struct ContainerWatchers(SelectAll<LocalBoxStream<'static, WatchEvent
 
 impl ContainerWatchers {
     pub(super) fn new(engine: &Client, watched: &WatchedContainer<'_>) -> Self {
-        let WatchedContainer { container, paused, tcp, devices, by_hook } = *watched;
+        let WatchedContainer { container, tcp, devices, by_hook, .. } = *watched;
         let exit = {
             let (engine, id) = (engine.clone(), container.id.clone());
             stream::once(async move { WatchEvent::Exited(engine.wait(&id).await) })
@@ -93,15 +97,15 @@ impl ContainerWatchers {
                 Some((WatchEvent::Connection(log.next_change().await), log))
             })
         };
-        let pause = {
+        let paused = {
             let (engine, id) = (engine.clone(), container.id.clone());
-            changes(paused, async move |wanted| engine.wait_for_pause(&id, wanted).await)
+            changes(watched.paused, async move |wanted| engine.wait_for_paused(&id, wanted).await)
                 .map(WatchEvent::Paused)
         };
         let mut watchers = SelectAll::from_iter([
             exit.boxed_local(),
             connection.boxed_local(),
-            pause.boxed_local(),
+            paused.boxed_local(),
         ]);
         if let Some((port, connected)) = tcp {
             let container = container.clone();
@@ -225,8 +229,8 @@ async fn until_changed(
     }
 }
 
-/// Waits for a moment, at `due` or later, at which the node is not connected. Returns `false` once a
-/// stable connection was lost: the schedule then starts again.
+/// Waits for a moment, at `due` or later, at which the node is not connected. Returns `false` once
+/// a stable connection was lost: the schedule then starts again.
 async fn is_disconnected_from(due: Instant, connected: &mut watch::Receiver<bool>) -> bool {
     loop {
         let is_connected = *connected.borrow_and_update();
@@ -267,8 +271,8 @@ mod tests {
         Discovery { superlink, service: None, warnings: Vec::new() }
     }
 
-    /// Polls the watcher for `length` and interrupts it once a second by a change of the connection,
-    /// which `connected_at` gives by the second. Returns the second of its report.
+    /// Polls the watcher for this many seconds. `connected_at` gives the state of the connection in
+    /// each second. Returns the second in which the watcher reports.
     async fn run(
         watcher: &mut SuperLinkWatcher,
         seconds: u64,

@@ -256,7 +256,10 @@ proptest! {
     /// No sequence of events leads to two containers, to a busy loop, to the CPU without a
     /// WARNING, or to the CPU if the GPU is required; and the node recovers from any state.
     #[test]
-    fn invariants_hold_for_valid_events(mut simulation in simulation(), choices in prop::collection::vec(choices(), 1..200)) {
+    fn invariants_hold_for_valid_events(
+        mut simulation in simulation(),
+        choices in prop::collection::vec(choices(), 1..200),
+    ) {
         for choice in choices {
             let event = choice.answer(&simulation.command);
             simulation.apply(event);
@@ -266,7 +269,10 @@ proptest! {
 
     /// The same for events that do not answer the last command.
     #[test]
-    fn invariants_hold_for_arbitrary_events(mut simulation in simulation(), choices in prop::collection::vec(choices(), 1..200)) {
+    fn invariants_hold_for_arbitrary_events(
+        mut simulation in simulation(),
+        choices in prop::collection::vec(choices(), 1..200),
+    ) {
         for choice in choices {
             simulation.apply(choice.any_event());
         }
@@ -470,7 +476,10 @@ fn matching_container_is_adopted_unless_gpu_is_missing() {
     let notifications =
         simulation.apply(Event::Inspected(Existing::WithoutGpu(finding(Reason::GpuNotVisible))));
     assert!(
-        matches!(&notifications[..], [Notification::Replacing(why)] if why.reason == Reason::GpuNotVisible),
+        matches!(
+            &notifications[..],
+            [Notification::Replacing(why)] if why.reason == Reason::GpuNotVisible
+        ),
         "{notifications:?}"
     );
     assert_eq!(
@@ -606,7 +615,10 @@ fn healthy_run_grants_new_gpu_attempts() {
         let notifications = simulation.apply(Event::Done);
         let delay = if seconds == 599 { GPU_RETRY_DELAYS[1] } else { GPU_RETRY_DELAYS[0] };
         assert!(
-            matches!(notifications[..], [Notification::GpuProbeScheduled(announced)] if announced == delay),
+            matches!(
+                notifications[..],
+                [Notification::GpuProbeScheduled(announced)] if announced == delay
+            ),
             "{notifications:?}"
         );
         assert_eq!(simulation.command, Command::Sleep(delay));
