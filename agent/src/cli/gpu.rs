@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use serde_json::{Value as Json, json};
 
 use crate::gpu::Detection;
-use crate::gpu::verdict::Verdict;
+use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::system::os_release::Distribution;
 
 pub(super) fn gpu_json(detection: &Detection, distribution: Distribution) -> Json {
@@ -34,11 +34,10 @@ pub(super) fn write_gpu(
             for device in devices {
                 let name = device.name.as_deref().unwrap_or("GPU");
                 let memory = device.memory_mib.map_or("unknown".into(), |mib| format!("{mib} MiB"));
-                writeln!(
-                    out,
-                    "  cuda     {}: {name}, {memory}, {}, {}",
-                    device.index, device.uuid, device.pci_address
-                )?;
+                let address =
+                    device.pci_address.map_or(String::new(), |address| format!(", {address}"));
+                let GpuDevice { index, uuid, .. } = device;
+                writeln!(out, "  cuda     {index}: {name}, {memory}, {uuid}{address}")?;
             }
             for missing in missing {
                 writeln!(out, "  missing  {missing}")?;

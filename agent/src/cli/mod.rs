@@ -25,6 +25,7 @@ use crate::gpu::{detect_gpus, monitor_child, probe_child};
 use crate::logging::error_chain;
 use crate::system::os_release::Distribution;
 use crate::system::programs::find_program;
+use crate::values::GpuUuid;
 use gpu::{gpu_json, write_gpu};
 use plan::Plan;
 use status::{Status, Terminal};
@@ -119,8 +120,8 @@ enum Command {
         /// The NVML library
         library: String,
         /// UUIDs of GPUs and MIG instances
-        #[arg(required = true)]
-        devices: Vec<String>,
+        #[arg(required = true, value_parser = |text: &str| GpuUuid::parse(text))]
+        devices: Vec<GpuUuid>,
     },
 }
 

@@ -255,14 +255,15 @@ mod tests {
     use crate::config::Prebaked;
     use crate::container::image::{prebaked_image, wanted_image};
     use crate::gpu::reason::{Finding, Reason};
+    use crate::values::{GpuUuid, PciAddress};
     use crate::values::{ImageRef, NodeConfig, Version};
 
     fn gpu() -> Verdict {
         let device = |index: u32, pci_address: &str, memory_mib| GpuDevice {
             index,
-            uuid: format!("GPU-{index}"),
+            uuid: GpuUuid::parse(format!("GPU-{index}")).unwrap(),
             name: None,
-            pci_address: pci_address.into(),
+            pci_address: PciAddress::parse(pci_address),
             memory_mib,
             minor: Some(index),
         };

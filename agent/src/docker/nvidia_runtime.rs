@@ -188,7 +188,7 @@ pub(crate) fn choose_injection(
         .map(|device| {
             // nvidia-ctk names GPUs by index, by UUID, or by both.
             let by_index = format!("{KIND}{}", device.index);
-            let is_whole_gpu = device.uuid.starts_with("GPU-");
+            let is_whole_gpu = !device.uuid.is_mig();
             Some(by_uuid(device))
                 .filter(|name| is_reported(name))
                 .or_else(|| Some(by_index).filter(|name| is_whole_gpu && is_reported(name)))
@@ -314,6 +314,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
+    use crate::values::GpuUuid;
 
     /// A temporary directory, removed when it is dropped.
     struct TempDir(PathBuf);
@@ -410,9 +411,9 @@ mod tests {
     fn device(index: u32, uuid: &str) -> GpuDevice {
         GpuDevice {
             index,
-            uuid: uuid.into(),
+            uuid: GpuUuid::parse(uuid).unwrap(),
             name: None,
-            pci_address: String::new(),
+            pci_address: None,
             memory_mib: None,
             minor: None,
         }

@@ -1,7 +1,7 @@
 //! Decides, before the launch, whether the node runs on the GPU or falls back to the CPU.
 //!
 //! [`decide_gpu_or_cpu`] is the only place that makes this decision; `run`, `plan`, `gpu` and
-//! `check vm` call it. It is a pure function of the configuration, sysfs and the probe. The reasons
+//! `check vm` call it. It is a pure function of the request, the framework, sysfs and the probe. The reasons
 //! come from [`super::diagnose`], the device selection from [`super::select`].
 //!
 //! A GPU verdict can still become a CPU verdict later:
@@ -21,16 +21,21 @@ use super::probe::ProbeOutcome;
 use super::reason::{Finding, Reason};
 use super::select::{Selection, select_devices};
 use super::verdict::Verdict;
-use crate::config::{Config, Framework};
+use crate::config::{Framework, GpuRequest};
 use crate::values::DeviceSelection;
 
 /// Decides whether the node runs on the GPU or the CPU.
-pub fn decide_gpu_or_cpu(config: &Config, facts: &PciFacts, probe: &ProbeOutcome) -> Verdict {
-    if let Some(verdict) = decide_without_probe(config, facts) {
+pub fn decide_gpu_or_cpu(
+    request: &GpuRequest,
+    framework: Framework,
+    facts: &PciFacts,
+    probe: &ProbeOutcome,
+) -> Verdict {
+    if let Some(verdict) = decide_without_probe(request, framework, facts) {
         return verdict;
     }
     let selection =
-        diagnose_probe(probe, facts).and_then(|report| select_devices(config, facts, report));
+        diagnose_probe(probe, facts).and_then(|report| select_devices(request, facts, report));
     match selection {
         Ok(Selection { devices, missing }) => Verdict::Gpu { devices, missing },
         Err(finding) => cpu(finding, facts),
@@ -40,22 +45,26 @@ pub fn decide_gpu_or_cpu(config: &Config, facts: &PciFacts, probe: &ProbeOutcome
 /// Decides as far as that is possible from the configuration and sysfs; `None` if the driver must
 /// be probed. This is the first part of [`decide_gpu_or_cpu`], on its own because NVML must not be
 /// called where it is not needed: called as root it creates device nodes.
-pub fn decide_without_probe(config: &Config, facts: &PciFacts) -> Option<Verdict> {
-    if !config.gpu.enabled {
+pub fn decide_without_probe(
+    request: &GpuRequest,
+    framework: Framework,
+    facts: &PciFacts,
+) -> Option<Verdict> {
+    if !request.enabled {
         return Some(Verdict::gpu_not_enabled());
     }
-    let finding = if config.framework == Framework::Sklearn {
+    let finding = if framework == Framework::Sklearn {
         Some(Finding::new(
             Reason::FrameworkWithoutGpu,
             "scikit-learn (ML_FRAMEWORK=sklearn) has no GPU support",
         ))
-    } else if config.gpu.selection == DeviceSelection::None {
+    } else if request.selection == DeviceSelection::None {
         Some(Finding::new(
             Reason::DeviceSelectionEmpty,
             format!("FL_CUDA_VISIBLE_DEVICES='none' selects no GPU; {}", list_present_gpus(facts)),
         ))
     } else {
-        diagnose_pci(config, facts)
+        diagnose_pci(request, facts)
     };
     finding.map(|finding| cpu(finding, facts))
 }
@@ -75,14 +84,16 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::config::GpuRequest;
+    use crate::config::Config;
     use crate::gpu::nvml_error::{Fault, FaultKind};
     use crate::gpu::nvml_library::LibraryFile;
     use crate::gpu::probe_child::ProbedGpu;
     use crate::gpu::reason::CATALOGUE;
     use crate::gpu::test_fixtures::{
-        A, config, device, expect_finding, facts, failed, gpu_at, probed, report, two_gpus,
+        A, config, decide_on, decide_on_sysfs, device, expect_finding, facts, failed, gpu_at,
+        probed, report, two_gpus,
     };
+    use crate::values::{GpuUuid, PciAddress};
 
     #[test]
     fn every_reason_before_the_launch_is_reached() {
@@ -191,7 +202,7 @@ mod tests {
         ];
         let mut reached = HashSet::new();
         for (expected, config, facts, outcome) in cases {
-            let finding = expect_finding(decide_gpu_or_cpu(&config, &facts, &outcome));
+            let finding = expect_finding(decide_on(&config, &facts, &outcome));
             assert_eq!(finding.reason.code(), expected, "{}", finding.summary);
             assert!(!finding.summary.is_empty() && !finding.summary.contains("must not be probed"));
             reached.insert(finding.reason);
@@ -217,10 +228,7 @@ mod tests {
         let config = config(&[]);
         let gpu = GpuRequest { enabled: false, ..config.gpu };
         let disabled = Config { gpu, ..config };
-        assert_eq!(
-            decide_without_probe(&disabled, &two_gpus().0),
-            Some(Verdict::Cpu { finding: None })
-        );
+        assert_eq!(decide_on_sysfs(&disabled, &two_gpus().0), Some(Verdict::Cpu { finding: None }));
     }
 
     #[test]
@@ -229,7 +237,7 @@ mod tests {
             unreadable: vec!["/sys/bus/pci/devices: Permission denied".into()],
             ..facts(&[])
         };
-        let finding = expect_finding(decide_without_probe(&config(&[]), &facts).unwrap());
+        let finding = expect_finding(decide_on_sysfs(&config(&[]), &facts).unwrap());
         assert!(
             finding.summary.contains("could not be read: /sys/bus/pci/devices: Permission denied")
         );
@@ -238,7 +246,7 @@ mod tests {
     #[test]
     fn selection_none_lists_the_present_gpus() {
         let none = config(&[("FL_CUDA_VISIBLE_DEVICES", "none")]);
-        let summary = |facts| expect_finding(decide_without_probe(&none, &facts).unwrap()).summary;
+        let summary = |facts| expect_finding(decide_on_sysfs(&none, &facts).unwrap()).summary;
         assert_eq!(
             summary(two_gpus().0),
             "FL_CUDA_VISIBLE_DEVICES='none' selects no GPU; this VM has \
@@ -255,22 +263,22 @@ mod tests {
     fn finding_names_its_device() {
         let assigned = config(&[("PCI0_ADDRESS", "01:00.0"), ("PCI1_ADDRESS", "21:00.0")]);
         let device_of = |config: &Config, facts: &PciFacts, outcome: &ProbeOutcome| {
-            let finding = expect_finding(decide_gpu_or_cpu(config, facts, outcome));
+            let finding = expect_finding(decide_on(config, facts, outcome));
             (finding.pci_address, finding.gpu_uuid)
         };
-        let a = Some(A.to_owned());
+        let a = PciAddress::parse(A);
         let timeout = ProbeOutcome::TimedOut {
             limit: Duration::from_secs(20),
             library: LibraryFile::default(),
         };
         assert_eq!(
             device_of(&assigned, &facts(&[]), &timeout),
-            (a.clone(), None),
+            (a, None),
             "the first assigned device"
         );
         assert_eq!(
             device_of(&config(&[]), &two_gpus().0, &timeout),
-            (a.clone(), None),
+            (a, None),
             "the first present GPU"
         );
         let mut faulty = probed(0, "GPU-1", A);
@@ -278,7 +286,7 @@ mod tests {
         let on_nvidia = facts(&[gpu_at(A, Some("nvidia"))]);
         assert_eq!(
             device_of(&config(&[]), &on_nvidia, &report(vec![faulty])),
-            (a, Some("GPU-1".into()))
+            (a, GpuUuid::parse("GPU-1").ok())
         );
     }
 }

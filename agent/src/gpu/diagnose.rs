@@ -7,12 +7,12 @@ use super::pci::{PciDevice, PciFacts};
 use super::probe::ProbeOutcome;
 use super::probe_child::{DriverReport, ProbeAnswer, ProbedGpu};
 use super::reason::{Finding, Reason};
-use crate::config::Config;
+use crate::config::GpuRequest;
+use crate::values::PciAddress;
 
 /// A device that OpenNebula assigned and that is not in this VM as a GPU.
 pub(super) struct UnusableAssignment {
-    /// The address, or what the context has instead of one.
-    address: String,
+    address: Option<PciAddress>,
     /// Whether another kind of device is at the address, such as the audio function of a GPU or a
     /// NIC.
     pub(super) is_other_device: bool,
@@ -20,9 +20,11 @@ pub(super) struct UnusableAssignment {
 }
 
 /// Returns the assigned devices that are absent or not an NVIDIA GPU.
-pub(super) fn unusable_assignments(config: &Config, facts: &PciFacts) -> Vec<UnusableAssignment> {
-    config
-        .gpu
+pub(super) fn unusable_assignments(
+    request: &GpuRequest,
+    facts: &PciFacts,
+) -> Vec<UnusableAssignment> {
+    request
         .assigned
         .iter()
         .filter_map(|assigned| {
@@ -45,7 +47,7 @@ pub(super) fn unusable_assignments(config: &Config, facts: &PciFacts) -> Vec<Unu
                     "OpenNebula assigned {address} to this VM ({}='{}'), {problem}",
                     assigned.variable, assigned.written
                 ),
-                address,
+                address: assigned.address,
                 is_other_device,
             })
         })
@@ -54,9 +56,9 @@ pub(super) fn unusable_assignments(config: &Config, facts: &PciFacts) -> Vec<Unu
 
 /// Diagnoses from sysfs alone. Returns `None` where a GPU is bound to NVIDIA's driver, so that the
 /// driver must be probed.
-pub(super) fn diagnose_pci(config: &Config, facts: &PciFacts) -> Option<Finding> {
+pub(super) fn diagnose_pci(request: &GpuRequest, facts: &PciFacts) -> Option<Finding> {
     if facts.gpus().next().is_none() {
-        return Some(diagnose_absent_gpu(config, facts));
+        return Some(diagnose_absent_gpu(request, facts));
     }
     if facts.gpus().any(PciDevice::is_bound_to_nvidia) {
         return None;
@@ -69,8 +71,8 @@ pub(super) fn diagnose_pci(config: &Config, facts: &PciFacts) -> Option<Finding>
     Some(Finding { summary: summaries.join("; "), ..first })
 }
 
-fn diagnose_absent_gpu(config: &Config, facts: &PciFacts) -> Finding {
-    let unusable = unusable_assignments(config, facts);
+fn diagnose_absent_gpu(request: &GpuRequest, facts: &PciFacts) -> Finding {
+    let unusable = unusable_assignments(request, facts);
     let Some(first) = unusable.first() else {
         let summary = format!(
             "OpenNebula assigned no GPU to this VM (the context has no PCI<n>_ADDRESS of a GPU), \
@@ -82,7 +84,7 @@ fn diagnose_absent_gpu(config: &Config, facts: &PciFacts) -> Finding {
     let descriptions: Vec<&str> =
         unusable.iter().map(|assignment| assignment.description.as_str()).collect();
     Finding {
-        pci_address: Some(first.address.clone()),
+        pci_address: first.address,
         ..Finding::new(Reason::GpuNotPassedThrough, descriptions.join("; "))
     }
 }
@@ -131,7 +133,7 @@ pub(super) fn diagnose_unlisted(gpu: &PciDevice, facts: &PciFacts) -> Finding {
             )
         }
     };
-    Finding { pci_address: Some(address.to_string()), ..Finding::new(reason, summary) }
+    Finding { pci_address: Some(address), ..Finding::new(reason, summary) }
 }
 
 fn diagnose_module_not_loaded(facts: &PciFacts) -> String {
@@ -214,7 +216,7 @@ fn driver_finding(reason: Reason, summary: String, facts: &PciFacts) -> Finding 
         .as_deref()
         .map_or(String::new(), |version| format!(", nvidia module {version}"));
     Finding {
-        pci_address: facts.gpus().next().map(|gpu| gpu.address.to_string()),
+        pci_address: facts.gpus().next().map(|gpu| gpu.address),
         ..Finding::new(reason, format!("{summary}; {}{module}", list_present_gpus(facts)))
     }
 }
@@ -262,7 +264,7 @@ pub(super) fn health_finding(gpu: &ProbedGpu) -> Option<Finding> {
         (None, health_issues) => (Reason::GpuUnhealthy, health_issues.join("; ")),
     };
     Some(Finding {
-        pci_address: gpu.pci_address.clone(),
+        pci_address: gpu.pci_address,
         gpu_uuid: gpu.uuid.clone(),
         ..Finding::new(reason, format!("{}: {what}", gpu.title()))
     })
@@ -271,17 +273,17 @@ pub(super) fn health_finding(gpu: &ProbedGpu) -> Option<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::decide::{decide_gpu_or_cpu, decide_without_probe};
     use crate::gpu::kernel::KernelFacts;
     use crate::gpu::nvml_error::Fault;
     use crate::gpu::test_fixtures::{
-        A, B, config, device, expect_finding, facts, failed, gpu_at, two_gpus,
+        A, B, config, decide_on, decide_on_sysfs, device, expect_finding, facts, failed, gpu_at,
+        two_gpus,
     };
 
     #[test]
     fn summary_compares_assigned_and_present_device() {
         let assigned = config(&[("PCI0_ADDRESS", "01:00.0")]);
-        let finding_of = |facts| expect_finding(decide_without_probe(&assigned, &facts).unwrap());
+        let finding_of = |facts| expect_finding(decide_on_sysfs(&assigned, &facts).unwrap());
         assert_eq!(
             finding_of(facts(&[])).summary,
             "OpenNebula assigned 0000:01:00.0 to this VM (PCI0_ADDRESS='01:00.0'), \
@@ -296,7 +298,7 @@ mod tests {
             finding_of(facts(&[gpu_at(A, Some("nouveau"))])).summary,
             "GPU 0000:01:00.0 (10de:20b5, class 0302) is bound to the driver nouveau, not to nvidia"
         );
-        let both = expect_finding(decide_gpu_or_cpu(
+        let both = expect_finding(decide_on(
             &assigned,
             &two_gpus().0,
             &failed(FaultKind::Code(18), "mismatch"),
@@ -313,7 +315,7 @@ mod tests {
         let bare = PciFacts { module_version: None, ..facts(&[gpu_at(A, None)]) };
         let summary = |kernel| {
             let facts = PciFacts { kernel, ..bare.clone() };
-            expect_finding(decide_without_probe(&config(&[]), &facts).unwrap()).summary
+            expect_finding(decide_on_sysfs(&config(&[]), &facts).unwrap()).summary
         };
         let start = "no driver is bound to GPU 0000:01:00.0 (10de:20b5, class 0302): \
                      the nvidia module is not loaded";
@@ -345,7 +347,7 @@ mod tests {
             kernel: kernel(false, true, false),
             ..facts(&[gpu_at(A, Some("nvidia"))])
         };
-        let by_nvml = expect_finding(decide_gpu_or_cpu(
+        let by_nvml = expect_finding(decide_on(
             &config(&[]),
             &facts,
             &failed(FaultKind::Code(9), "no driver"),
@@ -365,7 +367,7 @@ mod tests {
         let facts =
             facts(&[display, device("0000:00:03.0", 0x1af4, 0x02_00_00, Some("virtio-pci"))]);
         assert_eq!(
-            expect_finding(decide_without_probe(&config(&[]), &facts).unwrap()).summary,
+            expect_finding(decide_on_sysfs(&config(&[]), &facts).unwrap()).summary,
             "OpenNebula assigned no GPU to this VM (the context has no PCI<n>_ADDRESS of a GPU), \
              and there is no NVIDIA GPU (vendor 10de, class 03xx) among its 2 PCI devices; \
              similar devices: 0000:00:02.0 (1234:20b5, class 0300, driver bochs-drm)"
@@ -375,9 +377,9 @@ mod tests {
     #[test]
     fn every_gpu_without_nvidia_driver_is_reported() {
         let facts = facts(&[gpu_at(A, None), gpu_at(B, Some("nouveau"))]);
-        let finding = expect_finding(decide_without_probe(&config(&[]), &facts).unwrap());
+        let finding = expect_finding(decide_on_sysfs(&config(&[]), &facts).unwrap());
         assert_eq!(
-            (finding.reason, finding.pci_address.as_deref()),
+            (finding.reason, finding.pci_address.map(|address| address.to_string()).as_deref()),
             (Reason::WrongDriver, Some(B))
         );
         assert!(finding.summary.contains(A) && finding.summary.contains(B), "{}", finding.summary);
@@ -400,8 +402,7 @@ mod tests {
                 stderr: String::new(),
                 library: LibraryFile::default(),
             };
-            let summary =
-                expect_finding(decide_gpu_or_cpu(&config(&[]), &on_nvidia, &outcome)).summary;
+            let summary = expect_finding(decide_on(&config(&[]), &on_nvidia, &outcome)).summary;
             let start =
                 format!("the probe was killed by signal {name} while calling NVML; this VM has ");
             assert!(summary.starts_with(&start), "{summary}");
@@ -417,8 +418,7 @@ mod tests {
                 (path.map(Into::into), version.map(Into::into), damage.map(Into::into));
             let library = LibraryFile { path, version, damage };
             let outcome = ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library });
-            let summary =
-                expect_finding(decide_gpu_or_cpu(&config(&[]), &on_nvidia, &outcome)).summary;
+            let summary = expect_finding(decide_on(&config(&[]), &on_nvidia, &outcome)).summary;
             summary.split("; this VM has").next().unwrap().to_owned()
         };
         let library = FaultKind::Library;
@@ -460,7 +460,7 @@ mod tests {
     #[test]
     fn loaded_module_is_not_reported_as_missing() {
         let on_nvidia = facts(&[gpu_at(A, Some("nvidia"))]);
-        let summary = expect_finding(decide_gpu_or_cpu(
+        let summary = expect_finding(decide_on(
             &config(&[]),
             &on_nvidia,
             &failed(FaultKind::Code(9), "no driver"),

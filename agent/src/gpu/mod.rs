@@ -101,11 +101,11 @@ pub async fn wait_until_available(config: &Config, settings: &Settings) {
 async fn detect_once(config: &Config, settings: &Settings) -> Detection {
     let (sysfs, root) = (&settings.gpu.sysfs, &settings.system.root);
     let facts = pci::read_facts(sysfs, || KernelFacts::read(sysfs, |path| root.join(path)));
-    if let Some(verdict) = decide::decide_without_probe(config, &facts) {
+    if let Some(verdict) = decide::decide_without_probe(&config.gpu, config.framework, &facts) {
         return Detection { facts, outcome: None, verdict };
     }
     let outcome = probe::probe(&settings.gpu.nvml_library, settings.gpu.probe_timeout).await;
-    let verdict = decide::decide_gpu_or_cpu(config, &facts, &outcome);
+    let verdict = decide::decide_gpu_or_cpu(&config.gpu, config.framework, &facts, &outcome);
     Detection { facts, outcome: Some(outcome), verdict }
 }
 

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::nvml_error::Fault;
 use super::nvml_library::LibraryFile;
 use super::probe_child;
+use crate::values::GpuUuid;
 
 /// Interval of the health check and the heartbeat.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
@@ -38,21 +39,21 @@ pub enum MonitorMessage {
     /// Monitoring has started.
     Started {
         /// UUIDs of devices without NVML events, whose health alone is checked.
-        unsupported: Vec<String>,
+        unsupported: Vec<GpuUuid>,
     },
     /// The child is responsive.
     Heartbeat,
     /// Metrics of a device.
     Reading {
         /// UUID of the device.
-        uuid: String,
+        uuid: GpuUuid,
         /// The metrics.
         reading: Reading,
     },
     /// An NVML event.
     Event {
         /// UUID of the device.
-        uuid: String,
+        uuid: GpuUuid,
         /// The XID; `None` for a double-bit ECC error without one.
         xid: Option<u64>,
         /// Number of occurrences since the last report.
@@ -61,14 +62,14 @@ pub enum MonitorMessage {
     /// A failed call that makes the device unusable.
     Fault {
         /// UUID of the device.
-        uuid: String,
+        uuid: GpuUuid,
         /// The failed call.
         fault: Fault,
     },
     /// Hardware faults of a device.
     Unhealthy {
         /// UUID of the device.
-        uuid: String,
+        uuid: GpuUuid,
         /// The faults.
         health_issues: Vec<String>,
     },
@@ -101,8 +102,8 @@ pub struct Reading {
 
 impl Reading {
     /// Reads the metrics. Failures are ignored here; the health check reports faults.
-    fn read(nvml: &Nvml, uuid: &str) -> Self {
-        let Ok(device) = nvml.device_by_uuid(uuid) else {
+    fn read(nvml: &Nvml, uuid: &GpuUuid) -> Self {
+        let Ok(device) = nvml.device_by_uuid(uuid.as_str()) else {
             return Self::default();
         };
         let memory = device.memory_info().ok();
@@ -121,7 +122,7 @@ impl Reading {
 ///
 /// # Errors
 /// Returns the error of setting up the process or writing a message, such as a closed pipe.
-pub fn run_monitor(library: &str, uuids: &[String], readings: bool) -> io::Result<()> {
+pub fn run_monitor(library: &str, uuids: &[GpuUuid], readings: bool) -> io::Result<()> {
     let mut out = probe_child::init_child()?;
     let file = LibraryFile::inspect(library).path;
     match probe_child::open(library) {
@@ -140,9 +141,9 @@ fn send(out: &mut File, message: &MonitorMessage) -> io::Result<()> {
 
 /// A device in use.
 struct MonitoredGpu {
-    uuid: String,
+    uuid: GpuUuid,
     /// UUID of the GPU, which events carry even for a MIG instance.
-    gpu_uuid: Option<String>,
+    gpu_uuid: Option<GpuUuid>,
     failed_checks: u32,
     is_reported: bool,
 }
@@ -160,7 +161,7 @@ struct MonitorLoop<'n> {
 }
 
 impl<'n> MonitorLoop<'n> {
-    fn new(nvml: &'n Nvml, uuids: &[String], readings: bool) -> Self {
+    fn new(nvml: &'n Nvml, uuids: &[GpuUuid], readings: bool) -> Self {
         let gpus = uuids.iter().map(|uuid| MonitoredGpu {
             uuid: uuid.clone(),
             gpu_uuid: probe_child::physical_gpu(nvml, uuid)
@@ -244,11 +245,11 @@ impl<'n> MonitorLoop<'n> {
 
     /// Subscribes to the events of every GPU that supports them. Also returns the devices whose GPU
     /// does not.
-    fn subscribe(&self) -> (Option<EventSet<'n>>, Vec<String>) {
-        let mut gpu_uuids: Vec<&str> = Vec::new();
+    fn subscribe(&self) -> (Option<EventSet<'n>>, Vec<GpuUuid>) {
+        let mut gpu_uuids: Vec<&GpuUuid> = Vec::new();
         let mut unsupported = Vec::new();
         for gpu in &self.gpus {
-            match gpu.gpu_uuid.as_deref() {
+            match gpu.gpu_uuid.as_ref() {
                 Some(uuid) if gpu_uuids.contains(&uuid) => {}
                 // A failed registration consumes the event set, so each GPU is tried with its own.
                 Some(uuid) if self.create_event_set(&[uuid]).is_some() => gpu_uuids.push(uuid),
@@ -262,11 +263,11 @@ impl<'n> MonitorLoop<'n> {
         (set, unsupported)
     }
 
-    fn create_event_set(&self, gpu_uuids: &[&str]) -> Option<EventSet<'n>> {
+    fn create_event_set(&self, gpu_uuids: &[&GpuUuid]) -> Option<EventSet<'n>> {
         let wanted = EventTypes::CRITICAL_XID_ERROR | EventTypes::DOUBLE_BIT_ECC_ERROR;
         let mut set = self.nvml.create_event_set().ok()?;
         for uuid in gpu_uuids {
-            let device = self.nvml.device_by_uuid(*uuid).ok()?;
+            let device = self.nvml.device_by_uuid(uuid.as_str()).ok()?;
             let types = device.supported_event_types().ok()? & wanted;
             if !types.contains(EventTypes::CRITICAL_XID_ERROR) {
                 return None;
@@ -283,7 +284,9 @@ impl<'n> MonitorLoop<'n> {
             return 0;
         }
         let by_uuid = event.device.uuid().ok().and_then(|uuid| {
-            self.gpus.iter().position(|gpu| gpu.gpu_uuid.as_deref() == Some(&uuid))
+            self.gpus
+                .iter()
+                .position(|gpu| gpu.gpu_uuid.as_ref().is_some_and(|known| known.as_str() == uuid))
         });
         let failing = || {
             self.gpus

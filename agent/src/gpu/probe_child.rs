@@ -14,12 +14,11 @@ use nvml_wrapper::struct_wrappers::device::PciInfo;
 use nvml_wrapper::structs::device::FieldId;
 use nvml_wrapper::{Device, Nvml};
 use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
 use super::nvml_error::Fault;
 use super::nvml_library::LibraryFile;
-use crate::values::PciAddress;
+use crate::values::{GpuUuid, PciAddress};
 
 /// More GPUs, and more MIG instances per GPU, than any machine has: larger counts are invalid.
 const MAX_GPUS: u32 = 1024;
@@ -55,12 +54,11 @@ pub struct ProbedGpu {
     /// NVML index.
     pub index: u32,
     /// `GPU-…`.
-    #[serde(deserialize_with = "read_optional_uuid")]
-    pub uuid: Option<String>,
+    pub uuid: Option<GpuUuid>,
     /// Product name.
     pub name: Option<String>,
     /// PCI address.
-    pub pci_address: Option<String>,
+    pub pci_address: Option<PciAddress>,
     /// Total memory in MiB.
     pub memory_mib: Option<u64>,
     /// The `n` of its device node `/dev/nvidia<n>`.
@@ -77,8 +75,7 @@ pub struct ProbedGpu {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProbedMig {
     /// `MIG-…`.
-    #[serde(deserialize_with = "read_uuid")]
-    pub uuid: String,
+    pub uuid: GpuUuid,
     /// Name of the profile.
     pub name: Option<String>,
     /// Memory in MiB.
@@ -99,8 +96,14 @@ impl ProbedGpu {
     /// Returns index, name, UUID and PCI address, as far as they are known.
     pub(super) fn title(&self) -> String {
         let mut title = format!("GPU {}", self.index);
-        for part in [&self.name, &self.uuid, &self.pci_address].into_iter().flatten() {
-            title = format!("{title}, {part}");
+        if let Some(name) = &self.name {
+            title = format!("{title}, {name}");
+        }
+        if let Some(uuid) = &self.uuid {
+            title = format!("{title}, {uuid}");
+        }
+        if let Some(address) = self.pci_address {
+            title = format!("{title}, {address}");
         }
         title
     }
@@ -189,8 +192,7 @@ fn read_gpu_fields(nvml: &Nvml, gpu: &mut ProbedGpu) -> Result<(), Fault> {
         .map_err(|error| Fault::new("nvmlDeviceGetHandleByIndex_v2", error))?;
     // Required: without address and UUID the GPU cannot be identified or injected.
     let pci = pci_of(&device)?;
-    gpu.pci_address =
-        Some(PciAddress::parse(&pci.bus_id).map_or(pci.bus_id, |address| address.to_string()));
+    gpu.pci_address = PciAddress::parse(&pci.bus_id);
     gpu.uuid = Some(uuid_of(&device)?);
     // Optional.
     gpu.name = optional("nvmlDeviceGetName", device.name())?;
@@ -203,11 +205,11 @@ fn read_gpu_fields(nvml: &Nvml, gpu: &mut ProbedGpu) -> Result<(), Fault> {
 }
 
 /// Returns the GPU with this UUID, or the GPU of the MIG instance with this UUID.
-pub(super) fn physical_gpu<'n>(nvml: &'n Nvml, uuid: &str) -> Result<Device<'n>, Fault> {
+pub(super) fn physical_gpu<'n>(nvml: &'n Nvml, uuid: &GpuUuid) -> Result<Device<'n>, Fault> {
     let device = nvml
-        .device_by_uuid(uuid)
+        .device_by_uuid(uuid.as_str())
         .map_err(|error| Fault::new("nvmlDeviceGetHandleByUUID", error))?;
-    if !uuid.starts_with("MIG-") {
+    if !uuid.is_mig() {
         return Ok(device);
     }
     device
@@ -217,7 +219,7 @@ pub(super) fn physical_gpu<'n>(nvml: &'n Nvml, uuid: &str) -> Result<Device<'n>,
 
 /// Checks a device in use with the calls that the probe makes for every GPU. Returns its hardware
 /// faults, or the failed call that makes it unusable.
-pub(super) fn check_health(nvml: &Nvml, uuid: &str) -> Result<Vec<String>, Fault> {
+pub(super) fn check_health(nvml: &Nvml, uuid: &GpuUuid) -> Result<Vec<String>, Fault> {
     let gpu = physical_gpu(nvml, uuid)?;
     pci_of(&gpu)?;
     uuid_of(&gpu)?;
@@ -228,32 +230,10 @@ fn pci_of(device: &Device<'_>) -> Result<PciInfo, Fault> {
     device.pci_info().map_err(|error| Fault::new("nvmlDeviceGetPciInfo_v3", error))
 }
 
-pub(super) fn uuid_of(device: &Device<'_>) -> Result<String, Fault> {
+pub(super) fn uuid_of(device: &Device<'_>) -> Result<GpuUuid, Fault> {
     const CALL: &str = "nvmlDeviceGetUUID";
     let uuid = device.uuid().map_err(|error| Fault::new(CALL, error))?;
-    validate_uuid(uuid).map_err(|text| Fault::invalid_response(CALL, text))
-}
-
-/// The runtime gets the UUIDs as a comma-separated list; an empty one would request no GPU.
-fn validate_uuid(uuid: String) -> Result<String, String> {
-    if uuid.is_empty() || !uuid.bytes().all(|byte| byte.is_ascii_graphic() && byte != b',') {
-        return Err(format!("the UUID is {uuid:?}"));
-    }
-    Ok(uuid)
-}
-
-/// The parent validates UUIDs too: NVIDIA's code runs in the child and could write the answer.
-fn read_uuid<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    validate_uuid(String::deserialize(deserializer)?).map_err(D::Error::custom)
-}
-
-fn read_optional_uuid<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> Result<Option<String>, D::Error> {
-    Option::<String>::deserialize(deserializer)?
-        .map(validate_uuid)
-        .transpose()
-        .map_err(D::Error::custom)
+    GpuUuid::parse(uuid).map_err(|error| Fault::invalid_response(CALL, error.to_string()))
 }
 
 fn optional<T>(call: &str, answer: Result<T, NvmlError>) -> Result<Option<T>, Fault> {
@@ -335,11 +315,13 @@ mod tests {
             let report = serde_json::json!({"driver_version": null, "gpus": [gpu]});
             serde_json::from_value::<DriverReport>(report).map(|mut report| report.gpus.remove(0))
         };
-        let mut valid =
-            serde_json::to_value(ProbedGpu { uuid: Some("GPU-1".into()), ..ProbedGpu::default() })
-                .unwrap();
+        let mut valid = serde_json::to_value(ProbedGpu {
+            uuid: GpuUuid::parse("GPU-1").ok(),
+            ..ProbedGpu::default()
+        })
+        .unwrap();
         valid["mig"] = serde_json::json!([{"uuid": "MIG-1", "name": null, "memory_mib": null}]);
-        assert_eq!(answer(valid.clone()).unwrap().uuid.unwrap(), "GPU-1");
+        assert_eq!(answer(valid.clone()).unwrap().uuid.unwrap().as_str(), "GPU-1");
         for invalid in ["", "GPU-1,all", "GPU-1\u{1b}", "GPU 1", "GPU-ü"] {
             for path in ["/uuid", "/mig/0/uuid"] {
                 let mut gpu = valid.clone();

@@ -11,7 +11,7 @@ use std::fmt;
 use serde::{Serialize, Serializer};
 
 use crate::system::os_release::Distribution;
-use crate::values::sanitize_line;
+use crate::values::{GpuUuid, PciAddress, sanitize_line};
 
 /// The reason for a CPU fallback.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -438,9 +438,9 @@ pub struct Finding {
     /// Details in one line: the device, the driver, the error text of NVML or Docker.
     pub summary: String,
     /// PCI address of the affected GPU, if known.
-    pub pci_address: Option<String>,
+    pub pci_address: Option<PciAddress>,
     /// UUID of the affected GPU or MIG instance, if known.
-    pub gpu_uuid: Option<String>,
+    pub gpu_uuid: Option<GpuUuid>,
 }
 
 impl Finding {

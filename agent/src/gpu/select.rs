@@ -5,8 +5,8 @@ use super::pci::{PciDevice, PciFacts};
 use super::probe_child::{DriverReport, ProbedGpu};
 use super::reason::{Finding, Reason};
 use super::verdict::GpuDevice;
-use crate::config::Config;
-use crate::values::{DeviceName, DeviceSelection, PciAddress};
+use crate::config::GpuRequest;
+use crate::values::{DeviceName, DeviceSelection, GpuUuid};
 
 /// The usable devices among the selected ones.
 pub(super) struct Selection {
@@ -18,13 +18,13 @@ pub(super) struct Selection {
 
 /// Returns the selected devices that are usable, or why there is none.
 pub(super) fn select_devices(
-    config: &Config,
+    request: &GpuRequest,
     facts: &PciFacts,
     report: &DriverReport,
 ) -> Result<Selection, Finding> {
     let mut devices: Vec<GpuDevice> = Vec::new();
     let (mut unusable, mut not_found) = (Vec::new(), Vec::new());
-    for selected in resolve_selection(&config.gpu.selection, facts, report) {
+    for selected in resolve_selection(&request.selection, facts, report) {
         match selected {
             Resolved::Listed(gpu, instance) => match health_finding(gpu) {
                 Some(finding) => unusable.push(finding),
@@ -44,13 +44,11 @@ pub(super) fn select_devices(
         return Err(unusable
             .into_iter()
             .next()
-            .or_else(|| unidentified_gpu_finding(&config.gpu.selection, report))
-            .unwrap_or_else(|| {
-                nothing_selected(&config.gpu.selection, &not_found, facts, report)
-            }));
+            .or_else(|| unidentified_gpu_finding(&request.selection, report))
+            .unwrap_or_else(|| nothing_selected(&request.selection, &not_found, facts, report)));
     }
     // Other functions of a GPU are assigned with it, and not every assigned device is a GPU.
-    let mut missing: Vec<String> = unusable_assignments(config, facts)
+    let mut missing: Vec<String> = unusable_assignments(request, facts)
         .into_iter()
         .filter(|assignment| !assignment.is_other_device)
         .map(|assignment| assignment.description)
@@ -100,19 +98,19 @@ fn unidentified_gpu_finding(selection: &DeviceSelection, report: &DriverReport) 
 }
 
 /// Returns the whole GPU, or its MIG instances in MIG mode; only `instance` if one is named.
-fn container_devices(gpu: &ProbedGpu, instance: Option<&str>) -> Vec<GpuDevice> {
-    let device = |uuid: &str, name: &Option<String>, memory_mib: Option<u64>| GpuDevice {
+fn container_devices(gpu: &ProbedGpu, instance: Option<&GpuUuid>) -> Vec<GpuDevice> {
+    let device = |uuid: &GpuUuid, name: &Option<String>, memory_mib: Option<u64>| GpuDevice {
         index: gpu.index,
-        uuid: uuid.into(),
+        uuid: uuid.clone(),
         name: name.clone().or_else(|| gpu.name.clone()),
-        pci_address: gpu.pci_address.clone().unwrap_or_default(),
+        pci_address: gpu.pci_address,
         memory_mib,
         minor: gpu.minor,
     };
     match &gpu.mig {
         Some(instances) => instances
             .iter()
-            .filter(|candidate| instance.is_none_or(|uuid| uuid == candidate.uuid))
+            .filter(|candidate| instance.is_none_or(|uuid| *uuid == candidate.uuid))
             .map(|instance| device(&instance.uuid, &instance.name, instance.memory_mib))
             .collect(),
         None => gpu.uuid.iter().map(|uuid| device(uuid, &gpu.name, gpu.memory_mib)).collect(),
@@ -122,7 +120,7 @@ fn container_devices(gpu: &ProbedGpu, instance: Option<&str>) -> Vec<GpuDevice> 
 /// What an element of `FL_CUDA_VISIBLE_DEVICES` refers to.
 enum Resolved<'r> {
     /// A GPU that the driver lists, and the MIG instance if the element names one.
-    Listed(&'r ProbedGpu, Option<&'r str>),
+    Listed(&'r ProbedGpu, Option<&'r GpuUuid>),
     /// A GPU on the PCI bus that the driver does not list.
     Unlisted(&'r PciDevice),
     /// No GPU, or several: the reason.
@@ -150,29 +148,27 @@ fn resolve_name<'r>(
     facts: &'r PciFacts,
     report: &'r DriverReport,
 ) -> Resolved<'r> {
-    let candidates: Vec<(&ProbedGpu, Option<&str>)> = match name {
+    let candidates: Vec<(&ProbedGpu, Option<&GpuUuid>)> = match name {
         DeviceName::Index(index) => {
             report.gpus.iter().filter(|gpu| gpu.index == *index).map(|gpu| (gpu, None)).collect()
         }
         DeviceName::Pci(address) => report
             .gpus
             .iter()
-            .filter(|gpu| parse_address(gpu) == Some(*address))
+            .filter(|gpu| gpu.pci_address == Some(*address))
             .map(|gpu| (gpu, None))
             .collect(),
         DeviceName::GpuUuid(prefix) => report
             .gpus
             .iter()
-            .filter(|gpu| gpu.uuid.as_deref().is_some_and(|uuid| has_prefix(uuid, prefix)))
+            .filter(|gpu| gpu.uuid.as_ref().is_some_and(|uuid| uuid.has_prefix(prefix)))
             .map(|gpu| (gpu, None))
             .collect(),
         DeviceName::MigUuid(prefix) => report
             .gpus
             .iter()
-            .flat_map(|gpu| {
-                gpu.mig.iter().flatten().map(move |instance| (gpu, instance.uuid.as_str()))
-            })
-            .filter(|(_, uuid)| has_prefix(uuid, prefix))
+            .flat_map(|gpu| gpu.mig.iter().flatten().map(move |instance| (gpu, &instance.uuid)))
+            .filter(|(_, uuid)| uuid.has_prefix(prefix))
             .map(|(gpu, uuid)| (gpu, Some(uuid)))
             .collect(),
     };
@@ -192,14 +188,6 @@ fn resolve_name<'r>(
             "FL_CUDA_VISIBLE_DEVICES names '{name}', which is a prefix of several UUIDs"
         )),
     }
-}
-
-fn parse_address(gpu: &ProbedGpu) -> Option<PciAddress> {
-    gpu.pci_address.as_deref().and_then(PciAddress::parse)
-}
-
-fn has_prefix(uuid: &str, prefix: &str) -> bool {
-    uuid.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
 }
 
 fn list_available(facts: &PciFacts, report: &DriverReport) -> String {
@@ -225,21 +213,21 @@ fn unlisted_gpus<'r>(
     report: &'r DriverReport,
 ) -> impl Iterator<Item = &'r PciDevice> {
     // A listed GPU without a readable address could be any of them.
-    let all_have_addresses = report.gpus.iter().all(|gpu| parse_address(gpu).is_some());
+    let all_have_addresses = report.gpus.iter().all(|gpu| gpu.pci_address.is_some());
     facts.gpus().filter(move |gpu| {
         all_have_addresses
-            && !report.gpus.iter().any(|other| parse_address(other) == Some(gpu.address))
+            && !report.gpus.iter().any(|other| other.pci_address == Some(gpu.address))
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::decide::decide_gpu_or_cpu;
     use crate::gpu::nvml_error::{Fault, FaultKind};
     use crate::gpu::probe_child::ProbedMig;
     use crate::gpu::test_fixtures::{
-        A, B, config, device, expect_finding, facts, gpu_at, probed, report, two_gpus, uuids,
+        A, B, config, decide_on, device, expect_finding, facts, gpu_at, probed, report, two_gpus,
+        uuids,
     };
     use crate::gpu::verdict::Verdict;
 
@@ -256,7 +244,7 @@ mod tests {
             ("1,GPU-aabb,21:00.0", vec!["GPU-aabb-2"]),
         ] {
             let request = config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]);
-            let verdict = decide_gpu_or_cpu(&request, &facts, &outcome);
+            let verdict = decide_on(&request, &facts, &outcome);
             assert_eq!(uuids(&verdict), expected, "{selection}");
         }
     }
@@ -266,7 +254,7 @@ mod tests {
         let (facts, outcome) = two_gpus();
         let decide = |selection| {
             let request = config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]);
-            decide_gpu_or_cpu(&request, &facts, &outcome)
+            decide_on(&request, &facts, &outcome)
         };
         let verdict = decide("1,5");
         let Verdict::Gpu { missing, .. } = &verdict else { panic!("{verdict:?}") };
@@ -282,7 +270,7 @@ mod tests {
     fn ambiguous_uuid_prefix_is_reported() {
         let (facts, outcome) = two_gpus();
         let request = config(&[("FL_CUDA_VISIBLE_DEVICES", "GPU-aa")]);
-        let finding = expect_finding(decide_gpu_or_cpu(&request, &facts, &outcome));
+        let finding = expect_finding(decide_on(&request, &facts, &outcome));
         assert!(
             finding.summary.contains("'GPU-aa', which is a prefix of several UUIDs"),
             "{}",
@@ -299,9 +287,15 @@ mod tests {
             (Some("nvidia"), Reason::GpuCountZero),
         ] {
             let facts = facts(&[gpu_at(A, Some("nvidia")), gpu_at(B, driver)]);
-            let decide = |pairs| decide_gpu_or_cpu(&config(pairs), &facts, &outcome);
+            let decide = |pairs| decide_on(&config(pairs), &facts, &outcome);
             let by_address = expect_finding(decide(&[("FL_CUDA_VISIBLE_DEVICES", "21:00.0")]));
-            assert_eq!((by_address.reason, by_address.pci_address.as_deref()), (reason, Some(B)));
+            assert_eq!(
+                (
+                    by_address.reason,
+                    by_address.pci_address.map(|address| address.to_string()).as_deref()
+                ),
+                (reason, Some(B))
+            );
             // The driver assigns indices, so an unlisted GPU has none; it is listed as available.
             let by_index = expect_finding(decide(&[("FL_CUDA_VISIBLE_DEVICES", "1")]));
             assert_eq!(by_index.reason, Reason::DeviceSelectionEmpty);
@@ -314,7 +308,7 @@ mod tests {
 
     #[test]
     fn gpu_without_readable_uuid_may_be_the_selected_one() {
-        let mut unidentified = probed(0, "", A);
+        let mut unidentified = probed(0, "GPU-1", A);
         unidentified.uuid = None;
         unidentified.fault = Some(Fault {
             call: "nvmlDeviceGetUUID".into(),
@@ -325,7 +319,7 @@ mod tests {
         let reason = |selection| {
             let request = config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]);
             let outcome = report(vec![unidentified.clone()]);
-            expect_finding(decide_gpu_or_cpu(&request, &facts, &outcome)).reason
+            expect_finding(decide_on(&request, &facts, &outcome)).reason
         };
         assert_eq!(reason("GPU-1"), Reason::GpuLost);
         assert_eq!(reason("0"), Reason::GpuLost);
@@ -336,8 +330,8 @@ mod tests {
     #[test]
     fn gpu_with_invalid_address_hides_unlisted_gpus() {
         let facts = facts(&[gpu_at(A, Some("nvidia"))]);
-        let outcome = report(vec![probed(0, "GPU-1", "garbage")]);
-        let verdict = decide_gpu_or_cpu(&config(&[]), &facts, &outcome);
+        let outcome = report(vec![probed(0, "GPU-1", "invalid")]);
+        let verdict = decide_on(&config(&[]), &facts, &outcome);
         let Verdict::Gpu { missing, .. } = verdict else { panic!("{verdict:?}") };
         assert_eq!(missing, Vec::<String>::new());
     }
@@ -346,7 +340,7 @@ mod tests {
     fn absent_assigned_device_beside_usable_gpu_is_a_warning() {
         let request = config(&[("PCI0_ADDRESS", "01:00.0"), ("PCI1_ADDRESS", "21:00.0")]);
         let facts = facts(&[gpu_at(A, Some("nvidia"))]);
-        let verdict = decide_gpu_or_cpu(&request, &facts, &report(vec![probed(0, "GPU-1", A)]));
+        let verdict = decide_on(&request, &facts, &report(vec![probed(0, "GPU-1", A)]));
         let Verdict::Gpu { devices, missing } = verdict else { panic!("{verdict:?}") };
         assert_eq!((devices.len(), missing.len()), (1, 1));
         assert!(missing[0].contains("0000:21:00.0"), "{missing:?}");
@@ -357,7 +351,7 @@ mod tests {
         let request = config(&[("PCI0_ADDRESS", "01:00.0"), ("PCI1_ADDRESS", "01:00.1")]);
         let audio = device("0000:01:00.1", 0x10de, 0x04_03_00, Some("snd_hda_intel"));
         let facts = facts(&[gpu_at(A, Some("nvidia")), audio]);
-        let verdict = decide_gpu_or_cpu(&request, &facts, &report(vec![probed(0, "GPU-1", A)]));
+        let verdict = decide_on(&request, &facts, &report(vec![probed(0, "GPU-1", A)]));
         let Verdict::Gpu { missing, .. } = verdict else { panic!("{verdict:?}") };
         assert_eq!(missing, Vec::<String>::new());
     }
@@ -372,12 +366,12 @@ mod tests {
             text: "lost".into(),
         });
         let outcome = report(vec![lost, probed(1, "GPU-aabb-2", B)]);
-        let verdict = decide_gpu_or_cpu(&config(&[]), &facts, &outcome);
+        let verdict = decide_on(&config(&[]), &facts, &outcome);
         assert_eq!(uuids(&verdict), ["GPU-aabb-2"]);
         let request = config(&[("FL_CUDA_VISIBLE_DEVICES", "0")]);
-        let finding = expect_finding(decide_gpu_or_cpu(&request, &facts, &outcome));
+        let finding = expect_finding(decide_on(&request, &facts, &outcome));
         assert_eq!(
-            (finding.reason, finding.gpu_uuid.as_deref()),
+            (finding.reason, finding.gpu_uuid.as_ref().map(GpuUuid::as_str)),
             (Reason::GpuLost, Some("GPU-aaaa-1"))
         );
     }
@@ -385,34 +379,41 @@ mod tests {
     #[test]
     fn gpu_in_mig_mode_yields_its_instances() {
         let facts = facts(&[gpu_at(A, Some("nvidia"))]);
-        let instance =
-            |uuid: &str| ProbedMig { uuid: uuid.into(), name: None, memory_mib: Some(4864) };
+        let instance = |uuid: &str| ProbedMig {
+            uuid: GpuUuid::parse(uuid).unwrap(),
+            name: None,
+            memory_mib: Some(4864),
+        };
         let mut gpu = probed(0, "GPU-1", A);
         gpu.mig = Some(vec![instance("MIG-aa"), instance("MIG-bb")]);
         let outcome = report(vec![gpu.clone()]);
         let select = |selection| {
             let request = config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]);
-            decide_gpu_or_cpu(&request, &facts, &outcome)
+            decide_on(&request, &facts, &outcome)
         };
         assert_eq!(uuids(&select("all")), ["MIG-aa", "MIG-bb"]);
         assert_eq!(uuids(&select("MIG-b")), ["MIG-bb"]);
         assert_eq!(select("MIG-b").devices()[0].memory_mib, Some(4864));
         gpu.mig = Some(vec![]);
-        let verdict = decide_gpu_or_cpu(&config(&[]), &facts, &report(vec![gpu]));
+        let verdict = decide_on(&config(&[]), &facts, &report(vec![gpu]));
         assert_eq!(expect_finding(verdict).reason, Reason::DeviceSelectionEmpty);
     }
 
     #[test]
     fn available_gpus_are_listed_with_their_mig_instances() {
         let (facts, _) = two_gpus();
-        let instance = |uuid: &str| ProbedMig { uuid: uuid.into(), name: None, memory_mib: None };
+        let instance = |uuid: &str| ProbedMig {
+            uuid: GpuUuid::parse(uuid).unwrap(),
+            name: None,
+            memory_mib: None,
+        };
         let (mut split, mut whole) = (probed(0, "GPU-1", A), probed(1, "GPU-2", B));
         split.mig = Some(vec![instance("MIG-a"), instance("MIG-b")]);
         whole.mig = Some(Vec::new());
         let outcome = report(vec![split, whole]);
         let request = config(&[("FL_CUDA_VISIBLE_DEVICES", "7")]);
         assert_eq!(
-            expect_finding(decide_gpu_or_cpu(&request, &facts, &outcome)).summary,
+            expect_finding(decide_on(&request, &facts, &outcome)).summary,
             "FL_CUDA_VISIBLE_DEVICES='7' selects no usable GPU (FL_CUDA_VISIBLE_DEVICES names '7', \
              which is not in this VM); this VM has: \
              GPU 0, NVIDIA A100, GPU-1, 0000:01:00.0 (MIG: MIG-a, MIG-b); \

@@ -2,6 +2,7 @@
 
 use one_context::Context;
 
+use super::decide::{decide_gpu_or_cpu, decide_without_probe};
 use super::nvml_error::{Fault, FaultKind};
 use super::nvml_library::LibraryFile;
 use super::pci::{PciDevice, PciFacts};
@@ -10,7 +11,7 @@ use super::probe_child::{DriverReport, ProbeAnswer, ProbedGpu};
 use super::reason::Finding;
 use super::verdict::Verdict;
 use crate::config::{Config, Prebaked};
-use crate::values::PciAddress;
+use crate::values::{GpuUuid, PciAddress};
 
 pub(super) const A: &str = "0000:01:00.0";
 pub(super) const B: &str = "0000:21:00.0";
@@ -49,9 +50,9 @@ pub(super) fn facts(devices: &[PciDevice]) -> PciFacts {
 pub(super) fn probed(index: u32, uuid: &str, address: &str) -> ProbedGpu {
     ProbedGpu {
         index,
-        uuid: Some(uuid.into()),
+        uuid: Some(GpuUuid::parse(uuid).unwrap()),
         name: Some("NVIDIA A100".into()),
-        pci_address: Some(address.into()),
+        pci_address: PciAddress::parse(address),
         memory_mib: Some(40_960),
         minor: Some(index),
         ..ProbedGpu::default()
@@ -70,6 +71,14 @@ pub(super) fn failed(kind: FaultKind, text: &str) -> ProbeOutcome {
     let fault = Fault { call: "nvmlInit_v2".into(), kind, text: text.into() };
     let library = LibraryFile { version: Some("560.35.03".into()), ..LibraryFile::default() };
     ProbeOutcome::Answered(ProbeAnswer::Failed { fault, library })
+}
+
+pub(super) fn decide_on(config: &Config, facts: &PciFacts, outcome: &ProbeOutcome) -> Verdict {
+    decide_gpu_or_cpu(&config.gpu, config.framework, facts, outcome)
+}
+
+pub(super) fn decide_on_sysfs(config: &Config, facts: &PciFacts) -> Option<Verdict> {
+    decide_without_probe(&config.gpu, config.framework, facts)
 }
 
 /// Two healthy GPUs, `A` and `B`.

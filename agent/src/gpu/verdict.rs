@@ -8,7 +8,7 @@ use serde_json::{Value as Json, json};
 
 use super::reason::Finding;
 use crate::system::os_release::Distribution;
-use crate::values::sanitize_line;
+use crate::values::{GpuUuid, PciAddress, sanitize_line};
 
 /// The device that the node trains on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,11 +33,11 @@ pub struct GpuDevice {
     /// NVML index of the GPU.
     pub index: u32,
     /// UUID of the GPU (`GPU-…`) or the MIG instance (`MIG-…`).
-    pub uuid: String,
+    pub uuid: GpuUuid,
     /// Product name.
     pub name: Option<String>,
-    /// PCI address of the GPU, as sysfs writes it.
-    pub pci_address: String,
+    /// PCI address of the GPU; `None` if NVML reports no valid one.
+    pub pci_address: Option<PciAddress>,
     /// Memory of the GPU or the MIG instance, in MiB.
     pub memory_mib: Option<u64>,
     /// The `n` of the GPU's device node `/dev/nvidia<n>`.
@@ -49,7 +49,8 @@ impl fmt::Display for GpuDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // The probe child runs NVIDIA's code, so its strings are foreign text.
         let name = self.name.as_deref().unwrap_or("GPU");
-        f.write_str(&sanitize_line(&format!("{name} ({}, {})", self.uuid, self.pci_address)))
+        let address = self.pci_address.map_or(String::new(), |address| format!(", {address}"));
+        f.write_str(&sanitize_line(&format!("{name} ({}{address})", self.uuid)))
     }
 }
 
@@ -112,28 +113,27 @@ impl Verdict {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::decide::decide_gpu_or_cpu;
     use crate::gpu::reason::Reason;
-    use crate::gpu::test_fixtures::{A, config, two_gpus};
+    use crate::gpu::test_fixtures::{A, config, decide_on, two_gpus};
 
     #[test]
     fn device_display_is_sanitized() {
         let device = GpuDevice {
             index: 0,
-            uuid: "G\x7fU-5d".into(),
+            uuid: GpuUuid::parse("GPU-5d").unwrap(),
             name: Some("A100\n\x1b[31m".into()),
-            pci_address: "0000:01:00.0".into(),
+            pci_address: PciAddress::parse("0000:01:00.0"),
             memory_mib: None,
             minor: None,
         };
-        assert_eq!(device.to_string(), "A100 [31m (GU-5d, 0000:01:00.0)");
+        assert_eq!(device.to_string(), "A100 [31m (GPU-5d, 0000:01:00.0)");
     }
 
     #[test]
     fn json_has_devices_or_reason_and_fix() {
         let (facts, outcome) = two_gpus();
         let request = config(&[("FL_CUDA_VISIBLE_DEVICES", "0,7")]);
-        let on_one = decide_gpu_or_cpu(&request, &facts, &outcome);
+        let on_one = decide_on(&request, &facts, &outcome);
         let Verdict::Gpu { missing, .. } = &on_one else { panic!("{on_one:?}") };
         let device = json!({
             "index": 0,
@@ -150,8 +150,10 @@ mod tests {
             Verdict::gpu_not_enabled().to_json(Distribution::Debian),
             json!({"device": "cpu", "reason": null, "summary": null, "fix": null})
         );
-        let lost =
-            Finding { gpu_uuid: Some("GPU-1".into()), ..Finding::new(Reason::GpuLost, "why") };
+        let lost = Finding {
+            gpu_uuid: GpuUuid::parse("GPU-1").ok(),
+            ..Finding::new(Reason::GpuLost, "why")
+        };
         assert_eq!(
             Verdict::cpu(lost).to_json(Distribution::Ubuntu),
             json!({

@@ -56,6 +56,7 @@ mod tests {
     use crate::gpu::verdict::GpuDevice;
     use crate::opennebula::partition::Partition;
     use crate::system::os_release::Distribution;
+    use crate::values::{GpuUuid, PciAddress};
 
     fn vm(report_ready: bool) -> VmIdentity {
         VmIdentity { id: 101, report_ready }
@@ -70,9 +71,9 @@ mod tests {
     fn on_gpu() -> NodeStatus {
         let device = GpuDevice {
             index: 0,
-            uuid: "GPU-1".into(),
+            uuid: GpuUuid::parse("GPU-1").unwrap(),
             name: Some("NVIDIA A100".into()),
-            pci_address: "0000:01:00.0".into(),
+            pci_address: PciAddress::parse("0000:01:00.0"),
             memory_mib: None,
             minor: None,
         };

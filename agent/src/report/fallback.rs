@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::gpu::reason::Finding;
 use crate::logging::ALWAYS_LOGGED;
 use crate::system::os_release::Distribution;
+use crate::values::GpuUuid;
 
 /// A GPU is required and none is usable; already logged with its reason.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -30,8 +31,8 @@ macro_rules! log_finding {
             fl_gpu_reason = $finding.reason.code(),
             fl_gpu_summary = $finding.summary,
             fl_gpu_fix = fix,
-            pci_address = $finding.pci_address,
-            gpu_uuid = $finding.gpu_uuid,
+            pci_address = $finding.pci_address.map(tracing::field::display),
+            gpu_uuid = $finding.gpu_uuid.as_ref().map(GpuUuid::as_str),
             concat!($text, ": {}: {}; fix: {}"),
             $finding.reason,
             $finding.summary,

@@ -198,14 +198,14 @@ fn add_readings(
             .get(&device.uuid)
             .filter(|(_, read_at)| now.saturating_duration_since(*read_at) < READING_TIMEOUT);
         if let Some(value) = fresh.and_then(|(reading, _)| value(reading)) {
-            add(&[&device.uuid, device.name.as_deref().unwrap_or_default()], value);
+            add(&[device.uuid.as_str(), device.name.as_deref().unwrap_or_default()], value);
         }
     }
 }
 
 fn each_xid(status: &NodeStatus, mut add: impl FnMut(&[&str], XidCount)) {
     for (GpuXid { uuid, name, xid }, count) in &status.xids {
-        add(&[uuid, name, &xid.to_string()], *count);
+        add(&[uuid.as_str(), name, &xid.to_string()], *count);
     }
 }
 
@@ -245,15 +245,18 @@ mod tests {
     use crate::gpu::reason::{Finding, Reason};
     use crate::gpu::verdict::{GpuDevice, Verdict};
     use crate::system::os_release::Distribution;
+    use crate::values::{GpuUuid, PciAddress};
 
-    const UUID: &str = "GPU-aaaa";
+    fn uuid() -> GpuUuid {
+        GpuUuid::parse("GPU-aaaa").unwrap()
+    }
 
     fn on_gpu() -> Verdict {
         let device = GpuDevice {
             index: 0,
-            uuid: UUID.into(),
+            uuid: uuid(),
             name: Some("An \"odd\\\nname\"".into()),
-            pci_address: "0000:01:00.0".into(),
+            pci_address: PciAddress::parse("0000:01:00.0"),
             memory_mib: None,
             minor: None,
         };
@@ -314,15 +317,15 @@ mod tests {
             status.container_runs(seconds(start), false);
         }
         status.record_reading(
-            UUID,
+            &uuid(),
             Reading {
                 power_milliwatts: Some(70_500),
                 utilization_percent: Some(7),
                 ..Reading::default()
             },
         );
-        status.count_xid(UUID, 31, 2);
-        status.count_xid(UUID, 31, 3);
+        status.count_xid(&uuid(), 31, 2);
+        status.count_xid(&uuid(), 31, 3);
         let page = render(&status, Instant::now());
         for part in [
             "# HELP supernode_up 1 while the container runs, else 0.\n\
@@ -347,9 +350,11 @@ mod tests {
     fn readings_expire_and_xids_stay() {
         let mut status = NodeStatus::default();
         status.set_verdict(&on_gpu(), Distribution::Debian);
-        status
-            .record_reading(UUID, Reading { temperature_celsius: Some(40), ..Reading::default() });
-        status.count_xid(UUID, 79, 1);
+        status.record_reading(
+            &uuid(),
+            Reading { temperature_celsius: Some(40), ..Reading::default() },
+        );
+        status.count_xid(&uuid(), 79, 1);
         status.set_verdict(&on_gpu(), Distribution::Debian);
         assert!(render(&status, Instant::now()).contains("supernode_gpu_temperature_celsius{"));
         let later = Instant::now() + READING_TIMEOUT;

@@ -8,6 +8,7 @@ use crate::gpu::monitor_child::Reading;
 use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::opennebula::partition::Partition;
 use crate::system::os_release::Distribution;
+use crate::values::GpuUuid;
 use crate::values::{HostPort, Version, sanitize_line};
 
 /// Bound on the XID counters; a faulty driver cannot grow the metrics without limit.
@@ -71,7 +72,7 @@ pub(crate) struct ContainerStatus {
 /// An XID of one GPU. The name is kept because the GPU may be gone.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct GpuXid {
-    pub uuid: String,
+    pub uuid: GpuUuid,
     pub name: String,
     pub xid: u64,
 }
@@ -109,7 +110,7 @@ pub(crate) struct NodeStatus {
     /// State of the DCGM exporter, if one is wanted.
     pub exporter: Option<String>,
     /// Latest reading of each GPU of the verdict, by UUID.
-    pub gpu_readings: BTreeMap<String, (Reading, Instant)>,
+    pub gpu_readings: BTreeMap<GpuUuid, (Reading, Instant)>,
     /// XIDs of these GPUs and of earlier ones.
     pub xids: BTreeMap<GpuXid, XidCount>,
 }
@@ -199,7 +200,7 @@ impl NodeStatus {
     /// Records what the running container uses. Readings of its GPUs are kept.
     pub(crate) fn set_verdict(&mut self, verdict: &Verdict, distribution: Distribution) {
         self.gpus_released = false;
-        let in_use = |uuid: &String| verdict.devices().iter().any(|device| device.uuid == *uuid);
+        let in_use = |uuid: &GpuUuid| verdict.devices().iter().any(|device| device.uuid == *uuid);
         self.gpu_readings.retain(|uuid, _| in_use(uuid));
         if self.verdict.as_ref() != Some(verdict) {
             self.verdict = Some(verdict.clone());
@@ -256,20 +257,20 @@ impl NodeStatus {
     }
 
     /// Records a reading; one of a GPU that is not in use is ignored.
-    pub(crate) fn record_reading(&mut self, uuid: &str, reading: Reading) {
+    pub(crate) fn record_reading(&mut self, uuid: &GpuUuid, reading: Reading) {
         if self.device(uuid).is_some() {
-            self.gpu_readings.insert(uuid.to_owned(), (reading, Instant::now()));
+            self.gpu_readings.insert(uuid.clone(), (reading, Instant::now()));
         }
     }
 
-    /// Counts `times` occurrences of an XID.
-    pub(crate) fn count_xid(&mut self, uuid: &str, xid: u64, times: u64) {
+    /// Counts `count` occurrences of an XID.
+    pub(crate) fn count_xid(&mut self, uuid: &GpuUuid, xid: u64, count: u64) {
         let name = self.device(uuid).and_then(|device| device.name.clone()).unwrap_or_default();
-        let key = GpuXid { uuid: uuid.into(), name, xid };
+        let key = GpuXid { uuid: uuid.clone(), name, xid };
         if self.xids.len() < MAX_XID_COUNTERS || self.xids.contains_key(&key) {
             let last = SystemTime::now();
-            let count = self.xids.entry(key).or_insert(XidCount { total: 0, last });
-            *count = XidCount { total: count.total.saturating_add(times), last };
+            let entry = self.xids.entry(key).or_insert(XidCount { total: 0, last });
+            *entry = XidCount { total: entry.total.saturating_add(count), last };
         }
     }
 }
@@ -281,8 +282,8 @@ impl NodeStatus {
         self.verdict.as_ref().map_or(&[], Verdict::devices)
     }
 
-    fn device(&self, uuid: &str) -> Option<&GpuDevice> {
-        self.devices().iter().find(|device| device.uuid == uuid)
+    fn device(&self, uuid: &GpuUuid) -> Option<&GpuDevice> {
+        self.devices().iter().find(|device| device.uuid == *uuid)
     }
 
     /// The GPUs that processes may use; `None` until the first container runs.
@@ -346,13 +347,14 @@ mod tests {
 
     use super::*;
     use crate::gpu::reason::{Finding, Reason};
+    use crate::values::PciAddress;
 
     fn device(uuid: &str) -> GpuDevice {
         GpuDevice {
             index: 0,
-            uuid: uuid.into(),
+            uuid: GpuUuid::parse(uuid).unwrap(),
             name: Some("NVIDIA A100".into()),
-            pci_address: "0000:01:00.0".into(),
+            pci_address: PciAddress::parse("0000:01:00.0"),
             memory_mib: None,
             minor: None,
         }
@@ -487,10 +489,11 @@ mod tests {
     fn readings_are_kept_for_gpus_in_use_only() {
         let mut status = NodeStatus::default();
         status.set_verdict(&on_gpu("GPU-1"), Distribution::Debian);
-        status.record_reading("GPU-1", Reading::default());
-        status.record_reading("GPU-2", Reading::default());
+        for uuid in ["GPU-1", "GPU-2"] {
+            status.record_reading(&GpuUuid::parse(uuid).unwrap(), Reading::default());
+        }
         status.set_verdict(&on_gpu("GPU-1"), Distribution::Debian);
-        assert_eq!(status.gpu_readings.keys().collect::<Vec<_>>(), ["GPU-1"]);
+        assert_eq!(status.gpu_readings.keys().map(GpuUuid::as_str).collect::<Vec<_>>(), ["GPU-1"]);
         status.set_verdict(&Verdict::gpu_not_enabled(), Distribution::Debian);
         assert!(status.gpu_readings.is_empty());
     }
@@ -498,8 +501,9 @@ mod tests {
     #[test]
     fn xid_counters_are_bounded() {
         let mut status = NodeStatus::default();
-        (0..10_000).for_each(|xid| status.count_xid("GPU-1", xid, 1));
-        status.count_xid("GPU-1", 0, u64::MAX);
+        let uuid = GpuUuid::parse("GPU-1").unwrap();
+        (0..10_000).for_each(|xid| status.count_xid(&uuid, xid, 1));
+        status.count_xid(&uuid, 0, u64::MAX);
         assert_eq!(status.xids.len(), MAX_XID_COUNTERS);
         assert_eq!(status.xids.values().map(|count| count.total).max(), Some(u64::MAX));
     }

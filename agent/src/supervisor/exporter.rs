@@ -309,6 +309,7 @@ mod tests {
 
     use super::*;
     use crate::config::Prebaked;
+    use crate::values::GpuUuid;
 
     fn plan(
         context: &str,
@@ -319,9 +320,9 @@ mod tests {
         let (config, _) = Config::from_context(&context, &Prebaked::default()).unwrap();
         let device = |index: usize| GpuDevice {
             index: 0,
-            uuid: format!("GPU-{index}"),
+            uuid: GpuUuid::parse(format!("GPU-{index}")).unwrap(),
             name: None,
-            pci_address: String::new(),
+            pci_address: None,
             memory_mib: None,
             minor: None,
         };

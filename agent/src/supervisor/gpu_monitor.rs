@@ -36,6 +36,7 @@ use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::{GpuDevice, Verdict};
 use crate::gpu::xid::{Class, Xid};
 use crate::report::Reporter;
+use crate::values::GpuUuid;
 
 /// The hidden subcommand of the child.
 pub(crate) const SUBCOMMAND: &str = "nvml-watch";
@@ -56,7 +57,7 @@ const HEALTHY_AFTER: Duration = Duration::from_secs(600);
 const MAX_LOGGED_EXITS: u32 = 3;
 
 /// What was logged or reported already: the UUID of the GPU, and the kind of event.
-type Reported = BTreeSet<(String, EventKind)>;
+type Reported = BTreeSet<(Option<GpuUuid>, EventKind)>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum EventKind {
@@ -77,7 +78,7 @@ pub(crate) struct GpuMonitor {
     reporter: Rc<Reporter>,
     phase: Phase,
     /// The UUIDs of the monitored GPUs.
-    uuids: Vec<String>,
+    uuids: Vec<GpuUuid>,
     /// Counts the exits of the child since it last ran for [`HEALTHY_AFTER`].
     backoff: Backoff,
     /// Events without consequences that were logged.
@@ -242,9 +243,10 @@ impl GpuMonitor {
         match message {
             MonitorMessage::Started { unsupported } => {
                 if !unsupported.is_empty() && self.backoff.attempts() == 0 {
+                    let uuids: Vec<&str> = unsupported.iter().map(GpuUuid::as_str).collect();
                     tracing::info!(
                         "NVML events unsupported for {}; polling health only",
-                        unsupported.join(", ")
+                        uuids.join(", ")
                     );
                 }
                 None
@@ -276,7 +278,7 @@ impl GpuMonitor {
     /// Returns a failure for a fatal event, and logs any other, once.
     fn on_xid(
         &mut self,
-        uuid: String,
+        uuid: GpuUuid,
         xid: Option<u64>,
         count: u64,
         devices: &[GpuDevice],
@@ -293,28 +295,28 @@ impl GpuMonitor {
             return self.new_failure(devices, Some(&uuid), kind, text);
         }
         let device = devices.iter().find(|device| device.uuid == uuid);
-        let name = device.map_or_else(|| uuid.clone(), ToString::to_string);
-        let pci_address = device.map(|device| device.pci_address.to_string());
+        let name = device.map_or_else(|| uuid.to_string(), ToString::to_string);
+        let pci_address = device.and_then(|device| device.pci_address);
         macro_rules! log_event {
             ($level:ident, $consequence:expr) => {
                 tracing::$level!(
                     xid,
-                    gpu_uuid = uuid,
-                    pci_address,
+                    gpu_uuid = uuid.as_str(),
+                    pci_address = pci_address.map(tracing::field::display),
                     "{name}: {text}; {}",
                     $consequence
                 )
             };
         }
         let consequence = "the node continues, and further events of this kind are not logged";
-        if self.logged_events.contains(&(uuid.clone(), kind)) {
+        if self.logged_events.contains(&(Some(uuid.clone()), kind)) {
             log_event!(debug, format_args!("{count} more"));
         } else if class == Class::Application {
             log_event!(warn, consequence);
         } else {
             log_event!(info, consequence);
         }
-        self.logged_events.insert((uuid, kind));
+        self.logged_events.insert((Some(uuid), kind));
         None
     }
 
@@ -323,13 +325,12 @@ impl GpuMonitor {
     fn new_failure(
         &mut self,
         devices: &[GpuDevice],
-        uuid: Option<&str>,
+        uuid: Option<&GpuUuid>,
         kind: EventKind,
         what: String,
     ) -> Option<Finding> {
-        let device = devices.iter().find(|device| uuid.is_none_or(|uuid| device.uuid == uuid));
-        let failed_uuid = device
-            .map_or_else(|| uuid.unwrap_or_default().to_owned(), |device| device.uuid.clone());
+        let device = devices.iter().find(|device| uuid.is_none_or(|uuid| device.uuid == *uuid));
+        let failed_uuid = device.map(|device| &device.uuid).or(uuid).cloned();
         if !self.reported_failures.insert((failed_uuid, kind)) {
             tracing::debug!("GPU failure reported before: {what}");
             return None;
@@ -340,7 +341,7 @@ impl GpuMonitor {
         };
         Some(Finding {
             gpu_uuid: device.map(|device| device.uuid.clone()),
-            pci_address: device.map(|device| device.pci_address.clone()),
+            pci_address: device.and_then(|device| device.pci_address),
             ..Finding::new(Reason::GpuFailed, format!("{}: {what}", names.join(", ")))
         })
     }
@@ -373,7 +374,7 @@ struct MonitorProcess {
 }
 
 impl MonitorProcess {
-    fn start(settings: &Settings, uuids: &[String]) -> io::Result<Self> {
+    fn start(settings: &Settings, uuids: &[GpuUuid]) -> io::Result<Self> {
         // Readings are needed only for the metrics endpoint.
         let readings = settings.metrics.address().map(|_| "--readings");
         let mut child = Command::new("/proc/self/exe")
@@ -381,7 +382,7 @@ impl MonitorProcess {
             .args(readings)
             .arg("--")
             .arg(&settings.gpu.nvml_library)
-            .args(uuids)
+            .args(uuids.iter().map(GpuUuid::as_str))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -491,6 +492,7 @@ mod tests {
 
     use super::*;
     use crate::config::Prebaked;
+    use crate::values::PciAddress;
 
     fn monitor() -> GpuMonitor {
         let context = Context::parse(b"FL_GPU_ENABLED='YES'\n").unwrap();
@@ -503,9 +505,9 @@ mod tests {
             .into_iter()
             .map(|uuid| GpuDevice {
                 index: 0,
-                uuid: uuid.into(),
+                uuid: GpuUuid::parse(uuid).unwrap(),
                 name: Some("NVIDIA L4".into()),
-                pci_address: format!("0000:01:00.{}", uuid.len()),
+                pci_address: PciAddress::parse("0000:01:00.5"),
                 memory_mib: None,
                 minor: None,
             })
@@ -513,7 +515,7 @@ mod tests {
     }
 
     fn event(uuid: &str, xid: Option<u64>) -> MonitorMessage {
-        MonitorMessage::Event { uuid: uuid.into(), xid, count: 1 }
+        MonitorMessage::Event { uuid: GpuUuid::parse(uuid).unwrap(), xid, count: 1 }
     }
 
     #[test]
@@ -525,8 +527,8 @@ mod tests {
             finding.summary.contains("NVIDIA L4 (GPU-b, ") && finding.summary.contains("XID 79: "),
             "{finding:?}"
         );
-        assert_eq!(finding.gpu_uuid.as_deref(), Some("GPU-b"));
-        assert_eq!(finding.pci_address.as_deref(), Some("0000:01:00.5"));
+        assert_eq!(finding.gpu_uuid.as_ref().map(GpuUuid::as_str), Some("GPU-b"));
+        assert_eq!(finding.pci_address, PciAddress::parse("0000:01:00.5"));
         assert_eq!(monitor.on_message(event("GPU-b", Some(79)), &devices), None);
         assert!(monitor.on_message(event("GPU-a", Some(79)), &devices).is_some(), "other device");
         assert!(monitor.on_message(event("GPU-b", None), &devices).is_some(), "other event");

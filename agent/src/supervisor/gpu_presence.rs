@@ -53,7 +53,7 @@ pub(crate) fn find_missing_devices(
 fn not_visible(device: &GpuDevice, summary: String) -> Finding {
     Finding {
         gpu_uuid: Some(device.uuid.clone()),
-        pci_address: Some(device.pci_address.clone()),
+        pci_address: device.pci_address,
         ..Finding::new(Reason::GpuNotVisible, summary)
     }
 }

@@ -78,6 +78,7 @@ use crate::system::atomic_file;
 use crate::system::info::SystemInfo;
 use crate::system::os_release::Distribution;
 use crate::system::systemd::{TimeoutExtension, Watchdog};
+use crate::values::GpuUuid;
 use state_machine::{
     Command, ContainerEvent, Event, Existing, ExitReason, GracePeriod, Notification, Policy,
     RestartReason, StateMachine, Transition,
@@ -560,8 +561,8 @@ impl Supervisor<'_> {
         let name = &self.node.settings.container.name;
         tracing::warn!(
             container = %name,
-            gpu_uuid = finding.gpu_uuid,
-            pci_address = finding.pci_address,
+            gpu_uuid = finding.gpu_uuid.as_ref().map(GpuUuid::as_str),
+            pci_address = finding.pci_address.map(tracing::field::display),
             "container {name} lost its GPU; recreating it: {}",
             finding.summary
         );
@@ -744,8 +745,8 @@ impl Supervisor<'_> {
             }
             Notification::Replacing(finding) => tracing::warn!(
                 container = %name,
-                gpu_uuid = finding.gpu_uuid,
-                pci_address = finding.pci_address,
+                gpu_uuid = finding.gpu_uuid.as_ref().map(GpuUuid::as_str),
+                pci_address = finding.pci_address.map(tracing::field::display),
                 "replacing the running container {name}: {}",
                 finding.summary
             ),

@@ -56,10 +56,10 @@ fuzz_target!(|line: &[u8]| {
     let outcome = ProbeOutcome::Answered(answer);
     CONFIGS.with(|configs| {
         for config in configs.iter() {
-            let verdict = FACTS.with(|facts| decide_gpu_or_cpu(config, facts, &outcome));
+            let verdict = FACTS.with(|facts| decide_gpu_or_cpu(&config.gpu, config.framework, facts, &outcome));
             for device in verdict.devices() {
                 assert!(
-                    !device.uuid.is_empty() && !device.uuid.contains([',', '\0']),
+                    !device.uuid.as_str().is_empty() && !device.uuid.as_str().contains([',', '\0']),
                     "{device:?}"
                 );
                 assert_shown(&device.to_string());

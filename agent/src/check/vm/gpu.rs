@@ -1,13 +1,12 @@
 //! Checks of the GPU and its driver.
 
-use one_context::Context;
-
 use super::subject::{FIX_CONFIGURATION, RUN_AS_ROOT, Vm};
 use crate::check::Check;
-use crate::config::{Config, Framework, GpuRequest, Prebaked};
+use crate::config::{Framework, GpuRequest};
 use crate::gpu::decide::decide_gpu_or_cpu;
+use crate::gpu::probe::ProbeOutcome;
 use crate::gpu::reason::{Finding, Reason};
-use crate::gpu::verdict::Verdict;
+use crate::gpu::verdict::{GpuDevice, Verdict};
 
 impl Vm<'_> {
     pub(super) fn gpu_enabled(&self) -> Check {
@@ -178,14 +177,7 @@ impl Vm<'_> {
                 )];
             }
         };
-        let Some(config) = self.config_for_all_gpus() else {
-            return vec![Check::unknown(
-                ID,
-                "there is no configuration to evaluate the probe with",
-                FIX_CONFIGURATION,
-            )];
-        };
-        match decide_gpu_or_cpu(&config, &self.facts.pci, outcome) {
+        match self.decide_for_all_gpus(outcome) {
             Verdict::Gpu { devices, missing } => {
                 let mut checks = vec![Check::ok(ID, outcome.summary())];
                 checks.extend(devices.iter().map(|device| {
@@ -193,13 +185,10 @@ impl Vm<'_> {
                     let memory = device
                         .memory_mib
                         .map_or("unknown memory".into(), |mib| format!("{mib} MiB"));
-                    Check::ok(
-                        "gpu",
-                        format!(
-                            "{}: {name}, {memory}, {}, {}",
-                            device.index, device.uuid, device.pci_address
-                        ),
-                    )
+                    let address =
+                        device.pci_address.map_or(String::new(), |address| format!(", {address}"));
+                    let GpuDevice { index, uuid, .. } = device;
+                    Check::ok("gpu", format!("{index}: {name}, {memory}, {uuid}{address}"))
                 }));
                 checks.extend(missing.iter().map(|description| {
                     let fix = "nvidia-smi -q and dmesg show details; power-cycle the VM \
@@ -218,11 +207,10 @@ impl Vm<'_> {
         const ID: &str = "gpu-selection";
         let config = self.config().filter(|config| config.gpu.enabled)?;
         let outcome = self.facts.nvml.as_ref().ok()?;
-        let all = decide_gpu_or_cpu(&self.config_for_all_gpus()?, &self.facts.pci, outcome);
-        if all.devices().is_empty() {
+        if self.decide_for_all_gpus(outcome).devices().is_empty() {
             return None;
         }
-        let verdict = decide_gpu_or_cpu(config, &self.facts.pci, outcome);
+        let verdict = decide_gpu_or_cpu(&config.gpu, config.framework, &self.facts.pci, outcome);
         Some(match (verdict.finding(), verdict.devices().len()) {
             (Some(finding), _) => self.check_from_finding(ID, finding),
             (None, count) => Check::ok(
@@ -232,18 +220,10 @@ impl Vm<'_> {
         })
     }
 
-    /// Returns a configuration that selects every GPU, to report the state of each.
-    fn config_for_all_gpus(&self) -> Option<Config> {
-        let config = match self.config() {
-            Some(config) => config.clone(),
-            // The other values have no effect on the verdict.
-            None => Config::from_context(&Context::parse(b"").ok()?, &Prebaked::default()).ok()?.0,
-        };
-        Some(Config {
-            gpu: GpuRequest { enabled: true, ..GpuRequest::default() },
-            framework: Framework::PyTorch,
-            ..config
-        })
+    /// Decides for a request of every GPU, to report the state of each.
+    fn decide_for_all_gpus(&self, outcome: &ProbeOutcome) -> Verdict {
+        let request = GpuRequest { enabled: true, ..GpuRequest::default() };
+        decide_gpu_or_cpu(&request, Framework::PyTorch, &self.facts.pci, outcome)
     }
 
     fn check_from_finding(&self, id: &'static str, finding: &Finding) -> Check {

@@ -50,7 +50,7 @@ mod tests {
     use crate::gpu::probe::ProbeOutcome;
     use crate::gpu::probe_child::{DriverReport, ProbeAnswer, ProbedGpu};
     use crate::gpu::reason::Reason;
-    use crate::values::PciAddress;
+    use crate::values::{GpuUuid, PciAddress};
 
     fn config(context: &str) -> Result<(Config, Diagnostics), Unconfigured> {
         let context = Context::parse(context.as_bytes()).unwrap();
@@ -71,9 +71,9 @@ mod tests {
 
     fn healthy_vm() -> VmFacts {
         let gpu = ProbedGpu {
-            uuid: Some("GPU-1".into()),
+            uuid: GpuUuid::parse("GPU-1").ok(),
             name: Some("NVIDIA A100".into()),
-            pci_address: Some("00000000:01:00.0".into()),
+            pci_address: PciAddress::parse("00000000:01:00.0"),
             memory_mib: Some(40960),
             ..ProbedGpu::default()
         };

@@ -3,6 +3,7 @@ use proptest::sample::select;
 
 use super::*;
 use crate::gpu::verdict::GpuDevice;
+use crate::values::{GpuUuid, PciAddress};
 
 const DEFAULT_POLICY: Policy =
     Policy { gpu_required: false, on_failure: OnFailure::Cpu, on_available: OnAvailable::Announce };
@@ -10,9 +11,9 @@ const DEFAULT_POLICY: Policy =
 fn on_gpu() -> Verdict {
     let device = GpuDevice {
         index: 0,
-        uuid: "GPU-a".into(),
+        uuid: GpuUuid::parse("GPU-a").unwrap(),
         name: None,
-        pci_address: "0000:01:00.0".into(),
+        pci_address: PciAddress::parse("0000:01:00.0"),
         memory_mib: None,
         minor: None,
     };
