@@ -1,126 +1,111 @@
-//! The text of an OpenNebula template as attributes with their places. Pure: text in, attributes or
-//! the first error out. The grammar is that of src/parsers/template_parser.l and template_syntax.y
-//! of OpenNebula/one.
+//! Parser for the text form of OpenNebula templates. Pure. The grammar is that of
+//! src/parsers/template_parser.l and template_syntax.y of OpenNebula/one.
 
-use std::fmt;
-
-/// A place in the text, counted from 1; columns are characters.
+/// Position in the text, counted from 1; columns are characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
-    /// Line.
-    pub line: usize,
-    /// Column.
-    pub column: usize,
+pub(super) struct Position {
+    pub(super) line: usize,
+    pub(super) column: usize,
 }
 
-/// `NAME = value`, at the top or in brackets.
+/// An attribute of a template.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pair {
-    /// The name in capitals, as OpenNebula keeps it.
-    pub name: String,
-    /// The value, its quotes and escapes taken away.
-    pub value: String,
-    /// Where the name stands.
-    pub place: Place,
+pub(super) enum Attribute {
+    Single(SingleAttribute),
+    Vector(VectorAttribute),
 }
 
-/// An attribute of the template.
+/// `NAME="value"` or `NAME=value`, at the top level or in a vector attribute.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Attribute {
-    /// `KEY="value"` or `KEY=value`.
-    Single(Pair),
-    /// `KEY=[A="x",B="y"]`.
-    Vector(Vector),
+pub(super) struct SingleAttribute {
+    /// In upper case, as OpenNebula stores it.
+    pub(super) name: String,
+    /// Without quotes and escapes.
+    pub(super) value: String,
+    /// Position of the name.
+    pub(super) position: Position,
 }
 
-/// `KEY=[A="x",B="y"]`.
+/// `NAME=[A="x",B="y"]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Vector {
-    /// The name in capitals.
-    pub name: String,
-    /// Where the name stands.
-    pub place: Place,
-    /// What is in the brackets.
-    pub pairs: Vec<Pair>,
+pub(super) struct VectorAttribute {
+    /// In upper case.
+    pub(super) name: String,
+    /// Position of the name.
+    pub(super) position: Position,
+    pub(super) entries: Vec<SingleAttribute>,
 }
 
-impl Vector {
-    /// The pair `name`.
-    pub fn pair(&self, name: &str) -> Option<&Pair> {
-        self.pairs.iter().find(|pair| pair.name == name)
+impl VectorAttribute {
+    pub(super) fn entry(&self, name: &str) -> Option<&SingleAttribute> {
+        self.entries.iter().find(|entry| entry.name == name)
     }
 
-    /// The value of `name` without blanks around it; `None` where it is not there or empty.
-    pub fn value(&self, name: &str) -> Option<&str> {
-        self.pair(name).map(|pair| pair.value.trim()).filter(|value| !value.is_empty())
+    /// The trimmed value of `name`; `None` if it is missing or empty.
+    pub(super) fn value(&self, name: &str) -> Option<&str> {
+        self.entry(name).map(|entry| entry.value.trim()).filter(|value| !value.is_empty())
     }
 }
 
-/// What is wrong with the text, and where.
+/// Syntax error in a template.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub struct SyntaxError {
-    /// Where.
-    pub place: Place,
-    /// What is wrong, and what is expected.
-    pub message: String,
+#[error("line {}, column {}: {message}", position.line, position.column)]
+pub(super) struct SyntaxError {
+    pub(super) position: Position,
+    /// What was found, and what is expected.
+    pub(super) message: String,
 }
 
-impl fmt::Display for SyntaxError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "line {}, column {}: {}", self.place.line, self.place.column, self.message)
-    }
-}
-
-/// Reads a template.
+/// Parses a template.
 ///
 /// # Errors
-/// The first thing that is not in the grammar.
-pub fn parse(text: &str) -> Result<Vec<Attribute>, SyntaxError> {
-    let mut reader = Reader {
+/// On the first syntax error.
+pub(super) fn parse(text: &str) -> Result<Vec<Attribute>, SyntaxError> {
+    let mut parser = Parser {
         rest: text.strip_prefix('\u{feff}').unwrap_or(text),
-        at: Place { line: 1, column: 1 },
+        at: Position { line: 1, column: 1 },
     };
     let mut attributes = Vec::new();
     loop {
-        reader.skip_blanks_and_comments();
-        let place = reader.at;
-        match reader.peek() {
+        parser.skip_whitespace_and_comments();
+        let position = parser.at;
+        match parser.peek() {
             None => return Ok(attributes),
             Some('<') => {
-                return Err(wrong(
-                    place,
-                    "this is XML; the text form is wanted: KEY=\"value\", KEY=[A=\"x\",B=\"y\"]",
+                return Err(syntax_error(
+                    position,
+                    "this is XML; the text form is expected: KEY=\"value\", KEY=[A=\"x\",B=\"y\"]",
                 ));
             }
             Some(_) => {}
         }
-        let name = reader.name()?;
-        reader.skip_blanks();
-        if reader.peek() == Some('[') {
-            attributes.push(Attribute::Vector(Vector {
-                pairs: reader.brackets(&name)?,
+        let name = parser.parse_name()?;
+        parser.skip_whitespace();
+        if parser.peek() == Some('[') {
+            attributes.push(Attribute::Vector(VectorAttribute {
+                entries: parser.parse_entries(&name)?,
                 name,
-                place,
+                position,
             }));
         } else {
             // `KEY=` at the end of a line is an empty value.
-            let ended = matches!(reader.peek(), None | Some('\n'));
-            let value = if ended { String::new() } else { reader.value(&name)? };
-            attributes.push(Attribute::Single(Pair { name, value, place }));
+            let is_empty = matches!(parser.peek(), None | Some('\n'));
+            let value = if is_empty { String::new() } else { parser.parse_value(&name)? };
+            attributes.push(Attribute::Single(SingleAttribute { name, value, position }));
         }
     }
 }
 
-fn wrong(place: Place, message: impl Into<String>) -> SyntaxError {
-    SyntaxError { place, message: message.into() }
+fn syntax_error(position: Position, message: impl Into<String>) -> SyntaxError {
+    SyntaxError { position, message: message.into() }
 }
 
-struct Reader<'a> {
+struct Parser<'a> {
     rest: &'a str,
-    at: Place,
+    at: Position,
 }
 
-impl Reader<'_> {
+impl Parser<'_> {
     fn peek(&self) -> Option<char> {
         self.rest.chars().next()
     }
@@ -130,26 +115,26 @@ impl Reader<'_> {
         let c = chars.next()?;
         self.rest = chars.as_str();
         match c {
-            '\n' => self.at = Place { line: self.at.line + 1, column: 1 },
+            '\n' => self.at = Position { line: self.at.line + 1, column: 1 },
             _ => self.at.column += 1,
         }
         Some(c)
     }
 
-    fn take_while(&mut self, wanted: impl Fn(char) -> bool) -> String {
+    fn take_while(&mut self, accept: impl Fn(char) -> bool) -> String {
         let mut text = String::new();
-        while let Some(c) = self.peek().filter(|c| wanted(*c)) {
+        while let Some(c) = self.peek().filter(|c| accept(*c)) {
             self.next();
             text.push(c);
         }
         text
     }
 
-    fn skip_blanks(&mut self) {
+    fn skip_whitespace(&mut self) {
         self.take_while(|c| c.is_whitespace() && c != '\n');
     }
 
-    fn skip_blanks_and_comments(&mut self) {
+    fn skip_whitespace_and_comments(&mut self) {
         loop {
             self.take_while(char::is_whitespace);
             if self.peek() != Some('#') {
@@ -159,103 +144,105 @@ impl Reader<'_> {
         }
     }
 
-    /// A name and the `=` behind it.
-    fn name(&mut self) -> Result<String, SyntaxError> {
-        let place = self.at;
+    /// Parses a name and the `=` after it.
+    fn parse_name(&mut self) -> Result<String, SyntaxError> {
+        let position = self.at;
         let name = self.take_while(|c| c.is_ascii_alphanumeric() || c == '_');
         if name.is_empty() {
-            return Err(wrong(
-                place,
+            return Err(syntax_error(
+                position,
                 format!(
-                    "{} stands where the name of an attribute is expected",
-                    described(self.peek())
+                    "found {} where the name of an attribute is expected",
+                    describe(self.peek())
                 ),
             ));
         }
-        self.skip_blanks();
+        self.skip_whitespace();
         if self.peek() != Some('=') {
-            let found = described(self.peek());
-            return Err(wrong(
+            let found = describe(self.peek());
+            return Err(syntax_error(
                 self.at,
-                format!("{found} stands behind {name}, where = is expected"),
+                format!("found {found} after {name}, where = is expected"),
             ));
         }
         self.next();
         Ok(name.to_ascii_uppercase())
     }
 
-    /// A value in quotes, or one that needs none.
-    fn value(&mut self, name: &str) -> Result<String, SyntaxError> {
+    /// Parses a value, with or without quotes.
+    fn parse_value(&mut self, name: &str) -> Result<String, SyntaxError> {
         if self.peek() == Some('"') {
-            return self.quoted();
+            return self.parse_quoted();
         }
-        let place = self.at;
+        let position = self.at;
         let value = self.take_while(|c| !c.is_whitespace() && !"=#,[]".contains(c));
         if value.is_empty() {
-            return Err(wrong(
-                place,
-                format!("{} stands where the value of {name} is expected", described(self.peek())),
+            return Err(syntax_error(
+                position,
+                format!("found {} where the value of {name} is expected", describe(self.peek())),
             ));
         }
         Ok(value)
     }
 
-    fn quoted(&mut self) -> Result<String, SyntaxError> {
+    fn parse_quoted(&mut self) -> Result<String, SyntaxError> {
         let begin = self.at;
         self.next();
         let mut value = String::new();
         loop {
             match self.next() {
-                None => return Err(wrong(begin, "the quote that begins here is never closed")),
+                None => {
+                    return Err(syntax_error(begin, "the quote that starts here is not closed"));
+                }
                 Some('"') => return Ok(value),
-                // \" is the only escape; any other backslash stands for itself.
+                // \" is the only escape; any other backslash is literal.
                 Some('\\') if self.peek() == Some('"') => value.extend(self.next()),
                 Some(c) => value.push(c),
             }
         }
     }
 
-    /// From `[` to `]`.
-    fn brackets(&mut self, name: &str) -> Result<Vec<Pair>, SyntaxError> {
+    /// Parses a vector attribute from `[` to `]`.
+    fn parse_entries(&mut self, name: &str) -> Result<Vec<SingleAttribute>, SyntaxError> {
         let begin = self.at;
         self.next();
-        let never_closed =
-            || wrong(begin, format!("the bracket of {name} that begins here is never closed"));
-        let mut pairs = Vec::new();
+        let not_closed =
+            || syntax_error(begin, format!("the bracket of {name} that starts here is not closed"));
+        let mut entries = Vec::new();
         loop {
-            self.skip_blanks_and_comments();
+            self.skip_whitespace_and_comments();
             if self.peek().is_none() {
-                return Err(never_closed());
+                return Err(not_closed());
             }
-            let place = self.at;
-            if self.peek() == Some(']') && pairs.is_empty() {
+            let position = self.at;
+            if self.peek() == Some(']') && entries.is_empty() {
                 self.next();
-                return Ok(pairs);
+                return Ok(entries);
             }
             if self.peek() == Some(']') {
-                return Err(wrong(
-                    place,
+                return Err(syntax_error(
+                    position,
                     "] follows a comma, where another KEY=\"value\" is expected",
                 ));
             }
-            let key = self.name()?;
-            self.skip_blanks();
-            let value = self.value(&key)?;
-            pairs.push(Pair { name: key, value, place });
-            self.skip_blanks_and_comments();
+            let key = self.parse_name()?;
+            self.skip_whitespace();
+            let value = self.parse_value(&key)?;
+            entries.push(SingleAttribute { name: key, value, position });
+            self.skip_whitespace_and_comments();
             match self.peek() {
                 Some(',') => {
                     self.next();
                 }
                 Some(']') => {
                     self.next();
-                    return Ok(pairs);
+                    return Ok(entries);
                 }
-                None => return Err(never_closed()),
+                None => return Err(not_closed()),
                 found => {
-                    return Err(wrong(
+                    return Err(syntax_error(
                         self.at,
-                        format!("{} stands where , or ] is expected", described(found)),
+                        format!("found {} where , or ] is expected", describe(found)),
                     ));
                 }
             }
@@ -263,7 +250,7 @@ impl Reader<'_> {
     }
 }
 
-fn described(c: Option<char>) -> String {
+fn describe(c: Option<char>) -> String {
     match c {
         None => "the end of the file".into(),
         Some('\n') => "the end of the line".into(),
@@ -282,22 +269,24 @@ mod tests {
             .unwrap()
             .iter()
             .map(|attribute| match attribute {
-                Attribute::Single(Pair { name, value, place }) => {
-                    format!("{}:{} {name}={value}", place.line, place.column)
+                Attribute::Single(SingleAttribute { name, value, position }) => {
+                    format!("{}:{} {name}={value}", position.line, position.column)
                 }
-                Attribute::Vector(Vector { name, place, pairs }) => {
-                    let inside: Vec<String> = pairs
+                Attribute::Vector(VectorAttribute { name, position, entries }) => {
+                    let inside: Vec<String> = entries
                         .iter()
-                        .map(|pair| format!("{}@{}={}", pair.name, pair.place.line, pair.value))
+                        .map(|entry| {
+                            format!("{}@{}={}", entry.name, entry.position.line, entry.value)
+                        })
                         .collect();
-                    format!("{}:{} {name}=[{}]", place.line, place.column, inside.join("|"))
+                    format!("{}:{} {name}=[{}]", position.line, position.column, inside.join("|"))
                 }
             })
             .collect()
     }
 
     #[test]
-    fn both_forms_are_read_over_many_lines_with_comments_and_escapes() {
+    fn parses_single_and_vector_attributes() {
         let text = "# a comment\nname = \"a \\\"b\\\" \\n\"\n  CPU=4\nMEMORY = 8192 \n\nOS = [ # inside\n  machine=\"q35\",\n\
                     FIRMWARE = UEFI ]\nPCI=[VENDOR=\"10de\",CLASS=\"0302\"]\nEMPTY=\nNONE=[ ]\nLINES=\"a\nb\"\n";
         assert_eq!(
@@ -317,24 +306,24 @@ mod tests {
     }
 
     #[test]
-    fn bad_syntax_is_told_with_line_and_column() {
+    fn syntax_error_has_line_and_column() {
         for (text, expected) in [
             (
                 "A=\"x\"\nB",
-                "line 2, column 2: the end of the file stands behind B, where = is expected",
+                "line 2, column 2: found the end of the file after B, where = is expected",
             ),
-            ("A=\"x", "line 1, column 3: the quote that begins here is never closed"),
-            ("A=\"x\" ]", "line 1, column 7: ']' stands where the name"),
+            ("A=\"x", "line 1, column 3: the quote that starts here is not closed"),
+            ("A=\"x\" ]", "line 1, column 7: found ']' where the name"),
             (
                 "OS=[MACHINE=\"q35\"\nCPU=\"1\"\n",
-                "line 2, column 1: 'C' stands where , or ] is expected",
+                "line 2, column 1: found 'C' where , or ] is expected",
             ),
             ("OS=[MACHINE=\"q35\",", "line 1, column 4: the bracket of OS"),
             ("OS=[MACHINE=\"q35\",]", "line 1, column 19: ] follows a comma"),
-            ("OS=[MACHINE=]", "line 1, column 13: ']' stands where the value of MACHINE"),
-            ("NAME=my vm\nCPU=1", "line 1, column 11: the end of the line stands behind vm"),
-            ("OS=[MACHINE]", "line 1, column 12: ']' stands behind MACHINE"),
-            ("OS=[A=[B=\"1\"]]", "line 1, column 7: '[' stands where the value of A"),
+            ("OS=[MACHINE=]", "line 1, column 13: found ']' where the value of MACHINE"),
+            ("NAME=my vm\nCPU=1", "line 1, column 11: found the end of the line after vm"),
+            ("OS=[MACHINE]", "line 1, column 12: found ']' after MACHINE"),
+            ("OS=[A=[B=\"1\"]]", "line 1, column 7: found '[' where the value of A"),
             ("<TEMPLATE/>", "line 1, column 1: this is XML"),
         ] {
             let error = parse(text).unwrap_err().to_string();
@@ -349,11 +338,11 @@ mod tests {
         }
 
         #[test]
-        fn what_is_quoted_comes_back(value in "[^\\x00\\\\]{0,40}") {
+        fn quoted_value_is_parsed_unchanged(value in "[^\\x00\\\\]{0,40}") {
             let quoted = value.replace('"', "\\\"");
             let attributes = parse(&format!("A=[B=\"{quoted}\"]")).unwrap();
             let Attribute::Vector(vector) = &attributes[0] else { panic!("{attributes:?}") };
-            prop_assert_eq!(&vector.pairs[0].value, &value);
+            prop_assert_eq!(&vector.entries[0].value, &value);
         }
     }
 }

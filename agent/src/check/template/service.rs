@@ -1,42 +1,42 @@
-//! A OneFlow service template, in JSON, against what the agent and the OneFlow of each release
-//! need. Pure: text in, checks out. What OneFlow does is in src/flow/lib/models and
-//! src/oca/ruby/opennebula/flow of OpenNebula/one.
+//! Checks of a OneFlow service template in JSON. Pure. The behaviour of OneFlow is from
+//! src/flow/lib/models and src/oca/ruby/opennebula/flow of OpenNebula/one.
 
 use serde_json::{Map, Value as Json};
 
-use super::{Pair, Place, judge_input, unknown_name};
+use super::inputs::{check_name, check_user_input};
+use super::parse::{Position, SingleAttribute};
 use crate::check::Check;
 use crate::values::escape;
 
 const ROLES: &str = "service-roles";
 const REFERENCES: &str = "service-references";
 
-/// Checks the text of a service template.
+/// Checks a service template.
 pub(super) fn judge(text: &str) -> Vec<Check> {
     let service: Map<String, Json> = match serde_json::from_str(text) {
         Ok(service) => service,
         Err(error) => {
             return vec![
-                Check::error("syntax", error.to_string(), "mend that place")
+                Check::error("syntax", error.to_string(), "correct the JSON at this position")
                     .at(error.line().max(1)),
             ];
         }
     };
-    let mut checks = vec![Check::ok("syntax", "a service template of OneFlow")];
+    let mut checks = vec![Check::ok("syntax", "a OneFlow service template")];
     let roles: Vec<&Json> =
         service.get("roles").and_then(Json::as_array).into_iter().flatten().collect();
-    let named = |name: &str| roles.iter().find(|role| role["name"] == name);
+    let role_named = |name: &str| roles.iter().find(|role| role["name"] == name);
     for name in ["superlink", "supernode"] {
-        checks.push(match named(name) {
-            Some(role) => sized(name, role),
+        checks.push(match role_named(name) {
+            Some(role) => check_size(name, role),
             None => {
                 let finding =
-                    format!("there is no role {name}, by which the nodes find the SuperLink");
+                    format!("there is no role {name}, which the nodes need to find the SuperLink");
                 Check::error(ROLES, finding, format!("\"roles\": [{{\"name\": \"{name}\", …}}]"))
             }
         });
     }
-    if let Some(supernode) = named("supernode") {
+    if let Some(supernode) = role_named("supernode") {
         let is_child = strings(&supernode["parents"]).any(|parent| parent == "superlink");
         let is_straight =
             service.get("deployment").is_some_and(|deployment| deployment == "straight");
@@ -49,20 +49,20 @@ pub(super) fn judge(text: &str) -> Vec<Check> {
         });
     }
     checks.push(if service.get("ready_status_gate") == Some(&Json::Bool(true)) {
-        Check::ok("service-gate", "a VM counts once it reports READY")
+        Check::ok("service-gate", "a VM is ready once it reports READY")
     } else {
-        let finding = "without the gate a VM counts as ready while it boots";
+        let finding = "without ready_status_gate a VM counts as ready while it boots";
         Check::warning(
             "service-gate",
             finding,
             "\"ready_status_gate\": true, and REPORT_READY=\"YES\" in the VM templates",
         )
     });
-    checks.extend(inputs(&service));
-    // What only OneFlow 6 reads.
+    checks.extend(check_inputs(&service));
+    // Only OneFlow 6 reads vm_template_contents.
     for role in roles {
         if let Some(contents) = role["vm_template_contents"].as_str() {
-            checks.extend(references(
+            checks.extend(check_references(
                 role["name"].as_str().unwrap_or_default(),
                 contents,
                 &service,
@@ -73,65 +73,74 @@ pub(super) fn judge(text: &str) -> Vec<Check> {
     checks
 }
 
-/// Whether the ids are filled in is for OpenNebula to say; how many VMs there may be is said here.
-fn sized(name: &str, role: &Json) -> Check {
+/// Checks the number of VMs of a role. OpenNebula itself rejects template ids that are not filled in.
+fn check_size(name: &str, role: &Json) -> Check {
     let [min, cardinality, max] =
         ["min_vms", "cardinality", "max_vms"].map(|key| role[key].as_u64());
     match (min, cardinality, max) {
         (Some(min), Some(cardinality), Some(max)) if min <= cardinality && cardinality <= max => {
             Check::ok(
                 ROLES,
-                format!("the role {name} has {cardinality} VMs, {min} to {max} by oneflow scale"),
+                format!(
+                    "the role {name} has {cardinality} VMs; oneflow scale accepts {min} to {max}"
+                ),
             )
         }
         (Some(_), Some(_), Some(_)) => {
             let finding = format!(
-                "the role {name} has a cardinality outside of min_vms and max_vms: OneFlow refuses it"
+                "the role {name} has a cardinality outside min_vms and max_vms: OneFlow rejects it"
             );
             Check::error(ROLES, finding, "\"min_vms\": 1, \"cardinality\": 2, \"max_vms\": 10")
         }
         _ => {
             let finding = format!(
-                "the role {name} has no cardinality with min_vms and max_vms: nothing bounds oneflow scale"
+                "the role {name} has no cardinality with min_vms and max_vms: oneflow scale is unbounded"
             );
             Check::warning(ROLES, finding, "\"min_vms\": 1, \"cardinality\": 2, \"max_vms\": 10")
         }
     }
 }
 
-fn inputs(service: &Map<String, Json>) -> Vec<Check> {
-    let asked = ["custom_attrs", "user_inputs"]
+/// Checks the user inputs of both OpenNebula releases.
+fn check_inputs(service: &Map<String, Json>) -> Vec<Check> {
+    let user_inputs = ["custom_attrs", "user_inputs"]
         .into_iter()
         .filter_map(|key| service.get(key)?.as_object())
         .flatten();
     let mut checks = Vec::new();
     let mut count = 0;
-    for (name, input) in asked {
+    for (name, input) in user_inputs {
         count += 1;
         let value = input.as_str().unwrap_or_default().to_owned();
-        let pair = Pair { name: name.clone(), value, place: Place { line: 1, column: 1 } };
+        let position = Position { line: 1, column: 1 };
+        let input = SingleAttribute { name: name.clone(), value, position };
         checks.extend(
-            judge_input(&pair)
+            check_user_input(&input)
                 .into_iter()
-                .chain(unknown_name(name, 1))
+                .chain(check_name(name, 1))
                 .map(|check| Check { line: None, ..check }),
         );
     }
-    let wrong = checks.len();
+    let invalid = checks.len();
     checks.insert(
         0,
         Check::ok(
             "user-input",
-            format!("{} of {count} inputs are right", count - wrong.min(count)),
+            format!("{} of {count} inputs are valid", count - invalid.min(count)),
         ),
     );
     checks
 }
 
-/// `vm_template_contents`: OneFlow 6 replaces each `$KEY` that it has a value for, in the order of
-/// the text, each time everywhere, also as the beginning of a longer name; the others stay
+/// Checks `vm_template_contents`. OneFlow 6 replaces each `$KEY` that has a value, in the order of the
+/// text and everywhere in it, also where the key is a prefix of a longer one. Other references stay
 /// (resolve_attributes of models/service.rb).
-fn references(name: &str, contents: &str, service: &Map<String, Json>, role: &Json) -> Vec<Check> {
+fn check_references(
+    name: &str,
+    contents: &str,
+    service: &Map<String, Json>,
+    role: &Json,
+) -> Vec<Check> {
     let keys: Vec<&str> = contents
         .split('$')
         .skip(1)
@@ -140,7 +149,7 @@ fn references(name: &str, contents: &str, service: &Map<String, Json>, role: &Js
         })
         .filter(|key| !key.is_empty())
         .collect();
-    let given = |list: &str, key: &str| {
+    let is_in = |list: &str, key: &str| {
         [service.get(list), role.get(list)]
             .into_iter()
             .flatten()
@@ -149,14 +158,15 @@ fn references(name: &str, contents: &str, service: &Map<String, Json>, role: &Js
     let role = escape(name);
     let mut checks = Vec::new();
     for (at, key) in keys.iter().enumerate() {
-        let is_answered = given("custom_attrs_values", key);
+        let has_value = is_in("custom_attrs_values", key);
         let is_replaced =
-            is_answered || ["custom_attrs", "networks"].iter().any(|list| given(list, key));
+            has_value || ["custom_attrs", "networks"].iter().any(|list| is_in(list, key));
         let longer =
             keys[at + 1..].iter().find(|later| later.len() > key.len() && later.starts_with(key));
         if let Some(longer) = longer.filter(|_| is_replaced) {
             let finding = format!(
-                "role {role}: ${key} is the beginning of ${longer}, which OneFlow 6 corrupts with it"
+                "role {role}: ${key} is a prefix of ${longer}, which OneFlow 6 corrupts when it replaces \
+                 ${key}"
             );
             checks.push(Check::error(
                 REFERENCES,
@@ -164,9 +174,9 @@ fn references(name: &str, contents: &str, service: &Map<String, Json>, role: &Js
                 format!("write ${longer} before ${key}"),
             ));
         }
-        if given("custom_attrs", key) && !is_answered {
+        if is_in("custom_attrs", key) && !has_value {
             let finding = format!(
-                "role {role}: where {key} is not answered, OneFlow 6 gives the VM the text ${key}"
+                "role {role}: if {key} has no value, OneFlow 6 passes the text ${key} to the VM"
             );
             let fix = format!("\"custom_attrs_values\": {{\"{key}\": \"\"}}");
             checks.push(Check::warning(REFERENCES, finding, fix));
@@ -175,14 +185,14 @@ fn references(name: &str, contents: &str, service: &Map<String, Json>, role: &Js
     if checks.is_empty() {
         checks.push(Check::ok(
             REFERENCES,
-            format!("role {role}: {} references, none spoils another", keys.len()),
+            format!("role {role}: {} references, no conflicts", keys.len()),
         ));
     }
     checks
 }
 
-fn strings(of: &Json) -> impl Iterator<Item = &str> {
-    of.as_array().into_iter().flatten().filter_map(Json::as_str)
+fn strings(value: &Json) -> impl Iterator<Item = &str> {
+    value.as_array().into_iter().flatten().filter_map(Json::as_str)
 }
 
 #[cfg(test)]
@@ -191,15 +201,15 @@ mod tests {
     use crate::check::Level;
     use crate::opennebula::templates::{OpenNebulaRelease, service};
 
-    fn bad(service: &Json) -> Vec<(Level, &'static str, String)> {
+    fn problems(service: &Json) -> Vec<(Level, &'static str, String)> {
         let checks =
             judge(&service.to_string()).into_iter().filter(|check| check.level != Level::Ok);
         checks.map(|check| (check.level, check.id, check.finding)).collect()
     }
 
-    /// Our service after this change has exactly one finding, of this kind.
+    /// Asserts that the generated service has exactly one problem after this change.
     #[track_caller]
-    fn one(
+    fn assert_one(
         release: OpenNebulaRelease,
         change: impl FnOnce(&mut Json),
         level: Level,
@@ -207,48 +217,54 @@ mod tests {
         words: &str,
     ) {
         let mut service = service(release);
-        assert_eq!(bad(&service), []);
+        assert_eq!(problems(&service), []);
         change(&mut service);
-        let found = bad(&service);
+        let found = problems(&service);
         assert_eq!(found.len(), 1, "{found:#?}");
         assert_eq!((found[0].0, found[0].1), (level, id), "{found:#?}");
         assert!(found[0].2.contains(words), "{found:#?}");
     }
 
     #[test]
-    fn each_fault_of_a_service_has_its_check() {
+    fn every_problem_of_a_service_has_a_check() {
         use Level::{Error, Warning};
         for release in [OpenNebulaRelease::V6, OpenNebulaRelease::V7] {
-            one(
+            assert_one(
                 release,
                 |it| it["roles"][1]["name"] = "node".into(),
                 Error,
                 ROLES,
                 "there is no role supernode",
             );
-            one(
+            assert_one(
                 release,
                 |it| it["roles"][1]["parents"] = Json::Null,
                 Warning,
                 ROLES,
                 "do not wait",
             );
-            one(release, |it| it["deployment"] = "none".into(), Warning, ROLES, "do not wait");
-            one(
+            assert_one(
+                release,
+                |it| it["deployment"] = "none".into(),
+                Warning,
+                ROLES,
+                "do not wait",
+            );
+            assert_one(
                 release,
                 |it| it["roles"][1]["cardinality"] = 11.into(),
                 Error,
                 ROLES,
-                "refuses it",
+                "rejects it",
             );
-            one(
+            assert_one(
                 release,
                 |it| it["roles"][1]["max_vms"] = Json::Null,
                 Warning,
                 ROLES,
-                "nothing bounds",
+                "is unbounded",
             );
-            one(
+            assert_one(
                 release,
                 |it| it["ready_status_gate"] = false.into(),
                 Warning,
@@ -256,21 +272,21 @@ mod tests {
                 "while it boots",
             );
         }
-        one(
+        assert_one(
             OpenNebulaRelease::V7,
             |it| it["user_inputs"]["FL_TLS_ENABLED"] = "O|bool|x".into(),
             Error,
             "user-input",
-            "no type",
+            "not a type",
         );
-        one(
+        assert_one(
             OpenNebulaRelease::V7,
             |it| it["user_inputs"]["FL_TSL_ENABLED"] = "O|text|x| |".into(),
             Warning,
             "variable",
             "not a known",
         );
-        // Whatever is in the JSON, it is judged.
+        // JSON of any shape is checked without a panic.
         judge(
             r#"{"roles": [1, {"name": 2, "parents": 3, "vm_template_contents": "$ $$é"}], "custom_attrs": {"X": 1}}"#,
         );
@@ -279,70 +295,70 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_begins_another_and_an_input_without_a_value_are_what_oneflow_6_corrupts() {
+    fn oneflow_6_corrupts_prefixes_and_inputs_without_value() {
         let contents = "A=\"$FL_GRPC_KEEPALIVE_TIME\"\nB=\"$FL_GRPC_KEEPALIVE_TIMEOUT\"\n";
         let change = |it: &mut Json| it["roles"][1]["vm_template_contents"] = contents.into();
-        one(
+        assert_one(
             OpenNebulaRelease::V6,
             change,
             Level::Error,
             REFERENCES,
-            "$FL_GRPC_KEEPALIVE_TIME is the beginning of $FL_GRPC_KEEPALIVE_TIMEOUT",
+            "$FL_GRPC_KEEPALIVE_TIME is a prefix of $FL_GRPC_KEEPALIVE_TIMEOUT",
         );
         let change = |it: &mut Json| {
             it["custom_attrs_values"].as_object_mut().map(|values| values.remove("FL_NODE_CONFIG"));
         };
-        one(
+        assert_one(
             OpenNebulaRelease::V6,
             change,
             Level::Warning,
             REFERENCES,
-            "gives the VM the text $FL_NODE_CONFIG",
+            "passes the text $FL_NODE_CONFIG to the VM",
         );
     }
 
     #[test]
-    fn the_number_of_vms_is_told_and_may_be_at_its_bounds() {
-        let sized = |min: u64, cardinality: u64, max: u64| {
-            let check = sized(
+    fn cardinality_may_be_at_its_bounds() {
+        let size = |min: u64, cardinality: u64, max: u64| {
+            let check = check_size(
                 "trainer",
                 &serde_json::json!({"min_vms": min, "cardinality": cardinality, "max_vms": max}),
             );
             (check.level, check.finding)
         };
         assert_eq!(
-            sized(2, 2, 2),
-            (Level::Ok, "the role trainer has 2 VMs, 2 to 2 by oneflow scale".into())
+            size(2, 2, 2),
+            (Level::Ok, "the role trainer has 2 VMs; oneflow scale accepts 2 to 2".into())
         );
-        assert_eq!(sized(3, 2, 9).0, Level::Error);
-        assert_eq!(sized(1, 3, 2).0, Level::Error);
+        assert_eq!(size(3, 2, 9).0, Level::Error);
+        assert_eq!(size(1, 3, 2).0, Level::Error);
     }
 
     #[test]
-    fn inputs_are_counted_and_have_no_line_for_json_has_none() {
+    fn inputs_are_counted_and_have_no_line() {
         let text = r#"{"custom_attrs": {"A": "O|text|what", "B": "O"}, "user_inputs": {"FL_SOMETHING": "O|text|what"}}"#;
         let found: Vec<_> = judge(text)
             .into_iter()
             .filter(|check| matches!(check.id, "user-input" | "variable"))
             .collect();
-        assert_eq!(found[0].finding, "1 of 3 inputs are right");
+        assert_eq!(found[0].finding, "1 of 3 inputs are valid");
         assert_eq!(found.iter().map(|check| check.line).collect::<Vec<_>>(), [None; 3]);
         assert_eq!(
-            judge("{}").iter().filter(|check| check.finding == "0 of 0 inputs are right").count(),
+            judge("{}").iter().filter(|check| check.finding == "0 of 0 inputs are valid").count(),
             1
         );
     }
 
     #[test]
-    fn a_reference_spoils_a_longer_one_only_where_it_is_replaced_and_comes_first() {
-        let judged = |contents: &str| {
+    fn prefix_corrupts_only_if_replaced_first() {
+        let findings = |contents: &str| {
             let service = serde_json::json!({
                 "custom_attrs": {"A": "O|text|what", "ASKED": "O|text|what"},
                 "custom_attrs_values": {"A": "1", "AB": "2", "A_B": "3"},
             });
             let Json::Object(service) = service else { unreachable!() };
             let role = serde_json::json!({"networks": {"NET": "x"}});
-            references("trainer", contents, &service, &role)
+            check_references("trainer", contents, &service, &role)
                 .into_iter()
                 .map(|check| check.finding)
                 .collect::<Vec<_>>()
@@ -351,24 +367,25 @@ mod tests {
             [("", 0), ("a$b$", 1), ("X=\"$A\" Y=\"$A\"", 2), ("$AB $A", 2), ("$OTHER $OTHERS", 2)]
         {
             assert_eq!(
-                judged(contents),
-                [format!("role trainer: {count} references, none spoils another")]
+                findings(contents),
+                [format!("role trainer: {count} references, no conflicts")]
             );
         }
-        let spoils = |short, long| {
+        let corrupts = |short, long| {
             [format!(
-                "role trainer: ${short} is the beginning of ${long}, which OneFlow 6 corrupts with it"
+                "role trainer: ${short} is a prefix of ${long}, which OneFlow 6 corrupts when it \
+                 replaces ${short}"
             )]
         };
-        assert_eq!(judged("$A,$AB"), spoils("A", "AB"));
-        assert_eq!(judged("$A-$A_B"), spoils("A", "A_B"));
+        assert_eq!(findings("$A,$AB"), corrupts("A", "AB"));
+        assert_eq!(findings("$A-$A_B"), corrupts("A", "A_B"));
         assert_eq!(
-            judged("$NET $NETS"),
-            spoils("NET", "NETS"),
-            "a network of the role is replaced as well"
+            findings("$NET $NETS"),
+            corrupts("NET", "NETS"),
+            "networks of the role are replaced as well"
         );
-        let unanswered =
-            "role trainer: where ASKED is not answered, OneFlow 6 gives the VM the text $ASKED";
-        assert_eq!(judged("$ASKED"), [unanswered]);
+        let without_value =
+            "role trainer: if ASKED has no value, OneFlow 6 passes the text $ASKED to the VM";
+        assert_eq!(findings("$ASKED"), [without_value]);
     }
 }
