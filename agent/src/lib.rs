@@ -1,24 +1,48 @@
 //! `supernode-agent`: turns an OpenNebula VM into a Flower SuperNode.
 //!
-//! The way of the data, left to right; the middle is pure, input and output happen at the edges:
+//! # Data flow
+//!
+//! From left to right. Everything up to the container specification is pure; input and output happen
+//! at the edges.
 //!
 //! ```text
-//! context files -> Context -> Config ┐
-//! sysfs -> PciFacts ─────────────────┼-> Verdict ┐
-//! child -> ProbeOutcome ─────────────┘           ├-> ContainerSpec -> Client -> Supervisor -> Reporter -> systemd, OneGate
-//! address, or OneGate -> SuperLink ──────────────┘                                 │
-//! child -> MonitorMessage -> Watch -> Finding ─────────────────────────────────────────────┤
-//! the container's log -> Connection, its health -> Liveness ───────────────────────┘
+//! context files ──> Context ──> Config ─┐
+//! agent.toml ─────────────> Settings ───┤
+//! sysfs ──────────────────> PciFacts ───┼─> Verdict ──┐
+//! probe of NVML ──────> ProbeOutcome ───┘             ├─> ContainerSpec ──> Docker
+//! FL_SUPERLINK_ADDRESS or OneGate ──────> SuperLink ──┘
 //! ```
 //!
-//! Beside the Supervisor, and never the node's end: the Exporter, a container of its own, and the
-//! page of the metrics, which tells what the Reporter has heard.
+//! Once the container runs, the supervisor reacts to events. The state machine turns them into
+//! commands, and the node's status is rendered by several sinks:
+//!
+//! ```text
+//! Docker events ────────┐
+//! GPU monitor (NVML) ───┤
+//! container log ────────┼─> supervisor <──> state machine
+//! liveness probe ───────┤       │
+//! discovery (OneGate) ──┘       └─> NodeStatus ──> systemd, status file, OneGate, metrics
+//! ```
+//!
+//! The DCGM exporter and the metrics endpoint run next to the supervisor. Their failures never stop
+//! the node.
+//!
+//! # Where to find
+//!
+//! | question | answer |
+//! | --- | --- |
+//! | GPU or CPU? | [`gpu::decide`] |
+//! | What does `run` do, step by step, also at a reload? | [`daemon`] |
+//! | Where do the container's arguments come from? | [`container::plan`] |
+//! | How is the SuperLink found and trusted? | [`opennebula::superlink`] |
+//! | What happens when the container exits, hangs or loses its GPU? | [`supervisor`] |
+//! | Which variables exist, and what do they do? | [`config::variables`] |
 
 pub mod backoff;
 pub mod check;
 pub mod cli;
 pub mod config;
-pub mod container;
+pub(crate) mod container;
 pub mod daemon;
 pub mod docker;
 pub mod flower;

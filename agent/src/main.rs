@@ -1,4 +1,4 @@
-//! The binary: everything is in the library.
+//! The `supernode-agent` binary.
 
 use std::process::ExitCode;
 

@@ -81,7 +81,7 @@ pub(super) fn check(
 }
 
 fn distribution(root: &Root) -> Distribution {
-    Distribution::told_by(|file| root.read(&format!("/{file}")).ok().flatten())
+    Distribution::read_with(|file| root.read(&format!("/{file}")).ok().flatten())
 }
 
 fn check_vm(root: &Root, settings: Option<&Path>) -> Result<Diagnosis, Failure> {

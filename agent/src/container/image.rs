@@ -6,7 +6,7 @@ use crate::values::{ImageRef, Version};
 
 /// The image that the framework container is created from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FrameworkImage {
+pub(crate) struct FrameworkImage {
     /// Its reference.
     pub reference: ImageRef,
     /// `PYTHONPATH` as set in the image.
@@ -14,19 +14,19 @@ pub struct FrameworkImage {
 }
 
 /// Returns the image that the configuration asks for.
-pub fn wanted_image(config: &Config) -> ImageRef {
+pub(crate) fn wanted_image(config: &Config) -> ImageRef {
     config.image.clone().unwrap_or_else(|| image_of(config.framework, &config.version))
 }
 
 /// Returns the image that was installed when the VM image was built: used if the wanted one cannot
 /// be pulled. `FL_SUPERNODE_IMAGE` has no replacement.
-pub fn prebaked_image(config: &Config) -> Option<ImageRef> {
+pub(crate) fn prebaked_image(config: &Config) -> Option<ImageRef> {
     config.image.is_none().then(|| image_of(config.prebaked.framework, &config.prebaked.version))
 }
 
 /// Returns the Flower release in `image`. For `FL_SUPERNODE_IMAGE` this is FLOWER_VERSION, or the
 /// prebaked version if that is unset.
-pub fn flower_version<'a>(config: &'a Config, image: &ImageRef) -> &'a Version {
+pub(crate) fn flower_version<'a>(config: &'a Config, image: &ImageRef) -> &'a Version {
     if prebaked_image(config).as_ref() == Some(image) {
         &config.prebaked.version
     } else {

@@ -1,5 +1,5 @@
 //! The framework container: its image, its specification, and the site hook mounted into it.
 
-pub mod image;
-pub mod plan;
-pub mod site_hook;
+pub(crate) mod image;
+pub(crate) mod plan;
+pub(crate) mod site_hook;

@@ -20,11 +20,11 @@ use crate::opennebula::superlink::SuperLink;
 use crate::system::info::SystemInfo;
 
 /// User and group of Flower's images.
-pub const USER: &str = "49999:49999";
+pub(crate) const USER: &str = "49999:49999";
 /// Driver capabilities of a container with a GPU: CUDA and NVML.
-pub const DRIVER_CAPABILITIES: &str = "compute,utility";
+pub(crate) const DRIVER_CAPABILITIES: &str = "compute,utility";
 /// Name of the CA file in `container.certs_dir`.
-pub const CA_FILE: &str = "ca.crt";
+pub(crate) const CA_FILE: &str = "ca.crt";
 const PIDS_LIMIT: i64 = 4096;
 const FLWR_HOME: &str = "/app/.flwr";
 const CA_TARGET: &str = "/app/ca.crt";
@@ -33,7 +33,7 @@ const MIN_SHM_SIZE_MIB: u64 = 64;
 
 /// Everything that the framework container depends on.
 #[derive(Debug, Clone, Copy)]
-pub struct ContainerInputs<'a> {
+pub(crate) struct ContainerInputs<'a> {
     /// The context variables.
     pub config: &'a Config,
     /// The settings in agent.toml.
@@ -51,7 +51,7 @@ pub struct ContainerInputs<'a> {
 }
 
 /// Derives the specification of the framework container.
-pub fn plan_container(inputs: &ContainerInputs<'_>) -> ContainerSpec {
+pub(crate) fn plan_container(inputs: &ContainerInputs<'_>) -> ContainerSpec {
     let ContainerInputs { settings, verdict, superlink, .. } = *inputs;
     let (runtime, cdi_devices) = runtime_and_devices(verdict.devices(), inputs.injection);
     let (log_driver, log_options) = log_driver(settings, inputs.system);
@@ -207,7 +207,7 @@ fn labels(inputs: &ContainerInputs<'_>, spec: &ContainerSpec) -> BTreeMap<String
 }
 
 /// Returns the OCI runtime and the CDI devices that inject `devices`.
-pub fn runtime_and_devices(
+pub(crate) fn runtime_and_devices(
     devices: &[GpuDevice],
     injection: &GpuInjection,
 ) -> (&'static str, Vec<String>) {
@@ -219,7 +219,7 @@ pub fn runtime_and_devices(
 }
 
 /// Returns the value of `NVIDIA_VISIBLE_DEVICES`.
-pub fn visible_devices(devices: &[GpuDevice], injection: &GpuInjection) -> String {
+pub(crate) fn visible_devices(devices: &[GpuDevice], injection: &GpuInjection) -> String {
     match injection {
         GpuInjection::Runtime if !devices.is_empty() => {
             let uuids: Vec<&str> = devices.iter().map(|device| device.uuid.as_str()).collect();
@@ -231,7 +231,10 @@ pub fn visible_devices(devices: &[GpuDevice], injection: &GpuInjection) -> Strin
 }
 
 /// Returns Docker's log driver and its options.
-pub fn log_driver(settings: &Settings, system: &SystemInfo) -> (String, BTreeMap<String, String>) {
+pub(crate) fn log_driver(
+    settings: &Settings,
+    system: &SystemInfo,
+) -> (String, BTreeMap<String, String>) {
     let driver = match settings.container.log_driver.as_str() {
         "auto" if system.has_journal => "journald",
         "auto" => "json-file",

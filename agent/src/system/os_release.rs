@@ -1,38 +1,38 @@
-//! Which distribution this VM runs: a fix is a command, and commands differ.
+//! Distribution of this VM. The commands in a fix depend on it.
 
 use std::fs;
 use std::path::Path;
 
-/// The distributions whose commands fixes know.
+/// Distribution family, by package manager and package names.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Distribution {
-    /// Debian and what is made from it, but for Ubuntu.
+    /// Debian and its derivatives, except Ubuntu.
     Debian,
-    /// Ubuntu and what is made from it.
+    /// Ubuntu and its derivatives.
     Ubuntu,
-    /// Fedora, RHEL, AlmaLinux, Rocky and what is made from them.
+    /// Fedora, RHEL, AlmaLinux, Rocky Linux and their derivatives.
     RedHat,
-    /// Any other, or not to be told.
+    /// Another distribution, or an unknown one.
     #[default]
     Other,
 }
 
 impl Distribution {
-    /// Reads `etc/os-release` below `root`, else `usr/lib/os-release` (os-release(5) has them in
-    /// this order).
-    pub fn read(root: &Path) -> Self {
-        Self::told_by(|file| fs::read_to_string(root.join(file)).ok())
+    /// Reads `etc/os-release` below `root`, or else `usr/lib/os-release`, in the order of
+    /// os-release(5).
+    pub(crate) fn read(root: &Path) -> Self {
+        Self::read_with(|file| fs::read_to_string(root.join(file)).ok())
     }
 
-    /// The same, where `read` gives the text of a file below the root.
-    pub fn told_by(read: impl Fn(&str) -> Option<String>) -> Self {
+    /// Like [`read`](Self::read), with a function that returns the text of a file below the root.
+    pub(crate) fn read_with(read: impl Fn(&str) -> Option<String>) -> Self {
         read("etc/os-release")
             .or_else(|| read("usr/lib/os-release"))
             .map_or(Self::Other, |text| Self::parse(&text))
     }
 
-    /// What a text of os-release(5) says: by `ID`, else by the nearest of `ID_LIKE`.
-    pub fn parse(os_release: &str) -> Self {
+    /// Parses os-release(5). `ID` takes precedence over `ID_LIKE`, whose first entry is the closest.
+    pub(crate) fn parse(os_release: &str) -> Self {
         let value = |name: &str| {
             let mut lines = os_release.lines().rev().filter_map(|line| line.trim().split_once('='));
             lines
@@ -50,8 +50,8 @@ impl Distribution {
             .unwrap_or_default()
     }
 
-    /// The command that installs a package, by its names in Debian's world and in Red Hat's.
-    pub fn install(self, deb: &str, rpm: &str) -> String {
+    /// Returns the command that installs a package, given its deb and its rpm name.
+    pub(crate) fn install_command(self, deb: &str, rpm: &str) -> String {
         match self {
             Self::Debian | Self::Ubuntu => format!("apt install {deb}"),
             Self::RedHat => format!("dnf install {rpm}"),
@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_distribution_is_known_by_its_id_else_by_what_it_is_like() {
+    fn id_takes_precedence_over_id_like() {
         for (text, expected) in [
             ("PRETTY_NAME=\"Debian GNU/Linux 13 (trixie)\"\nID=debian\n", Distribution::Debian),
             ("NAME=\"Ubuntu\"\nID=ubuntu\nID_LIKE=debian\n", Distribution::Ubuntu),
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_does_not_tell_is_any_other() {
+    fn missing_os_release_is_other() {
         assert_eq!(Distribution::read(Path::new("/nowhere")), Distribution::Other);
     }
 }

@@ -275,7 +275,7 @@ fn class_name(device: &PciDevice) -> &'static str {
 
 fn gpu_functions(facts: &HostFacts, distribution: Distribution) -> Vec<Check> {
     const ID: &str = "vfio-binding";
-    let install = distribution.install("driverctl", "driverctl");
+    let install = distribution.install_command("driverctl", "driverctl");
     if facts.pci.gpus().next().is_none() {
         let finding = "no NVIDIA GPU on the PCI bus of this host (vendor 10de, class 03xx)";
         return vec![Check::error(

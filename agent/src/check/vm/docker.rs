@@ -18,7 +18,7 @@ impl Vm<'_> {
                 Check::unknown(ID, why, RUN_AS_ROOT)
             }
             Err(why) => {
-                let install = self.distribution.install("docker.io", "docker-ce");
+                let install = self.distribution.install_command("docker.io", "docker-ce");
                 Check::error(
                     ID,
                     why,
