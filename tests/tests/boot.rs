@@ -316,7 +316,7 @@ fn systemctl_reload_returns_after_the_reload() {
          facts() { docker inspect --format '{{.Id}} {{.State.StartedAt}}' flower-supernode; }
          first=$(facts)
          change 's/10.9.8.7:9092/nowhere/'
-         journalctl --no-pager --unit flower-supernode --grep 'the node goes on with the old one'
+         journalctl --no-pager --unit flower-supernode --grep 'the node keeps the previous one'
          test \"$(facts)\" = \"$first\"
          change 's/nowhere/10.9.8.7:9092/'
          test \"$(facts)\" = \"$first\"

@@ -665,7 +665,7 @@ fn system_faults() {
         lose_context(node);
         let since = Instant::now();
         node.agent().reload();
-        node.agent().wait_for_line("the node goes on with the old one", TIMEOUT);
+        node.agent().wait_for_line("the node keeps the previous one", TIMEOUT);
         assert_eq!(node.run(), before);
         since
     });

@@ -182,7 +182,7 @@ fn reload_replaces_container_only_on_change() {
     agent.reload();
     agent.wait_for_line("FL_SUPERLINK_ADDRESS='nowhere': must be", TIMEOUT);
     agent.wait_for_line("FL_LOG_LEVEL='loud': must be", TIMEOUT);
-    agent.wait_for_line("the node goes on with the old one", TIMEOUT);
+    agent.wait_for_line("the node keeps the previous one", TIMEOUT);
     assert_eq!(id(), first);
     // A real change.
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
