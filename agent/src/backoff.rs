@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// Delays between attempts that keep failing. The first one is `initial`, each further one twice
-/// the one before, up to `max`. Pure: the caller supplies the random number.
+/// Delays between attempts that keep failing. The first one is `initial`, each further one is twice
+/// the previous one, up to `max`. Pure: the caller supplies the random number.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Backoff {
     initial: Duration,
@@ -15,15 +15,15 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Doubles from `initial` to `max`, without jitter. With `initial` equal to `max` or above, every
+    /// Doubles from `initial` to `max`, without jitter. If `initial` is not less than `max`, every
     /// delay is `max`.
     pub fn new(initial: Duration, max: Duration) -> Self {
         let initial = initial.min(max);
         Self { initial, max, jitter: 0.0, next: initial, attempts: 0 }
     }
 
-    /// Adds up to this fraction of a delay to it, so that nodes that boot together, or lose the same
-    /// peer, do not retry together.
+    /// Adds up to this fraction of a delay to it, so that nodes that boot together, or lose the
+    /// same peer, do not retry together.
     #[must_use]
     pub fn with_jitter(self, fraction: f64) -> Self {
         Self { jitter: fraction.max(0.0), ..self }
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn jitter_adds_at_most_its_fraction() {
+    fn jitter_is_bounded_by_its_fraction() {
         let delay_at = |chance| {
             let mut backoff = Backoff::new(seconds(40), seconds(60)).with_jitter(0.5);
             let delay = backoff.next_delay(chance);

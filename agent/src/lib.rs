@@ -2,8 +2,8 @@
 //!
 //! # Data flow
 //!
-//! From left to right. Everything up to the container specification is pure; input and output happen
-//! at the edges.
+//! From left to right. Everything up to the container specification is pure; input and output
+//! happen at the edges.
 //!
 //! ```text
 //! context files ──> Context ──> Config ─┐

@@ -17,7 +17,7 @@ use serde_json::{Value as Json, json};
 
 use crate::gpu::kernel::KernelFacts;
 use crate::gpu::pci::{self, PciFacts};
-use crate::system::facts::Root;
+use crate::system::root::Root;
 use crate::values::sanitize_line;
 
 /// Severity of a check.
@@ -187,7 +187,7 @@ fn read_pci(root: &Root, sysfs: &str) -> PciFacts {
         Ok(dir) => dir,
         Err(error) => return unreadable(format!("{sysfs}: {error}")),
     };
-    match root.escape(&dir.join("bus/pci/devices")) {
+    match root.find_escaping_link(&dir.join("bus/pci/devices")) {
         Some(link) => {
             unreadable(format!("{}: a link out of {}", link.display(), root.path().display()))
         }

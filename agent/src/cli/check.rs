@@ -10,8 +10,8 @@ use super::Failure;
 use crate::check::{Check, Diagnosis, host, template, vm};
 use crate::config::settings::{DEFAULT_PATH, Settings};
 use crate::logging::error_chain;
-use crate::system::facts::Root;
 use crate::system::os_release::Distribution;
+use crate::system::root::Root;
 
 /// Usage error, as in clap.
 const EXIT_USAGE: u8 = 2;
@@ -85,11 +85,12 @@ fn distribution(root: &Root) -> Distribution {
 }
 
 fn check_vm(root: &Root, settings: Option<&Path>) -> Result<Diagnosis, Failure> {
-    let root_file = Some(root.at(DEFAULT_PATH)).filter(|path| !root.is_own() && path.exists());
+    let root_file =
+        Some(root.at(DEFAULT_PATH)).filter(|path| !root.is_running_system() && path.exists());
     let file = settings.or(root_file.as_deref());
     let settings = match file {
         // The default path refers to this machine, not to the root.
-        None if !root.is_own() => Ok(Settings::default()),
+        None if !root.is_running_system() => Ok(Settings::default()),
         file => Settings::load(file).map_err(|error| error_chain(&error)),
     };
     let runtime = super::async_runtime()?;

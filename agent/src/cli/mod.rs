@@ -2,6 +2,7 @@
 
 mod check;
 mod gpu;
+mod output;
 mod plan;
 mod status;
 pub mod variables;
@@ -59,7 +60,7 @@ pub struct Cli {
 enum Command {
     /// Run the daemon (started by systemd)
     Run,
-    /// Show what `run` would do, without changing anything: configuration, facts, verdict, container
+    /// Show what `run` would do, without changing anything
     Plan {
         /// Print JSON
         #[arg(long)]
@@ -306,16 +307,4 @@ fn configure_runtime(settings: &Settings, out: &mut dyn Write) -> Result<ExitCod
         writeln!(out, "{} is not installed: Docker cannot use the runtime", docker.runtime_path)?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn write_list<'a>(
-    out: &mut dyn Write,
-    title: &str,
-    lines: impl IntoIterator<Item = &'a String>,
-) -> io::Result<()> {
-    let mut lines = lines.into_iter().peekable();
-    if lines.peek().is_some() {
-        writeln!(out, "{title}")?;
-    }
-    lines.try_for_each(|line| writeln!(out, "  {line}"))
 }

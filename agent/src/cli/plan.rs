@@ -10,7 +10,7 @@ use one_context::Context;
 use serde_json::{Value as Json, json};
 
 use super::gpu::{gpu_json, write_gpu};
-use super::write_list;
+use super::output::write_list;
 use crate::config::settings::Settings;
 use crate::config::{Config, Diagnostics};
 use crate::container::image::{FrameworkImage, wanted_image};

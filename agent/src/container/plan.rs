@@ -87,7 +87,7 @@ pub(crate) fn plan_container(inputs: &ContainerInputs<'_>) -> ContainerSpec {
 /// | flag | source |
 /// | --- | --- |
 /// | `--superlink` | `FL_SUPERLINK_ADDRESS`, else discovery through OneGate |
-/// | `--root-certificates` or `--insecure` | whether the SuperLink has a CA, see [`SuperLink::ca`] |
+/// | `--root-certificates`, else `--insecure` | whether [`SuperLink::ca`] is set |
 /// | `--isolation` | `FL_ISOLATION` |
 /// | `--node-config` | `FL_NODE_CONFIG`, else the partition of the service |
 /// | `--max-retries`, `--max-wait-time` | `FL_MAX_RETRIES`, `FL_MAX_WAIT_TIME` |

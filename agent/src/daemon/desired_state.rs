@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use one_context::Context;
 use one_context::source::{SourceError, read_context};
 
-use super::{DaemonError, log_error};
+use super::error::DaemonError;
 use crate::config::settings::Settings;
 use crate::config::{Config, Diagnostics};
 use crate::opennebula::onegate::{OneGateAccess, OneGateAvailability, OneGateUnavailable};
@@ -44,7 +44,7 @@ impl DesiredState {
                 Some(new)
             }
             Err(error) => {
-                log_error(&error);
+                error.log();
                 tracing::error!(
                     "reload: the new configuration is invalid; the node keeps the previous one"
                 );

@@ -1,5 +1,5 @@
 //! Discovery: finds the SuperLink and the partition of this node. `run` retries as
-//! `FL_EDGE_BACKOFF` says; `plan` tries once and changes nothing.
+//! `FL_EDGE_BACKOFF` says; `plan` makes one attempt and changes nothing.
 
 use std::time::{Duration, SystemTime};
 
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn jitter_is_at_most_half_of_a_delay() {
+    fn jitter_adds_up_to_half_a_delay() {
         assert_eq!(fixed_backoff().next_delay(1.0), Duration::from_secs(15));
     }
 }

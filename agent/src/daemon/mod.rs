@@ -35,6 +35,7 @@
 
 mod desired_state;
 pub mod discovery;
+mod error;
 mod image;
 mod shutdown;
 mod signals;
@@ -47,14 +48,12 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use one_context::Context;
-use one_context::source::SourceError;
 
-use crate::config::settings::{Settings, SettingsError};
-use crate::config::{self, ConfigErrors, LogFormat, LogLevel};
+use crate::config::settings::Settings;
+use crate::config::{self, LogFormat, LogLevel};
 use crate::docker::client::{Client, EngineError};
 use crate::logging;
 use crate::opennebula::onegate::OneGateAccess;
-use crate::opennebula::superlink::SuperLinkError;
 use crate::report::{NodeStatus, Reporter, metrics_server};
 use crate::supervisor::exporter::Exporter;
 use crate::supervisor::{LaunchError, NodeSpec, RestartRequested};
@@ -64,72 +63,12 @@ use crate::system::systemd::{TimeoutExtension, Watchdog};
 pub(crate) use desired_state::DesiredState;
 use desired_state::read_context_file;
 pub(crate) use discovery::{DiscoveryPreview, preview_superlink};
-use image::ImageError;
+pub(crate) use error::{DaemonError, EXIT_CONFIG, EXIT_HANDED_OVER, EXIT_RETRY};
 
 use shutdown::{Shutdown, StopError, stop_containers};
 use signals::{SignalEvent, Signals};
 use startup::preflight_and_discovery;
 pub(crate) use startup::{Preflight, StartupOps, preflight};
-
-/// Exit code: failure that a retry may fix.
-pub(crate) const EXIT_RETRY: u8 = 1;
-/// Exit code: handed over to the next agent, the container keeps running (sysexits.h, EX_TEMPFAIL).
-pub(crate) const EXIT_HANDED_OVER: u8 = 75;
-/// Exit code: invalid configuration (sysexits.h, EX_CONFIG). systemd does not restart the unit.
-pub(crate) const EXIT_CONFIG: u8 = 78;
-
-/// Why the daemon exits with an error.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum DaemonError {
-    /// The context cannot be read.
-    #[error(transparent)]
-    Context(#[from] SourceError),
-    /// agent.toml is invalid.
-    #[error(transparent)]
-    Settings(#[from] SettingsError),
-    /// Context variables are invalid.
-    #[error(transparent)]
-    Config(#[from] ConfigErrors),
-    /// There is no SuperLink to connect to.
-    #[error(transparent)]
-    SuperLink(#[from] SuperLinkError),
-    /// The Docker engine failed.
-    #[error(transparent)]
-    Engine(#[from] EngineError),
-    /// The container cannot be started.
-    #[error(transparent)]
-    Launch(#[from] LaunchError),
-    /// No framework image is available.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// Another agent runs, or the lock cannot be acquired.
-    #[error(transparent)]
-    Lock(#[from] LockError),
-    /// The container may still run.
-    #[error("cannot stop the container {name}")]
-    Stop {
-        /// Its name.
-        name: String,
-        /// The cause.
-        source: StopError,
-    },
-    /// No signal handlers.
-    #[error("cannot listen for signals")]
-    Signals(#[source] std::io::Error),
-}
-
-impl DaemonError {
-    /// Returns [`EXIT_CONFIG`] if only the operator can fix the error, else [`EXIT_RETRY`].
-    pub(crate) fn exit_code(&self) -> u8 {
-        match self {
-            Self::Context(error) if error.is_invalid() => EXIT_CONFIG,
-            Self::Settings(_) | Self::Config(_) => EXIT_CONFIG,
-            Self::SuperLink(error) if error.is_final() => EXIT_CONFIG,
-            Self::Launch(LaunchError::GpuRequired(_)) => EXIT_CONFIG,
-            _ => EXIT_RETRY,
-        }
-    }
-}
 
 /// Runs the daemon until a signal or an error ends it. A reload reads `settings_file` again.
 pub(crate) async fn run(settings: Settings, settings_file: Option<&Path>) -> ExitCode {
@@ -164,28 +103,10 @@ pub(crate) async fn run(settings: Settings, settings_file: Option<&Path>) -> Exi
         }
         Err(error) => error,
     };
-    log_error(&error);
-    reporter.update(|status| status.begin_stop(&status_line(&error)));
+    error.log();
+    reporter.update(|status| status.begin_stop(&error.status_line()));
     reporter.publish_offline().await;
     ExitCode::from(error.exit_code())
-}
-
-/// Logs an error: one entry for each invalid variable.
-fn log_error(error: &DaemonError) {
-    match error {
-        DaemonError::Config(errors) => errors.0.iter().for_each(|line| tracing::error!("{line}")),
-        error => tracing::error!("{}", logging::error_chain(error)),
-    }
-}
-
-/// Returns the status line of a failed daemon.
-fn status_line(error: &DaemonError) -> String {
-    match error {
-        DaemonError::Config(errors) => {
-            format!("Invalid configuration: {}", errors.lines().collect::<Vec<_>>().join("; "))
-        }
-        error => format!("Failed: {}", logging::error_chain(error)),
-    }
 }
 
 /// Runs the node until a signal or an error, then stops the container if that is due.

@@ -51,7 +51,7 @@ pub(super) async fn stop_containers(settings: &Settings) -> Result<(), StopError
     };
     let limit = grace + CALLS;
     match tokio::time::timeout(limit, stop).await {
-        // Without a Docker engine no container runs, as far as the agent can tell.
+        // No container that the agent could stop: the engine is not running.
         Ok(Err(error @ EngineError::Unreachable { .. })) => {
             tracing::warn!("{error}");
             Ok(())

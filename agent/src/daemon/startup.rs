@@ -12,9 +12,9 @@
 use std::pin::pin;
 use std::time::Duration;
 
-use super::DaemonError;
 use super::desired_state::DesiredState;
 use super::discovery::discover_superlink;
+use super::error::DaemonError;
 use super::image::resolve_image;
 use crate::config::Config;
 use crate::config::settings::Settings;

@@ -1,4 +1,4 @@
-//! Atomic file replacement: a reader, or a crash at any moment, sees the old content or the new one.
+//! Atomic file replacement: a reader sees the old content or the new one, also after a crash.
 
 use std::ffi::OsString;
 use std::fs::{File, Permissions};
@@ -14,8 +14,8 @@ pub(crate) struct PendingFile {
     durable: bool,
 }
 
-/// Writes `bytes` to a temporary file next to `target`, with the mode and owner of `target`, or with
-/// mode 0644 if `target` does not exist.
+/// Writes `bytes` to a temporary file next to `target`, with the mode and owner of `target`, or
+/// with mode 0644 if `target` does not exist.
 ///
 /// # Errors
 /// If the directory or the file cannot be written. No temporary file is left behind.

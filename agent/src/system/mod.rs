@@ -2,10 +2,10 @@
 
 pub(crate) mod atomic_file;
 pub(crate) mod blocking;
-pub mod facts;
 pub mod info;
 pub mod lock;
 pub mod os_release;
 pub(crate) mod programs;
+pub mod root;
 pub mod systemd;
 pub mod time;

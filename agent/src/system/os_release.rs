@@ -31,7 +31,7 @@ impl Distribution {
             .map_or(Self::Other, |text| Self::parse(&text))
     }
 
-    /// Parses os-release(5). `ID` takes precedence over `ID_LIKE`, whose first entry is the closest.
+    /// Parses os-release(5). `ID` takes precedence over `ID_LIKE`, whose closest entry is first.
     pub(crate) fn parse(os_release: &str) -> Self {
         let value = |name: &str| {
             let mut lines = os_release.lines().rev().filter_map(|line| line.trim().split_once('='));
@@ -57,7 +57,8 @@ impl Distribution {
             Self::RedHat => format!("dnf install {rpm}"),
             Self::Other => {
                 format!(
-                    "install {deb} (Debian, Ubuntu: apt install {deb}; RHEL, AlmaLinux: dnf install {rpm})"
+                    "install {deb} (Debian, Ubuntu: apt install {deb}; RHEL, AlmaLinux: dnf \
+                     install {rpm})"
                 )
             }
         }

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 
 use crate::check::{Check, Level};
 use crate::gpu::pci::{PciDevice, PciFacts};
-use crate::system::facts::Root;
 use crate::system::os_release::Distribution;
+use crate::system::root::Root;
 use crate::values::PciAddress;
 
 /// Filter that OpenNebula's monitoring probe reads on the host.
@@ -51,12 +51,12 @@ pub struct HostFacts {
 }
 
 /// Reads the facts of the host at `root`.
-pub fn read(root: &Root) -> HostFacts {
+pub(crate) fn read(root: &Root) -> HostFacts {
     let mut facts = HostFacts { pci: crate::check::read_pci(root, "/sys"), ..HostFacts::default() };
     let mut unreadable = Vec::new();
     let mut text = |id, path: &str| {
         root.read(path).unwrap_or_else(|why| {
-            unreadable.push((id, why));
+            unreadable.push((id, why.to_string()));
             None
         })
     };
@@ -69,7 +69,7 @@ pub fn read(root: &Root) -> HostFacts {
     facts.front_end_filter = text("pci-filter", FRONT_END_FILTER);
     let mut list = |id, path: &str| {
         root.list(path).unwrap_or_else(|why| {
-            unreadable.push((id, why));
+            unreadable.push((id, why.to_string()));
             Vec::new()
         })
     };
@@ -81,20 +81,20 @@ pub fn read(root: &Root) -> HostFacts {
         }
     }
     facts.has_vfio_pci =
-        root.has("/sys/bus/pci/drivers/vfio-pci") || root.has("/sys/module/vfio_pci");
+        root.exists("/sys/bus/pci/drivers/vfio-pci") || root.exists("/sys/module/vfio_pci");
     for name in list("driver-override", "/etc/driverctl.d") {
         match root.read(&format!("/etc/driverctl.d/{name}")) {
             Ok(driver) => {
                 facts.overrides.insert(name, driver.unwrap_or_default().trim().to_owned());
             }
-            Err(why) => unreadable.push(("driver-override", why)),
+            Err(why) => unreadable.push(("driver-override", why.to_string())),
         }
     }
     for dir in RULE_DIRS {
         let names = match root.list(dir) {
             Ok(names) => names,
             Err(why) => {
-                unreadable.push(("vfio-udev", why));
+                unreadable.push(("vfio-udev", why.to_string()));
                 continue;
             }
         };
@@ -109,7 +109,7 @@ pub fn read(root: &Root) -> HostFacts {
                         .map(|rule| format!("{path}: {rule}"));
                     facts.udev_rule = facts.udev_rule.take().or(rule);
                 }
-                Err(why) => unreadable.push(("vfio-udev", why)),
+                Err(why) => unreadable.push(("vfio-udev", why.to_string())),
             }
         }
     }

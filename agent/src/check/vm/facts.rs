@@ -16,7 +16,7 @@ use crate::gpu::nvml_library;
 use crate::gpu::pci::{PciDevice, PciFacts};
 use crate::gpu::probe::{self, ProbeOutcome};
 use crate::logging::error_chain;
-use crate::system::facts::Root;
+use crate::system::root::{ReadError, Root};
 use crate::values::PciAddress;
 
 /// Why there is no valid configuration.
@@ -68,13 +68,13 @@ pub struct VmFacts {
 }
 
 /// Reads the facts of the VM at `root`.
-pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
+pub(crate) async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
     let (mut settings, settings_error) = match settings {
         Ok(settings) => (settings, None),
         Err(why) => (Settings::default(), Some(why)),
     };
     let pci = read_pci(root, &settings.gpu.sysfs.to_string_lossy());
-    if !root.is_own() {
+    if !root.is_running_system() {
         for path in [
             &mut settings.context.dir,
             &mut settings.gpu.sysfs,
@@ -86,7 +86,7 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
     }
     let escape = [&settings.context.dir, &settings.container.prebaked_dir]
         .into_iter()
-        .find_map(|dir| root.escape(dir));
+        .find_map(|dir| root.find_escaping_link(dir));
     let config = match escape {
         Some(link) => {
             Err(Unconfigured::NoContext(format!("{}: a link out of the root", link.display())))
@@ -134,15 +134,15 @@ pub async fn read(root: &Root, settings: Result<Settings, String>) -> VmFacts {
         dmi_names: ["product_name", "product_version"]
             .iter()
             .filter_map(|name| root.read(&format!("/sys/class/dmi/id/{name}")).transpose())
-            .map(|text| text.map(|text| text.trim().to_owned()))
+            .map(|text| text.map(|text| text.trim().to_owned()).map_err(unknown))
             .collect(),
-        cpuinfo: root.read("/proc/cpuinfo"),
+        cpuinfo: root.read("/proc/cpuinfo").map_err(unknown),
         numa: numa_nodes(root),
         cdi_specs: cdi_specs(root),
         disk: (data_root.clone(), free_bytes(root, &data_root)),
         memory_mib: read_memory_mib(root),
         engine,
-        daemon_json,
+        daemon_json: daemon_json.map_err(unknown),
         images,
     }
 }
@@ -157,7 +157,7 @@ async fn probe_nvml(
         return Err("no GPU is bound to the nvidia driver".into());
     }
     let name = &settings.gpu.nvml_library;
-    let library = if root.is_own() {
+    let library = if root.is_running_system() {
         name.clone()
     } else {
         // The loader would search this machine, not the root.
@@ -215,15 +215,21 @@ async fn read_docker(
     (Err(why), images)
 }
 
+/// Returns why a fact is unknown, as it is reported.
+fn unknown(error: ReadError) -> String {
+    error.to_string()
+}
+
 fn numa_nodes(root: &Root) -> Result<Vec<(String, String)>, String> {
     const DIR: &str = "/sys/devices/system/node";
     let is_node = |name: &String| {
         name.strip_prefix("node").is_some_and(|number| number.parse::<u32>().is_ok())
     };
-    let nodes = root.list(DIR)?.into_iter().filter(is_node);
+    let nodes = root.list(DIR).map_err(unknown)?.into_iter().filter(is_node);
     nodes
         .map(|node| {
-            let cpus = root.read(&format!("{DIR}/{node}/cpulist"))?.unwrap_or_default();
+            let cpus =
+                root.read(&format!("{DIR}/{node}/cpulist")).map_err(unknown)?.unwrap_or_default();
             Ok((node, cpus.trim().to_owned()))
         })
         .collect()
@@ -232,10 +238,15 @@ fn numa_nodes(root: &Root) -> Result<Vec<(String, String)>, String> {
 fn cdi_specs(root: &Root) -> Result<Vec<String>, String> {
     let mut specs = Vec::new();
     for dir in ["/etc/cdi", "/var/run/cdi"] {
-        for name in root.list(dir)? {
+        for name in root.list(dir).map_err(unknown)? {
             let path = format!("{dir}/{name}");
             let is_spec = [".yaml", ".yml", ".json"].iter().any(|ending| name.ends_with(ending));
-            if is_spec && root.read(&path)?.is_some_and(|text| text.contains("nvidia.com/gpu")) {
+            if is_spec
+                && root
+                    .read(&path)
+                    .map_err(unknown)?
+                    .is_some_and(|text| text.contains("nvidia.com/gpu"))
+            {
                 specs.push(path);
             }
         }
@@ -252,7 +263,7 @@ fn free_bytes(root: &Root, dir: &str) -> Result<u64, String> {
 }
 
 fn read_memory_mib(root: &Root) -> Result<u64, String> {
-    let text = root.read("/proc/meminfo")?.ok_or("no /proc/meminfo")?;
+    let text = root.read("/proc/meminfo").map_err(unknown)?.ok_or("no /proc/meminfo")?;
     let kib = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
     let kib = kib.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());
     kib.map(|kib| kib / 1024).ok_or_else(|| "/proc/meminfo has no MemTotal".into())

@@ -12,7 +12,8 @@ use super::Check;
 use crate::system::os_release::Distribution;
 use subject::Vm;
 
-pub use facts::{Unconfigured, VmFacts, read};
+pub(crate) use facts::read;
+pub use facts::{Unconfigured, VmFacts};
 
 /// Evaluates the facts.
 pub fn judge(facts: &VmFacts, distribution: Distribution) -> Vec<Check> {
