@@ -10,7 +10,7 @@ use crate::values::NodeConfig;
 
 /// Label with the hash of the specification that the container was created from.
 pub const SPEC_HASH_LABEL: &str = "supernode-agent.spec-hash";
-/// Label with the agent's `state.dir`, which tells the nodes of one Docker engine apart.
+/// Label with the agent's `state.dir`, which distinguishes the nodes of one Docker engine.
 pub const STATE_DIR_LABEL: &str = "supernode-agent.state-dir";
 /// Label with the verdict: `cuda` or `cpu`.
 pub const VERDICT_LABEL: &str = "supernode-agent.verdict";
