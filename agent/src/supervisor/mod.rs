@@ -1,6 +1,7 @@
 //! The supervisor: owns the framework container and keeps it running.
 //!
-//! [`state_machine`] decides, this module executes. One round of [`Supervisor::run`]:
+//! [`state_machine`] decides; this module and its parts `launch`, `monitor` and `notify` execute.
+//! One round of [`Supervisor::run`]:
 //!
 //! ```text
 //!            Command                       Event
@@ -42,6 +43,9 @@
 pub(crate) mod exporter;
 pub(crate) mod gpu_monitor;
 pub(crate) mod gpu_presence;
+mod launch;
+mod monitor;
+mod notify;
 mod state_machine;
 mod watchers;
 
@@ -49,9 +53,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
-use futures_util::future::{LocalBoxFuture, OptionFuture};
-use tokio::time::Instant;
+use futures_util::future::LocalBoxFuture;
 
 use crate::config::settings::Settings;
 use crate::config::{Config, LogLevel};
@@ -60,30 +62,25 @@ use crate::container::plan::{self, ContainerInputs};
 use crate::container::site_hook;
 use crate::docker::client::{Client, Container, EngineError};
 use crate::docker::nvidia_runtime::GpuInjection;
-use crate::docker::spec::{ContainerSpec, REASON_LABEL, REFUSED_HASH_LABEL, SUMMARY_LABEL};
-use crate::flower::connection::Connection;
-use crate::flower::liveness::{Liveness, LivenessFailure};
+use crate::docker::spec::ContainerSpec;
+use crate::flower::liveness::Liveness;
 use crate::flower::release::Release;
-use crate::gpu::reason::{Finding, Reason};
+use crate::gpu::detect_gpus;
 use crate::gpu::verdict::{GpuDevice, Verdict};
-use crate::gpu::{self, detect_gpus};
 use crate::logging;
 use crate::opennebula::onegate::OneGateAccess;
-use crate::opennebula::superlink::{Discovery, SuperLink};
-use crate::report::fallback::{self, GpuRequired};
-use crate::report::{NodeStatus, Reporter};
+use crate::opennebula::superlink::SuperLink;
+use crate::report::Reporter;
+use crate::report::fallback::GpuRequired;
 use crate::supervisor::gpu_monitor::GpuMonitor;
-use crate::supervisor::gpu_presence::find_missing_devices;
 use crate::system::atomic_file;
 use crate::system::info::SystemInfo;
 use crate::system::os_release::Distribution;
 use crate::system::systemd::{TimeoutExtension, Watchdog};
-use crate::values::GpuUuid;
 use state_machine::{
-    Command, ContainerEvent, Event, Existing, ExitReason, GracePeriod, Notification, Policy,
-    RestartReason, StateMachine, Transition,
+    Command, ContainerEvent, Event, ExitReason, GracePeriod, Policy, StateMachine, Transition,
 };
-use watchers::{ContainerWatchers, SuperLinkWatcher, WatchEvent, WatchedContainer};
+use watchers::{ContainerRun, SuperLinkWatcher};
 
 /// Everything that the framework container is created from, and the verdict aside, everything that
 /// the supervisor needs.
@@ -148,40 +145,6 @@ struct Supervisor<'a> {
     launch_error: Option<LaunchError>,
     /// Extends the start timeout of the unit until the container runs.
     startup: Option<TimeoutExtension>,
-}
-
-/// One run of the container: from one start to the next.
-struct ContainerRun {
-    id: String,
-    started_at: String,
-    monitored_since: Instant,
-    /// The connection to the SuperLink according to Flower's log.
-    connection: Connection,
-    /// Whether the container has a TCP connection to the SuperLink's port: used where Flower's log
-    /// does not report the connection.
-    tcp_connected: bool,
-    paused: bool,
-    /// Kept while one [`Command::Monitor`] follows another. Any other command drops, and thereby
-    /// ends, the watchers.
-    watchers: Option<ContainerWatchers>,
-}
-
-impl ContainerRun {
-    fn new(container: &Container) -> Self {
-        Self {
-            id: container.id.clone(),
-            started_at: container.started_at.clone(),
-            monitored_since: Instant::now(),
-            connection: Connection::default(),
-            tcp_connected: false,
-            paused: container.paused,
-            watchers: None,
-        }
-    }
-
-    fn is_of(&self, container: &Container) -> bool {
-        self.id == container.id && self.started_at == container.started_at
-    }
 }
 
 impl NodeSpec {
@@ -334,317 +297,6 @@ impl Supervisor<'_> {
         })
     }
 
-    /// The spec of the container on the current target. On the CPU because of a fallback, a label
-    /// names the spec on the GPU, so that the next agent recognises the fallback.
-    fn container_spec(&self) -> ContainerSpec {
-        let mut spec = self.node.container_spec(self.state_machine.verdict());
-        if let Some(gpu) = self.state_machine.fallback_from() {
-            spec.labels.insert(REFUSED_HASH_LABEL.into(), self.node.container_spec(gpu).hash());
-        }
-        spec
-    }
-
-    async fn inspect(&mut self) -> Result<Event, LaunchError> {
-        self.node.reporter.update(NodeStatus::container_stopped);
-        self.node.prepare_mounts()?;
-        let spec = self.container_spec();
-        self.container = self.engine.inspect_container(&spec.name).await?;
-        let Some(container) = &self.container else {
-            return Ok(Event::Inspected(Existing::Absent));
-        };
-        let existing = match (container.running, container.spec_hash() == Some(&spec.hash())) {
-            (true, true) => {
-                match missing_devices(container, self.state_machine.verdict().devices()) {
-                    None => Existing::UpToDate,
-                    Some(finding) => Existing::WithoutGpu(finding),
-                }
-            }
-            (true, false) => previous_fallback(container, &spec)
-                .map_or(Existing::Outdated, Existing::CpuFallback),
-            // An exited container is started again, and keeps its log, if a new one would be equal.
-            (false, _) if container.is_made_from(&spec) => {
-                let image = self.engine.find_image(&spec.image).await?;
-                // If the image lost its name, no other container can be created.
-                let same = image.is_none_or(|image| image.id == container.image_id);
-                if same { Existing::Exited } else { Existing::Outdated }
-            }
-            (false, _) => Existing::Outdated,
-        };
-        Ok(Event::Inspected(existing))
-    }
-
-    async fn remove_existing(&self) -> Result<Event, LaunchError> {
-        if let Some(container) = &self.container {
-            let name = &self.node.settings.container.name;
-            tracing::info!(
-                container = %name,
-                "replacing container {name} ({})",
-                short_id(&container.id)
-            );
-            self.stop_and_remove_container(container).await?;
-        }
-        Ok(Event::Done)
-    }
-
-    async fn create_and_start(&mut self) -> Result<Event, LaunchError> {
-        let spec = self.container_spec();
-        let started = async {
-            let id = self.engine.create(&spec).await?;
-            self.engine.start(&id).await
-        };
-        let started = started.await;
-        self.after_start(&spec, started).await
-    }
-
-    async fn start_existing(&mut self) -> Result<Event, LaunchError> {
-        let id = self.container.as_ref().map(|container| container.id.as_str()).unwrap_or_default();
-        let started = self.engine.start(id).await;
-        if matches!(started, Err(EngineError::Refused { .. })) {
-            // What the old container needs may be gone: only the refusal of a new one counts.
-            return Ok(Event::Refused);
-        }
-        self.after_start(&self.container_spec(), started).await
-    }
-
-    /// Decides whether a start succeeded, failed because of the GPU, or failed.
-    async fn after_start(
-        &mut self,
-        spec: &ContainerSpec,
-        started: Result<(), EngineError>,
-    ) -> Result<Event, LaunchError> {
-        let verdict = self.state_machine.verdict();
-        if let Err(error) = started {
-            let on_gpu = matches!(verdict, Verdict::Gpu { .. });
-            return match error.gpu_start_failure().filter(|_| on_gpu) {
-                Some(why) => Ok(Event::GpuStartFailed(Finding::new(
-                    Reason::RuntimeStartFailed,
-                    format!("Docker did not start the container with the GPU: {why}"),
-                ))),
-                None => Err(error.into()),
-            };
-        }
-        let Some(container) = self.engine.inspect_container(&spec.name).await? else {
-            let message = "it was removed right after its start".into();
-            return Err(EngineError::Failed { operation: "start the container", message }.into());
-        };
-        if let Some(finding) = missing_devices(&container, verdict.devices()) {
-            return Ok(Event::GpuStartFailed(finding));
-        }
-        tracing::info!(
-            container = %spec.name,
-            image = %spec.image,
-            "started the container {} ({}) from {} on {}",
-            spec.name,
-            short_id(&container.id),
-            spec.image,
-            match verdict {
-                Verdict::Gpu { devices, .. } => list_devices(devices),
-                Verdict::Cpu { .. } => "the CPU".into(),
-            }
-        );
-        self.container = Some(container);
-        Ok(Event::Done)
-    }
-
-    /// Fails while the container's runtime hangs: Docker 20.10 does not remove such a container.
-    async fn remove_failed(&self, finding: Finding) -> Result<Event, LaunchError> {
-        let removed = async {
-            match self.engine.inspect_container(&self.node.settings.container.name).await? {
-                Some(container) => self.engine.remove(&container).await,
-                None => Ok(()),
-            }
-        };
-        let not_removed = |source| LaunchError::NotRemoved { summary: finding.summary, source };
-        removed.await.map_err(not_removed)?;
-        Ok(Event::Done)
-    }
-
-    /// Monitors the container until an event needs a decision of the state machine.
-    async fn monitor(&mut self) -> Event {
-        let Some(container) = self.container.clone() else {
-            return Event::Failed;
-        };
-        if self.state_machine.verdict().devices().is_empty() {
-            self.gpu_monitor.reset();
-        }
-        let mut run = match self.run.take() {
-            Some(run) if run.is_of(&container) => run,
-            _ => ContainerRun::new(&container),
-        };
-        self.startup = None;
-        let event = loop {
-            self.report_running(&container, &run);
-            let event = self.next_event(&container, &mut run).await;
-            if let Some(event) = self.handle_event(event, &container, &mut run).await {
-                break event;
-            }
-        };
-        let up_for = run.monitored_since.elapsed();
-        self.run = Some(run);
-        Event::Container { event, up_for }
-    }
-
-    /// Waits for the next event of any watcher. No other watcher loses its progress, see
-    /// [`watchers`].
-    async fn next_event(&mut self, container: &Container, run: &mut ContainerRun) -> WatchEvent {
-        let node = &self.node;
-        let devices = self.state_machine.verdict().devices();
-        let connected = is_connected(node, run);
-        self.superlink_watcher.set_connected(connected);
-        let checks_health = node.settings.container.health_check && node.release().serves_health();
-        let watchers = run.watchers.get_or_insert_with(|| {
-            let tcp = (!node.log_reports_connection())
-                .then(|| (node.superlink.address.port(), run.tcp_connected));
-            let by_hook = node.injection == GpuInjection::Runtime;
-            let paused = run.paused;
-            let watched = WatchedContainer { container, paused, tcp, devices, by_hook };
-            ContainerWatchers::new(&self.engine, &watched)
-        });
-        if self.state_machine.awaits_gpu() && self.gpu_available.is_none() {
-            let (config, settings) = (node.config.clone(), node.settings.clone());
-            let available = async move { gpu::wait_until_available(&config, &settings).await };
-            self.gpu_available = Some(available.boxed_local());
-        }
-        let unresponsive = self.liveness.wait_until_unresponsive(container, connected);
-        tokio::select! {
-            event = watchers.next() => event,
-            failure = unresponsive, if checks_health => {
-                WatchEvent::Unresponsive(failure)
-            }
-            found = self.superlink_watcher.changed() => {
-                WatchEvent::SuperLinkChanged(Box::new(found))
-            }
-            finding = self.gpu_monitor.next_failure(devices), if !devices.is_empty() => {
-                WatchEvent::GpuFailed(finding)
-            }
-            Some(()) = OptionFuture::from(self.gpu_available.as_mut()) => {
-                self.gpu_available = None;
-                WatchEvent::GpuAvailable
-            }
-        }
-    }
-
-    /// Records and logs an event. Returns it if the state machine has to decide.
-    async fn handle_event(
-        &mut self,
-        event: WatchEvent,
-        container: &Container,
-        run: &mut ContainerRun,
-    ) -> Option<ContainerEvent> {
-        match event {
-            WatchEvent::Exited(code) => return Some(ContainerEvent::Exited(code)),
-            WatchEvent::GpuFailed(finding) => return Some(ContainerEvent::GpuFailed(finding)),
-            WatchEvent::GpuAvailable => return Some(ContainerEvent::GpuAvailable),
-            WatchEvent::GpuLost(finding) => return Some(self.on_gpu_lost(&finding)),
-            WatchEvent::SuperLinkChanged(found) => return Some(self.on_superlink_changed(*found)),
-            WatchEvent::Unresponsive(failure) => {
-                return self.on_unresponsive(&failure, container).await;
-            }
-            WatchEvent::Connection(connection) => {
-                self.log_connection(connection);
-                run.connection = connection;
-            }
-            WatchEvent::TcpConnected(connected) => {
-                self.log_tcp_connection(connected);
-                run.tcp_connected = connected;
-            }
-            WatchEvent::Paused(paused) => {
-                self.log_paused(paused);
-                run.paused = paused;
-            }
-        }
-        None
-    }
-
-    fn on_gpu_lost(&mut self, finding: &Finding) -> ContainerEvent {
-        self.status_note = None;
-        let name = &self.node.settings.container.name;
-        tracing::warn!(
-            container = %name,
-            gpu_uuid = finding.gpu_uuid.as_ref().map(GpuUuid::as_str),
-            pci_address = finding.pci_address.map(tracing::field::display),
-            "container {name} lost its GPU; recreating it: {}",
-            finding.summary
-        );
-        self.node.reporter.set_step("Container lost its GPU, recreating it");
-        ContainerEvent::GpuLost
-    }
-
-    /// Ignores the failure if the container is paused: a paused process answers no health check.
-    async fn on_unresponsive(
-        &self,
-        failure: &LivenessFailure,
-        container: &Container,
-    ) -> Option<ContainerEvent> {
-        let name = &self.node.settings.container.name;
-        let inspected = self.engine.inspect_container(&container.id).await;
-        if matches!(inspected, Ok(Some(container)) if container.paused) {
-            tracing::debug!(container = %name, "container {name} is paused; ignoring its health");
-            return None;
-        }
-        tracing::warn!(
-            container = %name,
-            "Flower is unresponsive; restarting container {name}: {failure}"
-        );
-        self.node.reporter.set_step("Flower is unresponsive, restarting the container");
-        Some(ContainerEvent::Unresponsive)
-    }
-
-    fn on_superlink_changed(&mut self, found: Discovery) -> ContainerEvent {
-        for warning in &found.warnings {
-            tracing::warn!("{warning}");
-        }
-        let partition = self.node.superlink.partition;
-        self.node.superlink = SuperLink { partition, ..found.superlink };
-        self.superlink_watcher = self.node.watch_superlink();
-        let (name, address) = (&self.node.settings.container.name, &self.node.superlink.address);
-        tracing::info!(
-            container = %name,
-            superlink = %address,
-            "the service's SuperLink changed to {address}; recreating container {name}"
-        );
-        ContainerEvent::SuperLinkChanged
-    }
-
-    fn log_connection(&self, connection: Connection) {
-        let (name, address) = (&self.node.settings.container.name, &self.node.superlink.address);
-        match connection {
-            Connection::Connected { node_id, .. } => tracing::info!(
-                container = %name,
-                superlink = %address,
-                "connected to the SuperLink {address} as SuperNode {node_id}"
-            ),
-            Connection::Lost { .. } => tracing::info!(
-                container = %name,
-                superlink = %address,
-                "not connected to the SuperLink {address}"
-            ),
-            Connection::Unknown => {}
-        }
-    }
-
-    fn log_tcp_connection(&self, connected: bool) {
-        let (name, address) = (&self.node.settings.container.name, &self.node.superlink.address);
-        let article = if connected { "a" } else { "no" };
-        tracing::info!(
-            container = %name,
-            superlink = %address,
-            "container {name} has {article} TCP connection to the SuperLink {address}"
-        );
-    }
-
-    fn log_paused(&self, paused: bool) {
-        let name = &self.node.settings.container.name;
-        if paused {
-            tracing::warn!(
-                container = %name,
-                "container {name} is paused; resume it with: docker unpause {name}"
-            );
-        } else {
-            tracing::info!(container = %name, "container {name} is no longer paused");
-        }
-    }
-
     async fn reconnect(&mut self) -> Event {
         let engine = Client::connect(&self.node.settings.docker.socket).await;
         let answers = engine.is_ok();
@@ -726,148 +378,6 @@ impl Supervisor<'_> {
         }
         Event::GpuHealthy(healthy)
     }
-
-    fn notify(&mut self, notification: Notification) {
-        let NodeSpec { config, settings, distribution, reporter, .. } = &self.node;
-        let name = &settings.container.name;
-        match notification {
-            Notification::Adopted => {
-                if let Some(container) = &self.container {
-                    tracing::info!(
-                        container = %name,
-                        "adopted the running container {name} ({})",
-                        short_id(&container.id)
-                    );
-                    if container.paused {
-                        self.log_paused(true);
-                    }
-                }
-            }
-            Notification::Replacing(finding) => tracing::warn!(
-                container = %name,
-                gpu_uuid = finding.gpu_uuid.as_ref().map(GpuUuid::as_str),
-                pci_address = finding.pci_address.map(tracing::field::display),
-                "replacing the running container {name}: {}",
-                finding.summary
-            ),
-            Notification::CpuFallback(finding) => {
-                fallback::warn_cpu_fallback(config, &finding, *distribution);
-            }
-            Notification::GpuRequired(finding) => {
-                fallback::error_gpu_required(&finding, *distribution);
-            }
-            Notification::RequiredGpuLost(finding) => {
-                fallback::error_required_gpu_failed(&finding, *distribution)
-            }
-            Notification::MovingToCpu => {
-                self.status_note = None;
-                self.gpu_monitor.reset();
-                reporter.set_step("The GPU failed, moving to the CPU");
-            }
-            Notification::LaunchFailed => {
-                let error = logging::error_chain(
-                    &self.launch_error.take().unwrap_or(LaunchError::UnexpectedEvent),
-                );
-                tracing::error!(container = %name, "cannot start container {name}: {error}");
-            }
-            Notification::RestartScheduled(reason, delay) => self.notify_restart(reason, delay),
-            Notification::EngineUnavailable => {
-                let socket = settings.docker.socket.display();
-                tracing::warn!("Docker engine at {socket} does not answer; waiting for it");
-                reporter.set_step("Waiting for the Docker engine");
-            }
-            Notification::EngineAvailable => tracing::info!("Docker engine answers again"),
-            Notification::GpuFaultIgnored(finding) => {
-                fallback::warn_gpu_fault_ignored(&finding, *distribution);
-                self.status_note =
-                    Some(format!("GPU failure ignored (gpu.on_failure): {}", finding.summary));
-            }
-            Notification::GpuRetry(finding) => {
-                self.status_note = None;
-                fallback::warn_gpu_retry(&finding, *distribution);
-                reporter.update(NodeStatus::container_stopped);
-                reporter.update(|status| status.gpus_released = true);
-                reporter.set_step(&format!("The GPU failed, retrying it: {}", finding.summary));
-            }
-            Notification::GpuProbeScheduled(delay) => {
-                tracing::info!(container = %name, "probing the failed GPU in {} s", delay.as_secs())
-            }
-            Notification::GpuAvailable => {
-                tracing::info!(
-                    container = %name,
-                    "GPU is usable now; restart flower-supernode to use it"
-                );
-                self.status_note = Some(
-                    "the GPU is usable now: systemctl restart flower-supernode to use it".into(),
-                );
-            }
-            Notification::GpuReclaimed => tracing::warn!(
-                container = %name,
-                "GPU is usable now and gpu.on_available is restart; replacing container {name}"
-            ),
-        }
-    }
-
-    fn notify_restart(&self, reason: RestartReason, delay: Duration) {
-        let NodeSpec { settings, reporter, .. } = &self.node;
-        let name = &settings.container.name;
-        let what = match reason {
-            RestartReason::Exited(Some(code)) => format!("exited with code {code}"),
-            RestartReason::Exited(None) => "is gone".into(),
-            RestartReason::LaunchFailed => "did not start".into(),
-        };
-        let seconds = delay.as_secs();
-        reporter.update(NodeStatus::container_stopped);
-        tracing::warn!(container = %name, "container {name} {what}; restarting it in {seconds} s");
-        reporter.set_step(&format!("The container {what}, restarting it in {seconds} s"));
-    }
-
-    /// Reports that the container runs, on what, and whether it is connected.
-    fn report_running(&self, container: &Container, run: &ContainerRun) {
-        let NodeSpec { distribution, superlink, reporter, .. } = &self.node;
-        reporter.update(|status| {
-            status.container_runs(container.started(), run.paused);
-            status.set_verdict(self.state_machine.verdict(), *distribution);
-            status.superlink = Some(superlink.address.clone());
-            status.partition = superlink.partition;
-            status.set_connected(is_connected(&self.node, run));
-            status.note = self.status_note.clone();
-            status.set_ready();
-        });
-    }
-}
-
-fn is_connected(node: &NodeSpec, run: &ContainerRun) -> bool {
-    let connected = if node.log_reports_connection() {
-        run.connection.node_id().is_some()
-    } else {
-        run.tcp_connected
-    };
-    connected && !run.paused
-}
-
-fn list_devices(devices: &[GpuDevice]) -> String {
-    devices.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-}
-
-/// Returns, from the container's labels, why it runs on the CPU instead of as `wanted` on the GPU;
-/// `None` if it is not a fallback of `wanted`.
-fn previous_fallback(container: &Container, wanted: &ContainerSpec) -> Option<Finding> {
-    let label = |name: &str| container.labels.get(name).map(String::as_str);
-    if label(REFUSED_HASH_LABEL) != Some(wanted.hash().as_str()) {
-        return None;
-    }
-    let reason = Reason::from_code(label(REASON_LABEL)?)?;
-    Some(Finding::new(reason, label(SUMMARY_LABEL)?))
-}
-
-/// Returns a finding about the devices that the container does not have; `None` also if that is
-/// unknown.
-fn missing_devices(container: &Container, devices: &[GpuDevice]) -> Option<Finding> {
-    find_missing_devices(container, devices).unwrap_or_else(|error| {
-        tracing::info!("cannot check whether the container has its GPU: {error}");
-        None
-    })
 }
 
 fn short_id(id: &str) -> &str {

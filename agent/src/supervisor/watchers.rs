@@ -67,6 +67,40 @@ pub(super) enum WatchEvent {
     SuperLinkChanged(Box<Discovery>),
 }
 
+/// One run of the container: from one start to the next.
+pub(super) struct ContainerRun {
+    id: String,
+    started_at: String,
+    pub(super) monitored_since: Instant,
+    /// The connection to the SuperLink according to Flower's log.
+    pub(super) connection: Connection,
+    /// Whether the container has a TCP connection to the SuperLink's port: used where Flower's log
+    /// does not report the connection.
+    pub(super) tcp_connected: bool,
+    pub(super) paused: bool,
+    /// Kept while one [`Monitor`](super::state_machine::Command::Monitor) follows another. Any other command drops, and thereby
+    /// ends, the watchers.
+    pub(super) watchers: Option<ContainerWatchers>,
+}
+
+impl ContainerRun {
+    pub(super) fn new(container: &Container) -> Self {
+        Self {
+            id: container.id.clone(),
+            started_at: container.started_at.clone(),
+            monitored_since: Instant::now(),
+            connection: Connection::default(),
+            tcp_connected: false,
+            paused: container.paused,
+            watchers: None,
+        }
+    }
+
+    pub(super) fn is_of(&self, container: &Container) -> bool {
+        self.id == container.id && self.started_at == container.started_at
+    }
+}
+
 /// What the watchers of a container need to know about it.
 pub(super) struct WatchedContainer<'a> {
     pub(super) container: &'a Container,
