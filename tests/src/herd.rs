@@ -73,7 +73,7 @@ pub fn start_together(agents: u32) -> Herd {
             (vm, agent)
         })
         .collect();
-    let began = Instant::now();
+    let start = Instant::now();
     // Opening the FIFO for writing releases all waiting readers and all later ones.
     let opened = fs::OpenOptions::new().read(true).write(true).open(&fifo).expect("the gate");
     (&opened).write_all(&vec![b'\n'; agents as usize]).expect("the gate");
@@ -82,7 +82,7 @@ pub fn start_together(agents: u32) -> Herd {
     };
     let at_first_attempt =
         nodes.iter().map(found).filter(|line| line.contains("attempt 1)")).count();
-    let took = began.elapsed();
+    let took = start.elapsed();
     let requests = onegate.requests();
     Herd {
         took,

@@ -24,7 +24,7 @@ use crate::{process::run, sandbox::Sandbox};
 pub const PYTORCH: &str = "flower-supernode-pytorch:1.31.0";
 
 const SCRIPT: &str = r#"#!/bin/sh
-# Stands for Flower's flower-supernode.
+# Simulates flower-supernode.
 set -u
 exit_code=
 connects=yes

@@ -111,12 +111,12 @@ pub(crate) fn wait(child: &mut Child, timeout: Duration) -> Option<ExitStatus> {
 /// Polls until `question` returns true or the time is over; returns the last answer.
 pub fn eventually(timeout: Duration, mut question: impl FnMut() -> bool) -> bool {
     const STEP: Duration = Duration::from_millis(10);
-    let begun = Instant::now();
+    let start = Instant::now();
     loop {
         if question() {
             return true;
         }
-        if begun.elapsed() >= timeout {
+        if start.elapsed() >= timeout {
             return false;
         }
         thread::sleep(STEP);

@@ -58,7 +58,7 @@ impl TestVm {
     /// Creates a VM without a GPU, without Docker and with an empty context.
     #[must_use]
     pub fn new() -> Self {
-        let sandbox = Sandbox::new("case");
+        let sandbox = Sandbox::new("vm");
         for directory in ["context", "state", "data", "certs", "prebaked", "sys", "bin", "root"] {
             fs::create_dir_all(sandbox.join(directory))
                 .expect("cannot create a directory of the VM");

@@ -581,10 +581,10 @@ fn assert_all_announced(engine: &Engine, causes: &[Cause]) {
     engine.import_image(&["flower-supernode-sklearn:1.31.0"]);
     for cause in causes {
         let vm = faulty_vm(cause, engine);
-        let began = Instant::now();
+        let start = Instant::now();
         let mut agent = vm.start();
         agent.wait_for_line("no usable GPU; this node runs on the CPU:", TIMEOUT);
-        let seconds = began.elapsed().as_secs_f64();
+        let seconds = start.elapsed().as_secs_f64();
         agent.wait_for_notify("READY=1", TIMEOUT);
         let context = fs::read_to_string(vm.path("context/context.sh.network")).unwrap();
         let logs_all = !context.contains("FL_LOG_LEVEL='ERROR'");

@@ -144,7 +144,7 @@ fn unit_is_ready_while_waiting_for_superlink() {
 #[test]
 fn only_operator_errors_stop_the_node() {
     let onegate = service();
-    let ends = |vm: &TestVm, text: &str| {
+    let assert_exits_78 = |vm: &TestVm, text: &str| {
         let output = vm.run_command("run", &[]);
         assert_eq!(output.code, Some(78), "{output:?}");
         assert!(output.stderr.contains(text), "{text}: {output:?}");
@@ -152,20 +152,20 @@ fn only_operator_errors_stop_the_node() {
         assert!(plan["notes"].to_string().contains("the node would not start"), "{plan:#}");
     };
     onegate.change(|state| state.services.get_mut(&SERVICE).unwrap().roles[0].0 = "server".into());
-    ends(&service_vm(&onegate, &[]), "has no role superlink (it has server, supernode)");
+    assert_exits_78(&service_vm(&onegate, &[]), "has no role superlink (it has server, supernode)");
     onegate.change(|state| {
         state.services.clear();
         state.vms.get_mut(&NODE).unwrap().user_template.clear();
     });
-    ends(&service_vm(&onegate, &[]), "not part of a OneFlow service");
+    assert_exits_78(&service_vm(&onegate, &[]), "not part of a OneFlow service");
     let mut vm = service_vm(&onegate, &[]);
     vm.context_file("one_env", "export TOKENTXT=\"\"\n");
-    ends(&vm, "has no token (TOKEN=YES");
+    assert_exits_78(&vm, "has no token (TOKEN=YES");
     let mut vm = TestVm::new();
     vm.context(&[]);
-    ends(&vm, "the context has no ONEGATE_ENDPOINT");
+    assert_exits_78(&vm, "the context has no ONEGATE_ENDPOINT");
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_TLS_ENABLED", "YES")]);
-    ends(&vm, "FL_SSL_CA_CERTFILE is not set");
+    assert_exits_78(&vm, "FL_SSL_CA_CERTFILE is not set");
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn other_onegate_answers_are_retried() {
     onegate.script("GET /service", faults());
     let agent = vm.start();
     agent.wait_for_line("started the container", TIMEOUT);
-    let attributes = warnings(&agent);
+    let warnings = warnings(&agent);
     for text in [
         "Not authorized",
         "Service 7 not found",
@@ -199,14 +199,14 @@ fn other_onegate_answers_are_retried() {
         "302",
     ] {
         assert!(
-            attributes
+            warnings
                 .iter()
                 .any(|line| line.contains("cannot find the SuperLink") && line.contains(text)),
-            "{text}: {attributes:#?}"
+            "{text}: {warnings:#?}"
         );
     }
-    let asked = onegate.requests().iter().filter(|request| request.path() == "/service").count();
-    assert!(asked > faults().len(), "{asked}");
+    let requests = onegate.requests().iter().filter(|request| request.path() == "/service").count();
+    assert!(requests > faults().len(), "{requests}");
     assert!(arguments(&engine).contains("10.9.8.7:9092"));
     let token = onegate.change(|state| state.vms[&NODE].token.clone());
     assert!(!agent.lines().iter().any(|line| line.contains(&token)), "the token is in the log");
@@ -369,11 +369,11 @@ fn unavailable_onegate_logs_one_warning() {
     agent.wait_for_line("published to OneGate again", TIMEOUT);
     wait_for_attribute(&onegate, "FL_NODE_READY", "YES");
     // The other update is of the restart.
-    let attributes: Vec<_> =
+    let warnings: Vec<_> =
         warnings(&agent).into_iter().filter(|line| line.contains("OneGate")).collect();
     assert!(
-        attributes.len() == 1 && attributes[0].contains("cannot publish to OneGate: "),
-        "{attributes:#?}"
+        warnings.len() == 1 && warnings[0].contains("cannot publish to OneGate: "),
+        "{warnings:#?}"
     );
 }
 
@@ -484,10 +484,10 @@ fn flapping_connection_does_not_hide_moved_superlink() {
     };
     let agent = start_ready(&vm);
     agent.wait_for_line("not connected to the SuperLink", TIMEOUT);
-    let begun = Instant::now();
+    let start = Instant::now();
     onegate.change(|state| {
         state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_ENDPOINT", "10.9.8.8:9092");
     });
     agent.wait_for_line("the service's SuperLink changed to 10.9.8.8:9092", TIMEOUT);
-    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
 }

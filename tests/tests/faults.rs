@@ -158,11 +158,11 @@ fn docker_call_never_answered() {
             falls_back_to_cpu,
         ),
     ]
-    .map(|(call, holds, recovery)| {
+    .map(|(call, expected, recovery)| {
         thread::spawn(move || {
             let Some(mut node) = FaultyNode::new() else { return };
             let mut table = Table::default();
-            table.fault(&mut node, &format!("no answer to {call}"), holds, |node| {
+            table.fault(&mut node, &format!("no answer to {call}"), expected, |node| {
                 node.proxy.fault_of(call, Fault::Hang);
                 let since = Instant::now();
                 recovery(node);
@@ -310,8 +310,8 @@ fn docker_daemon_faults_with_live_restore() {
             since
         });
     }
-    let holds = "unit status: running";
-    table.fault(&mut node, "same, before Flower has connected", holds, |node| {
+    let expected = "unit status: running";
+    table.fault(&mut node, "same, before Flower has connected", expected, |node| {
         node.reset();
         node.context("test-never-connects=true");
         node.start_until_ready();
@@ -444,8 +444,8 @@ fn container_faults() {
             since
         },
     );
-    let holds = "published as not ready";
-    table.fault(&mut node, "the container is paused: published readiness", holds, |node| {
+    let expected = "published as not ready";
+    table.fault(&mut node, "the container is paused: published readiness", expected, |node| {
         node.clear();
         node.start_until_ready();
         node.wait_published("FL_NODE_READY", "YES");

@@ -120,7 +120,7 @@ struct Federation {
 /// A node. The fields are dropped in order: agent, VM, engine.
 struct FederatedNode {
     agent: Agent,
-    _case: TestVm,
+    _vm: TestVm,
     engine: Engine,
 }
 
@@ -131,7 +131,7 @@ impl Federation {
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let flower = Flower::release(release)?;
-        let begun = Instant::now();
+        let start = Instant::now();
         let engines = [Engine::builder().start()?, Engine::builder().start()?];
         let mut network = TestNetwork::new();
         for engine in &engines {
@@ -145,7 +145,7 @@ impl Federation {
         });
         report(&format!(
             "MEASURED Flower {release}: engines, images and SuperLink started in {:.1} s",
-            begun.elapsed().as_secs_f64()
+            start.elapsed().as_secs_f64()
         ));
 
         let onegate = OneGateSimulator::start_in(network.network_namespace(), network.address());
@@ -161,7 +161,7 @@ impl Federation {
                 state.join(SERVICE, "supernode", id);
             }
         });
-        let begun = Instant::now();
+        let start = Instant::now();
         let nodes: Vec<FederatedNode> = NODES
             .into_iter()
             .zip(engines)
@@ -174,7 +174,7 @@ impl Federation {
         }
         report(&format!(
             "MEASURED Flower {release}: both nodes connected in {:.1} s",
-            begun.elapsed().as_secs_f64()
+            start.elapsed().as_secs_f64()
         ));
         Some(Self { release, nodes, superlink, _onegate: onegate, _network: network, _turn: turn })
     }
@@ -194,10 +194,10 @@ impl Federation {
     }
 
     fn train_three_rounds(&self) {
-        let begun = Instant::now();
+        let start = Instant::now();
         let rounds = self.superlink.run_app(3, RUN).unwrap_or_else(|error| panic!("{error}"));
         assert_learned(&rounds);
-        let (seconds, accuracy) = (begun.elapsed().as_secs_f64(), rounds[2].accuracy);
+        let (seconds, accuracy) = (start.elapsed().as_secs_f64(), rounds[2].accuracy);
         report(&format!(
             "MEASURED Flower {}: three rounds in {seconds:.1} s, accuracy {accuracy}",
             self.release
@@ -243,7 +243,7 @@ impl FederatedNode {
         vm.env("WATCHDOG_USEC", "120000000");
         vm.context(&[("FLOWER_VERSION", release), ("ML_FRAMEWORK", "base")])
             .onegate(onegate, vm_id);
-        Self { agent: start_ready(&vm), _case: vm, engine }
+        Self { agent: start_ready(&vm), _vm: vm, engine }
     }
 
     /// Asserts that a container that was restarted without having exited was logged as

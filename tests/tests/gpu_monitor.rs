@@ -202,9 +202,9 @@ fn peak_kib(pid: u32) -> u64 {
 #[test]
 fn fatal_xid_warns_with_meaning_and_falls_back_to_cpu() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[79], &[], &[]) else { return };
-    let begun = Instant::now();
+    let start = Instant::now();
     node.trigger(79);
-    node.wait_for_failure(begun, "while running: XID 79");
+    node.wait_for_failure(start, "while running: XID 79");
     node.assert_fell_back(&["XID 79: GPU has fallen off the bus", "NVIDIA A100"]);
     // After the agent is killed, the next one leaves the node as it is and gives the reason.
     let before = node.id();
@@ -335,9 +335,9 @@ fn parent_gpu_of_mig_instance_is_monitored() {
 #[test]
 fn unresponsive_gpu_is_lost_within_30_seconds() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
-    let begun = Instant::now();
+    let start = Instant::now();
     node.now("fail", json!({"nvmlDeviceGetHandleByUUID": 15, "nvmlEventSetWait_v2": 15}));
-    node.wait_for_failure(begun, "while running: NVML returns 15");
+    node.wait_for_failure(start, "while running: NVML returns 15");
     node.assert_fell_back(&["NVML error 15"]);
 }
 
@@ -354,9 +354,9 @@ fn missing_nvml_library_means_lost_gpu() {
     let agent = start_ready(&vm);
     let node = MonitoredNode { engine, vm, directory, script, agent };
     node.wait_for_monitor();
-    let begun = Instant::now();
+    let start = Instant::now();
     fs::remove_file(&library).unwrap();
-    node.wait_for_failure(begun, "while running: the library is removed");
+    node.wait_for_failure(start, "while running: the library is removed");
     node.assert_fell_back(&["libnvidia-ml was removed"]);
 }
 
@@ -364,9 +364,9 @@ fn missing_nvml_library_means_lost_gpu() {
 fn hung_monitor_means_lost_gpu() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
     let monitor = node.monitor_pid().unwrap();
-    let begun = Instant::now();
+    let start = Instant::now();
     node.now("hang", json!(["nvmlEventSetWait_v2"]));
-    node.wait_for_failure(begun, "while running: the driver hangs");
+    node.wait_for_failure(start, "while running: the driver hangs");
     node.assert_fell_back(&["driver does not answer", "was killed"]);
     assert!(!Path::new(&format!("/proc/{monitor}")).exists());
 }
@@ -391,9 +391,9 @@ fn killed_monitor_is_respawned_without_effect() {
 fn monitor_that_cannot_restart_means_lost_gpu() {
     let Some(mut node) = MonitoredNode::with(one_gpu(), &[], &[], &[]) else { return };
     node.now("fail", json!({"nvmlInit_v2": 9}));
-    let begun = Instant::now();
+    let start = Instant::now();
     kill(node.monitor_pid().unwrap());
-    node.wait_for_failure(begun, "while running: monitor exits and the driver is gone");
+    node.wait_for_failure(start, "while running: monitor exits and the driver is gone");
     node.assert_fell_back(&["was killed by signal 9 (SIGKILL)", "driver-not-loaded"]);
 }
 
@@ -485,39 +485,39 @@ fn assert_flapped(agent: &Agent, since: Instant) {
 fn flapping_connection_does_not_hide_lost_device() {
     let Some(node) = flapping_node() else { return };
     let pid = inspect(&node.engine, "{{.State.Pid}}");
-    let begun = Instant::now();
+    let start = Instant::now();
     fs::remove_file(format!("/proc/{pid}/root/dev/nvidia0")).unwrap();
     node.agent.wait_for_line("lost its GPU", TIMEOUT);
-    assert_flapped(&node.agent, begun);
+    assert_flapped(&node.agent, start);
     report_cause(
         "gpu-not-visible",
-        begun.elapsed().as_secs_f64(),
+        start.elapsed().as_secs_f64(),
         "flapping: the device node is removed",
     );
-    assert!(begun.elapsed() < LOSS_LIMIT);
+    assert!(start.elapsed() < LOSS_LIMIT);
 }
 
 #[test]
 fn flapping_connection_does_not_hide_frozen_monitor() {
     let Some(node) = flapping_node() else { return };
-    let begun = Instant::now();
+    let start = Instant::now();
     stop(node.monitor_pid().unwrap());
     node.agent.wait_for_line("gpu-failed", TIMEOUT);
-    assert_flapped(&node.agent, begun);
+    assert_flapped(&node.agent, start);
     report_cause(
         "gpu-failed",
-        begun.elapsed().as_secs_f64(),
+        start.elapsed().as_secs_f64(),
         "flapping: the GPU monitor is frozen",
     );
-    assert!(begun.elapsed() < LOSS_LIMIT);
+    assert!(start.elapsed() < LOSS_LIMIT);
 }
 
 #[test]
 fn flapping_connection_does_not_skip_monitor_backoff() {
     let Some(node) = flapping_node() else { return };
-    let begun = Instant::now();
+    let start = Instant::now();
     let mut killed = Vec::new();
-    while begun.elapsed() < Duration::from_secs(12) {
+    while start.elapsed() < Duration::from_secs(12) {
         match node.monitor_pid().filter(|pid| !killed.contains(pid)) {
             Some(pid) => {
                 kill(pid);
@@ -526,7 +526,7 @@ fn flapping_connection_does_not_skip_monitor_backoff() {
             None => thread::sleep(Duration::from_millis(20)),
         }
     }
-    assert_flapped(&node.agent, begun);
+    assert_flapped(&node.agent, start);
     // At 0, 1, 3 and 7 s, plus the duration of the probe.
     assert!((3..=4).contains(&killed.len()), "{}: {:#?}", killed.len(), node.agent.lines());
     let probed = node.agent.lines().iter().filter(|line| line.contains("SIGKILL")).count();
@@ -540,16 +540,16 @@ fn flapping_connection_does_not_hide_late_driver() {
     vm.sysfs(&sysfs).context(&gpu_context(FLAPPING));
     let agent = start_ready(&vm);
     agent.wait_for_line("not connected to the SuperLink", TIMEOUT);
-    let begun = Instant::now();
+    let start = Instant::now();
     let _sysfs = sysfs.driver("nvidia").module("550.54.15");
     agent.wait_for_line("GPU is usable now; restart flower-supernode to use it", TIMEOUT);
-    assert_flapped(&agent, begun);
+    assert_flapped(&agent, start);
     report_cause(
         "driver-not-loaded",
-        begun.elapsed().as_secs_f64(),
+        start.elapsed().as_secs_f64(),
         "flapping: the driver comes late",
     );
-    assert!(begun.elapsed() < LOSS_LIMIT);
+    assert!(start.elapsed() < LOSS_LIMIT);
 }
 
 #[test]

@@ -143,13 +143,13 @@ fn xid(nvml: &Nvml) -> Result<(), NvmlError> {
     let set = gpu.register_events(EventTypes::CRITICAL_XID_ERROR, nvml.create_event_set()?);
     let set = set.map_err(|error| error.error)?;
     loop {
-        let begun = Instant::now();
+        let start = Instant::now();
         let event = set.wait(400)?;
         report(&format!(
             "{} {:?} {}",
             event.device.uuid()?,
             event.event_data,
-            begun.elapsed().as_millis() >= 100
+            start.elapsed().as_millis() >= 100
         ));
     }
 }
@@ -241,9 +241,9 @@ fn crash_is_a_segmentation_fault() {
 #[test]
 fn call_takes_the_scripted_delay() {
     let driver = SimulatedDriver::new(&json!({"delay_ms": {"nvmlInit_v2": 700}}));
-    let begun = Instant::now();
+    let start = Instant::now();
     driver.answers("gpus");
-    assert!(begun.elapsed() >= Duration::from_millis(700));
+    assert!(start.elapsed() >= Duration::from_millis(700));
 }
 
 #[test]

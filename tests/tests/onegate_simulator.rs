@@ -299,19 +299,19 @@ fn simulates_endless_answers() {
     assert!(!String::from_utf8_lossy(&much[..500]).contains("Content-Length"));
 
     let mut slow = open();
-    let begun = Instant::now();
+    let start = Instant::now();
     let mut three = [0; 3];
     slow.read_exact(&mut three).unwrap();
     assert_eq!(&three, b"HTT");
-    assert!((1900..2900).contains(&begun.elapsed().as_millis()), "{:?}", begun.elapsed());
+    assert!((1900..2900).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
 
     let mut hanging = open();
     assert!(hanging.read(&mut [0]).is_err());
     // Stopping is not delayed by open connections and closes them.
-    let begun = Instant::now();
+    let start = Instant::now();
     onegate.stop();
     assert_eq!(hanging.read(&mut [0]).unwrap(), 0);
-    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
 }
 
 #[test]
@@ -331,7 +331,7 @@ fn stopped_onegate_refuses_and_restarts_at_same_address() {
 #[test]
 fn serves_five_hundred_concurrent_requests() {
     let onegate = onegate();
-    let begun = Instant::now();
+    let start = Instant::now();
     let mut streams: Vec<TcpStream> =
         std::iter::repeat_with(|| TcpStream::connect(onegate.address()).unwrap())
             .take(500)
@@ -345,7 +345,7 @@ fn serves_five_hundred_concurrent_requests() {
         assert_eq!(parsed(&answer), text(200, SERVICE_JSON));
     }
     assert_eq!(onegate.requests().len(), 500);
-    let elapsed = begun.elapsed();
+    let elapsed = start.elapsed();
     if elapsed < Duration::from_secs(1) {
         assert_eq!(onegate.peak_requests_per_second(), 500);
     }

@@ -190,9 +190,9 @@ fn test_image_prints_inputs_and_exits_as_requested() {
     }
     assert_eq!(engine.docker(&["exec", id, "id", "-u"]).expect_success(), "49999");
 
-    let begun = Instant::now();
+    let start = Instant::now();
     engine.docker(&["stop", id]).expect_success();
-    assert!(begun.elapsed() < Duration::from_secs(5), "deaf to SIGTERM: {:?}", begun.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(5), "deaf to SIGTERM: {:?}", start.elapsed());
     let code = engine.docker(&["inspect", "--format", "{{.State.ExitCode}}", id]);
     assert_eq!(code.expect_success(), "0");
 

@@ -87,11 +87,11 @@ fn onegate_vm_gets_opennebula_context_in_any_call_order() {
 
 #[test]
 fn agent_output_is_captured_and_agent_stops() {
-    let script = "trap 'echo ended >&2; exit 3' TERM; echo begun >&2; echo \"$NOTIFY_SOCKET\"; \
+    let script = "trap 'echo ended >&2; exit 3' TERM; echo start >&2; echo \"$NOTIFY_SOCKET\"; \
      while :; do sleep 0.05; done";
     let vm = vm(script);
     let mut agent = vm.start();
-    assert_eq!(agent.wait_for_line("beg", SECONDS), "begun");
+    assert_eq!(agent.wait_for_line("beg", SECONDS), "start");
     assert!(eventually(SECONDS, || !agent.stdout_lines().is_empty()));
     let socket = UnixDatagram::unbound().unwrap();
     socket.send_to(b"STATUS=x\nREADY=1", &agent.stdout_lines()[0]).unwrap();
@@ -100,7 +100,7 @@ fn agent_output_is_captured_and_agent_stops() {
     assert_eq!(agent.wait_for_line("ended", SECONDS), "ended");
 
     let mut agent = vm.start();
-    agent.wait_for_line("begun", SECONDS);
+    agent.wait_for_line("start", SECONDS);
     agent.kill();
     assert_eq!(agent.wait_exit(SECONDS), -9);
 }

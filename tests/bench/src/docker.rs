@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 pub(crate) struct Call {
     connection: usize,
     sent: Instant,
-    /// Time until the answer began; `None` without an answer.
+    /// Time until the answer start; `None` without an answer.
     took: Option<Duration>,
     text: Vec<u8>,
 }

@@ -66,12 +66,12 @@ pub(crate) fn watch(handle: SetHandle, gpu: usize, mask: u64) -> Answer {
 pub(crate) fn wait(call: &Call, handle: SetHandle, timeout: Duration) -> Answer<&Event> {
     const STEP: Duration = Duration::from_millis(5);
     let set = set(handle)?;
-    let begun = Instant::now();
+    let start = Instant::now();
     loop {
         if let Some(event) = next(call, &mut lock(&set)) {
             return Ok(event);
         }
-        let left = timeout.saturating_sub(begun.elapsed());
+        let left = timeout.saturating_sub(start.elapsed());
         if left.is_zero() {
             return Err(TIMEOUT);
         }

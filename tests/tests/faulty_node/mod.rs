@@ -246,8 +246,8 @@ impl FaultyNode {
     #[track_caller]
     pub(crate) fn wait_status_running(&self) {
         let status = || self.vm.run_command("status", &["--json"]).stdout;
-        let says = eventually(TIMEOUT / 2, || status().contains("\"status\": \"Running on "));
-        assert!(says, "{}: {:#?}", status(), self.output());
+        let reported = eventually(TIMEOUT / 2, || status().contains("\"status\": \"Running on "));
+        assert!(reported, "{}: {:#?}", status(), self.output());
     }
 
     /// Waits until OneGate has this attribute of the node.
@@ -461,15 +461,15 @@ impl Table {
         &mut self,
         node: &mut FaultyNode,
         name: &str,
-        holds: &str,
+        expected: &str,
         scenario: impl FnOnce(&mut FaultyNode) -> Instant,
     ) {
         match run_scenario(node, scenario) {
-            Ok(seconds) => {
-                report(&format!("FAULT {name:<64} passed  recovered in {seconds:>5.1} s  {holds}"))
-            }
+            Ok(seconds) => report(&format!(
+                "FAULT {name:<64} passed  recovered in {seconds:>5.1} s  {expected}"
+            )),
             Err(why) => {
-                report(&format!("FAULT {name:<64} FAILED  {holds}\n{why}"));
+                report(&format!("FAULT {name:<64} FAILED  {expected}\n{why}"));
                 self.failed.push(name.to_owned());
             }
         }
