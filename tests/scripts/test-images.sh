@@ -106,8 +106,9 @@ with open(flwr.__cached__, "rb") as cached:
 print(framework.__name__, framework.__version__)'
     has=$(run_as_agent --entrypoint python3 "$image" -c "$program") \
         || fail "$image: cannot import its framework"
-    [ -z "$(docker run --rm --network none --user 0 --entrypoint find "$image" /root /tmp /app -name '*pip*')" ] ||
-        fail "$image contains a pip cache"
+    caches=$(docker run --rm --network none --user 0 --entrypoint find "$image" \
+        /root /tmp /app -name '*pip*')
+    [ -z "$caches" ] || fail "$image contains a pip cache"
     ! docker history --no-trunc "$image" | grep -q index.invalid \
         || fail "the history of $image contains the package index"
     say "$image: $version, $has, $(mib "$image") MiB, including $(mib "$BASE") MiB base image"

@@ -56,7 +56,8 @@ fuzz_target!(|line: &[u8]| {
     let outcome = ProbeOutcome::Answered(answer);
     CONFIGS.with(|configs| {
         for config in configs.iter() {
-            let verdict = FACTS.with(|facts| decide_gpu_or_cpu(&config.gpu, config.framework, facts, &outcome));
+            let verdict = FACTS
+                .with(|facts| decide_gpu_or_cpu(&config.gpu, config.framework, facts, &outcome));
             for device in verdict.devices() {
                 assert!(
                     !device.uuid.as_str().is_empty() && !device.uuid.as_str().contains([',', '\0']),
