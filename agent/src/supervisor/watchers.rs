@@ -78,8 +78,8 @@ pub(super) struct ContainerRun {
     /// does not report the connection.
     pub(super) tcp_connected: bool,
     pub(super) paused: bool,
-    /// Kept while one [`Monitor`](super::state_machine::Command::Monitor) follows another. Any other command drops, and thereby
-    /// ends, the watchers.
+    /// Kept while one `Command::Monitor` follows another. Any other command drops, and thereby ends,
+    /// the watchers.
     pub(super) watchers: Option<ContainerWatchers>,
 }
 
