@@ -1,5 +1,4 @@
-//! Where the agent's words go: to the journal where there is one, with fields; else to stderr, as
-//! text or JSON.
+//! Log output: to the journal with fields, if stderr leads there; else to stderr as text or JSON.
 
 use std::fmt;
 use std::os::unix::fs::MetadataExt as _;
@@ -21,10 +20,10 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 /// the CPU unnoticed.
 pub(crate) const ALWAYS_LOGGED: &str = "supernode_agent::fallback";
 
-/// Sends what is logged from now on to the journal, where stderr leads there, else to stderr.
+/// Sets up logging for the rest of the process.
 pub(crate) fn init(level: LevelFilter, as_json: bool) {
-    // Our words only: the libraries below have their own idea of what is worth a line.
-    let ours = Targets::new()
+    // Events of the libraries are left out.
+    let targets = Targets::new()
         .with_target("supernode_agent", level)
         .with_target(ALWAYS_LOGGED, level.max(LevelFilter::WARN));
     let on_journal = stderr_is_the_journal();
@@ -36,7 +35,7 @@ pub(crate) fn init(level: LevelFilter, as_json: bool) {
                 info: Priority::Informational,
                 ..PriorityMappings::new()
             });
-        let _ = tracing_subscriber::registry().with(journal.with_filter(ours)).try_init();
+        let _ = tracing_subscriber::registry().with(journal.with_filter(targets)).try_init();
         return;
     }
     let format = match (as_json, on_journal) {
@@ -45,11 +44,11 @@ pub(crate) fn init(level: LevelFilter, as_json: bool) {
         (false, false) => Format::Text,
     };
     let stderr = tracing_subscriber::fmt::layer().event_format(format).with_writer(std::io::stderr);
-    let _ = tracing_subscriber::registry().with(stderr.with_filter(ours)).try_init();
+    let _ = tracing_subscriber::registry().with(stderr.with_filter(targets)).try_init();
 }
 
-/// Whether stderr leads to the journal: systemd gives device and inode of the stream
-/// (systemd.exec(5), JOURNAL_STREAM). The variable alone proves nothing, for it is inherited.
+/// Whether stderr leads to the journal. systemd sets device and inode of the stream in
+/// JOURNAL_STREAM (systemd.exec(5)); child processes inherit the variable, so both are compared.
 fn stderr_is_the_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
         return false;
@@ -58,7 +57,7 @@ fn stderr_is_the_journal() -> bool {
         .is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
 }
 
-/// An error and its causes, in one line; a cause whose text is there already is not repeated.
+/// Formats an error and its causes in one line. A cause that the text already contains is left out.
 pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -72,11 +71,11 @@ pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// How a line on stderr looks.
+/// Format of a line on stderr.
 enum Format {
     /// Time, level, message.
     Text,
-    /// `<4>` and the message: systemd reads the number as the priority.
+    /// Priority and message, `<4>…`: systemd reads the priority.
     Prefixed,
     /// One object with all fields.
     Json,

@@ -152,7 +152,7 @@ fn occupied_address_warns_and_reload_changes_it() {
     let warnings = warnings(&agent);
     assert!(
         warnings.len() == 1
-            && warnings[0].contains(&format!("metrics.listen = \"{address}\" cannot be had")),
+            && warnings[0].contains(&format!("cannot bind metrics endpoint {address}: ")),
         "{warnings:?}"
     );
     // A reload sets another address.

@@ -45,7 +45,7 @@ fn node_is_ready_only_while_container_runs() {
     let refused = vm.run_command("status", &["--ready"]);
     assert_eq!(refused.code, Some(1));
     assert!(
-        refused.stderr.contains("flower-supernode does not run: it ended with exit code 0"),
+        refused.stderr.contains("flower-supernode is not running: exited with code 0"),
         "{refused:?}"
     );
     assert_eq!(status(&vm)["agent"]["status"], "Stopped");
@@ -86,7 +86,7 @@ fn status_shows_container_device_since_and_reason() {
     let _agent = start_ready(&vm);
     let text = vm.run_command("status", &[]).stdout;
     for words in [
-        "Container  flower-supernode runs since 20",
+        "Container  flower-supernode is running since 20",
         "Device     cpu: wrong-driver: ",
         "Fix        ",
         "Running on the CPU",
@@ -156,7 +156,7 @@ fn status_watch_prints_changes_once_until_interrupted() {
         lines
             .next()
             .unwrap()
-            .starts_with("Agent      not running; its last words, : Pulling it: 2 %")
+            .starts_with("Agent      not running; last status at : Pulling it: 2 %")
     );
     report("Stopped");
     assert_eq!(lines.next().unwrap(), "", "one block per change");

@@ -224,7 +224,7 @@ fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
             ExitCode::SUCCESS
         }
         Command::Status { json, ready, .. } => {
-            let status = runtime.block_on(Status::look(&settings));
+            let status = runtime.block_on(Status::read(&settings));
             match (ready, json) {
                 (true, _) if status.is_ready() => {}
                 (true, _) => return Err(Failure::new(EXIT_RETRY, status.headline())),

@@ -1,4 +1,5 @@
-//! What `status` says: what the container engine shows, and what the agent reports of itself.
+//! The `status` command: state of the container from Docker, status of the agent from its status
+//! file.
 
 use std::io::{self, IsTerminal as _, Write};
 use std::time::Duration;
@@ -18,10 +19,10 @@ use crate::system::lock;
 use crate::system::os_release::Distribution;
 use crate::system::time::to_seconds;
 
-/// The node at this moment.
+/// Current state of the node.
 pub(super) struct Status {
     name: String,
-    /// The container, or why it is not known whether there is one.
+    /// The container, or why Docker could not be queried.
     container: Result<Option<Container>, String>,
     agent_runs: bool,
     report: Option<StatusReport>,
@@ -29,17 +30,16 @@ pub(super) struct Status {
 }
 
 impl Status {
-    pub(super) async fn look(settings: &Settings) -> Self {
+    /// Queries Docker and reads the status file.
+    pub(super) async fn read(settings: &Settings) -> Self {
         const TIMEOUT: Duration = Duration::from_secs(10);
         let name = settings.container.name.clone();
-        let look = async {
+        let inspect = async {
             Client::connect(&settings.docker.socket).await?.inspect_container(&name).await
         };
-        let container = match tokio::time::timeout(TIMEOUT, look).await {
+        let container = match tokio::time::timeout(TIMEOUT, inspect).await {
             Ok(answer) => answer.map_err(|error: EngineError| error.to_string()),
-            Err(_) => {
-                Err(format!("the Docker engine gave no answer within {} s", TIMEOUT.as_secs()))
-            }
+            Err(_) => Err(format!("Docker gave no answer within {} s", TIMEOUT.as_secs())),
         };
         let state_dir = &settings.state.dir;
         Self {
@@ -51,35 +51,35 @@ impl Status {
         }
     }
 
-    /// Whether the node's container runs: ours, and not paused.
+    /// Whether the agent's container runs and is not paused.
     pub(super) fn is_ready(&self) -> bool {
         matches!(&self.container, Ok(Some(found)) if found.running && !found.paused && found.spec_hash().is_some())
     }
 
-    /// The state of the container in one line.
+    /// State of the container in one line.
     pub(super) fn headline(&self) -> String {
         let name = &self.name;
         match &self.container {
-            Err(why) => format!("it is not known whether {name} runs: {why}"),
-            Ok(None) => format!("{name} does not run: there is no such container"),
+            Err(why) => format!("cannot query {name}: {why}"),
+            Ok(None) => format!("{name} is not running: no such container"),
             Ok(Some(found)) if found.spec_hash().is_none() => {
-                format!("{name} is a container of somebody else")
+                format!("{name} was not created by supernode-agent")
             }
             Ok(Some(found)) if found.paused => format!("{name} is paused: docker unpause {name}"),
             Ok(Some(found)) if found.running => {
-                format!("{name} runs since {}", to_seconds(&found.started_at))
+                format!("{name} is running since {}", to_seconds(&found.started_at))
             }
             Ok(Some(found)) => {
-                format!("{name} does not run: it ended with exit code {}", found.exit_code)
+                format!("{name} is not running: exited with code {}", found.exit_code)
             }
         }
     }
 
-    /// The verdict as the agent has it now, else as the container was launched with.
+    /// The agent's verdict or, if there is none, the verdict in the container's labels.
     fn verdict(&self) -> Json {
-        let of_report =
+        let reported =
             self.report.as_ref().map(|report| &report.verdict).filter(|verdict| !verdict.is_null());
-        if let Some(verdict) = of_report {
+        if let Some(verdict) = reported {
             return verdict.clone();
         }
         let Ok(Some(found)) = &self.container else {
@@ -98,7 +98,7 @@ impl Status {
         }
     }
 
-    /// How the DCGM exporter is doing, as far as an agent looks after it.
+    /// State of the DCGM exporter; `None` if no agent supervises it.
     fn exporter(&self) -> Option<&str> {
         self.report.as_ref().filter(|_| self.agent_runs)?.exporter.as_deref()
     }
@@ -135,7 +135,7 @@ impl Status {
         })
     }
 
-    /// What a person wants to know, each thing with its label.
+    /// The rows of the text output.
     fn rows(&self) -> Vec<Row> {
         let mut rows = Vec::new();
         let mut row = |level, label, text: String| rows.push(Row { level, label, text });
@@ -146,7 +146,7 @@ impl Status {
         }
         let verdict = self.verdict();
         let text = |key: &str| verdict[key].as_str();
-        for device in devices(verdict["devices"].as_array().map_or(&[], Vec::as_slice)) {
+        for device in device_rows(verdict["devices"].as_array().map_or(&[], Vec::as_slice)) {
             row(Some(Level::Ok), "Device", device);
         }
         let mut fallback = None;
@@ -170,18 +170,18 @@ impl Status {
             let (level, connected) = match (self.agent_runs, report.connected) {
                 (true, true) => (Level::Ok, "connected"),
                 (true, false) => (Level::Warning, "not connected"),
-                (false, _) => (Level::Warning, "it is not known whether it is connected"),
+                (false, _) => (Level::Warning, "connection unknown"),
             };
-            let share = report.partition.map_or(String::new(), |Partition { id, count }| {
+            let partition = report.partition.map_or(String::new(), |Partition { id, count }| {
                 format!("; partition {id} of {count}")
             });
-            row(Some(level), "SuperLink", format!("{superlink}, {connected}{share}"));
+            row(Some(level), "SuperLink", format!("{superlink}, {connected}{partition}"));
         }
         if let Some(exporter) = self.exporter() {
             row(None, "DCGM", exporter.into());
         }
         let since = to_seconds(&report.since);
-        // The row of the device has the finding.
+        // The device row shows the finding.
         let status = fallback
             .map_or(report.status.clone(), |finding| report.status.replacen(&finding, "", 1));
         if self.agent_runs {
@@ -190,21 +190,21 @@ impl Status {
             row(
                 Some(Level::Error),
                 "Agent",
-                format!("not running; its last words, {since}: {status}"),
+                format!("not running; last status at {since}: {status}"),
             );
         }
         rows
     }
 
-    /// The text: on a terminal as wide as that, elsewhere a line for each thing.
+    /// Text output: wrapped to the width of a terminal, else one line for each row.
     pub(super) fn to_text(&self, terminal: Option<&Terminal>) -> String {
         self.rows().iter().map(|row| row.to_text(terminal)).collect()
     }
 }
 
-/// One thing that a person wants to know.
+/// One row of the text output.
 struct Row {
-    /// The colour of the label, where it has one.
+    /// Selects the colour of the label.
     level: Option<Level>,
     label: &'static str,
     text: String,
@@ -241,72 +241,72 @@ impl Row {
     }
 }
 
-/// The GPUs, a row for each; of many, one row.
-fn devices(found: &[Json]) -> Vec<String> {
+/// One row for each GPU; more than two share a row.
+fn device_rows(devices: &[Json]) -> Vec<String> {
     const MAX_ROWS: usize = 2;
     let text = |device: &Json, key: &str| device[key].as_str().unwrap_or_default().to_owned();
     let name = |device: &Json| device["name"].as_str().unwrap_or("GPU").to_owned();
-    if found.len() <= MAX_ROWS {
+    if devices.len() <= MAX_ROWS {
         let row = |device| {
             format!("{} ({}, {})", name(device), text(device, "uuid"), text(device, "pci_address"))
         };
-        return found.iter().map(row).collect();
+        return devices.iter().map(row).collect();
     }
-    let mut names: Vec<String> = found.iter().map(name).collect();
+    let mut names: Vec<String> = devices.iter().map(name).collect();
     names.dedup();
-    let addresses: Vec<String> = found.iter().map(|device| text(device, "pci_address")).collect();
-    vec![format!("{} GPUs: {} ({})", found.len(), names.join(", "), addresses.join(", "))]
+    let addresses: Vec<String> = devices.iter().map(|device| text(device, "pci_address")).collect();
+    vec![format!("{} GPUs: {} ({})", devices.len(), names.join(", "), addresses.join(", "))]
 }
 
-/// The terminal that a person looks at.
+/// The terminal that stdout is connected to.
 pub(super) struct Terminal {
     columns: usize,
     is_coloured: bool,
 }
 
 impl Terminal {
-    /// The one behind stdout; `None` where a file or a program reads.
+    /// Returns `None` if stdout is a file or a pipe.
     pub(super) fn of_stdout() -> Option<Self> {
-        const USUAL: usize = 80;
+        const DEFAULT_COLUMNS: usize = 80;
         if !io::stdout().is_terminal() {
             return None;
         }
         let columns = rustix::termios::tcgetwinsize(rustix::stdio::stdout())
             .map_or(0, |size| size.ws_col.into());
-        let columns = if columns == 0 { USUAL } else { columns };
+        let columns = if columns == 0 { DEFAULT_COLUMNS } else { columns };
         Some(Self { columns, is_coloured: std::env::var_os("NO_COLOR").is_none() })
     }
 }
 
-/// Shows the node until SIGINT or SIGTERM: on a terminal in place, elsewhere whenever something has
-/// changed, for as long as somebody reads.
+/// Refreshes the output until SIGINT, SIGTERM, or the reader of stdout closes it. Output is printed
+/// only when it changes; a terminal is cleared before.
 pub(super) async fn watch(settings: &Settings, json: bool, out: &mut dyn Write) -> io::Result<()> {
-    const EACH: Duration = Duration::from_secs(2);
-    const TO_THE_TOP_AND_CLEAR: &str = "\x1b[H\x1b[2J";
+    const INTERVAL: Duration = Duration::from_secs(2);
+    const CLEAR_SCREEN: &str = "\x1b[H\x1b[2J";
     let mut interrupted = signal(SignalKind::interrupt())?;
     let mut terminated = signal(SignalKind::terminate())?;
-    let mut shown = String::new();
+    let mut printed = String::new();
     let show = async {
-        while !is_deserted() {
-            let status = Status::look(settings).await;
-            // It is looked for each time: a window changes its size.
+        while !stdout_is_closed() {
+            let status = Status::read(settings).await;
+            // Read each time, because the window can be resized.
             let terminal = Terminal::of_stdout().filter(|_| !json);
             let text = if json {
                 format!("{}\n", status.to_json())
             } else {
                 status.to_text(terminal.as_ref())
             };
-            if text != shown {
-                let before = match (&terminal, json || shown.is_empty()) {
-                    (Some(_), _) => TO_THE_TOP_AND_CLEAR,
+            if text != printed {
+                let before = match (&terminal, json || printed.is_empty()) {
+                    (Some(_), _) => CLEAR_SCREEN,
                     (None, true) => "",
                     (None, false) => "\n",
                 };
                 write!(out, "{before}{text}")?;
                 out.flush()?;
-                shown = text;
+                printed = text;
             }
-            tokio::time::sleep(EACH).await;
+            tokio::time::sleep(INTERVAL).await;
         }
         Ok(())
     };
@@ -317,9 +317,9 @@ pub(super) async fn watch(settings: &Settings, json: bool, out: &mut dyn Write) 
     }
 }
 
-/// Whether nobody reads our stdout any more. A write would tell, and there may be nothing to write
-/// for hours.
-fn is_deserted() -> bool {
+/// Whether the reader of stdout has closed it. A write would fail as well, but there may be nothing
+/// to write for hours.
+fn stdout_is_closed() -> bool {
     let mut stdout = [PollFd::from_borrowed_fd(rustix::stdio::stdout(), PollFlags::empty())];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     rustix::event::poll(&mut stdout, Some(&now)).is_ok()
@@ -334,7 +334,7 @@ mod tests {
     const NOW: &str = "2026-11-24T14:40:02.937353Z";
     const TERMINAL: Terminal = Terminal { columns: 80, is_coloured: false };
 
-    fn status(verdict: Json, words: &str) -> Status {
+    fn status(verdict: Json, line: &str) -> Status {
         let labels = [(crate::docker::spec::SPEC_HASH_LABEL.to_owned(), "0".to_owned())];
         let container = Container {
             id: "9c255f65bd31".into(),
@@ -351,7 +351,7 @@ mod tests {
         let report = StatusReport {
             version: "0.1.0".into(),
             pid: 812,
-            status: words.into(),
+            status: line.into(),
             since: NOW.into(),
             verdict,
             superlink: Some("10.9.8.7:9092".into()),
@@ -383,14 +383,14 @@ mod tests {
     }
 
     #[test]
-    fn a_fallback_in_a_terminal_is_wrapped_under_its_labels() {
+    fn fallback_is_wrapped_to_the_terminal() {
         let fix = "on the host, bind every function of the card to vfio-pci (driverctl set-override ADDRESS vfio-pci), \
                    check the PCI attribute of the VM template, then onevm terminate VMID";
         let text = fallback("gpu-not-passed-through", fix).to_text(Some(&TERMINAL));
         assert_eq!(
             text,
             "\
-Container  flower-supernode runs since 2026-11-24T14:40:02Z
+Container  flower-supernode is running since 2026-11-24T14:40:02Z
 Image      flower-supernode-pytorch:1.31.0
 Device     cpu: gpu-not-passed-through: OpenNebula passed 0000:01:00.0 to this
            VM (PCI0_ADDRESS='01:00.0'), and there is no device at that address
@@ -405,7 +405,7 @@ Agent      Running on the CPU; connected to 10.9.8.7:9092 (since
     }
 
     #[test]
-    fn a_node_is_told_in_ten_lines_of_eighty_columns_whatever_its_gpus() {
+    fn many_gpus_fit_ten_lines_of_eighty_columns() {
         for count in 1..=16 {
             let text = status(gpus(count), "Running on NVIDIA A100").to_text(Some(&TERMINAL));
             assert!(
@@ -416,7 +416,7 @@ Agent      Running on the CPU; connected to 10.9.8.7:9092 (since
     }
 
     #[test]
-    fn a_fix_is_whole_however_long_it_is_and_what_is_beside_it_is_seven_lines() {
+    fn fix_is_printed_in_full_beside_seven_lines() {
         for entry in CATALOGUE {
             let fix = entry.fix.on(Distribution::Debian);
             let text = fallback(entry.code, fix).to_text(Some(&TERMINAL));
@@ -431,7 +431,7 @@ Agent      Running on the CPU; connected to 10.9.8.7:9092 (since
     }
 
     #[test]
-    fn a_program_gets_a_line_for_each_thing_and_no_colour() {
+    fn pipe_gets_one_line_per_row_without_colour() {
         let text = fallback("gpu-lost", &"a word ".repeat(100)).to_text(None);
         assert_eq!(text.lines().count(), 6, "{text}");
         assert!(!text.contains('\x1b'));

@@ -76,7 +76,7 @@ pub(crate) async fn run(settings: Settings, settings_file: Option<&Path>) -> Exi
     let lock = run_blocking(move || Lock::acquire(&state_dir)).await;
     // Only the agent that holds the lock writes the status file.
     let reporter = Rc::new(Reporter::new(lock.is_ok().then_some(settings.state.dir.as_path())));
-    let watchdog = Watchdog::wanted();
+    let watchdog = Watchdog::from_env();
     let result = match read_context_file(&settings).await {
         Ok(context) => {
             let (level, format) = config::log_settings(&context);

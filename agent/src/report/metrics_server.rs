@@ -1,5 +1,5 @@
-//! The page on the network: HTTP/1, `GET /metrics` and nothing else. Whatever goes wrong here is
-//! never the node's end.
+//! HTTP/1 endpoint of the metrics: `GET /metrics` and nothing else. A failure here never affects
+//! the node.
 
 use std::convert::Infallible;
 use std::io;
@@ -16,45 +16,49 @@ use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 
-/// More than scrapers and a curious operator need at a time; the others wait.
+/// Limit of concurrent connections; further ones wait.
 const MAX_CONNECTIONS: usize = 8;
-/// How long a connection may take for its request's head, and as a whole: it has one request.
-const HEAD_LIMIT: Duration = Duration::from_secs(5);
-const CONNECTION_LIMIT: Duration = Duration::from_secs(10);
-/// The smallest buffer that hyper allows; a scraper's head has some hundred bytes.
+/// Time limit for the head of a request.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time limit for a connection, which carries one request.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
+/// The smallest buffer that hyper allows; the head of a scraper's request has a few hundred bytes.
 const BUFFER_BYTES: usize = 8192;
-/// The pause after an address could not be had, and after a connection could not be taken.
-const PAUSE: Duration = Duration::from_secs(30);
-const PAUSE_AFTER_ACCEPT: Duration = Duration::from_secs(1);
+/// Delay between attempts to bind the address.
+const BIND_RETRY_DELAY: Duration = Duration::from_secs(30);
+/// Delay after a failed accept.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// Serves what `page` gives at `address`, for as long as this is polled. An address that cannot be
-/// had gets one WARNING, and is tried again.
+/// Serves what `page` returns at `address` for as long as the future is polled. If the address
+/// cannot be bound, it logs one WARNING and retries.
 pub(crate) async fn serve(address: SocketAddr, page: impl Fn() -> String) -> Infallible {
-    let mut told = false;
+    let mut warned = false;
     let listener = loop {
         match TcpListener::bind(address).await {
             Ok(listener) => break listener,
-            Err(error) if told => tracing::debug!("metrics.listen = \"{address}\": {error}"),
+            Err(error) if warned => {
+                tracing::debug!("cannot bind metrics endpoint {address}: {error}");
+            }
             Err(error) => {
                 tracing::warn!(
-                    "there is no page with the metrics, metrics.listen = \"{address}\" cannot be had: {error}; trying again every {} s",
-                    PAUSE.as_secs()
+                    "cannot bind metrics endpoint {address}: {error}; retrying every {} s",
+                    BIND_RETRY_DELAY.as_secs()
                 );
-                told = true;
+                warned = true;
             }
         }
-        tokio::time::sleep(PAUSE).await;
+        tokio::time::sleep(BIND_RETRY_DELAY).await;
     };
-    tracing::info!("the metrics are at http://{address}/metrics");
-    answer_all(&listener, &page).await
+    tracing::info!("serving metrics at http://{address}/metrics");
+    serve_connections(&listener, &page).await
 }
 
-async fn answer_all(listener: &TcpListener, page: &impl Fn() -> String) -> Infallible {
+async fn serve_connections(listener: &TcpListener, page: &impl Fn() -> String) -> Infallible {
     let mut connections = FuturesUnordered::new();
     loop {
         tokio::select! {
             accepted = accept(listener), if connections.len() < MAX_CONNECTIONS => {
-                connections.push(answer(accepted, page));
+                connections.push(serve_connection(accepted, page));
             }
             Some(()) = connections.next() => {}
         }
@@ -66,29 +70,29 @@ async fn accept(listener: &TcpListener) -> TcpStream {
         match listener.accept().await {
             Ok((stream, _)) => return stream,
             Err(error) => {
-                tracing::debug!("cannot take a connection to the metrics: {error}");
-                tokio::time::sleep(PAUSE_AFTER_ACCEPT).await;
+                tracing::debug!("cannot accept a connection to the metrics endpoint: {error}");
+                tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
             }
         }
     }
 }
 
-async fn answer(stream: TcpStream, page: &impl Fn() -> String) {
-    let service = service_fn(|request| std::future::ready(response_to(&request, page)));
+async fn serve_connection(stream: TcpStream, page: &impl Fn() -> String) {
+    let service = service_fn(|request| std::future::ready(respond(&request, page)));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_LIMIT)
+        .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(BUFFER_BYTES)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
-    match tokio::time::timeout(CONNECTION_LIMIT, connection).await.map_err(io::Error::from) {
+    match tokio::time::timeout(CONNECTION_TIMEOUT, connection).await.map_err(io::Error::from) {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!("a connection to the metrics broke off: {error}"),
-        Err(error) => tracing::debug!("a connection to the metrics was ended: {error}"),
+        Ok(Err(error)) => tracing::debug!("connection to the metrics endpoint failed: {error}"),
+        Err(error) => tracing::debug!("connection to the metrics endpoint closed: {error}"),
     }
 }
 
-fn response_to(
+fn respond(
     request: &Request<Incoming>,
     page: impl Fn() -> String,
 ) -> hyper::http::Result<Response<Full<Bytes>>> {
@@ -101,8 +105,8 @@ fn response_to(
         ("/metrics", _) => Response::builder()
             .status(StatusCode::METHOD_NOT_ALLOWED)
             .header(header::ALLOW, "GET")
-            .body(Full::from("only GET\n")),
-        _ => plain(StatusCode::NOT_FOUND, "the metrics are at /metrics\n"),
+            .body(Full::from("method not allowed, use GET\n")),
+        _ => plain(StatusCode::NOT_FOUND, "not found, the metrics are at /metrics\n"),
     }
 }
 
@@ -114,32 +118,32 @@ mod tests {
 
     use super::*;
 
-    /// What the server says to these bytes, until it closes.
-    async fn said_to(address: SocketAddr, bytes: &[u8]) -> String {
+    /// Sends `bytes` and returns the response until the server closes the connection.
+    async fn exchange(address: SocketAddr, bytes: &[u8]) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(bytes).await.unwrap();
-        let mut answer = Vec::new();
-        // It may close before it has read everything.
-        let _ = stream.read_to_end(&mut answer).await;
-        String::from_utf8(answer).unwrap()
+        let mut response = Vec::new();
+        // The server may close before it has read everything.
+        let _ = stream.read_to_end(&mut response).await;
+        String::from_utf8(response).unwrap()
     }
 
-    /// Runs `story` beside the server.
-    async fn beside<T>(story: impl AsyncFnOnce(SocketAddr) -> T) -> T {
+    /// Runs `test` against a server.
+    async fn with_server<T>(test: impl AsyncFnOnce(SocketAddr) -> T) -> T {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let page = || "up 1\n".to_owned();
-        let server = pin!(answer_all(&listener, &page));
+        let server = pin!(serve_connections(&listener, &page));
         tokio::select! {
-            told = story(address) => told,
+            result = test(address) => result,
             never = server => match never {},
         }
     }
 
     #[tokio::test]
-    async fn the_page_is_at_its_path_by_get_and_nothing_else_is_there() {
-        beside(async |address| {
-            let ok = said_to(address, b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    async fn serves_only_get_metrics() {
+        with_server(async |address| {
+            let ok = exchange(address, b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n").await;
             assert!(
                 ok.starts_with("HTTP/1.1 200 OK\r\n") && ok.ends_with("\r\n\r\nup 1\n"),
                 "{ok}"
@@ -157,10 +161,10 @@ mod tests {
                 ),
                 ("what?\r\n\r\n", "400 Bad Request"),
             ] {
-                let answer = said_to(address, request.as_bytes()).await;
+                let response = exchange(address, request.as_bytes()).await;
                 assert!(
-                    answer.starts_with(&format!("HTTP/1.1 {status}\r\n")),
-                    "{request}: {answer}"
+                    response.starts_with(&format!("HTTP/1.1 {status}\r\n")),
+                    "{request}: {response}"
                 );
             }
         })
@@ -168,24 +172,24 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_head_without_end_is_refused() {
-        beside(async |address| {
+    async fn endless_request_head_is_refused() {
+        with_server(async |address| {
             let endless =
                 [b"GET /metrics HTTP/1.1\r\nX: ", "x".repeat(1 << 16).as_bytes()].concat();
-            let answer = said_to(address, &endless).await;
-            assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431 "), "{answer}");
+            let response = exchange(address, &endless).await;
+            assert!(response.is_empty() || response.starts_with("HTTP/1.1 431 "), "{response}");
         })
         .await;
     }
 
     #[tokio::test]
-    async fn who_connects_and_says_nothing_is_sent_away_and_the_next_is_answered() {
-        beside(async |address| {
+    async fn idle_connections_do_not_block_others() {
+        with_server(async |address| {
             let mut idle = Vec::new();
             for _ in 0..MAX_CONNECTIONS * 2 {
                 idle.push(TcpStream::connect(address).await.unwrap());
             }
-            let ok = said_to(address, b"GET /metrics HTTP/1.0\r\n\r\n").await;
+            let ok = exchange(address, b"GET /metrics HTTP/1.0\r\n\r\n").await;
             assert!(ok.starts_with("HTTP/1.0 200 OK\r\n"), "{ok}");
         })
         .await;

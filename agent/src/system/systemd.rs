@@ -1,5 +1,5 @@
-//! What the service manager hears: READY, STATUS, RELOADING, STOPPING, that the work goes on, and
-//! that something takes longer. Nothing where there is none.
+//! Notifications to the service manager (sd_notify(3)): readiness, status, reload, stop, watchdog
+//! and timeout extensions. Without a service manager they have no effect.
 
 use std::cell::Cell;
 use std::pin::pin;
@@ -9,105 +9,107 @@ use sd_notify::NotifyState;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-/// The node runs. Every `status` is one line: a line break in foreign text would begin another
-/// assignment.
+/// Sends READY=1 with a status. A status must be one line: a line break in foreign text would start
+/// another assignment.
 pub fn ready(status: &str) {
     notify(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
 
-/// One line for `systemctl status`.
+/// Sends a status, which `systemctl status` shows.
 pub fn status(status: &str) {
     notify(&[NotifyState::Status(status)]);
 }
 
-/// The agent is on its way out.
+/// Sends STOPPING=1 with a status.
 pub fn stopping(status: &str) {
     notify(&[NotifyState::Stopping, NotifyState::Status(status)]);
 }
 
-/// The configuration is read again, until [`ready`] is told. With the time, as systemd wants it
-/// from 253 on where the unit is Type=notify-reload; 252 leaves it alone.
+/// Sends RELOADING=1; [`ready`] ends the reload. MONOTONIC_USEC is for systemd 253 and later, which
+/// requires it from a unit of Type=notify-reload; 252 ignores it.
 pub fn reloading() {
     if let Ok(now) = NotifyState::monotonic_usec_now() {
         notify(&[NotifyState::Reloading, now]);
     }
 }
 
-/// The service manager's watchdog, where there is one. It is fed by the very loop that works, and
-/// only as long as the work that is on its way may take: where the loop stands still, or waits for
-/// something that never comes, it is not fed any more.
+/// Keep-alive notifications for the service manager's watchdog, if it is enabled.
+///
+/// They are sent by the task that does the work, and only while an operation is within its time
+/// limit. If the task blocks or waits for something that never happens, they stop, and the service
+/// manager restarts the agent.
 #[derive(Debug)]
 pub struct Watchdog {
-    /// How often it is fed: twice in the time that it waits.
-    pause: Option<Duration>,
+    /// Time between two notifications, half the watchdog's timeout; `None` if it is disabled.
+    interval: Option<Duration>,
     next: Cell<Instant>,
 }
 
 impl Watchdog {
-    /// As the service manager wants it.
-    pub fn wanted() -> Self {
+    /// Reads the watchdog's timeout from the environment (WATCHDOG_USEC, WATCHDOG_PID).
+    pub fn from_env() -> Self {
         Self::with(sd_notify::watchdog_enabled())
     }
 
-    fn with(limit: Option<Duration>) -> Self {
-        Self { pause: limit.map(|limit| limit / 2), next: Cell::new(Instant::now()) }
+    fn with(timeout: Option<Duration>) -> Self {
+        Self { interval: timeout.map(|timeout| timeout / 2), next: Cell::new(Instant::now()) }
     }
 
-    /// Does `work`, which takes less than `limit`.
-    pub async fn guard<T>(&self, limit: Duration, work: impl Future<Output = T>) -> T {
-        self.during_by(|| notify(&[NotifyState::Watchdog]), limit, work).await
+    /// Awaits `operation` and notifies the watchdog meanwhile, for at most `limit`.
+    pub async fn guard<T>(&self, limit: Duration, operation: impl Future<Output = T>) -> T {
+        self.guard_with(|| notify(&[NotifyState::Watchdog]), limit, operation).await
     }
 
-    async fn during_by<T>(
+    async fn guard_with<T>(
         &self,
-        feed: impl Fn(),
+        keep_alive: impl Fn(),
         limit: Duration,
-        work: impl Future<Output = T>,
+        operation: impl Future<Output = T>,
     ) -> T {
-        let Some(pause) = self.pause else {
-            return work.await;
+        let Some(interval) = self.interval else {
+            return operation.await;
         };
-        let since = Instant::now();
-        let mut work = pin!(work);
+        let started = Instant::now();
+        let mut operation = pin!(operation);
         loop {
             tokio::select! {
                 biased;
-                done = &mut work => return done,
+                result = &mut operation => return result,
                 () = tokio::time::sleep_until(self.next.get()) => {}
             }
-            if since.elapsed() >= limit {
+            if started.elapsed() >= limit {
                 break;
             }
-            feed();
-            self.next.set(Instant::now() + pause);
+            keep_alive();
+            self.next.set(Instant::now() + interval);
         }
         tracing::error!(
-            "what takes no more than {} s is not done: the watchdog is not fed any more",
+            "operation exceeded {} s; no longer notifying the watchdog",
             limit.as_secs()
         );
-        work.await
+        operation.await
     }
 }
 
 fn notify(states: &[NotifyState<'_>]) {
-    // A service manager that does not listen changes nothing for the node.
+    // The node runs the same without a service manager.
     let _ = sd_notify::notify(states);
 }
 
-/// As long as this lives, the service manager's time limit for start and stop is moved on.
+/// Extends the service manager's timeout for start and stop until it is dropped.
 #[derive(Debug)]
 pub struct TimeoutExtension(JoinHandle<()>);
 
 impl TimeoutExtension {
-    /// Begins to ask for more time.
+    /// Sends EXTEND_TIMEOUT_USEC at once and then regularly.
     pub fn begin() -> Self {
-        const STEP: Duration = Duration::from_secs(30);
-        const MORE: Duration = Duration::from_secs(90);
+        const INTERVAL: Duration = Duration::from_secs(30);
+        const EXTENSION: Duration = Duration::from_secs(90);
         Self(tokio::spawn(async {
-            let mut ticks = tokio::time::interval(STEP);
+            let mut ticks = tokio::time::interval(INTERVAL);
             loop {
                 ticks.tick().await;
-                notify(&[NotifyState::ExtendTimeoutUsec(MORE.as_micros() as u32)]);
+                notify(&[NotifyState::ExtendTimeoutUsec(EXTENSION.as_micros() as u32)]);
             }
         }))
     }
@@ -123,30 +125,30 @@ impl Drop for TimeoutExtension {
 mod tests {
     use super::*;
 
-    const LIMIT: Duration = Duration::from_secs(60);
+    const TIMEOUT: Duration = Duration::from_secs(60);
 
-    /// How often it is fed in an hour, while `work` is done that takes less than `limit`.
-    async fn fed_in_an_hour(limit: Duration, work: impl Future<Output = ()>) -> u32 {
-        let (watchdog, fed) = (Watchdog::with(Some(LIMIT)), Cell::new(0));
-        let work = watchdog.during_by(|| fed.set(fed.get() + 1), limit, work);
-        let _ = tokio::time::timeout(Duration::from_secs(3599), work).await;
-        fed.get()
+    /// Counts the notifications within an hour, during an operation with this limit.
+    async fn notifications(limit: Duration, operation: impl Future<Output = ()>) -> u32 {
+        let (watchdog, count) = (Watchdog::with(Some(TIMEOUT)), Cell::new(0));
+        let guarded = watchdog.guard_with(|| count.set(count.get() + 1), limit, operation);
+        let _ = tokio::time::timeout(Duration::from_secs(3599), guarded).await;
+        count.get()
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_watchdog_is_fed_while_the_work_goes_on_and_only_as_long_as_it_may_take() {
-        assert_eq!(fed_in_an_hour(Duration::MAX, std::future::pending()).await, 120);
-        assert_eq!(fed_in_an_hour(Duration::from_secs(615), std::future::pending()).await, 21);
-        assert_eq!(fed_in_an_hour(LIMIT, async {}).await, 0);
+    async fn notifications_stop_when_an_operation_exceeds_its_limit() {
+        assert_eq!(notifications(Duration::MAX, std::future::pending()).await, 120);
+        assert_eq!(notifications(Duration::from_secs(615), std::future::pending()).await, 21);
+        assert_eq!(notifications(TIMEOUT, async {}).await, 0);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn many_small_works_feed_it_as_often_as_a_long_one() {
-        let (watchdog, fed) = (Watchdog::with(Some(LIMIT)), Cell::new(0));
+    async fn short_operations_share_one_notification_interval() {
+        let (watchdog, count) = (Watchdog::with(Some(TIMEOUT)), Cell::new(0));
         for _ in 0..590 {
-            let work = tokio::time::sleep(Duration::from_secs(1));
-            watchdog.during_by(|| fed.set(fed.get() + 1), LIMIT, work).await;
+            let operation = tokio::time::sleep(Duration::from_secs(1));
+            watchdog.guard_with(|| count.set(count.get() + 1), TIMEOUT, operation).await;
         }
-        assert_eq!(fed.get(), 20);
+        assert_eq!(count.get(), 20);
     }
 }
