@@ -37,7 +37,7 @@ fuzz_target!(|text: &[u8]| {
         for name in context.names() {
             let _ = context.text(name);
         }
-        let _ = context.passthrough_addresses();
+        let _ = context.assigned_addresses();
     }
     let value = vec![("A".to_owned(), text.to_vec())];
     assert_eq!(parse(&written(&value)), Ok(value));

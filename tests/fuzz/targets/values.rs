@@ -5,15 +5,16 @@ use std::fmt::{Debug, Display};
 
 use libfuzzer_sys::fuzz_target;
 use supernode_agent::values::{
-    DeviceSelection, Fraction, HostPort, ImageRef, MAX_COUNT, PciAddress, ValidationError, Version,
-    parse_count, parse_yes_no,
+    DeviceSelection, Fraction, HostPort, ImageRef, MAX_COUNT, PciAddress, Version, parse_count,
+    parse_yes_no,
 };
 use supernode_fuzz::assert_shown;
 
-fn assert_stable<T: PartialEq + Debug + Display>(
-    text: &str,
-    parse: impl Fn(&str) -> Result<T, ValidationError>,
-) {
+fn assert_stable<T, E>(text: &str, parse: impl Fn(&str) -> Result<T, E>)
+where
+    T: PartialEq + Debug + Display,
+    E: PartialEq + Debug + Display,
+{
     match parse(text) {
         Ok(value) => {
             let shown = value.to_string();
