@@ -22,7 +22,10 @@ fn unknown_word(words: &[&str]) -> ValidationError {
 
 /// Declares an enumeration whose variants are the accepted words of a variable.
 macro_rules! choice {
-    ($(#[$attribute:meta])* $name:ident { $($(#[$on_variant:meta])* $variant:ident = $word:literal),+ $(,)? }) => {
+    (
+        $(#[$attribute:meta])*
+        $name:ident { $($(#[$on_variant:meta])* $variant:ident = $word:literal),+ $(,)? }
+    ) => {
         $(#[$attribute])*
         #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
         #[allow(missing_docs, reason = "a variant is the word of its name")]

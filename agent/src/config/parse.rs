@@ -31,8 +31,8 @@ impl Diagnostics {
     }
 }
 
-/// Returns level and format of the log before the configuration is validated, so that its errors are
-/// logged accordingly.
+/// Returns level and format of the log before the configuration is validated, so that its errors
+/// are logged accordingly.
 pub fn log_settings(context: &Context) -> (LogLevel, LogFormat) {
     let config = ParsedVariables::parse(context).apply(Config::default());
     (config.log_level, config.log_format)
@@ -361,9 +361,8 @@ mod tests {
         assert!(config.gpu.enabled);
         assert_eq!(
             errors(&[("FL_GPU_ENABLED", "YES"), ("ONEAPP_FL_GPU_ENABLED", "no")]),
-            [
-                "FL_GPU_ENABLED='YES' and ONEAPP_FL_GPU_ENABLED='no': both are set and differ; set one of them"
-            ]
+            ["FL_GPU_ENABLED='YES' and ONEAPP_FL_GPU_ENABLED='no': both are set and differ; set \
+                 one of them"]
         );
         assert_eq!(errors(&[("ML_FRAMEWORK", "base"), ("FL_ML_FRAMEWORK", "sklearn")]).len(), 1);
     }
@@ -372,9 +371,8 @@ mod tests {
     fn keepalive_timeout_is_less_than_time() {
         assert_eq!(
             errors(&[("FL_GRPC_KEEPALIVE_TIME", "20")]),
-            [
-                "FL_GRPC_KEEPALIVE_TIMEOUT='20' (the default): must be less than FL_GRPC_KEEPALIVE_TIME='20'"
-            ]
+            ["FL_GRPC_KEEPALIVE_TIMEOUT='20' (the default): must be less than \
+                 FL_GRPC_KEEPALIVE_TIME='20'"]
         );
         assert_eq!(errors(&[("FL_GRPC_KEEPALIVE_TIME", "x")]).len(), 1);
         // An invalid value is not compared with the default of the other.
@@ -407,10 +405,13 @@ mod tests {
         assert_eq!(
             diagnostics.unknown,
             [
-                "FL_GPU_ENABLE is not a known variable and has no effect: did you mean FL_GPU_ENABLED?",
-                "FL_GPU_MEMORY is not a known variable and has no effect: did you mean FL_GPU_MEMORY_FRACTION?",
+                "FL_GPU_ENABLE is not a known variable and has no effect: did you mean \
+                 FL_GPU_ENABLED?",
+                "FL_GPU_MEMORY is not a known variable and has no effect: did you mean \
+                 FL_GPU_MEMORY_FRACTION?",
                 "FL_SOMETHING_ELSE is not a known variable and has no effect",
-                "ONEAPP_FL_TSL_ENABLED is not a known variable and has no effect: did you mean ONEAPP_FL_TLS_ENABLED?",
+                "ONEAPP_FL_TSL_ENABLED is not a known variable and has no effect: did you mean \
+                 ONEAPP_FL_TLS_ENABLED?",
             ]
         );
     }
@@ -429,7 +430,8 @@ mod tests {
             diagnostics.ineffective,
             [
                 "ONEAPP_FL_GPU_MEMORY_FRACTION has no effect: FL_GPU_ENABLED is not YES",
-                "FL_EDGE_MAX_BACKOFF has no effect: FL_SUPERLINK_ADDRESS is set, so that nothing is discovered",
+                "FL_EDGE_MAX_BACKOFF has no effect: FL_SUPERLINK_ADDRESS is set, so that nothing \
+                 is discovered",
             ]
         );
     }
@@ -442,9 +444,8 @@ mod tests {
             read(&[("ONEAPP_FL_SSL_CA_CERTFILE", CA), ("FL_SUPERLINK_ADDRESS", "h:1")]).unwrap();
         assert_eq!(
             diagnostics.warnings().collect::<Vec<_>>(),
-            [
-                "ONEAPP_FL_SSL_CA_CERTFILE is set and FL_TLS_ENABLED is not: the connection to the SuperLink is NOT encrypted; set FL_TLS_ENABLED=YES"
-            ]
+            ["ONEAPP_FL_SSL_CA_CERTFILE is set and FL_TLS_ENABLED is not: the connection to the \
+                 SuperLink is NOT encrypted; set FL_TLS_ENABLED=YES"]
         );
         assert_eq!(diagnostics.ineffective, Vec::<String>::new());
         // An explicit NO is intended.
@@ -477,9 +478,8 @@ mod tests {
         );
         assert_eq!(
             diagnostics.notes,
-            [
-                "FL_SSL_CA_CERTFILE is PEM text instead of its base64 (base64 -w0 ca.crt); accepted as it is"
-            ]
+            ["FL_SSL_CA_CERTFILE is PEM text instead of its base64 (base64 -w0 ca.crt); \
+                 accepted as it is"]
         );
     }
 
@@ -516,14 +516,17 @@ mod tests {
 
     #[test]
     fn value_that_is_not_utf8_is_rejected() {
-        let text = b"ONEAPP_FL_LOG_LEVEL=' de\xffbug'\nFL_NODE_CONFIG='password=\"hunter\xff\"'\nOTHER='\xff'\n";
+        let text = b"ONEAPP_FL_LOG_LEVEL=' \
+                     de\xffbug'\nFL_NODE_CONFIG='password=\"hunter\xff\"'\nOTHER='\xff'\n";
         let context = Context::parse(text).unwrap();
         let errors = Config::from_context(&context, &Prebaked::default()).unwrap_err();
         assert_eq!(
             errors.lines().collect::<Vec<_>>(),
             [
-                "FL_NODE_CONFIG=(18 characters, not shown): must be UTF-8 text: space-separated key=value, values TOML scalars",
-                "ONEAPP_FL_LOG_LEVEL='de\u{fffd}bug': must be UTF-8 text: DEBUG, INFO, WARNING, ERROR",
+                "FL_NODE_CONFIG=(18 characters, not shown): must be UTF-8 text: space-separated \
+                 key=value, values TOML scalars",
+                "ONEAPP_FL_LOG_LEVEL='de\u{fffd}bug': must be UTF-8 text: DEBUG, INFO, WARNING, \
+                 ERROR",
             ]
         );
     }

@@ -16,7 +16,8 @@ pub struct Prebaked {
 }
 
 impl Prebaked {
-    /// Reads `PREBAKED_VERSION` and `PREBAKED_FRAMEWORK` in `dir`; a missing file means the default.
+    /// Reads `PREBAKED_VERSION` and `PREBAKED_FRAMEWORK` in `dir`; a missing file means the
+    /// default.
     ///
     /// # Errors
     /// When a file cannot be read, or its content is not accepted.

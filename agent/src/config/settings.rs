@@ -137,8 +137,8 @@ pub struct ContainerSettings {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SystemSettings {
-    /// Root directory for `etc/os-release`, `lib/modules`, DKMS and similar files that describe this
-    /// VM.
+    /// Root directory for `etc/os-release`, `lib/modules`, DKMS and similar files that describe
+    /// this VM.
     pub root: PathBuf,
 }
 
@@ -574,7 +574,8 @@ mod tests {
                 "{setting}: {message}"
             );
         }
-        let maximum = "[container]\nshm_size_mib = 8796093022207\n[gpu]\nnvml_library = \"/opt/libnvidia-ml.so.1\"\n";
+        let maximum = "[container]\nshm_size_mib = 8796093022207\n[gpu]\nnvml_library = \
+                       \"/opt/libnvidia-ml.so.1\"\n";
         assert_eq!(
             Settings::parse(maximum).map(|settings| settings.container.shm_size_mib),
             Ok((1 << 43) - 1)
@@ -590,7 +591,8 @@ mod tests {
             Settings::parse("[state]\ndir = \"\"\n[gpu]\nprobe_timeout_seconds = 0\n").unwrap_err();
         assert_eq!(
             error.to_string(),
-            "gpu.probe_timeout_seconds = 0: must be at least 1; state.dir = \"\": must be an absolute path"
+            "gpu.probe_timeout_seconds = 0: must be at least 1; state.dir = \"\": must be an \
+             absolute path"
         );
     }
 }

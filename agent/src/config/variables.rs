@@ -305,7 +305,8 @@ pub const VARIABLES: &[Variable] = &[
         aliases: &[],
         kind: Kind::Choice(EdgeBackoff::WORDS),
         default: "exponential",
-        maps_to: "discovery retry: 10 s, doubling up to the maximum, without end; or 30 attempts, 10 s apart",
+        maps_to: "discovery retry: 10 s, doubling up to the maximum, without end; or 30 attempts, \
+                  10 s apart",
         description: "Backoff of the discovery",
         effective: Effective::Discovery,
         field: field!(edge_backoff),
@@ -351,8 +352,8 @@ pub fn find(name: &str) -> Option<&'static Variable> {
 }
 
 /// The known name that `name` was probably meant to be: at most two typing errors away, one word
-/// more or fewer, or with abbreviated words (`MEM`, `ADDR`). It keeps the `ONEAPP_` prefix of `name`,
-/// so that it can be pasted.
+/// more or fewer, or with abbreviated words (`MEM`, `ADDR`). It keeps the `ONEAPP_` prefix of
+/// `name`, so that it can be pasted.
 pub fn nearest(name: &str) -> Option<String> {
     const MAX_DISTANCE: usize = 2;
     // Twice the length of the longest known name. Longer names are no typing errors, and comparing

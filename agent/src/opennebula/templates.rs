@@ -1,6 +1,6 @@
-//! Renders the table of variables for OpenNebula: CONTEXT and USER_INPUTS of a VM template, a OneFlow
-//! service, the parameters of a marketplace appliance. The files in packaging/ are generated from it;
-//! the formats are those of OpenNebula/one.
+//! Renders the table of variables for OpenNebula: CONTEXT and USER_INPUTS of a VM template, a
+//! OneFlow service, the parameters of a marketplace appliance. The files in packaging/ are
+//! generated from it; the formats are those of OpenNebula/one.
 
 use serde_json::{Map, Value as Json, json};
 
@@ -66,9 +66,9 @@ fn is_for(variable: &Variable, kind: NodeKind) -> bool {
     kind == NodeKind::Gpu || variable.effective != Effective::GpuEnabled
 }
 
-/// Renders the OneFlow service for `oneflow-template create`: a SuperLink and one or more SuperNodes.
-/// The ids of the VM templates are -1 and -2, which OpenNebula rejects until the operator replaces
-/// them.
+/// Renders the OneFlow service for `oneflow-template create`: a SuperLink and one or more
+/// SuperNodes. The ids of the VM templates are -1 and -2, which OpenNebula rejects until the
+/// operator replaces them.
 pub fn service(release: OpenNebulaRelease) -> Json {
     let asked: Map<String, Json> =
         inputs().map(|input| (input.name.into(), user_input(input).into())).collect();
@@ -102,9 +102,11 @@ pub fn service(release: OpenNebulaRelease) -> Json {
                 "custom_attrs": asked,
                 "custom_attrs_values": values,
                 "roles": [
-                    {"name": "superlink", "cardinality": 1, "min_vms": 1, "max_vms": 1,
+                    {"name": "superlink", "cardinality": 1,
+                     "min_vms": 1, "max_vms": 1,
                      "vm_template": -1, "vm_template_contents": contents(&superlink)},
-                    {"name": "supernode", "parents": ["superlink"], "cardinality": 2, "min_vms": 1, "max_vms": 10,
+                    {"name": "supernode", "parents": ["superlink"], "cardinality": 2,
+                     "min_vms": 1, "max_vms": 10,
                      "vm_template": -2, "vm_template_contents": contents(&supernode)},
                 ],
             })
@@ -116,9 +118,11 @@ pub fn service(release: OpenNebulaRelease) -> Json {
             json!({
                 "user_inputs": asked,
                 "roles": [
-                    {"name": "superlink", "type": "vm", "cardinality": 1, "min_vms": 1, "max_vms": 1,
+                    {"name": "superlink", "type": "vm", "cardinality": 1,
+                     "min_vms": 1, "max_vms": 1,
                      "template_id": -1, "template_contents": {"NIC": nic, "CONTEXT": context}},
-                    {"name": "supernode", "type": "vm", "parents": ["superlink"], "cardinality": 2, "min_vms": 1, "max_vms": 10,
+                    {"name": "supernode", "type": "vm", "parents": ["superlink"],
+                     "cardinality": 2, "min_vms": 1, "max_vms": 10,
                      "template_id": -2, "template_contents": {"NIC": nic}},
                 ],
             })

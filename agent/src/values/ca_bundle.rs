@@ -1,5 +1,5 @@
-//! CA certificates for the connection to the SuperLink, from the operator or a peer, parsed as X.509
-//! (RFC 5280). Pure: the caller passes the current time.
+//! CA certificates for the connection to the SuperLink, from the operator or a peer, parsed as
+//! X.509 (RFC 5280). Pure: the caller passes the current time.
 
 use std::fmt::{self, Write as _};
 use std::time::SystemTime;
@@ -53,8 +53,8 @@ enum Piece {
 pub struct ValidBundle {
     /// The CAs that have not expired.
     pub bundle: CaBundle,
-    /// Problems with the validity of some, each reported at WARNING. The caller adds the source of the
-    /// bundle.
+    /// Problems with the validity of some, each reported at WARNING. The caller adds the source of
+    /// the bundle.
     pub warnings: Vec<String>,
 }
 
@@ -74,9 +74,9 @@ impl PartialEq for CaBundle {
 impl Eq for CaBundle {}
 
 impl CaBundle {
-    /// Parses base64 (whitespace is ignored) of PEM text or of one certificate in DER, or the PEM text
-    /// itself. Text around the certificates and duplicates are dropped; anything else that is not a
-    /// CA is described by [`Self::ignored`].
+    /// Parses base64 (whitespace is ignored) of PEM text or of one certificate in DER, or the PEM
+    /// text itself. Text around the certificates and duplicates are dropped; anything else that is
+    /// not a CA is described by [`Self::ignored`].
     ///
     /// # Errors
     /// When there is no CA, or something is malformed. The error describes the value but never
@@ -130,14 +130,14 @@ impl CaBundle {
         self.was_raw_pem
     }
 
-    /// What was ignored because it is not a CA, reported at WARNING. The caller adds the source of the
-    /// bundle.
+    /// What was ignored because it is not a CA, reported at WARNING. The caller adds the source of
+    /// the bundle.
     pub fn ignored(&self) -> Option<&str> {
         self.ignored.as_deref()
     }
 
-    /// Returns the part that is usable at `now`. An expired CA is dropped; a CA that is not valid yet
-    /// is kept, because the clock of a VM may be behind at boot.
+    /// Returns the part that is usable at `now`. An expired CA is dropped; a CA that is not valid
+    /// yet is kept, because the clock of a VM may be behind at boot.
     ///
     /// # Errors
     /// When all CAs have expired.
@@ -232,8 +232,8 @@ fn read_der(der: &[u8]) -> Result<Piece, String> {
 }
 
 /// Determines whether a certificate is a CA (RFC 5280, sections 4.2.1.3 and 4.2.1.9). gRPC 1.85
-/// checks keyUsage only, so that it would also accept the server's own certificate, until the server
-/// renews it.
+/// checks keyUsage only, so that it would also accept the server's own certificate, until the
+/// server renews it.
 fn classify_certificate(certificate: &x509_cert::Certificate, der: &[u8]) -> Result<Piece, String> {
     let signed = &certificate.tbs_certificate;
     if signed.extensions.is_some() && signed.version != Version::V3 {
@@ -241,7 +241,8 @@ fn classify_certificate(certificate: &x509_cert::Certificate, der: &[u8]) -> Res
     }
     let constraints = signed.get::<BasicConstraints>().map_err(|_| MALFORMED)?;
     let usage = signed.get::<KeyUsage>().map_err(|_| MALFORMED)?;
-    // X.509 v1 has no such extension; OpenSSL and BoringSSL accept a self-signed certificate as a CA.
+    // X.509 v1 has no such extension; OpenSSL and BoringSSL accept a self-signed certificate as a
+    // CA.
     let is_v1_root = signed.version == Version::V1 && signed.subject == signed.issuer;
     let subject = subject(&signed.subject);
     let why_not = if !constraints.map_or(is_v1_root, |(_, constraints)| constraints.ca) {
@@ -656,14 +657,22 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_makes_it_panic(text in "\\PC{0,60}", bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn no_text_makes_it_panic(
+            text in "\\PC{0,60}",
+            bytes in prop::collection::vec(any::<u8>(), 0..200),
+        ) {
             is_stable(&text)?;
             is_stable(&BASE64_STANDARD.encode(&bytes))?;
             is_stable(&pem_of(&bytes))?;
         }
 
         #[test]
-        fn no_damage_makes_it_panic(pem in pems(), at in any::<prop::sample::Index>(), byte: u8, cut: bool) {
+        fn no_damage_makes_it_panic(
+            pem in pems(),
+            at in any::<prop::sample::Index>(),
+            byte: u8,
+            cut: bool,
+        ) {
             let mut der = der_of(pem);
             let at = at.index(der.len());
             der[at] = byte;
@@ -675,7 +684,11 @@ mod tests {
         }
 
         #[test]
-        fn no_mixture_makes_it_panic(parts in prop::collection::vec(pems(), 1..5), at in any::<prop::sample::Index>(), byte in 0u8..0x80) {
+        fn no_mixture_makes_it_panic(
+            parts in prop::collection::vec(pems(), 1..5),
+            at in any::<prop::sample::Index>(),
+            byte in 0u8..0x80,
+        ) {
             let mut text = parts.concat();
             is_stable(&text)?;
             let at = at.index(text.len());

@@ -19,7 +19,7 @@ impl ValidationError {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use std::fmt::Debug;
 
     use super::*;

@@ -26,8 +26,8 @@ impl NodeConfig {
         if text.len() > MAX_ARGUMENT_BYTES {
             return Err(ValidationError::with_detail(
                 format!(
-                    "must be at most {MAX_ARGUMENT_BYTES} bytes, the maximum length of one argument \
-                     on Linux"
+                    "must be at most {MAX_ARGUMENT_BYTES} bytes, the maximum length of one \
+                     argument on Linux"
                 ),
                 format!("it has {}", text.len()),
             ));
@@ -106,8 +106,8 @@ const MAX_ARGUMENT_BYTES: usize = 32 * 4096 - 1;
 /// Keys seen so far, as the tree of tables that TOML builds from dotted keys.
 #[derive(Default)]
 struct KeyTree<'t> {
-    /// Maps (number of the parent table, part of the key) to the number of a table, or to `None` for
-    /// a value.
+    /// Maps (number of the parent table, part of the key) to the number of a table, or to `None`
+    /// for a value.
     nodes: HashMap<(usize, &'t str), Option<usize>>,
 }
 

@@ -17,7 +17,8 @@ impl VmTemplate {
     fn check_attributes(&self) -> Vec<Check> {
         let Some(context) = self.vector("CONTEXT") else {
             let fix = format!(
-                "CONTEXT=[TOKEN=\"YES\",REPORT_READY=\"YES\",READY_SCRIPT_PATH=\"{READY_SCRIPT}\",NETWORK=\"YES\",FL_GPU_ENABLED=\"YES\"]"
+                "CONTEXT=[TOKEN=\"YES\",REPORT_READY=\"YES\",\
+                 READY_SCRIPT_PATH=\"{READY_SCRIPT}\",NETWORK=\"YES\",FL_GPU_ENABLED=\"YES\"]"
             );
             return vec![Check::error(
                 "context",
@@ -35,31 +36,38 @@ impl VmTemplate {
         checks.push(if is_yes("TOKEN") {
             Check::ok("context-token", "TOKEN=\"YES\"").at(line)
         } else {
-            let finding = "CONTEXT has no TOKEN=\"YES\": OneGate rejects this VM, so that the SuperLink is not \
-                           discovered and nothing is published";
+            let finding = "CONTEXT has no TOKEN=\"YES\": OneGate rejects this VM, so that \
+                           the SuperLink is not discovered and nothing is published";
             let level = if has_address { Level::Warning } else { Level::Error };
             Check::problem("context-token", level, finding, "CONTEXT=[TOKEN=\"YES\"]").at(line)
         });
         let ready =
             context.entry("READY_SCRIPT_PATH").filter(|entry| !entry.value.trim().is_empty());
         checks.push(match (is_yes("REPORT_READY"), ready) {
-            (true, Some(entry)) if entry.value.trim() == READY_SCRIPT => {
-                Check::ok("context-ready", format!("READY is reported once {READY_SCRIPT} succeeds")).at(entry.position.line)
-            }
+            (true, Some(entry)) if entry.value.trim() == READY_SCRIPT => Check::ok(
+                "context-ready",
+                format!("READY is reported once {READY_SCRIPT} succeeds"),
+            )
+            .at(entry.position.line),
             (true, Some(entry)) => {
-                let finding = format!("READY_SCRIPT_PATH=\"{}\" is not the packaged script", escape(&entry.value));
+                let finding = format!(
+                    "READY_SCRIPT_PATH=\"{}\" is not the packaged script",
+                    escape(&entry.value)
+                );
                 let fix = format!("READY_SCRIPT_PATH=\"{READY_SCRIPT}\"");
                 Check::warning("context-ready", finding, fix).at(entry.position.line)
             }
             (true, None) => {
-                let finding = "REPORT_READY without READY_SCRIPT_PATH: READY is reported even if the node did not \
-                               start";
+                let finding = "REPORT_READY without READY_SCRIPT_PATH: READY is reported even \
+                               if the node did not start";
                 let fix = format!("CONTEXT=[READY_SCRIPT_PATH=\"{READY_SCRIPT}\"]");
                 Check::warning("context-ready", finding, fix).at(line)
             }
             (false, _) => {
-                let finding = "CONTEXT has no REPORT_READY=\"YES\": OneFlow does not wait for this node";
-                let fix = format!("CONTEXT=[REPORT_READY=\"YES\",READY_SCRIPT_PATH=\"{READY_SCRIPT}\"]");
+                let finding = "CONTEXT has no REPORT_READY=\"YES\": OneFlow does not wait for this \
+                               node";
+                let fix =
+                    format!("CONTEXT=[REPORT_READY=\"YES\",READY_SCRIPT_PATH=\"{READY_SCRIPT}\"]");
                 Check::warning("context-ready", finding, fix).at(line)
             }
         });
@@ -70,8 +78,8 @@ impl VmTemplate {
             );
         }
         if self.pci_devices().next().is_some() && !self.is_gpu_enabled() {
-            let finding = "the VM gets a PCI device and FL_GPU_ENABLED is not YES: the node would train on the \
-                           CPU";
+            let finding = "the VM gets a PCI device and FL_GPU_ENABLED is not YES: the node \
+                           would train on the CPU";
             checks.push(
                 Check::warning("context-gpu", finding, "CONTEXT=[FL_GPU_ENABLED=\"YES\"]").at(line),
             );
@@ -101,8 +109,8 @@ impl VmTemplate {
                         escape(value)
                     );
                     let fix = format!(
-                        "add {name} to USER_INPUTS (supernode-agent variables --format user-inputs), or \
-                         write the value here"
+                        "add {name} to USER_INPUTS (supernode-agent variables --format \
+                         user-inputs), or write the value here"
                     );
                     checks.push(Check::warning("variable", finding, fix).at(entry.position.line));
                 }

@@ -34,15 +34,19 @@ impl VmTemplate {
         }
         checks.push(match self.entry("OS", "MACHINE") {
             Some(entry) if is_q35(entry.value.trim()) => {
-                Check::ok("machine", format!("MACHINE=\"{}\"", entry.value.trim())).at(entry.position.line)
+                Check::ok("machine", format!("MACHINE=\"{}\"", entry.value.trim()))
+                    .at(entry.position.line)
             }
             Some(entry) => {
-                let finding =
-                    format!("MACHINE=\"{}\" is not q35: the GPU gets no PCI Express slot", escape(entry.value.trim()));
+                let finding = format!(
+                    "MACHINE=\"{}\" is not q35: the GPU gets no PCI Express slot",
+                    escape(entry.value.trim())
+                );
                 Check::problem("machine", level, finding, FIX).at(entry.position.line)
             }
             None => {
-                let finding = "OS has no MACHINE: the default is i440fx, where the GPU gets no PCI Express slot";
+                let finding = "OS has no MACHINE: the default is i440fx, where the GPU gets no PCI \
+                               Express slot";
                 Check::problem("machine", level, finding, FIX).at(self.line_of("OS"))
             }
         });
@@ -54,8 +58,8 @@ impl VmTemplate {
             "OpenNebula 7: OS=[FIRMWARE=\"UEFI\"]; OpenNebula 6.10: OS=[FIRMWARE=\"{UEFI_PATH}\"]"
         );
         let Some(entry) = self.entry("OS", "FIRMWARE") else {
-            let finding = "OS has no FIRMWARE: the VM boots with BIOS, which can neither map the memory of \
-                           large GPUs nor boot the appliance image";
+            let finding = "OS has no FIRMWARE: the VM boots with BIOS, which can neither \
+                           map the memory of large GPUs nor boot the appliance image";
             return Check::problem("firmware", level, finding, fix).at(self.line_of("OS"));
         };
         let value = entry.value.trim();
@@ -70,8 +74,8 @@ impl VmTemplate {
             path if path.starts_with('/') => Check::ok(
                 "firmware",
                 format!(
-                    "FIRMWARE=\"{}\": a path of OVMF_UEFIS in vmm_exec_kvm.conf, as OpenNebula 6.10 \
-                     requires",
+                    "FIRMWARE=\"{}\": a path of OVMF_UEFIS in vmm_exec_kvm.conf, as OpenNebula \
+                     6.10 requires",
                     escape(path)
                 ),
             ),
@@ -100,7 +104,8 @@ impl VmTemplate {
                     Check::ok("secure-boot", "FIRMWARE_SECURE is NO").at(entry.position.line)
                 }
                 Ok(true) => {
-                    let finding = "FIRMWARE_SECURE is YES: the kernel does not load an unsigned NVIDIA module";
+                    let finding = "FIRMWARE_SECURE is YES: the kernel does not load an unsigned \
+                                   NVIDIA module";
                     Check::warning("secure-boot", finding, FIX).at(entry.position.line)
                 }
                 Err(error) => {
@@ -125,15 +130,16 @@ impl VmTemplate {
                 Check::warning("cpu-model", finding, FIX).at(entry.position.line)
             }
             None => {
-                let finding = "there is no CPU_MODEL: the default is a QEMU CPU without AVX, on which TensorFlow \
-                               does not start";
+                let finding = "there is no CPU_MODEL: the default is a QEMU CPU without AVX, \
+                               on which TensorFlow does not start";
                 Check::warning("cpu-model", finding, FIX).at(self.line_of("CPU_MODEL"))
             }
         }
     }
 
     fn check_pci(&self) -> Vec<Check> {
-        const FIX: &str = "PCI=[VENDOR=\"10de\",CLASS=\"0302\"] (CLASS=\"0300\" for GeForce cards; onehost show HOST lists the devices)";
+        const FIX: &str = "PCI=[VENDOR=\"10de\",CLASS=\"0302\"] (CLASS=\"0300\" for GeForce cards; \
+                           onehost show HOST lists the devices)";
         let devices: Vec<&VectorAttribute> = self.pci_devices().collect();
         if let Some(misplaced) = self.single("PCI") {
             let finding = "PCI is not a vector attribute: OpenNebula assigns no device";
@@ -219,7 +225,8 @@ impl VmTemplate {
         match self.entry("FEATURES", "PCIHOLE64") {
             None => Check::ok(
                 "pci-hole64",
-                "no PCIHOLE64; a GPU with a very large BAR (H100, H200, B200) may need FEATURES=[PCIHOLE64=\"1073741824\"] (in KiB, OpenNebula 7.2 and later)",
+                "no PCIHOLE64; a GPU with a very large BAR (H100, H200, B200) may need \
+                 FEATURES=[PCIHOLE64=\"1073741824\"] (in KiB, OpenNebula 7.2 and later)",
             ),
             Some(entry) => {
                 let line = entry.position.line;
@@ -269,8 +276,8 @@ fn check_pci_attribute(pci: &VectorAttribute, fix: &str) -> Check {
     let [vendor, device, class] = selectors.map(|key| pci.value(key));
     if let Some(address) = pci.value("SHORT_ADDRESS") {
         if [vendor, device, class].iter().any(Option::is_some) {
-            let finding = "SHORT_ADDRESS and VENDOR, DEVICE or CLASS exclude each other: OpenNebula rejects \
-                           the template";
+            let finding = "SHORT_ADDRESS and VENDOR, DEVICE or CLASS exclude each other: \
+                           OpenNebula rejects the template";
             return Check::error(
                 ID,
                 finding,
@@ -287,14 +294,15 @@ fn check_pci_attribute(pci: &VectorAttribute, fix: &str) -> Check {
             return Check::error(
                 ID,
                 finding,
-                "PCI=[SHORT_ADDRESS=\"e1:00.0\"] with the ADDR in onehost show HOST, without the domain",
+                "PCI=[SHORT_ADDRESS=\"e1:00.0\"] with the ADDR in onehost show HOST, without the \
+                 domain",
             );
         }
         return Check::ok(
             ID,
             format!(
-                "the device {address} of the host; only oneadmin can create this template (PCI is a \
-                 restricted attribute)"
+                "the device {address} of the host; only oneadmin can create this template (PCI is \
+                 a restricted attribute)"
             ),
         );
     }
@@ -343,8 +351,8 @@ fn check_pci_attribute(pci: &VectorAttribute, fix: &str) -> Check {
             format!("the device 10de:{device:04x}; only oneadmin can create this template"),
         ),
         (_, None, None) => {
-            let finding = "VENDOR alone also matches the audio and USB functions of the cards: the VM may get one \
-                           of those";
+            let finding = "VENDOR alone also matches the audio and USB functions of the cards: \
+                           the VM may get one of those";
             Check::warning(ID, finding, fix)
         }
     }

@@ -96,7 +96,8 @@ pub(super) fn check_user_input(entry: &SingleAttribute) -> Option<Check> {
     {
         let effect = if input_type == "text64" { "crashes" } else { "repeats the prompt forever" };
         let finding = format!(
-            "{name}: if left empty, onetemplate instantiate {effect}: a {input_type} needs five fields"
+            "{name}: if left empty, onetemplate instantiate {effect}: a {input_type} needs five \
+             fields"
         );
         let fix = format!("{name}=\"O|{input_type}|{}| |\"", escape(fields[2]));
         return Some(Check::warning("user-input", finding, fix));

@@ -1,7 +1,7 @@
-//! `check template`: checks an OpenNebula VM template for what a SuperNode on a GPU needs, or a OneFlow
-//! service template (`service.rs`). Pure. The behaviour of OpenNebula is from its manual (Virtual
-//! Machine Template Reference; PCI Passthrough) and, for 6.10 and 7.x, from src/vm and src/parsers of
-//! OpenNebula/one.
+//! `check template`: checks an OpenNebula VM template for what a SuperNode on a GPU needs, or a
+//! OneFlow service template (`service.rs`). Pure. The behaviour of OpenNebula is from its manual
+//! (Virtual Machine Template Reference; PCI Passthrough) and, for 6.10 and 7.x, from src/vm and
+//! src/parsers of OpenNebula/one.
 
 mod context;
 mod hardware;
@@ -346,7 +346,8 @@ INPUTS_ORDER="FL_GPU_ENABLED"
     proptest! {
         #[test]
         fn no_template_makes_it_panic(
-            text in "((OS|PCI|CONTEXT|TOPOLOGY|USER_INPUTS|FEATURES|VCPU|FL_GPU)(=|=\\[)[A-Z]{0,3}=?\"?[a-z0-9|$,\u{e9}]{0,9}\"?\\]?\n?){0,8}"
+            text in "((OS|PCI|CONTEXT|TOPOLOGY|USER_INPUTS|FEATURES|VCPU|FL_GPU)(=|=\\[)\
+                [A-Z]{0,3}=?\"?[a-z0-9|$,\u{e9}]{0,9}\"?\\]?\n?){0,8}"
         ) {
             judge(&text);
         }
@@ -379,8 +380,8 @@ INPUTS_ORDER="FL_GPU_ENABLED"
             (Some(7), "cpu-model: MODEL=\"host-passthrough\""),
             (
                 Some(8),
-                "pci: a GPU of NVIDIA (class 0302: 3D controller, data-centre cards); only oneadmin \
-                 can create this template (PCI is a restricted attribute)",
+                "pci: a GPU of NVIDIA (class 0302: 3D controller, data-centre cards); only \
+                 oneadmin can create this template (PCI is a restricted attribute)",
             ),
             (
                 Some(9),
@@ -389,12 +390,14 @@ INPUTS_ORDER="FL_GPU_ENABLED"
             ),
             (
                 None,
-                "pci-hole64: no PCIHOLE64; a GPU with a very large BAR (H100, H200, B200) may need FEATURES=[PCIHOLE64=\"1073741824\"] (in KiB, OpenNebula 7.2 and later)",
+                "pci-hole64: no PCIHOLE64; a GPU with a very large BAR (H100, H200, B200) may need \
+                 FEATURES=[PCIHOLE64=\"1073741824\"] (in KiB, OpenNebula 7.2 and later)",
             ),
             (Some(10), "context-token: TOKEN=\"YES\""),
             (
                 Some(14),
-                "context-ready: READY is reported once /opt/flower/scripts/health-check.sh succeeds",
+                "context-ready: READY is reported once /opt/flower/scripts/health-check.sh \
+                 succeeds",
             ),
             (None, "variable: 2 of the agent's variables in CONTEXT are valid"),
             (None, "user-input: 1 of 1 user inputs are valid"),

@@ -287,8 +287,9 @@ mod tests {
 
     #[test]
     fn parses_single_and_vector_attributes() {
-        let text = "# a comment\nname = \"a \\\"b\\\" \\n\"\n  CPU=4\nMEMORY = 8192 \n\nOS = [ # inside\n  machine=\"q35\",\n\
-                    FIRMWARE = UEFI ]\nPCI=[VENDOR=\"10de\",CLASS=\"0302\"]\nEMPTY=\nNONE=[ ]\nLINES=\"a\nb\"\n";
+        let text = "# a comment\nname = \"a \\\"b\\\" \\n\"\n  CPU=4\nMEMORY = 8192 \n\n\
+                    OS = [ # inside\n  machine=\"q35\",\nFIRMWARE = UEFI ]\n\
+                    PCI=[VENDOR=\"10de\",CLASS=\"0302\"]\nEMPTY=\nNONE=[ ]\nLINES=\"a\nb\"\n";
         assert_eq!(
             listing_of(text),
             [

@@ -44,7 +44,8 @@ pub(super) fn judge(text: &str) -> Vec<Check> {
             Check::ok(ROLES, "the SuperNodes start after the SuperLink")
         } else {
             let finding = "the SuperNodes do not wait for the SuperLink";
-            let fix = "\"deployment\": \"straight\", and \"parents\": [\"superlink\"] in the role supernode";
+            let fix = "\"deployment\": \"straight\", and \"parents\": [\"superlink\"] in the role \
+                       supernode";
             Check::warning(ROLES, finding, fix)
         });
     }
@@ -73,7 +74,8 @@ pub(super) fn judge(text: &str) -> Vec<Check> {
     checks
 }
 
-/// Checks the number of VMs of a role. OpenNebula itself rejects template ids that are not filled in.
+/// Checks the number of VMs of a role. OpenNebula itself rejects template ids that are not filled
+/// in.
 fn check_size(name: &str, role: &Json) -> Check {
     let [min, cardinality, max] =
         ["min_vms", "cardinality", "max_vms"].map(|key| role[key].as_u64());
@@ -94,7 +96,8 @@ fn check_size(name: &str, role: &Json) -> Check {
         }
         _ => {
             let finding = format!(
-                "the role {name} has no cardinality with min_vms and max_vms: oneflow scale is unbounded"
+                "the role {name} has no cardinality with min_vms and max_vms: oneflow scale is \
+                 unbounded"
             );
             Check::warning(ROLES, finding, "\"min_vms\": 1, \"cardinality\": 2, \"max_vms\": 10")
         }
@@ -132,9 +135,9 @@ fn check_inputs(service: &Map<String, Json>) -> Vec<Check> {
     checks
 }
 
-/// Checks `vm_template_contents`. OneFlow 6 replaces each `$KEY` that has a value, in the order of the
-/// text and everywhere in it, also where the key is a prefix of a longer one. Other references stay
-/// (resolve_attributes of models/service.rb).
+/// Checks `vm_template_contents`. OneFlow 6 replaces each `$KEY` that has a value, in the order of
+/// the text and everywhere in it, also where the key is a prefix of a longer one. Other references
+/// stay (resolve_attributes of models/service.rb).
 fn check_references(
     name: &str,
     contents: &str,
@@ -165,8 +168,8 @@ fn check_references(
             keys[at + 1..].iter().find(|later| later.len() > key.len() && later.starts_with(key));
         if let Some(longer) = longer.filter(|_| is_replaced) {
             let finding = format!(
-                "role {role}: ${key} is a prefix of ${longer}, which OneFlow 6 corrupts when it replaces \
-                 ${key}"
+                "role {role}: ${key} is a prefix of ${longer}, which OneFlow 6 corrupts \
+                 when it replaces ${key}"
             );
             checks.push(Check::error(
                 REFERENCES,
@@ -288,7 +291,8 @@ mod tests {
         );
         // JSON of any shape is checked without a panic.
         judge(
-            r#"{"roles": [1, {"name": 2, "parents": 3, "vm_template_contents": "$ $$é"}], "custom_attrs": {"X": 1}}"#,
+            r#"{"roles": [1, {"name": 2, "parents": 3, "vm_template_contents": "$ $$é"}],
+                "custom_attrs": {"X": 1}}"#,
         );
         let syntax = judge("{\n\"roles\": [}");
         assert_eq!((syntax.len(), syntax[0].id, syntax[0].line), (1, "syntax", Some(2)));
@@ -336,7 +340,8 @@ mod tests {
 
     #[test]
     fn inputs_are_counted_and_have_no_line() {
-        let text = r#"{"custom_attrs": {"A": "O|text|what", "B": "O"}, "user_inputs": {"FL_SOMETHING": "O|text|what"}}"#;
+        let text = r#"{"custom_attrs": {"A": "O|text|what", "B": "O"},
+            "user_inputs": {"FL_SOMETHING": "O|text|what"}}"#;
         let found: Vec<_> = judge(text)
             .into_iter()
             .filter(|check| matches!(check.id, "user-input" | "variable"))

@@ -98,8 +98,8 @@ fn is_nic(pci: &VectorAttribute) -> bool {
     pci.value("TYPE").is_some_and(|kind| kind.eq_ignore_ascii_case("NIC"))
 }
 
-/// Whether the value contains a reference such as `$NAME` or `$NIC[…]`, which OpenNebula resolves when
-/// it creates the VM.
+/// Whether the value contains a reference such as `$NAME` or `$NIC[…]`, which OpenNebula resolves
+/// when it creates the VM.
 pub(super) fn is_reference(value: &str) -> bool {
     value.contains('$')
 }
