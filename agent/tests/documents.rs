@@ -268,9 +268,12 @@ fn contributing_names_existing_code() {
         let file = if in_tree(&in_agent).exists() { in_agent } else { path.to_owned() };
         assert!(in_tree(&file).exists(), "CONTRIBUTING.md: {path} does not exist");
         let code = read(&file);
-        let mut words = code.split(|c: char| !c.is_alphanumeric() && c != '_');
-        let is_defined = name.is_empty() || words.any(|word| word == name);
-        assert!(is_defined, "CONTRIBUTING.md: {file} has no {name}");
+        let words: Vec<&str> = code.split(|c: char| !c.is_alphanumeric() && c != '_').collect();
+        let is_defined = name.is_empty()
+            || words.windows(2).any(|pair| {
+                ["fn", "struct", "enum", "const", "static"].contains(&pair[0]) && pair[1] == name
+            });
+        assert!(is_defined, "CONTRIBUTING.md: {file} does not define {name}");
         references += 1;
     }
     assert!(references > 30, "{references}");
