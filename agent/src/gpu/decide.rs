@@ -1,19 +1,20 @@
 //! Decides, before the launch, whether the node runs on the GPU or falls back to the CPU.
 //!
 //! [`decide_gpu_or_cpu`] is the only place that makes this decision; `run`, `plan`, `gpu` and
-//! `check vm` call it. It is a pure function of the request, the framework, sysfs and the probe. The reasons
-//! come from [`super::diagnose`], the device selection from [`super::select`].
+//! `check vm` call it. It is a pure function of the request, the framework, the facts from sysfs
+//! and the probe. The reasons come from `gpu::diagnose`, the device selection from
+//! `gpu::select`.
 //!
 //! A GPU verdict can still become a CPU verdict later:
-//! - GPU access cannot be configured in Docker (`runtime-missing`, `runtime-not-configured`): the
-//!   startup in [`crate::daemon`], with [`crate::docker::nvidia_runtime`];
-//! - the container does not start with the GPU (`runtime-start-failed`, `gpu-not-visible`): the
-//!   event `GpuStartFailed` of [`crate::supervisor::state_machine`];
+//! - Docker cannot be configured for the GPU (`runtime-missing`, `runtime-not-configured`): the
+//!   preflight in `daemon`, with `docker::nvidia_runtime`;
+//! - the container does not start with the GPU, or starts without it (`runtime-start-failed`,
+//!   `gpu-not-visible`): the event `GpuStartFailed` of `supervisor::state_machine`;
 //! - the GPU fails while the container runs (`gpu-failed`): the event `GpuFailed` of the same state
-//!   machine, raised by [`crate::supervisor::gpu_monitor`] and [`crate::supervisor::gpu_presence`].
+//!   machine, raised by `supervisor::gpu_monitor`.
 //!
-//! The state machine also returns to the GPU. Every fallback is logged by one WARNING, when the
-//! state machine launches the CPU container.
+//! The state machine also decides the return to the GPU. `report::fallback` logs every
+//! fallback.
 
 use super::diagnose::{diagnose_pci, diagnose_probe, list_present_gpus};
 use super::pci::PciFacts;

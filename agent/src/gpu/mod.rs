@@ -1,13 +1,13 @@
-//! The GPU: facts from sysfs ([`pci`], [`kernel`]), the probe of NVML in a child process
+//! The GPU: facts from sysfs ([`pci`]), the probe of NVML in a child process
 //! ([`probe`], [`probe_child`]), and the decision between GPU and CPU ([`decide`]). While the node
 //! runs, [`monitor_child`] watches the GPUs in use.
 
 pub mod decide;
 pub(crate) mod diagnose;
-pub mod kernel;
+pub(crate) mod kernel;
 pub mod monitor_child;
-pub mod nvml_error;
-pub mod nvml_library;
+pub(crate) mod nvml_error;
+pub(crate) mod nvml_library;
 pub mod pci;
 pub mod probe;
 pub mod probe_child;

@@ -1,6 +1,6 @@
 //! Child side of the GPU monitor: waits for NVML events of the GPUs in use, checks their health
 //! periodically, and prints each result as one line of JSON. A periodic heartbeat shows that no
-//! NVML call hangs. The parent side is [`crate::supervisor::gpu_monitor`].
+//! NVML call hangs. The parent side is `supervisor::gpu_monitor`.
 
 use std::collections::BTreeMap;
 use std::fs::File;

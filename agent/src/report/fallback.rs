@@ -3,7 +3,7 @@
 //!
 //! Each is one log event with the MESSAGE_ID of the reason and the fields `FL_GPU_STATUS`,
 //! `FL_GPU_REASON`, `FL_GPU_SUMMARY`, `FL_GPU_FIX`, `PCI_ADDRESS` and `GPU_UUID`. The decision is
-//! made in `gpu::verdict` (before the launch) and in `supervisor::state_machine` (afterwards).
+//! made in `gpu::decide` (before the launch) and in `supervisor::state_machine` (afterwards).
 
 use tracing::Level;
 

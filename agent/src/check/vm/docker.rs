@@ -30,8 +30,8 @@ impl Vm<'_> {
 
     pub(super) fn nvidia_runtime(&self) -> Check {
         const ID: &str = "nvidia-runtime";
-        const FIX: &str = "supernode-agent configure-runtime && systemctl reload docker (flower-supernode \
-                           does this at startup if the GPU is enabled)";
+        const FIX: &str = "supernode-agent configure-runtime && systemctl reload docker \
+                           (flower-supernode does this at startup if the GPU is enabled)";
         if let Ok(info) = &self.facts.engine {
             return match info.runtimes.get(RUNTIME_NAME) {
                 Some(path) => {
@@ -103,8 +103,8 @@ impl Vm<'_> {
 
     pub(super) fn cdi(&self) -> Check {
         const ID: &str = "cdi";
-        const FIX: &str = "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml; Docker before 28.2 also \
-                           needs \"features\": {\"cdi\": true} in daemon.json and a restart";
+        const FIX: &str = "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml; Docker before \
+                           28.2 also needs \"features\": {\"cdi\": true} in daemon.json and a restart";
         let devices = self.cdi_devices();
         if !devices.is_empty() {
             return Check::ok(ID, format!("Docker reports {}", devices.join(", ")));
@@ -166,8 +166,8 @@ impl Vm<'_> {
             ),
             (Ok(false), Some((prebaked, Ok(true)))) => {
                 let finding = format!(
-                    "{wanted} is not available locally and will be pulled; if that fails, the prebaked \
-                     {prebaked} is used"
+                    "{wanted} is not available locally and will be pulled; if that fails, the \
+                     prebaked {prebaked} is used"
                 );
                 Check::warning(
                     ID,
@@ -185,8 +185,8 @@ impl Vm<'_> {
                     ID,
                     finding,
                     format!(
-                        "docker pull {wanted} (or docker load), or set FL_SUPERNODE_IMAGE to an available \
-                         image"
+                        "docker pull {wanted} (or docker load), or set FL_SUPERNODE_IMAGE to an \
+                         available image"
                     ),
                 )
             }
@@ -197,8 +197,8 @@ impl Vm<'_> {
         const ID: &str = "disk";
         /// With less Docker cannot start containers.
         const MIN_BYTES: u64 = GIB / 2;
-        const FIX: &str = "docker image prune, or resize the disk: onevm disk-resize VM 0 SIZE, then \
-                           growpart and resize2fs in the VM";
+        const FIX: &str = "docker image prune, or resize the disk: onevm disk-resize VM 0 SIZE, \
+                           then growpart and resize2fs in the VM";
         let (dir, free) = &self.facts.disk;
         let free = match free {
             Ok(free) => *free,
@@ -220,8 +220,9 @@ impl Vm<'_> {
         }
     }
 
-    /// Returns the space for unpacking the framework's image, whose layers exist twice for a moment.
-    /// Rounded up from the CUDA builds of 2025 (PyTorch: about 4 GiB packed, 8 GiB unpacked).
+    /// Returns the space for unpacking the framework's image, whose layers exist twice for a
+    /// moment. Rounded up from the CUDA builds of 2025 (PyTorch: about 4 GiB packed, 8 GiB
+    /// unpacked).
     fn image_gib(&self) -> (u64, &'static str) {
         match self.config().map_or(Framework::PyTorch, |config| config.framework) {
             Framework::PyTorch => (14, "pytorch"),

@@ -56,8 +56,8 @@ impl Vm<'_> {
 
     pub(super) fn cpu_model(&self) -> Check {
         const ID: &str = "cpu-model";
-        const FIX: &str = "CPU_MODEL=[MODEL=\"host-passthrough\"] in the VM template, then power-cycle \
-                           the VM (onevm poweroff, onevm resume)";
+        const FIX: &str = "CPU_MODEL=[MODEL=\"host-passthrough\"] in the VM template, then \
+                           power-cycle the VM (onevm poweroff, onevm resume)";
         const GENERIC: [&str; 3] =
             ["QEMU Virtual CPU", "Common KVM processor", "Common 32-bit KVM processor"];
         let text = match &self.facts.cpuinfo {
@@ -91,8 +91,8 @@ impl Vm<'_> {
             (Some(_), []) => Check::ok(ID, model),
             (Some(_), missing) => {
                 let finding = format!(
-                    "{model} has no {} in this VM: TensorFlow requires AVX, PyTorch is slow without \
-                     AVX2",
+                    "{model} has no {} in this VM: TensorFlow requires AVX, PyTorch is slow \
+                     without AVX2",
                     missing.join(" and ")
                 );
                 Check::warning(ID, finding, FIX)
@@ -130,8 +130,8 @@ impl Vm<'_> {
                     nodes.len(),
                     unknown.join(", ")
                 );
-                let fix = "TOPOLOGY=[PIN_POLICY=\"CORE\",SOCKETS=\"1\"] in the VM template, on a host with \
-                           PIN_POLICY=PINNED, places CPUs and GPU on one node";
+                let fix = "TOPOLOGY=[PIN_POLICY=\"CORE\",SOCKETS=\"1\"] in the VM template, on a \
+                           host with PIN_POLICY=PINNED, places CPUs and GPU on one node";
                 Check::warning(ID, finding, fix)
             }
         }
