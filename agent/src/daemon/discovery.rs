@@ -113,7 +113,7 @@ async fn acquire_partition(
 ) -> Option<Partition> {
     const TIMEOUT: Duration = Duration::from_secs(15);
     const RETRY_DELAY: Duration = Duration::from_secs(2);
-    let store = PartitionStore::of(settings, onegate.vm_id());
+    let store = PartitionStore::open(settings, onegate.vm_id());
     if let Some(partition) = store.of_this_boot() {
         return Some(partition);
     }
@@ -169,13 +169,14 @@ pub(crate) async fn preview_superlink(desired: &DesiredState) -> DiscoveryPrevie
             }
         };
     if let (None, Ok(onegate)) = (&config.node_config, onegate) {
-        let store = PartitionStore::of(settings, onegate.vm_id());
+        let store = PartitionStore::open(settings, onegate.vm_id());
         let service = match service {
             Some(service) => Ok(service),
             None => onegate.client().service().await,
         };
-        superlink.partition =
-            store.of_this_boot().or_else(|| partition::known(service.as_ref().ok()?, &store));
+        superlink.partition = store
+            .of_this_boot()
+            .or_else(|| partition::known_partition(service.as_ref().ok()?, &store));
         match service {
             Ok(_) if superlink.partition.is_none() => notes.push(
                 "the node would take a partition that no other node of the service has".into(),

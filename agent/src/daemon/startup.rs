@@ -174,8 +174,8 @@ fn warn_unsupported_version(config: &Config, image: &FrameworkImage, superlink: 
     }
     let version = flower_version(config, &image.reference);
     let mismatch =
-        superlink.version.as_ref().and_then(|other| release::compatibility(version, other));
-    for warning in release::too_old(version).into_iter().chain(mismatch) {
+        superlink.version.as_ref().and_then(|other| release::mismatch_warning(version, other));
+    for warning in release::unsupported_warning(version).into_iter().chain(mismatch) {
         tracing::warn!("{warning}");
     }
 }

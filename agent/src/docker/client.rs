@@ -45,17 +45,16 @@ const CONNECT_RETRY_DELAY: Duration = Duration::from_millis(250);
 
 /// A connection to an engine that has answered a ping.
 #[derive(Debug, Clone)]
-pub struct Client {
+pub(crate) struct Client {
     docker: Docker,
 }
 
 /// Why a call to the engine failed.
 #[derive(Debug, thiserror::Error)]
-pub enum EngineError {
+pub(crate) enum EngineError {
     /// No response to a ping.
     #[error("the Docker engine at {socket} does not answer: {message}")]
     Unreachable {
-        /// Path of the socket.
         socket: String,
         /// Why the ping failed, sanitised.
         message: String,
@@ -63,9 +62,7 @@ pub enum EngineError {
     /// Docker answered with an error status.
     #[error("Docker refused to {operation} (HTTP {status}): {message}")]
     Refused {
-        /// The failed operation.
         operation: &'static str,
-        /// HTTP status.
         status: u16,
         /// Docker's message, sanitised.
         message: String,
@@ -73,19 +70,13 @@ pub enum EngineError {
     /// The call failed without an HTTP status.
     #[error("cannot {operation}: {message}")]
     Failed {
-        /// The failed operation.
         operation: &'static str,
         /// Why it failed, sanitised.
         message: String,
     },
     /// No response in time.
     #[error("cannot {operation}: no response from Docker within {} s", .timeout.as_secs())]
-    TimedOut {
-        /// The failed operation.
-        operation: &'static str,
-        /// Time limit of the call.
-        timeout: Duration,
-    },
+    TimedOut { operation: &'static str, timeout: Duration },
 }
 
 /// Parts of messages of moby and containerd about failed starts that have nothing to do with the
@@ -161,8 +152,7 @@ async fn with_timeout<T>(
 
 /// Properties of the engine.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct EngineInfo {
-    /// Version of Docker.
+pub(crate) struct EngineInfo {
     pub version: String,
     /// Path of each runtime by name; empty for a containerd shim.
     pub runtimes: BTreeMap<String, String>,
@@ -175,7 +165,6 @@ pub struct EngineInfo {
 /// A local image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Image {
-    /// Image ID.
     pub id: String,
     env: Vec<String>,
 }
@@ -190,24 +179,19 @@ impl Image {
 
 /// State of a container as the engine reports it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Container {
-    /// Container ID.
+pub(crate) struct Container {
     pub id: String,
     /// Whether it is running; also true while it is paused.
     pub running: bool,
-    /// Whether it is paused.
     pub paused: bool,
     /// Process ID of its init process on the host; 0 if it is not running.
     pub pid: u32,
     /// Time of the last start (RFC 3339, UTC).
     pub started_at: String,
-    /// Exit code of the last run.
     pub exit_code: i64,
-    /// Name of its image.
     pub image: String,
     /// ID of its image; the name may refer to another image by now.
     pub image_id: String,
-    /// Labels.
     pub labels: HashMap<String, String>,
     /// Address in a Docker network; `None` with the host's network, or if it is not running.
     pub ip_address: Option<IpAddr>,
@@ -359,7 +343,10 @@ impl Client {
             };
             let message = message.map_err(EngineError::new(OPERATION))?;
             if let Some(error) = message.error_detail.and_then(|detail| detail.message) {
-                return Err(EngineError::Failed { operation: OPERATION, message: error });
+                return Err(EngineError::Failed {
+                    operation: OPERATION,
+                    message: sanitize_line(&error),
+                });
             }
             let bytes = message.progress_detail.and_then(|detail| {
                 Some((u64::try_from(detail.current?).ok()?, u64::try_from(detail.total?).ok()?))
@@ -511,7 +498,7 @@ impl Client {
 
     /// Waits until the container exits and returns its exit code; `None` if the engine or the
     /// container is gone.
-    pub(crate) async fn wait(&self, id: &str) -> Option<i64> {
+    pub(crate) async fn wait_for_exit(&self, id: &str) -> Option<i64> {
         match self.docker.wait_container(id, None::<WaitContainerOptions>).next().await {
             Some(Ok(exit)) => Some(exit.status_code),
             // bollard reports every exit code except 0 as an error.

@@ -1,9 +1,9 @@
 //! Docker: API client, container log, pull progress and the nvidia runtime in daemon.json.
 
-pub mod client;
+pub(crate) mod client;
 pub mod daemon_json;
 pub(crate) mod log;
-pub mod nvidia_runtime;
+pub(crate) mod nvidia_runtime;
 pub(crate) mod ping;
 pub(crate) mod pull_progress;
-pub mod spec;
+pub(crate) mod spec;

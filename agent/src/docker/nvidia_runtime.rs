@@ -37,7 +37,7 @@ const MAX_LINKS: usize = 40;
 
 /// How the container receives its GPUs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum GpuInjection {
+pub(crate) enum GpuInjection {
     /// `HostConfig.Runtime=nvidia`.
     Runtime,
     /// CDI devices with these names.

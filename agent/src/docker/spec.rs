@@ -9,34 +9,31 @@ use serde::Serialize;
 use crate::values::NodeConfig;
 
 /// Label with the hash of the specification that the container was created from.
-pub const SPEC_HASH_LABEL: &str = "supernode-agent.spec-hash";
+pub(crate) const SPEC_HASH_LABEL: &str = "supernode-agent.spec-hash";
 /// Label with the agent's `state.dir`, which distinguishes the nodes of one Docker engine.
-pub const STATE_DIR_LABEL: &str = "supernode-agent.state-dir";
+pub(crate) const STATE_DIR_LABEL: &str = "supernode-agent.state-dir";
 /// Label with the verdict: `cuda` or `cpu`.
-pub const VERDICT_LABEL: &str = "supernode-agent.verdict";
+pub(crate) const VERDICT_LABEL: &str = "supernode-agent.verdict";
 /// Label with the size of `/dev/shm` in MiB.
-pub const SHM_SIZE_LABEL: &str = "supernode-agent.shm-size-mib";
+pub(crate) const SHM_SIZE_LABEL: &str = "supernode-agent.shm-size-mib";
 /// Label with the reason code of a CPU fallback. Labels describe the launch: an adopted container
 /// keeps its labels even if the current agent reached another finding.
-pub const REASON_LABEL: &str = "supernode-agent.reason";
+pub(crate) const REASON_LABEL: &str = "supernode-agent.reason";
 /// Label with the summary of a CPU fallback.
-pub const SUMMARY_LABEL: &str = "supernode-agent.summary";
+pub(crate) const SUMMARY_LABEL: &str = "supernode-agent.summary";
 /// Label with the hash of the GPU specification that this CPU container replaces.
-pub const REFUSED_HASH_LABEL: &str = "supernode-agent.refused-spec-hash";
+pub(crate) const REFUSED_HASH_LABEL: &str = "supernode-agent.refused-spec-hash";
 
 /// Desired container. Equal specifications create equal containers.
 ///
 /// Field order and names determine [`hash`](Self::hash): a change replaces every node's container
 /// at the next upgrade.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct ContainerSpec {
-    /// Container name.
+pub(crate) struct ContainerSpec {
     pub name: String,
-    /// Image reference.
     pub image: String,
     /// Arguments of the image's entry point. A list: no shell parses them.
     pub args: Vec<String>,
-    /// Environment variables.
     pub env: BTreeMap<String, String>,
     /// OCI runtime. Always explicit, because Docker's default runtime can be any.
     pub runtime: String,
@@ -44,14 +41,12 @@ pub struct ContainerSpec {
     pub cdi_devices: Vec<String>,
     /// Labels. Not part of the hash.
     pub labels: BTreeMap<String, String>,
-    /// Bind mounts.
     pub mounts: Vec<MountSpec>,
     /// Digest of the mounted CA file. A bind mount keeps showing a file that was replaced on the
     /// host, so another CA requires another container.
     pub ca_digest: Option<String>,
     /// tmpfs mounts: path and mount options.
     pub tmpfs: BTreeMap<String, String>,
-    /// User and group.
     pub user: String,
     /// Maximum number of processes and threads.
     pub pids_limit: i64,
@@ -62,36 +57,30 @@ pub struct ContainerSpec {
     /// Published ports. Omitted if empty, which keeps the hash of containers without any.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<PortSpec>,
-    /// Docker's log driver.
     pub log_driver: String,
-    /// Options of the log driver.
     pub log_options: BTreeMap<String, String>,
 }
 
-/// Bind mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct MountSpec {
+pub(crate) struct MountSpec {
     /// Path on the VM.
     pub source: String,
     /// Path in the container.
     pub target: String,
-    /// Whether the mount is read-only.
     pub read_only: bool,
 }
 
-/// Published port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct PortSpec {
+pub(crate) struct PortSpec {
     /// Address and port on the VM.
     pub listen: SocketAddr,
-    /// Port in the container.
     pub port: u16,
 }
 
 impl ContainerSpec {
     /// Returns the digest of everything but the labels. A `/dev/shm` that follows the memory counts
     /// as such, whatever its size: memory hot-plug does not interrupt a training.
-    pub fn hash(&self) -> String {
+    pub(crate) fn hash(&self) -> String {
         let mut hashed = Self { labels: BTreeMap::new(), ..self.clone() };
         if hashed.shm_follows_memory {
             hashed.shm_size_mib = 0;
@@ -101,7 +90,7 @@ impl ContainerSpec {
     }
 
     /// Returns a copy for display, with the secrets of the node configuration hidden.
-    pub fn redacted(&self, node_config: Option<&NodeConfig>) -> Self {
+    pub(crate) fn redacted(&self, node_config: Option<&NodeConfig>) -> Self {
         let mut redacted = self.clone();
         if let Some(node_config) = node_config {
             for argument in

@@ -63,7 +63,7 @@ static RELEASES: [Release; 4] = [V1_11, V1_21, V1_24, V1_40];
 
 impl Release {
     /// Returns the properties of `version`. Versions older than the table get those of the oldest
-    /// entry; [`too_old`] warns about them.
+    /// entry; [`unsupported_warning`] warns about them.
     pub(crate) fn of(version: &Version) -> &'static Self {
         let known = RELEASES.iter().rev().find(|release| release.since <= version.numbers());
         known.unwrap_or(&RELEASES[0])
@@ -92,7 +92,7 @@ impl Release {
 }
 
 /// Returns the warning about a version older than the table.
-pub(crate) fn too_old(version: &Version) -> Option<String> {
+pub(crate) fn unsupported_warning(version: &Version) -> Option<String> {
     let [major, minor, patch] = RELEASES[0].since;
     (version.numbers() < RELEASES[0].since).then(|| {
         format!(
@@ -105,7 +105,7 @@ pub(crate) fn too_old(version: &Version) -> Option<String> {
 /// Returns the warning about different releases of the node and the SuperLink; `None` if Flower
 /// considers them compatible, that is, if major and minor version are equal
 /// (`supercore/runtime_version_compatibility.py` of 1.40.0).
-pub(crate) fn compatibility(node: &Version, superlink: &Version) -> Option<String> {
+pub(crate) fn mismatch_warning(node: &Version, superlink: &Version) -> Option<String> {
     let ([major, minor, _], [their_major, their_minor, _]) = (node.numbers(), superlink.numbers());
     if (major, minor) == (their_major, their_minor) {
         return None;
@@ -156,13 +156,17 @@ mod tests {
             );
             assert_eq!(found, (protocol, port, health, id), "{text}");
         }
-        assert_eq!(too_old(&version("1.11.0")), None);
-        assert!(too_old(&version("1.10.0")).is_some_and(|text| text.contains("older than 1.11.0")));
+        assert_eq!(unsupported_warning(&version("1.11.0")), None);
+        assert!(
+            unsupported_warning(&version("1.10.0"))
+                .is_some_and(|text| text.contains("older than 1.11.0"))
+        );
     }
 
     #[test]
     fn incompatible_releases_are_reported_with_the_fix() {
-        let text = |node: &str, superlink: &str| compatibility(&version(node), &version(superlink));
+        let text =
+            |node: &str, superlink: &str| mismatch_warning(&version(node), &version(superlink));
         assert_eq!(text("1.31.0", "1.31.0"), None);
         assert_eq!(text("1.31.0", "1.31.2"), None);
         assert_eq!(

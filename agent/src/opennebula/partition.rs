@@ -61,7 +61,7 @@ pub(crate) struct PartitionStore {
 
 impl PartitionStore {
     /// Opens the store in the persistent directory for this VM and the current boot.
-    pub(crate) fn of(settings: &Settings, vm_id: u64) -> Self {
+    pub(crate) fn open(settings: &Settings, vm_id: u64) -> Self {
         let boot_id =
             std::fs::read_to_string(settings.system.root.join("proc/sys/kernel/random/boot_id"));
         Self::new(&settings.state.persistent_dir, vm_id, &boot_id.unwrap_or_default())
@@ -105,7 +105,7 @@ impl PartitionStore {
 /// Returns the partition of `service` that this VM has without asking other nodes: the one that it
 /// acquired before, else its OneFlow number. `None` if no role contains this VM or the other nodes
 /// must be asked.
-pub(crate) fn known(service: &Service, store: &PartitionStore) -> Option<Partition> {
+pub(crate) fn known_partition(service: &Service, store: &PartitionStore) -> Option<Partition> {
     let role = role_of(service, store.vm_id)?;
     let record = store.load().filter(|record| record.service_id == service.id);
     let id = record.map(|record| record.partition.id).or_else(|| by_number(role, store.vm_id))?;
@@ -121,7 +121,7 @@ pub(crate) async fn acquire(
     service: &Service,
     store: &PartitionStore,
 ) -> Result<Option<Partition>, OneGateError> {
-    let partition = match known(service, store) {
+    let partition = match known_partition(service, store) {
         Some(partition) => Some(partition),
         None => claim(onegate, store.vm_id).await?,
     };
@@ -374,17 +374,24 @@ mod tests {
         let store = PartitionStore::new(&dir, 102, "boot-1");
         let other = Role { name: "superlink".into(), ..role(&[(100, 0, None)]) };
         let now = service(7, vec![other.clone(), role(&[(101, 0, None), (102, 1, None)])]);
-        assert_eq!(known(&now, &store), Some(Partition { id: 1, count: 2 }));
-        assert_eq!(known(&service(7, vec![other]), &store), None, "no role contains this VM");
+        assert_eq!(known_partition(&now, &store), Some(Partition { id: 1, count: 2 }));
+        assert_eq!(
+            known_partition(&service(7, vec![other]), &store),
+            None,
+            "no role contains this VM"
+        );
         let gap = service(7, vec![role(&[(102, 1, None), (103, 2, None)])]);
-        assert_eq!(known(&gap, &store), None, "others must be asked");
+        assert_eq!(known_partition(&gap, &store), None, "others must be asked");
         store.save(7, Partition { id: 5, count: 6 });
         assert_eq!(
-            known(&now, &store),
+            known_partition(&now, &store),
             Some(Partition { id: 5, count: 6 }),
             "also after scaling down"
         );
-        assert_eq!(known(&service(8, now.roles), &store), Some(Partition { id: 1, count: 2 }));
+        assert_eq!(
+            known_partition(&service(8, now.roles), &store),
+            Some(Partition { id: 1, count: 2 })
+        );
         // An invalid record: the ID is not below the count.
         store.save(7, Partition { id: 6, count: 6 });
         assert_eq!(store.load(), None);

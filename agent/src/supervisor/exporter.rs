@@ -212,7 +212,7 @@ impl Exporter {
         self.report(Some(format!("{} at {}", spec.image, self.settings.dcgm.listen)));
         let by_hook = self.injection == GpuInjection::Runtime;
         tokio::select! {
-            code = engine.wait(&container.id) => Err(ExporterError::Exited(code)),
+            code = engine.wait_for_exit(&container.id) => Err(ExporterError::Exited(code)),
             finding = gpu_presence::wait_until_lost(&container, devices, by_hook) => {
                 engine.remove(&container).await?;
                 Err(ExporterError::GpuLost(finding.summary))

@@ -35,7 +35,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::docker::client::{Client, Container};
-use crate::flower::connection::{Connection, ConnectionMonitor, until_reached};
+use crate::flower::connection::{Connection, ConnectionMonitor, wait_until_reached};
 use crate::flower::liveness::LivenessFailure;
 use crate::gpu::reason::Finding;
 use crate::gpu::verdict::GpuDevice;
@@ -123,7 +123,7 @@ impl ContainerWatchers {
         let WatchedContainer { container, tcp, devices, by_hook, .. } = *watched;
         let exit = {
             let (engine, id) = (engine.clone(), container.id.clone());
-            stream::once(async move { WatchEvent::Exited(engine.wait(&id).await) })
+            stream::once(async move { WatchEvent::Exited(engine.wait_for_exit(&id).await) })
         };
         let connection = {
             let log = ConnectionMonitor::new(engine.log(container));
@@ -144,7 +144,7 @@ impl ContainerWatchers {
         if let Some((port, connected)) = tcp {
             let container = container.clone();
             let tcp = changes(connected, async move |wanted| {
-                until_reached(&container, port, wanted).await;
+                wait_until_reached(&container, port, wanted).await;
             });
             watchers.push(tcp.map(WatchEvent::TcpConnected).boxed_local());
         }

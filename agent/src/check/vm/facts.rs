@@ -54,7 +54,7 @@ pub struct VmFacts {
     /// NUMA node of each GPU from sysfs: -1 if unknown.
     pub gpu_nodes: Vec<(PciAddress, String)>,
     /// Information from the Docker engine.
-    pub engine: Result<EngineInfo, String>,
+    pub(crate) engine: Result<EngineInfo, String>,
     /// Content of daemon.json.
     pub daemon_json: Result<Option<String>, String>,
     /// Paths of NVIDIA's CDI specifications.
