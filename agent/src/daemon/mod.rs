@@ -47,8 +47,6 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
-use one_context::Context;
-
 use crate::config::settings::Settings;
 use crate::config::{self, LogFormat, LogLevel};
 use crate::docker::client::{Client, EngineError};
@@ -58,13 +56,12 @@ use crate::report::{NodeStatus, Reporter, metrics_server};
 use crate::supervisor::exporter::Exporter;
 use crate::supervisor::{LaunchError, NodeSpec, RestartRequested};
 use crate::system::blocking::run_blocking;
-use crate::system::lock::{Lock, LockError};
+use crate::system::lock::Lock;
 use crate::system::systemd::{TimeoutExtension, Watchdog};
 pub(crate) use desired_state::DesiredState;
 use desired_state::read_context_file;
 pub(crate) use discovery::{DiscoveryPreview, preview_superlink};
 pub(crate) use error::{DaemonError, EXIT_CONFIG, EXIT_HANDED_OVER, EXIT_RETRY};
-
 use shutdown::{Shutdown, StopError, stop_containers};
 use signals::{SignalEvent, Signals};
 use startup::preflight_and_discovery;
@@ -83,7 +80,12 @@ pub(crate) async fn run(settings: Settings, settings_file: Option<&Path>) -> Exi
             logging::init(level.into(), format == LogFormat::Json);
             // Before anything can fail, because the attributes of an earlier boot are outdated.
             reporter.publish_through(OneGateAccess::new(&context, &settings).ok().as_ref());
-            run_until_shutdown(&context, settings, settings_file, lock, &reporter, &watchdog).await
+            let run = async {
+                let desired = DesiredState::new(&context, settings)?;
+                let _lock = lock?;
+                run_until_shutdown(desired, settings_file, &reporter, &watchdog).await
+            };
+            run.await
         }
         Err(error) => {
             logging::init(LogLevel::Info.into(), false);
@@ -111,15 +113,11 @@ pub(crate) async fn run(settings: Settings, settings_file: Option<&Path>) -> Exi
 
 /// Runs the node until a signal or an error, then stops the container if that is due.
 async fn run_until_shutdown(
-    context: &Context,
-    settings: Settings,
+    mut desired: DesiredState,
     settings_file: Option<&Path>,
-    lock: Result<Lock, LockError>,
     reporter: &Rc<Reporter>,
     watchdog: &Watchdog,
 ) -> Result<Shutdown, DaemonError> {
-    let mut desired = DesiredState::new(context, settings)?;
-    let _lock = lock?;
     let mut signals = Signals::listen()?;
     let outcome =
         serve_until_signal(&mut desired, settings_file, &mut signals, reporter, watchdog).await;
