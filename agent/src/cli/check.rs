@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
-use super::Failure;
+use super::failure::{Failure, block_on};
 use crate::check::{Check, Diagnosis, host, template, vm};
 use crate::config::settings::{DEFAULT_PATH, Settings};
 use crate::logging::error_chain;
@@ -93,10 +93,7 @@ fn check_vm(root: &Root, settings: Option<&Path>) -> Result<Diagnosis, Failure> 
         None if !root.is_running_system() => Ok(Settings::default()),
         file => Settings::load(file).map_err(|error| error_chain(&error)),
     };
-    let runtime = super::async_runtime()?;
-    let facts = runtime.block_on(vm::read(root, settings));
-    // A probe that hangs in the driver must not block the exit.
-    runtime.shutdown_background();
+    let facts = block_on(vm::read(root, settings))?;
     let checks = vm::judge(&facts, distribution(root));
     Ok(Diagnosis { subject: "vm", target: root.path().display().to_string(), checks })
 }

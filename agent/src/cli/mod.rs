@@ -1,6 +1,7 @@
 //! The command line: parses the arguments, runs the subcommand, maps errors to exit codes.
 
 mod check;
+mod failure;
 mod gpu;
 mod output;
 mod plan;
@@ -27,6 +28,7 @@ use crate::logging::error_chain;
 use crate::system::os_release::Distribution;
 use crate::system::programs::find_program;
 use crate::values::GpuUuid;
+use failure::{Failure, block_on};
 use gpu::{gpu_json, write_gpu};
 use plan::Plan;
 use status::{Status, Terminal};
@@ -126,38 +128,6 @@ enum Command {
     },
 }
 
-/// A failed command: its exit code and the lines for stderr.
-struct Failure {
-    code: u8,
-    lines: Vec<String>,
-}
-
-impl Failure {
-    fn new(code: u8, line: impl ToString) -> Self {
-        Self { code, lines: vec![line.to_string()] }
-    }
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        if error.kind() == io::ErrorKind::BrokenPipe {
-            // The reader has closed the pipe, which is no failure.
-            return Self { code: 0, lines: Vec::new() };
-        }
-        Self::new(EXIT_RETRY, format!("cannot write the output: {error}"))
-    }
-}
-
-impl From<DaemonError> for Failure {
-    fn from(error: DaemonError) -> Self {
-        let lines = match &error {
-            DaemonError::Config(errors) => errors.lines().collect(),
-            error => vec![error_chain(error)],
-        };
-        Self { code: error.exit_code(), lines }
-    }
-}
-
 /// Returns the command line without hidden subcommands, for shell completions.
 pub fn visible_command() -> clap::Command {
     let whole = Cli::command();
@@ -188,95 +158,80 @@ pub fn main() -> ExitCode {
 }
 
 fn dispatch(cli: Cli, out: &mut dyn Write) -> Result<ExitCode, Failure> {
-    match &cli.command {
-        Command::NvmlProbe { library } => {
-            probe_child::run_probe(library)?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        Command::NvmlWatch { readings, library, devices } => {
-            monitor_child::run_monitor(library, devices, *readings)?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        Command::Variables { json, format } => {
-            if *json {
-                writeln!(out, "{:#}", variables::as_json())?;
-            } else {
-                write!(out, "{}", variables::as_text(*format))?;
-            }
-            return Ok(ExitCode::SUCCESS);
-        }
-        Command::Completions { shell } => {
-            clap_complete::generate(*shell, &mut visible_command(), "supernode-agent", &mut {
-                out
-            });
-            return Ok(ExitCode::SUCCESS);
-        }
-        Command::Check { subject } => return check::check(subject, cli.settings.as_deref(), out),
-        _ => {}
-    }
-    let settings = Settings::load(cli.settings.as_deref())
-        .map_err(|error| Failure::new(EXIT_CONFIG, error_chain(&error)))?;
-    let runtime = async_runtime()?;
-    let code = match cli.command {
-        Command::Run => runtime.block_on(daemon::run(settings, cli.settings.as_deref())),
-        Command::Status { json, watch: true, .. } => {
-            runtime.block_on(status::watch(&settings, json, out))?;
-            ExitCode::SUCCESS
-        }
-        Command::Status { json, ready, .. } => {
-            let status = runtime.block_on(Status::read(&settings));
-            match (ready, json) {
-                (true, _) if status.is_ready() => {}
-                (true, _) => return Err(Failure::new(EXIT_RETRY, status.headline())),
-                (false, true) => writeln!(out, "{:#}", status.to_json())?,
-                (false, false) => {
-                    write!(out, "{}", status.to_text(Terminal::of_stdout().as_ref()))?
-                }
-            }
-            ExitCode::SUCCESS
-        }
-        Command::ConfigureRuntime => configure_runtime(&settings, out)?,
-        Command::Gpu { json } => {
-            let (_, config, diagnostics) = load_config(&settings)?;
-            let detection = runtime.block_on(detect_gpus(&config, &settings, Duration::ZERO));
-            let distribution = Distribution::read(&settings.system.root);
-            if json {
-                let document = json!({
-                    "gpu": gpu_json(&detection, distribution),
-                    "warnings": diagnostics.warnings().collect::<Vec<_>>(),
-                });
-                writeln!(out, "{document:#}")?
-            } else {
-                write_gpu(out, &detection, distribution)?
-            }
-            ExitCode::SUCCESS
-        }
-        Command::Plan { json } => {
-            let (context, config, diagnostics) = load_config(&settings)?;
-            let plan = Plan::new(config, diagnostics, &context, &settings);
-            let plan = runtime.block_on(plan)?;
-            if json {
-                writeln!(out, "{:#}", plan.to_json())?
-            } else {
-                plan.write(out)?
-            }
-            ExitCode::SUCCESS
-        }
-        Command::Check { .. }
-        | Command::Completions { .. }
-        | Command::NvmlProbe { .. }
-        | Command::NvmlWatch { .. }
-        | Command::Variables { .. } => ExitCode::SUCCESS,
+    let Cli { settings: settings_file, command } = cli;
+    let load_settings = || {
+        Settings::load(settings_file.as_deref())
+            .map_err(|error| Failure::new(EXIT_CONFIG, error_chain(&error)))
     };
-    // Without waiting for a probe that hangs in the driver.
-    runtime.shutdown_background();
-    Ok(code)
+    match command {
+        Command::Run => {
+            return block_on(daemon::run(load_settings()?, settings_file.as_deref()));
+        }
+        Command::Check { subject } => {
+            return check::check(&subject, settings_file.as_deref(), out);
+        }
+        Command::ConfigureRuntime => configure_runtime(&load_settings()?, out)?,
+        Command::Gpu { json } => show_gpu(&load_settings()?, json, out)?,
+        Command::Plan { json } => show_plan(&load_settings()?, json, out)?,
+        Command::Status { json, watch: true, .. } => {
+            block_on(status::watch(&load_settings()?, json, out))??;
+        }
+        Command::Status { json, ready, .. } => show_status(&load_settings()?, json, ready, out)?,
+        Command::Variables { json: true, .. } => writeln!(out, "{:#}", variables::as_json())?,
+        Command::Variables { format, .. } => write!(out, "{}", variables::as_text(format))?,
+        Command::Completions { shell } => {
+            let mut out = out;
+            clap_complete::generate(shell, &mut visible_command(), "supernode-agent", &mut out);
+        }
+        Command::NvmlProbe { library } => probe_child::run_probe(&library)?,
+        Command::NvmlWatch { readings, library, devices } => {
+            monitor_child::run_monitor(&library, &devices, readings)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
-fn async_runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| {
-        Failure::new(EXIT_RETRY, format!("cannot start the async runtime: {error}"))
-    })
+fn show_status(
+    settings: &Settings,
+    json: bool,
+    ready: bool,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
+    let status = block_on(Status::read(settings))?;
+    match (ready, json) {
+        (true, _) if status.is_ready() => {}
+        (true, _) => return Err(Failure::new(EXIT_RETRY, status.headline())),
+        (false, true) => writeln!(out, "{:#}", status.to_json())?,
+        (false, false) => write!(out, "{}", status.to_text(Terminal::of_stdout().as_ref()))?,
+    }
+    Ok(())
+}
+
+fn show_gpu(settings: &Settings, json: bool, out: &mut dyn Write) -> Result<(), Failure> {
+    let (_, config, diagnostics) = load_config(settings)?;
+    let detection = block_on(detect_gpus(&config, settings, Duration::ZERO))?;
+    let distribution = Distribution::read(&settings.system.root);
+    if json {
+        let document = json!({
+            "gpu": gpu_json(&detection, distribution),
+            "warnings": diagnostics.warnings().collect::<Vec<_>>(),
+        });
+        writeln!(out, "{document:#}")?;
+    } else {
+        write_gpu(out, &detection, distribution)?;
+    }
+    Ok(())
+}
+
+fn show_plan(settings: &Settings, json: bool, out: &mut dyn Write) -> Result<(), Failure> {
+    let (context, config, diagnostics) = load_config(settings)?;
+    let plan = block_on(Plan::new(config, diagnostics, &context, settings))??;
+    if json {
+        writeln!(out, "{:#}", plan.to_json())?;
+    } else {
+        plan.write(out)?;
+    }
+    Ok(())
 }
 
 fn load_config(settings: &Settings) -> Result<(Context, Config, Diagnostics), DaemonError> {
@@ -285,11 +240,11 @@ fn load_config(settings: &Settings) -> Result<(Context, Config, Diagnostics), Da
     Ok((context, config, diagnostics))
 }
 
-fn configure_runtime(settings: &Settings, out: &mut dyn Write) -> Result<ExitCode, Failure> {
+fn configure_runtime(settings: &Settings, out: &mut dyn Write) -> Result<(), Failure> {
     let (_, config, _) = load_config(settings)?;
     if !config.gpu.enabled {
         writeln!(out, "FL_GPU_ENABLED is not YES: nothing to do")?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(());
     }
     let docker = &settings.docker;
     let written = configure_daemon_json(&docker.daemon_json, &docker.runtime_path)
@@ -306,5 +261,5 @@ fn configure_runtime(settings: &Settings, out: &mut dyn Write) -> Result<ExitCod
     if find_program(&docker.runtime_path).is_none() {
         writeln!(out, "{} is not installed: Docker cannot use the runtime", docker.runtime_path)?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
