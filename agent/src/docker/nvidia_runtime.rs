@@ -235,7 +235,7 @@ pub(crate) async fn ensure_runtime(
     }
     reload(&settings.reload_command).await.map_err(|error| {
         not_configured(format!(
-            "cannot reload Docker after adding the nvidia runtime to {file}: {}",
+            "cannot reload Docker to register the nvidia runtime in {file}: {}",
             error_chain(&error)
         ))
     })?;
