@@ -212,7 +212,11 @@ fn input_form(variable: &Variable) -> InputForm {
             list(words.join(","), variable.default)
         }
         Kind::Choice(words) => list(format!(",{}", words.join(",")), ""),
-        Kind::Count(_) => plain("number", variable.default.split(' ').next().unwrap_or_default()),
+        Kind::Count(_) => {
+            // The default can be a description, or a number with an explanation.
+            let default = variable.default.split(' ').next().unwrap_or_default();
+            plain("number", if default.parse::<u64>().is_ok() { default } else { "" })
+        }
         Kind::Fraction => plain("number-float", ""),
         Kind::CaBundle => plain("text64", ""),
         _ => plain("text", ""),

@@ -70,8 +70,8 @@ impl DeviceSelection {
         for part in text.split(',').map(str::trim) {
             let name = DeviceName::parse(part).ok_or_else(|| {
                 ValidationError::with_detail(
-                    "must be all, none, or a comma list of indices, GPU- or MIG-UUIDs and PCI \
-                     addresses",
+                    "must be all, none, or a comma-separated list of indices, GPU or MIG \
+                     UUIDs and PCI addresses",
                     format!("'{}' is none of these", escape(part)),
                 )
             })?;

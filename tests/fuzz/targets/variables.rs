@@ -9,11 +9,11 @@ use supernode_fuzz::assert_shown;
 fuzz_target!(|text: &[u8]| {
     let Ok(context) = Context::parse(text) else { return };
     match Config::from_context(&context, &Prebaked::default()) {
-        Ok((config, remarks)) => {
-            remarks
+        Ok((config, diagnostics)) => {
+            diagnostics
                 .warnings()
-                .chain(&remarks.ineffective)
-                .chain(&remarks.notes)
+                .chain(&diagnostics.ineffective)
+                .chain(&diagnostics.notes)
                 .for_each(|line| assert_shown(line));
             assert!(!config.resolved().is_empty());
         }
