@@ -53,7 +53,9 @@ impl Status {
 
     /// Whether the agent's container runs and is not paused.
     pub(super) fn is_ready(&self) -> bool {
-        matches!(&self.container, Ok(Some(found)) if found.running && !found.paused && found.spec_hash().is_some())
+        self.container.as_ref().ok().and_then(Option::as_ref).is_some_and(|container| {
+            container.running && !container.paused && container.spec_hash().is_some()
+        })
     }
 
     /// State of the container in one line.
@@ -92,7 +94,8 @@ impl Status {
                 let fix = reason
                     .and_then(|code| Reason::from_code(code))
                     .map(|reason| reason.fix(self.distribution));
-                json!({"device": device, "reason": reason, "summary": label(SUMMARY_LABEL), "fix": fix})
+                let summary = label(SUMMARY_LABEL);
+                json!({"device": device, "reason": reason, "summary": summary, "fix": fix})
             }
             None => Json::Null,
         }
@@ -101,6 +104,12 @@ impl Status {
     /// State of the DCGM exporter; `None` if no agent supervises it.
     fn exporter(&self) -> Option<&str> {
         self.report.as_ref().filter(|_| self.agent_runs)?.exporter.as_deref()
+    }
+
+    /// Whether the node is connected, as far as a running agent reports it.
+    fn is_connected(&self) -> bool {
+        let reported = self.report.as_ref().is_some_and(|report| report.connected);
+        self.is_ready() && self.agent_runs && reported
     }
 
     pub(super) fn to_json(&self) -> Json {
@@ -121,7 +130,7 @@ impl Status {
             "container": container,
             "gpu": {"verdict": self.verdict()},
             "superlink": report.and_then(|report| report.superlink.as_ref()),
-            "connected": self.is_ready() && self.agent_runs && report.is_some_and(|report| report.connected),
+            "connected": self.is_connected(),
             "partition": report.and_then(|report| report.partition),
             "dcgm": self.exporter(),
             "agent": {
@@ -369,12 +378,19 @@ mod tests {
     }
 
     fn gpus(count: usize) -> Json {
-        let gpu = |n| json!({"name": "NVIDIA A100", "uuid": "GPU-11111111-2222-3333-4444-555555555555", "pci_address": format!("0000:0{n}:00.0")});
+        let gpu = |n| {
+            json!({
+                "name": "NVIDIA A100",
+                "uuid": "GPU-11111111-2222-3333-4444-555555555555",
+                "pci_address": format!("0000:0{n}:00.0"),
+            })
+        };
         json!({"device": "cuda", "devices": (1..=count).map(gpu).collect::<Vec<_>>()})
     }
 
     fn fallback(reason: &str, fix: &str) -> Status {
-        let summary = "OpenNebula passed 0000:01:00.0 to this VM (PCI0_ADDRESS='01:00.0'), and there is no device at that address";
+        let summary = "OpenNebula passed 0000:01:00.0 to this VM (PCI0_ADDRESS='01:00.0'), \
+                       and there is no device at that address";
         let verdict = json!({"device": "cpu", "reason": reason, "summary": summary, "fix": fix});
         status(
             verdict,
@@ -384,7 +400,8 @@ mod tests {
 
     #[test]
     fn fallback_is_wrapped_to_the_terminal() {
-        let fix = "on the host, bind every function of the card to vfio-pci (driverctl set-override ADDRESS vfio-pci), \
+        let fix = "on the host, bind every function of the card to vfio-pci \
+                   (driverctl set-override ADDRESS vfio-pci), \
                    check the PCI attribute of the VM template, then onevm terminate VMID";
         let text = fallback("gpu-not-passed-through", fix).to_text(Some(&TERMINAL));
         assert_eq!(

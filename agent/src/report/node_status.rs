@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn running_line_names_device_connection_pause_and_note() {
+    fn running_line_has_device_connection_and_note() {
         let mut status = NodeStatus::default();
         status.container.name = "node".into();
         status.superlink = Some(HostPort::parse("h:1").unwrap());
