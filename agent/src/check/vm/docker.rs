@@ -104,7 +104,8 @@ impl Vm<'_> {
     pub(super) fn cdi(&self) -> Check {
         const ID: &str = "cdi";
         const FIX: &str = "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml; Docker before \
-                           28.2 also needs \"features\": {\"cdi\": true} in daemon.json and a restart";
+                           28.2 also needs \"features\": {\"cdi\": true} in daemon.json and a \
+                           restart";
         let devices = self.cdi_devices();
         if !devices.is_empty() {
             return Check::ok(ID, format!("Docker reports {}", devices.join(", ")));
