@@ -49,13 +49,15 @@ fmt: ## format the code
 	cargo fmt --all
 	cargo fmt --manifest-path tests/fuzz/Cargo.toml
 
-lint: ## run rustfmt, clippy, rustdoc and shellcheck; warnings are errors
+lint: ## run rustfmt, clippy, rustdoc and shellcheck; check imports, words and line width
 	@packaging/install-tools.sh lint
 	cargo fmt --all --check
 	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --locked --quiet
 	git ls-files -z | xargs -0 grep -lE '^#!.*\b(ba)?sh$$' | xargs shellcheck
+	tests/scripts/check-imports.py
+	tests/scripts/check-text.py
 
 deny: ## check the dependencies' licences, duplicates, sources and advisories
 	@tests/scripts/cargo-deny.sh

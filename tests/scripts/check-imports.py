@@ -93,7 +93,7 @@ def imports_of(module, code, modules, directories):
 
 
 def cycles_of(graph):
-    """The strongly connected components of more than one module (Tarjan)."""
+    """The strongly connected components with more than one module (Tarjan's algorithm)."""
     index, low, stack, found = {}, {}, [], []
 
     def visit(node):
@@ -138,13 +138,16 @@ def main():
         for (layer, target), count in sorted(between.items()):
             print(f"{layer} -> {target}: {count}")
     problems = [
-        f"{name(module)} is in no layer: add it to LAYERS" for module in graph if module[0] not in LAYERS
+        f"{name(module)} is in no layer: add it to LAYERS"
+        for module in graph
+        if module[0] not in LAYERS
     ]
+    rank = {layer: number for number, layer in enumerate(LAYERS)}
     upward = [
         f"{name(module)} imports {name(target)}, which is in a higher layer"
         for module, targets in graph.items()
         for target in targets
-        if {module[0], target[0]} <= set(LAYERS) and LAYERS.index(target[0]) < LAYERS.index(module[0])
+        if rank.get(target[0], 0) < rank.get(module[0], 0)
     ]
     cycles = [f"cycle: {', '.join(map(name, cycle))}" for cycle in cycles_of(graph)]
     print(

@@ -142,10 +142,11 @@ def width(name, text):
 def test_names(name, text):
     if not name.endswith(".rs"):
         return
-    for match in re.finditer(r"#\[(?:tokio::)?test[^\]]*\]\s*(?:#\[[^\]]*\]\s*)*(?:async )?fn (\w+)", text):
+    attributes = r"#\[(?:tokio::)?test[^\]]*\]\s*(?:#\[[^\]]*\]\s*)*"
+    for match in re.finditer(attributes + r"(?:async )?fn (\w+)", text):
         if len(match[1]) > MAX_TEST_NAME:
             line = text.count("\n", 0, match.start(1)) + 1
-            yield line, f"the test name {match[1]} has {len(match[1])} characters, more than {MAX_TEST_NAME}"
+            yield line, f"test name of {len(match[1])} characters, more than {MAX_TEST_NAME}"
 
 
 def main():

@@ -23,6 +23,7 @@ use futures_util::StreamExt as _;
 use tokio::time::Instant;
 use x509_cert::der::DateTime;
 
+use crate::backoff::Backoff;
 use crate::config::settings::Settings;
 use crate::docker::log::Log;
 use crate::docker::ping::api_version;
@@ -475,25 +476,34 @@ impl Client {
         }
     }
 
-    /// Waits until the container is paused, or, if `paused` is false, unpaused. Pending forever if
-    /// the events cannot be read.
+    /// Waits until the container is paused, or, if `paused` is false, unpaused. If the event stream
+    /// ends, subscribes again with backoff.
     pub(crate) async fn wait_for_paused(&self, id: &str, paused: bool) {
+        const INITIAL_DELAY: Duration = Duration::from_secs(1);
+        const MAX_DELAY: Duration = Duration::from_secs(30);
+        let action = if paused { "pause" } else { "unpause" };
         let filters = HashMap::from([("container", vec![id]), ("event", vec!["pause", "unpause"])]);
-        // The events since now include those between the inspect and the subscription.
-        let since =
-            SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs().to_string();
-        let container = self.inspect_container(id).await.ok().flatten();
-        if container.is_some_and(|container| container.running && container.paused == paused) {
-            return;
-        }
-        let options = EventsOptionsBuilder::default().since(&since).filters(&filters).build();
-        let mut events = self.docker.clone().with_timeout(STREAM_TIMEOUT).events(Some(options));
-        while let Some(Ok(event)) = events.next().await {
-            if event.action.as_deref() == Some(if paused { "pause" } else { "unpause" }) {
+        let mut backoff = Backoff::new(INITIAL_DELAY, MAX_DELAY);
+        loop {
+            // The events since now include those between the inspect and the subscription.
+            let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+            let container = self.inspect_container(id).await.ok().flatten();
+            if container.is_some_and(|container| container.running && container.paused == paused) {
                 return;
             }
+            let options = EventsOptionsBuilder::default()
+                .since(&since.to_string())
+                .filters(&filters)
+                .build();
+            let client = self.docker.clone().with_timeout(STREAM_TIMEOUT);
+            let mut events = client.events(Some(options));
+            while let Some(Ok(event)) = events.next().await {
+                if event.action.as_deref() == Some(action) {
+                    return;
+                }
+            }
+            tokio::time::sleep(backoff.next_delay(0.0)).await;
         }
-        std::future::pending().await
     }
 
     /// Waits until the container exits and returns its exit code; `None` if the engine or the
