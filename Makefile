@@ -54,7 +54,8 @@ lint: ## run rustfmt, clippy, rustdoc and shellcheck; check imports, words and l
 	cargo fmt --all --check
 	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
-	RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --locked --quiet
+	RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --document-private-items \
+		--locked --quiet
 	git ls-files -z | xargs -0 grep -lE '^#!.*\b(ba)?sh$$' | xargs shellcheck
 	tests/scripts/check-imports.py
 	tests/scripts/check-text.py

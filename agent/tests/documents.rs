@@ -81,7 +81,8 @@ fn reasons() -> String {
 }
 
 fn xids() -> String {
-    let mut table = String::from("| the XID says | fatal | XIDs |\n| --- | --- | --- |\n");
+    let mut table =
+        String::from("| NVIDIA's recommended action | fatal | XIDs |\n| --- | --- | --- |\n");
     for class in Class::ALL {
         let of_class = XIDS.iter().filter(|entry| entry.class == class);
         let numbers: Vec<String> = of_class.map(|entry| entry.number.to_string()).collect();
@@ -109,7 +110,7 @@ fn journal_catalog_explains_every_reason() {
             .collect();
         let fix = fixes.join("\n");
         catalog.push_str(&format!(
-            "\n-- {id}\nSubject: No usable GPU: {code}\nDefined-By: supernode-agent\n\
+            "\n-- {id}\nSubject: GPU problem: {code}\nDefined-By: supernode-agent\n\
              Documentation: man:supernode-agent(8)\n\n\
              {meaning}\n\nFound on this machine: @FL_GPU_SUMMARY@\n\n{fix}\n"
         ));

@@ -264,12 +264,12 @@ begin "the node: supernode-agent run"
 "$agent" run --settings "$work/agent.toml" 2>"$work/agent.log" &
 agent_pid=$!
 verdict_is_logged() {
-    grep -Eq 'WARNING no usable GPU|started the container|ERROR' "$work/agent.log"
+    grep -Eq 'WARNING no usable GPU|started container|ERROR' "$work/agent.log"
 }
 wait_for 120 "the agent logs no verdict" verdict_is_logged
 node_runs() { [ "$(docker inspect --format '{{.State.Running}}' "$name" 2>&1)" = true ]; }
 wait_for 120 "the container is not running" node_runs
-start_is_logged() { grep -q 'started the container' "$work/agent.log"; }
+start_is_logged() { grep -q 'started container' "$work/agent.log"; }
 wait_for 60 "the agent does not log the start of the container" start_is_logged
 show <"$work/agent.log"
 docker ps --filter "name=^$name\$" --format 'container {{.Names}}: {{.Image}}, {{.Status}}' | show

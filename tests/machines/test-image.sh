@@ -108,7 +108,7 @@ expect 'READY=YES' "READY is reported once the container runs"
 }
 printf '   %d MiB; booted and powered off in %d s; container started at %s\n' \
     $((size / 1024 / 1024)) $((SECONDS - began)) \
-    "$(grep -m 1 'started the container' "$work/journal" | cut -d']' -f1)]"
+    "$(grep -m 1 'started container' "$work/journal" | cut -d']' -f1)]"
 [ $failed = 0 ] || {
     cat "$work/output"
     tail -n 60 "$work/journal"

@@ -73,7 +73,7 @@ fn boot_without_gpu_logs_one_warning_and_runs_on_cpu() {
             "Status: \"Running on the CPU: gpu-not-passed-through: OpenNebula assigned \
              0000:01:00.0",
             "runs true on runc",
-            "Subject: No usable GPU: gpu-not-passed-through",
+            "Subject: GPU problem: gpu-not-passed-through",
             "Found on this machine: OpenNebula assigned 0000:01:00.0",
             "READY=YES",
             "Device     cpu: gpu-not-passed-through",
@@ -138,7 +138,7 @@ fn daemon_reload_removes_gpu_injected_only_by_hook() {
         "systemctl daemon-reload
          wait_for sh -c 'journalctl --no-pager --unit flower-supernode | grep \"{lost}\"'
          wait_for sh -c 'test \"$(journalctl --no-pager --unit flower-supernode | grep -c \
-         \"started the container\")\" = 2'
+         \"started container\")\" = 2'
          {CONTAINER} systemctl status flower-supernode"
     ));
     let warnings = boot.warnings_of(UNIT);
@@ -171,7 +171,7 @@ fn missing_required_gpu_fails_the_unit_without_ready() {
         &["ActiveState=failed", "NRestarts=0", "FL_GPU_REQUIRED is YES and no GPU is usable"],
     );
     assert_eq!(
-        entries(&boot, "this node does not start. gpu-not-passed-through").len(),
+        entries(&boot, "this node does not start: gpu-not-passed-through").len(),
         1,
         "{}",
         boot.transcript()
@@ -299,7 +299,7 @@ fn context_update_replaces_container_only_on_change() {
          wait_for /opt/flower/scripts/health-check.sh
          systemctl is-active flower-supernode",
     );
-    assert_eq!(entries(&boot, "started the container").len(), 2, "{}", boot.transcript());
+    assert_eq!(entries(&boot, "started container").len(), 2, "{}", boot.transcript());
 }
 
 #[test]
@@ -325,7 +325,7 @@ fn systemctl_reload_returns_after_the_reload() {
          systemctl show --property NRestarts flower-supernode",
     );
     assert_output(&boot, &["NRestarts=0"]);
-    assert_eq!(entries(&boot, "started the container").len(), 2, "{}", boot.transcript());
+    assert_eq!(entries(&boot, "started container").len(), 2, "{}", boot.transcript());
 }
 
 #[test]
@@ -354,7 +354,7 @@ fn watchdog_restarts_frozen_agent_which_adopts_container() {
     );
     assert_output(&boot, &["NRestarts=1"]);
     assert_eq!(entries(&boot, "Watchdog timeout").len(), 1, "{}", boot.transcript());
-    assert_eq!(entries(&boot, "started the container").len(), 1, "{}", boot.transcript());
+    assert_eq!(entries(&boot, "started container").len(), 1, "{}", boot.transcript());
 }
 
 #[test]
@@ -452,7 +452,7 @@ fn record_timeline(boot: &Boot) {
         unit(UNIT),
         unit("one-context.service"),
         event("WARNING of the CPU fallback", FALLBACK),
-        event("container started", "started the container"),
+        event("container started", "started container"),
     ];
     rows.sort_by(|a, b| a.0.total_cmp(&b.0));
     let rows: String = rows.into_iter().map(|(_, row)| row).collect();
@@ -490,9 +490,8 @@ fn emulated_vm_boots_and_agent_takes_one_percent_of_it() {
     };
     let all: Vec<&Value> = boot.journal.iter().collect();
     let first = microseconds(all.iter().find(of_agent).expect("the agent's first entry"));
-    let started = microseconds(
-        entries(&boot, "started the container").first().expect("the container's start"),
-    );
+    let started =
+        microseconds(entries(&boot, "started container").first().expect("the container's start"));
     let docker: u64 = entries(&boot, "Docker took ")
         .iter()
         .filter(|entry| microseconds(entry) <= started)
@@ -519,7 +518,7 @@ const WITHOUT: [Step; 10] = [
     (
         "NONE",
         &[
-            "started the container",
+            "started container",
             "runs true on nvidia",
             "daemon.json 1000:1000 600",
             "/srv/theirs/data",
@@ -543,7 +542,7 @@ const WITHOUT: [Step; 10] = [
             "cannot read /etc/docker/daemon.json: Permission denied",
             "cannot write /srv/theirs/data: Permission denied",
         ],
-        &["started the container"],
+        &["started container"],
     ),
     // The unit that runs before Docker logs nothing.
     ("NONE-EARLY", &["exit code 0", "daemon.json 1000:1000 600"], &[]),
@@ -558,7 +557,7 @@ const WITHOUT: [Step; 10] = [
     (
         "SYS_PTRACE",
         &[
-            "cannot see whether the GPU is in the container: /proc/",
+            "cannot check whether the container has its GPU: /proc/",
             "/root/dev: Permission denied",
             "runs true on nvidia",
         ],

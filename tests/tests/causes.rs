@@ -589,7 +589,7 @@ fn assert_all_announced(engine: &Engine, causes: &[Cause]) {
         let context = fs::read_to_string(vm.path("context/context.sh.network")).unwrap();
         let logs_all = !context.contains("FL_LOG_LEVEL='ERROR'");
         if logs_all {
-            agent.wait_for_line("started the container", TIMEOUT);
+            agent.wait_for_line("started container", TIMEOUT);
         }
         let entries = entries(&agent);
         let position = |wanted: &dyn Fn(&Value) -> bool| entries.iter().position(wanted);
@@ -601,7 +601,7 @@ fn assert_all_announced(engine: &Engine, causes: &[Cause]) {
         let started = |entry: &Value| {
             entry["message"]
                 .as_str()
-                .is_some_and(|message| message.starts_with("started the container"))
+                .is_some_and(|message| message.starts_with("started container"))
         };
         if logs_all {
             let started =
@@ -659,10 +659,8 @@ fn documented() -> BTreeMap<String, Documented> {
         .skip(1)
         .map(|entry| {
             let (message_id, rest) = entry.split_once('\n').unwrap();
-            let code = rest
-                .lines()
-                .find_map(|line| line.strip_prefix("Subject: No usable GPU: "))
-                .unwrap();
+            let code =
+                rest.lines().find_map(|line| line.strip_prefix("Subject: GPU problem: ")).unwrap();
             let (_, fixes) = rest.split_once("@FL_GPU_SUMMARY@\n\n").unwrap();
             // Each fix starts a line; continuation lines are joined.
             let mut texts: Vec<String> = Vec::new();
@@ -864,7 +862,7 @@ fn present_assigned_gpu_is_used_and_missing_one_warned() {
     let warnings = warnings(&agent);
     assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
     for words in [
-        "not every GPU is used",
+        "selected GPUs are unusable and not used",
         "OpenNebula assigned 0000:21:00.0 to this VM",
         "no device at that address",
     ] {
@@ -872,7 +870,7 @@ fn present_assigned_gpu_is_used_and_missing_one_warned() {
     }
     let lines = agent.lines();
     let position = |text: &str| lines.iter().position(|line| line.contains(text)).unwrap();
-    assert!(position(" WARNING ") < position("started the container"), "{lines:#?}");
+    assert!(position(" WARNING ") < position("started container"), "{lines:#?}");
     assert_eq!(inspect(&engine, "{{.HostConfig.Runtime}}"), "nvidia");
     assert_eq!(engine.records().last().unwrap().gpus, [GPU_A]);
 }
@@ -920,13 +918,13 @@ fn assigned_gpu_without_driver_blames_the_driver() {
 /// before the launch.
 #[track_caller]
 fn assert_cpu_for(reason: &str, agent: &Agent, engine: &Engine) {
-    agent.wait_for_line("started the container", TIMEOUT);
+    agent.wait_for_line("started container", TIMEOUT);
     let warnings = warnings(agent);
     assert_eq!(warnings.len(), 1, "{:#?}", agent.lines());
     assert!(warnings[0].contains(reason) && warnings[0].contains("; fix: "), "{warnings:?}");
     let lines = agent.lines();
     let position = |text: &str| lines.iter().position(|line| line.contains(text)).unwrap();
-    assert!(position(" WARNING ") < position("started the container"), "{lines:#?}");
+    assert!(position(" WARNING ") < position("started container"), "{lines:#?}");
     assert_on_cpu_for(reason, agent, engine);
 }
 

@@ -113,7 +113,7 @@ fn falls_back_to_first_nic_and_release_port() {
         "{warnings:#?}"
     );
     let launched =
-        agent.lines().iter().position(|line| line.contains("started the container")).unwrap();
+        agent.lines().iter().position(|line| line.contains("started container")).unwrap();
     let warned = agent.lines().iter().position(|line| line.contains("1.41.0")).unwrap();
     assert!(warned < launched, "the warning must precede the launch: {:#?}", agent.lines());
 }
@@ -135,7 +135,7 @@ fn unit_is_ready_while_waiting_for_superlink() {
     assert!(status.stdout.contains("waiting for the SuperLink (attempt "), "{status:?}");
     assert_eq!(vm.run_command("status", &["--ready"]).code, Some(1));
     onegate.change(|state| state.vms.get_mut(&SUPERLINK).unwrap().lcm_state = 3);
-    agent.wait_for_line("started the container", TIMEOUT);
+    agent.wait_for_line("started container", TIMEOUT);
     let waiting =
         warnings(&agent).into_iter().filter(|line| line.contains("VM 100 is not running")).count();
     assert_eq!(waiting, 1, "waiting must be logged once: {:#?}", warnings(&agent));
@@ -188,7 +188,7 @@ fn other_onegate_answers_are_retried() {
     vm.set("onegate.timeout_seconds", 2);
     onegate.script("GET /service", faults());
     let agent = vm.start();
-    agent.wait_for_line("started the container", TIMEOUT);
+    agent.wait_for_line("started container", TIMEOUT);
     let warnings = warnings(&agent);
     for text in [
         "Not authorized",
@@ -219,7 +219,7 @@ fn slow_and_endless_answers_time_out() {
     vm.set("onegate.timeout_seconds", 1);
     onegate.script("GET /service", [Reply::Hang, Reply::Slow, Reply::Endless]);
     let agent = vm.start();
-    agent.wait_for_line("started the container", TIMEOUT);
+    agent.wait_for_line("started container", TIMEOUT);
 }
 
 #[test]
@@ -257,7 +257,7 @@ fn tls_uses_the_published_ca_and_rejects_leaf() {
     onegate.change(|state| {
         state.vms.get_mut(&SUPERLINK).unwrap().attribute("FL_CA_CERT", &base64(CA));
     });
-    agent.wait_for_line("started the container", TIMEOUT);
+    agent.wait_for_line("started container", TIMEOUT);
     assert!(
         arguments(&engine).contains("--root-certificates /app/ca.crt"),
         "{}",
@@ -366,7 +366,7 @@ fn unavailable_onegate_logs_one_warning() {
     onegate.clear_scripts();
     // The next regular attempt is up to 30 s away; a change triggers one at once.
     engine.docker(&["restart", "--time", "0", "flower-supernode"]).expect_success();
-    agent.wait_for_line("published to OneGate again", TIMEOUT);
+    agent.wait_for_line("publishing to OneGate works again", TIMEOUT);
     wait_for_attribute(&onegate, "FL_NODE_READY", "YES");
     // The other update is of the restart.
     let warnings: Vec<_> =

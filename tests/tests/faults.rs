@@ -280,10 +280,7 @@ fn assert_still_monitored(node: &mut FaultyNode) {
     thread::sleep(Duration::from_secs(3));
     let before = node.run();
     assert!(before.ends_with(" true"), "{before}");
-    assert_eq!(
-        node.output().iter().filter(|line| line.contains("started the container")).count(),
-        1
-    );
+    assert_eq!(node.output().iter().filter(|line| line.contains("started container")).count(), 1);
     node.wait_status_running();
     node.engine.docker(&["kill", "flower-supernode"]).expect_success();
     node.wait_new_run(&before);
@@ -607,7 +604,7 @@ fn system_faults() {
                 let since = Instant::now();
                 node.start_until_ready();
                 assert!(
-                    node.output().iter().any(|line| line.contains("started the container")),
+                    node.output().iter().any(|line| line.contains("started container")),
                     "{:#?}",
                     node.output()
                 );

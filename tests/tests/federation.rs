@@ -252,7 +252,7 @@ impl FederatedNode {
         let lines = self.agent.lines();
         let count_of = |text: &str| lines.iter().filter(|line| line.contains(text)).count();
         assert_eq!(
-            count_of("started the container") - 1,
+            count_of("started container") - 1,
             count_of("WARNING Flower is unresponsive") + count_of("exited with code"),
             "{lines:#?}"
         );

@@ -229,7 +229,7 @@ fn container_killed_by_gpu_fault_restarts_without_that_gpu() {
     let line = node.agent.wait_for_line("gpu-failed", TIMEOUT);
     assert!(line.contains("XID 79: "), "{line}");
     let launches =
-        node.agent.lines().iter().filter(|line| line.contains("started the container")).count();
+        node.agent.lines().iter().filter(|line| line.contains("started container")).count();
     assert_eq!(launches, 2, "{:#?}", node.agent.lines());
 }
 
@@ -241,7 +241,7 @@ fn failed_gpu_is_retried_when_configured_then_given_up() {
     node.trigger(48);
     node.agent.wait_for_line("probe finds the GPU usable", TIMEOUT);
     assert!(eventually(TIMEOUT, || {
-        node.agent.lines().iter().filter(|line| line.contains("started the container")).count() == 2
+        node.agent.lines().iter().filter(|line| line.contains("started container")).count() == 2
     }));
     node.wait_for_runtime("nvidia");
     node.wait_for_status("Running on NVIDIA A100");
@@ -585,7 +585,7 @@ esac
     let line = node.agent.wait_for_line("lost its GPU; recreating it", TIMEOUT);
     assert!(line.contains(" WARNING ") && line.contains("daemon-reload"), "{line}");
     assert!(eventually(TIMEOUT, || {
-        node.agent.lines().iter().filter(|line| line.contains("started the container")).count() == 2
+        node.agent.lines().iter().filter(|line| line.contains("started container")).count() == 2
     }));
     node.wait_for_runtime("nvidia");
     node.wait_for_status("Running on NVIDIA A100");

@@ -235,7 +235,7 @@ fn hung_engine_does_not_block_shutdown() {
     freeze("-STOP");
     assert_eq!(agent.terminate(), 1);
     agent.wait_for_line(
-        "cannot stop the container flower-supernode: Docker gave no answer within 11 s",
+        "cannot stop container flower-supernode: Docker gave no answer within 11 s",
         TIMEOUT,
     );
     freeze("-CONT");
@@ -256,7 +256,7 @@ fn engine_restart_does_not_increase_restart_delay() {
     for round in 1..=3 {
         engine.restart();
         assert!(eventually(TIMEOUT, || {
-            agent.lines().iter().filter(|line| line.contains("started the container")).count()
+            agent.lines().iter().filter(|line| line.contains("started container")).count()
                 == round + 1
         }));
     }
@@ -328,7 +328,7 @@ fn container_ignoring_sigterm_is_killed_after_timeout() {
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("FL_NODE_CONFIG", "test-ignore-term=true")]);
     vm.set("container.stop_timeout_seconds", 1);
     let mut agent = start_ready(&vm);
-    agent.wait_for_line("started the container", TIMEOUT);
+    agent.wait_for_line("started container", TIMEOUT);
     assert!(eventually(TIMEOUT, || engine
         .docker(&["logs", "flower-supernode"])
         .stderr

@@ -239,8 +239,7 @@ fn reload_start_and_end_are_notified_to_systemd() {
     assert!(messages.len() > 1 && !messages[0].contains("READY=1"), "{messages:#?}");
     assert!(messages.last().unwrap().contains("not connected to h:2"), "{messages:#?}");
     assert_ne!(run(), first);
-    let started =
-        agent.lines().iter().filter(|line| line.contains("started the container")).count();
+    let started = agent.lines().iter().filter(|line| line.contains("started container")).count();
     assert_eq!(started, 2, "{:#?}", agent.lines());
 }
 

@@ -242,9 +242,8 @@ fn misconfigured(config: &Config, parsed: &ParsedVariables) -> Vec<String> {
 
 fn notes(parsed: &ParsedVariables) -> Vec<String> {
     let raw_pem = parsed.ca_bundle().filter(|(_, ca)| ca.was_raw_pem());
-    let note = raw_pem.map(|(name, _)| {
-        format!("{name} is PEM text instead of its base64 (base64 -w0 ca.crt); accepted as it is")
-    });
+    let note = raw_pem
+        .map(|(name, _)| format!("{name} is PEM text, not base64 (base64 -w0 ca.crt); accepted"));
     note.into_iter().collect()
 }
 
@@ -430,8 +429,8 @@ mod tests {
             diagnostics.ineffective,
             [
                 "ONEAPP_FL_GPU_MEMORY_FRACTION has no effect: FL_GPU_ENABLED is not YES",
-                "FL_EDGE_MAX_BACKOFF has no effect: FL_SUPERLINK_ADDRESS is set, so that nothing \
-                 is discovered",
+                "FL_EDGE_MAX_BACKOFF has no effect: FL_SUPERLINK_ADDRESS is set, so discovery is \
+                 disabled",
             ]
         );
     }
@@ -478,8 +477,7 @@ mod tests {
         );
         assert_eq!(
             diagnostics.notes,
-            ["FL_SSL_CA_CERTFILE is PEM text instead of its base64 (base64 -w0 ca.crt); \
-                 accepted as it is"]
+            ["FL_SSL_CA_CERTFILE is PEM text, not base64 (base64 -w0 ca.crt); accepted"]
         );
     }
 
@@ -546,7 +544,7 @@ mod tests {
         assert_eq!(
             ineffective(&[fixed, ("FL_SUPERLINK_ADDRESS", "h:1")]),
             ["FL_EDGE_BACKOFF", "FL_EDGE_MAX_BACKOFF"].map(|name| format!(
-                "{name} has no effect: FL_SUPERLINK_ADDRESS is set, so that nothing is discovered"
+                "{name} has no effect: FL_SUPERLINK_ADDRESS is set, so discovery is disabled"
             ))
         );
     }

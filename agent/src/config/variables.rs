@@ -61,7 +61,7 @@ impl Effective {
             Self::TlsNotDisabled => reason(config.tls == Some(false), "FL_TLS_ENABLED is NO"),
             Self::Discovery => reason(
                 config.superlink_address.is_some(),
-                "FL_SUPERLINK_ADDRESS is set, so that nothing is discovered",
+                "FL_SUPERLINK_ADDRESS is set, so discovery is disabled",
             ),
             Self::ExponentialDiscovery => Self::Discovery.unmet(config).or_else(|| {
                 reason(config.edge_backoff == EdgeBackoff::Fixed, "FL_EDGE_BACKOFF is fixed")
@@ -114,7 +114,7 @@ pub const VARIABLES: &[Variable] = &[
         aliases: &[],
         kind: Kind::YesNo,
         default: "NO",
-        maps_to: "the master switch",
+        maps_to: "use of the GPU",
         description: "Use the assigned GPU",
         effective: Effective::Always,
         field: field!(gpu.enabled),
@@ -183,7 +183,7 @@ pub const VARIABLES: &[Variable] = &[
         name: "FL_SUPERNODE_IMAGE",
         aliases: &[],
         kind: Kind::Image,
-        default: "from the two above",
+        default: "derived from ML_FRAMEWORK and FLOWER_VERSION",
         maps_to: "the image",
         description: "The operator's own image",
         effective: Effective::Always,

@@ -91,7 +91,7 @@ pub(crate) fn plan_container(inputs: &ContainerInputs<'_>) -> ContainerSpec {
 /// | `--isolation` | `FL_ISOLATION` |
 /// | `--node-config` | `FL_NODE_CONFIG`, else the partition of the service |
 /// | `--max-retries`, `--max-wait-time` | `FL_MAX_RETRIES`, `FL_MAX_WAIT_TIME` |
-/// | `--health-server-address` | always, if the Flower release in the image has the flag |
+/// | `--health-server-address` | if the Flower release in the image has the flag |
 fn supernode_args(inputs: &ContainerInputs<'_>) -> Vec<String> {
     let ContainerInputs { config, superlink, image, .. } = *inputs;
     let mut args = Vec::new();
@@ -166,7 +166,7 @@ fn environment(inputs: &ContainerInputs<'_>) -> BTreeMap<String, String> {
 /// memory is unknown.
 fn memory_limits(devices: &[GpuDevice], share: f64) -> String {
     let mut in_order: Vec<_> = devices.iter().collect();
-    in_order.sort_by(|a, b| a.pci_address.cmp(&b.pci_address));
+    in_order.sort_by_key(|gpu| gpu.pci_address);
     // At least 1, because 0 means unknown.
     let limit = |memory_mib: u64| ((memory_mib as f64 * share).floor() as u64).max(1);
     let limits: Vec<String> =

@@ -40,7 +40,7 @@ impl DesiredState {
                 None
             }
             Ok(new) => {
-                tracing::info!("reload: the configuration has changed; restarting the node");
+                tracing::info!("reload: the configuration has changed; applying it");
                 Some(new)
             }
             Err(error) => {

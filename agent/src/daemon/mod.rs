@@ -9,22 +9,22 @@
 //!    container, and the DCGM exporter next to it.
 //!
 //! # Reload (SIGHUP, `systemctl reload`)
-//! 1. [`Signals::next`] returns [`SignalEvent::Reload`] to [`serve_until_signal`]. The service
-//!    manager is notified (`RELOADING=1`).
+//! 1. [`Signals::next`] returns [`SignalEvent::Reload`] to [`serve_until_signal`]. If the unit
+//!    has started, the service manager is notified (`RELOADING=1`).
 //! 2. [`DesiredState::reload`] reads agent.toml and the context again and validates both. Meanwhile
 //!    the container keeps running, but no watcher event is handled.
 //! 3. If nothing has changed, or the new configuration is invalid, the node continues with the old
 //!    state. The service manager is notified (`READY=1`) if the node was ready before.
 //! 4. Otherwise the old run is stopped: `drop(node)` cancels its supervisor, watchers, discovery,
-//!    exporter and metrics endpoint wherever they are. Nothing else stops it. The container is left
-//!    alone.
+//!    exporter and metrics endpoint at their current await point. Nothing else stops it. The
+//!    container is left alone.
 //! 5. A new run begins with the new state at startup step 3. Its supervisor adopts the container if
 //!    the container's specification is unchanged, and replaces it otherwise.
 //! 6. The service manager is notified (`READY=1`) once the container runs, or only the SuperLink is
 //!    missing.
 //!
-//! A node that asks for a restart from detection ([`RestartRequested`]) takes steps 4 to 6 with the
-//! old state.
+//! A node that asks for a restart from detection ([`RestartRequested`]) takes steps 4 and 5 with
+//! the old state.
 //!
 //! # Shutdown
 //! - SIGTERM, SIGINT: the run is dropped as in step 4, then [`stop_containers`] stops the container
@@ -145,7 +145,7 @@ async fn run_until_shutdown(
         (outcome, Ok(())) => outcome,
         (Ok(_), Err(source)) => Err(DaemonError::Stop { name, source }),
         (Err(error), Err(source)) => {
-            tracing::warn!(container = name, "cannot stop the container {name}: {source}");
+            tracing::warn!(container = name, "cannot stop container {name}: {source}");
             Err(error)
         }
     }

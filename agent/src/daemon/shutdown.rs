@@ -65,7 +65,7 @@ pub(super) async fn stop_containers(settings: &Settings) -> Result<(), StopError
 async fn stop_container(engine: &Client, name: &str, grace: Duration) -> Result<(), EngineError> {
     match engine.inspect_container(name).await? {
         Some(container) if container.running && container.spec_hash().is_some() => {
-            tracing::info!(container = name, "stopping the container {name}");
+            tracing::info!(container = name, "stopping container {name}");
             engine.stop(&container.id, grace).await
         }
         _ => Ok(()),

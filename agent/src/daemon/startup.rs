@@ -226,7 +226,7 @@ impl StartupOps for LiveOps<'_> {
 
     fn report_unused_gpus(&self, unused: &[String]) {
         if !unused.is_empty() {
-            tracing::warn!("not every GPU is used: {}", unused.join("; "));
+            tracing::warn!("selected GPUs are unusable and not used: {}", unused.join("; "));
         }
     }
 

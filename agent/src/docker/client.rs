@@ -491,10 +491,8 @@ impl Client {
             if container.is_some_and(|container| container.running && container.paused == paused) {
                 return;
             }
-            let options = EventsOptionsBuilder::default()
-                .since(&since.to_string())
-                .filters(&filters)
-                .build();
+            let options =
+                EventsOptionsBuilder::default().since(&since.to_string()).filters(&filters).build();
             let client = self.docker.clone().with_timeout(STREAM_TIMEOUT);
             let mut events = client.events(Some(options));
             while let Some(Ok(event)) = events.next().await {

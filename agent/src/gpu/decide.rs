@@ -1,17 +1,18 @@
 //! Decides, before the launch, whether the node runs on the GPU or falls back to the CPU.
 //!
-//! [`decide_gpu_or_cpu`] is the only place that makes this decision; `run`, `plan`, `gpu` and
+//! [`decide_gpu_or_cpu`] is the only place that decides before the launch; `run`, `plan`, `gpu` and
 //! `check vm` call it. It is a pure function of the request, the framework, the facts from sysfs
 //! and the probe. The reasons come from `gpu::diagnose`, the device selection from
 //! `gpu::select`.
 //!
-//! A GPU verdict can still become a CPU verdict later:
+//! Later, a GPU verdict becomes a CPU verdict if:
 //! - Docker cannot be configured for the GPU (`runtime-missing`, `runtime-not-configured`): the
 //!   preflight in `daemon`, with `docker::nvidia_runtime`;
 //! - the container does not start with the GPU, or starts without it (`runtime-start-failed`,
-//!   `gpu-not-visible`): the event `GpuStartFailed` of `supervisor::state_machine`;
-//! - the GPU fails while the container runs (`gpu-failed`): the event `GpuFailed` of the same state
-//!   machine, raised by `supervisor::gpu_monitor`.
+//!   `gpu-not-visible`): `Event::GpuStartFailed` of `supervisor::state_machine`;
+//! - the GPU fails while the container runs (`gpu-failed`): `ContainerEvent::GpuFailed` of the same
+//!   state machine, reported by `supervisor::gpu_monitor`;
+//! - a previous agent already fell back with the same container spec: `Existing::CpuFallback`.
 //!
 //! The state machine also decides the return to the GPU. `report::fallback` logs every
 //! fallback.

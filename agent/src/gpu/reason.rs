@@ -330,7 +330,7 @@ pub const CATALOGUE: &[Entry] = &[
         reason: Reason::RuntimeMissing,
         code: "runtime-missing",
         message_id: "9717a5010ebb71160385380f3acd0c34",
-        meaning: "The GPU is usable, but nvidia-container-runtime, which makes it available to \
+        meaning: "The driver works, but nvidia-container-runtime, which makes the GPU available to \
                   containers, is not installed.",
         fix: Fix::Each {
             debian: APT_TOOLKIT,

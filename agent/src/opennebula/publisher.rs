@@ -89,7 +89,7 @@ async fn publish_changes(onegate: OneGateAccess, mut latest: watch::Receiver<Att
             let attributes = latest.borrow_and_update().clone();
             let Err(error) = onegate.client().publish(&attributes).await else {
                 if backoff.attempts() > 0 {
-                    tracing::info!("published to OneGate again");
+                    tracing::info!("publishing to OneGate works again");
                 }
                 break;
             };

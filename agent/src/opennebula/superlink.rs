@@ -87,7 +87,7 @@ pub enum SuperLinkError {
         /// What is accepted.
         reason: ValidationError,
     },
-    /// TLS is enabled without a CA, and OneGate cannot supply one.
+    /// TLS is enabled, no CA is configured, and OneGate was not queried or is unavailable.
     #[error(
         "FL_TLS_ENABLED is YES and FL_SSL_CA_CERTFILE is not set; set it to the base64 of the CA's \
          PEM certificate (base64 -w0 ca.crt)"
@@ -246,7 +246,7 @@ fn published_ca(
 }
 
 /// Runs one discovery attempt: the static address, else the first running VM of the role
-/// `superlink`. OneGate is queried only for what the variables leave open.
+/// `superlink`. OneGate is queried only if the address or a required CA is not configured.
 ///
 /// # Errors
 /// Why there is no SuperLink; see [`SuperLinkError::is_final`] for whether to retry.

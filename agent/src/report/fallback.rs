@@ -1,5 +1,5 @@
-//! The CPU fallback as the operator sees it: the one WARNING of a node that wanted a GPU and runs
-//! on the CPU, and its relatives for a GPU that is required, retried or kept in spite of a fault.
+//! The WARNING of a CPU fallback, and the related messages: the GPU is required, is retried, or is
+//! still used despite a failure.
 //!
 //! Each is one log event with the MESSAGE_ID of the reason and the fields `FL_GPU_STATUS`,
 //! `FL_GPU_REASON`, `FL_GPU_SUMMARY`, `FL_GPU_FIX`, `PCI_ADDRESS` and `GPU_UUID`. The decision is

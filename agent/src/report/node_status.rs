@@ -14,7 +14,7 @@ use crate::values::{HostPort, Version, sanitize_line};
 /// Bound on the XID counters; a faulty driver cannot grow the metrics without limit.
 const MAX_XID_COUNTERS: usize = 1024;
 
-/// How far the node is in the eyes of the service manager.
+/// Readiness as reported to the service manager.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) enum Readiness {
     /// Detection, preflight and launch.

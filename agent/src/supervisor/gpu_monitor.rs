@@ -207,7 +207,7 @@ impl GpuMonitor {
                 "GPU monitor {exit}; restarting it in {seconds} s if a probe finds the GPU usable"
             ),
             MAX_LOGGED_EXITS => tracing::warn!(
-                "GPU monitor {exit}; it keeps exiting, falling back to a probe every {} s",
+                "GPU monitor {exit}; it keeps exiting; probing the GPU every {} s instead",
                 MAX_DELAY.as_secs()
             ),
             _ => tracing::debug!("GPU monitor {exit}; restarting it in {seconds} s"),
@@ -367,7 +367,7 @@ struct MonitorProcess {
     heartbeat_timeout: Duration,
     heartbeat_due: Instant,
     missed_heartbeats: u32,
-    /// Why the child is about to exit, by its own account.
+    /// Error that the child reported before it exits.
     failure: Option<String>,
     /// How long the child may take to exit after it closed its output.
     exit_due: Option<Instant>,

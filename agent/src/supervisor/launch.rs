@@ -77,7 +77,8 @@ impl Supervisor<'_> {
         let id = self.container.as_ref().map(|container| container.id.as_str()).unwrap_or_default();
         let started = self.engine.start(id).await;
         if matches!(started, Err(EngineError::Refused { .. })) {
-            // What the old container needs may be gone: only the refusal of a new one counts.
+            // An old container may refer to removed devices or mounts: only the refusal of a new
+            // one counts.
             return Ok(Event::Refused);
         }
         self.after_start(&self.container_spec(), started).await
@@ -110,7 +111,7 @@ impl Supervisor<'_> {
         tracing::info!(
             container = %spec.name,
             image = %spec.image,
-            "started the container {} ({}) from {} on {}",
+            "started container {} ({}) from {} on {}",
             spec.name,
             short_id(&container.id),
             spec.image,

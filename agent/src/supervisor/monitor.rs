@@ -1,5 +1,5 @@
-//! Monitoring of the running container: waits for events of the watchers, records and logs them, and
-//! returns those that the state machine decides about.
+//! Monitoring of the running container: waits for events of the watchers, records and logs them,
+//! and returns those that the state machine decides about.
 
 use futures_util::FutureExt as _;
 use futures_util::future::OptionFuture;

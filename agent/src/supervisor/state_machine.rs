@@ -1,5 +1,5 @@
 //! State machine of the node's container. Pure: it takes an event and returns the next command. It
-//! reads no clock; delays go out with commands, and durations come in with events.
+//! reads no clock; commands carry delays, events carry elapsed times.
 //!
 //! Each command is answered by exactly one event. In the diagrams below an arrow is labelled with
 //! the event and leads to the next state.
@@ -33,7 +33,7 @@
 //! ```
 //!
 //! Container that must be stopped. The first time at once; soon after another start the state
-//! `StopDelayed` comes in between, so that a node does not do nothing but restart:
+//! `StopDelayed` comes in between, to prevent a restart loop:
 //!
 //! ```text
 //! Running ──GpuLost───────────> Stopping (stop and remove) ──Done──> Inspecting
@@ -61,8 +61,8 @@
 //! ```
 //!
 //! Wherever a target would become the CPU and `FL_GPU_REQUIRED` is YES, the next state is
-//! `Terminated` instead. So it is when the first launch fails: the service manager restarts the
-//! agent from the beginning.
+//! `Terminated` instead. The same applies if the first launch fails: the service manager restarts
+//! the agent from the beginning.
 
 use std::time::Duration;
 

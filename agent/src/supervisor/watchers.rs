@@ -6,7 +6,7 @@
 //! - the connection to the SuperLink, from Flower's log or, where the log does not report it, from
 //!   the container's TCP connections;
 //! - being paused and unpaused (`docker events`);
-//! - the GPUs in the container ([`gpu_presence`](super::gpu_presence)).
+//! - the GPUs in the container ([`super::gpu_presence`]).
 //!
 //! The others belong to the supervisor and outlive a run of the container:
 //!
@@ -78,8 +78,8 @@ pub(super) struct ContainerRun {
     /// does not report the connection.
     pub(super) tcp_connected: bool,
     pub(super) paused: bool,
-    /// Kept while one `Command::Monitor` follows another. Any other command drops, and thereby ends,
-    /// the watchers.
+    /// Kept while one `Command::Monitor` follows another. Any other command drops the watchers,
+    /// which ends them.
     pub(super) watchers: Option<ContainerWatchers>,
 }
 

@@ -84,7 +84,8 @@ impl Watchdog {
             self.next.set(Instant::now() + interval);
         }
         tracing::error!(
-            "operation exceeded {} s; no longer notifying the watchdog",
+            "operation exceeded its limit of {} s; stopping watchdog notifications, after which \
+             systemd restarts the agent",
             limit.as_secs()
         );
         operation.await

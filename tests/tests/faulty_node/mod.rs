@@ -406,7 +406,7 @@ fn assert_ready_was_true(agent: &Agent) {
     let has_line = |text: &str| lines.iter().any(|line| line.contains(text));
     if agent.notifications().iter().any(|message| message.contains("READY=1")) {
         assert!(
-            has_line("started the container") || has_line("adopted the running container"),
+            has_line("started container") || has_line("adopted the running container"),
             "{lines:#?}"
         );
     }
