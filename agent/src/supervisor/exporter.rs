@@ -35,7 +35,7 @@ const PIDS_LIMIT: i64 = 512;
 const SHM_SIZE_MIB: u64 = 64;
 /// Time between SIGTERM and SIGKILL: the exporter has nothing to finish.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// Retry delays: the first and the longest.
+/// Initial and maximum retry delay.
 const INITIAL_DELAY: Duration = Duration::from_secs(5);
 const MAX_DELAY: Duration = Duration::from_secs(600);
 /// A run of this length resets the delay, and the next failure is a WARNING again.
@@ -88,7 +88,7 @@ pub(crate) fn plan_exporter(
     let mut spec = ContainerSpec {
         name: container_name(settings),
         image: settings.dcgm.image.clone(),
-        // Those of the image: the default counters.
+        // The image's default arguments select the default counters.
         args: Vec::new(),
         env: env.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
         runtime: runtime.into(),
@@ -128,8 +128,8 @@ pub(crate) struct Exporter {
 }
 
 impl Exporter {
-    /// Keeps the exporter's container in the desired state. Dropping the future ends the
-    /// supervision and leaves the container running.
+    /// Keeps the exporter's container in the desired state. Dropping the future stops the
+    /// supervision; the container keeps running.
     pub(crate) async fn run(self) -> Infallible {
         let mut in_use = self.reporter.gpus_in_use();
         loop {
@@ -162,7 +162,7 @@ impl Exporter {
         self.reporter.update(|status| status.exporter = state.map(|text| sanitize_line(&text)));
     }
 
-    /// Runs the container, and runs it again with backoff whenever it fails.
+    /// Runs the container and restarts it with backoff whenever it fails.
     async fn supervise(&self, spec: &ContainerSpec, devices: &[GpuDevice]) -> Infallible {
         let name = &spec.name;
         let (mut backoff, mut warned) = (Backoff::new(INITIAL_DELAY, MAX_DELAY), false);

@@ -9,8 +9,8 @@
 //!  └────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! XIDs are classified in [`crate::gpu::xid`]; what a failure leads to is decided by the state
-//! machine of the supervisor.
+//! [`crate::gpu::xid`] classifies XIDs; the supervisor's state machine decides how to handle a
+//! failure.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -41,22 +41,23 @@ use crate::values::GpuUuid;
 /// The hidden subcommand of the child.
 pub(crate) const SUBCOMMAND: &str = "nvml-watch";
 
-/// Longest line that the child may print.
+/// Maximum length of a line of the child's output.
 const MAX_LINE_BYTES: usize = 1 << 16;
-/// Time without a message of the child, and how often in a row it may elapse. Not once with twice
-/// the time: after the VM was suspended, the first one has elapsed before the child can run.
+/// Timeout for the next message of the child, and the number of consecutive timeouts after which
+/// the child is unresponsive. One timeout of twice the length is not sufficient: after the VM was
+/// suspended, the first timeout has elapsed before the child can run.
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(8);
 const MAX_MISSED_HEARTBEATS: u32 = 2;
-/// Delays between an exit of the child and the probe: the first and the longest. The probe detects
-/// a lost GPU, even if it takes all of its time, within half a minute; hence the short delays.
+/// Initial and maximum delay between an exit of the child and the probe. The delays are short so
+/// that a probe that takes its full timeout still detects a lost GPU within half a minute.
 const INITIAL_DELAY: Duration = Duration::from_secs(1);
 const MAX_DELAY: Duration = Duration::from_secs(8);
 /// A child that ran for this long resets the delay.
 const HEALTHY_AFTER: Duration = Duration::from_secs(600);
-/// Exits in a row that are logged, the last one as a WARNING.
+/// Number of consecutive exits that are logged, the last one as a WARNING.
 const MAX_LOGGED_EXITS: u32 = 3;
 
-/// What was logged or reported already: the UUID of the GPU, and the kind of event.
+/// Events that were already logged or reported: UUID of the GPU and kind of event.
 type Reported = BTreeSet<(Option<GpuUuid>, EventKind)>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -87,7 +88,7 @@ pub(crate) struct GpuMonitor {
     reported_failures: Reported,
 }
 
-/// What the monitor does now. It is kept while the caller handles other events.
+/// Current phase of the monitor. It is kept while the caller handles other events.
 enum Phase {
     Idle,
     Running(Box<MonitorProcess>),
@@ -117,17 +118,18 @@ impl GpuMonitor {
         }
     }
 
-    /// Kills the child, until it is needed again, and forgets the reported failures: in another
-    /// container, or after a retry, a failure counts again.
+    /// Kills the child and resets the reported failures, so that a failure in another container or
+    /// after a retry is reported again. The next call of [`next_failure`](Self::next_failure)
+    /// starts a new child.
     pub(crate) fn reset(&mut self) {
         self.reported_failures.clear();
         self.phase = Phase::Idle;
     }
 
-    /// Waits until one of `devices`, at least one, fails in a way that was not reported yet. An
-    /// event without consequences is logged, once.
+    /// Waits for a failure of one of `devices`, which must not be empty, that was not reported yet.
+    /// Logs each kind of event without consequences once.
     ///
-    /// Cancel safe: the child, the backoff and the probe go on with the next call.
+    /// Cancel safe: the next call continues with the same child, backoff and probe.
     pub(crate) async fn next_failure(&mut self, devices: &[GpuDevice]) -> Finding {
         if !devices.iter().map(|device| &device.uuid).eq(&self.uuids) {
             self.uuids = devices.iter().map(|device| device.uuid.clone()).collect();
@@ -221,7 +223,7 @@ impl GpuMonitor {
         probe.boxed_local()
     }
 
-    /// Returns a failure if the probe after an exit of the child does not find a GPU.
+    /// Returns a failure if the probe after an exit of the child does not find one of `devices`.
     fn on_probed(
         &mut self,
         exit: &str,
@@ -275,7 +277,7 @@ impl GpuMonitor {
         }
     }
 
-    /// Returns a failure for a fatal event, and logs any other, once.
+    /// Returns a failure for a fatal event, and logs any other event once.
     fn on_xid(
         &mut self,
         uuid: GpuUuid,
@@ -351,7 +353,7 @@ enum ProcessEvent {
     Message(MonitorMessage),
     /// The child sent nothing for this long.
     Unresponsive(Duration),
-    /// The child exited, or is of no use; the text completes "the GPU monitor …".
+    /// The child exited or its output is invalid; the text completes "the GPU monitor …".
     Exited(String),
 }
 
@@ -360,16 +362,17 @@ struct MonitorProcess {
     child: Child,
     process_group: Option<Pid>,
     stdout: BufReader<ChildStdout>,
-    /// The part of a line that was read.
+    /// The incomplete line read so far.
     line: Vec<u8>,
     started_at: Instant,
-    /// The child is unresponsive after [`MAX_MISSED_HEARTBEATS`] of these.
+    /// The child is unresponsive after [`MAX_MISSED_HEARTBEATS`] consecutive timeouts of this
+    /// length.
     heartbeat_timeout: Duration,
     heartbeat_due: Instant,
     missed_heartbeats: u32,
-    /// Error that the child reported before it exits.
+    /// The fault that the child reported before its exit.
     failure: Option<String>,
-    /// How long the child may take to exit after it closed its output.
+    /// Deadline for the exit of a child that has closed its output.
     exit_due: Option<Instant>,
 }
 
@@ -386,7 +389,8 @@ impl MonitorProcess {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
-            // A process group of its own, so that what the library starts is killed with the child.
+            // A separate process group, so that processes started by the library are killed as
+            // well.
             .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
@@ -459,7 +463,8 @@ impl MonitorProcess {
         }
     }
 
-    /// Waits until the child, which has closed its output, exits; returns how. Cancel safe.
+    /// Waits for the exit of a child that has closed its output, and returns a description of the
+    /// exit. Cancel safe.
     async fn exit(&mut self) -> String {
         const TIMEOUT: Duration = Duration::from_secs(1);
         let due = *self.exit_due.get_or_insert_with(|| Instant::now() + TIMEOUT);
@@ -479,7 +484,8 @@ impl MonitorProcess {
 
 impl Drop for MonitorProcess {
     fn drop(&mut self) {
-        // Does not wait: a process that hangs inside the driver may survive SIGKILL for long.
+        // Does not wait: a process that hangs inside the driver may survive SIGKILL for a long
+        // time.
         if let Some(process_group) = self.process_group {
             let _ = kill_process_group(process_group, Signal::KILL);
         }

@@ -1,5 +1,5 @@
 //! Checks whether a running container still has its GPUs: its device nodes, and the rules of its
-//! device cgroup. Works from outside; the image needs no tool for it.
+//! device cgroup. The checks run outside the container; the image needs no tools.
 
 use std::io;
 use std::os::unix::fs::FileTypeExt as _;
@@ -15,12 +15,12 @@ use crate::gpu::verdict::GpuDevice;
 
 /// Interval of the check of device nodes.
 const NODE_CHECK_INTERVAL: Duration = Duration::from_secs(5);
-/// Number of checks of device nodes per check of the device rules, which costs a process.
+/// Number of checks of device nodes per check of the device rules, which starts a process.
 const NODE_CHECKS_PER_RULE_CHECK: u32 = 3;
 const SYSTEMCTL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Returns a finding about those of `devices` whose device node the container does not have; `None`
-/// if it has all.
+/// Returns a finding that names those of `devices` whose device node is missing in the container;
+/// `None` if none is missing.
 ///
 /// # Errors
 /// If the container's process exited or its file system cannot be read.
@@ -58,8 +58,8 @@ fn not_visible(device: &GpuDevice, summary: String) -> Finding {
     }
 }
 
-/// Returns the `/dev/nvidia<n>` character devices in a `/dev` directory. The number is the minor of
-/// the GPU.
+/// Returns the `/dev/nvidia<n>` character devices in a `/dev` directory. The number is the GPU's
+/// minor number.
 fn gpu_nodes(dev: &Path) -> io::Result<Vec<String>> {
     let mut nodes = Vec::new();
     for entry in std::fs::read_dir(dev)?.flatten() {
@@ -75,8 +75,9 @@ fn gpu_nodes(dev: &Path) -> io::Result<Vec<String>> {
     Ok(nodes)
 }
 
-/// Waits until the container loses one of `devices`, at least one. `by_hook`: NVIDIA's runtime hook
-/// injected them; it changes the device cgroup without systemd knowing.
+/// Waits until the container loses one of `devices`, which must not be empty. `by_hook` is whether
+/// NVIDIA's runtime hook injected them: the hook changes the device cgroup without systemd's
+/// knowledge.
 pub(crate) async fn wait_until_lost(
     container: &Container,
     devices: &[GpuDevice],
@@ -112,7 +113,7 @@ pub(crate) async fn wait_until_lost(
 /// The device rules that systemd applied to the container's scope.
 #[derive(Default)]
 struct DeviceRules {
-    /// The state of the manager at the last check.
+    /// Output of `systemctl show` for the manager at the last check.
     manager: String,
 }
 

@@ -11,8 +11,8 @@ use super::state_machine::{Event, Existing};
 use super::{LaunchError, Supervisor, short_id};
 
 impl Supervisor<'_> {
-    /// The spec of the container on the current target. On the CPU because of a fallback, a label
-    /// names the spec on the GPU, so that the next agent recognises the fallback.
+    /// Returns the container spec for the current target. After a fallback to the CPU, a label
+    /// contains the hash of the GPU spec, so that the next agent recognises the fallback.
     fn container_spec(&self) -> ContainerSpec {
         let mut spec = self.node.container_spec(self.state_machine.verdict());
         if let Some(gpu) = self.state_machine.fallback_from() {
@@ -38,10 +38,10 @@ impl Supervisor<'_> {
             }
             (true, false) => previous_fallback(container, &spec)
                 .map_or(Existing::Outdated, Existing::CpuFallback),
-            // An exited container is started again, and keeps its log, if a new one would be equal.
+            // An exited container that matches the spec is restarted, which keeps its log.
             (false, _) if container.is_made_from(&spec) => {
                 let image = self.engine.find_image(&spec.image).await?;
-                // If the image lost its name, no other container can be created.
+                // If the name no longer refers to an image, a new container cannot be created.
                 let same = image.is_none_or(|image| image.id == container.image_id);
                 if same { Existing::Exited } else { Existing::Outdated }
             }
@@ -77,14 +77,14 @@ impl Supervisor<'_> {
         let id = self.container.as_ref().map(|container| container.id.as_str()).unwrap_or_default();
         let started = self.engine.start(id).await;
         if matches!(started, Err(EngineError::Refused { .. })) {
-            // An old container may refer to removed devices or mounts: only the refusal of a new
-            // one counts.
+            // The old container may depend on something that no longer exists. Only the refusal of
+            // a new container counts.
             return Ok(Event::Refused);
         }
         self.after_start(&self.container_spec(), started).await
     }
 
-    /// Decides whether a start succeeded, failed because of the GPU, or failed.
+    /// Classifies the result of a start: success, failure because of the GPU, or another failure.
     async fn after_start(
         &mut self,
         spec: &ContainerSpec,
@@ -124,7 +124,8 @@ impl Supervisor<'_> {
         Ok(Event::Done)
     }
 
-    /// Fails while the container's runtime hangs: Docker 20.10 does not remove such a container.
+    /// Removes the container that did not start with the GPU. Fails while the container's runtime
+    /// hangs: Docker 20.10 does not remove such a container.
     pub(super) async fn remove_failed(&self, finding: Finding) -> Result<Event, LaunchError> {
         let removed = async {
             match self.engine.inspect_container(&self.node.settings.container.name).await? {
@@ -142,8 +143,8 @@ fn list_devices(devices: &[GpuDevice]) -> String {
     devices.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// Returns, from the container's labels, why it runs on the CPU instead of as `wanted` on the GPU;
-/// `None` if it is not a fallback of `wanted`.
+/// Returns the finding in the container's labels if the container is a CPU fallback from `wanted`;
+/// otherwise `None`.
 fn previous_fallback(container: &Container, wanted: &ContainerSpec) -> Option<Finding> {
     let label = |name: &str| container.labels.get(name).map(String::as_str);
     if label(REFUSED_HASH_LABEL) != Some(wanted.hash().as_str()) {
@@ -153,8 +154,8 @@ fn previous_fallback(container: &Container, wanted: &ContainerSpec) -> Option<Fi
     Some(Finding::new(reason, label(SUMMARY_LABEL)?))
 }
 
-/// Returns a finding about the devices that the container does not have; `None` also if that is
-/// unknown.
+/// Returns a finding that names the devices that are missing in the container; `None` also if the
+/// check fails.
 fn missing_devices(container: &Container, devices: &[GpuDevice]) -> Option<Finding> {
     find_missing_devices(container, devices).unwrap_or_else(|error| {
         tracing::info!("cannot check whether the container has its GPU: {error}");

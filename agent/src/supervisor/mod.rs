@@ -1,7 +1,7 @@
 //! The supervisor: owns the framework container and keeps it running.
 //!
-//! [`state_machine`] decides; this module and its parts `launch`, `monitor` and `notify` execute.
-//! One round of [`Supervisor::run`]:
+//! [`state_machine`] makes the decisions; this module and its submodules `launch`, `monitor` and
+//! `notify` execute them. One iteration of [`Supervisor::run`]:
 //!
 //! ```text
 //!            Command                       Event
@@ -20,8 +20,8 @@
 //! 2. [`Supervisor::on_gpu_lost`] logs the WARNING and updates the status.
 //! 3. The state machine enters `Stopping`, or `StopDelayed` first if the container was started
 //!    shortly before.
-//! 4. `StopAndRemove` ends the container and the GPU monitor; `Inspect` then finds no container and
-//!    a new one is created on the same GPU.
+//! 4. `StopAndRemove` removes the container and stops the GPU monitor; `Inspect` then finds no
+//!    container and a new one is created on the same GPU.
 //! 5. If the new container has no GPU either, the launch falls back to the CPU with a WARNING, or
 //!    the agent exits if `FL_GPU_REQUIRED` is YES.
 //!
@@ -33,12 +33,12 @@
 //!
 //! # When the agent receives a signal
 //!
-//! The supervisor does not know about signals. The daemon drops the future of
-//! [`NodeSpec::supervise`], on SIGTERM as well as on a SIGHUP that changes the configuration. That
-//! ends the watchers, the calls under way and the GPU monitor's child, and nothing else: the
-//! container keeps running. The daemon then stops the container (SIGTERM), leaves it to the next
-//! agent, or starts a new supervisor, which adopts the container if it still matches its spec and
-//! replaces it otherwise (SIGHUP).
+//! The supervisor does not handle signals. On SIGTERM, SIGINT, SIGUSR1 and a SIGHUP that changes
+//! the configuration, the daemon drops the future of [`NodeSpec::supervise`]. This cancels the
+//! watchers and the calls in progress and kills the GPU monitor's child; the container keeps
+//! running. The daemon then stops the container (SIGTERM, SIGINT), leaves it to the next agent
+//! (SIGUSR1), or starts a new supervisor, which adopts the container if it still matches its spec
+//! and replaces it otherwise (SIGHUP).
 
 pub(crate) mod exporter;
 pub(crate) mod gpu_monitor;
@@ -82,8 +82,8 @@ use state_machine::{
 };
 use watchers::{ContainerRun, SuperLinkWatcher};
 
-/// Everything that the framework container is created from, and the verdict aside, everything that
-/// the supervisor needs.
+/// Everything that the supervisor needs to create and monitor the framework container, except the
+/// verdict.
 #[derive(Debug)]
 pub(crate) struct NodeSpec {
     pub(crate) config: Config,
@@ -102,7 +102,7 @@ pub(crate) struct NodeSpec {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RestartRequested;
 
-/// Why the container does not run.
+/// Why a launch failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LaunchError {
     #[error(transparent)]
@@ -132,7 +132,7 @@ struct Supervisor<'a> {
     engine: Client,
     /// The container with the node's name, as last inspected.
     container: Option<Container>,
-    /// The run of that container that was last monitored.
+    /// The last monitored run of that container.
     run: Option<ContainerRun>,
     gpu_monitor: GpuMonitor,
     liveness: Liveness,
@@ -210,8 +210,8 @@ impl NodeSpec {
             && self.release().logs_node_id()
     }
 
-    /// Writes what the container mounts. Repeated before every launch, because a directory may have
-    /// been removed in between.
+    /// Creates the directories and files that the container mounts. Called before every launch,
+    /// because a directory may have been removed since the last one.
     fn prepare_mounts(&self) -> Result<(), LaunchError> {
         let failed = |path: &Path| {
             let path = path.to_path_buf();
@@ -233,7 +233,7 @@ impl NodeSpec {
 }
 
 impl Supervisor<'_> {
-    /// Executes one command after another.
+    /// Executes commands until the state machine exits.
     async fn run(&mut self, mut command: Command) -> Result<RestartRequested, LaunchError> {
         loop {
             let event = match command {
@@ -253,8 +253,8 @@ impl Supervisor<'_> {
         }
     }
 
-    /// Upper bound of the duration of a command, for the watchdog: each call of a command has a
-    /// timeout of its own, of at most two minutes. Monitoring has no upper bound.
+    /// Returns an upper bound on the duration of a command, for the watchdog. Each call within a
+    /// command has its own timeout of at most two minutes. Monitoring has no upper bound.
     fn timeout_for(&self, command: &Command) -> Duration {
         const CALLS: Duration = Duration::from_secs(600);
         let Settings { gpu, container, .. } = &self.node.settings;

@@ -1,5 +1,5 @@
 //! Monitoring of the running container: waits for events of the watchers, records and logs them,
-//! and returns those that the state machine decides about.
+//! and returns those that need a decision of the state machine.
 
 use futures_util::FutureExt as _;
 use futures_util::future::OptionFuture;
@@ -43,7 +43,7 @@ impl Supervisor<'_> {
         Event::Container { event, up_for }
     }
 
-    /// Waits for the next event of any watcher. No other watcher loses its progress, see
+    /// Waits for the next event of any watcher. The other watchers keep their progress; see
     /// [`watchers`](super::watchers).
     async fn next_event(&mut self, container: &Container, run: &mut ContainerRun) -> WatchEvent {
         let node = &self.node;
@@ -83,7 +83,7 @@ impl Supervisor<'_> {
         }
     }
 
-    /// Records and logs an event. Returns it if the state machine has to decide.
+    /// Records and logs an event, and returns it if it needs a decision of the state machine.
     async fn handle_event(
         &mut self,
         event: WatchEvent,
@@ -204,7 +204,7 @@ impl Supervisor<'_> {
         }
     }
 
-    /// Reports that the container runs, on what, and whether it is connected.
+    /// Reports the running container, its device and its connection.
     fn report_running(&self, container: &Container, run: &ContainerRun) {
         let NodeSpec { distribution, superlink, reporter, .. } = &self.node;
         reporter.update(|status| {

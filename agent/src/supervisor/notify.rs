@@ -1,4 +1,4 @@
-//! Log messages and status of the notifications of the state machine.
+//! Log messages and status updates for the notifications of the state machine.
 
 use std::time::Duration;
 

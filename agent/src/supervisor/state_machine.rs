@@ -1,8 +1,8 @@
 //! State machine of the node's container. Pure: it takes an event and returns the next command. It
-//! reads no clock; commands carry delays, events carry elapsed times.
+//! reads no clock: commands contain delays, and events contain durations.
 //!
-//! Each command is answered by exactly one event. In the diagrams below an arrow is labelled with
-//! the event and leads to the next state.
+//! Exactly one event answers each command. In the diagrams below, each arrow is labelled with an
+//! event and leads to the next state.
 //!
 //! Launch. `on the CPU` means that the target is the CPU from here on:
 //!
@@ -32,8 +32,8 @@
 //!                                             └──running──> Settling ──Done──> Running
 //! ```
 //!
-//! Container that must be stopped. The first time at once; soon after another start the state
-//! `StopDelayed` comes in between, to prevent a restart loop:
+//! Container that must be stopped. The first stop is immediate. A stop soon after another start
+//! goes through the state `StopDelayed`, which prevents a restart loop:
 //!
 //! ```text
 //! Running ──GpuLost───────────> Stopping (stop and remove) ──Done──> Inspecting
@@ -53,16 +53,16 @@
 //!                                                             attempt Inspecting (on the CPU)
 //! ```
 //!
-//! GPU available late, by `gpu.on_available`:
+//! GPU that becomes available later, by `gpu.on_available`:
 //!
 //! ```text
 //! Running ──GpuAvailable──┬──announce──> Running
 //!                         └──restart───> Terminated: the daemon restarts from detection
 //! ```
 //!
-//! Wherever a target would become the CPU and `FL_GPU_REQUIRED` is YES, the next state is
-//! `Terminated` instead. The same applies if the first launch fails: the service manager restarts
-//! the agent from the beginning.
+//! If the target would become the CPU and `FL_GPU_REQUIRED` is YES, the next state is `Terminated`
+//! instead. A failure of the first launch also leads to `Terminated`: the service manager restarts
+//! the agent.
 
 use std::time::Duration;
 
@@ -72,8 +72,8 @@ use crate::gpu;
 use crate::gpu::reason::{Finding, Reason};
 use crate::gpu::verdict::Verdict;
 
-/// Restart delays: the first and the longest. A run of [`HEALTHY_AFTER`] and an engine that was
-/// unavailable reset them.
+/// Initial and maximum restart delay. A run of [`HEALTHY_AFTER`] or an outage of the engine resets
+/// the backoff.
 const INITIAL_DELAY: Duration = Duration::from_secs(1);
 const MAX_DELAY: Duration = Duration::from_secs(60);
 /// A container that ran for this long was healthy.
@@ -85,7 +85,7 @@ const GPU_RETRY_DELAYS: [Duration; 3] =
 /// Interval of connection attempts to an engine that does not answer.
 const ENGINE_RETRY_INTERVAL: Duration = Duration::from_secs(2);
 
-/// What the operator configured.
+/// Configured reactions to a missing, failed or newly available GPU.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Policy {
     /// `FL_GPU_REQUIRED`.
@@ -173,7 +173,7 @@ pub(crate) enum Command {
     RemoveFailed(Finding),
     /// Monitor the container: `Container`.
     Monitor,
-    /// Ask the engine whether it answers: `Engine`.
+    /// Check whether the engine answers: `Engine`.
     PingEngine,
     /// Connect to the engine again: `Engine`.
     Reconnect,
@@ -203,7 +203,7 @@ pub(crate) enum GracePeriod {
     Short,
 }
 
-/// Why the supervisor ends.
+/// Why the supervisor exits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ExitReason {
     /// `FL_GPU_REQUIRED` is YES, and no GPU is usable.
@@ -221,7 +221,7 @@ pub(crate) enum Notification {
     Adopted,
     /// The running container is replaced for this reason.
     Replacing(Finding),
-    /// The GPU is wanted and the CPU is used: the WARNING of the fallback.
+    /// The node falls back to the CPU: the one WARNING.
     CpuFallback(Finding),
     /// The GPU is required and did not start.
     GpuRequired(Finding),
@@ -287,7 +287,7 @@ enum State {
     Terminated(ExitReason),
 }
 
-/// How a running container is ended.
+/// How a running container is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum StopMode {
     Remove,
@@ -296,7 +296,7 @@ enum StopMode {
     Replace,
 }
 
-/// What a container is launched on.
+/// The device that the container is launched on.
 #[derive(Debug, Clone)]
 struct Target {
     verdict: Verdict,
@@ -311,13 +311,13 @@ pub(crate) struct StateMachine {
     target: Target,
     /// The target before the current launch.
     previous_target: Target,
-    /// The reason of the last fallback WARNING: it is not repeated for every attempt.
+    /// Reason of the last fallback WARNING, which is not repeated for every attempt.
     reported_fallback: Option<Reason>,
     restart_backoff: Backoff,
     /// Attempts to use a failed GPU again.
     gpu_attempts: usize,
     awaits_gpu: bool,
-    /// Whether the container ran since the supervisor started.
+    /// Whether the container has run since the supervisor started.
     has_run: bool,
 }
 
@@ -341,18 +341,18 @@ impl StateMachine {
         (state_machine, Command::Inspect)
     }
 
-    /// What the container runs on, or is launched on.
+    /// Returns the verdict that the container runs on or is launched on.
     pub(crate) fn verdict(&self) -> &Verdict {
         &self.target.verdict
     }
 
-    /// The GPU verdict that the current CPU verdict replaces, because the GPU did not start or
-    /// failed.
+    /// Returns the GPU verdict that the current CPU verdict replaces, because the GPU did not start
+    /// or failed.
     pub(crate) fn fallback_from(&self) -> Option<&Verdict> {
         self.target.fallback_from.as_ref()
     }
 
-    /// Whether the node runs on the CPU and a GPU that becomes available is an event.
+    /// Whether the node runs on the CPU and waits for a GPU to become available.
     pub(crate) fn awaits_gpu(&self) -> bool {
         self.awaits_gpu
     }
@@ -588,7 +588,7 @@ impl StateMachine {
         self.enter(State::BackingOff, Command::BackOff(delay))
     }
 
-    /// Stops a running container: the first one at once, one that started soon after another only
+    /// Stops a running container: the first one immediately, one that started soon after another
     /// after a delay.
     fn schedule_stop(&mut self, mode: StopMode) -> Command {
         let delay = self.restart_backoff.next_delay(0.0);
@@ -607,7 +607,7 @@ impl StateMachine {
         }
     }
 
-    /// Decides by `gpu.on_failure` what a GPU failure leads to; `if_ignored` is the command of
+    /// Handles a GPU failure according to `gpu.on_failure`; `if_ignored` is the command for
     /// `ignore`.
     fn on_gpu_failed(
         &mut self,
@@ -629,7 +629,7 @@ impl StateMachine {
         }
     }
 
-    /// Schedules the next probe of a failed GPU, or leaves the GPU after the last attempt. The
+    /// Schedules the next probe of a failed GPU, or moves to the CPU after the last attempt. The
     /// container stays stopped meanwhile, because a GPU in use cannot be reset.
     fn schedule_gpu_retry(
         &mut self,
@@ -645,7 +645,7 @@ impl StateMachine {
     }
 
     /// Moves the container from a GPU that failed while it ran to the CPU. A restarted agent adopts
-    /// the container on the CPU: only after the container was stopped is the GPU used again.
+    /// the container on the CPU; the GPU is used again only after the container was stopped.
     fn leave_failed_gpu(
         &mut self,
         finding: Finding,
@@ -661,8 +661,8 @@ impl StateMachine {
         self.relaunch()
     }
 
-    /// Makes the CPU the target of the launch, after its WARNING. Terminates instead if the GPU is
-    /// required.
+    /// Makes the CPU the target of the launch and reports the fallback, unless the last fallback
+    /// WARNING had the same reason. Terminates instead if the GPU is required.
     fn fall_back_to_cpu(
         &mut self,
         finding: Finding,

@@ -1,10 +1,10 @@
-//! What the supervisor waits for while the container runs.
+//! Watchers: the sources of the events that the supervisor waits for while the container runs.
 //!
 //! [`ContainerWatchers`] belong to one run of the container:
 //!
 //! - its exit (`docker wait`);
-//! - the connection to the SuperLink, from Flower's log or, where the log does not report it, from
-//!   the container's TCP connections;
+//! - the connection to the SuperLink, from Flower's log or, if the log does not report it, from the
+//!   container's TCP connections;
 //! - being paused and unpaused (`docker events`);
 //! - the GPUs in the container ([`super::gpu_presence`]).
 //!
@@ -16,13 +16,13 @@
 //! - a GPU that becomes available
 //!   ([`wait_until_available`](crate::gpu::wait_until_available)).
 //!
-//! Each watcher keeps its deadlines, its backoff and the call that is under way across events: an
-//! event of one watcher never restarts another. Otherwise a connection that flaps every second
-//! would hide a lost GPU, because no other watcher would ever reach its next deadline.
+//! Each watcher keeps its deadlines, its backoff and its call in progress across events: an event
+//! of one watcher never restarts another. Otherwise a connection that flaps every second would hide
+//! a lost GPU, because no other watcher would ever reach its next deadline.
 //!
-//! No watcher spawns a task. A watcher ends by being dropped, and the calls it has under way end
-//! with it: [`ContainerWatchers`] when the supervisor executes any command but `Monitor`, the
-//! others with the supervisor.
+//! No watcher spawns a task. Dropping a watcher cancels it and its call in progress. The
+//! [`ContainerWatchers`] are dropped when the supervisor executes any command except `Monitor`, the
+//! others together with the supervisor.
 
 use std::time::{Duration, SystemTime};
 
@@ -44,7 +44,7 @@ use crate::opennebula::onegate::OneGateAccess;
 use crate::opennebula::superlink::{Discovery, SuperLink, find_superlink};
 use crate::supervisor::gpu_presence;
 
-/// What a watcher reports.
+/// An event that a watcher reports.
 pub(super) enum WatchEvent {
     /// The container exited with this code; `None` if the container is gone or the engine does not
     /// answer.
@@ -74,12 +74,11 @@ pub(super) struct ContainerRun {
     pub(super) monitored_since: Instant,
     /// The connection to the SuperLink according to Flower's log.
     pub(super) connection: Connection,
-    /// Whether the container has a TCP connection to the SuperLink's port: used where Flower's log
+    /// Whether the container has a TCP connection to the SuperLink's port. Used if Flower's log
     /// does not report the connection.
     pub(super) tcp_connected: bool,
     pub(super) paused: bool,
-    /// Kept while one `Command::Monitor` follows another. Any other command drops the watchers,
-    /// which ends them.
+    /// Kept across consecutive `Command::Monitor`s. Any other command drops the watchers.
     pub(super) watchers: Option<ContainerWatchers>,
 }
 
@@ -101,12 +100,12 @@ impl ContainerRun {
     }
 }
 
-/// What the watchers of a container need to know about it.
+/// The container to watch, with its current state.
 pub(super) struct WatchedContainer<'a> {
     pub(super) container: &'a Container,
     /// Whether the container is paused now.
     pub(super) paused: bool,
-    /// The SuperLink's port and whether the container has a connection to it now; `None` where
+    /// The SuperLink's port and whether the container has a connection to it now; `None` if
     /// Flower's log reports the connection.
     pub(super) tcp: Option<(u16, bool)>,
     /// The GPUs that the container uses.
@@ -115,7 +114,7 @@ pub(super) struct WatchedContainer<'a> {
     pub(super) by_hook: bool,
 }
 
-/// The watchers of one run of the container. Dropping them ends them.
+/// The watchers of one run of the container. Dropping this value cancels them.
 pub(super) struct ContainerWatchers(SelectAll<LocalBoxStream<'static, WatchEvent>>);
 
 impl ContainerWatchers {
@@ -169,8 +168,8 @@ impl ContainerWatchers {
     }
 }
 
-/// The changes of a flag that is `current` now; `wait_for` returns once the flag has the given
-/// value.
+/// Returns the changes of a flag whose value is `current` now. `wait_for` completes once the flag
+/// has the given value.
 fn changes(current: bool, wait_for: impl AsyncFn(bool) + 'static) -> impl Stream<Item = bool> {
     stream::unfold((current, wait_for), async |(current, wait_for)| {
         wait_for(!current).await;
@@ -178,23 +177,23 @@ fn changes(current: bool, wait_for: impl AsyncFn(bool) + 'static) -> impl Stream
     })
 }
 
-/// Asks OneGate whether the service has another SuperLink, while the node is not connected to the
-/// one it knows.
+/// Queries OneGate for another SuperLink of the service while the node is not connected to the
+/// known one.
 ///
-/// The schedule starts when the connection is lost and stands while the connection flaps. A
-/// connection that holds for [`STABLE_AFTER`] resets it.
+/// The schedule of the requests starts when the connection is lost and continues while the
+/// connection flaps. A connection that lasts for [`STABLE_AFTER`] resets it.
 pub(super) struct SuperLinkWatcher {
     connected: watch::Sender<bool>,
     changed: LocalBoxFuture<'static, Discovery>,
 }
 
-/// Delay before the first request: Flower itself reconnects for this long first.
+/// Delay before the first request, in which Flower itself may reconnect.
 const INITIAL_DELAY: Duration = Duration::from_secs(60);
-/// A connection that holds for this long is stable.
+/// A connection that lasts for this long is stable.
 const STABLE_AFTER: Duration = Duration::from_secs(60);
 
 impl SuperLinkWatcher {
-    /// Watches for a SuperLink other than `known`. Reports nothing where `known` was not discovered
+    /// Watches for a SuperLink other than `known`. Reports nothing if `known` was not discovered
     /// through OneGate.
     pub(super) fn new(config: &Config, onegate: Option<&OneGateAccess>, known: &SuperLink) -> Self {
         let Some(onegate) = onegate.filter(|_| known.vm_id.is_some()).cloned() else {
@@ -238,8 +237,8 @@ impl SuperLinkWatcher {
         });
     }
 
-    /// Waits for another SuperLink. Reports it once: the caller then watches from the new one.
-    /// Cancel safe.
+    /// Waits for another SuperLink. Completes only once; the caller then creates a watcher for the
+    /// new SuperLink. Cancel safe.
     pub(super) async fn changed(&mut self) -> Discovery {
         (&mut self.changed).await
     }
@@ -263,8 +262,8 @@ async fn until_changed(
     }
 }
 
-/// Waits for a moment, at `due` or later, at which the node is not connected. Returns `false` once
-/// a stable connection was lost: the schedule then starts again.
+/// Waits until the node is not connected, at `due` or later, and returns `true`. Returns `false`
+/// after a stable connection was lost: the schedule then restarts.
 async fn is_disconnected_from(due: Instant, connected: &mut watch::Receiver<bool>) -> bool {
     loop {
         let is_connected = *connected.borrow_and_update();
@@ -321,7 +320,7 @@ mod tests {
         None
     }
 
-    /// A watcher whose service has moved, and how often it asks OneGate.
+    /// Returns a watcher whose service has another SuperLink, and the number of its requests.
     fn moved() -> (SuperLinkWatcher, Rc<Cell<u32>>) {
         let requests = Rc::new(Cell::new(0));
         let count = Rc::clone(&requests);
@@ -346,7 +345,7 @@ mod tests {
         let (mut watcher, requests) = moved();
         assert_eq!(run(&mut watcher, 3600, |_| true).await, None);
         assert_eq!(requests.get(), 0);
-        // Flower reconnects first, for a minute.
+        // The first request follows after a minute, in which Flower may reconnect.
         let reported = run(&mut watcher, 600, |_| false).await.unwrap();
         assert!((60..=91).contains(&reported), "{reported}");
     }
@@ -362,7 +361,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn superlink_change_is_dropped_after_reconnect() {
         let (mut watcher, requests) = moved();
-        // The node reconnects while OneGate is asked.
+        // The node reconnects while the request is in progress.
         let reconnected = Rc::clone(&requests);
         assert_eq!(run(&mut watcher, 3600, move |_| reconnected.get() > 0).await, None);
         assert_eq!(requests.get(), 1);

@@ -94,7 +94,7 @@ impl Simulation {
             }
             _ => {}
         }
-        // The CPU only after its WARNING, and never if the GPU is required.
+        // The CPU is used only after its WARNING, and never if the GPU is required.
         if matches!(command, Command::CreateAndStart | Command::StartExisting | Command::Monitor)
             && let Verdict::Cpu { finding } = self.state_machine.verdict()
         {
@@ -119,8 +119,8 @@ impl Simulation {
         notifications
     }
 
-    /// Lets every command succeed; returns whether the container runs in the end, or the state
-    /// machine terminated.
+    /// Lets every command succeed. Returns whether the container finally runs or the state machine
+    /// has terminated.
     fn recovers(&mut self) -> bool {
         for _ in 0..MAX_COMMANDS_WITHOUT_WAIT {
             self.apply(match &self.command {
@@ -136,9 +136,9 @@ impl Simulation {
     }
 }
 
-/// Least total delay before launch `n` without a healthy run. Some launches need no delay: the
-/// first one, the one after the first stop, and the one on the CPU after a GPU failure. Launches
-/// after a GPU retry have delays of their own.
+/// Returns the minimum total delay before launch `n` without a healthy run. Some launches need no
+/// delay: the first one, the one after the first stop, and the one on the CPU after a GPU failure.
+/// Launches after a GPU retry have their own delays.
 fn min_wait(n: u32) -> Duration {
     let free = 3 + GPU_RETRY_DELAYS.len() as u32;
     (0..n.saturating_sub(free)).map(|n| (INITIAL_DELAY * 2_u32.pow(n.min(10))).min(MAX_DELAY)).sum()
