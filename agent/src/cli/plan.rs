@@ -176,8 +176,8 @@ fn superlink_json(superlink: &SuperLink) -> Json {
     })
 }
 
-/// Startup of `plan`: reads only, and never fails. Where `run` would act, or `plan` cannot find
-/// out, it adds a note.
+/// Startup of `plan`: only reads, and never fails. It adds a note for each action that `run` would
+/// take and for each fact that it cannot determine.
 struct DryRunOps<'a> {
     config: &'a Config,
     settings: &'a Settings,
@@ -230,7 +230,7 @@ impl StartupOps for DryRunOps<'_> {
         Ok(())
     }
 
-    /// Part of the output.
+    /// The unused GPUs are part of the output.
     fn report_unused_gpus(&self, _: &[String]) {}
 
     async fn ensure_runtime(

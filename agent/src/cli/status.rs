@@ -288,7 +288,7 @@ impl Terminal {
 }
 
 /// Refreshes the output until SIGINT, SIGTERM, or the reader of stdout closes it. Output is printed
-/// only when it changes; a terminal is cleared before.
+/// only when it changes; a terminal is cleared first.
 pub(super) async fn watch(settings: &Settings, json: bool, out: &mut dyn Write) -> io::Result<()> {
     const INTERVAL: Duration = Duration::from_secs(2);
     const CLEAR_SCREEN: &str = "\x1b[H\x1b[2J";

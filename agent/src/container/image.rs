@@ -7,19 +7,18 @@ use crate::values::{ImageRef, Version};
 /// The image that the framework container is created from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct FrameworkImage {
-    /// Its reference.
     pub reference: ImageRef,
     /// `PYTHONPATH` as set in the image.
     pub python_path: Option<String>,
 }
 
-/// Returns the image that the configuration asks for.
+/// Returns the image that the configuration specifies.
 pub(crate) fn wanted_image(config: &Config) -> ImageRef {
     config.image.clone().unwrap_or_else(|| image_of(config.framework, &config.version))
 }
 
-/// Returns the image that was installed when the VM image was built: used if the wanted one cannot
-/// be pulled. `FL_SUPERNODE_IMAGE` has no replacement.
+/// Returns the image that was installed when the VM image was built. It is used if the wanted one
+/// cannot be pulled. `FL_SUPERNODE_IMAGE` has no replacement.
 pub(crate) fn prebaked_image(config: &Config) -> Option<ImageRef> {
     config.image.is_none().then(|| image_of(config.prebaked.framework, &config.prebaked.version))
 }

@@ -40,7 +40,7 @@ pub(crate) struct ContainerInputs<'a> {
     pub settings: &'a Settings,
     /// GPU or CPU.
     pub verdict: &'a Verdict,
-    /// How the GPUs of the verdict get into the container.
+    /// Injection method for the GPUs of the verdict.
     pub injection: &'a GpuInjection,
     /// The SuperLink; `None` in `plan`, if discovery has not found one.
     pub superlink: Option<&'a SuperLink>,

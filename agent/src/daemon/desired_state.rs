@@ -1,4 +1,4 @@
-//! The desired state: what the operator configured. A reload compares the old with the new one.
+//! The desired state: the operator's configuration. A reload compares the current with the new one.
 
 use std::path::Path;
 use std::time::SystemTime;
@@ -13,7 +13,7 @@ use crate::opennebula::onegate::{OneGateAccess, OneGateAvailability, OneGateUnav
 use crate::opennebula::superlink;
 use crate::system::blocking::run_blocking;
 
-/// Everything that the operator configured.
+/// The configuration of the node: context variables, settings and access to OneGate.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct DesiredState {
     pub config: Config,

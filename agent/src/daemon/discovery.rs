@@ -1,5 +1,5 @@
-//! Discovery: finds the SuperLink and the partition of this node. `run` retries as
-//! `FL_EDGE_BACKOFF` says; `plan` makes one attempt and changes nothing.
+//! Discovery: finds the SuperLink and the partition of this node. `run` retries as specified by
+//! `FL_EDGE_BACKOFF`; `plan` makes one attempt and changes nothing.
 
 use std::time::{Duration, SystemTime};
 
@@ -20,9 +20,9 @@ use crate::values::sanitize_line;
 /// not query OneGate together. The GPU and Docker are prepared in the meantime.
 pub const MAX_START_DELAY: Duration = Duration::from_secs(5);
 const INITIAL_DELAY: Duration = Duration::from_secs(10);
-/// Attempts of `FL_EDGE_BACKOFF=fixed`.
+/// Maximum number of attempts with `FL_EDGE_BACKOFF=fixed`.
 const MAX_FIXED_ATTEMPTS: u32 = 30;
-/// Largest random addition to a delay, as a fraction of it.
+/// Maximum jitter, as a fraction of the delay.
 const JITTER: f64 = 0.5;
 
 /// Delays of `FL_EDGE_BACKOFF=exponential`, with `max` from `FL_EDGE_MAX_BACKOFF`.
@@ -35,7 +35,7 @@ fn fixed_backoff() -> Backoff {
     Backoff::new(INITIAL_DELAY, INITIAL_DELAY).with_jitter(JITTER)
 }
 
-/// Finds the SuperLink, with retries, and takes a partition of the service.
+/// Finds the SuperLink, with retries, and acquires a partition of the service.
 ///
 /// # Errors
 /// If a retry is pointless, or the attempts of `FL_EDGE_BACKOFF=fixed` are exhausted.
@@ -70,7 +70,7 @@ pub(super) async fn discover_superlink(
                 "waiting for the SuperLink (attempt {attempt}, next in {seconds} s): {cause}"
             ));
         });
-        // The same cause is logged once, however many attempts fail because of it.
+        // Consecutive attempts with the same cause are logged once.
         if cause != logged {
             tracing::warn!(
                 attempt = backoff.attempts(),
@@ -104,8 +104,8 @@ fn log_discovery(superlink: &SuperLink, warnings: &[String], attempt: u32) {
     }
 }
 
-/// Takes a partition of the service. Returns `None` outside a service, and after a time limit: a
-/// node without a partition is worth more than none.
+/// Acquires a partition of the service. Returns `None` outside a service, and after a time limit,
+/// because a node without a partition is better than no node.
 async fn acquire_partition(
     onegate: &OneGateAccess,
     mut service: Option<Service>,
@@ -143,12 +143,12 @@ async fn acquire_partition(
     })
 }
 
-/// What discovery finds without retrying, publishing or storing anything.
+/// Result of one discovery attempt that publishes and stores nothing.
 #[derive(Debug, Default)]
 pub(crate) struct DiscoveryPreview {
     /// The SuperLink, with the partition if it is known already.
     pub superlink: Option<SuperLink>,
-    /// What `run` would do differently, and what the operator should know.
+    /// Differences from `run`, and information for the operator.
     pub notes: Vec<String>,
 }
 

@@ -47,14 +47,9 @@ pub(crate) enum DaemonError {
     #[error(transparent)]
     Lock(#[from] LockError),
     /// The container may still run.
-    #[error("cannot stop container {name}")]
-    Stop {
-        /// Its name.
-        name: String,
-        /// The cause.
-        source: StopError,
-    },
-    /// No signal handlers.
+    #[error("cannot stop the container {name}")]
+    Stop { name: String, source: StopError },
+    /// The signal handlers cannot be installed.
     #[error("cannot listen for signals")]
     Signals(#[source] std::io::Error),
 }

@@ -26,7 +26,7 @@ pub(crate) enum ImageError {
     NoPrebaked {
         /// The wanted image.
         image: ImageRef,
-        /// Its replacement.
+        /// The prebaked replacement.
         prebaked: ImageRef,
         /// Why the pull failed.
         source: PullError,
@@ -39,7 +39,7 @@ pub(crate) enum PullError {
     /// Docker reported an error.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// Docker reported success.
+    /// Docker reported success, but does not list the image.
     #[error("the pull succeeded, but Docker does not list the image")]
     NotListed,
 }

@@ -16,15 +16,15 @@
 //! 3. If nothing has changed, or the new configuration is invalid, the node continues with the old
 //!    state. The service manager is notified (`READY=1`) if the node was ready before.
 //! 4. Otherwise the old run is stopped: `drop(node)` cancels its supervisor, watchers, discovery,
-//!    exporter and metrics endpoint at their current await point. Nothing else stops it. The
-//!    container is left alone.
+//!    exporter and metrics endpoint at any point of their execution. A run is stopped in no other
+//!    way. The container keeps running.
 //! 5. A new run begins with the new state at startup step 3. Its supervisor adopts the container if
 //!    the container's specification is unchanged, and replaces it otherwise.
-//! 6. The service manager is notified (`READY=1`) once the container runs, or only the SuperLink is
-//!    missing.
+//! 6. The service manager is notified (`READY=1`) once the container runs, or once only the
+//!    SuperLink is missing.
 //!
-//! A node that asks for a restart from detection ([`RestartRequested`]) takes steps 4 and 5 with
-//! the old state.
+//! A node that requests a restart from detection ([`RestartRequested`]) goes through steps 4 to 6
+//! with the old state.
 //!
 //! # Shutdown
 //! - SIGTERM, SIGINT: the run is dropped as in step 4, then [`stop_containers`] stops the container
@@ -78,7 +78,8 @@ pub(crate) async fn run(settings: Settings, settings_file: Option<&Path>) -> Exi
         Ok(context) => {
             let (level, format) = config::log_settings(&context);
             logging::init(level.into(), format == LogFormat::Json);
-            // Before anything can fail, because the attributes of an earlier boot are outdated.
+            // Before anything can fail, so that the outdated attributes of an earlier boot are
+            // overwritten.
             reporter.publish_through(OneGateAccess::new(&context, &settings).ok().as_ref());
             let run = async {
                 let desired = DesiredState::new(&context, settings)?;
@@ -111,7 +112,7 @@ pub(crate) async fn run(settings: Settings, settings_file: Option<&Path>) -> Exi
     ExitCode::from(error.exit_code())
 }
 
-/// Runs the node until a signal or an error, then stops the container if that is due.
+/// Runs the node until a signal or an error, then stops the container if required.
 async fn run_until_shutdown(
     mut desired: DesiredState,
     settings_file: Option<&Path>,
@@ -232,7 +233,8 @@ async fn run_node(
         status.begin_run(&settings.container.name, &config.version, config.framework);
         status.set_step("Looking for the GPU and the Docker engine");
     });
-    // Without a limit: every step has its own, and discovery may wait for the SuperLink forever.
+    // No overall time limit: every step has its own, and discovery may wait for the SuperLink
+    // forever.
     let startup = preflight_and_discovery(&desired, &reporter);
     let (preflight, superlink) = watchdog.guard(Duration::MAX, startup).await?;
     reporter.set_step("Starting the container");
@@ -264,8 +266,9 @@ async fn run_node(
     }
 }
 
-/// Removes containers of this node under another name: one that was renamed, or created before
-/// `container.name` changed. An orphan would train next to the node, on the same GPU.
+/// Removes containers of this node that have another name: a container that was renamed, or that
+/// was created before `container.name` changed. An orphan would train next to the node, on the same
+/// GPU.
 async fn remove_orphans(engine: &Client, settings: &Settings) -> Result<(), EngineError> {
     for name in engine.find_orphans(settings).await? {
         tracing::warn!(

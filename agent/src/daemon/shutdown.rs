@@ -6,7 +6,7 @@ use crate::config::settings::Settings;
 use crate::docker::client::{Client, EngineError};
 use crate::supervisor::exporter;
 
-/// How the daemon ends without an error.
+/// How the daemon exits without an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Shutdown {
     /// The container is stopped (SIGTERM, SIGINT).

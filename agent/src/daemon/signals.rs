@@ -4,7 +4,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::error::DaemonError;
 
-/// What a signal asks for.
+/// The action that a signal requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SignalEvent {
     /// SIGTERM (`systemctl stop`) or SIGINT (Ctrl-C), with its name.
