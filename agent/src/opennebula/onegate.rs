@@ -31,7 +31,7 @@ pub enum OneGateUnavailable {
     Client(#[source] Arc<OneGateError>),
 }
 
-/// Equal if an operator would read the same text: the causes are not comparable.
+/// Compares the error messages, because the causes are not comparable.
 impl PartialEq for OneGateUnavailable {
     fn eq(&self, other: &Self) -> bool {
         error_chain(self) == error_chain(other)
@@ -40,7 +40,7 @@ impl PartialEq for OneGateUnavailable {
 
 impl Eq for OneGateUnavailable {}
 
-/// What the context says about OneGate.
+/// OneGate configuration in the context.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct OneGateContext {
     endpoint: String,

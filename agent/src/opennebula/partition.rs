@@ -5,7 +5,7 @@
 //! replaced, and then two nodes train on one partition. OneFlow instead gives every VM of a role a
 //! number that it never reuses, in the VM's name (`supernode_3_(service_7)`:
 //! `$ROLE_NAME_$VM_NUMBER_(service_$SERVICE_ID)` in oneflow-server.conf). As long as no VM has been
-//! replaced, these numbers are the IDs: a node needs no answer from the others, even while the role
+//! replaced, these numbers are the IDs: a node needs no data from the others, even while the role
 //! is scaled during boot. A node that replaces another takes an ID that no node has published,
 //! publishes it, then reads the service again and retries if another node published the same ID.
 //! Because each node publishes before it reads, at least one of two conflicting nodes sees the
@@ -24,10 +24,11 @@ use crate::system::atomic_file;
 /// Attribute with the partition ID that a node acquired.
 pub(crate) const ATTRIBUTE: &str = "FL_PARTITION_ID";
 /// Attribute with the ID of the VM that published the other attributes. A VM instantiated from a
-/// saved one inherits attributes that are not its own.
+/// saved VM inherits the attributes of that VM.
 pub(crate) const OWNER_ATTRIBUTE: &str = "FL_NODE_ID";
 
-/// Limit on numbers and published IDs, above the size of any service; others are ignored.
+/// Exclusive upper bound of OneFlow numbers and published IDs, above the size of any service.
+/// Larger ones are ignored.
 const MAX_IDS: u64 = 1 << 20;
 /// Attempts to find an ID that no other node has published.
 const MAX_ATTEMPTS: u32 = 5;
@@ -102,9 +103,9 @@ impl PartitionStore {
     }
 }
 
-/// Returns the partition of `service` that this VM has without asking other nodes: the one that it
-/// acquired before, else its OneFlow number. `None` if no role contains this VM or the other nodes
-/// must be asked.
+/// Returns the partition of this VM in `service` if it can be determined without the IDs that other
+/// nodes published: the one that it acquired before, else its OneFlow number. `None` if those IDs
+/// are required, or if no role contains this VM.
 pub(crate) fn known_partition(service: &Service, store: &PartitionStore) -> Option<Partition> {
     let role = role_of(service, store.vm_id)?;
     let record = store.load().filter(|record| record.service_id == service.id);
@@ -115,7 +116,7 @@ pub(crate) fn known_partition(service: &Service, store: &PartitionStore) -> Opti
 /// Acquires a partition of `service` for this VM and saves it. `None` if no role contains this VM.
 ///
 /// # Errors
-/// A failed OneGate request, if the other nodes must be asked.
+/// If the IDs of other nodes are required and a OneGate request for them fails.
 pub(crate) async fn acquire(
     onegate: &OneGate,
     service: &Service,
@@ -174,7 +175,8 @@ fn count_of(role: &Role) -> u64 {
     role.cardinality.unwrap_or(0).max(role.vms.len() as u64)
 }
 
-/// Raises the count above the ID, which may be larger if the service was scaled down.
+/// Returns a partition with this ID. The count is raised above the ID, which may be larger if the
+/// service was scaled down.
 fn with_count(id: u64, count: u64) -> Partition {
     Partition { id, count: count.max(id + 1) }
 }

@@ -75,8 +75,8 @@ impl Drop for Publisher {
     }
 }
 
-/// Sends one PUT for each change. A change during a PUT, or after one that failed, goes with the
-/// next PUT.
+/// Sends one PUT for each change. A change during a PUT, or after a failed one, is part of the next
+/// PUT.
 async fn publish_changes(onegate: OneGateAccess, mut latest: watch::Receiver<Attributes>) {
     const INITIAL_DELAY: Duration = Duration::from_secs(10);
     const MAX_DELAY: Duration = Duration::from_secs(300);

@@ -1,4 +1,4 @@
-//! Discovery of the SuperLink and the decision how its connection is secured.
+//! Discovery of the SuperLink, and the decision on TLS for its connection.
 //!
 //! The address is `FL_SUPERLINK_ADDRESS`, else what OneGate reports for the role `superlink` of the
 //! service. Attributes that another VM published are untrusted input: they are validated like an
@@ -199,8 +199,8 @@ pub(crate) fn decide_trust(
     }
 }
 
-/// Returns the warning about a plaintext connection to a SuperLink in a service. An operator who
-/// sets `FL_TLS_ENABLED=NO` and a CA has decided, and is not warned about the CA.
+/// Returns the warning about a plaintext connection to a SuperLink in a service.
+/// `FL_TLS_ENABLED=NO` together with a CA is an explicit choice and causes no warning about the CA.
 fn plaintext_warning(
     config: &Config,
     published: Option<&Vm>,
@@ -246,7 +246,7 @@ fn published_ca(
 }
 
 /// Runs one discovery attempt: the static address, else the first running VM of the role
-/// `superlink`. OneGate is queried only if the address or a required CA is not configured.
+/// `superlink`. OneGate is queried only for values that the variables do not provide.
 ///
 /// # Errors
 /// Why there is no SuperLink; see [`SuperLinkError::is_final`] for whether to retry.
@@ -281,11 +281,11 @@ pub(crate) async fn find_superlink(
     }
 }
 
-/// Reports the configuration errors that [`find_superlink`] would end with, without querying
+/// Checks for the configuration errors that [`find_superlink`] would return, without querying
 /// OneGate.
 ///
 /// # Errors
-/// A final one.
+/// Only final errors; see [`SuperLinkError::is_final`].
 pub(crate) fn check_config(
     onegate: OneGateAvailability<'_>,
     config: &Config,
@@ -570,7 +570,7 @@ mod tests {
         assert!(SuperLinkError::OneGate(OneGateError::NotInService).is_final());
     }
 
-    /// Starts a OneGate that sends these responses, one per request.
+    /// Starts a OneGate server that sends these responses, one per request.
     fn onegate_with(answers: Vec<String>) -> OneGate {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
@@ -696,7 +696,7 @@ mod tests {
             warnings(&no, &[("FL_TLS", "YES")]),
             ["the SuperLink requires TLS, but FL_TLS_ENABLED is NO: the connection will fail"]
         );
-        // An explicit NO is not questioned.
+        // An explicit NO causes no warning.
         let no_with_ca = [("FL_TLS_ENABLED", "NO"), ("FL_SSL_CA_CERTFILE", CA)];
         assert_eq!(warnings(&no_with_ca, &[]), Vec::<String>::new());
         assert_eq!(warnings(&[("FL_SSL_CA_CERTFILE", CA)], &[]).len(), 1);

@@ -19,7 +19,7 @@ pub enum NodeKind {
     Cpu,
 }
 
-/// OpenNebula release, as far as the format of service templates depends on it.
+/// OpenNebula release series, which determines the format of service templates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OpenNebulaRelease {
     /// 6.10: `vm_template_contents` is text, in which OneFlow replaces `$KEY`.
@@ -28,9 +28,9 @@ pub enum OpenNebulaRelease {
     V7,
 }
 
-/// The variable that is fixed in the template and is not a user input. OneFlow neither asks for the
-/// inputs of a VM template nor knows their defaults, so that a node of a service would not use its
-/// GPU. Choosing the template decides instead.
+/// The variable that the template sets, and that is not a user input. OneFlow neither asks for the
+/// user inputs of a VM template nor applies their defaults, so a node of a service would not use
+/// its GPU. The choice of the template sets the variable instead.
 const FIXED: &str = "FL_GPU_ENABLED";
 /// Attributes of CONTEXT that every node needs.
 const CONTEXT: &[(&str, &str)] = &[
@@ -72,7 +72,7 @@ fn is_for(variable: &Variable, kind: NodeKind) -> bool {
 pub fn service(release: OpenNebulaRelease) -> Json {
     let asked: Map<String, Json> =
         inputs().map(|input| (input.name.into(), user_input(input).into())).collect();
-    // The names that the SuperLink of the marketplace reads.
+    // The names that the marketplace appliance of the SuperLink reads.
     let superlink = [
         ("ONEAPP_FLOWER_VERSION", "$FLOWER_VERSION"),
         ("ONEAPP_FL_TLS_ENABLED", "$FL_TLS_ENABLED"),
@@ -206,7 +206,7 @@ fn input_form(variable: &Variable) -> InputForm {
     let list = |parameters, default| InputForm { input_type: "list", parameters, default };
     match variable.kind {
         Kind::YesNo if variable.default == "NO" => plain("boolean", "NO"),
-        // The empty option keeps a variable unset whose default is neither YES nor NO.
+        // The empty option leaves a variable unset if its default is neither YES nor NO.
         Kind::YesNo => list(",YES,NO".into(), ""),
         Kind::Choice(words) if words.contains(&variable.default) => {
             list(words.join(","), variable.default)

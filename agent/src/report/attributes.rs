@@ -7,7 +7,7 @@ use crate::opennebula::publisher::{Attributes, VmIdentity};
 use crate::report::node_status::NodeStatus;
 use crate::values::Version;
 
-/// Renders the attributes. All of them are sent each time, so that what an earlier boot left is
+/// Renders the attributes. All of them are sent each time, so that those of an earlier boot are
 /// overwritten; an empty value erases the attribute.
 ///
 /// OneFlow opens the gate of a role on the text `READY=YES` in any update (EventManager.rb), so

@@ -1,5 +1,5 @@
-//! The WARNING of a CPU fallback, and the related messages: the GPU is required, is retried, or is
-//! still used despite a failure.
+//! Log events about an unusable GPU: the one WARNING of a node that falls back to the CPU, and the
+//! events for a GPU that is required, retried, or used despite a failure.
 //!
 //! Each is one log event with the MESSAGE_ID of the reason and the fields `FL_GPU_STATUS`,
 //! `FL_GPU_REASON`, `FL_GPU_SUMMARY`, `FL_GPU_FIX`, `PCI_ADDRESS` and `GPU_UUID`. The decision is
@@ -18,8 +18,8 @@ use crate::values::GpuUuid;
 #[error("FL_GPU_REQUIRED is YES and no GPU is usable")]
 pub(crate) struct GpuRequired;
 
-/// Logs a finding with the fix for `distribution`: level, `fl_gpu_status`, and how the message
-/// begins.
+/// Logs a finding with the fix for `$distribution`. `$status` is the value of `fl_gpu_status`, and
+/// `$text` the beginning of the message.
 macro_rules! log_finding {
     ($level:expr, $finding:expr, $distribution:expr, $status:literal, $text:literal) => {{
         let fix = $finding.reason.fix($distribution);

@@ -9,7 +9,7 @@ use crate::report::node_status::{GpuXid, NodeStatus, XidCount};
 /// Age from which a reading is stale. The GPU monitor sends one every five seconds.
 const READING_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Adds a sample: the values of the metric's labels, in their order, and its value.
+/// Adds a sample: label values in the order of the metric's labels, and the value of the sample.
 type AddSample<'a> = dyn FnMut(&[&str], f64) + 'a;
 
 struct Metric {

@@ -1,4 +1,4 @@
-//! HTTP/1 endpoint of the metrics: `GET /metrics` and nothing else. A failure here never affects
+//! HTTP/1 metrics endpoint. It serves only `GET /metrics`. A failure of the endpoint never affects
 //! the node.
 
 use std::convert::Infallible;
@@ -29,8 +29,8 @@ const BIND_RETRY_DELAY: Duration = Duration::from_secs(30);
 /// Delay after a failed accept.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// Serves what `page` returns at `address` for as long as the future is polled. If the address
-/// cannot be bound, it logs one WARNING and retries.
+/// Serves the output of `page` at `address` while the future is polled. If the address cannot be
+/// bound, logs one WARNING and retries.
 pub(crate) async fn serve(address: SocketAddr, page: impl Fn() -> String) -> Infallible {
     let mut warned = false;
     let listener = loop {

@@ -27,7 +27,7 @@ use status_file::StatusFile;
 pub(crate) use node_status::NodeStatus;
 pub(crate) use status_file::StatusReport;
 
-/// Least time between two progress updates.
+/// Minimum interval between progress updates.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Owns the [`NodeStatus`] and passes each change on to the sinks.
@@ -42,8 +42,8 @@ pub(crate) struct Reporter {
 }
 
 impl Reporter {
-    /// Without a `state_dir` there is no status file, and nothing is published: both belong to the
-    /// agent that holds the lock.
+    /// Creates a reporter. Without a `state_dir`, it neither writes the status file nor publishes
+    /// attributes: only the agent that holds the lock does.
     pub(crate) fn new(state_dir: Option<&Path>) -> Self {
         Self {
             status: RefCell::default(),

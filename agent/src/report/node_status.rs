@@ -1,4 +1,4 @@
-//! Everything that is known about the node, each fact stored once. The sinks derive the rest.
+//! Status of the node. Each fact is stored once; the sinks derive everything else.
 
 use std::collections::BTreeMap;
 use std::time::{Instant, SystemTime};
@@ -11,10 +11,10 @@ use crate::system::os_release::Distribution;
 use crate::values::GpuUuid;
 use crate::values::{HostPort, Version, sanitize_line};
 
-/// Bound on the XID counters; a faulty driver cannot grow the metrics without limit.
+/// Maximum number of XID counters, so that a faulty driver cannot grow the metrics without limit.
 const MAX_XID_COUNTERS: usize = 1024;
 
-/// Readiness as reported to the service manager.
+/// Readiness of the node as reported to the service manager.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) enum Readiness {
     /// Detection, preflight and launch.
@@ -40,14 +40,13 @@ impl Readiness {
     }
 }
 
-/// What the node is doing.
+/// Current activity of the node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Activity {
     /// A step of the daemon or the supervisor, with its progress if it reports any.
     Step {
         /// The step, in one line.
         name: String,
-        /// How far it is.
         progress: Option<String>,
     },
     /// Discovery retries; [`NodeStatus::superlink_wait`] has the reason.
@@ -96,7 +95,7 @@ pub(crate) struct NodeStatus {
     pub container: ContainerStatus,
     /// What the node runs on; `None` until the first container runs.
     pub verdict: Option<Verdict>,
-    /// The distribution that the fix of a finding is for.
+    /// Selects the distribution-specific fix of a finding.
     pub distribution: Distribution,
     /// Whether no process may use the GPUs of the verdict, because a GPU in use cannot be reset.
     pub gpus_released: bool,
@@ -105,7 +104,7 @@ pub(crate) struct NodeStatus {
     /// Whether Flower is connected to the SuperLink.
     pub connected: bool,
     pub connection_changed_at: Option<SystemTime>,
-    /// A remark for the status line of a running node.
+    /// Addition to the status line of a running node.
     pub note: Option<String>,
     /// State of the DCGM exporter, if one is wanted.
     pub exporter: Option<String>,
@@ -152,7 +151,7 @@ impl NodeStatus {
         self.activity = Activity::Step { name, progress };
     }
 
-    /// Starts a run from detection: the first one, or one after a reload.
+    /// Records the start of a run from detection: the first one, or one after a reload.
     pub(crate) fn begin_run(
         &mut self,
         container_name: &str,
@@ -197,7 +196,7 @@ impl NodeStatus {
         };
     }
 
-    /// Records what the running container uses. Readings of its GPUs are kept.
+    /// Records the verdict of the running container. Removes the readings of other GPUs.
     pub(crate) fn set_verdict(&mut self, verdict: &Verdict, distribution: Distribution) {
         self.gpus_released = false;
         let in_use = |uuid: &GpuUuid| verdict.devices().iter().any(|device| device.uuid == *uuid);
@@ -232,31 +231,32 @@ impl NodeStatus {
         }
     }
 
-    /// Ends the start, or the reload: the container runs.
+    /// Records that startup or a reload has finished: the container runs.
     pub(crate) fn set_ready(&mut self) {
         (self.readiness, self.activity) = (Readiness::Ready, Activity::Running);
     }
 
-    /// Starts a reload. Returns the readiness for [`NodeStatus::cancel_reload`]; `None` if the
-    /// service manager does not consider the unit started, or another reload is in progress.
+    /// Records the start of a reload. Returns the readiness for [`NodeStatus::cancel_reload`];
+    /// `None` if the service manager does not consider the unit started, or another reload is in
+    /// progress.
     pub(crate) fn begin_reload(&mut self) -> Option<Readiness> {
         let before = self.readiness.is_started().then_some(self.readiness)?;
         self.readiness = Readiness::Reloading;
         Some(before)
     }
 
-    /// Ends a reload that has changed nothing.
+    /// Records the end of a reload that has changed nothing.
     pub(crate) fn cancel_reload(&mut self, before: Readiness) {
         self.readiness = before;
     }
 
-    /// Starts the exit of the agent.
+    /// Records that the agent is about to exit.
     pub(crate) fn begin_stop(&mut self, step: &str) {
         self.readiness = Readiness::Stopping;
         self.set_step(step);
     }
 
-    /// Records a reading; one of a GPU that is not in use is ignored.
+    /// Records a reading. Readings of a GPU that is not in use are ignored.
     pub(crate) fn record_reading(&mut self, uuid: &GpuUuid, reading: Reading) {
         if self.device(uuid).is_some() {
             self.gpu_readings.insert(uuid.clone(), (reading, Instant::now()));

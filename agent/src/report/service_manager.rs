@@ -12,7 +12,7 @@ enum Message {
     Status(String),
 }
 
-/// The part of the status that the service manager knows.
+/// The part of the status that is sent to the service manager.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct View {
     readiness: Readiness,
@@ -39,7 +39,7 @@ impl ServiceManager {
     }
 }
 
-/// The message that leads from `before` to `now`, if any is due.
+/// Returns the message for the change from `before` to `now`, if one is required.
 fn message(before: &View, now: &View) -> Option<Message> {
     let line = now.line.clone();
     match now.readiness {

@@ -18,7 +18,7 @@ pub(crate) struct StatusReport {
     pub pid: u32,
     /// The status line.
     pub status: String,
-    /// Time since the status line is the same, its progress aside (RFC 3339, UTC).
+    /// Time of the last change of the status line, not counting its progress (RFC 3339, UTC).
     pub since: String,
     /// The verdict in the form of `plan --json`; null until the first container runs.
     pub verdict: Json,
@@ -87,7 +87,7 @@ impl StatusFile {
         if self.written.as_ref() == Some(&report) {
             return;
         }
-        // The report serializes without failure: its keys are strings.
+        // Serialising the report cannot fail, because its keys are strings.
         let text = serde_json::to_string_pretty(&report).unwrap_or_default();
         match atomic_file::replace_volatile(&self.path, text.as_bytes()) {
             Ok(()) => self.written = Some(report),
