@@ -1,5 +1,5 @@
 //! Thin Docker client on top of bollard: the calls that the agent needs, with time limits, and
-//! answers in place of HTTP status codes.
+//! typed results instead of HTTP status codes.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -80,8 +80,8 @@ pub(crate) enum EngineError {
     TimedOut { operation: &'static str, timeout: Duration },
 }
 
-/// Parts of messages of moby and containerd about failed starts that have nothing to do with the
-/// GPU.
+/// Substrings of error messages of moby and containerd for failed starts that the GPU did not
+/// cause.
 const FAILURES_WITHOUT_GPU: &[&str] = &[
     "already in use",
     "bind source path does not exist",
@@ -221,8 +221,8 @@ impl Container {
         self.labels.get(SPEC_HASH_LABEL).map(String::as_str)
     }
 
-    /// Whether it was created from `spec`, including all labels: an outdated verdict in a label
-    /// would be wrong.
+    /// Whether the container was created from `spec` and has all its labels. A label with an
+    /// outdated verdict would be wrong.
     pub(crate) fn is_made_from(&self, spec: &ContainerSpec) -> bool {
         let same = |(name, value): (&String, &String)| self.labels.get(name) == Some(value);
         self.spec_hash() == Some(&spec.hash()) && spec.labels.iter().all(same)
@@ -485,7 +485,8 @@ impl Client {
         let filters = HashMap::from([("container", vec![id]), ("event", vec!["pause", "unpause"])]);
         let mut backoff = Backoff::new(INITIAL_DELAY, MAX_DELAY);
         loop {
-            // The events since now include those between the inspect and the subscription.
+            // Subscribing to the events since now includes those between the inspection and the
+            // subscription.
             let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
             let container = self.inspect_container(id).await.ok().flatten();
             if container.is_some_and(|container| container.running && container.paused == paused) {
@@ -518,8 +519,8 @@ impl Client {
     /// Follows the container's log from its last start; output of earlier runs is omitted. Works
     /// with every log driver that Docker can read.
     pub(crate) fn log(&self, container: &Container) -> Log {
-        // Docker counts in seconds here. Output of a run that ended in the same second would be
-        // included, but the agent delays every restart.
+        // `since` has a resolution of one second. Output of a run that ended in the same second
+        // would be included, but the agent delays every restart.
         let since = container
             .started()
             .and_then(|started| started.duration_since(SystemTime::UNIX_EPOCH).ok());

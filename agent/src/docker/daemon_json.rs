@@ -14,7 +14,7 @@ pub const RUNTIME_NAME: &str = "nvidia";
 /// Result of a merge.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Merged {
-    /// The text has a working entry already.
+    /// The text already has a working entry.
     Unchanged,
     /// The new text.
     Changed(String),
@@ -95,7 +95,7 @@ fn is_set(value: Option<&RawValue>, key: &str, text: &str) -> Result<bool, Inval
     }
 }
 
-/// Returns a daemon.json with nothing but the entry.
+/// Returns a daemon.json that contains only the entry.
 pub fn fresh(runtime_path: &str) -> String {
     let mut text =
         Insert::Object("runtimes", Box::new(runtimes_json(runtime_path))).render(&Style::default());
@@ -115,7 +115,7 @@ fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
-/// JSON to insert: nested objects with one member each, and a string.
+/// JSON to insert: a string, or an object with one member.
 enum Insert {
     Text(String),
     Object(&'static str, Box<Insert>),
@@ -273,7 +273,7 @@ impl<'t> Object<'t> {
 
 const JSON_WHITESPACE: [char; 4] = [' ', '\t', '\n', '\r'];
 
-/// Returns the first indentation in the text as the step of every level.
+/// Returns the first indentation in the text, which is used for every level.
 fn step_of(text: &str) -> String {
     text.lines()
         .map(|line| &line[..line.len() - line.trim_start_matches([' ', '\t']).len()])
@@ -288,7 +288,7 @@ fn indent_of_line(text: &str, offset: usize) -> &str {
     &line[..line.len() - line.trim_start_matches([' ', '\t']).len()]
 }
 
-/// Returns the offset of `slice` in `text`, of which it is a part.
+/// Returns the offset of `slice` in `text`. `slice` must be a part of `text`.
 fn offset_in(text: &str, slice: &str) -> usize {
     slice.as_ptr().addr() - text.as_ptr().addr()
 }

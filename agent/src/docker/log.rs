@@ -1,4 +1,4 @@
-//! The container's log as lines, in bounded memory.
+//! The container's log as lines, with bounded memory use.
 
 use std::borrow::Cow;
 use std::fmt;

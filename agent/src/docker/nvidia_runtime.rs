@@ -32,7 +32,7 @@ const REGISTRATION_POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// Time to wait for the lock on the directory of daemon.json.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(10);
-/// Symbolic links that are followed, as many as Linux follows (path_resolution(7)).
+/// Maximum number of symbolic links to follow, as in Linux (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 
 /// How the container receives its GPUs.
@@ -58,10 +58,12 @@ pub(crate) enum DaemonJsonError {
     Changed { path: PathBuf },
 }
 
-/// Adds the nvidia runtime to daemon.json unless it is there. Returns whether the file was written.
+/// Adds the nvidia runtime to daemon.json unless it is already there. Returns whether the file was
+/// written.
 ///
 /// # Errors
-/// If the file cannot be read, is not one JSON object, or cannot be written. It is unchanged then.
+/// If the file cannot be read, is not one JSON object, or cannot be written. The file is then
+/// unchanged.
 pub(crate) fn configure_daemon_json(
     path: &Path,
     runtime_path: &str,
@@ -120,8 +122,8 @@ fn resolve_links(path: &Path) -> io::Result<PathBuf> {
 
 /// Serialises `run` and `configure-runtime`, which would otherwise remove each other's temporary
 /// file. The lock is on the directory, so that no lock file remains, and is held until the returned
-/// file is dropped. `None` if there is no lock; the caller continues without it. Blocks for up to
-/// [`LOCK_TIMEOUT`].
+/// file is dropped. `None` if the lock is unavailable; the caller continues without it. Blocks for
+/// up to [`LOCK_TIMEOUT`].
 fn lock_dir(target: &Path) -> io::Result<Option<File>> {
     let dir = target.parent().unwrap_or(Path::new("/"));
     std::fs::create_dir_all(dir)?;

@@ -29,9 +29,9 @@ pub(crate) enum PingError {
     Status(StatusCode),
 }
 
-/// Pings the engine at `socket` and returns the API version to use: the lower one of the engine's
-/// and the client's. A ping returns the version in a header at no cost; `/version`, which bollard
-/// would call, takes Docker 20.10 about 10 ms.
+/// Pings the engine at `socket` and returns the API version to use: the lower of the engine's and
+/// the client's. A ping returns the version in a header at no cost; `/version`, which bollard would
+/// call, takes Docker 20.10 about 10 ms.
 ///
 /// # Errors
 /// If the engine does not answer, or answers with an error.

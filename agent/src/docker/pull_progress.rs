@@ -46,7 +46,7 @@ impl PullProgress {
         }
     }
 
-    /// Returns the progress as text; `None` as long as it is unknown.
+    /// Returns the progress as text; `None` while it is unknown.
     pub(crate) fn summary(&self) -> Option<String> {
         if self.layers.is_empty() {
             return None;

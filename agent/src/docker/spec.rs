@@ -1,5 +1,5 @@
 //! Container specification: everything Docker needs to create a container, and the labels by which
-//! the agent recognises its own.
+//! the agent recognises its own containers.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -35,7 +35,7 @@ pub(crate) struct ContainerSpec {
     /// Arguments of the image's entry point. A list: no shell parses them.
     pub args: Vec<String>,
     pub env: BTreeMap<String, String>,
-    /// OCI runtime. Always explicit, because Docker's default runtime can be any.
+    /// OCI runtime. Always explicit, because Docker's default runtime is configurable.
     pub runtime: String,
     /// CDI devices, for injection through CDI.
     pub cdi_devices: Vec<String>,
@@ -54,7 +54,8 @@ pub(crate) struct ContainerSpec {
     pub shm_size_mib: u64,
     /// Whether that size is derived from the VM's memory.
     pub shm_follows_memory: bool,
-    /// Published ports. Omitted if empty, which keeps the hash of containers without any.
+    /// Published ports. Omitted if empty, so that containers without published ports keep their
+    /// hash.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<PortSpec>,
     pub log_driver: String,
@@ -78,8 +79,8 @@ pub(crate) struct PortSpec {
 }
 
 impl ContainerSpec {
-    /// Returns the digest of everything but the labels. A `/dev/shm` that follows the memory counts
-    /// as such, whatever its size: memory hot-plug does not interrupt a training.
+    /// Returns the digest of all fields except the labels. The size of a `/dev/shm` that follows
+    /// the memory is excluded, so that memory hot-plug does not interrupt a training.
     pub(crate) fn hash(&self) -> String {
         let mut hashed = Self { labels: BTreeMap::new(), ..self.clone() };
         if hashed.shm_follows_memory {
@@ -103,7 +104,7 @@ impl ContainerSpec {
     }
 }
 
-/// FNV-1a, 64 bits. Detects changes; not a cryptographic hash.
+/// Returns the 64-bit FNV-1a hash of `text`. It detects changes and is not cryptographic.
 pub(crate) fn digest(text: &str) -> String {
     let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     format!("{:016x}", text.bytes().fold(0xcbf2_9ce4_8422_2325, step))

@@ -62,8 +62,8 @@ pub(crate) enum HealthError {
     NotServing { address: SocketAddr, response: String },
 }
 
-/// Calls the gRPC health service (`grpc.health.v1.Health/Check`) at `address` for the whole
-/// process.
+/// Queries the overall status of the gRPC server at `address` (`grpc.health.v1.Health/Check`
+/// without a service name).
 ///
 /// # Errors
 /// If it does not answer SERVING within `timeout`.
@@ -77,7 +77,7 @@ async fn call(address: SocketAddr) -> Result<(), HealthError> {
         io::ErrorKind::ConnectionRefused => HealthError::Refused { address },
         _ => HealthError::Unreachable { address, source },
     })?;
-    // Sends the small request at once. A failure costs a few milliseconds at most.
+    // Disables Nagle's algorithm for the small request. A failure costs a few milliseconds at most.
     let _ = stream.set_nodelay(true);
     let protocol_error = |source| HealthError::Protocol { address, source };
     let request = Request::post(format!("http://{address}/grpc.health.v1.Health/Check"))
@@ -103,7 +103,7 @@ async fn call(address: SocketAddr) -> Result<(), HealthError> {
     }
 }
 
-/// Describes a response that is not SERVING.
+/// Returns a description of a response that is not SERVING; `None` if it is SERVING.
 async fn problem_with(
     response: Response<Incoming>,
 ) -> Result<Option<String>, Box<dyn std::error::Error + Send + Sync>> {
@@ -140,9 +140,9 @@ pub(crate) struct LivenessFailure {
 ///
 /// A failure counts only after a successful check in the same run of the container. Before that,
 /// only a refused connection counts, and only after the start period: the container may already
-/// have hung when the agent adopted it. An address that cannot be reached proves nothing. An image
-/// without a health service looks like one that hangs; it is reported as unresponsive once, and
-/// then not again before a check has succeeded.
+/// have hung when the agent adopted it. An unreachable address does not count. An image without a
+/// health service cannot be distinguished from a hang; it is reported as unresponsive once, and
+/// then not again until a check has succeeded.
 #[derive(Default)]
 pub(crate) struct Liveness {
     /// ID and start time of the container.
@@ -155,7 +155,7 @@ pub(crate) struct Liveness {
     last_check: Option<Instant>,
     /// The check in progress, which the next call continues.
     check: Option<LocalBoxFuture<'static, Result<(), HealthError>>>,
-    /// Whether a container was reported that had never been healthy, and none has been healthy
+    /// Whether a container that had never been healthy was reported, and no check has succeeded
     /// since.
     suspect: bool,
 }

@@ -10,7 +10,7 @@ pub enum LogEvent {
     /// An attempt failed; Flower retries.
     Retrying,
     /// Flower gives up or terminates: on a signal, or because a restarted SuperLink no longer knows
-    /// the node. 1.31.0 may hang after this line, without its health service.
+    /// the node. 1.31.0 may hang after this line, and its health service then does not answer.
     Ended,
 }
 
