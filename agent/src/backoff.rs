@@ -38,7 +38,7 @@ impl Backoff {
         delay + delay.mul_f64(self.jitter * chance.clamp(0.0, 1.0))
     }
 
-    /// The delay that [`next_delay`](Self::next_delay) returns next, without jitter.
+    /// Returns the delay that [`next_delay`](Self::next_delay) returns next, without jitter.
     pub fn peek(&self) -> Duration {
         self.next
     }
@@ -48,7 +48,7 @@ impl Backoff {
         (self.next, self.attempts) = (self.initial, 0);
     }
 
-    /// Failed attempts since the start or the last [`reset`](Self::reset).
+    /// Returns the number of failed attempts since the start or the last [`reset`](Self::reset).
     pub fn attempts(&self) -> u32 {
         self.attempts
     }

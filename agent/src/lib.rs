@@ -2,8 +2,8 @@
 //!
 //! # Data flow
 //!
-//! From left to right. Everything up to the container specification is pure; input and output
-//! happen at the edges.
+//! Data flows from left to right. Everything up to the container specification is pure; input and
+//! output happen at the edges.
 //!
 //! ```text
 //! context files ──> Context ──> Config ─┐
@@ -27,16 +27,16 @@
 //! The DCGM exporter and the metrics endpoint run next to the supervisor. Their failures never stop
 //! the node.
 //!
-//! # Where to find
+//! # Module guide
 //!
-//! | question | answer |
+//! | topic | module |
 //! | --- | --- |
-//! | GPU or CPU? | [`gpu::decide`] |
-//! | What does `run` do, step by step, also at a reload? | [`daemon`] |
-//! | Where do the container's arguments come from? | [`container::plan`] |
-//! | How is the SuperLink found and trusted? | [`opennebula::superlink`] |
-//! | What happens when the container exits, hangs or loses its GPU? | [`supervisor`] |
-//! | Which variables exist, and what do they do? | [`config::variables`] |
+//! | Decision between GPU and CPU | [`gpu::decide`] |
+//! | Steps of `run`, including reload | [`daemon`] |
+//! | Arguments of the container | [`container::plan`] |
+//! | Discovery of the SuperLink and trust in it | [`opennebula::superlink`] |
+//! | A container that exits, hangs or loses its GPU | [`supervisor`] |
+//! | Context variables | [`config::variables`] |
 
 pub mod backoff;
 pub mod check;

@@ -16,13 +16,13 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-/// Target of events that are logged at WARNING and above whatever the level: no node may train on
-/// the CPU unnoticed.
+/// Target of events that are logged at WARNING and above regardless of the configured level: a
+/// fallback to the CPU must not go unnoticed.
 pub(crate) const ALWAYS_LOGGED: &str = "supernode_agent::fallback";
 
 /// Sets up logging for the rest of the process.
 pub(crate) fn init(level: LevelFilter, as_json: bool) {
-    // Events of the libraries are left out.
+    // Events of libraries are dropped.
     let targets = Targets::new()
         .with_target("supernode_agent", level)
         .with_target(ALWAYS_LOGGED, level.max(LevelFilter::WARN));
@@ -47,7 +47,7 @@ pub(crate) fn init(level: LevelFilter, as_json: bool) {
     let _ = tracing_subscriber::registry().with(stderr.with_filter(targets)).try_init();
 }
 
-/// Whether stderr leads to the journal. systemd sets device and inode of the stream in
+/// Returns whether stderr leads to the journal. systemd sets device and inode of the stream in
 /// JOURNAL_STREAM (systemd.exec(5)); child processes inherit the variable, so both are compared.
 fn stderr_is_the_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
@@ -57,7 +57,7 @@ fn stderr_is_the_journal() -> bool {
         .is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
 }
 
-/// Formats an error and its causes in one line. A cause that the text already contains is left out.
+/// Formats an error and its causes in one line. A cause that the text already contains is omitted.
 pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

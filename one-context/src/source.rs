@@ -50,7 +50,7 @@ pub fn read_context(dir: &Path) -> Result<Context, SourceError> {
 
 enum Reading {
     Complete(Context),
-    /// With the result to return if the file does not change any more.
+    /// The file may be incomplete. Holds the result to return if it does not change.
     Incomplete(Result<Context, SourceError>),
 }
 

@@ -26,7 +26,7 @@ use crate::values::sanitize_line;
 pub enum Level {
     /// No problem found.
     Ok,
-    /// The node may work, but not as well as it could; or the facts are unknown.
+    /// The node may work, but with limitations; or a fact is unknown.
     Warning,
     /// The GPU or the node does not work.
     Error,
@@ -106,7 +106,7 @@ impl Check {
         Self::problem(id, Level::Error, finding, fix)
     }
 
-    /// Returns a WARNING that the facts are unknown, for this reason.
+    /// Returns a WARNING for facts that are unknown for this reason.
     pub fn unknown(id: &'static str, why: impl Into<String>, fix: impl Into<String>) -> Self {
         Self::warning(id, format!("unknown: {}", why.into()), fix)
     }
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn kernel_facts_are_those_of_the_root() {
+    fn kernel_facts_are_read_below_the_root() {
         let dir = std::env::temp_dir()
             .join(format!("supernode-agent-kernel-of-root-{}", std::process::id()));
         let gpu = dir.join("sys/bus/pci/devices/0000:01:00.0");

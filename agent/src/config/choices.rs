@@ -4,7 +4,7 @@ use tracing::level_filters::LevelFilter;
 
 use crate::values::ValidationError;
 
-/// The word of `words` that `text` is, ignoring case.
+/// Returns the entry of `words` that equals `text`, ignoring case.
 pub(super) fn find_word(
     words: &'static [&'static str],
     text: &str,
@@ -37,7 +37,7 @@ macro_rules! choice {
             /// The accepted words, in the order of the documentation.
             pub const WORDS: &[&str] = &[$($word),+];
 
-            /// The word for this variant.
+            /// Returns the word for this variant.
             pub fn name(self) -> &'static str {
                 match self {
                     $(Self::$variant => $word),+

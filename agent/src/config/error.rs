@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use crate::values::ValidationError;
 
-/// Everything that is wrong with the configuration, reported together.
+/// All errors in the configuration, reported together.
 #[derive(Debug, thiserror::Error)]
 pub struct ConfigErrors(pub Vec<ConfigError>);
 
 impl ConfigErrors {
-    /// One line for each error.
+    /// Returns one line for each error.
     pub fn lines(&self) -> impl Iterator<Item = String> {
         self.0.iter().map(ConfigError::to_string)
     }
@@ -57,12 +57,12 @@ pub enum ConfigError {
         /// Name and value.
         second: (String, String),
     },
-    /// The keepalive timeout is not less than the time between pings.
+    /// The keepalive timeout is not less than the interval between pings.
     #[error("{timeout}: must be less than {time}")]
     KeepaliveTimeout {
         /// Name and value of the timeout.
         timeout: String,
-        /// Name and value of the time.
+        /// Name and value of the interval.
         time: String,
     },
     /// A file of the image build cannot be read.

@@ -7,12 +7,12 @@ use crate::values::{
     DeviceSelection, Fraction, HostPort, ImageRef, NodeConfig, PciAddress, Version,
 };
 
-/// What the operator configured in the context variables, validated.
+/// The operator's configuration from the context variables, validated.
 ///
 /// Each field is filled by the row of the table in `variables.rs` that names it.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Config {
-    /// What the verdict depends on.
+    /// Input of the verdict.
     pub gpu: GpuRequest,
     /// Limit of the GPU memory that the framework may use.
     pub memory_fraction: Option<Fraction>,
@@ -44,7 +44,7 @@ pub struct Config {
     pub ca_certificate: Option<CaBundle>,
     /// Seconds between gRPC keepalive pings.
     pub keepalive_time: u64,
-    /// Seconds to wait for the answer to a ping.
+    /// Seconds to wait for the acknowledgement of a ping.
     pub keepalive_timeout: u64,
     /// How the delay between discovery attempts grows.
     pub edge_backoff: EdgeBackoff,
@@ -54,7 +54,7 @@ pub struct Config {
     pub prebaked: Prebaked,
 }
 
-/// What the operator asks of the GPU, and the devices that OpenNebula assigned to this VM.
+/// The operator's choices about the GPU, and the devices that OpenNebula assigned to this VM.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GpuRequest {
     /// Whether to use a GPU at all.

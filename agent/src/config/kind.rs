@@ -9,14 +9,14 @@ use crate::values::{
     parse_count, parse_yes_no,
 };
 
-/// What a variable accepts.
+/// Type of the value that a variable accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// YES or NO.
     YesNo,
     /// One of these words, in any case.
     Choice(&'static [&'static str]),
-    /// A whole number of at least this.
+    /// A whole number with this minimum.
     Count(u64),
     /// A number greater than 0, at most 1.
     Fraction,
@@ -87,7 +87,7 @@ impl Kind {
         format!("'{}'", escape(text))
     }
 
-    /// The accepted values, for documentation.
+    /// Returns the accepted values, for documentation.
     pub fn values(self) -> String {
         match self {
             Self::YesNo => "YES, NO (also TRUE/FALSE, ON/OFF, 1/0)".into(),
@@ -112,7 +112,7 @@ pub(super) trait FieldValue: Sized {
     /// Converts a parsed value; `None` if it is of another kind.
     fn from_value(value: &Value) -> Option<Self>;
 
-    /// The field for `plan`, with secrets hidden.
+    /// Returns the field for `plan`, with secrets hidden.
     fn to_json(&self) -> Json;
 }
 

@@ -25,14 +25,14 @@ pub struct Diagnostics {
 }
 
 impl Diagnostics {
-    /// Everything that is reported at WARNING.
+    /// Returns the findings that are reported at WARNING.
     pub fn warnings(&self) -> impl Iterator<Item = &String> {
         self.unknown.iter().chain(&self.misconfigured)
     }
 }
 
-/// Returns level and format of the log before the configuration is validated, so that its errors
-/// are logged accordingly.
+/// Returns level and format of the log. Called before the configuration is validated, so that its
+/// errors are logged with them.
 pub fn log_settings(context: &Context) -> (LogLevel, LogFormat) {
     let config = ParsedVariables::parse(context).apply(Config::default());
     (config.log_level, config.log_format)
@@ -43,7 +43,7 @@ impl Config {
     /// `prebaked_dir`.
     ///
     /// # Errors
-    /// Everything that is wrong.
+    /// Returns all errors.
     pub fn read(
         context: &Context,
         prebaked_dir: &Path,
@@ -62,7 +62,7 @@ impl Config {
     /// Reads and validates every variable of the table.
     ///
     /// # Errors
-    /// Everything that is wrong, each with the variable as written, its value and what is accepted.
+    /// Returns all errors, each with the variable as written, its value and what is accepted.
     pub fn from_context(
         context: &Context,
         prebaked: &Prebaked,
@@ -101,12 +101,12 @@ fn assigned_devices(context: &Context) -> Vec<AssignedDevice> {
         .collect()
 }
 
-/// The variables that are set in a context, and what is wrong with them.
+/// The variables that are set in a context, and their errors.
 #[derive(Default)]
 struct ParsedVariables {
     set: Vec<SetVariable>,
     errors: Vec<ConfigError>,
-    /// The variables that the errors are about, by their names in the table.
+    /// Variables with an error, by their names in the table.
     invalid: Vec<&'static str>,
 }
 
@@ -161,7 +161,7 @@ impl ParsedVariables {
         self.set.iter().find(|set| set.variable.name == name)
     }
 
-    /// The CA bundle, and the name under which it is set.
+    /// Returns the CA bundle, and the name under which it is set.
     fn ca_bundle(&self) -> Option<(&str, &CaBundle)> {
         match self.get("FL_SSL_CA_CERTFILE")? {
             SetVariable { name, value: Value::CaBundle(ca), .. } => Some((name, ca)),
@@ -181,7 +181,7 @@ impl ParsedVariables {
         }
     }
 
-    /// `NAME='value'` as the operator wrote it, or the default.
+    /// Returns `NAME='value'` as the operator wrote it, or the default.
     fn describe(&self, name: &str, default: u64) -> String {
         match self.get(name) {
             Some(set) => format!("{}={}", set.name, set.quoted),
@@ -251,7 +251,7 @@ fn ineffective(config: &Config, parsed: &ParsedVariables) -> Vec<String> {
     parsed
         .set
         .iter()
-        // A NO changes nothing, whether it has an effect or not.
+        // NO disables a feature that has no effect anyway, so it is not reported.
         .filter(|set| set.value != Value::YesNo(false))
         .filter_map(|set| {
             let reason = set.variable.effective.unmet(config)?;

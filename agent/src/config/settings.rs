@@ -163,7 +163,7 @@ pub struct MetricsSettings {
 }
 
 impl MetricsSettings {
-    /// The address, unless `listen` is empty.
+    /// Returns the address, unless `listen` is empty.
     pub fn address(&self) -> Option<SocketAddr> {
         address(&self.listen)
     }
@@ -180,7 +180,7 @@ pub struct DcgmSettings {
 }
 
 impl DcgmSettings {
-    /// The address; always present in validated settings.
+    /// Returns the address; always present in validated settings.
     pub fn address(&self) -> Option<SocketAddr> {
         address(&self.listen)
     }
@@ -348,7 +348,7 @@ impl Settings {
         if invalid.is_empty() { Ok(settings) } else { Err(InvalidSettings::Values(invalid)) }
     }
 
-    /// Values that have the right type and cannot work.
+    /// Returns the values that have the right type but are not accepted.
     fn invalid_values(&self) -> Vec<InvalidSetting> {
         let checks = [self.invalid_gpu_and_docker(), self.invalid_container(), self.invalid_rest()];
         checks.into_iter().flatten().collect()
@@ -486,8 +486,8 @@ fn program(key: &'static str, name: &str) -> Option<InvalidSetting> {
     unless(is_program(name), key, format_args!("{name:?}"), "must be a name or an absolute path")
 }
 
-/// Whether `name` is a name or an absolute path. A relative path would depend on the working
-/// directory of the agent.
+/// Returns whether `name` is a file name or an absolute path. A relative path would depend on the
+/// working directory of the agent.
 fn is_program(name: &str) -> bool {
     !name.trim().is_empty() && (name.starts_with('/') || !name.contains('/'))
 }

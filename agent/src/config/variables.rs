@@ -51,7 +51,7 @@ pub enum Effective {
 }
 
 impl Effective {
-    /// Why the variable has no effect with this configuration; `None` if it has.
+    /// Returns why the variable has no effect with this configuration; `None` if it has.
     pub(super) fn unmet(self, config: &Config) -> Option<&'static str> {
         let reason = |is_unmet: bool, reason| is_unmet.then_some(reason);
         match self {
@@ -96,7 +96,8 @@ fn store<T: FieldValue>(field: &mut T, value: &Value) {
 }
 
 impl Variable {
-    /// Every name under which the variable is read: its name and aliases, each also with `ONEAPP_`.
+    /// Returns every name under which the variable is read: its name and aliases, each also with
+    /// `ONEAPP_`.
     pub fn names(&self) -> impl Iterator<Item = String> {
         self.base_names().flat_map(|name| [name.to_owned(), format!("ONEAPP_{name}")])
     }
@@ -333,7 +334,7 @@ pub(super) fn apply_defaults(config: &mut Config) {
 }
 
 impl Config {
-    /// The resolved values by variable name, with secrets hidden.
+    /// Returns the resolved values by variable name, with secrets hidden.
     pub fn resolved(&self) -> Map<String, Json> {
         let variables =
             VARIABLES.iter().map(|variable| (variable.name.to_owned(), (variable.field.get)(self)));
@@ -346,14 +347,14 @@ impl Config {
     }
 }
 
-/// The variable that has `name` among its names.
+/// Returns the variable that has `name` among its names.
 pub fn find(name: &str) -> Option<&'static Variable> {
     VARIABLES.iter().find(|variable| variable.names().any(|known| known == name))
 }
 
-/// The known name that `name` was probably meant to be: at most two typing errors away, one word
-/// more or fewer, or with abbreviated words (`MEM`, `ADDR`). It keeps the `ONEAPP_` prefix of
-/// `name`, so that it can be pasted.
+/// Returns the known name that is probably meant by `name`: at most two typing errors away, one
+/// word more or fewer, or with abbreviated words (`MEM`, `ADDR`). It keeps the `ONEAPP_` prefix of
+/// `name`, so that the result can be pasted.
 pub fn nearest(name: &str) -> Option<String> {
     const MAX_DISTANCE: usize = 2;
     // Twice the length of the longest known name. Longer names are no typing errors, and comparing
@@ -371,7 +372,7 @@ pub fn nearest(name: &str) -> Option<String> {
         .map(|(_, known)| known)
 }
 
-/// Whether one name is the other without one of its words, prefixes ignored, such as
+/// Returns whether one name is the other without one of its words, prefixes ignored, such as
 /// `FL_CUDA_DEVICES` and `FL_CUDA_VISIBLE_DEVICES`. An abbreviated word counts as the word.
 fn is_one_word_apart(a: &str, b: &str) -> bool {
     fn words(name: &str) -> Vec<&str> {

@@ -44,9 +44,9 @@ pub fn decide_gpu_or_cpu(
     }
 }
 
-/// Decides as far as that is possible from the configuration and sysfs; `None` if the driver must
-/// be probed. This is the first part of [`decide_gpu_or_cpu`], on its own because NVML must not be
-/// called where it is not needed: called as root it creates device nodes.
+/// Decides from the configuration and sysfs alone; `None` if the driver must be probed. This is the
+/// first part of [`decide_gpu_or_cpu`]. It is separate because NVML creates device nodes when
+/// called as root, so it must not be called without need.
 pub fn decide_without_probe(
     request: &GpuRequest,
     framework: Framework,
@@ -71,7 +71,7 @@ pub fn decide_without_probe(
     finding.map(|finding| cpu(finding, facts))
 }
 
-/// Returns the CPU verdict. A verdict that rests on a failed read names the read.
+/// Returns the CPU verdict. A verdict that is based on a failed read names the file.
 fn cpu(mut finding: Finding, facts: &PciFacts) -> Verdict {
     if !facts.unreadable.is_empty() {
         finding.summary =
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn gpu_not_enabled_is_no_finding() {
+    fn disabled_gpu_has_no_finding() {
         let config = config(&[]);
         let gpu = GpuRequest { enabled: false, ..config.gpu };
         let disabled = Config { gpu, ..config };

@@ -54,8 +54,8 @@ pub(super) fn unusable_assignments(
         .collect()
 }
 
-/// Diagnoses from sysfs alone. Returns `None` where a GPU is bound to NVIDIA's driver, so that the
-/// driver must be probed.
+/// Diagnoses from sysfs alone. Returns `None` if a GPU is bound to NVIDIA's driver: the driver must
+/// be probed.
 pub(super) fn diagnose_pci(request: &GpuRequest, facts: &PciFacts) -> Option<Finding> {
     if facts.gpus().next().is_none() {
         return Some(diagnose_absent_gpu(request, facts));
@@ -232,7 +232,7 @@ pub(super) fn list_present_gpus(facts: &PciFacts) -> String {
     }
 }
 
-/// Names the library that was called, as the end of a sentence; empty where it is unknown.
+/// Names the library that was called, as the end of a sentence; empty if it is unknown.
 fn library_suffix(library: &LibraryFile) -> String {
     match library {
         LibraryFile { path: Some(path), version: Some(version), .. } => {
@@ -341,7 +341,7 @@ mod tests {
                  Secure Boot is on: the kernel loads only modules signed with a trusted key"
             )
         );
-        // With a driver bound, only NVML reports that it is not loaded.
+        // If a driver is bound, only NVML reports that it is not loaded.
         let facts = PciFacts {
             module_version: None,
             kernel: kernel(false, true, false),

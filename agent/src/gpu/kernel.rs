@@ -165,7 +165,7 @@ mod tests {
 
     /// The unit's sandbox hides /lib/modules.
     #[test]
-    fn dkms_is_reported_where_modules_are_hidden() {
+    fn dkms_is_reported_if_modules_are_hidden() {
         let root =
             std::env::temp_dir().join(format!("supernode-agent-kernel-{}", std::process::id()));
         let create_dir = |path: &str| fs::create_dir_all(root.join(path)).unwrap();

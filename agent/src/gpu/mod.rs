@@ -33,16 +33,16 @@ use verdict::Verdict;
 
 /// Interval while the driver is still loading.
 const LOADING_INTERVAL: Duration = Duration::from_millis(500);
-/// Interval of [`wait_until_available`], which each probe doubles, up to the maximum.
+/// First interval of [`wait_until_available`]; each probe doubles it, up to the maximum.
 const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(300);
 
-/// The verdict and the facts it rests on.
+/// The verdict and the facts it is based on.
 #[derive(Debug)]
 pub struct Detection {
     /// Facts from sysfs.
     pub facts: PciFacts,
-    /// Result of the probe; `None` where the verdict needed none.
+    /// Result of the probe; `None` if the verdict does not need one.
     pub outcome: Option<ProbeOutcome>,
     /// The verdict.
     pub verdict: Verdict,

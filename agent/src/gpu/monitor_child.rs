@@ -29,7 +29,7 @@ const FAILURE_THRESHOLD: u32 = 2;
 const LIBRARY_LOSS_THRESHOLD: u32 = 3;
 /// Interval in which repeated events are reported as a count.
 const REPEAT_INTERVAL: Duration = Duration::from_secs(60);
-/// Bound for the events that are counted, more than all GPUs of a machine can have.
+/// Maximum number of distinct events that are counted; more than all GPUs of a machine can report.
 const MAX_EVENT_KINDS: usize = 1024;
 
 /// A message of the child: one line of JSON.
@@ -153,7 +153,7 @@ struct MonitorLoop<'n> {
     gpus: Vec<MonitoredGpu>,
     /// Whether metrics are sent.
     readings: bool,
-    /// Intervals in a row in which waiting for events failed. That is no fault of one device.
+    /// Intervals in a row in which waiting for events failed. This is not attributed to any device.
     failed_waits: u32,
     wait_fault: Option<Fault>,
     /// Checks in a row without the library file.

@@ -1,4 +1,4 @@
-//! NVML errors: how a call failed, and which reason its return code stands for.
+//! NVML errors: how a call failed, and the reason that its return code maps to.
 
 use nvml_wrapper::error::NvmlError;
 use serde::{Deserialize, Serialize};
@@ -42,7 +42,7 @@ struct ReturnCode {
     text: Option<&'static str>,
 }
 
-/// The return codes with a meaning of their own. Every other code is `driver-error`.
+/// Return codes that map to a specific reason. Every other code is `driver-error`.
 const RETURN_CODES: &[ReturnCode] = &[
     code(4, Reason::PermissionDenied),       // NVML_ERROR_NO_PERMISSION
     gpu_fault(8, Reason::GpuUnhealthy),      // NVML_ERROR_INSUFFICIENT_POWER
@@ -102,7 +102,7 @@ impl Fault {
         Self { call: call.into(), kind: FaultKind::InvalidResponse, text }
     }
 
-    /// Returns whether an optional getter that fails like this means that the GPU is faulty.
+    /// Returns whether this fault of an optional getter means that the GPU is faulty.
     pub(super) fn is_gpu_fault(&self) -> bool {
         match self.kind {
             FaultKind::Code(code) => ReturnCode::find(code).is_some_and(|code| code.is_gpu_fault),

@@ -98,8 +98,8 @@ pub async fn probe(library: &str, limit: Duration) -> ProbeOutcome {
     with_library_file(outcome, library)
 }
 
-/// Adds the facts about the library file, which a killed child could not report. Reading the
-/// missing end of a mapped truncated file raises SIGBUS: then the file is at fault.
+/// Adds the facts about the library file, which a killed child could not report. SIGBUS means that
+/// the file is truncated: reading the missing end of a mapped file raises it.
 fn with_library_file(outcome: ProbeOutcome, library: &str) -> ProbeOutcome {
     const SIGBUS: i32 = 7;
     match outcome {

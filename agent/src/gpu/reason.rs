@@ -2,8 +2,8 @@
 //! documentation are generated from it.
 //!
 //! To add a reason: add a variant to [`Reason`] and a row to [`CATALOGUE`] (with a new MESSAGE_ID
-//! from `systemd-id128 new`), return it where it is diagnosed (`gpu::diagnose`,
-//! `gpu::nvml_error`), and renew the documents: `UPDATE_DOCUMENTS=1 cargo test -p
+//! from `systemd-id128 new`), return it where the cause is diagnosed (`gpu::diagnose`,
+//! `gpu::nvml_error`), and regenerate the documents: `UPDATE_DOCUMENTS=1 cargo test -p
 //! supernode-agent --test documents`.
 
 use std::fmt;

@@ -81,8 +81,7 @@ fn nothing_selected(
     )
 }
 
-/// Returns the fault of a GPU whose UUID or address is unreadable, so that it may be the selected
-/// one.
+/// Returns the fault of a GPU whose UUID or address is unreadable: it may be the selected one.
 fn unidentified_gpu_finding(selection: &DeviceSelection, report: &DriverReport) -> Option<Finding> {
     let DeviceSelection::Named(names) = selection else {
         return None;
@@ -250,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_selection_is_reported_with_what_exists() {
+    fn missing_selection_is_reported_with_available_gpus() {
         let (facts, outcome) = two_gpus();
         let decide = |selection| {
             let request = config(&[("FL_CUDA_VISIBLE_DEVICES", selection)]);
@@ -300,7 +299,7 @@ mod tests {
             let by_index = expect_finding(decide(&[("FL_CUDA_VISIBLE_DEVICES", "1")]));
             assert_eq!(by_index.reason, Reason::DeviceSelectionEmpty);
             assert!(by_index.summary.contains(B), "{}", by_index.summary);
-            // Without a selection it is a WARNING beside the usable GPU.
+            // Without a selection the other GPU is used and this one is a WARNING.
             let Verdict::Gpu { missing, .. } = decide(&[]) else { panic!("not on the GPU") };
             assert!(missing.len() == 1 && missing[0].contains(B), "{missing:?}");
         }
@@ -337,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn absent_assigned_device_beside_usable_gpu_is_a_warning() {
+    fn absent_assigned_device_is_a_warning_if_a_gpu_is_usable() {
         let request = config(&[("PCI0_ADDRESS", "01:00.0"), ("PCI1_ADDRESS", "21:00.0")]);
         let facts = facts(&[gpu_at(A, Some("nvidia"))]);
         let verdict = decide_on(&request, &facts, &report(vec![probed(0, "GPU-1", A)]));
@@ -347,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn assigned_audio_function_is_no_warning() {
+    fn assigned_audio_function_causes_no_warning() {
         let request = config(&[("PCI0_ADDRESS", "01:00.0"), ("PCI1_ADDRESS", "01:00.1")]);
         let audio = device("0000:01:00.1", 0x10de, 0x04_03_00, Some("snd_hda_intel"));
         let facts = facts(&[gpu_at(A, Some("nvidia")), audio]);
@@ -357,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn faulty_gpu_beside_usable_gpu_is_left_out() {
+    fn faulty_gpu_is_excluded_if_another_is_usable() {
         let (facts, _) = two_gpus();
         let mut lost = probed(0, "GPU-aaaa-1", A);
         lost.fault = Some(Fault {

@@ -22,12 +22,12 @@ pub enum Verdict {
     },
     /// The CPU.
     Cpu {
-        /// The reason for the fallback; `None` where the GPU is not enabled.
+        /// The reason for the fallback; `None` if the GPU is not enabled.
         finding: Option<Finding>,
     },
 }
 
-/// A GPU or MIG instance that the container gets.
+/// A GPU or MIG instance for the container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct GpuDevice {
     /// NVML index of the GPU.

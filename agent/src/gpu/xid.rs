@@ -3,9 +3,10 @@
 //! [`XIDS`] is the only place where an XID is classified. To add one:
 //! 1. Look it up in NVIDIA's Xid Catalog
 //!    (docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html).
-//! 2. Add a row to [`XIDS`] with NVIDIA's description and, where that says little, an explanation.
+//! 2. Add a row to [`XIDS`] with NVIDIA's description and, if that is too terse, an explanation.
 //! 3. Derive the [`Class`] from NVIDIA's immediate action: RESET_GPU, RESTART_BM, RESTART_APP, …
-//! 4. Renew the documents: `UPDATE_DOCUMENTS=1 cargo test -p supernode-agent --test documents`.
+//! 4. Regenerate the documents: `UPDATE_DOCUMENTS=1 cargo test -p supernode-agent --test
+//!    documents`.
 
 use std::fmt;
 
@@ -60,7 +61,7 @@ impl Class {
 pub struct Entry {
     /// The XID.
     pub number: u64,
-    /// NVIDIA's description, then an explanation where that says little.
+    /// NVIDIA's description, then an explanation if that is too terse.
     pub description: &'static str,
     /// What the XID means for the node.
     pub class: Class,
@@ -153,7 +154,7 @@ impl Xid {
 }
 
 impl fmt::Display for Xid {
-    /// Number, description, advice.
+    /// Formats number, description and advice.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(number) = self;
         match self.entry() {

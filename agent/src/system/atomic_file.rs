@@ -1,4 +1,4 @@
-//! Atomic file replacement: a reader sees the old content or the new one, also after a crash.
+//! Atomic file replacement: a reader sees either the old or the new content, even after a crash.
 
 use std::ffi::OsString;
 use std::fs::{File, Permissions};

@@ -1,7 +1,7 @@
 //! Blocking calls outside the runtime thread.
 
-/// Runs a blocking function on a thread of its own, so that the runtime thread keeps serving
-/// signals, watchers and the watchdog. If the caller is dropped, the function still completes.
+/// Runs a blocking function on a separate thread, so that the runtime thread keeps serving signals,
+/// watchers and the watchdog. If the caller is dropped, the function still completes.
 pub(crate) async fn run_blocking<T: Send + 'static>(
     function: impl FnOnce() -> T + Send + 'static,
 ) -> T {

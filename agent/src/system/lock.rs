@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// The lock. The kernel releases it when the process exits, however it exits.
+/// The lock. The kernel releases it when the process exits for any reason.
 #[derive(Debug)]
 pub(crate) struct Lock(
     #[expect(dead_code, reason = "the lock is held as long as the file is open")] File,

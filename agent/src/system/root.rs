@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::system::programs::{self, is_executable};
 
-/// Limit above the size of any file that is read here.
+/// Maximum file size, above that of any file that is read here.
 const MAX_FILE_BYTES: u64 = 4 << 20;
 
 /// A file or directory below the root that exists and cannot be read.
@@ -90,8 +90,8 @@ impl Root {
         self.resolve(path).unwrap_or_else(|_| self.0.join("\0"))
     }
 
-    /// Returns the first entry of a directory that is a link out of this root. To be called before
-    /// code that lets the kernel follow links.
+    /// Returns the first entry of a directory that is a link out of this root. Must be called
+    /// before code that lets the kernel follow links.
     pub(crate) fn find_escaping_link(&self, directory: &Path) -> Option<PathBuf> {
         if self.is_running_system() {
             return None;

@@ -36,8 +36,8 @@ pub fn reloading() {
 /// Keep-alive notifications for the service manager's watchdog, if it is enabled.
 ///
 /// They are sent by the task that does the work, and only while an operation is within its time
-/// limit. If the task blocks or waits for something that never happens, they stop, and the service
-/// manager restarts the agent.
+/// limit. If the task blocks or waits forever, they stop, and the service manager restarts the
+/// agent.
 #[derive(Debug)]
 pub struct Watchdog {
     /// Time between two notifications, half the watchdog's timeout; `None` if it is disabled.
@@ -93,7 +93,7 @@ impl Watchdog {
 }
 
 fn notify(states: &[NotifyState<'_>]) {
-    // The node runs the same without a service manager.
+    // Errors are ignored: the node also runs without a service manager.
     let _ = sd_notify::notify(states);
 }
 

@@ -3,7 +3,8 @@
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::FormatTime as _;
 
-/// The current time in RFC 3339 (UTC, microseconds), as in the log: `2026-11-24T14:40:02.937353Z`.
+/// Returns the current time in RFC 3339 (UTC, microseconds), as in the log:
+/// `2026-11-24T14:40:02.937353Z`.
 pub fn now() -> String {
     let mut text = String::new();
     // Writing to a String does not fail.

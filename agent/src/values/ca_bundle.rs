@@ -120,18 +120,18 @@ impl CaBundle {
         Self { cas, pem, was_raw_pem, ignored }
     }
 
-    /// The PEM text in the strict form of RFC 7468, which gRPC requires.
+    /// Returns the PEM text in the strict form of RFC 7468, which gRPC requires.
     pub fn pem(&self) -> &str {
         &self.pem
     }
 
-    /// Whether the original form was PEM text instead of its base64.
+    /// Returns whether the original form was PEM text instead of its base64.
     pub fn was_raw_pem(&self) -> bool {
         self.was_raw_pem
     }
 
-    /// What was ignored because it is not a CA, reported at WARNING. The caller adds the source of
-    /// the bundle.
+    /// Returns a description of the elements that are ignored because they are not a CA, reported
+    /// at WARNING. The caller adds the source of the bundle.
     pub fn ignored(&self) -> Option<&str> {
         self.ignored.as_deref()
     }
@@ -194,7 +194,7 @@ fn read_pieces(bytes: &[u8]) -> Result<Vec<Piece>, String> {
     }
 }
 
-/// Whether `bytes` begins with the tag of a sequence, as every structure here does.
+/// Returns whether `bytes` begins with the tag of a sequence, as every structure here does.
 fn starts_as_der(bytes: &[u8]) -> bool {
     bytes.first() == Some(&0x30)
 }
@@ -232,7 +232,7 @@ fn read_der(der: &[u8]) -> Result<Piece, String> {
 }
 
 /// Determines whether a certificate is a CA (RFC 5280, sections 4.2.1.3 and 4.2.1.9). gRPC 1.85
-/// checks keyUsage only, so that it would also accept the server's own certificate, until the
+/// checks keyUsage only, so it would also accept the server's own certificate, which fails once the
 /// server renews it.
 fn classify_certificate(certificate: &x509_cert::Certificate, der: &[u8]) -> Result<Piece, String> {
     let signed = &certificate.tbs_certificate;
@@ -281,7 +281,7 @@ fn classify_other(der: &[u8]) -> Result<Piece, String> {
     Ok(Piece::Other(what.into()))
 }
 
-/// The subject in RFC 4514 notation, escaped.
+/// Returns the subject in RFC 4514 notation, escaped.
 fn subject(name: &Name) -> String {
     let mut text = String::new();
     // `to_string` would panic if the name cannot be formatted.
@@ -291,7 +291,7 @@ fn subject(name: &Name) -> String {
     }
 }
 
-/// `time` in UTC, to the second.
+/// Returns `time` in UTC, to the second.
 fn utc(time: SystemTime) -> String {
     DateTime::from_system_time(time)
         .map_or_else(|_| "a year before 1970 or after 9999".into(), |time| time.to_string())
@@ -363,7 +363,7 @@ mod tests {
         pem
     }
 
-    /// An element of DER.
+    /// Encodes an element of DER.
     fn element(tag: u8, content: &[u8]) -> Vec<u8> {
         let length = content.len() as u16;
         [&[tag, 0x82], &length.to_be_bytes()[..], content].concat()
@@ -373,7 +373,7 @@ mod tests {
         [&[tag, content.len() as u8], content].concat()
     }
 
-    /// The second half of the error, which describes the text.
+    /// Returns the second half of the error, which describes the text.
     #[track_caller]
     fn why(text: &str) -> String {
         let error = CaBundle::parse(text).unwrap_err().to_string();
@@ -383,7 +383,8 @@ mod tests {
         why.to_owned()
     }
 
-    /// The same for PEM, base64 of PEM and base64 of DER.
+    /// Like [`why`], and asserts that the error is the same for PEM, base64 of PEM and base64 of
+    /// DER.
     #[track_caller]
     fn why_in_any_form(pem: &str) -> String {
         let first = why(pem);
@@ -392,7 +393,7 @@ mod tests {
         first
     }
 
-    /// Noon of the first day of a year.
+    /// Returns noon of the first day of a year.
     fn noon(year: u16) -> SystemTime {
         DateTime::new(year, 1, 1, 12, 0, 0).unwrap().to_system_time()
     }
@@ -657,7 +658,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_makes_it_panic(
+        fn arbitrary_text_never_panics(
             text in "\\PC{0,60}",
             bytes in prop::collection::vec(any::<u8>(), 0..200),
         ) {
@@ -667,7 +668,7 @@ mod tests {
         }
 
         #[test]
-        fn no_damage_makes_it_panic(
+        fn damaged_bundle_never_panics(
             pem in pems(),
             at in any::<prop::sample::Index>(),
             byte: u8,
@@ -684,7 +685,7 @@ mod tests {
         }
 
         #[test]
-        fn no_mixture_makes_it_panic(
+        fn mixed_bundle_never_panics(
             parts in prop::collection::vec(pems(), 1..5),
             at in any::<prop::sample::Index>(),
             byte in 0u8..0x80,

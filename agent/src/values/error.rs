@@ -1,4 +1,4 @@
-/// Error for a rejected value: what is accepted ("must be …"), and what is wrong with this value.
+/// Error for a rejected value: what is accepted ("must be …"), and why this value is not.
 ///
 /// The caller adds the name of the variable and, unless it is secret, the value.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -22,7 +22,7 @@ impl Fraction {
         }
     }
 
-    /// The number.
+    /// Returns the number.
     pub fn value(&self) -> f64 {
         self.0
     }

@@ -28,17 +28,17 @@ impl GpuUuid {
         Ok(Self(text))
     }
 
-    /// The UUID as NVML wrote it.
+    /// Returns the UUID as NVML wrote it.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Whether this is a MIG instance, not a whole GPU.
+    /// Returns whether this is a MIG instance, not a whole GPU.
     pub fn is_mig(&self) -> bool {
         self.0.starts_with("MIG-")
     }
 
-    /// Whether the UUID starts with `prefix`, ignoring case.
+    /// Returns whether the UUID starts with `prefix`, ignoring case.
     pub fn has_prefix(&self, prefix: &str) -> bool {
         self.0.get(..prefix.len()).is_some_and(|head| head.eq_ignore_ascii_case(prefix))
     }

@@ -30,7 +30,7 @@ impl HostPort {
         }
     }
 
-    /// The port, 1 to 65535.
+    /// Returns the port, 1 to 65535.
     pub fn port(&self) -> u16 {
         self.port
     }

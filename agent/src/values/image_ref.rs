@@ -39,7 +39,7 @@ impl ImageRef {
         if is_sha256(text) {
             return false;
         }
-        // Only a colon after the last slash separates a tag; the slash itself does no harm here.
+        // Only a colon after the last slash separates a tag. The part may include the slash.
         let last_part_at = rest.rfind('/').unwrap_or(0);
         let (name, tag) = match rest[last_part_at..].split_once(':') {
             Some((last, tag)) => (&rest[..last_part_at + last.len()], Some(tag)),
@@ -72,7 +72,7 @@ impl ImageRef {
         Self(format!("{name}:{version}"))
     }
 
-    /// The reference as written.
+    /// Returns the reference as written.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -84,13 +84,13 @@ impl fmt::Display for ImageRef {
     }
 }
 
-/// Whether `text` is 64 hexadecimal digits; Docker requires lower case.
+/// Returns whether `text` is 64 hexadecimal digits; Docker requires lower case.
 fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// Whether `part` is lower-case letters and digits, separated by `.`, `_`, `__` or dashes, with no
-/// separator at either end.
+/// Returns whether `part` is lower-case letters and digits, separated by `.`, `_`, `__` or dashes,
+/// with no separator at either end.
 fn is_path_component(part: &str) -> bool {
     let is_alphanumeric = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let bytes = part.as_bytes();

@@ -1,5 +1,5 @@
-//! Parsed values: each type is validated once, when it is parsed, and is valid ever after. A parser
-//! returns a [`ValidationError`] that states what is accepted.
+//! Parsed values: each type is validated once, when it is parsed. A parser returns a
+//! [`ValidationError`] that states what is accepted.
 
 pub mod ca_bundle;
 mod device_selection;
@@ -34,7 +34,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_makes_a_parser_panic(text in "\\PC{0,40}") {
+        fn parsers_never_panic(text in "\\PC{0,40}") {
             let _ = (parse_count(&text, 0), Fraction::parse(&text), Version::parse(&text));
             let _ = (ImageRef::parse(&text), HostPort::parse(&text), GpuUuid::parse(&*text));
             let _ = (DeviceSelection::parse(&text), NodeConfig::parse(&text));

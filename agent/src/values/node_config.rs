@@ -4,8 +4,8 @@ use std::collections::hash_map::Entry;
 use super::error::ValidationError;
 use super::text::escape;
 
-/// Node configuration for the ClientApp, in the syntax of `flower-supernode --node-config`, which
-/// is known to accept it.
+/// Node configuration for the ClientApp, in the syntax of `flower-supernode --node-config`. Flower
+/// accepts every valid value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeConfig(String);
 
@@ -71,18 +71,19 @@ impl NodeConfig {
         Ok(Self(text.into()))
     }
 
-    /// The value of `--node-config`, as the operator wrote it.
+    /// Returns the value of `--node-config`, as the operator wrote it.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Whether `text` has a key that suggests a secret, or a value that looks like one. Such a text
-    /// is never printed, not even in an error.
+    /// Returns whether `text` has a key that suggests a secret, or a value that looks like one.
+    /// Such a text is never printed, not even in an error.
     pub fn may_hold_secret(text: &str) -> bool {
         suggests_secret(text) || looks_like_secret(text)
     }
 
-    /// The text with every value replaced whose key suggests a secret, or that looks like one.
+    /// Returns the text with the possible secrets replaced: values whose key suggests a secret, and
+    /// values that look like one.
     pub fn redacted(&self) -> String {
         if !Self::may_hold_secret(&self.0) {
             return self.0.clone();
@@ -134,8 +135,8 @@ impl<'t> KeyTree<'t> {
     }
 }
 
-/// Whether `text` contains a word that suggests a secret: some anywhere, and those that are part of
-/// harmless words only as a whole word.
+/// Returns whether `text` contains a word that suggests a secret. Most count anywhere in the text;
+/// those that are part of harmless words count as whole words only.
 fn suggests_secret(text: &str) -> bool {
     const ANYWHERE: [&str; 8] = [
         "password",
@@ -178,15 +179,15 @@ fn suggests_secret(text: &str) -> bool {
         || words.split(' ').any(|word| WHOLE_WORD.contains(&word))
 }
 
-/// Whether `text` has the form of a secret: a URL with a user, and so probably a password, or a
-/// private key.
+/// Returns whether `text` has the form of a secret: a URL with a user, which probably includes a
+/// password, or a private key.
 fn looks_like_secret(text: &str) -> bool {
     text.split_once("://").is_some_and(|(_, rest)| rest.contains('@'))
         || text.contains("PRIVATE KEY-----")
 }
 
 /// Splits the first pair off `text`: the key, the value with its quotes, and the rest. The error is
-/// the key, as far as there is one, and the reason.
+/// the key (empty if there is none) and the reason.
 fn next_pair(text: &str) -> Result<(&str, &str, &str), (&str, &'static str)> {
     let word_end = text.find(char::is_whitespace).unwrap_or(text.len());
     let Some(equals) = text[..word_end].find('=') else {
@@ -253,7 +254,7 @@ mod tests {
     use super::*;
     use crate::values::error::tests::assert_rejects;
 
-    /// Each was checked with `parse_config_args` of flwr 1.31.0, which accepts all of it.
+    /// `parse_config_args` of flwr 1.31.0 accepts each of these.
     #[test]
     fn accepts_what_flower_accepts() {
         for text in [

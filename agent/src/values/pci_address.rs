@@ -36,7 +36,7 @@ impl PciAddress {
         })
     }
 
-    /// Whether both are functions of the same card: GPU, audio, USB.
+    /// Returns whether both are functions of the same card: GPU, audio, USB.
     pub fn is_same_card(self, other: Self) -> bool {
         Self { function: 0, ..self } == Self { function: 0, ..other }
     }

@@ -3,7 +3,7 @@ use super::error::ValidationError;
 /// Largest count: the maximum of a signed 32-bit integer, 68 years in seconds.
 pub const MAX_COUNT: u64 = i32::MAX as u64;
 
-/// Parses `YES` or `NO` in any spelling that OpenNebula and its users write.
+/// Parses `YES` or `NO` in any spelling that OpenNebula and its users use.
 ///
 /// # Errors
 /// When the text is none of these spellings.

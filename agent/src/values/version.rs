@@ -3,7 +3,7 @@ use std::fmt;
 
 use super::error::ValidationError;
 
-/// Flower release `X.Y.Z`: displayed as written, compared by its numbers.
+/// Flower release `X.Y.Z`: displayed as written, compared numerically.
 #[derive(Debug, Clone)]
 pub struct Version {
     text: String,
@@ -19,7 +19,7 @@ impl Version {
         }
     }
 
-    /// Major, minor, patch.
+    /// Returns major, minor and patch.
     pub fn numbers(&self) -> [u32; 3] {
         self.numbers
     }

@@ -252,7 +252,7 @@ impl OneGate {
         Ok(Self { endpoint, tls, vm_id, token, timeout })
     }
 
-    /// ID of the VM.
+    /// Returns the ID of the VM.
     pub fn vm_id(&self) -> u64 {
         self.vm_id
     }

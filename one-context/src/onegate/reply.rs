@@ -79,7 +79,8 @@ fn role_vm(node: &Value) -> Option<RoleVm> {
     })
 }
 
-/// STATE 3 is ACTIVE, and then LCM_STATE 3 RUNNING (OpenNebula, `include/VirtualMachine.h`).
+/// Returns whether the VM runs: STATE 3 is ACTIVE, LCM_STATE 3 RUNNING (OpenNebula,
+/// `include/VirtualMachine.h`).
 fn is_running(vm: &Value) -> Option<bool> {
     match (number(&vm["STATE"])?, number(&vm["LCM_STATE"])) {
         (3, lcm_state) => Some(lcm_state? == 3),
@@ -471,7 +472,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_json_makes_it_panic(value in anything()) {
+        fn arbitrary_json_never_panics(value in anything()) {
             let json = json!({ "SERVICE": value, "VM": value }).to_string();
             let _ = service(json.as_bytes());
             let _ = vm(json.as_bytes());

@@ -33,7 +33,7 @@ enum Reply {
     Repeat(Vec<u8>, Vec<u8>, Duration),
 }
 
-/// A complete reply. OneGate always declares JSON, whatever it sends.
+/// Returns a complete reply. OneGate always declares JSON, whatever it sends.
 fn reply(status: u16, body: &str) -> Reply {
     let length = body.len();
     let head = format!(
@@ -577,7 +577,7 @@ async fn private_ca_needs_ca_file() {
                 "{error:?}"
             );
         }
-        // The machine has no ca-certificates.
+        // As on a machine without ca-certificates.
         Err(error) => {
             assert!(
                 chain(&error)

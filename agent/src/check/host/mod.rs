@@ -315,7 +315,8 @@ fn gpu_functions(facts: &HostFacts, distribution: Distribution) -> Vec<Check> {
     checks
 }
 
-/// Every other device in the IOMMU group of a GPU is passed through with it, or prevents it.
+/// Checks the IOMMU group of each GPU. Every other device in the group is passed through with the
+/// GPU, or prevents the passthrough.
 fn group_isolation(facts: &HostFacts) -> Vec<Check> {
     const ID: &str = "iommu-group-isolation";
     const FIX: &str =
@@ -365,7 +366,8 @@ fn group_isolation(facts: &HostFacts) -> Vec<Check> {
     checks
 }
 
-/// Without an override the first matching driver binds the card at the next boot.
+/// Checks the overrides of driverctl. Without an override the first matching driver binds the card
+/// at the next boot.
 fn driver_overrides(facts: &HostFacts) -> Option<Check> {
     const ID: &str = "driver-override";
     facts.pci.gpus().next()?;
@@ -473,7 +475,7 @@ fn pci_filter(facts: &HostFacts) -> Vec<Check> {
         (Some(host), None) => vec![judge_filter(HOST_FILTER, host, Level::Error)],
         (None, Some(front_end)) => vec![judge_filter(FRONT_END_FILTER, front_end, Level::Error)],
         (Some(host), Some(front_end)) => {
-            // The file on the host is in effect; that of the front-end is, after the next sync.
+            // The file on the host is in effect now, the one on the front-end after the next sync.
             vec![
                 judge_filter(HOST_FILTER, host, Level::Error),
                 judge_filter(FRONT_END_FILTER, front_end, Level::Warning),
@@ -764,7 +766,7 @@ mod tests {
     }
 
     #[test]
-    fn udev_rule_is_not_a_comment_or_another_rule() {
+    fn comments_and_other_rules_are_not_the_udev_rule() {
         assert!(
             find_vfio_rule("# x\nSUBSYSTEM == \"vfio\", GROUP=\"kvm\", MODE=\"0666\"\n").is_some()
         );

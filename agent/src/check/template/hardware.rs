@@ -9,7 +9,7 @@ const UEFI_PATH: &str = "/usr/share/OVMF/OVMF_CODE.fd";
 const PIN_POLICIES: &[&str] = &["NONE", "THREAD", "SHARED", "CORE", "NODE_AFFINITY"];
 
 impl VmTemplate {
-    /// Checks what GPU passthrough and the frameworks need of the virtual hardware.
+    /// Checks the virtual hardware against the requirements of GPU passthrough and the frameworks.
     pub(super) fn check_hardware(&self) -> Vec<Check> {
         let level = if self.needs_gpu() { Level::Error } else { Level::Warning };
         let mut checks = self.check_machine(level);
@@ -193,7 +193,8 @@ impl VmTemplate {
         checks
     }
 
-    /// Without pinning, OpenNebula requires that the topology multiplies to VCPU.
+    /// Checks the topology of a VM without pinning: OpenNebula requires that the product of its
+    /// counts is VCPU.
     fn check_unpinned_topology(&self, counts: [Option<u64>; 3]) -> Check {
         if counts.iter().all(Option::is_none) {
             return Check::ok(ID_TOPOLOGY, "the VM is not pinned");

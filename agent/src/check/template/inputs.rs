@@ -45,7 +45,7 @@ pub(super) fn check_value(name: &str, value: &str) -> Option<Check> {
     Some(Check::error("variable", format!("{name}={}: {error}", kind.quote(value)), fix))
 }
 
-/// A value that is accepted, for a fix.
+/// Returns a value that is accepted, for a fix.
 fn example_value(kind: Kind) -> String {
     match kind {
         Kind::YesNo => "YES".into(),

@@ -1,7 +1,7 @@
-//! `check template`: checks an OpenNebula VM template for what a SuperNode on a GPU needs, or a
-//! OneFlow service template (`service.rs`). Pure. The behaviour of OpenNebula is from its manual
-//! (Virtual Machine Template Reference; PCI Passthrough) and, for 6.10 and 7.x, from src/vm and
-//! src/parsers of OpenNebula/one.
+//! `check template`: checks an OpenNebula VM template against the requirements of a SuperNode with
+//! a GPU, or checks a OneFlow service template (`service.rs`). Pure. Sources: OpenNebula's manual
+//! (Virtual Machine Template Reference; PCI Passthrough); for 6.10 and 7.x, src/vm and src/parsers
+//! of OpenNebula/one.
 
 mod context;
 mod hardware;
@@ -345,7 +345,7 @@ INPUTS_ORDER="FL_GPU_ENABLED"
 
     proptest! {
         #[test]
-        fn no_template_makes_it_panic(
+        fn arbitrary_template_never_panics(
             text in "((OS|PCI|CONTEXT|TOPOLOGY|USER_INPUTS|FEATURES|VCPU|FL_GPU)(=|=\\[)\
                 [A-Z]{0,3}=?\"?[a-z0-9|$,\u{e9}]{0,9}\"?\\]?\n?){0,8}"
         ) {
@@ -353,7 +353,7 @@ INPUTS_ORDER="FL_GPU_ENABLED"
         }
     }
 
-    /// Level and finding of the checks with this id.
+    /// Returns the level and finding of the checks with this id.
     fn found(text: &str, id: &str) -> Vec<(Level, String)> {
         judge(text)
             .into_iter()

@@ -41,7 +41,7 @@ impl VectorAttribute {
         self.entries.iter().find(|entry| entry.name == name)
     }
 
-    /// The trimmed value of `name`; `None` if it is missing or empty.
+    /// Returns the trimmed value of `name`; `None` if it is missing or empty.
     pub(super) fn value(&self, name: &str) -> Option<&str> {
         self.entry(name).map(|entry| entry.value.trim()).filter(|value| !value.is_empty())
     }
@@ -334,7 +334,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_makes_it_panic(text in "[A-Z=\\[\\]\",# \\\\\n\u{e9}a]{0,60}") {
+        fn arbitrary_text_never_panics(text in "[A-Z=\\[\\]\",# \\\\\n\u{e9}a]{0,60}") {
             let _ = parse(&text);
         }
 

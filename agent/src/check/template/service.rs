@@ -1,5 +1,5 @@
-//! Checks of a OneFlow service template in JSON. Pure. The behaviour of OneFlow is from
-//! src/flow/lib/models and src/oca/ruby/opennebula/flow of OpenNebula/one.
+//! Checks of a OneFlow service template in JSON. Pure. Sources: src/flow/lib/models and
+//! src/oca/ruby/opennebula/flow of OpenNebula/one.
 
 use serde_json::{Map, Value as Json};
 
@@ -136,8 +136,8 @@ fn check_inputs(service: &Map<String, Json>) -> Vec<Check> {
 }
 
 /// Checks `vm_template_contents`. OneFlow 6 replaces each `$KEY` that has a value, in the order of
-/// the text and everywhere in it, also where the key is a prefix of a longer one. Other references
-/// stay (resolve_attributes of models/service.rb).
+/// the text and everywhere in it, even if the key is a prefix of a longer one. Other references are
+/// kept (resolve_attributes of models/service.rb).
 fn check_references(
     name: &str,
     contents: &str,

@@ -26,33 +26,35 @@ impl VmTemplate {
         })
     }
 
-    /// The entry `key` of the vector attribute `name`, if it has a value.
+    /// Returns the entry `key` of the vector attribute `name`, if it has a value.
     pub(super) fn entry(&self, name: &'static str, key: &str) -> Option<&SingleAttribute> {
         self.vector(name)?.entry(key).filter(|entry| !entry.value.trim().is_empty())
     }
 
-    /// The line where an entry of the vector attribute belongs; the first line if there is none.
+    /// Returns the line where an entry of the vector attribute belongs; the first line if there is
+    /// none.
     pub(super) fn line_of(&self, name: &'static str) -> usize {
         self.vector(name).map_or(1, |vector| vector.position.line)
     }
 
-    /// The PCI attributes, NICs excluded.
+    /// Returns the PCI attributes, NICs excluded.
     pub(super) fn pci_devices(&self) -> impl Iterator<Item = &VectorAttribute> {
         self.vectors("PCI").filter(|pci| !is_nic(pci))
     }
 
-    /// Whether the VM is meant to use a GPU: it has a PCI attribute, or its node enables the GPU.
+    /// Returns whether the VM is meant to use a GPU: it has a PCI attribute, or its node enables
+    /// the GPU.
     pub(super) fn needs_gpu(&self) -> bool {
         self.is_gpu_enabled() || self.pci_devices().next().is_some()
     }
 
-    /// Whether CONTEXT has FL_GPU_ENABLED=YES, or a reference, which can become YES.
+    /// Returns whether CONTEXT has FL_GPU_ENABLED=YES, or a reference, which can become YES.
     pub(super) fn is_gpu_enabled(&self) -> bool {
         self.gpu_enabled_entries()
             .any(|value| parse_yes_no(value) == Ok(true) || is_reference(value))
     }
 
-    /// Whether CONTEXT has FL_GPU_ENABLED=NO.
+    /// Returns whether CONTEXT has FL_GPU_ENABLED=NO.
     pub(super) fn is_gpu_disabled(&self) -> bool {
         self.gpu_enabled_entries().any(|value| parse_yes_no(value) == Ok(false))
     }
@@ -93,18 +95,19 @@ fn check_duplicate_entries(vector: &VectorAttribute) -> Vec<Check> {
         .collect()
 }
 
-/// Whether a PCI attribute is a network card: TYPE="NIC" (Virtual Machine Template Reference).
+/// Returns whether a PCI attribute is a network card: TYPE="NIC" (Virtual Machine Template
+/// Reference).
 fn is_nic(pci: &VectorAttribute) -> bool {
     pci.value("TYPE").is_some_and(|kind| kind.eq_ignore_ascii_case("NIC"))
 }
 
-/// Whether the value contains a reference such as `$NAME` or `$NIC[…]`, which OpenNebula resolves
-/// when it creates the VM.
+/// Returns whether the value contains a reference such as `$NAME` or `$NIC[…]`, which OpenNebula
+/// resolves when it creates the VM.
 pub(super) fn is_reference(value: &str) -> bool {
     value.contains('$')
 }
 
-/// The name in `$NAME` or `${NAME}`.
+/// Returns the name in `$NAME` or `${NAME}`.
 pub(super) fn referenced_name(value: &str) -> Option<&str> {
     let name = value.strip_prefix('$')?;
     let name = name.strip_prefix('{').and_then(|name| name.strip_suffix('}')).unwrap_or(name);

@@ -196,7 +196,7 @@ impl Vm<'_> {
 
     pub(super) fn disk(&self) -> Check {
         const ID: &str = "disk";
-        /// With less Docker cannot start containers.
+        /// With less, Docker cannot start containers.
         const MIN_BYTES: u64 = GIB / 2;
         const FIX: &str = "docker image prune, or resize the disk: onevm disk-resize VM 0 SIZE, \
                            then growpart and resize2fs in the VM";
@@ -221,8 +221,8 @@ impl Vm<'_> {
         }
     }
 
-    /// Returns the space for unpacking the framework's image, whose layers exist twice for a
-    /// moment. Rounded up from the CUDA builds of 2025 (PyTorch: about 4 GiB packed, 8 GiB
+    /// Returns the space for unpacking the framework's image, each layer of which briefly exists
+    /// twice. Rounded up from the CUDA builds of 2025 (PyTorch: about 4 GiB packed, 8 GiB
     /// unpacked).
     fn image_gib(&self) -> (u64, &'static str) {
         match self.config().map_or(Framework::PyTorch, |config| config.framework) {
