@@ -12,7 +12,7 @@ import re
 import sys
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "demo.md"
-# Patterns that differ from run to run, and their placeholders.
+# Patterns whose matches differ from run to run, and their placeholders.
 VARYING = [
     (r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME"),
     (r"\b\d+\.\d+\.\d+\.\d+\b", "ADDRESS"),

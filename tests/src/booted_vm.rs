@@ -109,7 +109,7 @@ impl BootedVm {
             )
     }
 
-    /// Path on this machine of a file of the VM.
+    /// Returns the path on this machine of a file of the VM.
     #[must_use]
     pub fn path(&self, path: &str) -> PathBuf {
         self.sandbox.join("upper").join(path.trim_start_matches('/'))
@@ -193,14 +193,16 @@ impl BootedVm {
 }
 
 impl Boot {
-    /// Journal entries of a unit's processes, each as priority and message: `4 no usable GPU…`.
+    /// Returns the journal entries of a unit's processes, each as priority and message: `4 no
+    /// usable GPU…`.
     #[must_use]
     pub fn messages_of(&self, unit: &str) -> Vec<String> {
         let of_unit = |entry: &&Value| entry["_SYSTEMD_UNIT"] == unit;
         self.journal.iter().filter(of_unit).map(line_of).collect()
     }
 
-    /// What `journalctl -u UNIT -p warning` shows, including systemd's own messages about the unit.
+    /// Returns the entries that `journalctl -u UNIT -p warning` shows, including systemd's own
+    /// messages about the unit.
     #[must_use]
     pub fn warnings_of(&self, unit: &str) -> Vec<&Value> {
         let of_unit = |entry: &Value| entry["_SYSTEMD_UNIT"] == unit || entry["UNIT"] == unit;
@@ -209,7 +211,7 @@ impl Boot {
         self.journal.iter().filter(|entry| of_unit(entry) && is_warning(entry)).collect()
     }
 
-    /// Script output and journal, for the message of a failed assertion.
+    /// Returns script output and journal, for the message of a failed assertion.
     #[must_use]
     pub fn transcript(&self) -> String {
         format!("{}\n{}", self.output, text_of(&self.journal))

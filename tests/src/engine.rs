@@ -181,25 +181,26 @@ impl Engine {
         Self::builder().with_nvidia_runtime().start()
     }
 
-    /// Path of the API's Unix socket.
+    /// Returns the path of the API's Unix socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.sandbox.join("docker.sock")
     }
 
-    /// Path of daemon.json.
+    /// Returns the path of daemon.json.
     #[must_use]
     pub fn daemon_json(&self) -> PathBuf {
         self.sandbox.join("daemon.json")
     }
 
-    /// First directory of the engine's PATH.
+    /// Returns the first directory of the engine's PATH.
     #[must_use]
     pub fn bin_dir(&self) -> PathBuf {
         self.sandbox.join("bin")
     }
 
-    /// Name of the engine's network namespace, for `nsenter --net=/run/netns/NAME` and veth pairs.
+    /// Returns the name of the engine's network namespace, for `nsenter --net=/run/netns/NAME` and
+    /// veth pairs.
     #[must_use]
     pub fn network_namespace(&self) -> &str {
         &self.namespace
@@ -212,7 +213,7 @@ impl Engine {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// PID of dockerd.
+    /// Returns the PID of dockerd.
     ///
     /// # Panics
     /// If dockerd is not running.
@@ -222,8 +223,8 @@ impl Engine {
         self.dockerd.as_ref().expect("dockerd is not running").id()
     }
 
-    /// Value for `docker.reload_command`: sends the SIGHUP that `systemctl reload docker` sends.
-    /// Remains valid across restarts.
+    /// Returns the value for `docker.reload_command`: sends the SIGHUP that `systemctl reload
+    /// docker` sends. Remains valid across restarts.
     #[must_use]
     pub fn reload_command(&self) -> Vec<String> {
         let script = format!("kill -HUP \"$(cat '{}')\"", self.pid_file().display());
@@ -249,7 +250,7 @@ impl Engine {
     /// Sends a GET request (`/info`, `/containers/NAME/json`) directly to the API socket.
     ///
     /// # Errors
-    /// If the engine is unreachable or the answer is not a success.
+    /// If the engine is unreachable or the response is not a success.
     pub fn get(&self, path: &str) -> Result<Value, String> {
         let body = get(&self.socket(), path)?;
         serde_json::from_str(&body).map_err(|error| format!("{path}: {error}: {body}"))
@@ -302,7 +303,7 @@ impl Engine {
         symlink(runtime_binary(), &link).expect("a link to the runtime");
     }
 
-    /// Path at which [`Engine::install_nvidia_runtime`] installs the runtime.
+    /// Returns the path at which [`Engine::install_nvidia_runtime`] installs the runtime.
     #[must_use]
     pub fn runtime_path(&self) -> PathBuf {
         self.bin_dir().join("nvidia-container-runtime")
@@ -513,7 +514,7 @@ fn get(socket: &Path, path: &str) -> Result<String, String> {
     exchange(socket, "GET", path, "", |status| status == "200")
 }
 
-/// Uses HTTP/1.0: the server closes the connection after the answer and does not use chunked
+/// Uses HTTP/1.0: the server closes the connection after the response and does not use chunked
 /// encoding.
 fn exchange(
     socket: &Path,

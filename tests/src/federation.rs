@@ -67,7 +67,7 @@ impl Flower {
         Some(Self { version: version.to_owned(), tar: built.stdout.trim().into() })
     }
 
-    /// Version number.
+    /// Returns the version number.
     #[must_use]
     pub fn version(&self) -> &str {
         &self.version
@@ -88,8 +88,8 @@ impl Flower {
         engine.docker(&arguments).expect_success();
     }
 
-    /// Whether all APIs of the SuperLink share one HTTP port. Earlier releases have a gRPC port for
-    /// each API.
+    /// Returns whether all APIs of the SuperLink share one HTTP port. Earlier releases have a gRPC
+    /// port for each API.
     fn has_one_port(&self) -> bool {
         self.version
             .split('.')
@@ -197,7 +197,7 @@ impl SuperLink {
         self.address
     }
 
-    /// Certificate of its CA, in PEM.
+    /// Returns the certificate of its CA, in PEM.
     ///
     /// # Panics
     /// If the file has been removed.
@@ -206,7 +206,7 @@ impl SuperLink {
         fs::read_to_string(self.sandbox.join("root/tls/ca.crt")).expect("the CA")
     }
 
-    /// PID of `flower-superlink`.
+    /// Returns the PID of `flower-superlink`.
     ///
     /// # Panics
     /// If it is not running.
@@ -216,7 +216,7 @@ impl SuperLink {
         self.process.as_ref().and_then(Inside::pid).expect("the SuperLink is not running")
     }
 
-    /// Log of all its starts.
+    /// Returns the log of all its starts.
     #[must_use]
     pub fn log(&self) -> String {
         let bytes = fs::read(self.log_file()).unwrap_or_default();
@@ -313,7 +313,7 @@ struct Inside {
 }
 
 impl Inside {
-    /// PID of the command in the host's PID namespace.
+    /// Returns the PID of the command in the host's PID namespace.
     fn pid(&self) -> Option<u32> {
         let outside = self.outside.id();
         let children =

@@ -1,5 +1,5 @@
-//! Test harness: VMs for `supernode-agent` to run on, made of files, simulators and a Docker engine
-//! per test.
+//! Test harness: VMs on which `supernode-agent` runs, each made of files, simulators and a Docker
+//! engine per test.
 //!
 //! | part | purpose |
 //! | --- | --- |

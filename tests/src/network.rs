@@ -44,7 +44,7 @@ impl TestNetwork {
         network
     }
 
-    /// Name of the network namespace.
+    /// Returns the name of the network namespace.
     #[must_use]
     pub fn network_namespace(&self) -> &str {
         &self.namespace

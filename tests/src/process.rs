@@ -123,14 +123,14 @@ pub fn eventually(timeout: Duration, mut question: impl FnMut() -> bool) -> bool
     }
 }
 
-/// Sends a signal. A process that has already ended is not an error.
+/// Sends a signal. If the process has already ended, that is not an error.
 pub(crate) fn signal(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
         let _ = kill_process(pid, signal);
     }
 }
 
-/// Whether a process with this PID is running; a zombie is not.
+/// Returns whether a process with this PID is running; a zombie is not.
 pub(crate) fn running(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // The state follows the name, which is in parentheses and may contain any character.

@@ -26,7 +26,7 @@ pub enum Fault {
     Hang,
     /// Forwards the call after this time.
     Delay(Duration),
-    /// Forwards the call and cuts the connection after the first bytes of the answer.
+    /// Forwards the call and cuts the connection after the first bytes of the response.
     Truncate,
 }
 
@@ -109,7 +109,7 @@ impl DockerProxy {
         self.listen();
     }
 
-    /// Path of the socket.
+    /// Returns the path of the socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.sandbox.join("docker.sock")
@@ -121,7 +121,7 @@ impl DockerProxy {
         self.shared.lock().calls.clone()
     }
 
-    /// Number of calls that hang now.
+    /// Returns the number of calls that hang now.
     #[must_use]
     pub fn hanging(&self) -> usize {
         self.shared.lock().hanging
@@ -260,8 +260,8 @@ fn read_head(mut client: &UnixStream) -> io::Result<(String, Vec<u8>)> {
     Err(io::ErrorKind::InvalidData.into())
 }
 
-/// Name of a call: `POST /containers/create` for `POST /v1.41/containers/create?name=x HTTP/1.1`;
-/// IDs and names become `*`.
+/// Returns the name of a call: `POST /containers/create` for `POST /v1.41/containers/create?name=x
+/// HTTP/1.1`; IDs and names become `*`.
 fn name_of(head: &str) -> String {
     let mut words = head.split(' ');
     let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());

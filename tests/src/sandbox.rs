@@ -56,13 +56,13 @@ impl Sandbox {
         sandbox
     }
 
-    /// Path of the directory.
+    /// Returns the path of the directory.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Path of a file in the directory.
+    /// Returns the path of a file in the directory.
     #[must_use]
     pub fn join(&self, relative: impl AsRef<Path>) -> PathBuf {
         self.path.join(relative)
@@ -134,20 +134,20 @@ pub(crate) fn write(path: &Path, text: impl AsRef<[u8]>) {
     written.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
 }
 
-/// Path of the agent: `SUPERNODE_AGENT`, or the binary that cargo built.
+/// Returns the path of the agent: `SUPERNODE_AGENT`, or the binary that cargo built.
 #[must_use]
 pub fn agent_binary() -> PathBuf {
     let built = built("supernode-agent", "cargo build -p supernode-agent");
     env::var_os("SUPERNODE_AGENT").map_or_else(built, PathBuf::from)
 }
 
-/// Path of the simulated `libnvidia-ml.so.1`.
+/// Returns the path of the simulated `libnvidia-ml.so.1`.
 #[must_use]
 pub fn nvml_library() -> PathBuf {
     built("libnvml_simulator.so", "cargo build -p nvml-simulator")()
 }
 
-/// Path of the simulated nvidia-container-runtime.
+/// Returns the path of the simulated nvidia-container-runtime.
 #[must_use]
 pub fn runtime_binary() -> PathBuf {
     built("nvidia-container-runtime", "cargo build -p supernode-tests --bins")()

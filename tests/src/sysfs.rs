@@ -35,7 +35,7 @@ impl Sysfs {
         sysfs.device(BRIDGE, "0x8086", "0x060400", Some("pcieport"))
     }
 
-    /// The directory to use as `/sys`.
+    /// Returns the directory to use as `/sys`.
     #[must_use]
     pub fn root(&self) -> &Path {
         self.sandbox.path()
@@ -118,7 +118,7 @@ impl Default for Sysfs {
     }
 }
 
-/// Location of a device: bus 0 at the root, every other bus behind a bridge.
+/// Returns the location of a device: bus 0 at the root, every other bus behind a bridge.
 fn location(address: &str) -> String {
     if address.starts_with("0000:00:") {
         format!("devices/pci0000:00/{address}")

@@ -101,7 +101,7 @@ impl TestVm {
         vm
     }
 
-    /// Path in the VM's directory: `context/…`, `state/…`, `daemon.json`,
+    /// Returns the path in the VM's directory: `context/…`, `state/…`, `daemon.json`,
     /// `prebaked/PREBAKED_VERSION`.
     #[must_use]
     pub fn path(&self, relative: impl AsRef<Path>) -> PathBuf {
@@ -137,7 +137,7 @@ impl TestVm {
         self
     }
 
-    /// Runs another agent than [`agent_binary`]: that of a package, or a script.
+    /// Replaces the agent ([`agent_binary`]) by that of a package or by a script.
     pub fn agent(&mut self, program: impl Into<PathBuf>) -> &mut Self {
         self.agent = Some(program.into());
         self
@@ -346,8 +346,8 @@ impl TestVm {
 }
 
 impl OneGate {
-    /// `one_env` as the context scripts write it: the three lines of OneGate, then every variable
-    /// without escaping.
+    /// Returns `one_env` as the context scripts write it: the three lines of OneGate, then every
+    /// variable without escaping.
     fn one_env(&self, variables: &[(&str, &str)]) -> String {
         let Self { endpoint, vm_id, token } = self;
         let first = [("TOKENTXT", token.as_str()), ("VMID", vm_id), ("ONEGATE_ENDPOINT", endpoint)];
@@ -397,7 +397,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// PID of the agent.
+    /// Returns the PID of the agent.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()

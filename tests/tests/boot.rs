@@ -17,7 +17,7 @@ const FALLBACK: &str = "no usable GPU; this node runs on the CPU:";
 const CONTAINER: &str = "docker inspect flower-supernode \
     --format 'runs {{.State.Running}} on {{.HostConfig.Runtime}}'\n";
 
-/// Journal entries of a boot that contain this text.
+/// Returns the journal entries of a boot that contain this text.
 fn entries<'b>(boot: &'b Boot, text: &str) -> Vec<&'b Value> {
     boot.journal
         .iter()

@@ -681,7 +681,7 @@ fn documented() -> BTreeMap<String, Documented> {
 }
 
 #[test]
-fn sysfs_causes_are_announced() {
+fn sysfs_causes_are_logged() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     assert_all_announced(&engine, &sysfs_causes());
     // Without a GPU, daemon.json must not be changed.
@@ -689,25 +689,25 @@ fn sysfs_causes_are_announced() {
 }
 
 #[test]
-fn operator_choices_are_announced() {
+fn operator_choices_are_logged() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     assert_all_announced(&engine, &operator_causes());
 }
 
 #[test]
-fn driver_library_causes_are_announced() {
+fn driver_library_causes_are_logged() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     assert_all_announced(&engine, &library_causes());
 }
 
 #[test]
-fn every_nvml_error_code_is_announced() {
+fn every_nvml_error_code_is_logged() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     assert_all_announced(&engine, &nvml_code_causes());
 }
 
 #[test]
-fn docker_causes_are_announced() {
+fn docker_causes_are_logged() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
     assert_all_announced(&engine, &docker_causes());
     assert_all_announced(&engine, &launch_causes());

@@ -368,7 +368,7 @@ fn unavailable_onegate_logs_one_warning() {
     engine.docker(&["restart", "--time", "0", "flower-supernode"]).expect_success();
     agent.wait_for_line("publishing to OneGate works again", TIMEOUT);
     wait_for_attribute(&onegate, "FL_NODE_READY", "YES");
-    // The other update is of the restart.
+    // The other update is from the restart.
     let warnings: Vec<_> =
         warnings(&agent).into_iter().filter(|line| line.contains("OneGate")).collect();
     assert!(

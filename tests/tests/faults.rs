@@ -23,7 +23,7 @@ use supernode_tests::{Fault, FaultyMount, Sysfs, agent_binary, eventually, image
 
 const READY_AFTER_RESTART: &str = "ready, at the latest after a restart";
 
-/// A boot is complete if it makes no call for this time.
+/// A boot is complete if it makes no call for this long.
 const QUIET: Duration = Duration::from_secs(2);
 
 /// A call during a boot: its index, its name, and the preparation of that boot.

@@ -94,7 +94,7 @@ fn unmonitored_recovery_time_after_superlink_restart() {
         };
         federation.train_three_rounds();
         for outage in [Duration::from_secs(20), Duration::ZERO] {
-            // If they do not train again, that is the result.
+            // Failing to train again is a valid result here.
             let _ = federation.restart_and_train(outage, RUN);
         }
     }
@@ -112,7 +112,7 @@ struct Federation {
     superlink: SuperLink,
     _onegate: OneGateSimulator,
     _network: TestNetwork,
-    /// One federation at a time: on two processors, idle agents of a second one lose their
+    /// Allows one federation at a time: on two processors, idle agents of a second one lose their
     /// SuperLink.
     _turn: MutexGuard<'static, ()>,
 }
@@ -181,7 +181,7 @@ impl Federation {
 
     /// Leaves the agents idle for a minute and counts their wake-ups.
     fn rest(&self) {
-        // Lets the start finish.
+        // Wait until startup has finished.
         thread::sleep(Duration::from_secs(10));
         let wake_ups =
             || self.nodes.iter().map(|node| wake_ups_of(node.agent.pid())).collect::<Vec<_>>();
@@ -258,7 +258,7 @@ impl FederatedNode {
         );
     }
 
-    /// Whether Flower logged that it disconnects but its container still runs.
+    /// Returns whether Flower logged that it disconnects but its container still runs.
     fn hangs(&self) -> bool {
         let log = self.log();
         let at = |text| log.rfind(text);
@@ -271,14 +271,14 @@ impl FederatedNode {
         running.expect_success() == "true"
     }
 
-    /// Log of its container.
+    /// Returns the log of its container.
     fn log(&self) -> String {
         let log = self.engine.docker(&["logs", "flower-supernode"]);
         log.stdout + &log.stderr
     }
 }
 
-/// Number of voluntary context switches of a process so far.
+/// Returns the number of voluntary context switches of a process so far.
 fn wake_ups_of(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
     let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));

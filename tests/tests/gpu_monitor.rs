@@ -24,7 +24,7 @@ use supernode_tests::{
     Agent, Engine, RuntimeMode, Sandbox, Sysfs, TestVm, eventually, nvml_library,
 };
 
-/// Time limit of the contract for reporting a lost GPU and replacing container.
+/// Time limit of the contract for reporting a lost GPU and replacing the container.
 const LOSS_LIMIT: Duration = Duration::from_secs(30);
 
 /// A node on a GPU with a running GPU monitor.
@@ -128,7 +128,7 @@ impl MonitoredNode {
         inspect(&self.engine, "{{.Id}} {{.State.Pid}}")
     }
 
-    /// PID of the GPU monitor.
+    /// Returns the PID of the GPU monitor.
     fn monitor_pid(&self) -> Option<u32> {
         monitor_of(self.agent.pid())
     }
@@ -192,7 +192,7 @@ fn signal(pid: u32, signal: Signal) {
     kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), signal).unwrap();
 }
 
-/// Peak memory of a process in KiB.
+/// Returns the peak memory of a process in KiB.
 fn peak_kib(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
@@ -252,7 +252,7 @@ fn failed_gpu_is_retried_when_configured_then_given_up() {
         warned[0].contains("GPU failed; retrying it") && warned[0].contains("XID 48: "),
         "{warned:?}"
     );
-    // Now the GPU is unhealthy again.
+    // The GPU becomes unhealthy again.
     assert!(
         eventually(TIMEOUT, || node.calls().matches("nvmlEventSetCreate").count() >= 4),
         "{}",
@@ -463,7 +463,7 @@ fn container_without_device_nodes_is_recreated_once() {
     assert_eq!(warnings(&node.agent).len(), 1, "{:#?}", node.agent.lines());
 }
 
-/// A node that loses and regains its SuperLink connection once a second.
+/// Starts a node that loses and regains its SuperLink connection once a second.
 fn flapping_node() -> Option<MonitoredNode> {
     let node = MonitoredNode::with(one_gpu(), &[], &[], FLAPPING)?;
     node.agent.wait_for_line("not connected to the SuperLink", TIMEOUT);
@@ -594,7 +594,7 @@ esac
 }
 
 #[test]
-fn late_driver_is_announced_without_restart() {
+fn late_driver_is_logged_without_restart() {
     let Some((engine, mut vm)) = engine_with(&one_gpu()) else { return };
     let sysfs = Sysfs::new().gpu("0000:01:00.0");
     vm.sysfs(&sysfs).context(&gpu_context(&[]));

@@ -30,7 +30,7 @@ fn free_address() -> String {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
 }
 
-/// Sends a request and returns head and body of the answer; empty if the connection is refused.
+/// Sends a request and returns head and body of the response; empty if the connection is refused.
 fn answer(address: &str, request: &str) -> String {
     let exchange = || {
         let mut stream = TcpStream::connect(address)?;

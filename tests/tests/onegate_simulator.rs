@@ -1,4 +1,4 @@
-//! The OneGate simulator: regular answers, faults, and recorded requests.
+//! The OneGate simulator: regular replies, faults, and recorded requests.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -60,7 +60,7 @@ fn head(method: &str, target: &str, vm: u32) -> String {
     )
 }
 
-/// Status and body of an answer; asserts OneGate's content type and the content length.
+/// Status and body of a reply; asserts OneGate's content type and the content length.
 fn parsed(answer: &str) -> (u16, String) {
     let (head, body) =
         answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("not HTTP: {answer:?}"));

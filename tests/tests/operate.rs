@@ -58,7 +58,7 @@ fn node_is_ready_only_while_container_runs() {
 }
 
 #[test]
-fn status_without_engine_reports_unknowns() {
+fn status_without_engine_reports_unknown_facts() {
     let vm = TestVm::new();
     assert_eq!(ready(&vm), Some(1));
     let status = status(&vm);
@@ -173,7 +173,7 @@ fn reload_replaces_container_only_on_change() {
     let mut agent = start_ready(&vm);
     let id = || inspect(&engine, "{{.Id}}");
     let first = id();
-    // A variable that is not ours.
+    // A variable that the agent does not use.
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:1"), ("ETH0_DNS", "9.9.9.9")]);
     agent.reload();
     agent.wait_for_line("the configuration is unchanged", TIMEOUT);
@@ -184,7 +184,7 @@ fn reload_replaces_container_only_on_change() {
     agent.wait_for_line("FL_LOG_LEVEL='loud': must be", TIMEOUT);
     agent.wait_for_line("the node keeps the previous one", TIMEOUT);
     assert_eq!(id(), first);
-    // A real change.
+    // A variable that the agent uses.
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
     agent.reload();
     assert!(eventually(TIMEOUT, || engine

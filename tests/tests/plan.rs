@@ -242,7 +242,7 @@ fn hung_library_is_killed_and_crash_is_contained() {
     let verdict = verdict(&vm);
     assert_eq!(verdict["reason"], "driver-crash");
     assert!(verdict["summary"].as_str().unwrap().contains("SIGSEGV"), "{verdict}");
-    // A library that hangs at shutdown has answered before.
+    // A library that hangs at shutdown has already answered.
     let mut script = one_gpu();
     script["hang"] = json!(["nvmlShutdown"]);
     vm.nvml(&script);

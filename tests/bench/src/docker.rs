@@ -13,13 +13,14 @@ use std::time::{Duration, Instant};
 pub(crate) struct Call {
     connection: usize,
     sent: Instant,
-    /// Time until the answer start; `None` without an answer.
+    /// Time until the response starts; `None` without a response.
     took: Option<Duration>,
     text: Vec<u8>,
 }
 
 impl Call {
-    /// Whether this is a call with this method whose path, without the query, ends with `end`.
+    /// Returns whether this is a call with this method whose path, without the query, ends with
+    /// `end`.
     pub(crate) fn is(&self, method: &str, end: &str) -> bool {
         let text = String::from_utf8_lossy(&self.text);
         let mut words = text.split(' ');
@@ -29,7 +30,7 @@ impl Call {
                 .is_some_and(|path| path.split('?').next().is_some_and(|path| path.ends_with(end)))
     }
 
-    /// Body of the request.
+    /// Returns the body of the request.
     pub(crate) fn body(&self) -> String {
         let text = String::from_utf8_lossy(&self.text);
         text.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default()
@@ -66,7 +67,7 @@ impl Recorder {
         Self { socket, calls }
     }
 
-    /// Path of the socket.
+    /// Returns the path of the socket.
     pub(crate) fn socket(&self) -> &Path {
         &self.socket
     }
@@ -77,8 +78,8 @@ impl Recorder {
     }
 }
 
-/// Engine time of the calls that every launch needs: create, start, and the inspect after the
-/// start.
+/// Returns the engine time of the calls that every launch needs: create, start, and the inspect
+/// after the start.
 pub(crate) fn needed(calls: &[Call]) -> Duration {
     let started = calls.iter().position(|call| call.is("POST", "/start")).expect("a start call");
     let create =
@@ -88,7 +89,7 @@ pub(crate) fn needed(calls: &[Call]) -> Duration {
     [create, &calls[started], look].iter().map(|call| call.took.expect("an answer")).sum()
 }
 
-/// A request starts with its method; other data continues the previous request.
+/// Records a request. It starts with its method; other data continues the previous request.
 fn note_request(calls: &Mutex<Vec<Call>>, connection: usize, bytes: &[u8]) {
     let mut calls = calls.lock().unwrap();
     let begins = ["GET ", "HEAD ", "POST ", "DELETE "]

@@ -93,9 +93,9 @@ struct End {
     requests: u64,
 }
 
-/// An attempt is two requests, for the service and for the SuperLink's VM, as in `superlink.rs`.
-/// OneGate answers in order of arrival, including requests whose client has timed out. The delays
-/// are the agent's.
+/// Simulates the discovery of these nodes. An attempt is two requests, for the service and for the
+/// SuperLink's VM, as in `superlink.rs`. OneGate answers in order of arrival, including requests
+/// whose client has timed out. The delays are the agent's.
 fn simulate(scene: &Scene, nodes: u32, chance: bool) -> End {
     /// Time limit of one request (`onegate.timeout_seconds`).
     const LIMIT: f64 = 10.0;

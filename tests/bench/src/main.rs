@@ -22,7 +22,7 @@ use std::path::PathBuf;
 
 use report::Report;
 
-/// Extent of the measurements.
+/// Scope of the measurements.
 #[derive(Debug, Clone, Copy)]
 struct Extent {
     /// Launches per contender.
@@ -41,7 +41,7 @@ const WHOLE: Extent = Extent {
     together: &[1, 10, 100, 500],
     simulated: &[10_000, 100_000],
 };
-/// The extent in CI: fewer runs and no wake-ups, which the federation test counts with real Flower.
+/// The scope in CI: fewer runs and no wake-ups, which the federation test counts with real Flower.
 const SHORT: Extent =
     Extent { launches: 5, rest_seconds: None, together: &[1, 10, 100], simulated: &[10_000] };
 

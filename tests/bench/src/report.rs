@@ -18,7 +18,7 @@ impl Report {
         println!("\n== {title}");
     }
 
-    /// Prints a row; `aim` is the target, or empty.
+    /// Prints a row; `aim` is the target value, or empty.
     pub(crate) fn row(&self, what: &str, figure: &str, aim: &str) {
         println!("   {what:<50} {figure:>26}  {aim}");
     }
@@ -37,7 +37,7 @@ impl Report {
     }
 }
 
-/// Median; for an even number of figures the mean of the middle two.
+/// Returns the median; for an even number of figures the mean of the middle two.
 pub(crate) fn median(figures: &[f64]) -> f64 {
     let mut sorted = figures.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -49,7 +49,7 @@ pub(crate) fn median(figures: &[f64]) -> f64 {
     }
 }
 
-/// Median and quartiles of milliseconds: `6.4 ms (5.9 to 7.2)`.
+/// Returns the median and quartiles of milliseconds: `6.4 ms (5.9 to 7.2)`.
 pub(crate) fn with_quartiles(figures: &[f64]) -> String {
     let mut sorted = figures.to_vec();
     sorted.sort_by(f64::total_cmp);

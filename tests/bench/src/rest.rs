@@ -60,7 +60,7 @@ pub(crate) fn measure(report: &mut Report, wake_ups: Option<u64>) {
     }
 }
 
-/// Voluntary context switches of all threads so far.
+/// Returns the voluntary context switches of all threads so far.
 fn context_switches(pid: u32) -> u64 {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("a process");
     let status =
@@ -73,7 +73,7 @@ fn children(pid: u32) -> Vec<u32> {
     text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
 }
 
-/// Proportional set size: shared pages count in part.
+/// Returns the proportional set size: shared pages are counted proportionally.
 fn pss_kib(pid: u32) -> u64 {
     number_after(
         &fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("a process"),

@@ -55,7 +55,7 @@ const TEXTS: &[(u32, &CStr)] = &[
     (999, c"Unknown Error"),
 ];
 
-/// Text of a return code, as `nvmlErrorString` returns it.
+/// Returns the text of a return code, as `nvmlErrorString` returns it.
 pub(crate) fn text(code: u32) -> &'static CStr {
     TEXTS.iter().find(|(known, _)| *known == code).map_or(c"Unknown Error", |(_, text)| text)
 }

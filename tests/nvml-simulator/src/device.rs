@@ -23,7 +23,7 @@ pub(crate) struct Device<'call> {
 }
 
 impl Device<'_> {
-    /// The GPU, for queries that MIG devices do not support.
+    /// Returns the GPU, for queries that MIG devices do not support.
     pub(crate) fn physical(&self) -> Answer<&Gpu> {
         match self.mig {
             Some(_) => Err(NOT_SUPPORTED),
@@ -39,7 +39,7 @@ impl Device<'_> {
         self.mig.map_or(&self.gpu.name, |(_, mig)| &mig.name)
     }
 
-    /// Total and used memory in bytes.
+    /// Returns the total and used memory in bytes.
     pub(crate) fn memory(&self) -> (u64, u64) {
         let (total, used) = match self.mig {
             Some((_, mig)) => (mig.memory_mib, 0),

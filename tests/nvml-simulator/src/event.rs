@@ -93,7 +93,7 @@ fn next<'call>(call: &'call Call, set: &mut Set) -> Option<&'call Event> {
 }
 
 impl Set {
-    /// Number of occurrences of the event since the set was created.
+    /// Returns the number of occurrences of the event since the set was created.
     fn times(&self, event: &Event) -> u64 {
         /// File timestamps lag by up to this much.
         const TICK: Duration = Duration::from_millis(20);

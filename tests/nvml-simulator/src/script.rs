@@ -162,7 +162,7 @@ impl EventKind {
     /// All events that a simulated GPU supports.
     pub(crate) const ALL: u64 = 0x19f;
 
-    /// Bit in NVML's mask.
+    /// Returns the bit in NVML's mask.
     pub(crate) fn bit(self) -> u64 {
         self as u64
     }
@@ -200,7 +200,7 @@ impl Script {
 }
 
 impl Gpu {
-    /// Domain, bus, device and function.
+    /// Returns the domain, bus, device and function.
     pub(crate) fn pci(&self) -> Option<[u32; 4]> {
         pci(&self.pci_address)
     }

@@ -169,7 +169,8 @@ fn read_json(path: &Path) -> Result<Value, String> {
     serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// Records the container and edits its config.json. An error is the reason to refuse the container.
+/// Records the container and edits its config.json. The error is the reason for refusing the
+/// container.
 fn prepare(bundle: &Path, id: &str) -> Result<(), String> {
     let control_path =
         env::var_os("NVIDIA_RUNTIME_SIMULATOR").ok_or("NVIDIA_RUNTIME_SIMULATOR is not set")?;
@@ -208,7 +209,7 @@ fn prepare(bundle: &Path, id: &str) -> Result<(), String> {
         .map_err(|error| format!("{}: {error}", config_path.display()))
 }
 
-/// `process.env` as a map. If a variable is set twice, the last value applies.
+/// Returns `process.env` as a map. If a variable is set twice, the last value applies.
 fn container_env(config: &Value) -> Map<String, Value> {
     let list = config.pointer("/process/env").and_then(Value::as_array);
     list.into_iter()

@@ -1,4 +1,4 @@
-//! Simulator of OneGate: a real HTTP server that answers as OpenNebula's does, fails as scripted,
+//! Simulator of OneGate: a real HTTP server that replies as OpenNebula's does, fails as scripted,
 //! and records its requests.
 
 use std::{
@@ -30,16 +30,16 @@ pub use state::{Service, Shape, State, Vm};
 /// Number of agents that may connect at the same time.
 const BACKLOG: i32 = 4096;
 
-/// Clients send a request and read its answer at once; slower ones are disconnected.
+/// Clients send a request and read its reply at once; slower ones are disconnected.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Interval at which a connection that is held open checks whether OneGate was stopped.
 const STEP: Duration = Duration::from_millis(100);
 
-/// Scripted answer to a request.
+/// Scripted reply to a request.
 #[derive(Debug, Clone)]
 pub enum Reply {
-    /// The regular answer.
+    /// The regular reply.
     Regular,
     /// This status and text, with OneGate's JSON content type.
     Status(u16, String),
@@ -47,15 +47,15 @@ pub enum Reply {
     Redirect(String),
     /// These bytes instead of HTTP.
     Bytes(Vec<u8>),
-    /// Half of the regular answer's body, then closes the connection.
+    /// Half of the regular reply's body, then closes the connection.
     HalfBody,
     /// A body of spaces without an end.
     Endless,
-    /// The regular answer at one byte per second.
+    /// The regular reply at one byte per second.
     Slow,
-    /// Closes the connection without an answer.
+    /// Closes the connection without a reply.
     Close,
-    /// Keeps the connection open without an answer.
+    /// Keeps the connection open without a reply.
     Hang,
 }
 
@@ -75,13 +75,13 @@ pub struct Request {
 }
 
 impl Request {
-    /// The path without the query.
+    /// Returns the path without the query.
     #[must_use]
     pub fn path(&self) -> &str {
         self.target.split('?').next().unwrap_or_default()
     }
 
-    /// Value of a header; the name is case-insensitive.
+    /// Returns the value of a header; the name is case-insensitive.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers
@@ -90,31 +90,31 @@ impl Request {
             .map(|(_, value)| value.as_str())
     }
 
-    /// ID of the VM that the request claims to be from.
+    /// Returns the ID of the VM that the request claims to be from.
     #[must_use]
     pub fn vm_id(&self) -> Option<u32> {
         self.header("X-ONEGATE-VMID")?.parse().ok()
     }
 
-    /// Decoded text of an update (one `K=V` per line); `None` for any other request.
+    /// Returns the decoded text of an update (one `K=V` per line); `None` for any other request.
     #[must_use]
     pub fn update(&self) -> Option<String> {
         if self.method == "PUT" { self.form("data") } else { None }
     }
 
-    /// Whether this update sets OneFlow's ready gate.
+    /// Returns whether this update sets OneFlow's ready gate.
     #[must_use]
     pub fn sets_ready_gate(&self) -> bool {
         self.update().is_some_and(|text| text.contains("READY=YES"))
     }
 
-    /// Decoded form field of the body.
+    /// Returns the decoded form field of the body.
     fn form(&self, name: &str) -> Option<String> {
         let mut pairs = self.body.split('&').filter_map(|pair| pair.split_once('='));
         pairs.find(|(known, _)| *known == name).map(|(_, value)| decoded(value))
     }
 
-    /// Whether a script for this route applies to this request.
+    /// Returns whether a script for this route applies to this request.
     fn matches_route(&self, route: &str) -> bool {
         route == "*" || route.split_once(' ') == Some((&self.method, self.path()))
     }
@@ -176,7 +176,7 @@ impl OneGateSimulator {
         onegate
     }
 
-    /// Stops listening: connections are refused. Open requests end without an answer.
+    /// Stops listening: connections are refused. Open requests end without a reply.
     pub fn stop(&mut self) {
         if let Some(Listening { socket, stopped, thread }) = self.listening.take() {
             stopped.store(true, Ordering::Relaxed);
@@ -200,13 +200,13 @@ impl OneGateSimulator {
         self.listening = Some(listening);
     }
 
-    /// Value for ONEGATE_ENDPOINT.
+    /// Returns the value for ONEGATE_ENDPOINT.
     #[must_use]
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// Listening address.
+    /// Returns the listening address.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -217,9 +217,9 @@ impl OneGateSimulator {
         change(&mut lock(&self.shared).state)
     }
 
-    /// Sets the answers to the next requests for a route (`GET /service`, without the query) or for
+    /// Sets the replies to the next requests for a route (`GET /service`, without the query) or for
     /// all routes (`*`). Scripts apply in the order in which they were added; after the last reply
-    /// the answers are regular again.
+    /// the replies are regular again.
     pub fn script(&self, route: &str, replies: impl IntoIterator<Item = Reply>) {
         lock(&self.shared).scripts.push((route.to_owned(), replies.into_iter().collect()));
     }
@@ -235,7 +235,7 @@ impl OneGateSimulator {
         lock(&self.shared).requests.clone()
     }
 
-    /// Highest number of requests within any one second.
+    /// Returns the highest number of requests within any one second.
     #[must_use]
     pub fn peak_requests_per_second(&self) -> usize {
         let times: Vec<Instant> =
@@ -440,7 +440,7 @@ fn read_request(stream: &TcpStream) -> io::Result<Request> {
     Ok(request)
 }
 
-/// Renders the head of an answer with additional header lines.
+/// Renders the head of a reply with additional header lines.
 fn head(status: u16, more: &str) -> String {
     format!(
         "HTTP/1.1 {status} Status {status}\r\nContent-Type: application/json;charset=utf-8\r\n\

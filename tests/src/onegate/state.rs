@@ -1,4 +1,4 @@
-//! OpenNebula's state and OneGate's answers to requests, without a socket.
+//! OpenNebula's state and OneGate's replies to requests, without a socket.
 
 use std::collections::BTreeMap;
 

@@ -17,11 +17,11 @@ use crate::common::{TIMEOUT, gpu_context, one_gpu, report, sysfs_of_one};
 /// An operator's daemon.json.
 const OPERATOR_CONFIG: &str = "{\n  \"log-level\": \"info\",\n  \"max-concurrent-downloads\": \
  7,\n  \"labels\": [\"rack=12\"]\n}\n";
-/// Its end after the runtime was registered; every other byte is unchanged.
+/// Its end once the runtime is registered; every other byte is unchanged.
 const RUNTIME_ENTRY: &str = ",\n  \"runtimes\": {\n    \"nvidia\": {\n      \"path\": \
  \"nvidia-container-runtime\"\n    }\n  }\n}\n";
 
-/// Must not appear in any output, as OneGate's token must not.
+/// A secret that, like OneGate's token, must not appear in any output.
 const PASSWORD: &str = "kxq7-zulu-9134";
 pub(crate) const VM: u32 = 101;
 /// Maximum time after a container's exit in which the node may still be published as ready.
@@ -199,7 +199,8 @@ impl FaultyNode {
         self.agent().wait_for_line("as SuperNode 1", TIMEOUT);
     }
 
-    /// `.State.Running` of the container with that name; `None` without a container or an engine.
+    /// Returns `.State.Running` of the container with that name; `None` without a container or an
+    /// engine.
     pub(crate) fn running(&self) -> Option<String> {
         let shown =
             self.engine.docker(&["inspect", "--format", "{{.State.Running}}", "flower-supernode"]);
@@ -257,7 +258,8 @@ impl FaultyNode {
         assert!(eventually(TIMEOUT, there), "{:?}: {:#?}", self.published(), self.output());
     }
 
-    /// All output of agents since the last reset: log, standard output, notifications to systemd.
+    /// Returns all output of agents since the last reset: log, standard output, notifications to
+    /// systemd.
     pub(crate) fn output(&self) -> Vec<String> {
         let now = self.agent.iter().flat_map(messages_of);
         self.earlier_output.iter().cloned().chain(now).collect()
@@ -283,7 +285,8 @@ impl FaultyNode {
         self.assert_published_readiness(&runs);
     }
 
-    /// Number of runs of its container in the engine's event history since the last reset.
+    /// Returns the number of runs of its container in the engine's event history since the last
+    /// reset.
     pub(crate) fn run_count(&self) -> usize {
         self.runs().len()
     }
@@ -416,7 +419,7 @@ fn seconds_now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64()
 }
 
-/// Timestamp of a log line, in seconds since the Unix epoch.
+/// Returns the timestamp of a log line, in seconds since the Unix epoch.
 fn seconds_of(line: &str) -> Option<f64> {
     let (date, time) = line.split(' ').next()?.strip_suffix('Z')?.split_once('T')?;
     let date: Vec<i64> = date.split('-').map_while(|part| part.parse().ok()).collect();
