@@ -147,15 +147,15 @@ pub enum ParseErrorKind {
     /// A line that does not start with a name, or a name with an invalid character. The position is
     /// that of the character.
     #[error(
-        "invalid variable name; accepted is NAME='value' with a NAME of A-Z, 0-9 and _, a comment \
+        "invalid variable name; expected NAME='value' with a NAME of A-Z, 0-9 and _, a comment \
          with # in column 1, or an empty line"
     )]
     InvalidName,
     /// A line that ends after the name. The position is its end.
-    #[error("missing `=`; accepted is NAME='value'")]
+    #[error("missing `=`; expected NAME='value'")]
     MissingEquals,
     /// A character other than a single quote after the `=`, at that position.
-    #[error("the value of {name} is not in single quotes; accepted is NAME='value'")]
+    #[error("the value of {name} is not in single quotes; expected NAME='value'")]
     NotQuoted {
         /// Name of the variable, truncated if long.
         name: String,
@@ -179,7 +179,7 @@ pub enum ParseErrorKind {
         first_line: usize,
     },
     /// The text ends within a name. The position is the end.
-    #[error("the text ends within a name; accepted is NAME='value'")]
+    #[error("the text ends within a name; expected NAME='value'")]
     TruncatedName,
     /// The text ends before the closing quote. The position is that of the opening quote, or the
     /// end if that is missing as well.
@@ -368,7 +368,7 @@ mod tests {
         let message = |text: &[u8]| parse(text).unwrap_err().to_string();
         assert_eq!(
             message(b"A='1'\nPASSWORD=hunter2\n"),
-            "line 2, column 10: the value of PASSWORD is not in single quotes; accepted is \
+            "line 2, column 10: the value of PASSWORD is not in single quotes; expected \
              NAME='value'"
         );
         assert_eq!(

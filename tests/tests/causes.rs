@@ -576,7 +576,7 @@ fn assert_describes(cause: &Cause, entry: &Value, documented: &Documented) {
 
 /// Produces each cause and asserts that the node runs on the CPU after exactly one WARNING, logged
 /// before the launch.
-fn assert_all_announced(engine: &Engine, causes: &[Cause]) {
+fn assert_all_logged(engine: &Engine, causes: &[Cause]) {
     let documented = documented();
     engine.import_image(&["flower-supernode-sklearn:1.31.0"]);
     for cause in causes {
@@ -683,7 +683,7 @@ fn documented() -> BTreeMap<String, Documented> {
 #[test]
 fn sysfs_causes_are_logged() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
-    assert_all_announced(&engine, &sysfs_causes());
+    assert_all_logged(&engine, &sysfs_causes());
     // Without a GPU, daemon.json must not be changed.
     assert_eq!(fs::read_to_string(engine.daemon_json()).unwrap().trim(), "{}");
 }
@@ -691,26 +691,26 @@ fn sysfs_causes_are_logged() {
 #[test]
 fn operator_choices_are_logged() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
-    assert_all_announced(&engine, &operator_causes());
+    assert_all_logged(&engine, &operator_causes());
 }
 
 #[test]
 fn driver_library_causes_are_logged() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
-    assert_all_announced(&engine, &library_causes());
+    assert_all_logged(&engine, &library_causes());
 }
 
 #[test]
 fn every_nvml_error_code_is_logged() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
-    assert_all_announced(&engine, &nvml_code_causes());
+    assert_all_logged(&engine, &nvml_code_causes());
 }
 
 #[test]
 fn docker_causes_are_logged() {
     let Some((engine, _)) = engine_with(&one_gpu()) else { return };
-    assert_all_announced(&engine, &docker_causes());
-    assert_all_announced(&engine, &launch_causes());
+    assert_all_logged(&engine, &docker_causes());
+    assert_all_logged(&engine, &launch_causes());
 }
 
 #[test]
@@ -868,6 +868,7 @@ fn present_assigned_gpu_is_used_and_missing_one_warned() {
     ] {
         assert!(warnings[0].contains(words), "{warnings:?}");
     }
+    agent.wait_for_line("started container", TIMEOUT);
     let lines = agent.lines();
     let position = |text: &str| lines.iter().position(|line| line.contains(text)).unwrap();
     assert!(position(" WARNING ") < position("started container"), "{lines:#?}");
@@ -1036,7 +1037,7 @@ fn nvidia_library_reports_no_driver_and_needs_a_gpu_to_load() {
         vm.sysfs(&Sysfs::new().gpu(GPU).driver("nvidia"));
         vm.set("gpu.nvml_library", path.as_str()).set("gpu.probe_timeout_seconds", 20);
     });
-    assert_all_announced(&engine, &[cause]);
+    assert_all_logged(&engine, &[cause]);
     // The dynamic loader's record of the libraries opened by the agent and the probe.
     let loaded = |sysfs: &Sysfs, expected: &str| {
         let mut vm = TestVm::new();

@@ -301,7 +301,7 @@ fn docker_daemon_faults_with_live_restore() {
             }
             node.engine.restart();
             let since = Instant::now();
-            node.agent().wait_for_line("Docker engine answers again", TIMEOUT);
+            node.agent().wait_for_line("Docker engine is responding again", TIMEOUT);
             assert_eq!(node.run(), before);
             assert_still_monitored(node);
             since
@@ -314,7 +314,7 @@ fn docker_daemon_faults_with_live_restore() {
         node.start_until_ready();
         node.engine.restart();
         let since = Instant::now();
-        node.agent().wait_for_line("Docker engine answers again", TIMEOUT);
+        node.agent().wait_for_line("Docker engine is responding again", TIMEOUT);
         node.wait_status_running();
         since
     });
@@ -835,7 +835,7 @@ fn sigterm_in_every_phase() {
         let since = Instant::now();
         let second = node.vm.run_command("run", &[]);
         assert_eq!(second.code, Some(1), "{second:?}");
-        assert!(second.stderr.contains("another supernode-agent runs already"), "{second:?}");
+        assert!(second.stderr.contains("another supernode-agent is already running"), "{second:?}");
         assert_eq!(node.run(), before);
         since
     });

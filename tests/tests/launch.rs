@@ -218,7 +218,7 @@ fn second_agent_does_not_take_over_container() {
     vm.context(&[("FL_SUPERLINK_ADDRESS", "h:2")]);
     let second = vm.run_command("run", &[]);
     assert_eq!(second.code, Some(1));
-    assert!(second.stderr.contains("another supernode-agent runs already"), "{second:?}");
+    assert!(second.stderr.contains("another supernode-agent is already running"), "{second:?}");
     assert_eq!(inspect(&engine, "{{.Id}}"), before);
     drop(first);
 }
@@ -235,7 +235,7 @@ fn hung_engine_does_not_block_shutdown() {
     freeze("-STOP");
     assert_eq!(agent.terminate(), 1);
     agent.wait_for_line(
-        "cannot stop container flower-supernode: Docker gave no answer within 11 s",
+        "cannot stop container flower-supernode: no response from Docker within 11 s",
         TIMEOUT,
     );
     freeze("-CONT");

@@ -79,7 +79,7 @@ enum Command {
         #[command(subcommand)]
         subject: check::Subject,
     },
-    /// Show what runs, on which device, since when and why
+    /// Show the state of the container, its device and the agent
     Status {
         /// Print JSON
         #[arg(long)]

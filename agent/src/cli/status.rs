@@ -39,7 +39,7 @@ impl Status {
         };
         let container = match tokio::time::timeout(TIMEOUT, inspect).await {
             Ok(answer) => answer.map_err(|error: EngineError| error.to_string()),
-            Err(_) => Err(format!("Docker gave no answer within {} s", TIMEOUT.as_secs())),
+            Err(_) => Err(format!("no response from Docker within {} s", TIMEOUT.as_secs())),
         };
         let state_dir = &settings.state.dir;
         Self {

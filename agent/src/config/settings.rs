@@ -408,7 +408,7 @@ impl Settings {
                 !log_driver.is_empty(),
                 "container.log_driver",
                 format_args!("{log_driver:?}"),
-                "must be auto or a log driver of Docker",
+                "must be auto or a Docker log driver",
             ),
             unless(
                 *shm_size_mib <= MAX_SHM_MIB,

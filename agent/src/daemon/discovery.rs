@@ -114,7 +114,7 @@ async fn acquire_partition(
     const TIMEOUT: Duration = Duration::from_secs(15);
     const RETRY_DELAY: Duration = Duration::from_secs(2);
     let store = PartitionStore::open(settings, onegate.vm_id());
-    if let Some(partition) = store.of_this_boot() {
+    if let Some(partition) = store.current_boot_partition() {
         return Some(partition);
     }
     let mut cause = format!("no answer within {} s", TIMEOUT.as_secs());
@@ -175,7 +175,7 @@ pub(crate) async fn preview_superlink(desired: &DesiredState) -> DiscoveryPrevie
             None => onegate.client().service().await,
         };
         superlink.partition = store
-            .of_this_boot()
+            .current_boot_partition()
             .or_else(|| partition::known_partition(service.as_ref().ok()?, &store));
         match service {
             Ok(_) if superlink.partition.is_none() => notes.push(

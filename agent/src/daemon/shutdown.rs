@@ -22,7 +22,7 @@ pub(crate) enum StopError {
     #[error(transparent)]
     Engine(#[from] EngineError),
     /// Docker did not answer.
-    #[error("Docker gave no answer within {} s", .0.as_secs())]
+    #[error("no response from Docker within {} s", .0.as_secs())]
     Timeout(Duration),
     /// Another SIGTERM or SIGINT ended the wait.
     #[error("interrupted by another {0}")]

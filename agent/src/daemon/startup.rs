@@ -161,7 +161,7 @@ pub(super) async fn preflight_and_discovery(
             discovery.await?
         }
     };
-    reporter.update(NodeStatus::superlink_found);
+    reporter.update(NodeStatus::end_superlink_wait);
     warn_unsupported_version(config, &preflight.image, &superlink);
     Ok((preflight, superlink))
 }

@@ -223,7 +223,7 @@ impl Container {
 
     /// Whether the container was created from `spec` and has all its labels. A label with an
     /// outdated verdict would be wrong.
-    pub(crate) fn is_made_from(&self, spec: &ContainerSpec) -> bool {
+    pub(crate) fn was_created_from(&self, spec: &ContainerSpec) -> bool {
         let same = |(name, value): (&String, &String)| self.labels.get(name) == Some(value);
         self.spec_hash() == Some(&spec.hash()) && spec.labels.iter().all(same)
     }

@@ -140,7 +140,7 @@ impl ConnectionMonitor {
 /// Waits until a process of the container has a TCP connection to `port`, or, if `wanted` is false,
 /// no longer has one. Used instead of the log if its level is above INFO or the release does not
 /// log the node ID.
-pub(crate) async fn wait_until_reached(container: &Container, port: u16, wanted: bool) {
+pub(crate) async fn wait_for_tcp_connection(container: &Container, port: u16, wanted: bool) {
     // An established connection is checked less often, because it is rarely lost.
     let interval = Duration::from_secs(if wanted { 10 } else { 30 });
     while has_connection_to(container.pid, port) != wanted {

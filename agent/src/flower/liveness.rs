@@ -90,7 +90,7 @@ async fn call(address: SocketAddr) -> Result<(), HealthError> {
     let exchange = async {
         let response =
             sender.send_request(request).await.map_err(|error| protocol_error(error.into()))?;
-        match problem_with(response).await.map_err(protocol_error)? {
+        match describe_failure(response).await.map_err(protocol_error)? {
             None => Ok(()),
             Some(response) => Err(HealthError::NotServing { address, response }),
         }
@@ -104,7 +104,7 @@ async fn call(address: SocketAddr) -> Result<(), HealthError> {
 }
 
 /// Returns a description of a response that is not SERVING; `None` if it is SERVING.
-async fn problem_with(
+async fn describe_failure(
     response: Response<Incoming>,
 ) -> Result<Option<String>, Box<dyn std::error::Error + Send + Sync>> {
     if !response.status().is_success() {

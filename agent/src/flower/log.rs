@@ -66,7 +66,7 @@ mod tests {
     /// Recorded with a SuperLink that was stopped after 11 s and restarted at once. Both releases
     /// exit with code 0. 1.31.0 takes 5 s to do so, and was seen to hang instead in a container.
     #[test]
-    fn quick_restart_of_the_superlink_ends_the_node() {
+    fn quick_superlink_restart_terminates_supernode() {
         let v1_31 = "\
 \x1b[92mINFO \x1b[0m:      Starting Flower SuperNode
 \x1b[93mWARNING \x1b[0m:   Option `--insecure` was set. Starting insecure HTTP channel to h:9.
@@ -106,7 +106,7 @@ INFO:     Shutting down
     /// Recorded with a SuperLink that was killed and restarted after 30 s, and no longer knows the
     /// node.
     #[test]
-    fn restart_of_the_superlink_after_30_s_ends_the_node() {
+    fn superlink_restart_after_30_s_terminates_supernode() {
         let v1_31 = "\
 \x1b[92mINFO \x1b[0m:      SuperNode ID: 16204095064827034974
 \x1b[93mWARNING \x1b[0m:   Connection attempt failed, retrying in 17.16 seconds

@@ -82,7 +82,7 @@ impl PartitionStore {
 
     /// Returns the partition that this VM acquired in the current boot, so that a restart of the
     /// agent leaves the container unchanged.
-    pub(crate) fn of_this_boot(&self) -> Option<Partition> {
+    pub(crate) fn current_boot_partition(&self) -> Option<Partition> {
         self.load().filter(|record| record.boot_id == self.boot_id).map(|record| record.partition)
     }
 
@@ -109,7 +109,9 @@ impl PartitionStore {
 pub(crate) fn known_partition(service: &Service, store: &PartitionStore) -> Option<Partition> {
     let role = role_of(service, store.vm_id)?;
     let record = store.load().filter(|record| record.service_id == service.id);
-    let id = record.map(|record| record.partition.id).or_else(|| by_number(role, store.vm_id))?;
+    let id = record
+        .map(|record| record.partition.id)
+        .or_else(|| id_from_vm_number(role, store.vm_id))?;
     Some(with_count(id, count_of(role)))
 }
 
@@ -140,7 +142,7 @@ async fn claim(onegate: &OneGate, vm_id: u64) -> Result<Option<Partition>, OneGa
         let Some(role) = role_of(&service, vm_id) else {
             return Ok(None);
         };
-        let partition = free_partition(role, vm_id);
+        let partition = choose_partition(role, vm_id);
         onegate
             .publish(&[(OWNER_ATTRIBUTE, vm_id.to_string()), (ATTRIBUTE, partition.id.to_string())])
             .await?;
@@ -182,7 +184,7 @@ fn with_count(id: u64, count: u64) -> Partition {
 }
 
 /// Returns the number that OneFlow gave to a VM.
-fn number_of(role: &Role, node: &RoleVm) -> Option<u64> {
+fn vm_number(role: &Role, node: &RoleVm) -> Option<u64> {
     let rest = node.name.as_deref()?.strip_prefix(role.name.as_str())?.strip_prefix('_')?;
     let (number, _) = rest.split_once("_(service_")?;
     number.parse().ok().filter(|number| *number < MAX_IDS)
@@ -190,13 +192,13 @@ fn number_of(role: &Role, node: &RoleVm) -> Option<u64> {
 
 /// Returns this VM's number if no VM of the role has been replaced: the numbers of the role start
 /// at 0 without a gap.
-fn by_number(role: &Role, vm_id: u64) -> Option<u64> {
+fn id_from_vm_number(role: &Role, vm_id: u64) -> Option<u64> {
     let numbers: Option<BTreeSet<u64>> =
-        role.vms.iter().map(|node| number_of(role, node)).collect();
+        role.vms.iter().map(|node| vm_number(role, node)).collect();
     let numbers = numbers.filter(|numbers| numbers.len() == role.vms.len())?;
     let is_complete = numbers.last() == Some(&(numbers.len() as u64 - 1));
     let own = role.vms.iter().find(|node| node.vm_id == vm_id)?;
-    number_of(role, own).filter(|_| is_complete)
+    vm_number(role, own).filter(|_| is_complete)
 }
 
 /// Returns the partition ID that a node has published for itself.
@@ -214,7 +216,7 @@ fn ids_of_others(role: &Role, vm_id: u64) -> BTreeSet<u64> {
 /// belongs to its node. Of the other nodes, those with a number below the count get that number,
 /// and the rest get the remaining IDs in the order of their VM IDs. Nodes that see the same list
 /// therefore agree.
-fn free_partition(role: &Role, vm_id: u64) -> Partition {
+fn choose_partition(role: &Role, vm_id: u64) -> Partition {
     let count = count_of(role);
     let others = ids_of_others(role, vm_id);
     let own = role.vms.iter().find(|node| node.vm_id == vm_id);
@@ -230,7 +232,7 @@ fn free_partition(role: &Role, vm_id: u64) -> Partition {
     without_id.sort_by_key(|node| node.vm_id);
     let mut unassigned = Vec::new();
     for node in without_id {
-        match number_of(role, node).filter(|number| free.remove(number)) {
+        match vm_number(role, node).filter(|number| free.remove(number)) {
             Some(number) if node.vm_id == vm_id => return with_count(number, count),
             Some(_) => {}
             None => unassigned.push(node.vm_id),
@@ -271,23 +273,23 @@ mod tests {
         let small = role(&[(101, 0, None), (102, 1, None)]);
         let grown = role(&[(103, 2, None), (101, 0, None), (102, 1, None)]);
         for vm in [101, 102] {
-            assert_eq!(by_number(&small, vm), by_number(&grown, vm));
+            assert_eq!(id_from_vm_number(&small, vm), id_from_vm_number(&grown, vm));
         }
-        assert_eq!(by_number(&grown, 103), Some(2));
+        assert_eq!(id_from_vm_number(&grown, 103), Some(2));
     }
 
     #[test]
     fn gaps_and_other_names_give_no_number() {
-        assert_eq!(by_number(&role(&[(102, 1, None), (103, 2, None)]), 103), None);
+        assert_eq!(id_from_vm_number(&role(&[(102, 1, None), (103, 2, None)]), 103), None);
         let mut named = role(&[(101, 0, None)]);
         for name in ["gpu-node", "supernode_x_(service_7)", "supernode_0", "supernode"] {
             named.vms[0].name = Some(name.into());
-            assert_eq!(by_number(&named, 101), None, "{name}");
+            assert_eq!(id_from_vm_number(&named, 101), None, "{name}");
         }
         named.vms[0].name = None;
-        assert_eq!(by_number(&named, 101), None);
+        assert_eq!(id_from_vm_number(&named, 101), None);
         assert_eq!(
-            by_number(&role(&[(101, 0, None), (102, 0, None)]), 101),
+            id_from_vm_number(&role(&[(101, 0, None), (102, 0, None)]), 101),
             None,
             "duplicate number"
         );
@@ -297,13 +299,14 @@ mod tests {
     fn replacement_takes_freed_partition() {
         // 103 replaces 101; 102 is unchanged.
         let now = role(&[(102, 1, Some(1)), (103, 2, None)]);
-        assert_eq!(free_partition(&now, 103), Partition { id: 0, count: 2 });
+        assert_eq!(choose_partition(&now, 103), Partition { id: 0, count: 2 });
     }
 
     #[test]
     fn concurrent_replacements_agree() {
         let now = role(&[(102, 2, None), (104, 4, None), (103, 3, None)]);
-        let ids: Vec<u64> = [102, 103, 104].iter().map(|vm| free_partition(&now, *vm).id).collect();
+        let ids: Vec<u64> =
+            [102, 103, 104].iter().map(|vm| choose_partition(&now, *vm).id).collect();
         assert_eq!(ids, [2, 0, 1], "number 2 is still below the count");
     }
 
@@ -311,7 +314,7 @@ mod tests {
     fn ids_published_by_another_vm_are_ignored() {
         let mut copied = role(&[(102, 1, Some(0)), (103, 2, None)]);
         copied.vms[0].attributes.insert(OWNER_ATTRIBUTE.into(), "55".into());
-        assert_eq!(free_partition(&copied, 103).id, 0);
+        assert_eq!(choose_partition(&copied, 103).id, 0);
     }
 
     #[test]
@@ -322,7 +325,7 @@ mod tests {
             role(&[(1, 9, Some(u64::MAX)), (2, 9, Some(0)), (3, 9, Some(1)), (4, 9, Some(2))]),
         ] {
             for node in &vms.vms {
-                let partition = free_partition(&vms, node.vm_id);
+                let partition = choose_partition(&vms, node.vm_id);
                 assert!(partition.id < partition.count, "{partition:?}");
             }
         }
@@ -344,7 +347,7 @@ mod tests {
                 .collect();
             let role = role(&vms);
             let ids: BTreeSet<u64> =
-                vms.iter().map(|(vm, ..)| free_partition(&role, *vm).id).collect();
+                vms.iter().map(|(vm, ..)| choose_partition(&role, *vm).id).collect();
             proptest::prop_assert_eq!(ids.len(), vms.len());
         });
     }
@@ -354,8 +357,11 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("sn-partition-{}", std::process::id()));
         let partition = Partition { id: 1, count: 2 };
         PartitionStore::new(&dir, 102, "boot-1\n").save(7, partition);
-        assert_eq!(PartitionStore::new(&dir, 102, "boot-1").of_this_boot(), Some(partition));
-        assert_eq!(PartitionStore::new(&dir, 102, "boot-2").of_this_boot(), None);
+        assert_eq!(
+            PartitionStore::new(&dir, 102, "boot-1").current_boot_partition(),
+            Some(partition)
+        );
+        assert_eq!(PartitionStore::new(&dir, 102, "boot-2").current_boot_partition(), None);
         assert_eq!(
             PartitionStore::new(&dir, 102, "boot-2").load().map(|record| record.partition),
             Some(partition)
@@ -371,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn known_prefers_the_saved_partition_of_the_service() {
+    fn saved_partition_wins_over_vm_number() {
         let dir = std::env::temp_dir().join(format!("sn-partition-known-{}", std::process::id()));
         let store = PartitionStore::new(&dir, 102, "boot-1");
         let other = Role { name: "superlink".into(), ..role(&[(100, 0, None)]) };
@@ -404,8 +410,8 @@ mod tests {
     fn numbers_from_max_ids_on_are_ignored() {
         let largest = MAX_IDS - 1;
         let numbered = |number| role(&[(101, number, None)]);
-        assert_eq!(number_of(&numbered(largest), &numbered(largest).vms[0]), Some(largest));
-        assert_eq!(number_of(&numbered(MAX_IDS), &numbered(MAX_IDS).vms[0]), None);
+        assert_eq!(vm_number(&numbered(largest), &numbered(largest).vms[0]), Some(largest));
+        assert_eq!(vm_number(&numbered(MAX_IDS), &numbered(MAX_IDS).vms[0]), None);
         let with_id = |id| role(&[(101, 0, Some(id))]);
         assert_eq!(published_id(&with_id(largest).vms[0]), Some(largest));
         assert_eq!(published_id(&with_id(MAX_IDS).vms[0]), None);
@@ -414,7 +420,7 @@ mod tests {
     #[test]
     fn node_keeps_its_published_id() {
         let now = role(&[(102, 5, Some(1)), (103, 6, None)]);
-        assert_eq!(free_partition(&now, 102), Partition { id: 1, count: 2 });
-        assert_eq!(free_partition(&now, 103), Partition { id: 0, count: 2 });
+        assert_eq!(choose_partition(&now, 102), Partition { id: 1, count: 2 });
+        assert_eq!(choose_partition(&now, 103), Partition { id: 0, count: 2 });
     }
 }

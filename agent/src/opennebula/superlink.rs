@@ -533,7 +533,7 @@ mod tests {
     }
 
     #[test]
-    fn own_ca_wins_over_published_ca() {
+    fn configured_ca_wins_over_published_ca() {
         let own = [("FL_SSL_CA_CERTFILE", CA)];
         let (superlink, _) =
             resolve(&own, &[("FL_TLS", "YES"), ("FL_CA_CERT", "no certificate at all")]).unwrap();

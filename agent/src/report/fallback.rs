@@ -109,7 +109,7 @@ pub(crate) fn warn_gpu_retry(finding: &Finding, distribution: Distribution) {
 }
 
 /// Warns that a GPU has failed and the node continues to use it.
-pub(crate) fn warn_gpu_fault_ignored(finding: &Finding, distribution: Distribution) {
+pub(crate) fn warn_gpu_failure_ignored(finding: &Finding, distribution: Distribution) {
     log_finding!(
         Level::WARN,
         finding,

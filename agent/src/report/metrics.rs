@@ -166,7 +166,7 @@ const METRICS: &[Metric] = &[
         labels: XID_LABELS,
         help: "Total XID errors that the driver reported since the agent started.",
         samples: |status, _, add| {
-            each_xid(status, |labels, count| add(labels, count.total as f64));
+            for_each_xid(status, |labels, count| add(labels, count.total as f64));
         },
     },
     Metric {
@@ -175,7 +175,7 @@ const METRICS: &[Metric] = &[
         labels: XID_LABELS,
         help: "Unix time of the driver's last report of this XID.",
         samples: |status, _, add| {
-            each_xid(status, |labels, count| add_time(Some(count.last), labels, add));
+            for_each_xid(status, |labels, count| add_time(Some(count.last), labels, add));
         },
     },
 ];
@@ -203,7 +203,7 @@ fn add_readings(
     }
 }
 
-fn each_xid(status: &NodeStatus, mut add: impl FnMut(&[&str], XidCount)) {
+fn for_each_xid(status: &NodeStatus, mut add: impl FnMut(&[&str], XidCount)) {
     for (GpuXid { uuid, name, xid }, count) in &status.xids {
         add(&[uuid.as_str(), name, &xid.to_string()], *count);
     }
@@ -314,7 +314,7 @@ mod tests {
         let mut status = NodeStatus::default();
         status.set_verdict(&on_gpu(), Distribution::Debian);
         for start in [1000, 1000, 2000] {
-            status.container_runs(seconds(start), false);
+            status.set_container_running(seconds(start), false);
         }
         status.record_reading(
             &uuid(),
@@ -372,8 +372,8 @@ mod tests {
     #[test]
     fn stopped_container_has_no_start_time() {
         let mut status = NodeStatus::default();
-        status.container_runs(seconds(1000), false);
-        status.container_stopped();
+        status.set_container_running(seconds(1000), false);
+        status.set_container_stopped();
         let page = render(&status, Instant::now());
         assert!(page.contains("\nsupernode_up 0\n"), "{page}");
         assert!(!page.contains("supernode_container_start_time_seconds"), "{page}");

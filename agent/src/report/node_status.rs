@@ -161,7 +161,7 @@ impl NodeStatus {
         self.container.name = container_name.to_owned();
         (self.flower_version, self.framework) = (Some(version.clone()), Some(framework));
         self.set_connected(false);
-        self.superlink_found();
+        self.end_superlink_wait();
     }
 
     /// Records a failed attempt to find the SuperLink.
@@ -187,7 +187,7 @@ impl NodeStatus {
     }
 
     /// Ends the wait for the SuperLink. A unit that has started stays started.
-    pub(crate) fn superlink_found(&mut self) {
+    pub(crate) fn end_superlink_wait(&mut self) {
         self.superlink_wait = None;
         self.readiness = match self.readiness {
             Readiness::WaitingForSuperLink => Readiness::Ready,
@@ -208,7 +208,7 @@ impl NodeStatus {
     }
 
     /// Records that the container runs since `started_at`. A new time counts as a restart.
-    pub(crate) fn container_runs(&mut self, started_at: Option<SystemTime>, paused: bool) {
+    pub(crate) fn set_container_running(&mut self, started_at: Option<SystemTime>, paused: bool) {
         let container = &mut self.container;
         if container.started_at.is_some() && container.started_at != started_at {
             container.restarts += 1;
@@ -219,7 +219,7 @@ impl NodeStatus {
     }
 
     /// Records that the container has exited or is about to be stopped.
-    pub(crate) fn container_stopped(&mut self) {
+    pub(crate) fn set_container_stopped(&mut self) {
         self.container.running = false;
         self.set_connected(false);
     }
@@ -383,7 +383,7 @@ mod tests {
         status.mark_prepared();
         assert_eq!(status.readiness, Readiness::WaitingForSuperLink);
         assert_eq!(status.line(), "attempt 2");
-        status.superlink_found();
+        status.end_superlink_wait();
         assert_eq!(status.readiness, Readiness::Ready);
     }
 
@@ -391,7 +391,7 @@ mod tests {
     fn superlink_found_at_once_does_not_start_the_unit() {
         let mut status = NodeStatus::default();
         status.mark_prepared();
-        status.superlink_found();
+        status.end_superlink_wait();
         assert_eq!(status.readiness, Readiness::Starting);
     }
 
@@ -403,7 +403,7 @@ mod tests {
         assert_eq!(status.readiness, Readiness::Ready);
         status.mark_prepared();
         assert!(status.readiness.is_started());
-        status.superlink_found();
+        status.end_superlink_wait();
         assert_eq!(status.readiness, Readiness::Ready);
     }
 
@@ -434,7 +434,7 @@ mod tests {
         );
         status.set_verdict(&on_gpu("GPU-1"), Distribution::Debian);
         status.set_connected(true);
-        status.container_runs(None, true);
+        status.set_container_running(None, true);
         status.note = Some("a note".into());
         assert_eq!(
             status.line(),
@@ -465,11 +465,11 @@ mod tests {
     #[test]
     fn only_a_new_start_time_counts_as_restart() {
         let mut status = NodeStatus::default();
-        status.container_runs(seconds(1000), false);
-        status.container_stopped();
-        status.container_runs(seconds(1000), false);
+        status.set_container_running(seconds(1000), false);
+        status.set_container_stopped();
+        status.set_container_running(seconds(1000), false);
         assert_eq!((status.container.restarts, status.container.last_restart), (0, None));
-        status.container_runs(seconds(2000), false);
+        status.set_container_running(seconds(2000), false);
         assert_eq!((status.container.restarts, status.container.last_restart), (1, seconds(2000)));
     }
 

@@ -210,10 +210,10 @@ impl Exporter {
         let container = launch(&engine, spec, devices).await?;
         *running_since = Some(Instant::now());
         self.report(Some(format!("{} at {}", spec.image, self.settings.dcgm.listen)));
-        let by_hook = self.injection == GpuInjection::Runtime;
+        let injected_by_hook = self.injection == GpuInjection::Runtime;
         tokio::select! {
             code = engine.wait_for_exit(&container.id) => Err(ExporterError::Exited(code)),
-            finding = gpu_presence::wait_until_lost(&container, devices, by_hook) => {
+            finding = gpu_presence::wait_until_lost(&container, devices, injected_by_hook) => {
                 engine.remove(&container).await?;
                 Err(ExporterError::GpuLost(finding.summary))
             }

@@ -543,7 +543,7 @@ mod tests {
     }
 
     #[test]
-    fn application_xid_is_no_failure() {
+    fn application_xid_is_not_a_failure() {
         let mut monitor = monitor();
         for xid in [8, 13, 31, 43, 45, 63, 94, 154] {
             assert_eq!(monitor.on_message(event("GPU-a", Some(xid)), &devices()), None, "{xid}");

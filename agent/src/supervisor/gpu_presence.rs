@@ -75,13 +75,13 @@ fn gpu_nodes(dev: &Path) -> io::Result<Vec<String>> {
     Ok(nodes)
 }
 
-/// Waits until the container loses one of `devices`, which must not be empty. `by_hook` is whether
-/// NVIDIA's runtime hook injected them: the hook changes the device cgroup without systemd's
-/// knowledge.
+/// Waits until the container loses one of `devices`, which must not be empty. `injected_by_hook` is
+/// whether NVIDIA's runtime hook injected them: the hook changes the device cgroup without
+/// systemd's knowledge.
 pub(crate) async fn wait_until_lost(
     container: &Container,
     devices: &[GpuDevice],
-    by_hook: bool,
+    injected_by_hook: bool,
 ) -> Finding {
     let mut rules = DeviceRules::default();
     loop {
@@ -95,7 +95,7 @@ pub(crate) async fn wait_until_lost(
                 }
             }
         }
-        if by_hook
+        if injected_by_hook
             && let Some(first) = devices.first()
             && rules.exclude_gpu(&container.id).await
         {

@@ -22,7 +22,7 @@ impl Supervisor<'_> {
     }
 
     pub(super) async fn inspect(&mut self) -> Result<Event, LaunchError> {
-        self.node.reporter.update(NodeStatus::container_stopped);
+        self.node.reporter.update(NodeStatus::set_container_stopped);
         self.node.prepare_mounts()?;
         let spec = self.container_spec();
         self.container = self.engine.inspect_container(&spec.name).await?;
@@ -39,7 +39,7 @@ impl Supervisor<'_> {
             (true, false) => previous_fallback(container, &spec)
                 .map_or(Existing::Outdated, Existing::CpuFallback),
             // An exited container that matches the spec is restarted, which keeps its log.
-            (false, _) if container.is_made_from(&spec) => {
+            (false, _) if container.was_created_from(&spec) => {
                 let image = self.engine.find_image(&spec.image).await?;
                 // If the name no longer refers to an image, a new container cannot be created.
                 let same = image.is_none_or(|image| image.id == container.image_id);
@@ -92,8 +92,8 @@ impl Supervisor<'_> {
     ) -> Result<Event, LaunchError> {
         let verdict = self.state_machine.verdict();
         if let Err(error) = started {
-            let on_gpu = matches!(verdict, Verdict::Gpu { .. });
-            return match error.gpu_start_failure().filter(|_| on_gpu) {
+            let is_on_gpu = matches!(verdict, Verdict::Gpu { .. });
+            return match error.gpu_start_failure().filter(|_| is_on_gpu) {
                 Some(why) => Ok(Event::GpuStartFailed(Finding::new(
                     Reason::RuntimeStartFailed,
                     format!("Docker did not start the container with the GPU: {why}"),

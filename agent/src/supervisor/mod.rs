@@ -278,7 +278,7 @@ impl Supervisor<'_> {
             Command::StartExisting => self.start_existing().await,
             Command::RemoveFailed(finding) => self.remove_failed(finding).await,
             Command::Monitor => Ok(self.monitor().await),
-            Command::PingEngine => Ok(Event::Engine { answers: self.engine.info().await.is_ok() }),
+            Command::CheckEngine => Ok(Event::Engine { answers: self.engine.info().await.is_ok() }),
             Command::Reconnect => Ok(self.reconnect().await),
             Command::CheckRunning => Ok(self.check_running().await),
             Command::Sleep(delay) => {

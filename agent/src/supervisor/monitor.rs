@@ -27,7 +27,7 @@ impl Supervisor<'_> {
             self.gpu_monitor.reset();
         }
         let mut run = match self.run.take() {
-            Some(run) if run.is_of(&container) => run,
+            Some(run) if run.matches_container(&container) => run,
             _ => ContainerRun::new(&container),
         };
         self.startup = None;
@@ -54,9 +54,9 @@ impl Supervisor<'_> {
         let watchers = run.watchers.get_or_insert_with(|| {
             let tcp = (!node.log_reports_connection())
                 .then(|| (node.superlink.address.port(), run.tcp_connected));
-            let by_hook = node.injection == GpuInjection::Runtime;
+            let injected_by_hook = node.injection == GpuInjection::Runtime;
             let paused = run.paused;
-            let watched = WatchedContainer { container, paused, tcp, devices, by_hook };
+            let watched = WatchedContainer { container, paused, tcp, devices, injected_by_hook };
             ContainerWatchers::new(&self.engine, &watched)
         });
         if self.state_machine.awaits_gpu() && self.gpu_available.is_none() {
@@ -208,7 +208,7 @@ impl Supervisor<'_> {
     fn report_running(&self, container: &Container, run: &ContainerRun) {
         let NodeSpec { distribution, superlink, reporter, .. } = &self.node;
         reporter.update(|status| {
-            status.container_runs(container.started(), run.paused);
+            status.set_container_running(container.started(), run.paused);
             status.set_verdict(self.state_machine.verdict(), *distribution);
             status.superlink = Some(superlink.address.clone());
             status.partition = superlink.partition;

@@ -39,7 +39,7 @@ impl Supervisor<'_> {
             Notification::GpuRequired(finding) => {
                 fallback::error_gpu_required(&finding, *distribution);
             }
-            Notification::RequiredGpuLost(finding) => {
+            Notification::RequiredGpuFailed(finding) => {
                 fallback::error_required_gpu_failed(&finding, *distribution)
             }
             Notification::MovingToCpu => {
@@ -59,16 +59,16 @@ impl Supervisor<'_> {
                 tracing::warn!("Docker engine at {socket} does not answer; waiting for it");
                 reporter.set_step("Waiting for the Docker engine");
             }
-            Notification::EngineAvailable => tracing::info!("Docker engine answers again"),
-            Notification::GpuFaultIgnored(finding) => {
-                fallback::warn_gpu_fault_ignored(&finding, *distribution);
+            Notification::EngineAvailable => tracing::info!("Docker engine is responding again"),
+            Notification::GpuFailureIgnored(finding) => {
+                fallback::warn_gpu_failure_ignored(&finding, *distribution);
                 self.status_note =
                     Some(format!("GPU failure ignored (gpu.on_failure): {}", finding.summary));
             }
             Notification::GpuRetry(finding) => {
                 self.status_note = None;
                 fallback::warn_gpu_retry(&finding, *distribution);
-                reporter.update(NodeStatus::container_stopped);
+                reporter.update(NodeStatus::set_container_stopped);
                 reporter.update(|status| status.gpus_released = true);
                 reporter.set_step(&format!("The GPU failed, retrying it: {}", finding.summary));
             }
@@ -100,7 +100,7 @@ impl Supervisor<'_> {
             RestartReason::LaunchFailed => "did not start".into(),
         };
         let seconds = delay.as_secs();
-        reporter.update(NodeStatus::container_stopped);
+        reporter.update(NodeStatus::set_container_stopped);
         tracing::warn!(container = %name, "container {name} {what}; restarting it in {seconds} s");
         reporter.set_step(&format!("The container {what}, restarting it in {seconds} s"));
     }

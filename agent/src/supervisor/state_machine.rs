@@ -174,7 +174,7 @@ pub(crate) enum Command {
     /// Monitor the container: `Container`.
     Monitor,
     /// Check whether the engine answers: `Engine`.
-    PingEngine,
+    CheckEngine,
     /// Connect to the engine again: `Engine`.
     Reconnect,
     /// Check whether the monitored container still runs: `ContainerRunning`.
@@ -226,7 +226,7 @@ pub(crate) enum Notification {
     /// The GPU is required and did not start.
     GpuRequired(Finding),
     /// The GPU is required and failed while the container ran.
-    RequiredGpuLost(Finding),
+    RequiredGpuFailed(Finding),
     /// The container moves to the CPU.
     MovingToCpu,
     /// A launch failed.
@@ -238,7 +238,7 @@ pub(crate) enum Notification {
     /// The engine answers again.
     EngineAvailable,
     /// The GPU failed, and `gpu.on_failure` is `ignore`.
-    GpuFaultIgnored(Finding),
+    GpuFailureIgnored(Finding),
     /// The GPU failed and is retried.
     GpuRetry(Finding),
     /// The failed GPU is probed after this delay.
@@ -365,14 +365,14 @@ impl StateMachine {
     }
 
     fn next_command(&mut self, event: Event, notifications: &mut Vec<Notification>) -> Command {
-        let on_gpu = self.on_gpu();
+        let is_on_gpu = self.is_on_gpu();
         match (self.state.clone(), event) {
             (State::Inspecting, Event::Inspected(existing)) => {
                 self.on_inspected(existing, notifications)
             }
             (State::Removing, Event::Done) => self.enter(State::Starting, Command::CreateAndStart),
             (State::Starting, Event::Done) => {
-                if on_gpu {
+                if is_on_gpu {
                     self.reported_fallback = None;
                 }
                 self.monitor()
@@ -380,7 +380,7 @@ impl StateMachine {
             (State::Starting, Event::Refused) => {
                 self.enter(State::Removing, Command::RemoveExisting)
             }
-            (State::Starting, Event::GpuStartFailed(finding)) if on_gpu => {
+            (State::Starting, Event::GpuStartFailed(finding)) if is_on_gpu => {
                 self.enter(State::RemovingFailed(finding.clone()), Command::RemoveFailed(finding))
             }
             (State::RemovingFailed(finding), Event::Done) => {
@@ -425,7 +425,7 @@ impl StateMachine {
             (
                 State::BackingOff,
                 Event::Container { event: ContainerEvent::GpuFailed(finding), .. },
-            ) if on_gpu => {
+            ) if is_on_gpu => {
                 let if_ignored = Command::BackOff(self.restart_backoff.peek());
                 self.on_gpu_failed(finding, if_ignored, notifications)
             }
@@ -455,7 +455,7 @@ impl StateMachine {
         self.enter(State::Terminated(reason), Command::Exit(reason))
     }
 
-    fn on_gpu(&self) -> bool {
+    fn is_on_gpu(&self) -> bool {
         matches!(self.target.verdict, Verdict::Gpu { .. })
     }
 
@@ -483,7 +483,7 @@ impl StateMachine {
                 notifications.push(Notification::Adopted);
                 self.monitor()
             }
-            Existing::CpuFallback(finding) if self.on_gpu() => {
+            Existing::CpuFallback(finding) if self.is_on_gpu() => {
                 self.fall_back_to_cpu(finding, notifications)
             }
             Existing::Exited => self.enter(State::Starting, Command::StartExisting),
@@ -506,7 +506,7 @@ impl StateMachine {
             return self.terminate(ExitReason::LaunchFailed);
         }
         notifications.push(Notification::LaunchFailed);
-        self.enter(State::CheckingEngine(RestartReason::LaunchFailed), Command::PingEngine)
+        self.enter(State::CheckingEngine(RestartReason::LaunchFailed), Command::CheckEngine)
     }
 
     /// Handles an event that does not answer the last command: inspects again after a delay.
@@ -530,9 +530,9 @@ impl StateMachine {
         }
         match event {
             ContainerEvent::Exited(code) => {
-                self.enter(State::CheckingEngine(RestartReason::Exited(code)), Command::PingEngine)
+                self.enter(State::CheckingEngine(RestartReason::Exited(code)), Command::CheckEngine)
             }
-            ContainerEvent::GpuFailed(finding) if self.on_gpu() => {
+            ContainerEvent::GpuFailed(finding) if self.is_on_gpu() => {
                 self.on_gpu_failed(finding, Command::Monitor, notifications)
             }
             ContainerEvent::GpuLost => self.schedule_stop(StopMode::Remove),
@@ -617,7 +617,7 @@ impl StateMachine {
     ) -> Command {
         match self.policy.on_failure {
             OnFailure::Ignore => {
-                notifications.push(Notification::GpuFaultIgnored(finding));
+                notifications.push(Notification::GpuFailureIgnored(finding));
                 if_ignored
             }
             OnFailure::Restart if self.gpu_attempts < GPU_RETRY_DELAYS.len() => {
@@ -652,7 +652,7 @@ impl StateMachine {
         notifications: &mut Vec<Notification>,
     ) -> Command {
         if self.policy.gpu_required {
-            notifications.push(Notification::RequiredGpuLost(finding));
+            notifications.push(Notification::RequiredGpuFailed(finding));
             return self.terminate(ExitReason::GpuRequired);
         }
         self.reported_fallback = None;

@@ -35,7 +35,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::docker::client::{Client, Container};
-use crate::flower::connection::{Connection, ConnectionMonitor, wait_until_reached};
+use crate::flower::connection::{Connection, ConnectionMonitor, wait_for_tcp_connection};
 use crate::flower::liveness::LivenessFailure;
 use crate::gpu::reason::Finding;
 use crate::gpu::verdict::GpuDevice;
@@ -95,7 +95,7 @@ impl ContainerRun {
         }
     }
 
-    pub(super) fn is_of(&self, container: &Container) -> bool {
+    pub(super) fn matches_container(&self, container: &Container) -> bool {
         self.id == container.id && self.started_at == container.started_at
     }
 }
@@ -111,7 +111,7 @@ pub(super) struct WatchedContainer<'a> {
     /// The GPUs that the container uses.
     pub(super) devices: &'a [GpuDevice],
     /// Whether the NVIDIA runtime hook injected the GPUs.
-    pub(super) by_hook: bool,
+    pub(super) injected_by_hook: bool,
 }
 
 /// The watchers of one run of the container. Dropping this value cancels them.
@@ -119,7 +119,7 @@ pub(super) struct ContainerWatchers(SelectAll<LocalBoxStream<'static, WatchEvent
 
 impl ContainerWatchers {
     pub(super) fn new(engine: &Client, watched: &WatchedContainer<'_>) -> Self {
-        let WatchedContainer { container, tcp, devices, by_hook, .. } = *watched;
+        let WatchedContainer { container, tcp, devices, injected_by_hook, .. } = *watched;
         let exit = {
             let (engine, id) = (engine.clone(), container.id.clone());
             stream::once(async move { WatchEvent::Exited(engine.wait_for_exit(&id).await) })
@@ -143,7 +143,7 @@ impl ContainerWatchers {
         if let Some((port, connected)) = tcp {
             let container = container.clone();
             let tcp = changes(connected, async move |wanted| {
-                wait_until_reached(&container, port, wanted).await;
+                wait_for_tcp_connection(&container, port, wanted).await;
             });
             watchers.push(tcp.map(WatchEvent::TcpConnected).boxed_local());
         }
@@ -151,7 +151,7 @@ impl ContainerWatchers {
             let (container, devices) = (container.clone(), devices.to_vec());
             let presence = async move {
                 WatchEvent::GpuLost(
-                    gpu_presence::wait_until_lost(&container, &devices, by_hook).await,
+                    gpu_presence::wait_until_lost(&container, &devices, injected_by_hook).await,
                 )
             };
             watchers.push(stream::once(presence).boxed_local());
@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn connected_node_does_not_ask_for_its_superlink() {
+    async fn connected_node_does_not_query_onegate() {
         let (mut watcher, requests) = moved();
         assert_eq!(run(&mut watcher, 3600, |_| true).await, None);
         assert_eq!(requests.get(), 0);

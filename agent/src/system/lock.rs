@@ -16,7 +16,7 @@ pub(crate) struct Lock(
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LockError {
     /// Another process holds it.
-    #[error("another supernode-agent runs already: it holds the lock {path}")]
+    #[error("another supernode-agent is already running: it holds the lock {path}")]
     Held {
         /// The lock file.
         path: PathBuf,

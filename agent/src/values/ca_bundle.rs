@@ -17,7 +17,7 @@ use super::text::escape;
 
 const BEGIN: &str = "-----BEGIN ";
 const MALFORMED: &str = "it does not contain a complete certificate";
-const PRIVATE_KEY: &str = "it contains a private key, which must stay with its owner";
+const PRIVATE_KEY: &str = "it contains a private key; provide the certificate only";
 const REQUEST: &str = "a certificate request that no CA has signed yet";
 const PUBLIC_KEY: &str = "a public key";
 const PKCS7: &str = "PKCS#7 (extract the certificates: openssl pkcs7 -print_certs -in FILE)";
@@ -481,7 +481,7 @@ mod tests {
         for text in texts {
             assert_eq!(
                 why(&text),
-                "it contains a private key, which must stay with its owner",
+                "it contains a private key; provide the certificate only",
                 "{text}"
             );
         }

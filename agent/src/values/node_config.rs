@@ -66,7 +66,10 @@ impl NodeConfig {
         // Flower parses all pairs as one document. This also catches a key with more parts than the
         // TOML parser allows.
         if document.parse::<toml::Table>().is_err() {
-            return Err(ValidationError::with_detail(ACCEPTED, "together the pairs are not TOML"));
+            return Err(ValidationError::with_detail(
+                ACCEPTED,
+                "the pairs do not form a valid TOML document",
+            ));
         }
         Ok(Self(text.into()))
     }

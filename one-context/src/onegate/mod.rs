@@ -105,7 +105,7 @@ pub struct Vm {
 pub enum OneGateError {
     /// The endpoint is invalid. The error does not contain it, because it may include a password.
     #[error(
-        "invalid ONEGATE_ENDPOINT: {problem}; accepted is http://HOST or https://HOST, optionally \
+        "invalid ONEGATE_ENDPOINT: {problem}; expected http://HOST or https://HOST, optionally \
          with :PORT and /PATH"
     )]
     InvalidEndpoint {
@@ -113,7 +113,7 @@ pub enum OneGateError {
         problem: &'static str,
     },
     /// The VM ID is invalid.
-    #[error("invalid VMID; accepted are decimal digits")]
+    #[error("invalid VMID; expected decimal digits")]
     InvalidVmId,
     /// The token is invalid.
     #[error(
@@ -130,7 +130,7 @@ pub enum OneGateError {
         source: io::Error,
     },
     /// A name that OpenNebula does not accept for an attribute.
-    #[error("invalid attribute name {name:?}; accepted are A-Z, 0-9 and _")]
+    #[error("invalid attribute name {name:?}; allowed characters are A-Z, 0-9 and _")]
     InvalidAttribute {
         /// Name, truncated if long.
         name: String,

@@ -642,7 +642,7 @@ fn invalid_endpoint_is_final_and_hidden() {
     assert!(matches!(error, OneGateError::InvalidEndpoint { .. }) && error.is_final());
     assert_eq!(
         error.to_string(),
-        "invalid ONEGATE_ENDPOINT: it contains a user name or password; accepted is http://HOST or \
+        "invalid ONEGATE_ENDPOINT: it contains a user name or password; expected http://HOST or \
          https://HOST, optionally with :PORT and /PATH"
     );
     assert!(!format!("{error:?}").contains("hunter2"));

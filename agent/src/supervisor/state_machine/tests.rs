@@ -8,7 +8,7 @@ use crate::values::{GpuUuid, PciAddress};
 const DEFAULT_POLICY: Policy =
     Policy { gpu_required: false, on_failure: OnFailure::Cpu, on_available: OnAvailable::Announce };
 
-fn on_gpu() -> Verdict {
+fn gpu_verdict() -> Verdict {
     let device = GpuDevice {
         index: 0,
         uuid: GpuUuid::parse("GPU-a").unwrap(),
@@ -59,7 +59,7 @@ impl Simulation {
         let Transition { notifications, command } = self.state_machine.handle(event.clone());
         if self.command == Command::CreateAndStart
             && matches!(event, Event::Done)
-            && self.state_machine.on_gpu()
+            && self.state_machine.is_on_gpu()
         {
             self.warned.clear();
         }
@@ -126,7 +126,7 @@ impl Simulation {
             self.apply(match &self.command {
                 Command::Monitor | Command::Exit(_) => return true,
                 Command::Inspect => Event::Inspected(Existing::Absent),
-                Command::PingEngine | Command::Reconnect => Event::Engine { answers: true },
+                Command::CheckEngine | Command::Reconnect => Event::Engine { answers: true },
                 Command::CheckRunning => Event::ContainerRunning(true),
                 Command::Probe => Event::GpuHealthy(true),
                 _ => Event::Done,
@@ -208,7 +208,7 @@ impl Choices {
             Command::Monitor => {
                 vec![Event::Container { event: pick(&events, self.container_event), up_for }]
             }
-            Command::PingEngine | Command::Reconnect => vec![Event::Engine { answers: flag }],
+            Command::CheckEngine | Command::Reconnect => vec![Event::Engine { answers: flag }],
             Command::CheckRunning => vec![Event::ContainerRunning(flag)],
             Command::BackOff(_) => {
                 vec![Event::Done, container(ContainerEvent::GpuFailed(finding))]
@@ -228,7 +228,7 @@ impl Choices {
             Command::RemoveExisting,
             Command::StartExisting,
             Command::Monitor,
-            Command::PingEngine,
+            Command::CheckEngine,
             Command::CheckRunning,
             Command::Probe,
         ];
@@ -241,7 +241,7 @@ fn simulation() -> impl Strategy<Value = Simulation> {
     let on_available = select(vec![OnAvailable::Announce, OnAvailable::Restart]);
     let cpu =
         select(vec![Verdict::gpu_not_enabled(), Verdict::cpu(finding(Reason::DriverNotLoaded))]);
-    let verdict = prop_oneof![3 => Just(on_gpu()), 1 => cpu];
+    let verdict = prop_oneof![3 => Just(gpu_verdict()), 1 => cpu];
     (any::<bool>(), on_failure, on_available, verdict).prop_map(
         |(required, on_failure, on_available, verdict)| {
             // The daemon exits before supervision if a required GPU is missing.
@@ -313,7 +313,7 @@ fn first_stop_is_immediate_second_is_delayed() {
         (ContainerEvent::Unresponsive, Command::Stop(GracePeriod::Short)),
         (ContainerEvent::SuperLinkChanged, Command::Inspect),
     ] {
-        let mut simulation = running(DEFAULT_POLICY, on_gpu());
+        let mut simulation = running(DEFAULT_POLICY, gpu_verdict());
         simulation.apply(container(event.clone()));
         assert_eq!(simulation.command, command);
         simulation.recovers();
@@ -342,17 +342,17 @@ fn engine_outage_resets_restart_delay() {
 
 #[test]
 fn launch_failing_on_cpu_too_returns_to_gpu() {
-    let mut simulation = running(DEFAULT_POLICY, on_gpu());
+    let mut simulation = running(DEFAULT_POLICY, gpu_verdict());
     simulation.apply(container(ContainerEvent::Exited(Some(1))));
     simulation.apply(Event::Engine { answers: true });
     let mut notifications = Vec::new();
     for _ in 0..3 {
         simulation.apply(Event::Done);
-        assert_eq!(simulation.state_machine.verdict(), &on_gpu());
+        assert_eq!(simulation.state_machine.verdict(), &gpu_verdict());
         simulation.apply(Event::Inspected(Existing::Absent));
         simulation.apply(Event::GpuStartFailed(finding(Reason::RuntimeStartFailed)));
         notifications.extend(simulation.apply(Event::Done));
-        assert_eq!(simulation.state_machine.fallback_from(), Some(&on_gpu()));
+        assert_eq!(simulation.state_machine.fallback_from(), Some(&gpu_verdict()));
         simulation.apply(Event::Inspected(Existing::Absent));
         notifications.extend(simulation.apply(Event::Failed));
         notifications.extend(simulation.apply(Event::Engine { answers: true }));
@@ -368,7 +368,7 @@ fn launch_failing_on_cpu_too_returns_to_gpu() {
 #[test]
 fn failed_gpu_gets_three_attempts() {
     let mut simulation =
-        running(Policy { on_failure: OnFailure::Restart, ..DEFAULT_POLICY }, on_gpu());
+        running(Policy { on_failure: OnFailure::Restart, ..DEFAULT_POLICY }, gpu_verdict());
     let failed = || container(ContainerEvent::GpuFailed(finding(Reason::GpuFailed)));
     simulation.apply(failed());
     assert_eq!(simulation.command, Command::Stop(GracePeriod::Configured));
@@ -401,18 +401,18 @@ fn only_first_launch_failure_terminates() {
     let mut simulation = running(DEFAULT_POLICY, Verdict::gpu_not_enabled());
     simulation.apply(container(ContainerEvent::SuperLinkChanged));
     simulation.apply(Event::Failed);
-    assert_eq!(simulation.command, Command::PingEngine);
+    assert_eq!(simulation.command, Command::CheckEngine);
 }
 
 #[test]
 fn required_gpu_failure_terminates() {
     let policy = Policy { gpu_required: true, ..DEFAULT_POLICY };
-    let mut simulation = running(policy, on_gpu());
+    let mut simulation = running(policy, gpu_verdict());
     let notifications =
         simulation.apply(container(ContainerEvent::GpuFailed(finding(Reason::GpuFailed))));
-    assert!(matches!(notifications[..], [Notification::RequiredGpuLost(_)]), "{notifications:?}");
+    assert!(matches!(notifications[..], [Notification::RequiredGpuFailed(_)]), "{notifications:?}");
     assert_eq!(simulation.command, Command::Exit(ExitReason::GpuRequired));
-    let mut simulation = Simulation::new(policy, on_gpu());
+    let mut simulation = Simulation::new(policy, gpu_verdict());
     let notifications = simulation
         .apply(Event::Inspected(Existing::CpuFallback(finding(Reason::RuntimeStartFailed))));
     assert!(matches!(notifications[..], [Notification::GpuRequired(_)]), "{notifications:?}");
@@ -420,7 +420,7 @@ fn required_gpu_failure_terminates() {
 }
 
 #[test]
-fn late_gpu_is_announced_or_reclaimed() {
+fn late_gpu_is_logged_or_reclaimed() {
     let verdict = || Verdict::cpu(finding(Reason::DriverNotLoaded));
     let mut simulation = running(DEFAULT_POLICY, verdict());
     assert!(simulation.state_machine.awaits_gpu());
@@ -455,7 +455,7 @@ fn outdated_container_is_removed_before_creation() {
 
 #[test]
 fn refused_restart_recreates_container() {
-    let mut simulation = Simulation::new(DEFAULT_POLICY, on_gpu());
+    let mut simulation = Simulation::new(DEFAULT_POLICY, gpu_verdict());
     for (event, command) in [
         (Event::Inspected(Existing::Exited), Command::StartExisting),
         (Event::Refused, Command::RemoveExisting),
@@ -469,11 +469,11 @@ fn refused_restart_recreates_container() {
 
 #[test]
 fn matching_container_is_adopted_unless_gpu_is_missing() {
-    let mut simulation = Simulation::new(DEFAULT_POLICY, on_gpu());
+    let mut simulation = Simulation::new(DEFAULT_POLICY, gpu_verdict());
     let notifications = simulation.apply(Event::Inspected(Existing::UpToDate));
     assert!(matches!(notifications[..], [Notification::Adopted]), "{notifications:?}");
     assert_eq!(simulation.command, Command::Monitor);
-    let mut simulation = Simulation::new(DEFAULT_POLICY, on_gpu());
+    let mut simulation = Simulation::new(DEFAULT_POLICY, gpu_verdict());
     let notifications =
         simulation.apply(Event::Inspected(Existing::WithoutGpu(finding(Reason::GpuNotVisible))));
     assert!(
@@ -485,15 +485,15 @@ fn matching_container_is_adopted_unless_gpu_is_missing() {
     );
     assert_eq!(
         (simulation.command, simulation.state_machine.verdict()),
-        (Command::RemoveExisting, &on_gpu())
+        (Command::RemoveExisting, &gpu_verdict())
     );
 }
 
 #[test]
 fn running_container_survives_engine_disconnect() {
-    let mut simulation = running(DEFAULT_POLICY, on_gpu());
+    let mut simulation = running(DEFAULT_POLICY, gpu_verdict());
     for (event, command) in [
-        (container(ContainerEvent::Exited(None)), Command::PingEngine),
+        (container(ContainerEvent::Exited(None)), Command::CheckEngine),
         (Event::Engine { answers: true }, Command::CheckRunning),
         (Event::ContainerRunning(true), Command::Sleep(INITIAL_DELAY)),
         (Event::Done, Command::Monitor),
@@ -571,18 +571,18 @@ fn launch_failure_keeps_delay_in_engine_outage() {
 #[test]
 fn ignored_gpu_failure_changes_nothing() {
     let mut simulation =
-        running(Policy { on_failure: OnFailure::Ignore, ..DEFAULT_POLICY }, on_gpu());
+        running(Policy { on_failure: OnFailure::Ignore, ..DEFAULT_POLICY }, gpu_verdict());
     let failed = || container(ContainerEvent::GpuFailed(finding(Reason::GpuFailed)));
     let notifications = simulation.apply(failed());
-    assert!(matches!(notifications[..], [Notification::GpuFaultIgnored(_)]), "{notifications:?}");
+    assert!(matches!(notifications[..], [Notification::GpuFailureIgnored(_)]), "{notifications:?}");
     assert_eq!(simulation.command, Command::Monitor);
     simulation.apply(container(ContainerEvent::Exited(Some(1))));
     simulation.apply(Event::Engine { answers: true });
     let notifications = simulation.apply(failed());
-    assert!(matches!(notifications[..], [Notification::GpuFaultIgnored(_)]), "{notifications:?}");
+    assert!(matches!(notifications[..], [Notification::GpuFailureIgnored(_)]), "{notifications:?}");
     assert_eq!(
         (&simulation.command, simulation.state_machine.verdict()),
-        (&Command::BackOff(INITIAL_DELAY), &on_gpu())
+        (&Command::BackOff(INITIAL_DELAY), &gpu_verdict())
     );
     simulation.apply(Event::Done);
     assert_eq!(simulation.command, Command::Inspect);
@@ -594,7 +594,7 @@ fn gpu_failure_during_backoff_is_handled() {
         (OnFailure::Restart, Command::Stop(GracePeriod::Configured)),
         (OnFailure::Cpu, Command::Inspect),
     ] {
-        let mut simulation = running(Policy { on_failure, ..DEFAULT_POLICY }, on_gpu());
+        let mut simulation = running(Policy { on_failure, ..DEFAULT_POLICY }, gpu_verdict());
         simulation.apply(container(ContainerEvent::Exited(Some(1))));
         simulation.apply(Event::Engine { answers: true });
         simulation.apply(container(ContainerEvent::GpuFailed(finding(Reason::GpuFailed))));
@@ -605,7 +605,7 @@ fn gpu_failure_during_backoff_is_handled() {
 #[test]
 fn healthy_run_grants_new_gpu_attempts() {
     let mut simulation =
-        running(Policy { on_failure: OnFailure::Restart, ..DEFAULT_POLICY }, on_gpu());
+        running(Policy { on_failure: OnFailure::Restart, ..DEFAULT_POLICY }, gpu_verdict());
     let failed = |seconds| Event::Container {
         event: ContainerEvent::GpuFailed(finding(Reason::GpuFailed)),
         up_for: Duration::from_secs(seconds),
@@ -633,16 +633,16 @@ fn healthy_run_grants_new_gpu_attempts() {
 
 #[test]
 fn fallback_warning_repeats_after_gpu_recovered() {
-    let mut simulation = running(DEFAULT_POLICY, on_gpu());
+    let mut simulation = running(DEFAULT_POLICY, gpu_verdict());
     let notifications =
         simulation.apply(container(ContainerEvent::GpuFailed(finding(Reason::GpuFailed))));
     assert!(
         matches!(notifications[..], [Notification::CpuFallback(_), Notification::MovingToCpu]),
         "{notifications:?}"
     );
-    assert_eq!(simulation.state_machine.fallback_from(), Some(&on_gpu()));
+    assert_eq!(simulation.state_machine.fallback_from(), Some(&gpu_verdict()));
     // A GPU that does not start, then starts, then does not start again: two WARNINGs.
-    let mut simulation = running(DEFAULT_POLICY, on_gpu());
+    let mut simulation = running(DEFAULT_POLICY, gpu_verdict());
     for _ in 0..2 {
         simulation.apply(container(ContainerEvent::SuperLinkChanged));
         if simulation.command != Command::Inspect {
@@ -656,7 +656,7 @@ fn fallback_warning_repeats_after_gpu_recovered() {
         // The launch on the CPU fails as well, so the next one uses the GPU, and starts.
         simulation.apply(Event::Failed);
         simulation.recovers();
-        assert_eq!(simulation.state_machine.verdict(), &on_gpu());
+        assert_eq!(simulation.state_machine.verdict(), &gpu_verdict());
     }
 }
 
@@ -667,7 +667,7 @@ fn delayed_stop_executes_after_delay() {
         (ContainerEvent::Unresponsive, Command::Stop(GracePeriod::Short)),
         (ContainerEvent::SuperLinkChanged, Command::Inspect),
     ] {
-        let mut simulation = running(DEFAULT_POLICY, on_gpu());
+        let mut simulation = running(DEFAULT_POLICY, gpu_verdict());
         simulation.apply(container(event.clone()));
         simulation.recovers();
         simulation.apply(container(event));
@@ -682,7 +682,7 @@ fn delayed_stop_executes_after_delay() {
 
 #[test]
 fn terminated_is_final() {
-    let mut simulation = running(Policy { gpu_required: true, ..DEFAULT_POLICY }, on_gpu());
+    let mut simulation = running(Policy { gpu_required: true, ..DEFAULT_POLICY }, gpu_verdict());
     simulation.apply(container(ContainerEvent::GpuFailed(finding(Reason::GpuFailed))));
     for event in
         [Event::Done, Event::Inspected(Existing::Absent), container(ContainerEvent::GpuLost)]
@@ -707,7 +707,7 @@ fn late_gpu_notification_matches_policy() {
 #[test]
 fn gpu_failure_after_last_attempt_falls_back() {
     let mut simulation =
-        running(Policy { on_failure: OnFailure::Restart, ..DEFAULT_POLICY }, on_gpu());
+        running(Policy { on_failure: OnFailure::Restart, ..DEFAULT_POLICY }, gpu_verdict());
     for _ in GPU_RETRY_DELAYS {
         simulation.apply(container(ContainerEvent::GpuFailed(finding(Reason::GpuFailed))));
         assert_eq!(simulation.command, Command::Stop(GracePeriod::Configured));

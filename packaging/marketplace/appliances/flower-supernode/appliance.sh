@@ -35,7 +35,7 @@ ONE_SERVICE_PARAMS=(
     'ONEAPP_FL_TLS_ENABLED' 'configure' 'Connect to the SuperLink with TLS' 'O|list|Connect to the SuperLink with TLS|,YES,NO|'
     'ONEAPP_FL_SSL_CA_CERTFILE' 'configure' 'Certificate of the SuperLink'\''s CA' 'O|text64|Certificate of the SuperLink'\''s CA| |'
     'ONEAPP_FL_GRPC_KEEPALIVE_TIME' 'configure' 'Seconds between gRPC keepalive pings' 'O|number|Seconds between gRPC keepalive pings| |60'
-    'ONEAPP_FL_GRPC_KEEPALIVE_TIMEOUT' 'configure' 'Seconds to wait for the answer to a ping; less than the time between pings' 'O|number|Seconds to wait for the answer to a ping; less than the time between pings| |20'
+    'ONEAPP_FL_GRPC_KEEPALIVE_TIMEOUT' 'configure' 'Seconds to wait for a ping response; less than the time between pings' 'O|number|Seconds to wait for a ping response; less than the time between pings| |20'
     'ONEAPP_FL_EDGE_BACKOFF' 'configure' 'Backoff of the discovery' 'O|list|Backoff of the discovery|exponential,fixed|exponential'
     'ONEAPP_FL_EDGE_MAX_BACKOFF' 'configure' 'Maximum delay between discovery attempts, in seconds' 'O|number|Maximum delay between discovery attempts, in seconds| |300'
 )
