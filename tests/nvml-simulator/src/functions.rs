@@ -157,7 +157,7 @@ fn fixed<const N: usize>(text: &str) -> [c_char; N] {
     field
 }
 
-/// Defines functions that pass [`dispatch`]. The body gets the call (script and handles) and
+/// Defines functions that pass [`dispatch()`]. The body gets the call (script and handles) and
 /// returns a code or nothing.
 macro_rules! exported {
     ($(
