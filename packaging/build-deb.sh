@@ -7,6 +7,8 @@ packaging/install-tools.sh deb >&2
 cargo_deb=$(packaging/cargo-tool.sh cargo-deb 3.8.0)
 target=${CARGO_TARGET_DIR:-target}
 
+# The binary prints the completions, so it must be built for this machine.
+unset CARGO_BUILD_TARGET
 cargo build --quiet --release --locked -p supernode-agent >&2
 # cargo-deb takes target/release in agent/Cargo.toml for this directory.
 completions=$target/release/completions

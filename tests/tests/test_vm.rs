@@ -91,7 +91,7 @@ fn agent_output_is_captured_and_agent_stops() {
      while :; do sleep 0.05; done";
     let vm = vm(script);
     let mut agent = vm.start();
-    assert_eq!(agent.wait_for_line("beg", SECONDS), "start");
+    assert_eq!(agent.wait_for_line("sta", SECONDS), "start");
     assert!(eventually(SECONDS, || !agent.stdout_lines().is_empty()));
     let socket = UnixDatagram::unbound().unwrap();
     socket.send_to(b"STATUS=x\nREADY=1", &agent.stdout_lines()[0]).unwrap();

@@ -13,17 +13,17 @@
 //!
 //! # When the container loses its GPU
 //!
-//! The VM still has the GPU, but the container does not: its device node is gone, or systemd
-//! applied its device rules without NVIDIA's devices.
+//! Its device node is gone or, with injection by the nvidia runtime, systemd applied its device
+//! rules without NVIDIA's devices.
 //!
-//! 1. [`gpu_presence`] notices within 5 s (device node) or 15 s (device rules).
-//! 2. [`Supervisor::on_gpu_lost`] logs the WARNING and updates the status.
+//! 1. [`gpu_presence`] checks the device nodes every 5 s and the device rules every 15 s.
+//! 2. [`Supervisor::on_gpu_lost`] logs a WARNING and updates the status.
 //! 3. The state machine enters `Stopping`, or `StopDelayed` first if the container was started
 //!    shortly before.
 //! 4. `StopAndRemove` removes the container and stops the GPU monitor; `Inspect` then finds no
 //!    container and a new one is created on the same GPU.
-//! 5. If the new container has no GPU either, the launch falls back to the CPU with a WARNING, or
-//!    the agent exits if `FL_GPU_REQUIRED` is YES.
+//! 5. If the new container has no GPU either, the launch falls back to the CPU with the fallback
+//!    WARNING, or the agent exits if `FL_GPU_REQUIRED` is YES.
 //!
 //! # When a GPU fails
 //!
