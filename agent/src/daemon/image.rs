@@ -38,7 +38,7 @@ pub(crate) enum ImageError {
 pub(crate) enum PullError {
     /// Docker reported an error.
     #[error(transparent)]
-    Engine(#[from] EngineError),
+    Engine(EngineError),
     /// Docker reported success, but does not list the image.
     #[error("the pull succeeded, but Docker does not list the image")]
     NotListed,
@@ -59,8 +59,11 @@ pub(super) async fn resolve_image(
         return Ok(framework_image(wanted, &image));
     }
     let source = match pull(engine, &wanted, reporter).await {
-        Ok(image) => return Ok(framework_image(wanted, &image)),
-        Err(error) => error,
+        Ok(()) => match engine.find_image(wanted.as_str()).await? {
+            Some(image) => return Ok(framework_image(wanted, &image)),
+            None => PullError::NotListed,
+        },
+        Err(error) => PullError::Engine(error),
     };
     let Some(prebaked) = prebaked_image(config).filter(|prebaked| *prebaked != wanted) else {
         return Err(ImageError::Pull { image: wanted, source });
@@ -99,10 +102,9 @@ async fn find_local(
     }
 }
 
-async fn pull(engine: &Client, image: &ImageRef, reporter: &Reporter) -> Result<Image, PullError> {
+async fn pull(engine: &Client, image: &ImageRef, reporter: &Reporter) -> Result<(), EngineError> {
     let step = format!("Pulling {image}");
     reporter.set_step(&step);
     tracing::info!(image = %image, "pulling the image {image}");
-    engine.pull(image, |progress| reporter.set_progress(&step, &progress)).await?;
-    engine.find_image(image.as_str()).await?.ok_or(PullError::NotListed)
+    engine.pull(image, |progress| reporter.set_progress(&step, &progress)).await
 }

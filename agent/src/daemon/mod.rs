@@ -237,7 +237,6 @@ async fn run_node(
     // forever.
     let startup = preflight_and_discovery(&desired, &reporter);
     let (preflight, superlink) = watchdog.guard(Duration::MAX, startup).await?;
-    reporter.set_step("Starting the container");
     let DesiredState { config, settings, onegate } = desired;
     let Preflight { docker, detection, distribution, injection, image, system } = preflight;
     let engine = docker.client;

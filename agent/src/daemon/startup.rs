@@ -161,7 +161,10 @@ pub(super) async fn preflight_and_discovery(
             discovery.await?
         }
     };
-    reporter.update(NodeStatus::end_superlink_wait);
+    reporter.update(|status| {
+        status.end_superlink_wait();
+        status.set_step("Starting the container");
+    });
     warn_unsupported_version(config, &preflight.image, &superlink);
     Ok((preflight, superlink))
 }

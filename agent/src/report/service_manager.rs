@@ -142,10 +142,17 @@ mod tests {
                 |status| status.set_superlink_wait("attempt 2".into()),
                 |status| status.mark_prepared(),
                 |status| status.set_superlink_wait("attempt 3".into()),
-                |status| status.end_superlink_wait(),
-                |status| status.set_step("Starting the container"),
-            ])[..3],
-            [status("attempt 2"), Some(Message::Ready("attempt 2".into())), status("attempt 3"),]
+                |status| {
+                    status.end_superlink_wait();
+                    status.set_step("Starting the container");
+                },
+            ]),
+            [
+                status("attempt 2"),
+                Some(Message::Ready("attempt 2".into())),
+                status("attempt 3"),
+                status("Starting the container"),
+            ]
         );
     }
 }

@@ -100,8 +100,10 @@ impl Supervisor<'_> {
             RestartReason::LaunchFailed => "did not start".into(),
         };
         let seconds = delay.as_secs();
-        reporter.update(NodeStatus::set_container_stopped);
         tracing::warn!(container = %name, "container {name} {what}; restarting it in {seconds} s");
-        reporter.set_step(&format!("The container {what}, restarting it in {seconds} s"));
+        reporter.update(|status| {
+            status.set_container_stopped();
+            status.set_step(&format!("The container {what}, restarting it in {seconds} s"));
+        });
     }
 }

@@ -187,8 +187,8 @@ pub(super) struct SuperLinkWatcher {
     changed: LocalBoxFuture<'static, Discovery>,
 }
 
-/// Delay before the first request, in which Flower itself may reconnect.
-const INITIAL_DELAY: Duration = Duration::from_secs(60);
+/// Minimum delay before a request: Flower itself may reconnect.
+const MIN_DELAY: Duration = Duration::from_secs(60);
 /// A connection that lasts for this long is stable.
 const STABLE_AFTER: Duration = Duration::from_secs(60);
 
@@ -249,9 +249,11 @@ async fn until_changed(
     find_changed: impl AsyncFn() -> Option<Discovery>,
     mut connected: watch::Receiver<bool>,
 ) -> Discovery {
-    let mut backoff = Backoff::new(INITIAL_DELAY, max_delay).with_jitter(0.5);
+    // At least MIN_DELAY: 60 s four times, then 80 s, 160 s, ….
+    let mut backoff = Backoff::new(Duration::from_secs(5), max_delay);
     loop {
-        let due = Instant::now() + backoff.next_delay(fastrand::f64());
+        let delay = backoff.next_delay(0.0).max(MIN_DELAY.min(max_delay));
+        let due = Instant::now() + delay.mul_f64(1.0 + fastrand::f64() / 2.0);
         if !is_disconnected_from(due, &mut connected).await {
             backoff.reset();
         } else if let Some(discovery) = find_changed().await
