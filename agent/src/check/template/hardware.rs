@@ -271,57 +271,68 @@ fn is_q35(machine: &str) -> bool {
     machine == "q35" || machine.starts_with("pc-q35-")
 }
 
+/// Keys of a PCI attribute that select a device by its identifiers.
+const PCI_SELECTORS: [&str; 3] = ["VENDOR", "DEVICE", "CLASS"];
+const PCI_ID: &str = "pci";
+
 fn check_pci_attribute(pci: &VectorAttribute, fix: &str) -> Check {
-    const ID: &str = "pci";
-    let selectors = ["VENDOR", "DEVICE", "CLASS"];
-    let [vendor, device, class] = selectors.map(|key| pci.value(key));
-    if let Some(address) = pci.value("SHORT_ADDRESS") {
-        if [vendor, device, class].iter().any(Option::is_some) {
-            let finding = "SHORT_ADDRESS and VENDOR, DEVICE or CLASS exclude each other: \
-                           OpenNebula rejects the template";
-            return Check::error(
-                ID,
-                finding,
-                format!("PCI=[SHORT_ADDRESS=\"{}\"], or {fix}", escape(address)),
-            );
-        }
-        // OpenNebula's notation has no domain (`onehost show`).
-        let is_short = address.split(':').count() == 2 && PciAddress::parse(address).is_some();
-        if !is_short {
-            let finding = format!(
-                "SHORT_ADDRESS=\"{}\" must be bus:device.function, such as e1:00.0",
-                escape(address)
-            );
-            return Check::error(
-                ID,
-                finding,
-                "PCI=[SHORT_ADDRESS=\"e1:00.0\"] with the ADDR in onehost show HOST, without the \
-                 domain",
-            );
-        }
-        return Check::ok(
-            ID,
-            format!(
-                "the device {address} of the host; only oneadmin can create this template (PCI is \
-                 a restricted attribute)"
-            ),
+    let selectors = PCI_SELECTORS.map(|key| pci.value(key));
+    match pci.value("SHORT_ADDRESS") {
+        Some(address) => check_pci_address(address, selectors, fix),
+        None => check_pci_selectors(selectors, fix),
+    }
+}
+
+fn check_pci_address(address: &str, selectors: [Option<&str>; 3], fix: &str) -> Check {
+    if selectors.iter().any(Option::is_some) {
+        let finding = "SHORT_ADDRESS and VENDOR, DEVICE or CLASS exclude each other: OpenNebula \
+                       rejects the template";
+        return Check::error(
+            PCI_ID,
+            finding,
+            format!("PCI=[SHORT_ADDRESS=\"{}\"], or {fix}", escape(address)),
         );
     }
-    for (key, value) in selectors.into_iter().zip([vendor, device, class]) {
+    // OpenNebula's notation has no domain (`onehost show`).
+    let is_short = address.split(':').count() == 2 && PciAddress::parse(address).is_some();
+    if !is_short {
+        let finding = format!(
+            "SHORT_ADDRESS=\"{}\" must be bus:device.function, such as e1:00.0",
+            escape(address)
+        );
+        return Check::error(
+            PCI_ID,
+            finding,
+            "PCI=[SHORT_ADDRESS=\"e1:00.0\"] with the ADDR in onehost show HOST, without the \
+             domain",
+        );
+    }
+    Check::ok(
+        PCI_ID,
+        format!(
+            "the device {address} of the host; only oneadmin can create this template (PCI is a \
+             restricted attribute)"
+        ),
+    )
+}
+
+fn check_pci_selectors(selectors: [Option<&str>; 3], fix: &str) -> Check {
+    for (key, value) in PCI_SELECTORS.into_iter().zip(selectors) {
         if let Some(value) =
             value.filter(|value| u16::from_str_radix(value, 16).is_err() || value.len() > 4)
         {
             let finding = format!("{key}=\"{}\" must be four hexadecimal digits", escape(value));
-            return Check::error(ID, finding, fix);
+            return Check::error(PCI_ID, finding, fix);
         }
     }
-    let number = |text: Option<&str>| text.and_then(|text| u16::from_str_radix(text, 16).ok());
-    match (number(vendor), number(device), number(class)) {
+    let [vendor, device, class] =
+        selectors.map(|text| text.and_then(|text| u16::from_str_radix(text, 16).ok()));
+    match (vendor, device, class) {
         (None, None, None) => {
-            Check::error(ID, "PCI names neither VENDOR, DEVICE, CLASS nor SHORT_ADDRESS", fix)
+            Check::error(PCI_ID, "PCI names neither VENDOR, DEVICE, CLASS nor SHORT_ADDRESS", fix)
         }
         (Some(vendor), ..) if vendor != 0x10de => Check::warning(
-            ID,
+            PCI_ID,
             format!(
                 "VENDOR=\"{vendor:04x}\" is not NVIDIA (10de): the node cannot use this device"
             ),
@@ -335,7 +346,7 @@ fn check_pci_attribute(pci: &VectorAttribute, fix: &str) -> Check {
             };
             let vendor = if vendor.is_some() { "NVIDIA" } else { "any vendor" };
             Check::ok(
-                ID,
+                PCI_ID,
                 format!(
                     "a GPU of {vendor} (class {class:04x}: {what}); only oneadmin can create this \
                      template (PCI is a restricted attribute)"
@@ -343,18 +354,18 @@ fn check_pci_attribute(pci: &VectorAttribute, fix: &str) -> Check {
             )
         }
         (_, _, Some(class)) => Check::error(
-            ID,
+            PCI_ID,
             format!("CLASS=\"{class:04x}\" is not a GPU class (0302 3D controller, 0300 VGA)"),
             fix,
         ),
         (_, Some(device), None) => Check::ok(
-            ID,
+            PCI_ID,
             format!("the device 10de:{device:04x}; only oneadmin can create this template"),
         ),
         (_, None, None) => {
             let finding = "VENDOR alone also matches the audio and USB functions of the cards: \
                            the VM may get one of those";
-            Check::warning(ID, finding, fix)
+            Check::warning(PCI_ID, finding, fix)
         }
     }
 }
