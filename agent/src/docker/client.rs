@@ -4,7 +4,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::path::Path;
-use std::str::FromStr as _;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bollard::Docker;
@@ -21,7 +20,6 @@ use bollard::query_parameters::{
 };
 use futures_util::StreamExt as _;
 use tokio::time::Instant;
-use x509_cert::der::DateTime;
 
 use crate::backoff::Backoff;
 use crate::config::settings::Settings;
@@ -30,6 +28,7 @@ use crate::docker::ping::api_version;
 use crate::docker::pull_progress::PullProgress;
 use crate::docker::spec::{ContainerSpec, MountSpec, PortSpec, SPEC_HASH_LABEL, STATE_DIR_LABEL};
 use crate::logging::error_chain;
+use crate::system::time::parse_utc;
 use crate::values::ImageRef;
 use crate::values::sanitize_line;
 
@@ -201,13 +200,7 @@ pub(crate) struct Container {
 impl Container {
     /// Returns the time of the last start.
     pub(crate) fn started(&self) -> Option<SystemTime> {
-        let (second, rest) = self.started_at.split_at_checked(19)?;
-        let second = DateTime::from_str(&format!("{second}Z")).ok()?;
-        // Docker omits trailing zeros of the fraction.
-        let digits: String =
-            rest.chars().skip(1).take_while(char::is_ascii_digit).take(9).collect();
-        let nanoseconds = format!("{digits:0<9}").parse().ok()?;
-        Some(second.to_system_time() + Duration::from_nanos(nanoseconds))
+        parse_utc(&self.started_at)
     }
 
     /// Returns the time since the last start; zero if it is unknown.

@@ -14,6 +14,7 @@ use x509_cert::request::CertReq;
 
 use super::error::ValidationError;
 use super::text::escape;
+use crate::system::time::format_utc;
 
 const BEGIN: &str = "-----BEGIN ";
 const MALFORMED: &str = "it does not contain a complete certificate";
@@ -142,7 +143,7 @@ impl CaBundle {
     /// # Errors
     /// When all CAs have expired.
     pub fn valid_at(&self, now: SystemTime) -> Result<ValidBundle, ValidationError> {
-        let clock = format!("the clock of this VM says {}", utc(now));
+        let clock = format!("the clock of this VM says {}", format_utc(now));
         let (expired, kept): (Vec<&Ca>, Vec<&Ca>) =
             self.cas.iter().partition(|ca| ca.not_after.to_system_time() < now);
         let ends: Vec<String> = expired
@@ -289,12 +290,6 @@ fn subject(name: &Name) -> String {
         Ok(()) if !text.is_empty() => escape(&text),
         _ => "a certificate without a subject".into(),
     }
-}
-
-/// Returns `time` in UTC, to the second.
-fn utc(time: SystemTime) -> String {
-    DateTime::from_system_time(time)
-        .map_or_else(|_| "a year before 1970 or after 9999".into(), |time| time.to_string())
 }
 
 /// Joins the first few of `items` and counts the rest: a peer may send thousands.
