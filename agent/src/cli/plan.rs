@@ -209,8 +209,7 @@ impl StartupOps for DryRunOps<'_> {
             Ok(docker) => Ok(Some(docker)),
             Err(error) => {
                 self.note(format!(
-                    "{error}; unknown: whether it has the image {}, the nvidia runtime and CDI \
-                     devices",
+                    "{error}; cannot look for the image {}, the nvidia runtime and CDI devices",
                     wanted_image(self.config)
                 ));
                 Ok(None)

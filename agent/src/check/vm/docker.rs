@@ -160,11 +160,9 @@ impl Vm<'_> {
         let prebaked = self.facts.images.get(1);
         match (is_local, prebaked) {
             (Ok(true), _) => Check::ok(ID, format!("{wanted} is available locally")),
-            (Err(why), _) => Check::unknown(
-                ID,
-                format!("whether {wanted} is available locally: {why}"),
-                FIX_DOCKER,
-            ),
+            (Err(why), _) => {
+                Check::unknown(ID, format!("cannot look for {wanted} in Docker: {why}"), FIX_DOCKER)
+            }
             (Ok(false), Some((prebaked, Ok(true)))) => {
                 let finding = format!(
                     "{wanted} is not available locally and will be pulled; if that fails, the \
