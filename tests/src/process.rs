@@ -1,14 +1,17 @@
 //! Running processes with a deadline, and polling.
 
 use std::{
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
+    os::fd::{AsFd, OwnedFd},
     os::unix::process::ExitStatusExt,
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc},
     thread,
     time::{Duration, Instant},
 };
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::ioctl_fionread;
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Output and exit status of a command.
@@ -141,6 +144,8 @@ pub(crate) fn running(pid: u32) -> bool {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Lines {
     shared: Arc<(Mutex<Vec<String>>, Condvar)>,
+    /// The pipe that the lines are read from.
+    pipe: Arc<OnceLock<OwnedFd>>,
 }
 
 impl Lines {
@@ -153,17 +158,50 @@ impl Lines {
         self.shared.1.notify_all();
     }
 
+    /// Returns all lines, including those that the process has written and the reader has not yet
+    /// read. A test that has seen a notification thus sees every line logged before it.
     pub(crate) fn all(&self) -> Vec<String> {
-        self.lock().clone()
+        const TIMEOUT: Duration = Duration::from_secs(1);
+        let start = Instant::now();
+        loop {
+            let lines = self.lock();
+            let unread = self.pipe.get().map_or(0, |pipe| ioctl_fionread(pipe).unwrap_or(0));
+            if unread == 0 || start.elapsed() > TIMEOUT {
+                return lines.clone();
+            }
+            drop(lines);
+            thread::yield_now();
+        }
     }
 
     /// Reads lines from a pipe until it is closed.
-    pub(crate) fn follow(&self, pipe: impl Read + Send + 'static) {
-        let lines = self.clone();
+    pub(crate) fn follow(&self, mut pipe: impl Read + AsFd + Send + 'static) {
+        let _ = self.pipe.set(pipe.as_fd().try_clone_to_owned().expect("cannot clone the pipe"));
+        let this = self.clone();
         thread::spawn(move || {
-            for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
-                lines.push(String::from_utf8_lossy(&line).into_owned());
+            let mut partial = Vec::new();
+            let mut buffer = [0; 64 * 1024];
+            loop {
+                // Waits without the lock, but reads with it: see `all`.
+                if poll(&mut [PollFd::new(&pipe, PollFlags::IN)], None).is_err() {
+                    continue;
+                }
+                let mut lines = this.lock();
+                let length = pipe.read(&mut buffer).unwrap_or(0);
+                partial.extend_from_slice(&buffer[..length]);
+                while let Some(end) = partial.iter().position(|&byte| byte == b'\n') {
+                    lines.push(String::from_utf8_lossy(&partial[..end]).into_owned());
+                    partial.drain(..=end);
+                }
+                if length == 0 {
+                    if !partial.is_empty() {
+                        lines.push(String::from_utf8_lossy(&partial).into_owned());
+                    }
+                    break;
+                }
+                this.shared.1.notify_all();
             }
+            this.shared.1.notify_all();
         });
     }
 

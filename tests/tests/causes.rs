@@ -868,7 +868,6 @@ fn present_assigned_gpu_is_used_and_missing_one_warned() {
     ] {
         assert!(warnings[0].contains(words), "{warnings:?}");
     }
-    agent.wait_for_line("started container", TIMEOUT);
     let lines = agent.lines();
     let position = |text: &str| lines.iter().position(|line| line.contains(text)).unwrap();
     assert!(position(" WARNING ") < position("started container"), "{lines:#?}");

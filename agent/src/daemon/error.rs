@@ -47,7 +47,7 @@ pub(crate) enum DaemonError {
     #[error(transparent)]
     Lock(#[from] LockError),
     /// The container may still run.
-    #[error("cannot stop the container {name}")]
+    #[error("cannot stop container {name}")]
     Stop { name: String, source: StopError },
     /// The signal handlers cannot be installed.
     #[error("cannot listen for signals")]

@@ -402,17 +402,15 @@ fn messages_of(agent: &Agent) -> Vec<String> {
     [agent.lines(), agent.stdout_lines(), agent.notifications()].concat()
 }
 
-/// Asserts that an agent that sent READY=1 to systemd has a container. The notification and the log
-/// line arrive through different channels, so the line can be read after the notification.
+/// Asserts that an agent that sent READY=1 to systemd has a container.
 #[track_caller]
 fn assert_ready_was_true(agent: &Agent) {
-    let has_line = |text: &str| agent.lines().iter().any(|line| line.contains(text));
     if agent.notifications().iter().any(|message| message.contains("READY=1")) {
+        let lines = agent.lines();
+        let has_line = |text: &str| lines.iter().any(|line| line.contains(text));
         assert!(
-            eventually(TIMEOUT, || has_line("started container")
-                || has_line("adopted the running container")),
-            "{:#?}",
-            agent.lines()
+            has_line("started container") || has_line("adopted the running container"),
+            "{lines:#?}"
         );
     }
 }
