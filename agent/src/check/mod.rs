@@ -198,6 +198,28 @@ fn read_pci(root: &Root, sysfs: &str) -> PciFacts {
 }
 
 #[cfg(test)]
+pub(crate) mod test_support {
+    use super::{Check, Level};
+
+    /// Level, id, finding and fix of a check that is not OK.
+    pub(crate) type Problem = (Level, &'static str, String, String);
+
+    pub(crate) fn problems(checks: Vec<Check>) -> Vec<Problem> {
+        let problems = checks.into_iter().filter(|check| check.level != Level::Ok);
+        problems
+            .map(|check| (check.level, check.id, check.finding, check.fix.unwrap_or_default()))
+            .collect()
+    }
+
+    #[track_caller]
+    pub(crate) fn assert_only(problems: &[Problem], level: Level, id: &str, text: &str, fix: &str) {
+        assert_eq!(problems.len(), 1, "{problems:#?}");
+        assert_eq!((problems[0].0, problems[0].1), (level, id), "{problems:#?}");
+        assert!(problems[0].2.contains(text) && problems[0].3.contains(fix), "{problems:#?}");
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

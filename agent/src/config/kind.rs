@@ -185,6 +185,25 @@ impl<T: FieldValue> FieldValue for Option<T> {
 }
 
 #[cfg(test)]
+impl Kind {
+    /// Returns a valid value that is no variable's default.
+    pub(super) fn sample(self) -> &'static str {
+        match self {
+            Self::YesNo => "YES",
+            Self::Choice(words) => words[words.len() - 1],
+            Self::Count(_) => "25",
+            Self::Fraction => "0.25",
+            Self::Version => "1.25.0",
+            Self::Image => "own/image:1",
+            Self::HostPort => "h:25",
+            Self::Devices => "25",
+            Self::NodeConfig => "k=25",
+            Self::CaBundle => include_str!("../../tests/ca.crt"),
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -265,7 +265,6 @@ mod tests {
     use std::time::Duration;
 
     use super::super::choices::{EdgeBackoff, Framework, Isolation};
-    use super::super::kind::Kind;
     use super::*;
     use crate::values::DeviceSelection;
 
@@ -311,18 +310,7 @@ mod tests {
     #[test]
     fn every_variable_is_read_by_each_of_its_names() {
         for variable in VARIABLES {
-            let value = match variable.kind {
-                Kind::YesNo => "YES",
-                Kind::Choice(words) => words.last().unwrap(),
-                Kind::Count(_) => "25",
-                Kind::Fraction => "0.25",
-                Kind::Version => "1.25.0",
-                Kind::Image => "own/image:1",
-                Kind::HostPort => "h:25",
-                Kind::Devices => "25",
-                Kind::NodeConfig => "k=25",
-                Kind::CaBundle => CA,
-            };
+            let value = variable.kind.sample();
             let default = Config::from_context(&context(&[]), &Prebaked::default()).unwrap().0;
             for name in variable.names() {
                 let (config, diagnostics) = read(&[(&name, value)]).unwrap();

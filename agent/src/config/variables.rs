@@ -441,18 +441,7 @@ mod tests {
     #[test]
     fn every_field_accepts_the_kind_of_its_variable() {
         for variable in VARIABLES {
-            let text = match variable.kind {
-                Kind::YesNo => "YES",
-                Kind::Choice(words) => words.last().unwrap(),
-                Kind::Count(_) => "25",
-                Kind::Fraction => "0.25",
-                Kind::Version => "1.25.0",
-                Kind::Image => "own/image:1",
-                Kind::HostPort => "h:25",
-                Kind::Devices => "25",
-                Kind::NodeConfig => "k=25",
-                Kind::CaBundle => include_str!("../../tests/ca.crt"),
-            };
+            let text = variable.kind.sample();
             let mut config = Config::default();
             apply_defaults(&mut config);
             let before = (variable.field.get)(&config);

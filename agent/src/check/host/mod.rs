@@ -559,6 +559,7 @@ fn matches(filter: &str, device: &PciDevice) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::check::test_support::{Problem, assert_only, problems};
 
     fn device(address: &str, vendor: u32, class: u32, driver: &str) -> PciDevice {
         let driver = Some(driver.to_owned()).filter(|driver| !driver.is_empty());
@@ -598,25 +599,15 @@ mod tests {
         }
     }
 
-    fn problems_after(
-        change: impl FnOnce(&mut HostFacts),
-    ) -> Vec<(Level, &'static str, String, String)> {
+    fn problems_after(change: impl FnOnce(&mut HostFacts)) -> Vec<Problem> {
         let mut facts = healthy_host();
         change(&mut facts);
-        let checks = judge(&facts, Distribution::Debian)
-            .into_iter()
-            .filter(|check| check.level != Level::Ok);
-        checks
-            .map(|check| (check.level, check.id, check.finding, check.fix.unwrap_or_default()))
-            .collect()
+        problems(judge(&facts, Distribution::Debian))
     }
 
     #[track_caller]
     fn one(change: impl FnOnce(&mut HostFacts), level: Level, id: &str, finding: &str, fix: &str) {
-        let problems = problems_after(change);
-        assert_eq!(problems.len(), 1, "{problems:#?}");
-        assert_eq!((problems[0].0, problems[0].1), (level, id), "{problems:#?}");
-        assert!(problems[0].2.contains(finding) && problems[0].3.contains(fix), "{problems:#?}");
+        assert_only(&problems_after(change), level, id, finding, fix);
     }
 
     #[test]

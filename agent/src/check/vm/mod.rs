@@ -34,6 +34,7 @@ pub fn judge(facts: &VmFacts, distribution: Distribution) -> Vec<Check> {
 
 #[cfg(test)]
 mod tests {
+    use crate::check::test_support::{Problem, assert_only, problems};
     use std::time::Duration;
 
     use one_context::Context;
@@ -118,25 +119,15 @@ mod tests {
         }
     }
 
-    type Problems = Vec<(Level, &'static str, String, String)>;
-
-    fn problems_after(change: impl FnOnce(&mut VmFacts)) -> Problems {
+    fn problems_after(change: impl FnOnce(&mut VmFacts)) -> Vec<Problem> {
         let mut facts = healthy_vm();
         change(&mut facts);
-        let checks = judge(&facts, Distribution::Ubuntu)
-            .into_iter()
-            .filter(|check| check.level != Level::Ok);
-        checks
-            .map(|check| (check.level, check.id, check.finding, check.fix.unwrap_or_default()))
-            .collect()
+        problems(judge(&facts, Distribution::Ubuntu))
     }
 
     #[track_caller]
     fn one(change: impl FnOnce(&mut VmFacts), level: Level, id: &str, finding: &str, fix: &str) {
-        let problems = problems_after(change);
-        assert_eq!(problems.len(), 1, "{problems:#?}");
-        assert_eq!((problems[0].0, problems[0].1), (level, id), "{problems:#?}");
-        assert!(problems[0].2.contains(finding) && problems[0].3.contains(fix), "{problems:#?}");
+        assert_only(&problems_after(change), level, id, finding, fix);
     }
 
     fn failed(code: u32) -> ProbeOutcome {
